@@ -1,0 +1,49 @@
+# Every target sets up .venv first; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN := $(BIN)/python -m launcher
+
+.PHONY: help demo venv check format test test-all clean
+help:
+	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
+	@echo 'make test      the tests'
+	@echo 'make test-all  the tests, the slow and the SLURM suites'
+	@echo 'make check     format, lint, types, layers'
+	@echo 'make format    mend what ruff can mend'
+	@echo 'make venv      the set-up alone: $(VENV) with the pinned packages'
+	@echo 'make clean     remove $(VENV), runs/ and caches of tools'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'fulltune needs Python >= 3.11: make PYTHON=python3.11 $(MAKECMDGOALS)'; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing into $(VENV): a few minutes the first time'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt 'torch>=2.11'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+venv: $(STAMP)
+
+demo: $(STAMP)
+	$(RUN) +exp=quickstart_base
+	$(RUN) +exp=quickstart
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow and not slurm'
+
+test-all: test
+	$(BIN)/python -m pytest -m 'slow or slurm'
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -1,0 +1,103 @@
+"""`python -m launcher`: compose, check, freeze, start. Bad input ends with one message and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Protocol
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from launcher import config as schema
+from launcher import help as help_text
+from launcher import local, torchrun
+from launcher.compose import CONF, checked, explained
+from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
+from launcher.ending import BAD_INPUT, DONE
+from launcher.job import Job, freeze, frozen_text, make_job, read_status
+from launcher.report import print_summary
+from trainers.config import ConfigError
+
+
+class Starter(Protocol):
+    """What a backend's module offers."""
+
+    def submit(self, job: Job) -> int:
+        """Run a frozen job, or hand it to a scheduler; returns the launcher's exit code."""
+
+    def commands(self, job: Job) -> list[str]:
+        """Return what dry_run prints: the exact command of every rank."""
+
+
+BACKENDS: dict[Backend, Starter] = {Backend.local: local, Backend.torchrun: torchrun}
+WHAT_TO_TYPE = """Nothing to run yet. Try one of
+  python -m launcher +exp=quickstart_base                                  a first run: minutes, no network, no GPU
+  python -m launcher model=hf model.id=DIR data=files data.path=FILE run_dir=OUT
+  python -m launcher --help                                                presets, experiments, every field"""
+
+
+def main() -> int:
+    """Run the command line; returns the exit code that --help documents."""
+    if len(sys.argv) == 1:
+        print(WHAT_TO_TYPE, file=sys.stderr)
+        return BAD_INPUT
+    arguments = get_args_parser().parse_args()
+    if arguments.multirun:
+        print("error: --multirun: sweeps are not built yet\n  try     one command a point, each with its own run_dir", file=sys.stderr)
+        return BAD_INPUT
+    schema.register()
+    help_text.register()
+    with explained(arguments.overrides, arguments.config_dir):
+        composed = compose_command_line()
+        if composed is None:
+            return DONE
+        config = checked(composed)
+    with explained(arguments.overrides, arguments.config_dir, kinds=(ConfigError,)):
+        return begin(config)
+
+
+def compose_command_line() -> DictConfig | None:
+    """Let Hydra read sys.argv; None where it only printed (--help, --cfg, --info)."""
+    composed: list[DictConfig] = []
+
+    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    def take(config: DictConfig) -> None:
+        composed.append(config)
+
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us as exceptions, instead of Hydra printing them
+    try:
+        take()
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+    return composed[0] if composed else None
+
+
+def begin(config: JobConfig) -> int:
+    """Start a checked job, continue it, or say what starting it would do; returns the exit code."""
+    job, backend = make_job(config), BACKENDS[config.launch.backend]
+    if config.mode is Mode.dry_run:
+        print(dry_run(job, backend.commands(job)))
+        return DONE
+    validate_machine(job.launch)
+    freeze(job)
+    if read_status(job.run_dir).get("state") == "done":
+        print(f"{job.run_dir} is done already: nothing to start")
+        print_summary(job.run_dir)
+        return DONE
+    return backend.submit(job)
+
+
+def dry_run(job: Job, commands: list[str]) -> str:
+    """Return the frozen config and every command, as text."""
+    steps = f"{job.run.train.steps} steps" if job.run.train.steps else "steps known once the data are prepared"
+    size = f"# {world_size(job.launch)} rank(s) on {job.launch.nodes} node(s), {job.run.train.global_batch} rows a step, {steps}"
+    return "\n".join([f"# {job.config_path}", frozen_text(job.run), size, *commands])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""From override strings to a JobConfig, with the errors of the command line: for tools, tests and the launcher itself."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from launcher import config as schema
+from launcher.config import JobConfig, run_config, validate_launch, world_size
+from launcher.errors import BAD_INPUT, explain, unknown
+from launcher.fields import all_fields, names_at
+from trainers.config import check_world, validate
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+BAD_INPUT_EXIT = 2
+
+
+class UnknownSettingError(Exception):
+    """A key that `+` or `++` put where the schema has none: Hydra lets these in."""
+
+
+def compose(overrides: list[str]) -> JobConfig:
+    """Return the checked job of these overrides; bad input prints one message and raises SystemExit(2)."""
+    with explained(overrides):
+        schema.register()
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", overrides)
+        return checked(composed)
+
+
+def checked(composed: DictConfig) -> JobConfig:
+    """Return a composed config as a JobConfig; raises ConfigError, or UnknownSettingError for a `+` of an unknown key."""
+    refuse_unknown(composed)
+    job = OmegaConf.to_object(composed)
+    assert isinstance(job, JobConfig)
+    validate(run_config(job))
+    validate_launch(job.launch)
+    check_world(run_config(job), world_size(job.launch))
+    return job
+
+
+def refuse_unknown(node: DictConfig, prefix: str = "") -> None:
+    """Raise UnknownSettingError for the first key that the dataclasses do not have."""
+    for key in map(str, node):
+        path = prefix + key
+        if path in all_fields():
+            continue
+        if key not in names_at(prefix.rstrip(".")):
+            raise UnknownSettingError(path)
+        refuse_unknown(node[key], f"{path}.")
+
+
+@contextmanager
+def explained(
+    overrides: list[str], config_dir: str | None = None, kinds: tuple[type[Exception], ...] = (*BAD_INPUT, UnknownSettingError)
+) -> Iterator[None]:
+    """Turn errors of these kinds into one message on stderr and exit code 2; HYDRA_FULL_ERROR=1 lets the traceback through."""
+    try:
+        yield
+    except kinds as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(_message(error, overrides, config_dir), file=sys.stderr)
+        raise SystemExit(BAD_INPUT_EXIT) from None
+
+
+def _message(error: Exception, overrides: list[str], config_dir: str | None) -> str:
+    """Explain an error, with Hydra initialised again: the composing that failed has torn it down."""
+    search_path = create_config_search_path(str(CONF))
+    if config_dir is not None and Path(config_dir).is_dir():
+        search_path.prepend("command-line", str(Path(config_dir).resolve()), SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    Hydra.create_main_hydra2("launcher", search_path)
+    try:
+        return unknown(str(error), overrides) if isinstance(error, UnknownSettingError) else explain(error, overrides)
+    finally:
+        GlobalHydra.instance().clear()

@@ -1,0 +1,45 @@
+"""How a run ended, as the launcher's exit code and one message; status.json knows more than torchrun's exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+from launcher.job import Job, mark_failed, read_status
+from launcher.report import print_summary
+
+DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+
+
+def settle(job: Job, code: int, signalled: int | None) -> int:
+    """Print how the run ended and return the launcher's exit code.
+
+    `code` is the child's, one of its ranks' under torchrun; status.json's `error` is {rank, message, traceback, exit_code}; `signalled` is the signal that we passed on.
+    """
+    status = read_status(job.run_dir)
+    state, interrupted = status.get("state"), signalled == signal.SIGINT
+    if state == "done":
+        print_summary(job.run_dir)
+        return DONE
+    if state == "preempted" or code == STOPPED:
+        _say(f"stopped with a checkpoint at step {status.get('step', 0)}: the same command continues")
+        return INTERRUPTED if interrupted else STOPPED
+    if state != "failed" and signalled is not None:
+        _say("stopped without a new checkpoint: the same command continues from the last one, if any")
+        return INTERRUPTED if interrupted else FAILED
+    if state != "failed" and code == 0:
+        return DONE  # on a machine without rank 0, which writes the status and may not have yet
+    if state != "failed":
+        mark_failed(job, f"the ranks ended with exit code {code} and left no reason: killed from outside, or out of memory")
+        status = read_status(job.run_dir)
+    error = status["error"]
+    if error.get("exit_code") == BAD_INPUT:
+        _say(f"error: {error['message']}")
+        return BAD_INPUT
+    where = f"first on rank {error['rank']}" if "rank" in error else f"exit code {code}"
+    _say(f"the run failed ({where}): {error.get('traceback') or error['message']}")
+    return FAILED
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

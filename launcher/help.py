@@ -1,0 +1,50 @@
+"""What --help fills in: presets, experiments and fields, read off conf/ and the dataclasses so that they cannot go stale."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from launcher.fields import all_fields, choices
+from trainers.config import plain
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def register() -> None:
+    """Make `${presets:}`, `${experiments:}` and `${fields:}` known to conf/config.yaml."""
+    for resolver in (presets, experiments, fields):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+
+
+def presets() -> str:
+    """Return one line a group."""
+    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "exp")
+    return "\n".join(f"  {group.name:<10} {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups)
+
+
+def experiments() -> str:
+    """Return one line an experiment: its name and the first comment of its file."""
+    return "\n".join(f"  +exp={file.stem:<17} {_summary(file)}" for file in sorted((CONF / "exp").glob("*.yaml")))
+
+
+def _summary(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line[1:].strip() for line in lines if line.startswith("#") and "@package" not in line), "")
+
+
+def fields() -> str:
+    """Return one line a field: path, default, the first line of its docstring; cut to the terminal."""
+    width = shutil.get_terminal_size((160, 40)).columns
+    lines = []
+    for field in all_fields().values():
+        names = f" [{'|'.join(choices(field.type))}]" if choices(field.type) else ""
+        lines.append(f"  {field.path + f' ({_default(field.default)})':<44} {field.doc}{names}"[:width])
+    return "\n".join(lines).replace("$", "$$")
+
+
+def _default(value: Any) -> str:
+    return "null" if value is None else str(plain(value)).replace("True", "true").replace("False", "false")

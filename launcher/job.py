@@ -1,0 +1,278 @@
+"""A job and its run directory: made once, frozen once, joined by every later start of the same command."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import getpass
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
+from trainers.config import ConfigError, RunConfig, check_world, plain, validate
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "deepspeed",
+    "peft",
+    "accelerate",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "numpy",
+)
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
+OURS = {"config.yaml", "manifest.json", "status.json"}
+HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, how to start it, and where it lives."""
+
+    run: RunConfig
+    launch: LaunchConfig
+    run_dir: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The frozen config, the only argument of a rank."""
+        return self.run_dir / "config.yaml"
+
+
+def make_job(config: JobConfig) -> Job:
+    """Split a composed config into a job; `run_dir` becomes absolute, so that ranks find it from any directory."""
+    run_dir = Path(os.path.abspath(Path(config.run_dir).expanduser()))
+    return Job(dataclasses.replace(run_config(config), run_dir=str(run_dir)), config.launch, run_dir)
+
+
+def frozen_text(run: RunConfig) -> str:
+    """Return a run as config.yaml holds it."""
+    return HEADER + str(yaml.safe_dump(_escaped(plain(run)), sort_keys=False, allow_unicode=True, width=120))
+
+
+def _escaped(value: Any) -> Any:
+    """Return settings with each `${` in a text escaped: all are resolved, and reading them must not resolve again."""
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def freeze(job: Job) -> None:
+    """Make the run directory and its config.yaml, or join the run that is there.
+
+    Raises ConfigError where the settings cannot work, the directory cannot be written or holds other files, and where it
+    is a run with other settings. Any number of machines may call this at once: the first config.yaml wins, the others compare.
+    """
+    validate(job.run)
+    validate_launch(job.launch)
+    check_world(job.run, world_size(job.launch))
+    try:
+        _freeze(job)
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror or error} ({error.filename or job.run_dir})"
+        raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that you may write") from error
+
+
+def _freeze(job: Job) -> None:
+    job.run_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        job.run_dir.mkdir()
+    except FileExistsError:
+        _refuse_other_files(job.run_dir)
+    if job.config_path.exists() or not publish(job.config_path, frozen_text(job.run)):
+        _refuse_other_settings(job)
+    if not (job.run_dir / "manifest.json").exists():
+        publish(job.run_dir / "manifest.json", json.dumps(manifest(), indent=2) + "\n")
+    publish(job.run_dir / "status.json", json.dumps({"state": "submitted", "step": 0, "attempt": 0}) + "\n")
+
+
+def publish(path: Path, text: str) -> bool:
+    """Write a file that appears complete or not at all; False where one was there, which stays as it is."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)  # unlike rename, refuses to replace
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS or path.exists():
+            raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _refuse_other_files(run_dir: Path) -> None:
+    if (run_dir / "config.yaml").exists():
+        return
+    others = sorted(path.name for path in run_dir.iterdir() if path.name not in OURS and not path.name.startswith("."))
+    if others:
+        reason = f"exists and is no run directory: it holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
+        raise ConfigError("run_dir", str(run_dir), reason, "run_dir=DIR that is new or empty")
+
+
+def _refuse_other_settings(job: Job) -> None:
+    changed = differences(frozen_settings(job), plain(job.run))
+    if changed:
+        reason = "is a run with other settings\n" + "\n".join(f"    {line}" for line in changed)
+        raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new, or the settings of this run")
+
+
+def frozen_settings(job: Job) -> dict[str, Any]:
+    """Return the settings in the run directory as plain dicts, fields that are newer than the file at their defaults."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(job.config_path))
+        return dict(plain(OmegaConf.to_object(merged)))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        reason = f"its config.yaml does not fit this version: {str(error).splitlines()[0]}"
+        raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new") from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return `field: old -> new` for each field that differs; `run_dir` itself may be named in another way."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        path, before, after = prefix + key, old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, path + ".")
+        elif before != after and path != "run_dir":
+            lines.append(f"{path}: {_yaml(before)} -> {_yaml(after)}")
+    return lines
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def manifest() -> dict[str, Any]:
+    """Return where a run comes from: command, code, packages, machine, scheduler, and the W&B id of all its attempts."""
+    return {
+        "command": [sys.executable, "-m", "launcher", *sys.argv[1:]],
+        "directory": os.getcwd(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "user": _user(),
+        "code": code_version(),
+        "python": platform.python_version(),
+        "packages": _versions(),
+        "scheduler": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SLURM_") and "JOB" in name},
+        "wandb_id": secrets.token_hex(4),
+    }
+
+
+def code_version() -> dict[str, str | None]:
+    """Return the git commit of the code and the sha256 of its uncommitted changes; None outside a checkout."""
+    sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
+    return {
+        "git_sha": sha.decode().strip() if sha is not None else None,
+        "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
+    }
+
+
+def _git(*arguments: str) -> bytes | None:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, timeout=20, check=False)
+        if done.returncode == 0 and (ROOT / ".git").exists():
+            return done.stdout
+    return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a name for its user id
+        return str(os.getuid())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Return status.json; empty where there is none that can be read."""
+    try:
+        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def mark_submitted(job: Job) -> None:
+    """Forget how the last attempt ended, so that this one's end is not mistaken for it; step and attempt stay."""
+    status = {key: value for key, value in read_status(job.run_dir).items() if key != "error"}
+    _write_status(job, {**status, "state": "submitted"})
+
+
+def mark_failed(job: Job, message: str) -> None:
+    """Record a failure that no rank could: they were killed."""
+    _write_status(job, {**read_status(job.run_dir), "state": "failed", "error": {"message": message}})
+
+
+def _write_status(job: Job, status: dict[str, Any]) -> None:
+    temporary = job.run_dir / f".status.json.{socket.gethostname()}.{os.getpid()}"
+    temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
+    temporary.replace(job.run_dir / "status.json")
+
+
+@contextlib.contextmanager
+def only_launcher(job: Job, wait_s: float = 2.0) -> Iterator[int]:
+    """Hold this machine's lock on the run directory; yields its descriptor, for children to hold it too.
+
+    Raises ConfigError where another launcher, or ranks that it left behind, still hold it.
+    """
+    path = job.run_dir / f".launcher-{socket.gethostname()}.lock"
+    until = time.monotonic() + wait_s
+    with path.open("a+") as lock:
+        while not _locked(lock):
+            if time.monotonic() > until:
+                lock.seek(0)
+                reason = f"this run is still running on this machine (launcher's process {lock.read().strip()})"
+                raise ConfigError("run_dir", str(job.run_dir), reason, "wait for its end, or stop it")
+            time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield lock.fileno()
+
+
+def _locked(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,92 @@
+"""Ranks on this machine: one as a plain process, several through torchrun."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from launcher import process
+from launcher.config import ranks_per_node, world_size
+from launcher.ending import settle
+from launcher.job import ROOT, Job, mark_submitted, only_launcher
+
+SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
+
+
+def submit(job: Job) -> int:
+    """Run a frozen job to its end; returns the launcher's exit code."""
+    return start(job, command(job))
+
+
+def command(job: Job) -> list[str]:
+    """Return the command that starts every rank."""
+    if ranks_per_node(job.launch) == 1:
+        return [sys.executable, "-m", "trainers", str(job.config_path)]
+    return torchrun(job, ["--standalone"])
+
+
+def commands(job: Job) -> list[str]:
+    """Return the command, and what it amounts to for each rank, one line each."""
+    if ranks_per_node(job.launch) == 1:
+        return [_line(job, command(job))]
+    return [_line(job, command(job)), *rank_lines(job, "127.0.0.1")]
+
+
+def start(job: Job, line: list[str]) -> int:
+    """Run one command of this machine to its end, under the run directory's lock; returns the launcher's exit code."""
+    with only_launcher(job) as lock:
+        mark_submitted(job)
+        sys.stdout.flush()
+        code, signalled = process.run(line, environment(job), job.launch.shutdown_s, keep_open=(lock,))
+    return settle(job, code, signalled)
+
+
+def torchrun(job: Job, meeting: list[str]) -> list[str]:
+    """Return a torchrun command (trainers/agent.py is torchrun, less noisy); `meeting` says where its agents meet.
+
+    Unless told otherwise, torchrun's agent dies of SIGUSR2 and leaves its workers behind, and kills workers that save for
+    more than 30 s. The flags for that are left out where the installed torch is too old to have them.
+    """
+    flags = ["--signals-to-handle", SIGNALS, "--shutdown-timeout", str(job.launch.shutdown_s)]
+    known = _torchrun_source()
+    kept = [item for name, value in zip(flags[::2], flags[1::2], strict=True) if name in known for item in (name, value)]
+    processes = ["--nproc-per-node", str(ranks_per_node(job.launch))]
+    return [sys.executable, "-m", "trainers.agent", *meeting, *processes, *kept, "-m", "trainers", str(job.config_path)]
+
+
+def _torchrun_source() -> str:
+    """Return the text of torchrun's program without importing torch; without torch, as if it had every flag."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "--signals-to-handle --shutdown-timeout"
+    return (Path(spec.origin).parent / "distributed" / "run.py").read_text(encoding="utf-8")
+
+
+def additions(job: Job) -> dict[str, str]:
+    """Return the environment variables that ranks get besides the launcher's own."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks_per_node(job.launch))))
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.launch.gpus_per_node == 0 else {}
+    return {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "FULLTUNE_LAUNCHER": str(os.getpid()), **hidden}
+
+
+def environment(job: Job) -> dict[str, str]:
+    """Return the whole environment of the ranks."""
+    return {**os.environ, **additions(job)}
+
+
+def rank_lines(job: Job, master: str) -> list[str]:
+    """Return what torchrun makes of each rank, one line each; the port is free only once the run starts."""
+    local, lines = ranks_per_node(job.launch), []
+    for rank in range(world_size(job.launch)):
+        place = f"RANK={rank} LOCAL_RANK={rank % local} WORLD_SIZE={world_size(job.launch)} MASTER_ADDR={master} MASTER_PORT=<free port>"
+        lines.append(f"{place} {shlex.join([sys.executable, '-m', 'trainers', str(job.config_path)])}")
+    return lines
+
+
+def _line(job: Job, words: list[str]) -> str:
+    return " ".join([*(f"{name}={shlex.quote(value)}" for name, value in additions(job).items()), shlex.join(words)])

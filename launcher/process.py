@@ -1,0 +1,70 @@
+"""Run one child to its end: hand signals on, outlive nothing, leave no orphan."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+KILL_AFTER_S = 30  # beyond the time that ranks get to save: torchrun kills its workers first
+
+
+def run(command: list[str], environment: dict[str, str], shutdown_s: int, keep_open: tuple[int, ...] = ()) -> tuple[int, int | None]:
+    """Run a command in its own session; returns its exit code and the first signal that we got, or None.
+
+    A signal is passed on once; then the child has `shutdown_s` to save and end by itself before its session is killed.
+    The child gets SIGTERM when this process dies, even by kill -9.
+    """
+    received: list[int] = []
+    previous = {number: signal.getsignal(number) for number in FORWARDED}
+    for number in FORWARDED:
+        if previous[number] is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and ranks once, through us
+            preexec_fn=_end_with_parent(),
+            pass_fds=keep_open,
+        )
+        return _wait(child, received, shutdown_s), received[0] if received else None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """Return what the child calls before its program starts; None where the system has no prctl."""
+    if sys.platform != "linux":
+        return None
+    libc, parent = ctypes.CDLL(None), os.getpid()  # loaded before the fork
+
+    def ask_for_signal() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # died before we could ask
+            os._exit(1)
+
+    return ask_for_signal
+
+
+def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int) -> int:
+    deadline: float | None = None
+    while True:
+        try:
+            return child.wait(timeout=0.25)
+        except subprocess.TimeoutExpired:
+            pass
+        if received and deadline is None:
+            name = signal.Signals(received[0]).name
+            print(f"{name}: waiting up to {shutdown_s} s for the ranks to save and stop", file=sys.stderr, flush=True)
+            child.send_signal(signal.SIGTERM if received[0] == signal.SIGHUP else received[0])
+            deadline = time.monotonic() + shutdown_s + KILL_AFTER_S
+        if deadline is not None and time.monotonic() > deadline:
+            os.killpg(child.pid, signal.SIGKILL)

@@ -1,0 +1,78 @@
+"""The table at the end of a run: the main figures of RUN_DIR/summary.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def print_summary(run_dir: Path) -> None:
+    """Print the figures of a run that is done; says so where there are none."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        print(f"{run_dir}: done, but summary.json cannot be read")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(run_dir.name), show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows(summary):
+        table.add_row(name, value)
+    Console().print(table, markup=False)
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the table's lines; a figure that the run does not have makes none."""
+    seconds = summary.get("wall_seconds")
+    lines = [
+        ("held-out loss", _change(summary.get("eval_loss_before"), summary.get("eval_loss_after"))),
+        ("training loss", _number(summary.get("train_loss"), ".4f")),
+        ("steps", _number(summary.get("steps"), ",d")),
+        ("skipped steps", _number(summary.get("skipped_steps") or None, ",d")),
+        ("tokens", _number(summary.get("tokens"), ",d")),
+        ("tokens/s", _number(summary.get("tokens_per_second"), ",.0f")),
+        ("MFU", _number(summary.get("mfu"), ".1%")),
+        ("peak device memory", _bytes(summary.get("device_bytes_peak"))),
+        ("peak host memory", _bytes(summary.get("host_bytes_peak"))),
+        ("trained parameters", _share(summary.get("trainable_parameters"), summary.get("parameters"))),
+        ("wall time", "" if seconds is None else f"{seconds / 60:.1f} min"),
+        ("GPU hours", _number(summary.get("gpu_hours") or None, ".2f")),
+        ("export", summary.get("export") or ""),
+        *_sample(summary.get("sample")),
+    ]
+    return [(name, value) for name, value in lines if value]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if after is None:
+        return ""
+    return f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
+
+
+def _bytes(value: float | None) -> str:
+    return f"{value / 2**30:.2f} GiB" if value else ""
+
+
+def _share(trained: int | None, total: int | None) -> str:
+    if trained is None or not total:
+        return ""
+    return f"{trained:,d} of {total:,d} ({trained / total:.1%})"
+
+
+def _sample(sample: dict[str, str] | None) -> list[tuple[str, str]]:
+    return [] if not sample else [("sample prompt", _brief(sample["prompt"])), ("sample answer", _brief(sample["answer"]))]
+
+
+def _brief(text: str, lines: int = 6, characters: int = 400) -> str:
+    """Cut a text to what a table can hold: a small model may answer with a page of blank lines."""
+    kept = [line.rstrip() for line in text.splitlines() if line.strip()]
+    brief = "\n".join(kept[:lines])[:characters]
+    return brief if brief == "\n".join(kept) else brief + " ..."

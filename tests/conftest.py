@@ -1,0 +1,131 @@
+"""Shared fixtures: tiny models made in code, and real process groups started once per world size."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real models and data is not here")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
+    import torch
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    from trainers.world import World
+
+    world = World.from_environment()
+    world.connect(timeout_s=60)
+    while (order := pipe.recv()) is not None:
+        function, args = order
+        try:
+            pipe.send((True, function(world, *args)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    world.disconnect()
+
+
+class Ranks:
+    """Processes of one gloo group; `call` runs a function with their World on each and returns every rank's result."""
+
+    def __init__(self, size: int) -> None:
+        context = mp.get_context("spawn")
+        port = free_port()
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(timeout_s):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer in {timeout_s} s")
+            ok, value = pipe.recv()
+            results.append(value if ok else RuntimeError(value))
+        failed = [value for value in results if isinstance(value, RuntimeError)]
+        if failed:
+            raise failed[0]
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join(10)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(2)` is a process group of two ranks, kept for the whole session."""
+    groups: dict[int, Ranks] = {}
+
+    def group(size: int) -> Ranks:
+        if size not in groups or not all(process.is_alive() for process in groups[size].processes):
+            groups[size] = Ranks(size)
+        return groups[size]
+
+    yield group
+    for kept in groups.values():
+        kept.close()
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 33,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of vocabulary 33 with tied embeddings, saved in Hugging Face form."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", tied=True)
+
+
+def save_tiny(folder: Path, tied: bool, seed: int = 0, **more: Any) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(TINY | {"initializer_range": 0.2} | more), tie_word_embeddings=tied))
+    model.save_pretrained(folder)
+    return folder

@@ -1,0 +1,332 @@
+"""What is trained of a conversation, for chat formats of many kinds: equal to golden files that were read by eye.
+
+The templates in tests/golden/*.jinja are written here in the spirit of the formats; GOLDEN=write makes the files anew.
+"""
+
+import json
+import os
+from pathlib import Path
+from random import Random
+
+import pytest
+from conftest import SHARED, needs_shared
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from trainers.config import ConfigError, DataConfig, Layout, ModelConfig, RunConfig, Supervise
+from trainers.data.encode import encoder_of
+from trainers.data.formats import BadRow, to_messages
+from trainers.data.masks import CHATML, Rendered, fill, plain_pair, render, shared_length, template_of
+from trainers.data.sources import Row
+from trainers.data.tokenizer import stop_ids
+from trainers.data.words import word_cache
+
+GOLDEN = Path(__file__).parent / "golden"
+TOKENS = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin|>", "<|header|>", "<|/header|>", "<|eot|>", "<|eom|>"],
+    "inst": ["<s>", "</s>"],
+    "gemma": ["<bos>", "<turn>", "</turn>", "\n\n"],
+    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+    "zephyr": ["</s>"],
+    "think": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
+    "vicuna": ["<s>", "</s>"],
+    "marked": ["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
+    "deepseek": ["<|begin|>", "<|User|>", "<|Assistant|>", "<|eos|>", "<think>", "</think>"],
+}
+EOS = {"llama3": "<|eot|>", "inst": "</s>", "zephyr": "</s>", "vicuna": "</s>", "deepseek": "<|eos|>", "chatml": "<|im_end|>"}
+BOS = {"llama3": "<|begin|>", "inst": "<s>", "gemma": "<bos>", "vicuna": "<s>", "deepseek": "<|begin|>"}
+CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "two"}'}}
+CONVERSATIONS = {
+    "multi_turn": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": " Hello! "},
+        {"role": "user", "content": "And 2+2?"},
+        {"role": "assistant", "content": "4"},
+    ],
+    "same_words": [
+        {"role": "user", "content": "ok"},
+        {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "ok"},
+        {"role": "assistant", "content": "ok"},
+    ],
+    "ends_with_user": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "Two?"}],
+    "tools": [
+        {"role": "user", "content": "1 + two?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3", "tool_call_id": "call00001", "name": "add"},
+        {"role": "assistant", "content": "It is 3."},
+        {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Bye"},
+    ],
+    "reasoning": [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": "b", "reasoning_content": "first thought"},
+        {"role": "user", "content": "c?"},
+        {"role": "assistant", "content": "<think>\nsecond thought\n</think>\n\nd"},
+    ],
+}
+
+
+def tokenizer_of(name, eos=None, pad=None):
+    """A byte tokenizer with the special tokens of a format and its template."""
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [AddedToken(token, special=bool(token.strip()), normalized=False) for token in ["<|endoftext|>", *TOKENS.get(name, [])]]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos or EOS.get(name, "<|endoftext|>"), bos_token=BOS.get(name), pad_token=pad
+    )
+    fast.chat_template = CHATML if name == "chatml" else (GOLDEN / f"{name}.jinja").read_text()
+    return fast
+
+
+def marked(rendered: Rendered) -> str:
+    out, at = [], 0
+    for start, end in rendered.spans:
+        out += [rendered.text[at:start], "⟦", rendered.text[start:end], "⟧"]
+        at = end
+    return "".join([*out, rendered.text[at:]])
+
+
+def rendering(template, conversation, supervise=Supervise.assistant):
+    try:
+        return marked(render(template, to_messages({"messages": conversation}, Layout.messages), None, supervise))
+    except BadRow as error:
+        return f"BadRow: {error}"
+
+
+def golden(name, text):
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("GOLDEN") == "write":
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_masks_of_each_format_equal_its_golden_file(name):
+    template = template_of(tokenizer_of(name), name)
+    parts = [f"##### {key}\n{rendering(template, conversation)}\n" for key, conversation in CONVERSATIONS.items()]
+    golden(name, "".join(parts))
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_every_supervised_turn_trains_its_end_token(name):
+    tokenizer = tokenizer_of(name)
+    rendered = render(template_of(tokenizer, name), CONVERSATIONS["multi_turn"])
+    assert len(rendered.spans) == 2
+    for start, end in rendered.spans:
+        last = tokenizer(rendered.text[start:end], add_special_tokens=False)["input_ids"][-1]
+        assert last in stop_ids(tokenizer)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_supervise_last_is_the_last_span_and_all_is_everything(name):
+    template = template_of(tokenizer_of(name), name)
+    turns = render(template, CONVERSATIONS["multi_turn"])
+    assert render(template, CONVERSATIONS["multi_turn"], None, Supervise.last).spans == turns.spans[-1:]
+    assert render(template, CONVERSATIONS["multi_turn"], None, Supervise.all).spans == [(0, len(turns.text))]
+
+
+def encoded(tokenizer, row, **options):
+    config = RunConfig(model=ModelConfig(id="x"), data=DataConfig(path="x", **options))
+    documents = encoder_of(config, tokenizer, Layout.messages).encode([Row(row, "x", 1)])
+    assert (documents.bad, documents.error) == ([], None)
+    return documents
+
+
+def test_token_masks_are_the_spans_and_pad_equal_to_eos_is_trained():
+    tokenizer = tokenizer_of("chatml", pad="<|im_end|>")
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    documents = encoded(tokenizer, {"messages": CONVERSATIONS["multi_turn"]})
+    trained = documents.tokens[documents.supervised == 1]
+    assert tokenizer.decode(trained) == " Hello! <|im_end|>4<|im_end|>"
+
+
+def test_token_masks_hold_for_characters_of_many_bytes():
+    tokenizer = tokenizer_of("chatml")
+    turns = [{"role": "user", "content": "안녕 👋 é"}, {"role": "assistant", "content": "여보세요 👍🏽 ü"}]
+    documents = encoded(tokenizer, {"messages": turns})
+    assert tokenizer.decode(documents.tokens[documents.supervised == 1]) == "여보세요 👍🏽 ü<|im_end|>"
+
+
+def test_byte_sums_and_offsets_give_the_same_mask():
+    tokenizer = tokenizer_of("llama3")
+    config = RunConfig(model=ModelConfig(id="x"), data=DataConfig(path="x"))
+    encoder = encoder_of(config, tokenizer, Layout.messages)
+    rows = [Row({"messages": conversation}, "x", 1) for conversation in CONVERSATIONS.values()]
+    assert encoder.byte_lengths is not None
+    by_bytes = encoder.encode(rows)
+    encoder.byte_lengths = None
+    by_offsets = encoder.encode(rows)
+    assert (by_bytes.supervised == by_offsets.supervised).all()
+    assert by_bytes.supervised.sum() > 0
+
+
+LIKE_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def trained_bpe(pattern):
+    tokenizer = Tokenizer(models.BPE())
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = None if pattern is None else pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.pre_tokenizer = bytes_only if split is None else pre_tokenizers.Sequence([split, bytes_only])
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<|a|>", "<|a|>b"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    return tokenizer
+
+
+@pytest.mark.parametrize("pattern", [None, LIKE_LLAMA3], ids=["gpt2", "llama3"])
+def test_looked_up_words_are_the_tokenizers_own_ids(pattern):
+    tokenizer = trained_bpe(pattern)
+    cache = word_cache(tokenizer)
+    assert cache is not None
+    random = Random(0)
+    pieces = [
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r\n",
+        "<|a|>",
+        "<|a|>b",
+        "'S",
+        "'re",
+        "word",
+        "X",
+        "12",
+        "3",
+        "_",
+        "...",
+        "\x1c",
+        "\x00",
+        "é",
+        "한",
+        "\xa0",
+    ]
+    texts = ["".join(random.choices(pieces, k=random.randint(0, 30))) for _ in range(3000)]
+    assert cache.encode_batch(texts) == [found.ids for found in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def test_tokenizers_that_cut_otherwise_have_no_word_cache():
+    tokenizer = trained_bpe(None)
+    tokenizer.normalizer = normalizers.Lowercase()
+    assert word_cache(tokenizer) is None
+
+
+def test_no_end_of_turn_is_an_error_that_names_the_remedy():
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    with pytest.raises(ConfigError, match="eos_token"):
+        render(template_of(tokenizer, "bare"), CONVERSATIONS["multi_turn"])
+
+
+def test_the_next_turns_opening_is_no_end_of_turn():
+    tokenizer = tokenizer_of("phi3")
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}{{ eos_token }}"
+    text = rendering(template_of(tokenizer, "bare"), CONVERSATIONS["same_words"])
+    assert text == "<|user|>ok<|assistant|>⟦ok⟧<|user|>ok<|assistant|>⟦ok<|endoftext|>⟧"
+
+
+def test_a_turn_that_the_template_leaves_out_is_a_bad_row():
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}{{ eos_token }}"
+    assert "leaves out" in rendering(template_of(tokenizer, "bare"), CONVERSATIONS["multi_turn"])
+
+
+def test_chatml_on_a_tokenizer_without_its_tokens_trains_the_end_as_text():
+    tokenizer = tokenizer_of("zephyr")
+    tokenizer.chat_template = CHATML
+    assert "⟦4<|im_end|>⟧\n" in rendering(template_of(tokenizer, "chatml"), CONVERSATIONS["multi_turn"])
+
+
+def test_generation_marks_that_stop_short_are_made_longer():
+    tokenizer = tokenizer_of("marked")
+    tokenizer.chat_template = (
+        (GOLDEN / "marked.jinja").read_text().replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|im_end|>")
+    )
+    assert "endgeneration %}<|im_end|>" in tokenizer.chat_template
+    assert rendering(template_of(tokenizer, "short"), CONVERSATIONS["same_words"]).count("⟦ok<|im_end|>⟧") == 2
+
+
+def test_a_broken_template_is_an_error_on_the_template():
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.chat_template = "{% for m in messages %}"
+    with pytest.raises(ConfigError, match="not valid Jinja"):
+        render(template_of(tokenizer, "x"), CONVERSATIONS["same_words"])
+
+
+def test_plain_pair_trains_completion_and_end():
+    assert marked(plain_pair("Q\n", "A", "<s>", "</s>")) == "<s>Q\n⟦A</s>⟧"
+
+
+def test_shared_length_counts_characters():
+    for one, other in [("", ""), ("abc", "abd"), ("abc", "abc"), ("abc", "x"), ("ab", "abc"), ("aXbX", "aXcX")]:
+        expected = next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
+        assert shared_length(one, other) == expected
+
+
+REAL_TOKENS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|im_sep|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+]
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["chatml", "gemma3", "llama3_1", "mistral_v2v3", "phi3", "phi_4", "qwen2_5", "qwen3"])
+@pytest.mark.parametrize("special", [True, False], ids=["own tokens", "gpt2 text"])
+def test_real_templates(name, special):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / ("mistral_v1" if special else "gpt2"))
+    if special:
+        tokenizer.add_tokens([AddedToken(token, special=True) for token in REAL_TOKENS])
+    tokenizer.chat_template = (SHARED / "templates" / f"{name}.jinja").read_text()
+    template = template_of(tokenizer, name)
+    for key in ("multi_turn", "same_words"):
+        rendered = render(template, CONVERSATIONS[key])
+        ends = {"gemma3": "<end_of_turn>", "llama3_1": "<|eot_id|>", "mistral_v2v3": tokenizer.eos_token, "phi3": "<|end|>"}
+        wanted = [
+            message["content"].strip() + ends.get(name, "<|im_end|>") for message in CONVERSATIONS[key] if message["role"] == "assistant"
+        ]
+        found = [rendered.text[start:end] for start, end in rendered.spans]
+        assert [text.lstrip().replace(" <", "<") for text in found] == wanted
+        assert (
+            rendered.text == fill(template, CONVERSATIONS[key], None) == tokenizer.apply_chat_template(CONVERSATIONS[key], tokenize=False)
+        )
+
+
+@needs_shared
+def test_real_golden_masks():
+    """The renderings of all conversations through qwen3, llama 3.1 and mistral, as digests of what was read by eye."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "mistral_v1")
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in REAL_TOKENS])
+    found = {}
+    for name in ("qwen3", "llama3_1", "mistral_v2v3", "qwen2_5"):
+        tokenizer.chat_template = (SHARED / "templates" / f"{name}.jinja").read_text()
+        template = template_of(tokenizer, name)
+        for key in ("tools", "reasoning"):
+            turns = rendering(template, CONVERSATIONS[key])
+            found[f"{name} {key}"] = [part.split("⟧")[0] for part in turns.split("⟦")[1:]]
+    golden("real_tools_and_reasoning", json.dumps(found, indent=1) + "\n")

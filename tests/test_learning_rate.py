@@ -1,0 +1,52 @@
+"""The learning rate is a pure function of the step, equal to closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from trainers.config import OptimConfig, Schedule
+from trainers.loop import learning_rate, stalled
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_warm_up_rises_linearly_to_the_peak(schedule: Schedule) -> None:
+    optim = OptimConfig(lr=2.0, warmup_steps=4, schedule=schedule)
+    assert [learning_rate(optim, step, 20) for step in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    assert learning_rate(optim, 4, 20) == 2.0
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_ends_at_its_floor() -> None:
+    optim = OptimConfig(lr=1.0, schedule=Schedule.cosine, min_lr_fraction=0.1)
+    rates = [learning_rate(optim, step, 101) for step in range(101)]
+    assert rates[0] == 1.0
+    assert rates[50] == pytest.approx(0.55)
+    assert rates[25] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_linear_falls_evenly_to_zero() -> None:
+    optim = OptimConfig(lr=1.0, schedule=Schedule.linear, warmup_steps=1)
+    assert [learning_rate(optim, step, 6) for step in range(1, 6)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_wsd_stays_and_then_decays_over_its_share() -> None:
+    optim = OptimConfig(lr=1.0, schedule=Schedule.wsd, decay_fraction=0.2)
+    rates = [learning_rate(optim, step, 50) for step in range(50)]
+    assert rates[:40] == [1.0] * 40
+    assert rates[40:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+
+
+def test_one_step_runs_are_trained_at_the_peak() -> None:
+    for schedule in Schedule:
+        if schedule is not Schedule.wsd:
+            assert learning_rate(OptimConfig(lr=1.0, schedule=schedule), 0, 1) == 1.0
+
+
+def test_stalled_counts_evaluations_without_improvement() -> None:
+    assert not stalled([3.0, 2.0, 2.5], patience=2, min_improvement=0.0)
+    assert stalled([3.0, 2.0, 2.5, 2.0], patience=2, min_improvement=0.0)
+    assert not stalled([3.0, 2.0, 2.5, 1.9], patience=2, min_improvement=0.0)
+    assert stalled([3.0, 2.0, 1.99, 1.98], patience=2, min_improvement=0.1)
+    assert not stalled([3.0] * 9, patience=None, min_improvement=0.0)

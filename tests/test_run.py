@@ -1,0 +1,325 @@
+"""The command a user types, end to end on real processes: what a run leaves behind, how it stops, continues and fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_tiny
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the cat sat on a mat while two dogs ran far over green hills and home again".split()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a word tokenizer of odd size and a ChatML template, in Hugging Face form."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
+    vocabulary = {word: number for number, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    folder = save_tiny(tmp_path_factory.mktemp("base") / "model", tied=True, vocab_size=len(fast), initializer_range=0.1)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short chats of ragged lengths."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+
+    def say(longest: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    rows = [
+        {"messages": [{"role": "user", "content": say(9)}, {"role": "assistant", "content": say(14)}] * rng.randint(1, 2)}
+        for _ in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "FULLTUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+
+
+def arguments(base: Path, chats: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={chats}", "data.template=chatml"),
+        *(
+            f"run_dir={run_dir}",
+            "data.seq_len=64",
+            "data.eval_fraction=0.1",
+            "train.steps=8",
+            "train.global_batch=4",
+            "train.precision=fp32",
+        ),
+        *("optim.lr=1e-2", "train.eval_every=4", "log.wandb=disabled", "launch.processes=2", *more),
+    ]
+
+
+def launch(cache: Path, line: list[str], expect: int = 0) -> str:
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    said = launch(cache, arguments(base, chats, run_dir, "log.wandb=offline", "checkpoint.every=4"))
+    assert "held-out loss" in said
+    return run_dir
+
+
+def test_the_run_directory_keeps_its_contract(finished: Path) -> None:
+    assert {"config.yaml", "manifest.json", "status.json", "metrics.jsonl", "summary.json", "logs", "checkpoints", "export"} <= {
+        path.name for path in finished.iterdir()
+    }
+    assert json.loads((finished / "status.json").read_text())["state"] == "done"
+    steps = [row for row in read_rows(finished) if "loss" in row]
+    keys = {
+        "step",
+        "epoch",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "device_bytes_peak",
+        "host_bytes_peak",
+    }
+    assert [row["step"] for row in steps] == list(range(1, 9))
+    assert all(keys <= row.keys() for row in steps)
+    assert [row["step"] for row in read_rows(finished) if "eval_loss" in row] == [0, 4, 8]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert summary["tokens"] == steps[-1]["tokens"]
+    assert summary["trainable_parameters"] == summary["parameters"]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert {"fingerprint", "tokenizer_hash", "template_hash"} <= manifest["data"].keys()
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-000004", "step-000008"]
+    assert {path.name for path in (finished / "logs" / "attempt-1").iterdir()} >= {"rank-0.log", "rank-1.log"}
+
+
+OPEN_PLAINLY = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+text = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}], tokenize=False, add_generation_prompt=True)
+ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+assert not [name for name in sys.modules if name.startswith(("trainers", "launcher"))]
+stops = model.generation_config.eos_token_id
+print(json.dumps({"logits": model(ids).logits[0].tolist(), "ids": ids[0].tolist(), "stops": stops, "dtype": str(model.dtype)}))
+"""
+
+
+def test_plain_transformers_opens_the_export_in_a_process_without_us(finished: Path, base: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-c", OPEN_PLAINLY, str(finished / "export")]
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    said = subprocess.run(line, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=100, check=True).stdout
+    opened = json.loads(said.splitlines()[-1])
+    from trainers.config import load
+    from trainers.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(load(finished / "config.yaml"))
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in opened["stops"]
+    assert opened["dtype"] == "torch.float32"
+    import torch.distributed.checkpoint as dcp
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    state = {"model": {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}}
+    dcp.load(state, checkpoint_id=finished / "checkpoints" / "step-000008", no_dist=True)
+    with torch.no_grad():
+        expected = model(torch.tensor([opened["ids"]])).logits[0]
+    torch.testing.assert_close(torch.tensor(opened["logits"]), expected, rtol=0, atol=1e-6)
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Read a .wandb file: 7 bytes of its own, then LevelDB's log format (blocks of 32 KiB; checksum, length, type, part)."""
+    position, parts = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""
+
+
+def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
+    from wandb.proto import wandb_internal_pb2
+
+    files = list((finished / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+    assert files[0].stem.removeprefix("run-") == json.loads((finished / "manifest.json").read_text())["wandb_id"]
+    steps, config, tags = [], {}, []
+    for data in wandb_records(files[0].read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.history.item:
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            if "loss" in items:
+                steps.append(items["step"])
+        if record.run.run_id:
+            config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+            tags += list(record.run.tags)
+    assert steps == list(range(1, 9))
+    assert config["optim"]["lr"] == 1e-2
+    assert {"full", "fsdp"} <= set(tags)
+
+
+def trace(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What must not depend on interruptions, bit for bit."""
+    keys = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "eval_loss")
+    return [tuple(row.get(key) for key in keys) for row in read_rows(run_dir)]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 100) -> None:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until and process.poll() is None:
+        if (run_dir / "metrics.jsonl").is_file() and any(row["step"] >= step for row in read_rows(run_dir)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+def test_a_stopped_run_continues_to_the_same_figures(base: Path, chats: Path, cache: Path, tmp_path: Path, how: signal.Signals) -> None:
+    more = ["train.steps=60", "checkpoint.every=3", "train.eval_every=20"]
+    whole = arguments(base, chats, tmp_path / "whole", *more)
+    launch(cache, whole)
+    line = arguments(base, chats, tmp_path / "parts", *more)
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for_step(tmp_path / "parts", 10, process)
+        process.send_signal(how)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    expected = {signal.SIGTERM: 75, signal.SIGUSR2: 75, signal.SIGINT: 130, signal.SIGKILL: -9}[how]
+    assert process.returncode == expected, said
+    if how is not signal.SIGKILL:
+        status = json.loads((tmp_path / "parts" / "status.json").read_text())
+        assert status["state"] == "preempted"
+        assert (tmp_path / "parts" / "checkpoints" / f"step-{status['step']:06d}").is_dir()
+    wait_until_gone(tmp_path / "parts")
+    launch(cache, line)
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    assert (tmp_path / "parts" / "logs" / "attempt-2").is_dir()
+
+
+def wait_until_gone(run_dir: Path, timeout_s: float = 60) -> None:
+    """Wait until no process names the run directory; fail if one stays."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        found = subprocess.run(
+            ["pgrep", "-f", f"trainers {run_dir}"], capture_output=True, text=True, check=False, timeout=10
+        ).stdout.split()
+        if not found:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"processes left behind: {found}")
+
+
+def damaged_bases(base: Path, folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    bases = {name: shutil.copytree(base, folder / name) for name in ("truncated", "missing", "misshapen")}
+    weights = bases["truncated"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    tensors = load_file(base / "model.safetensors")
+    lost = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    save_file(lost, bases["missing"] / "model.safetensors", metadata={"format": "pt"})
+    wrong = tensors | {"model.norm.weight": torch.ones(7)}
+    save_file(wrong, bases["misshapen"] / "model.safetensors", metadata={"format": "pt"})
+    words = {"truncated": ["damaged or truncated"], "missing": ["lacks model.norm.weight"], "misshapen": ["model.norm.weight is [7]"]}
+    return {name: (bases[name], words[name]) for name in bases}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "misshapen"])
+def test_damaged_weights_are_named_and_every_rank_is_gone(base: Path, chats: Path, cache: Path, tmp_path: Path, damage: str) -> None:
+    folder, words = damaged_bases(base, tmp_path)[damage]
+    started = time.monotonic()
+    said = launch(cache, arguments(folder, chats, tmp_path / "run"), expect=2)
+    assert time.monotonic() - started < 60
+    assert all(word in said for word in [*words, "model.id"]), said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
+    wait_until_gone(tmp_path / "run", 10)
+
+
+def test_one_rank_alone_equals_two(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path) -> None:
+    launch(cache, arguments(base, chats, tmp_path / "run", "launch.processes=1", "train.microbatch=2"))
+    for one, two in zip(read_rows(tmp_path / "run"), read_rows(finished), strict=True):
+        assert (one["step"], one["tokens"]) == (two["step"], two["tokens"])
+        assert one.get("lr") == two.get("lr")
+        for key in ("loss", "eval_loss", "grad_norm"):
+            assert one.get(key) == (two.get(key) if two.get(key) is None else pytest.approx(two[key], rel=1e-4))
+
+
+def test_the_same_command_of_a_finished_run_starts_nothing(base: Path, chats: Path, cache: Path, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    said = launch(cache, arguments(base, chats, finished, "log.wandb=offline", "checkpoint.every=4"))
+    assert "done already" in said
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_too_many_non_finite_steps_end_the_run(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    said = launch(cache, arguments(base, chats, tmp_path / "run", "optim.lr=1e30", "optim.clip=null", "train.max_skipped=2"), expect=1)
+    assert "2 steps in a row were skipped" in said
+    assert "Traceback" not in said
+    rows = [row for row in read_rows(tmp_path / "run") if "loss" in row]
+    assert not (tmp_path / "run" / "export").exists()
+    assert rows[-1]["grad_norm"] is None
+
+
+def test_early_stopping_ends_a_run_that_does_not_improve(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    more = ["train.steps=40", "optim.lr=1e-12", "train.eval_every=2", "train.patience=2", "train.min_improvement=0.01"]
+    launch(cache, arguments(base, chats, tmp_path / "run", *more))
+    rows = read_rows(tmp_path / "run")
+    assert rows[-1]["step"] == 4
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: would train in bf16 with nccl and read MFU and device peak")
+def test_a_gpu_run_reports_mfu_and_device_memory(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    launch(cache, arguments(base, chats, tmp_path / "run", "train.precision=bf16", "launch.processes=1"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["device_bytes_peak"] > 0
+    assert summary["mfu"] is not None

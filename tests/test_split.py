@@ -1,0 +1,306 @@
+"""The same rows give the same run however they are split into ranks, microbatches and accumulation; packed or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Ranks, save_tiny
+from transformers import AutoModelForCausalLM
+
+from trainers.batch import IGNORE
+from trainers.config import DataConfig, LogConfig, ModelConfig, OptimConfig, Precision, RunConfig, TrainConfig, WandbMode
+from trainers.data.loader import Loader, make_batch
+from trainers.data.pack import pack
+from trainers.data.prepare import Prepared
+from trainers.data.table import TokenTable
+from trainers.engines.base import build_engine
+from trainers.loop import learning_rate, require_isolation, train
+from trainers.model import Blueprint
+from trainers.world import World
+
+LR, STEPS = 1e-2, 3
+EPS = 1e-3
+"""AdamW divides by sqrt(v) + eps: with its usual 1e-8, a gradient of pure rounding noise becomes a full step of size lr."""
+
+
+def ragged_table(lengths: list[int], packed: int | None = None, masked: tuple[int, ...] = ()) -> TokenTable:
+    """Documents of these lengths, the first third of each unsupervised; `masked` ones have no label at all."""
+    generator = np.random.default_rng(3)
+    tokens = [generator.integers(3, 33, length) for length in lengths]
+    supervised = [np.r_[np.zeros(max(1, length // 3)), np.ones(length - max(1, length // 3))] for length in lengths]
+    for document in masked:
+        supervised[document][:] = 0
+    order, rows = pack(np.array(lengths), packed) if packed else (np.arange(len(lengths)), np.arange(len(lengths) + 1))
+    return TokenTable(
+        tokens=np.concatenate(tokens).astype(np.int32),
+        supervised=np.concatenate(supervised).astype(np.uint8),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        order=order,
+        rows=rows,
+    )
+
+
+LENGTHS = [5, 29, 11, 3, 40, 17, 8, 23]
+
+
+def config_for(run_dir: Path, model: Path, **train_fields: Any) -> RunConfig:
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(id=str(model)),
+        data=DataConfig(path="unused"),
+        optim=OptimConfig(lr=LR, warmup_steps=1, clip=0.5, weight_decay=0.1, eps=EPS),
+        train=TrainConfig(precision=Precision.fp32, **train_fields),
+        log=LogConfig(wandb=WandbMode.disabled),
+    )
+
+
+def blueprint_for(model: Path, attention: str | None = None) -> Blueprint:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    config._attn_implementation = attention
+    return Blueprint(config=config, folder=model, revision=None, seed=0, trust_remote_code=False)
+
+
+def run_split(world: World, run_dir: Path, model: Path, table: TokenTable, eval_table: TokenTable | None, **fields: Any) -> dict[str, Any]:
+    """Train through the real loop; return the metrics rows, each step's whole gradients, and the whole weights."""
+    run_dir.mkdir(exist_ok=True)
+    config = config_for(run_dir, model, **fields)
+    engine = build_engine(config, world, blueprint_for(model))
+    gradients, plain_step = [], engine.step
+
+    def step(lr: float) -> float:
+        parameters = engine.model.named_parameters()
+        gradients.append({name: p.grad.full_tensor().clone() for name, p in parameters})
+        return plain_step(lr)
+
+    engine.step = step  # what is seen is what the optimizer gets, before clipping
+    loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+    data = Prepared(path=run_dir, train=table, eval=eval_table, report={}, reused=True)
+    outcome = train(config, world, engine, data, loader, 1.0)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if world.rank == 0 else []
+    return {"rows": rows, "gradients": gradients, "weights": dict(engine.weights()), "outcome": outcome}
+
+
+def steps_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if "loss" in row]
+
+
+def run_plainly(model_dir: Path, table: TokenTable) -> dict[str, Any]:
+    """One process, plain transformers and torch, one unpadded row at a time."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95), eps=EPS
+    )
+    optim = OptimConfig(lr=LR, warmup_steps=1)
+    losses, gradients = [], []
+    for step in range(STEPS):
+        rows = list(plain_rows(table))
+        weight = sum(int((labels != IGNORE).sum()) for _, labels in rows)
+        total = 0.0
+        for ids, labels in rows:
+            logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+            loss = torch.nn.functional.nll_loss(logps, labels, ignore_index=IGNORE, reduction="sum") / weight
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, STEPS)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "gradients": gradients, "weights": model.state_dict()}
+
+
+def plain_rows(table: TokenTable) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for document in range(len(table.offsets) - 1):
+        part = slice(table.offsets[document], table.offsets[document + 1])
+        ids = torch.from_numpy(table.tokens[part].astype(np.int64))
+        labels = torch.full_like(ids, IGNORE)
+        labels[:-1] = torch.where(torch.from_numpy(table.supervised[part][1:] > 0), ids[1:], IGNORE)
+        yield ids, labels
+
+
+def relative(got: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
+    """Norm of the difference of all tensors together, relative to the reference's norm."""
+    difference, whole = (torch.cat([tensor.flatten() for tensor in tensors.values()]) for tensors in (minus(got, reference), reference))
+    return float(difference.norm() / whole.norm())
+
+
+def minus(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: one[name] - other[name] for name in one}
+
+
+SPLITS = [(1, 8, 1), (2, 4, 1), (2, 1, 4), (2, 2, 2), (1, 1, 8)]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("untied") / "model", tied=False, initializer_range=0.05)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    ranks: Callable[[int], Ranks], untied: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, int, int], dict[str, Any]]:
+    table, folder = ragged_table(LENGTHS), tmp_path_factory.mktemp("splits")
+    results = {}
+    for size, microbatch, accumulation in SPLITS:
+        assert size * microbatch * accumulation == len(LENGTHS)
+        fields = {"steps": STEPS, "global_batch": len(LENGTHS), "microbatch": microbatch}
+        run_dir = folder / f"{size}x{microbatch}x{accumulation}"
+        results[size, microbatch, accumulation] = ranks(size).call(run_split_fields, run_dir, untied, table, None, fields)[0]
+    return results
+
+
+def run_split_fields(
+    world: World, run_dir: Path, model: Path, table: TokenTable, held_out: TokenTable | None, fields: dict[str, Any]
+) -> Any:
+    return run_split(world, run_dir, model, table, held_out, **fields)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: "x".join(map(str, split)))
+def test_every_split_equals_the_plain_loop(runs: dict[Any, Any], untied: Path, split: tuple[int, int, int]) -> None:
+    result, reference = runs[split], run_plainly(untied, ragged_table(LENGTHS))
+    assert [row["loss"] for row in steps_of(result)] == pytest.approx(reference["losses"], rel=1e-6)
+    for mine, theirs in zip(result["gradients"], reference["gradients"], strict=True):
+        assert relative(mine, theirs) < 1e-6
+    for name, tensor in result["weights"].items():
+        torch.testing.assert_close(tensor, reference["weights"][name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_learning_rate_trace_is_identical(runs: dict[Any, Any]) -> None:
+    traces = {split: [row["lr"] for row in steps_of(result)] for split, result in runs.items()}
+    assert len({tuple(trace) for trace in traces.values()}) == 1
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_equals_unpacked(ranks: Callable[[int], Ranks], untied: Path, attention: str) -> None:
+    packed, alone = ranks(1).call(loss_and_gradients, untied, attention)[0]
+    assert packed[0] == pytest.approx(alone[0], rel=1e-6)
+    assert relative(packed[1], alone[1]) < 1e-5
+
+
+def loss_and_gradients(world: World, model: Path, attention: str) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    results = []
+    for table in (ragged_table(LENGTHS, packed=64), ragged_table(LENGTHS)):
+        engine = build_engine(config_for(Path("unused"), model), world, blueprint_for(model, attention))
+        batches = [make_batch(table, np.array([row]), 1, 0) for row in range(len(table))]
+        total = 0.0
+        for number, batch in enumerate(batches, 1):
+            loss = -engine.token_logps(batch).sum()
+            engine.backward(loss, last=number == len(batches))
+            total += loss.item()
+        results.append((total, {name: p.grad.full_tensor() for name, p in engine.model.named_parameters()}))
+    return results
+
+
+@pytest.mark.parametrize("style", ["llama", "gemma2", "mistral"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_another_document_leaves_log_probabilities_bit_identical(tmp_path: Path, style: str, attention: str) -> None:
+    from conftest import TINY
+    from transformers import AutoConfig
+
+    more = {"sliding_window": 8} if style != "llama" else {}
+    config = AutoConfig.for_model(style, **TINY, head_dim=8, initializer_range=0.2, **more)
+    config._attn_implementation = attention
+    if style == "gemma2" and attention == "sdpa":
+        pytest.skip("Gemma 2 has no sdpa: its scores are capped")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    table = ragged_table(LENGTHS, packed=64)
+    batch = make_batch(table, np.arange(len(table)), len(table), 0)
+    changed = make_batch(table, np.arange(len(table)), len(table), 0)
+    assert len(table) < len(LENGTHS), "nothing is packed"
+    first = changed.position_ids.eq(0).cumsum(1).eq(1)  # each row's first document
+    changed.input_ids[first] = (changed.input_ids[first] + 7) % 33
+    from trainers.batch import token_logps
+
+    with torch.no_grad():
+        before, after = token_logps(model, batch), token_logps(model, changed)
+    assert torch.equal(before[~first], after[~first])
+    assert not torch.equal(before[first], after[first])
+
+
+def test_a_model_that_cannot_isolate_is_refused(ranks: Callable[[int], Ranks], untied: Path) -> None:
+    assert ranks(2).call(isolation_of, untied, False) == ["", ""]
+    assert all("packing" in message for message in ranks(2).call(isolation_of, untied, True))
+
+
+def isolation_of(world: World, model: Path, leaky: bool) -> str:
+    """Ask a model whose attention, if `leaky`, is given positions that do not restart: what a backend blind to them would do."""
+    engine = build_engine(config_for(Path("unused"), model), world, blueprint_for(model))
+    if leaky:
+        forward = engine.model.forward
+        engine.model.forward = lambda **inputs: forward(**(inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}))
+    try:
+        require_isolation(engine, world, 33, 1e-5)
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_seven_rows_on_three_ranks_with_packing_and_evaluation(
+    ranks: Callable[[int], Ranks], untied: Path, tmp_path: Path, size: int
+) -> None:
+    """Padding rows keep the ranks in step; every row and every token counts once, on both sides."""
+    table = ragged_table(LENGTHS[:7], packed=44, masked=(2,))
+    held_out = ragged_table([9, 4, 31, 12, 6, 20, 13], packed=None)
+    fields = {"epochs": 2.0, "global_batch": 3, "microbatch": 1, "eval_every": 1}
+    result = ranks(size).call(run_split_fields, tmp_path / "run", untied, table, held_out, fields)[0]
+    labels = sum(int((labels != IGNORE).sum()) for _, labels in plain_rows(table))
+    progress = result["outcome"].progress
+    assert (progress.rows, progress.tokens) == (2 * len(table), 2 * labels)
+    evaluations = [row for row in result["rows"] if "eval_loss" in row]
+    expected = sum(int((labels != IGNORE).sum()) for _, labels in plain_rows(held_out))
+    assert all(row["eval_tokens"] == expected for row in evaluations)
+    model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    with torch.no_grad():
+        loss = sum(
+            torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0], labels, ignore_index=IGNORE, reduction="sum")
+            for ids, labels in plain_rows(held_out)
+        )
+    assert evaluations[0]["eval_loss"] == pytest.approx(float(loss) / expected, rel=1e-5)
+
+
+def test_evaluation_does_not_depend_on_ranks_or_batch(ranks: Callable[[int], Ranks], untied: Path) -> None:
+    losses = [ranks(size).call(evaluate_alone, untied, rows)[0] for size in (1, 2, 3) for rows in (1, 3, 8)]
+    assert losses == pytest.approx([losses[0]] * 9, rel=1e-6)
+
+
+def evaluate_alone(world: World, model: Path, rows: int) -> float:
+    from trainers.data.loader import eval_batches
+    from trainers.loop import evaluate
+    from trainers.objectives import NextToken
+
+    engine = build_engine(config_for(Path("unused"), model), world, blueprint_for(model))
+    batches = eval_batches(ragged_table(LENGTHS[:7]), rows, rank=world.rank, world_size=world.size, pad_id=0)
+    return evaluate(engine, NextToken(), batches, world)[0]
+
+
+def test_a_rank_with_nothing_to_learn_changes_nothing(ranks: Callable[[int], Ranks], untied: Path, tmp_path: Path) -> None:
+    """A microbatch without labels contributes exactly 0: two ranks, one of them all masked, equal the other's rows alone."""
+    table = ragged_table([12, 12], masked=(0,))
+    fields = {"steps": 1, "global_batch": 2, "microbatch": 1}
+    both = ranks(2).call(run_split_fields, tmp_path / "both", untied, table, None, fields)[0]
+    alone = ranks(1).call(run_split_fields, tmp_path / "alone", untied, table, None, fields)[0]
+    assert relative(both["gradients"][0], alone["gradients"][0]) < 1e-6
+    assert all(tensor.isfinite().all() for tensor in both["weights"].values())
+
+
+def test_a_whole_step_without_labels_is_skipped(ranks: Callable[[int], Ranks], untied: Path, tmp_path: Path) -> None:
+    table = ragged_table([12, 12], masked=(0, 1))
+    result = ranks(2).call(run_split_fields, tmp_path / "run", untied, table, None, {"steps": 2, "global_batch": 2, "microbatch": 1})[0]
+    assert result["outcome"].progress.skipped == 2
+    assert not result["gradients"]
+    model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in result["weights"].items())

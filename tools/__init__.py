@@ -1,0 +1,1 @@
+"""Commands of their own: each is `python -m tools.NAME --help`."""

@@ -1,0 +1,87 @@
+"""Show rows as the model will see them: decoded, supervised tokens in colour, document boundaries, counts.
+
+python -m tools.show_batch +exp=quickstart
+python -m tools.show_batch model=hf model.id=DIR data=files data.path=FILE --rows 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from launcher.compose import compose
+from launcher.config import run_config
+from trainers.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from trainers.data.table import TokenTable
+
+SUPERVISED, CONTEXT, BOUNDARY = "bold green", "dim", "bold magenta"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the first rows of the first step; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.show_batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="settings as for `python -m launcher`, such as +exp=quickstart data.packing=false")
+    parser.add_argument("--rows", type=int, default=3, help="rows to show (default 3)")
+    parser.add_argument("--split", choices=["train", "eval"], default="train", help="which rows (default train)")
+    options = parser.parse_args(arguments)
+    try:
+        show(run_config(compose(options.overrides)), options.rows, options.split)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def show(config: RunConfig, num_rows: int, split: str) -> None:
+    """Prepare the data of a run if need be, and print `num_rows` rows: of the train split those of the first steps."""
+    from trainers.data.loader import row_order
+    from trainers.data.prepare import prepare, summary
+    from trainers.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(config)
+    prepared = prepare(config, progress=True, tokenizer=tokenizer)
+    table = prepared.train if split == "train" else prepared.eval
+    if table is None:
+        raise ConfigError("data.eval_fraction", config.data.eval_fraction, "there are no held-out rows to show", "data.eval_fraction=0.05")
+    console = Console()
+    console.print(summary(prepared.report), highlight=False, markup=False)
+    order = row_order(config.seed, 0, len(table)) if split == "train" else range(len(table))
+    for row in list(order)[:num_rows]:
+        console.print(render_row(table, int(row), tokenizer))
+
+
+def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Return a row as coloured text, each of its documents under a heading with its counts."""
+    documents = table.documents(row)
+    text = Text(f"── row {row}: {len(documents)} documents ", style=BOUNDARY)
+    for document in documents:
+        span = slice(int(table.offsets[document]), int(table.offsets[document + 1]))
+        tokens, supervised = table.tokens[span].tolist(), table.supervised[span].tolist()
+        text.append(f"\n── document {document}: {len(tokens)} tokens, {sum(supervised)} supervised ──\n", style=BOUNDARY)
+        for ids, trained in runs_of(tokens, supervised):
+            text.append(tokenizer.decode(ids, clean_up_tokenization_spaces=False), style=SUPERVISED if trained else CONTEXT)
+    return text
+
+
+def runs_of(tokens: list[int], supervised: list[int]) -> list[tuple[list[int], bool]]:
+    """Return stretches of tokens that are all supervised, or all not."""
+    stretches: list[tuple[list[int], bool]] = []
+    for token, mark in zip(tokens, supervised, strict=True):
+        if not stretches or stretches[-1][1] != bool(mark):
+            stretches.append(([], bool(mark)))
+        stretches[-1][0].append(token)
+    return stretches
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The trainer: ranks that read one frozen config and run one loop."""

@@ -1,0 +1,128 @@
+"""Checkpoints: where they lie, when one is complete, which one a run continues from."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainers.config import CheckpointConfig
+from trainers.engines.base import Engine
+from trainers.metrics import write_json
+from trainers.world import World
+
+log = logging.getLogger("fulltune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run is. Learning rate, data position and random state are functions of it."""
+
+    step: int = 0
+    """Optimizer steps done, skipped ones included."""
+    rows: int = 0
+    """Rows consumed, over all ranks."""
+    tokens: int = 0
+    """Supervised tokens consumed, over all ranks."""
+    input_tokens: int = 0
+    """Tokens that went through the model, padding aside, over all ranks."""
+    skipped: int = 0
+    """Steps skipped for non-finite gradients."""
+    seconds: float = 0.0
+    """Seconds spent on steps, over all attempts."""
+
+
+class Checkpointer:
+    """Saves and restores engine and progress in RUN_DIR/checkpoints/step-NNNNNN: complete or absent."""
+
+    def __init__(self, config: CheckpointConfig, run_dir: Path, world: World) -> None:
+        """Keep where and how many; nothing is touched yet."""
+        self.config, self.folder, self.world = config, run_dir / "checkpoints", world
+
+    def due(self, step: int) -> bool:
+        """Tell whether a checkpoint is due after `step`."""
+        return self.config.every is not None and step % self.config.every == 0
+
+    def save(self, engine: Engine, progress: Progress) -> None:
+        """Write into a staging folder, record sizes, rename; then delete this run's oldest. Collective."""
+        staging, final = self.folder / f".step-{progress.step:06d}.tmp", self.folder / f"step-{progress.step:06d}"
+        if is_complete(final):
+            return
+        if self.world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(final, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.world.barrier()
+        engine.save(staging)
+        self.world.barrier()
+        if self.world.rank == 0:
+            self._commit(staging, final, progress)
+            self._rotate()
+        self.world.barrier()
+        log.info("step %d: checkpoint saved in %s", progress.step, final)
+
+    @staticmethod
+    def _commit(staging: Path, final: Path, progress: Progress) -> None:
+        sizes = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}
+        for path in staging.rglob("*"):
+            _flush(path)
+        write_json(staging / "manifest.json", {"progress": dataclasses.asdict(progress), "sizes": sizes})
+        _flush(staging / "manifest.json")
+        _flush(staging)
+        staging.rename(final)
+        _flush(final.parent)
+
+    def _rotate(self) -> None:
+        """Delete the oldest complete checkpoints beyond keep_last, and staging folders of dead saves."""
+        complete = [path for path in self.steps() if is_complete(path)]
+        for path in complete[: -self.config.keep_last]:
+            shutil.rmtree(path)
+        for path in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(path)
+
+    def steps(self) -> list[Path]:
+        """Return the checkpoint folders, oldest first."""
+        found = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+    def restore(self, engine: Engine, num_steps: int) -> Progress:
+        """Load the newest complete checkpoint of this run, or return step 0. All ranks agree on which."""
+        chosen = next((path for path in reversed(self.steps()) if is_complete(path) and _progress(path).step <= num_steps), None)
+        self.world.require_agreement("the checkpoint to continue from", str(chosen))
+        if chosen is None:
+            return Progress()
+        engine.load(chosen)
+        progress = _progress(chosen)
+        log.info("continuing from %s: step %d, %s tokens", chosen, progress.step, f"{progress.tokens:,}")
+        return progress
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a checkpoint has its manifest and every file in it at its size; says why not in the log."""
+    manifest = folder / "manifest.json"
+    if not manifest.is_file():
+        if folder.is_dir():
+            log.warning("skipping %s: it has no manifest.json", folder)
+        return False
+    sizes = json.loads(manifest.read_text())["sizes"]
+    wrong = [name for name, size in sizes.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
+    if wrong:
+        log.warning("skipping %s: %s is missing or has another size", folder, wrong[0])
+    return not wrong
+
+
+def _progress(folder: Path) -> Progress:
+    return Progress(**json.loads((folder / "manifest.json").read_text())["progress"])
+
+
+def _flush(path: Path) -> None:
+    """Force a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,479 @@
+"""Every setting of a run, typed and checked: what the launcher freezes and a rank reads.
+
+Nothing here imports torch, so that a wrong setting costs under a second on a login node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(Exception):
+    """A setting that cannot work: names the field, its value, the reason and the remedy."""
+
+    def __init__(self, path: str, value: object, reason: str, remedy: str = "") -> None:
+        """Keep the parts; the launcher adds where the value was set."""
+        self.path, self.value, self.reason, self.remedy = path, value, reason, remedy
+        super().__init__(f"`{path}` = {value!r}: {reason}" + (f"\n  remedy: {remedy}" if remedy else ""))
+
+
+class Attention(StrEnum):
+    """Attention backends that keep packed documents apart; `auto` is flash on a GPU that has it, else sdpa."""
+
+    auto = "auto"
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class Layout(StrEnum):
+    """Row layouts; `auto` looks at the keys of the first row."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    question_answer = "question_answer"
+    prompt_completion = "prompt_completion"
+    text = "text"
+
+
+class Supervise(StrEnum):
+    """Which tokens are trained: every assistant turn, only the last one, or all tokens."""
+
+    assistant = "assistant"
+    last = "last"
+    all = "all"
+
+
+class TooLong(StrEnum):
+    """What becomes of a row longer than `seq_len`; `split` cuts plain text into several rows."""
+
+    truncate = "truncate"
+    drop = "drop"
+    split = "split"  # type: ignore[assignment]  # shadows str.split, which nobody calls on a member
+
+
+class DataSource(StrEnum):
+    """Where rows come from: files or a hub data set, or the documentation of the running Python."""
+
+    files = "files"
+    python_docs = "python_docs"
+
+
+class ObjectiveName(StrEnum):
+    """Supervised fine-tuning on conversations, or continued pre-training on every token."""
+
+    sft = "sft"
+    cpt = "cpt"
+
+
+class PeftMethod(StrEnum):
+    """Parameter-efficient methods; `none` trains every parameter."""
+
+    none = "none"
+
+
+class EngineName(StrEnum):
+    """Sharding engines."""
+
+    fsdp = "fsdp"
+
+
+class Schedule(StrEnum):
+    """Learning-rate schedules, each after a linear warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    wsd = "wsd"
+
+
+class Precision(StrEnum):
+    """Compute and storage of activations; master weights and optimizer state are float32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class WandbMode(StrEnum):
+    """`auto` is online when a key is at hand, otherwise offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The model: a hub id or a local directory, or a small one from random weights."""
+
+    id: str | None = None
+    """Hub id or local directory in Hugging Face form. Empty builds `architecture` from random weights."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); pin a commit for a run that must be repeatable."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """A transformers config (`model_type`, `hidden_size`, ...) for random weights; `vocab_size` comes from the tokenizer."""
+    tokenizer: str | None = None
+    """Hub id or directory of the tokenizer; empty takes the model's own."""
+    train_tokenizer: int = 0
+    """Vocabulary size of a byte-level BPE tokenizer trained on the data; 0 trains none."""
+    attention: Attention = Attention.auto
+    """Attention backend."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model; only for sources you trust."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Rows, their layout, template, supervision, length and packing."""
+
+    source: DataSource = DataSource.files
+    """Files or a hub id named by `path`, or the documentation of the running Python."""
+    path: str | None = None
+    """A jsonl, json, csv, parquet, arrow or text file, a directory of these, or a hub id."""
+    split: str = "train"
+    """Split of a hub data set."""
+    eval_path: str | None = None
+    """Held-out rows, like `path`; empty takes `eval_fraction` of the rows."""
+    eval_fraction: float = 0.0
+    """Share of the rows held out, grouped by first prompt so that none stands on both sides. In [0, 0.5]."""
+    layout: Layout = Layout.auto
+    """Row layout; `auto` recognises and prints it."""
+    template: str | None = None
+    """A Jinja chat template file, or `chatml`; empty takes the tokenizer's own."""
+    supervise: Supervise = Supervise.assistant
+    """Tokens that are trained; ignored by the continued pre-training objective, which trains all."""
+    seq_len: int = 2048
+    """Longest row in tokens, and the length of a packed row."""
+    packing: bool = True
+    """Put whole documents together into rows of `seq_len`; attention never crosses documents."""
+    too_long: TooLong = TooLong.truncate
+    """What becomes of a row over `seq_len`."""
+    max_lost_fraction: float = 0.1
+    """Largest share of supervised tokens that truncating and dropping may lose before the run stops. In [0, 1]."""
+    skip_bad_rows: bool = False
+    """Count bad rows and go on, instead of stopping at the first ones with file, line and reason."""
+    processes: int | None = None
+    """Processes that tokenise; empty is one a core."""
+    prepared_dir: str | None = None
+    """Where prepared data is kept, shared by runs; empty is `~/.cache/fulltune/prepared`."""
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    name: ObjectiveName = ObjectiveName.sft
+    """`sft` trains the supervised turns of conversations, `cpt` every token of a text."""
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """Parameter-efficient method."""
+
+    method: PeftMethod = PeftMethod.none
+    """`none` is full fine-tuning."""
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How parameters, gradients and optimizer state are sharded over ranks."""
+
+    name: EngineName = EngineName.fsdp
+    """`fsdp` is PyTorch's fully_shard (FSDP2)."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered parameters between forward and backward; False trades memory for one all-gather less."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate, a pure function of the step."""
+
+    lr: float = 1e-5
+    """Peak learning rate."""
+    schedule: Schedule = Schedule.cosine
+    """Shape after warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0 to `lr`; 0 takes `warmup_fraction`."""
+    warmup_fraction: float = 0.0
+    """Warm-up as a share of all steps, for runs counted in epochs. In [0, 1]."""
+    min_lr_fraction: float = 0.0
+    """Learning rate at the last step, as a share of `lr`. In [0, 1]."""
+    decay_fraction: float = 0.2
+    """Share of all steps that `wsd` spends on its final linear decay. In [0, 1]."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """AdamW's two decay rates, each in [0, 1)."""
+    eps: float = 1e-8
+    """AdamW's denominator term."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, applied to matrices and embeddings only, not to norms and biases."""
+    clip: float | None = 1.0
+    """Largest global gradient norm; empty clips nothing."""
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Length, batch, precision and evaluation."""
+
+    steps: int | None = None
+    """Optimizer steps; give this or `epochs`."""
+    epochs: float | None = None
+    """Passes over the training rows; give this or `steps`. One pass when neither is given."""
+    global_batch: int = 16
+    """Rows an optimizer step over all ranks; divisible by ranks x `microbatch`."""
+    microbatch: int = 1
+    """Rows a rank takes through one forward and backward."""
+    precision: Precision = Precision.bf16
+    """Compute type; master weights stay float32."""
+    activation_checkpointing: bool = False
+    """Keep only block inputs for backward and compute the rest again: about a third more time, far less memory."""
+    eval_every: int | None = None
+    """Optimizer steps between evaluations; empty evaluates before the first and after the last step only."""
+    eval_microbatch: int | None = None
+    """Rows a rank evaluates at once; empty takes `microbatch`. Changes memory, never the figure."""
+    patience: int | None = None
+    """Evaluations in a row without a better loss that end the run early; empty never does."""
+    min_improvement: float = 0.0
+    """Smallest drop of the evaluation loss, in nats a token, that counts as better."""
+    max_skipped: int = 3
+    """Steps in a row skipped for non-finite gradients that end the run with an error."""
+    sample_tokens: int = 64
+    """Longest sample answer made from the export at the end, in tokens; 0 makes none."""
+    deterministic: bool = False
+    """Bitwise repeatable kernels on a GPU; slower."""
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When to save what a continued run needs, and how many to keep."""
+
+    every: int | None = None
+    """Optimizer steps between checkpoints; empty saves only when the run is asked to stop."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; at least 1."""
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    """Figures: metrics.jsonl is always written; W&B mirrors it."""
+
+    wandb: WandbMode = WandbMode.auto
+    """Mirror to Weights & Biases."""
+    project: str = "fulltune"
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team; empty is the key's own."""
+    group: str | None = None
+    """W&B group, to compare runs side by side."""
+    tags: list[str] = field(default_factory=list)
+    """W&B tags besides the method and the engine."""
+    peak_tflops: float | None = None
+    """The device's dense matrix peak in TFLOP/s, for MFU; empty looks the device up."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run: the only input of a rank."""
+
+    name: str = "run"
+    """Name of the run, in W&B and in `run_dir`."""
+    run_dir: str = "runs/run"
+    """Everything that the run writes; starting the same command again continues it."""
+    seed: int = 0
+    """Seed of row order, dropout and random weights."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load(path: Path | str) -> RunConfig:
+    """Read a frozen config.yaml; raises ConfigError on an unknown field or a wrong type."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error.full_key or path), None, str(error.msg or error).splitlines()[0]) from error
+    assert isinstance(config, RunConfig)
+    validate(config)
+    return config
+
+
+def plain(config: object) -> Any:
+    """Return a dataclass as plain dicts, lists and strings, as config.yaml and W&B hold it."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {item.name: plain(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    if isinstance(config, StrEnum):
+        return config.value
+    if isinstance(config, dict):
+        return {key: plain(value) for key, value in config.items()}
+    return [plain(value) for value in config] if isinstance(config, list) else config
+
+
+POSITIVE = (
+    "data.seq_len",
+    "data.processes",
+    "optim.lr",
+    "optim.eps",
+    "optim.clip",
+    "train.steps",
+    "train.epochs",
+    "train.global_batch",
+    "train.microbatch",
+    "train.eval_every",
+    "train.eval_microbatch",
+    "train.patience",
+    "train.max_skipped",
+    "checkpoint.every",
+    "checkpoint.keep_last",
+    "log.peak_tflops",
+)
+NOT_NEGATIVE = ("model.train_tokenizer", "optim.warmup_steps", "optim.weight_decay", "train.min_improvement", "train.sample_tokens")
+RANGES = {
+    "data.eval_fraction": (0.0, 0.5),
+    "data.max_lost_fraction": (0.0, 1.0),
+    "optim.min_lr_fraction": (0.0, 1.0),
+    "optim.decay_fraction": (0.0, 1.0),
+    "optim.warmup_fraction": (0.0, 1.0),
+}
+NOT_EMPTY = ("name", "run_dir", "model.id", "model.tokenizer", "data.path", "data.eval_path", "data.template")
+FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md")
+
+
+def value_at(config: object, path: str) -> Any:
+    """Return the value of a dotted field path."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def validate(config: RunConfig) -> None:
+    """Check ranges and what fields ask of each other; raises ConfigError for the first that cannot work."""
+    for path in POSITIVE:
+        value = value_at(config, path)
+        if value is not None and not value > 0:
+            raise ConfigError(path, value, "must be greater than 0")
+    for path in NOT_NEGATIVE:
+        if not value_at(config, path) >= 0:
+            raise ConfigError(path, value_at(config, path), "must be 0 or greater")
+    for path in NOT_EMPTY:
+        if value_at(config, path) == "":
+            raise ConfigError(path, "", "is empty: an unset shell variable, perhaps", "give a value, or leave the field out")
+    for path, (low, high) in RANGES.items():
+        if not low <= value_at(config, path) <= high:
+            raise ConfigError(path, value_at(config, path), f"must be from {low:g} to {high:g}")
+    _validate_model(config.model)
+    _validate_data(config)
+    _validate_training(config)
+
+
+def _validate_model(model: ModelConfig) -> None:
+    if model.id is None and not model.architecture:
+        raise ConfigError("model.id", None, "no model is named", "model=hf model.id=OWNER/NAME or a local directory")
+    if model.id is not None and model.architecture:
+        raise ConfigError(
+            "model.architecture", model.architecture, f"random weights are asked for, but model.id is {model.id!r}", "give one of the two"
+        )
+    if model.id is not None and looks_local(model.id):
+        require_model_directory("model.id", model.id)
+    if model.tokenizer is not None and looks_local(model.tokenizer) and not Path(model.tokenizer).is_dir():
+        raise ConfigError("model.tokenizer", model.tokenizer, "is not a directory")
+    if model.train_tokenizer and (model.id or model.tokenizer):
+        raise ConfigError("model.train_tokenizer", model.train_tokenizer, "a tokenizer is trained only for a model from random weights")
+    if model.architecture and not model.tokenizer and not model.train_tokenizer:
+        raise ConfigError("model.tokenizer", None, "random weights need a tokenizer", "model.tokenizer=DIR or model.train_tokenizer=4096")
+    if model.architecture and "model_type" not in model.architecture:
+        raise ConfigError("model.architecture", sorted(model.architecture), "has no model_type", "model.architecture.model_type=llama")
+    if 0 < model.train_tokenizer < 300:
+        raise ConfigError("model.train_tokenizer", model.train_tokenizer, "256 bytes and the special tokens need at least 300")
+
+
+def looks_local(name: str) -> bool:
+    """Tell a path from a hub id: it exists, or has not the form OWNER/NAME."""
+    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return True
+    return Path(name).suffix in FILE_TYPES or name.startswith("runs/")
+
+
+def require_model_directory(path: str, value: str) -> None:
+    """Raise ConfigError unless `value` is a directory with a config.json."""
+    folder = Path(value)
+    if not folder.is_dir():
+        remedy = "make the base first: python -m launcher +exp=quickstart_base" if value.startswith("runs/quickstart_base") else ""
+        raise ConfigError(path, value, "no such directory, and not a hub id of the form OWNER/NAME", remedy)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(path, value, "the directory has no config.json", "name a model directory in Hugging Face form")
+
+
+def _validate_data(config: RunConfig) -> None:
+    data = config.data
+    if data.source is DataSource.files and data.path is None:
+        raise ConfigError("data.path", None, "no data is named", "data=files data.path=FILE, a directory, or a hub id")
+    for name in ("path", "eval_path"):
+        value = getattr(data, name)
+        if value is not None and looks_local(value) and not Path(value).exists():
+            raise ConfigError(f"data.{name}", value, "no such file or directory")
+    if data.eval_path is not None and data.eval_fraction:
+        raise ConfigError(
+            "data.eval_fraction", data.eval_fraction, f"data.eval_path is also given ({data.eval_path})", "give one of the two"
+        )
+    if data.template is not None and data.template != "chatml" and not Path(data.template).is_file():
+        raise ConfigError("data.template", data.template, "no such template file", "a Jinja file, or `chatml`")
+    if data.too_long is TooLong.split and config.objective.name is not ObjectiveName.cpt:
+        raise ConfigError(
+            "data.too_long", "split", "a conversation cannot be split into rows", "data.too_long=truncate or drop, or objective=cpt"
+        )
+    if data.seq_len < 2:
+        raise ConfigError("data.seq_len", data.seq_len, "a row needs two tokens to have one to predict")
+
+
+def _validate_training(config: RunConfig) -> None:
+    train, optim = config.train, config.optim
+    if train.steps is not None and train.epochs is not None:
+        raise ConfigError("train.epochs", train.epochs, f"train.steps is also given ({train.steps})", "set the other to null")
+    if train.global_batch % train.microbatch:
+        raise ConfigError("train.global_batch", train.global_batch, f"is not divisible by train.microbatch = {train.microbatch}")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        raise ConfigError("optim.betas", optim.betas, "must be two numbers from 0 to below 1")
+    if optim.warmup_steps and optim.warmup_fraction:
+        raise ConfigError(
+            "optim.warmup_fraction", optim.warmup_fraction, f"optim.warmup_steps is also given ({optim.warmup_steps})", "set one to 0"
+        )
+    if train.steps is not None and optim.warmup_steps >= train.steps and optim.warmup_steps:
+        raise ConfigError("optim.warmup_steps", optim.warmup_steps, f"warm-up never ends within train.steps = {train.steps}")
+    has_eval = config.data.eval_path is not None or config.data.eval_fraction > 0
+    for name in ("eval_every", "patience"):
+        if getattr(train, name) is not None and not has_eval:
+            raise ConfigError(
+                f"train.{name}", getattr(train, name), "there are no held-out rows", "data.eval_path=FILE or data.eval_fraction=0.05"
+            )
+    if train.patience is not None and train.eval_every is None:
+        raise ConfigError("train.patience", train.patience, "train.eval_every is not set", "train.eval_every=100")
+
+
+def check_world(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError unless the global batch splits evenly over `world_size` ranks."""
+    train = config.train
+    share = world_size * train.microbatch
+    if train.global_batch % share:
+        below, above = train.global_batch // share * share, -(-train.global_batch // share) * share
+        near = " or ".join(str(size) for size in (below, above) if size)
+        raise ConfigError(
+            "train.global_batch",
+            train.global_batch,
+            f"is not divisible by {world_size} ranks x train.microbatch {train.microbatch} = {share}",
+            f"train.global_batch={near}",
+        )

@@ -1,0 +1,127 @@
+"""Results that are made once for a content hash, whatever number of processes ask, and kept whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trainers.config import ConfigError
+
+POLL_S = 0.2
+REMIND_S = 30.0
+
+
+def cache_root(prepared_dir: str | None) -> Path:
+    """Return the folder of prepared data; it need not exist yet."""
+    return Path(prepared_dir).expanduser() if prepared_dir else _home() / "prepared"
+
+
+def content_key(*parts: object) -> str:
+    """Return a short hash of plain values."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+def build_once(root: Path, name: str, build: Callable[[Path], None], what: str) -> tuple[Path, bool]:
+    """Return folder `name`, and whether it was there already; if not, `build` fills a temporary folder that is renamed when complete.
+
+    One process builds, under a lock that the kernel frees if it dies; the others say who they wait for. Raises ConfigError
+    where `root` cannot be written.
+    """
+    from filelock import FileLock
+
+    folder = root / name
+    if folder.is_dir():
+        return folder, True
+    _require_writable(root)
+    lock = FileLock(root / f"{name}.lock")
+    _acquire(lock, root / f"{name}.holder", what)
+    try:
+        if folder.is_dir():
+            return folder, True
+        _remove_stale(root, name)
+        (root / f"{name}.holder").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}")
+        partial = root / f"tmp-{name}-{socket.gethostname()}-{os.getpid()}"
+        partial.mkdir()
+        try:
+            build(partial)
+            partial.rename(folder)
+        except OSError as error:
+            raise ConfigError(
+                "data.prepared_dir", str(root), f"{what} cannot be written: {error}", "free space, or name another folder"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            (root / f"{name}.holder").unlink(missing_ok=True)
+        return folder, False
+    finally:
+        lock.release()
+
+
+def remembered(key: str, compute: Callable[[], str]) -> str:
+    """Return `compute()`, kept in a file under the hash of `key` where the cache can be written."""
+    file = _home() / "digests" / content_key(key)
+    try:
+        return file.read_text()
+    except OSError:
+        value = compute()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.{socket.gethostname()}.{os.getpid()}")
+        partial.write_text(value)
+        partial.rename(file)
+    except OSError:
+        pass
+    return value
+
+
+def _home() -> Path:
+    return Path(os.environ.get("FULLTUNE_CACHE") or "~/.cache/fulltune").expanduser()
+
+
+def _require_writable(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".probe-{socket.gethostname()}-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        remedy = "data.prepared_dir=DIR, or FULLTUNE_CACHE=DIR in the environment, on a disk that all ranks can write to"
+        raise ConfigError("data.prepared_dir", str(root), f"cannot be written: {error.strerror}", remedy) from None
+
+
+def _acquire(lock: object, holder: Path, what: str) -> None:
+    from filelock import FileLock, Timeout
+
+    assert isinstance(lock, FileLock)
+    said = float("-inf")
+    while True:
+        try:
+            lock.acquire(timeout=POLL_S)
+            return
+        except Timeout:
+            if time.monotonic() - said >= REMIND_S:
+                print(f"waiting for {what}: {_named(holder)} is making it (lock {lock.lock_file})", file=sys.stderr, flush=True)
+                said = time.monotonic()
+
+
+def _named(holder: Path) -> str:
+    try:
+        return holder.read_text() or "another process"
+    except OSError:  # not yet written, or just done
+        return "another process"
+
+
+def _remove_stale(root: Path, name: str) -> None:
+    """Remove what killed processes left: anything of `name`, whose lock we hold, and of dead processes of this host."""
+    for partial in root.glob("tmp-*"):
+        host, _, pid = partial.name.removeprefix("tmp-").rpartition("-")
+        dead = host.endswith(f"-{socket.gethostname()}") and pid.isdigit() and not Path(f"/proc/{pid}").exists()
+        if dead or partial.name.startswith(f"tmp-{name}-"):
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,305 @@
+"""Rows to token ids with a mask of what is trained: rendering, tokenising, cutting to length."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainers.config import ConfigError, Layout, ObjectiveName, RunConfig, Supervise, TooLong
+from trainers.data import formats, masks
+from trainers.data.formats import BadRow
+from trainers.data.masks import Rendered, Span, Template
+from trainers.data.sources import Row, parse
+from trainers.data.words import WordCache, word_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Ints = NDArray[np.int64]
+COUNTS = ("rows", "bad", "truncated", "dropped", "split", "supervised_before", "supervised_lost")
+BATCH = 256
+
+
+@dataclass
+class Documents:
+    """Documents of a chunk of rows: flat tokens and mask, and what became of the rows."""
+
+    tokens: NDArray[np.int32]
+    supervised: NDArray[np.uint8]
+    lengths: Ints
+    groups: NDArray[np.uint64]
+    """Hash of the first prompt of each document."""
+    counts: dict[str, int]
+    bad: list[str] = field(default_factory=list)
+    """File, line and reason of each bad row."""
+    error: tuple[str, object, str, str] | None = None
+    """A ConfigError's parts, which survive the way back from another process where the exception does not."""
+
+
+@dataclass(kw_only=True)
+class Encoder:
+    """Everything that turns rows into documents."""
+
+    backend: Any
+    """The fast tokenizer's `tokenizers.Tokenizer`."""
+    byte_lengths: NDArray[np.int64] | None
+    """Bytes of text behind each token id of a byte-level tokenizer, else None."""
+    words: WordCache | None
+    """Looks words up where the tokenizer allows it."""
+    template: Template | None
+    bos: str
+    eos: str
+    layout: Layout
+    objective: ObjectiveName
+    supervise: Supervise
+    seq_len: int
+    too_long: TooLong
+    seed: int
+
+    def encode(self, rows: Sequence[Row]) -> Documents:
+        """Return the documents of rows; bad rows are named in the result, and a ConfigError stands in it."""
+        rendered, groups, bad = [], [], []
+        try:
+            for row in rows:
+                try:
+                    text, prompt = self.render(parse(row))
+                    rendered.append(text)
+                    groups.append(self._group(prompt))
+                except BadRow as error:
+                    bad.append(f"{row.file}:{row.line}: {error}")
+        except ConfigError as error:
+            return Documents(*_NOTHING, counts={}, error=(error.path, error.value, error.reason, error.remedy))
+        documents = [self._documents(rendered[at : at + BATCH], groups[at : at + BATCH]) for at in range(0, len(rendered), BATCH)]
+        whole = join(documents)
+        whole.counts.update(rows=len(rows), bad=len(bad))
+        whole.bad = bad
+        return whole
+
+    def render(self, row: Any) -> tuple[Rendered, str]:
+        """Return a row as text with its trained spans, and its first prompt; raises BadRow, or ConfigError without a needed template."""
+        if self.layout is Layout.text:
+            text = formats.to_text(row)
+            return masks.plain_text(text, self.bos, self.eos), text
+        plain = self.template is None or self.objective is ObjectiveName.cpt
+        if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
+            return self._render_pair(row)
+        messages = formats.to_messages(row, self.layout)
+        prompt = formats.first_prompt(messages)
+        if self.objective is ObjectiveName.cpt:
+            return self._render_conversation_text(messages, formats.to_tools(row)), prompt
+        if self.template is None:
+            raise ConfigError(
+                "data.template",
+                None,
+                f"the tokenizer has no chat template, and rows of layout `{self.layout}` need one",
+                "data.template=chatml, or a Jinja file",
+            )
+        return masks.render(self.template, messages, formats.to_tools(row), self.supervise), prompt
+
+    def _render_pair(self, row: Any) -> tuple[Rendered, str]:
+        prompt, completion = formats.to_pair(row, self.layout)
+        between = "" if self.layout is Layout.prompt_completion else "\n"
+        if self.objective is ObjectiveName.cpt or self.supervise is Supervise.all:
+            return masks.plain_text(f"{prompt}{between}{completion}", self.bos, self.eos), prompt
+        return masks.plain_pair(prompt + between, completion, self.bos, self.eos), prompt
+
+    def _render_conversation_text(self, messages: list[formats.Message], tools: list[Any] | None) -> Rendered:
+        if self.template is None:
+            text = "\n".join(str(message["content"]) for message in messages if message.get("content"))
+            return masks.plain_text(text, self.bos, self.eos)
+        return masks.render(self.template, messages, tools, Supervise.all)
+
+    def _group(self, prompt: str) -> int:
+        digest = hashlib.blake2b(prompt.strip().encode("utf-8", "replace"), digest_size=8, key=str(self.seed).encode())
+        return int.from_bytes(digest.digest(), "little")
+
+    def _documents(self, rendered: list[Rendered], groups: list[int]) -> Documents:
+        tokens, ends, offsets = self._tokenise([item.text for item in rendered])
+        supervised = self._mask(rendered, tokens, ends, offsets)
+        return self._fit(tokens, supervised, offsets, groups)
+
+    def _tokenise(self, texts: list[str]) -> tuple[NDArray[np.int32], Ints, Ints]:
+        """Return flat ids, where each token ends in its text (in bytes or characters), and document offsets.
+
+        For a byte-level tokenizer the ends are sums of the tokens' byte lengths, which spares asking for offsets; where
+        the sums are not the texts' lengths (a normalizer changed something), offsets it is.
+        """
+        if self.byte_lengths is not None:
+            ids, offsets = _flat(self._ids(texts))
+            ends = np.concatenate([[0], np.cumsum(self.byte_lengths[ids])])
+            if np.array_equal(np.diff(ends[offsets]), _sizes(texts)):
+                return ids, ends[1:] - np.repeat(ends[offsets[:-1]], np.diff(offsets)), offsets
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        ids, offsets = _flat([encoding.ids for encoding in encodings])
+        pairs = np.fromiter(chain.from_iterable(chain.from_iterable(item.offsets for item in encodings)), dtype=np.int64).reshape(-1, 2)
+        characters = pairs[:, 1]
+        for first, last in pairwise(offsets):
+            np.maximum.accumulate(characters[first:last], out=characters[first:last])
+        if self.byte_lengths is not None:
+            return ids, _to_bytes(texts, characters, offsets), offsets
+        return ids, characters, offsets
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if self.words is not None:
+            return self.words.encode_batch(texts)
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _mask(self, rendered: list[Rendered], tokens: NDArray[np.int32], ends: Ints, offsets: Ints) -> NDArray[np.uint8]:
+        """Return 1 for each token that shares a character with a trained span, 0 at the first token of each document."""
+        supervised = np.zeros(len(tokens), dtype=np.uint8)
+        for number, item in enumerate(rendered):
+            first, last = offsets[number], offsets[number + 1]
+            spans = item.spans if self.byte_lengths is None else _byte_spans(item)
+            for start, end in spans:
+                begins = np.searchsorted(ends[first:last], start, side="right")
+                up_to = max(np.searchsorted(ends[first:last], end, side="right"), np.searchsorted(ends[first:last], end) + 1)
+                supervised[first + begins : min(first + up_to, last)] = 1
+        supervised[offsets[:-1][np.diff(offsets) > 0]] = 0
+        return supervised
+
+    def _fit(self, tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, groups: list[int]) -> Documents:
+        """Cut or drop documents over `seq_len`, and drop those with nothing to train."""
+        counts = dict.fromkeys(COUNTS, 0)
+        counts["supervised_before"] = int(supervised.sum())
+        pieces: list[tuple[int, int, int]] = []
+        for group, first, last in zip(groups, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+            pieces.extend((group, start, end) for start, end in self._cut(first, last, counts))
+        running = np.concatenate([[0], np.cumsum(supervised, dtype=np.int64)])
+        kept = [piece for piece in pieces if running[piece[2]] - running[min(piece[1] + 1, piece[2])] > 0]
+        counts["dropped"] += len(pieces) - len(kept)
+        index = _ranges([piece[1:] for piece in kept])
+        documents = Documents(
+            tokens=tokens[index],
+            supervised=supervised[index],
+            lengths=np.array([end - start for _, start, end in kept], dtype=np.int64),
+            groups=np.array([group for group, _, _ in kept], dtype=np.uint64),
+            counts=counts,
+        )
+        documents.supervised[np.cumsum(documents.lengths) - documents.lengths] = 0
+        counts["supervised_lost"] = counts["supervised_before"] - int(documents.supervised.sum())
+        return documents
+
+    def _cut(self, first: int, last: int, counts: dict[str, int]) -> list[Span]:
+        if last - first <= self.seq_len:
+            return [(first, last)]
+        if self.too_long is TooLong.drop:
+            counts["dropped"] += 1
+            return []
+        if self.too_long is TooLong.truncate:
+            counts["truncated"] += 1
+            return [(first, first + self.seq_len)]
+        counts["split"] += 1
+        return [(start, min(start + self.seq_len, last)) for start in range(first, last, self.seq_len)]
+
+
+_NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint64))
+
+
+def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> Encoder:
+    """Return the encoder of a run; raises ConfigError where the tokenizer is slow, or has no end token that plain rows need."""
+    name = config.data.template or config.model.tokenizer or config.model.id or "chatml"
+    template = masks.template_of(tokenizer, name)
+    eos = str(tokenizer.eos_token or "")
+    plain = layout in (Layout.question_answer, Layout.alpaca, Layout.prompt_completion) and template is None
+    if plain and not eos and config.objective.name is ObjectiveName.sft:
+        raise ConfigError("model.tokenizer", name, "the tokenizer has no eos_token, so nothing would end an answer", "data.template=chatml")
+    backend = fast_backend(tokenizer, name)
+    return Encoder(
+        backend=backend,
+        byte_lengths=byte_lengths(tokenizer),
+        words=word_cache(backend),
+        template=template,
+        bos=first_token(tokenizer),
+        eos=eos,
+        layout=layout,
+        objective=config.objective.name,
+        supervise=config.data.supervise,
+        seq_len=config.data.seq_len,
+        too_long=config.data.too_long,
+        seed=config.seed,
+    )
+
+
+def fast_backend(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
+    """Return the `tokenizers.Tokenizer` of a fast tokenizer, with truncation and padding off; raises ConfigError for a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(
+            "model.tokenizer", name, "is a slow tokenizer, which cannot say where its tokens lie in the text", "a tokenizer.json"
+        )
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what opens a plain text: the BOS token where the tokenizer adds it itself or has one that is not its EOS, else ''."""
+    bos = tokenizer.bos_token
+    if not bos:
+        return ""
+    adds_it = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(bos) if adds_it or bos != tokenizer.eos_token else ""
+
+
+def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64] | None:
+    """Return the bytes of text that each id of a byte-level tokenizer stands for, (vocabulary,); None for other tokenizers."""
+    description = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "backend_tokenizer", None) else {}
+    if (description.get("decoder") or {}).get("type") != "ByteLevel":
+        return None
+    vocabulary = tokenizer.get_vocab()
+    lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, number in vocabulary.items():
+        lengths[number] = len(token)  # one character of a byte-level token stands for one byte
+    for token, number in tokenizer.get_added_vocab().items():
+        lengths[number] = len(token.encode())
+    return lengths
+
+
+def join(documents: list[Documents]) -> Documents:
+    """Return the documents of several chunks as one, counts added up; the first error is kept."""
+    return Documents(
+        tokens=np.concatenate([_NOTHING[0], *(item.tokens for item in documents)]),
+        supervised=np.concatenate([_NOTHING[1], *(item.supervised for item in documents)]),
+        lengths=np.concatenate([_NOTHING[2], *(item.lengths for item in documents)]),
+        groups=np.concatenate([_NOTHING[3], *(item.groups for item in documents)]),
+        counts={name: sum(item.counts.get(name, 0) for item in documents) for name in COUNTS},
+        bad=[line for item in documents for line in item.bad],
+        error=next((item.error for item in documents if item.error), None),
+    )
+
+
+def _flat(ids: list[list[int]]) -> tuple[NDArray[np.int32], Ints]:
+    offsets = np.concatenate([[0], np.cumsum([len(item) for item in ids], dtype=np.int64)])
+    return np.fromiter(chain.from_iterable(ids), dtype=np.int32, count=int(offsets[-1])), offsets
+
+
+def _sizes(texts: list[str]) -> Ints:
+    return np.array([len(text) if text.isascii() else len(text.encode()) for text in texts], dtype=np.int64)
+
+
+def _byte_spans(item: Rendered) -> list[Span]:
+    if item.text.isascii():
+        return item.spans
+    return [(len(item.text[:start].encode()), len(item.text[:end].encode())) for start, end in item.spans]
+
+
+def _to_bytes(texts: list[str], characters: Ints, offsets: Ints) -> Ints:
+    """Return token ends in bytes for ends in characters."""
+    ends = characters.copy()
+    for number, text in enumerate(texts):
+        if not text.isascii():
+            widths = np.cumsum([0, *(len(character.encode()) for character in text)])
+            ends[offsets[number] : offsets[number + 1]] = widths[characters[offsets[number] : offsets[number + 1]]]
+    return ends
+
+
+def _ranges(spans: Sequence[tuple[int, ...]]) -> Ints:
+    """Return the indices of all spans, one behind the other."""
+    return np.concatenate([np.zeros(0, np.int64), *(np.arange(start, end) for start, end in spans)])

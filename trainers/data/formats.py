@@ -1,0 +1,252 @@
+"""A row of any layout to messages, to a prompt and its completion, or to a text: pure functions."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trainers.config import Layout
+
+Row = dict[str, Any]
+Message = dict[str, Any]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CONVERSATION_KEYS = ("messages", "conversations", "conversation")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+KEPT_KEYS = ("name", "tool_call_id")
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on; the message is the reason."""
+
+
+def recognise(row: object) -> Layout:
+    """Tell the layout of a row from its keys; raises BadRow when none fits."""
+    if not isinstance(row, dict):
+        raise BadRow(f"is {_kind(row)}, not an object with named fields")
+    key = _conversation_key(row)
+    if key is not None:
+        first = row[key][0] if isinstance(row[key], list) and row[key] else None
+        return Layout.sharegpt if isinstance(first, dict) and "from" in first else Layout.messages
+    if "prompt" in row and ("completion" in row or "response" in row):
+        return Layout.prompt_completion
+    if "question" in row and "answer" in row:
+        return Layout.question_answer
+    if "instruction" in row and "output" in row:
+        return Layout.alpaca
+    if "text" in row:
+        return Layout.text
+    raise BadRow(f"has no known layout; its fields are {', '.join(sorted(map(str, row))) or 'none'}")
+
+
+def to_messages(row: Row, layout: Layout) -> list[Message]:
+    """Return a row's conversation, checked and in one form; raises BadRow with the reason.
+
+    Messages have `role`, `content` (absent beside tool calls), and where the row has them `tool_calls` with arguments
+    as objects, `tool_call_id`, `name` and `reasoning_content`.
+    """
+    _require_object(row)
+    if layout in (Layout.messages, Layout.sharegpt):
+        messages = _conversation(row, layout)
+    elif layout is Layout.prompt_completion and isinstance(row.get("prompt"), list):
+        messages = _turns(row["prompt"], "prompt") + _completion_turns(row)
+    else:
+        prompt, completion = to_pair(row, layout)
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    if not any(message["role"] == "assistant" for message in messages):
+        raise BadRow("has no assistant turn")
+    return messages
+
+
+def to_pair(row: Row, layout: Layout) -> tuple[str, str]:
+    """Return a row's prompt and completion as plain strings; raises BadRow where one is missing, empty or no string."""
+    _require_object(row)
+    if layout is Layout.question_answer:
+        prompt, completion = _string(row, "question"), _string(row, "answer")
+    elif layout is Layout.alpaca:
+        prompt, completion = _string(row, "instruction"), _string(row, "output")
+        extra = _string(row, "input") if row.get("input") is not None else ""
+        prompt = f"{prompt}\n{extra}" if extra else prompt
+    elif layout is Layout.prompt_completion:
+        prompt, completion = _string(row, "prompt"), _string(row, _completion_key(row))
+    else:
+        raise BadRow(f"has no prompt and completion: its layout is {layout}")
+    if not completion.strip():
+        raise BadRow("has an empty assistant turn")
+    return prompt, completion
+
+
+def to_text(row: Row) -> str:
+    """Return the `text` of a row; raises BadRow where it is missing, blank or no string."""
+    _require_object(row)
+    text = _string(row, "text")
+    if not text.strip():
+        raise BadRow("has an empty text")
+    return text
+
+
+def to_tools(row: Row) -> list[Any] | None:
+    """Return the tool definitions of a row, given as a list or as JSON; None where it has none."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = _parse_json(tools, "tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("has `tools` that are not a list of objects")
+    return tools
+
+
+def is_conversation(row: Row, layout: Layout) -> bool:
+    """Tell whether a row holds turns, which need a chat template, and not a plain prompt or text."""
+    return layout in (Layout.messages, Layout.sharegpt) or (layout is Layout.prompt_completion and isinstance(row.get("prompt"), list))
+
+
+def first_prompt(messages: list[Message]) -> str:
+    """Return the content of the first user turn, by which rows are grouped into splits."""
+    for message in messages:
+        if message["role"] == "user":
+            return str(message.get("content", ""))
+    return str(messages[0].get("content", ""))
+
+
+def _conversation_key(row: Row) -> str | None:
+    return next((key for key in CONVERSATION_KEYS if row.get(key) is not None), None)
+
+
+def _completion_key(row: Row) -> str:
+    return "completion" if row.get("completion") is not None else "response"
+
+
+def _completion_turns(row: Row) -> list[Message]:
+    completion = row.get(_completion_key(row))
+    if isinstance(completion, list):
+        return _turns(completion, "completion")
+    return _turns([{"role": "assistant", "content": completion}], "completion")
+
+
+def _conversation(row: Row, layout: Layout) -> list[Message]:
+    key = _conversation_key(row)
+    if key is None:
+        raise BadRow("has no `messages` or `conversations`")
+    turns = row[key]
+    if layout is Layout.sharegpt and isinstance(turns, list):
+        turns = [_from_sharegpt(turn, number) for number, turn in enumerate(turns, 1)]
+    return _turns(turns, key)
+
+
+def _from_sharegpt(turn: object, number: int) -> object:
+    if not isinstance(turn, dict):
+        return turn
+    name = turn.get("from")
+    if name not in SHAREGPT_ROLES:
+        raise BadRow(f"turn {number} has no known `from`: {name!r}; known are {', '.join(SHAREGPT_ROLES)}")
+    value = turn.get("value")
+    if name == "function_call" and isinstance(value, str):
+        return {"role": "assistant", "tool_calls": _parse_calls(value)}
+    return {"role": SHAREGPT_ROLES[name], "content": value}
+
+
+def _parse_calls(value: str) -> list[Any]:
+    calls = _parse_json(value, "function_call")
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _turns(turns: object, key: str) -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"has `{key}` that is {_kind(turns)}, not a list of turns" if turns != [] else f"has an empty `{key}`")
+    return [_turn(turn, number) for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: object, number: int) -> Message:
+    if not isinstance(turn, dict):
+        raise BadRow(f"turn {number} is {_kind(turn)}, not an object")
+    role = turn.get("role")
+    if role is None:
+        raise BadRow(f"turn {number} has no role")
+    if role not in ROLES:
+        raise BadRow(f"turn {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    message: Message = {"role": role} | {key: turn[key] for key in KEPT_KEYS if turn.get(key) is not None}
+    reasoning = next((turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str) and turn[key]), None)
+    if reasoning is not None:
+        message["reasoning_content"] = reasoning
+    if turn.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(turn["tool_calls"], number)
+    content = _content(turn.get("content"), number)
+    if content is not None:
+        message["content"] = content
+    _check_content(message, number)
+    return message
+
+
+def _check_content(message: Message, number: int) -> None:
+    if message["role"] == "assistant":
+        if not message.get("content", "").strip() and not message.get("tool_calls") and not message.get("reasoning_content"):
+            raise BadRow(f"turn {number} is an empty assistant turn")
+    elif "content" not in message:
+        raise BadRow(f"turn {number} ({message['role']}) has no content")
+
+
+def _content(content: object, number: int) -> str | None:
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+        return "".join(part["text"] for part in content)
+    raise BadRow(f"turn {number} has content that is {_kind(content)}, not a string")
+
+
+def _tool_calls(calls: object, number: int) -> list[Message]:
+    if not isinstance(calls, list):
+        raise BadRow(f"turn {number} has tool_calls that are {_kind(calls)}, not a list")
+    return [_tool_call(call, number) for call in calls]
+
+
+def _tool_call(call: object, number: int) -> Message:
+    if not isinstance(call, dict):
+        raise BadRow(f"turn {number} has a tool call that is {_kind(call)}, not an object")
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(f"turn {number} has a tool call without a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):  # templates iterate over the arguments or turn them into JSON themselves
+        arguments = _parse_json(arguments or "{}", "tool call arguments")
+    kept = {key: call[key] for key in ("id",) if call.get(key) is not None}
+    return kept | {"type": "function", "function": {"name": function["name"], "arguments": {} if arguments is None else arguments}}
+
+
+def _parse_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise BadRow(f"has {what} that are not JSON: {error}") from None
+
+
+def _string(row: Row, key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise BadRow(f"has no `{key}`")
+    if not isinstance(value, str):
+        raise BadRow(f"has `{key}` that is {_kind(value)}, not a string")
+    return value
+
+
+def _require_object(row: object) -> None:
+    if not isinstance(row, dict):
+        raise BadRow(f"is {_kind(row)}, not an object with named fields")
+
+
+def _kind(value: object) -> str:
+    names = {list: "a list", dict: "an object", str: "a string", bool: "a boolean", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), type(value).__name__)

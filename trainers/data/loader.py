@@ -1,0 +1,110 @@
+"""The microbatches of a step, from (seed, step, rank, world size) alone: there is no loader state to save."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainers.batch import IGNORE, Batch
+from trainers.config import TrainConfig
+from trainers.data.table import TokenTable
+
+Ints = NDArray[np.int64]
+LENGTH_MULTIPLE = 8
+
+
+class Loader:
+    """Rows of a table in one global stream, the same for every world size, dealt out to ranks.
+
+    Position p of the stream is row `row_order(seed, p // rows)[p % rows]`; step s takes the positions from
+    s x global_batch; within a step, the k-th microbatch of rows goes to rank k % world_size.
+    """
+
+    def __init__(self, table: TokenTable, train: TrainConfig, *, seed: int, rank: int, world_size: int, pad_id: int) -> None:
+        """Raise ValueError for an empty table."""
+        if not len(table):
+            raise ValueError("the table has no rows")
+        self.table, self.seed, self.rank, self.world_size, self.pad_id = table, seed, rank, world_size, pad_id
+        self.global_batch, self.microbatch = train.global_batch, train.microbatch
+        epochs = 1.0 if train.epochs is None else train.epochs
+        self.num_rows = train.steps * train.global_batch if train.steps is not None else max(1, round(epochs * len(table)))
+        """Rows of the whole run, over all ranks; a row of a second epoch counts again."""
+        self.num_steps = math.ceil(self.num_rows / self.global_batch)
+
+    def row_ids(self, step: int) -> Ints:
+        """Return the table's rows that all ranks together take in a step, in stream order; the last step may have fewer."""
+        positions = np.arange(step * self.global_batch, min((step + 1) * self.global_batch, self.num_rows))
+        epochs = positions // len(self.table)
+        places = positions % len(self.table)
+        return np.array(
+            [row_order(self.seed, int(epoch), len(self.table))[place] for epoch, place in zip(epochs, places, strict=True)], np.int64
+        )
+
+    def step(self, step: int) -> list[Batch]:
+        """Return this rank's microbatches of a step: as many on every rank, filled up with rows that do not count."""
+        return [self._batch(rows) for rows in deal(self.row_ids(step), self.microbatch, self.rank, self.world_size)]
+
+    def epoch(self, step: int) -> float:
+        """Return the passes over the table that are done when `step` steps are."""
+        return min(step * self.global_batch, self.num_rows) / len(self.table)
+
+    def _batch(self, rows: Ints) -> Batch:
+        return make_batch(self.table, rows, self.microbatch, self.pad_id)
+
+
+def eval_batches(table: TokenTable, microbatch: int, *, rank: int, world_size: int, pad_id: int) -> Iterator[Batch]:
+    """Yield a rank's share of all rows, longest first: each row once over all ranks, as many batches on every rank."""
+    longest_first = np.argsort(-table.row_lengths(), kind="stable")
+    for rows in deal(longest_first, microbatch, rank, world_size):
+        yield make_batch(table, rows, microbatch, pad_id)
+
+
+def deal(rows: Ints, microbatch: int, rank: int, world_size: int) -> list[Ints]:
+    """Return a rank's microbatches of rows, as many as every other rank's; the last ones may be short or empty."""
+    count = math.ceil(len(rows) / (microbatch * world_size))
+    chunks = [number * world_size + rank for number in range(count)]
+    return [rows[chunk * microbatch : (chunk + 1) * microbatch] for chunk in chunks]
+
+
+@lru_cache(maxsize=2)
+def row_order(seed: int, epoch: int, num_rows: int) -> Ints:
+    """Return the order of the rows in an epoch, a permutation of (num_rows,).
+
+    Sorted by raw Philox output, which numpy promises never to change, unlike its `permutation`.
+    """
+    raw = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)
+    return np.argsort(raw, kind="stable")
+
+
+def make_batch(table: TokenTable, rows: Ints, num: int, pad_id: int) -> Batch:
+    """Return rows as a batch of `num` rows (B), as long as the longest, rounded up to a multiple of 8 (S).
+
+    Labels are shifted within each document, so that nothing predicts the next document's first token. What pads a row,
+    or is a row of padding, has no labels and counts its positions from 0 like a document of its own.
+    """
+    documents = [table.documents(int(row)) for row in rows]
+    flat = np.concatenate([*documents, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    starts, lengths = table.offsets[flat], table.offsets[flat + 1] - table.offsets[flat]
+    row_of = np.repeat(np.arange(len(rows)), [len(group) for group in documents])
+    used = np.bincount(row_of, weights=lengths, minlength=num).astype(np.int64)
+    size = LENGTH_MULTIPLE * max(1, math.ceil(int(used.max(initial=0)) / LENGTH_MULTIPLE))
+    input_ids = np.full(num * size, pad_id, dtype=np.int64)
+    labels = np.full(num * size, IGNORE, dtype=np.int64)
+    columns = np.arange(size, dtype=np.int64)
+    position_ids = np.where(columns < used[:, None], 0, columns - used[:, None]).ravel()
+    behind = np.cumsum(lengths)
+    position = np.arange(behind[-1] if len(flat) else 0) - np.repeat(behind - lengths, lengths)
+    source = np.repeat(starts, lengths) + position
+    row_starts = np.cumsum(used) - used
+    target = np.repeat(row_of * size - row_starts[row_of] + behind - lengths, lengths) + position
+    tokens = table.tokens[source]
+    input_ids[target], position_ids[target] = tokens, position
+    shifted = (position[1:] > 0) & (table.supervised[source[1:]] > 0)
+    labels[target[:-1][shifted]] = tokens[1:][shifted]
+    tensors = [torch.from_numpy(array.reshape(num, size)) for array in (input_ids, labels, position_ids)]
+    return Batch(input_ids=tensors[0], labels=tensors[1], position_ids=tensors[2], num_rows=len(rows), num_tokens=int(used.sum()))

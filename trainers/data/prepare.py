@@ -1,0 +1,357 @@
+"""Rows to packed tokens on disk, once per content hash and outside the process group: ranks memory-map the result."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainers.config import ConfigError, Layout, RunConfig
+from trainers.data import formats, sources
+from trainers.data.cache import build_once, cache_root, content_key
+from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
+from trainers.data.formats import BadRow
+from trainers.data.pack import one_each, pack
+from trainers.data.sources import Row
+from trainers.data.table import TokenTable, open_table, save_table
+from trainers.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+VERSION = 1
+"""Of what is on disk and how it was made: raise it when either changes."""
+SMALL = 2000
+"""Rows up to which starting processes costs more than it saves."""
+CHUNK = 512
+SHOWN = 5
+QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+RENDERING = ("layout", "supervise", "seq_len", "too_long", "eval_fraction", "packing", "skip_bad_rows", "max_lost_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Prepared data, memory-mapped."""
+
+    path: Path
+    train: TokenTable
+    eval: TokenTable | None
+    report: dict[str, Any]
+    """What `summary` prints."""
+    reused: bool
+    """It was there already."""
+
+
+def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:
+    """Return the run's data, prepared by whichever process comes first; the others wait for it.
+
+    Raises ConfigError for bad rows (unless `data.skip_bad_rows`), for more lost than `data.max_lost_fraction`, and where
+    nothing is left to train. `progress` draws a bar on stderr.
+    """
+    tokenizer = tokenizer or load_tokenizer(config)
+    name = f"data-{data_key(config, tokenizer)}"
+    root = cache_root(config.data.prepared_dir)
+    folder, reused = build_once(root, name, lambda partial: _build(config, tokenizer, partial, progress), "the prepared data")
+    has_eval = (folder / "eval").is_dir()
+    return Prepared(
+        path=folder,
+        train=open_table(folder / "train"),
+        eval=open_table(folder / "eval") if has_eval else None,
+        report=json.loads((folder / "report.json").read_text()),
+        reused=reused,
+    )
+
+
+def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the content hash: data, tokenizer, template and every option that changes the result."""
+    data = config.data
+    options = {name: str(getattr(data, name)) for name in RENDERING}
+    options |= {"objective": str(config.objective.name), "seed": str(config.seed if data.eval_fraction else 0)}
+    marks = [sources.fingerprint(data, path, config.objective.name) for path in _paths(config)]
+    return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
+
+
+def _paths(config: RunConfig) -> list[str | None]:
+    path = sources.data_path(config.data)
+    return [path] if config.data.eval_path is None else [path, config.data.eval_path]
+
+
+def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool) -> None:
+    started = time.monotonic()
+    encoder = encoder_of(config, tokenizer, find_layout(config))
+    stores = {"train": Store(folder, "train")}
+    if config.data.eval_path is not None:
+        stores["eval"] = Store(folder, "eval")
+    with _progress(progress) as advance:
+        for store, path in zip(stores.values(), _paths(config), strict=True):
+            _encode_all(config, encoder, path, store, advance)
+    counts = {name: sum(store.counts[name] for store in stores.values()) for name in COUNTS}
+    _check_losses(config, counts)
+    splits = _split(config, stores)
+    report = {name: _save_split(config, store, keep, folder / name) for name, (store, keep) in splits.items()}
+    for store in stores.values():
+        store.remove()
+    seconds = time.monotonic() - started
+    overlap = stores["train"].num_documents - int(splits["train"][1].sum()) if "eval" in stores else 0
+    whole = {
+        "fingerprint": folder.name.split("-")[2],
+        "layout": str(encoder.layout),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "template_hash": template_hash(tokenizer),
+        **counts,
+        "overlap": overlap,
+        "seconds": round(seconds, 3),
+        "rows_per_second": round(counts["rows"] / seconds, 1),
+        "splits": report,
+    }
+    (folder / "report.json").write_text(json.dumps(whole, indent=2))
+
+
+def find_layout(config: RunConfig) -> Layout:
+    """Return the layout, recognised in the first row that has one."""
+    if config.data.layout is not Layout.auto:
+        return config.data.layout
+    path = sources.data_path(config.data)
+    reason = "there are no rows"
+    for row in islice(sources.rows(config.data, path, config.objective.name), 100):
+        try:
+            return formats.recognise(sources.parse(row))
+        except BadRow as error:
+            reason = f"{row.file}:{row.line} {error}" if reason == "there are no rows" else reason
+    known = ", ".join(layout for layout in Layout if layout is not Layout.auto)
+    raise ConfigError("data.path", path, f"no row has a known layout: {reason}", f"rows of one of: {known}; or set data.layout")
+
+
+class Store:
+    """Documents of one source on disk, in the order of the rows, until they are split and packed."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        """Open the files in `folder`."""
+        self.files = [folder / f"{name}.tokens.raw", folder / f"{name}.supervised.raw"]
+        self.streams: list[BinaryIO] = [file.open("wb") for file in self.files]
+        self.lengths: list[NDArray[np.int64]] = []
+        self.groups: list[NDArray[np.uint64]] = []
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.num_documents = 0
+
+    def add(self, documents: Documents) -> None:
+        """Append documents."""
+        documents.tokens.tofile(self.streams[0])
+        documents.supervised.tofile(self.streams[1])
+        self.lengths.append(documents.lengths)
+        self.groups.append(documents.groups)
+        self.num_documents += len(documents.lengths)
+        self.counts = {name: self.counts[name] + documents.counts.get(name, 0) for name in COUNTS}
+
+    def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint64]]:
+        """Return (tokens, supervised, lengths, groups), the first two memory-mapped."""
+        for stream in self.streams:
+            stream.flush()
+        tokens, supervised = (
+            np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
+            for file, dtype in zip(self.files, (np.int32, np.uint8), strict=True)
+        )
+        lengths = np.concatenate([np.zeros(0, np.int64), *self.lengths])
+        return tokens, supervised, lengths, np.concatenate([np.zeros(0, np.uint64), *self.groups])
+
+    def remove(self) -> None:
+        """Close and delete the files."""
+        for stream, file in zip(self.streams, self.files, strict=True):
+            stream.close()
+            file.unlink()
+
+
+def _encode_all(config: RunConfig, encoder: Encoder, path: str | None, store: Store, advance: Callable[[int], None]) -> None:
+    rows = sources.rows(config.data, path, config.objective.name)
+    bad: list[str] = []
+    for documents in encode_rows(encoder, rows, config.data.processes or sources.cores()):
+        if documents.error is not None:
+            raise ConfigError(*documents.error)
+        bad.extend(documents.bad)
+        if len(bad) >= SHOWN and not config.data.skip_bad_rows:
+            break
+        store.add(documents)
+        advance(documents.counts["rows"])
+    if bad and not config.data.skip_bad_rows:
+        lines = "".join(f"\n  {line}" for line in bad[:SHOWN])
+        raise ConfigError("data.path", path, f"has bad rows; the first ones:{lines}", "mend them, or data.skip_bad_rows=true")
+
+
+def encode_rows(encoder: Encoder, rows: Iterator[Row], processes: int) -> Iterator[Documents]:
+    """Yield the documents of chunks of rows, in order, by as many processes; few rows are done in this one."""
+    first = list(islice(rows, SMALL))
+    if processes == 1 or len(first) < SMALL:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if processes == 1 else "true")
+        yield from (encoder.encode(chunk) for chunk in _chunks(chain(first, rows)))
+        return
+    yield from _encode_parallel(encoder, _chunks(chain(first, rows)), processes)
+
+
+def _encode_parallel(encoder: Encoder, chunks: Iterator[list[Row]], processes: int) -> Iterator[Documents]:
+    # Forked, so that nothing is imported again and the encoder is not pickled. The first submit forks all of them.
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(encoder,)) as pool:
+        waiting: deque[Future[Documents]] = deque()
+        for chunk in chunks:
+            waiting.append(pool.submit(_encode_chunk, chunk))
+            if len(waiting) >= 4 * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+_worker_encoder: Encoder | None = None
+
+
+def _start_worker(encoder: Encoder) -> None:
+    global _worker_encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive the fork, and the processes fill the cores
+    _worker_encoder = encoder
+
+
+def _encode_chunk(rows: list[Row]) -> Documents:
+    assert _worker_encoder is not None
+    return _worker_encoder.encode(rows)
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _check_losses(config: RunConfig, counts: dict[str, int]) -> None:
+    """Raise ConfigError where nothing is trained, or too much is lost."""
+    if not counts["supervised_before"]:
+        reason = "there are no rows" if counts["rows"] == counts["bad"] else f"none of the {counts['rows']:,} rows has a supervised token"
+        raise ConfigError("data.supervise", str(config.data.supervise), reason, "look at them: python -m tools.show_batch")
+    lost = counts["supervised_lost"] / counts["supervised_before"]
+    if lost > config.data.max_lost_fraction:
+        raise ConfigError(
+            "data.max_lost_fraction",
+            config.data.max_lost_fraction,
+            f"{lost:.1%} of the supervised tokens would be lost: {counts['supervised_lost']:,} of {counts['supervised_before']:,}; "
+            f"{counts['truncated']:,} rows are truncated and {counts['dropped']:,} dropped at data.seq_len = {config.data.seq_len}",
+            "a longer data.seq_len, data.too_long=split for text, or a higher data.max_lost_fraction",
+        )
+
+
+Kept = NDArray[np.bool_]
+
+
+def _split(config: RunConfig, stores: dict[str, Store]) -> dict[str, tuple[Store, Kept]]:
+    """Return for each split where its documents are and which of them it takes: no first prompt stands on both sides."""
+    store = stores["train"]
+    groups = store.arrays()[3]
+    if "eval" in stores:
+        other = stores["eval"].arrays()[3]
+        keep = ~np.isin(groups, other)
+        if not keep.any() or not len(other):
+            reason = "every first prompt of data.path is in it too" if len(other) else "no row has a supervised token"
+            raise ConfigError("data.eval_path", config.data.eval_path, reason, "other held-out rows, or data.eval_fraction=0.05")
+        return {"train": (store, keep), "eval": (stores["eval"], np.ones(len(other), dtype=bool))}
+    if not config.data.eval_fraction:
+        return {"train": (store, np.ones(len(groups), dtype=bool))}
+    if len(np.unique(groups)) == 1 and len(groups) > 1:  # the pieces of one long text
+        groups = np.arange(len(groups), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    held_out = hold_out(groups, config.data.eval_fraction)
+    if not held_out.any() or held_out.all():
+        remedy = "data.eval_path=FILE, or data.eval_fraction=0"
+        raise ConfigError(
+            "data.eval_fraction", config.data.eval_fraction, "the rows have one first prompt in all, which cannot be split", remedy
+        )
+    return {"train": (store, ~held_out), "eval": (store, held_out)}
+
+
+def hold_out(groups: NDArray[np.uint64], fraction: float) -> Kept:
+    """Return which documents are held out: whole groups, in order of their hash, up to `fraction` of the documents; at least one group."""
+    names, sizes = np.unique(groups, return_counts=True)
+    if len(names) < 2:
+        return np.zeros(len(groups), dtype=bool)
+    target = fraction * len(groups)
+    taken, total = [], 0
+    for name, size in zip(names, sizes, strict=True):
+        if total + size <= target:
+            taken.append(name)
+            total += size
+        if total >= target:
+            break
+    return np.isin(groups, taken or [names[np.argmin(sizes)]])
+
+
+def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> dict[str, Any]:
+    """Pack and write a split; return its part of the report."""
+    tokens, supervised, lengths, _ = store.arrays()
+    which = slice(None) if keep.all() else np.repeat(keep, lengths)
+    lengths = lengths[keep]
+    started = time.monotonic()
+    order, rows = pack(lengths, config.data.seq_len) if config.data.packing else one_each(len(lengths))
+    pack_seconds = time.monotonic() - started
+    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    table = TokenTable(tokens=tokens[which], supervised=supervised[which], offsets=offsets, order=order, rows=rows)
+    save_table(table, folder)
+    num_tokens = int(offsets[-1])
+    longest = config.data.seq_len if config.data.packing else int(lengths.max())
+    return {
+        "documents": len(lengths),
+        "rows": len(table),
+        "tokens": num_tokens,
+        "supervised_tokens": int(table.supervised.sum(dtype=np.int64)),
+        "lengths": {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()},
+        "efficiency": num_tokens / (len(table) * longest),
+        "pack_seconds": round(pack_seconds, 4),
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """Return a report as text for people."""
+    lines = [
+        f"data {report['fingerprint']}: layout {report['layout']}, {report['rows']:,} rows in {report['seconds']:.1f} s "
+        f"({report['rows_per_second']:,.0f} rows/s)"
+    ]
+    for name, split in report["splits"].items():
+        lengths = ", ".join(f"{key} {value:,}" for key, value in split["lengths"].items())
+        lines.append(
+            f"  {name:5} {split['documents']:,} documents in {split['rows']:,} rows (filled {split['efficiency']:.2%}), "
+            f"{split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised; document lengths {lengths}"
+        )
+    lost = report["supervised_lost"] / report["supervised_before"]
+    lines.append(
+        f"  lost  {report['supervised_lost']:,} supervised tokens ({lost:.2%}): rows truncated {report['truncated']:,}, "
+        f"dropped {report['dropped']:,}, split {report['split']:,}, bad {report['bad']:,}, also in eval {report['overlap']:,}"
+    )
+    return "\n".join(lines)
+
+
+class _progress:  # noqa: N801 - used like a function
+    """Draw a bar of the rows done on stderr while the block runs, if asked to."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+
+    def __enter__(self) -> Callable[[int], None]:
+        if not self.shown:
+            return lambda rows: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("preparing data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar.start()
+        task = self.bar.add_task("rows", total=None)
+        return lambda rows: partial(self.bar.advance, task)(rows)
+
+    def __exit__(self, *error: object) -> None:
+        if self.shown:
+            self.bar.stop()

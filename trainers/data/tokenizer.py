@@ -1,0 +1,139 @@
+"""The tokenizer of a run: the model's own, another, or one trained on the data; and its chat template."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainers.config import ConfigError, Layout, RunConfig
+from trainers.data import formats, masks, sources
+from trainers.data.cache import build_once, cache_root, content_key
+from trainers.data.formats import BadRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+TRAINING_ROWS = 200_000
+VERSION = 1
+
+
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
+    """Return the run's fast tokenizer with `data.template` as its chat template, so that an export carries it.
+
+    Raises ConfigError where it cannot be had, or is slow. A tokenizer to train is trained once per content of the data.
+    """
+    tokenizer: PreTrainedTokenizerFast = (
+        _open(config, str(_trained(config))) if config.model.train_tokenizer else _open(config, _name(config))
+    )
+    if config.data.template == "chatml":
+        tokenizer.chat_template = masks.CHATML
+    elif config.data.template is not None:
+        tokenizer.chat_template = Path(config.data.template).read_text("utf-8")
+    return tokenizer
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a hash of what decides the token ids: vocabulary, merges, normalizers and special tokens."""
+    parts = (tokenizer.backend_tokenizer.to_str(), sorted(tokenizer.special_tokens_map.items()))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:20]
+
+
+def template_hash(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Return a hash of the chat template, or None."""
+    return content_key(tokenizer.chat_template) if tokenizer.chat_template else None
+
+
+def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id that fills rows up: the pad token's, else the end token's, else 0; what it is never changes a loss."""
+    return next((int(number) for number in (tokenizer.pad_token_id, tokenizer.eos_token_id) if number is not None), 0)
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids that end an answer: the end token, and the token behind an assistant turn of the chat template."""
+    found = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
+    template = masks.template_of(tokenizer, "chat template")
+    if template is not None:
+        turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
+        try:
+            rendered = masks.render(template, turns)
+        except (BadRow, ConfigError):
+            return sorted(found)
+        last = tokenizer.backend_tokenizer.encode(rendered.text[: rendered.spans[-1][1]], add_special_tokens=False).ids[-1]
+        if tokenizer.convert_ids_to_tokens(last) in tokenizer.get_added_vocab():
+            found.add(last)
+    return sorted(found)
+
+
+def _name(config: RunConfig) -> str:
+    name = config.model.tokenizer or config.model.id
+    if name is None:
+        raise ConfigError("model.tokenizer", None, "no tokenizer is named", "model.tokenizer=DIR or model.train_tokenizer=4096")
+    return name
+
+
+def _open(config: RunConfig, name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    field = "model.tokenizer" if config.model.tokenizer else "model.id"
+    try:
+        revision = config.model.revision if name == config.model.id else None
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # whatever transformers or the hub client raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(field, name, f"the tokenizer cannot be loaded: {reason}", "model.tokenizer=DIR with a tokenizer.json") from error
+    if not getattr(tokenizer, "backend_tokenizer", None):
+        raise ConfigError(
+            field, name, "is a slow tokenizer, which cannot say where its tokens lie in the text", "a tokenizer with a tokenizer.json"
+        )
+    return tokenizer
+
+
+def _trained(config: RunConfig) -> Path:
+    path = sources.data_path(config.data)
+    marks = sources.fingerprint(config.data, path, config.objective.name)
+    key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, *marks)
+    root = cache_root(config.data.prepared_dir)
+    return build_once(root, f"tokenizer-{key}", lambda folder: _train(config, folder), "the tokenizer")[0]
+
+
+def _train(config: RunConfig, folder: Path) -> None:
+    """Train a byte-level BPE tokenizer with ChatML's tokens and template, and save it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.model.train_tokenizer,
+        special_tokens=[END, PAD, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(config), trainer)
+    make: Any = PreTrainedTokenizerFast  # its constructor is not typed
+    fast = make(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+    fast.chat_template = masks.CHATML
+    fast.save_pretrained(folder)
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    rows = sources.rows(config.data, sources.data_path(config.data), config.objective.name)
+    for row in islice(rows, TRAINING_ROWS):
+        try:
+            data = sources.parse(row)
+            yield from _strings(data, config.data.layout)
+        except BadRow:
+            continue  # preparation names it
+
+
+def _strings(data: Any, layout: Layout) -> Iterator[str]:
+    layout = formats.recognise(data) if layout is Layout.auto else layout
+    if layout is Layout.text:
+        yield formats.to_text(data)
+    else:
+        yield from (message["content"] for message in formats.to_messages(data, layout) if message.get("content"))

@@ -1,0 +1,1 @@
+"""Engines: the sharding of parameters, gradients and optimizer state, one file each."""

@@ -1,0 +1,277 @@
+"""The only loop: rows in, steps taken, figures out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainers.batch import IGNORE, Batch
+from trainers.checkpoint import Checkpointer, Progress
+from trainers.config import ConfigError, OptimConfig, RunConfig, Schedule
+from trainers.data.loader import Loader, eval_batches
+from trainers.data.prepare import Prepared
+from trainers.engines.base import Engine
+from trainers.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops, set_status
+from trainers.objectives import CHOICES, Objective
+from trainers.world import World, seed_step
+
+log = logging.getLogger("fulltune")
+STATUS_EVERY_S = 5.0
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on, for a reason the user can act on."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """How `train` ended."""
+
+    progress: Progress
+    stopped_by: int | None = None
+    """The signal that stopped the run before its end."""
+    eval_losses: list[float] = field(default_factory=list)
+    """Held-out losses in nats a token, the one before the first step first."""
+    train_loss: float | None = None
+    mfu: float | None = None
+
+
+def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule down to its floor at the end.
+
+    Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
+    """
+    warmup_steps = optim.warmup_steps or round(optim.warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return optim.lr * (step + 1) / warmup_steps
+    done = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
+    if optim.schedule is Schedule.cosine:
+        shape = (1 + math.cos(math.pi * done)) / 2
+    elif optim.schedule is Schedule.linear:
+        shape = 1 - done
+    elif optim.schedule is Schedule.wsd:
+        decay_steps = max(1, round(optim.decay_fraction * num_steps))
+        shape = min(1.0, (num_steps - 1 - step) / decay_steps)
+    else:
+        return optim.lr
+    return optim.lr * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * max(0.0, shape))
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World) -> tuple[float, int]:
+    """Return the held-out loss in nats a token and its number of tokens: one sum over all rows, each counted once.
+
+    Only sums are kept, so memory does not grow with the number of rows.
+    """
+    engine.train(False)
+    total, weight = 0.0, 0
+    for batch in batches:
+        weight += objective.weight(batch)
+        on_device = batch.to(world.device)
+        total += float(objective(engine.token_logps(on_device), on_device).total)
+    engine.train(True)
+    total, whole = world.sum([total, float(weight)])
+    return total / max(whole, 1.0), int(whole)
+
+
+def stalled(losses: list[float], patience: int | None, min_improvement: float) -> bool:
+    """Tell whether the last `patience` held-out losses brought no improvement over the best before each."""
+    if patience is None:
+        return False
+    best, waited = math.inf, 0
+    for loss in losses:
+        if loss < best - min_improvement:
+            best, waited = loss, 0
+        else:
+            waited += 1
+    return waited >= patience
+
+
+def require_isolation(engine: Engine, world: World, vocab_size: int, tolerance: float) -> None:
+    """Refuse packing unless another document in the row leaves a document's log-probabilities alone.
+
+    Asked of the real model on the real device with two short documents: it holds for any architecture and backend.
+    """
+    ids = torch.arange(2 * 12).remainder(vocab_size)[None]
+    positions = torch.arange(12).repeat(2)[None]
+    labels = ids.roll(-1, 1).where(positions != 11, IGNORE)
+    other = ids.clone()
+    other[:, :12] = (ids[:, :12] + vocab_size // 2).remainder(vocab_size)
+    engine.train(False)
+    logps = []
+    with torch.no_grad():
+        for rows in (ids, other):
+            batch = Batch(input_ids=rows, labels=labels, position_ids=positions, num_rows=1, num_tokens=24)
+            logps.append(engine.token_logps(batch.to(world.device))[0, 12:].cpu())
+    engine.train(True)
+    leak = float((logps[0] - logps[1]).abs().max())
+    if not leak <= tolerance:
+        raise ConfigError(
+            "data.packing",
+            True,
+            f"this model with this attention backend lets packed documents see each other ({leak:.2g} nats)",
+            "data.packing=false",
+        )
+
+
+class Training:
+    """What one attempt holds while it trains; `train` is the way in."""
+
+    def __init__(self, config: RunConfig, world: World, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float) -> None:
+        """Keep the parts."""
+        self.config, self.world, self.engine, self.data, self.loader = config, world, engine, data, loader
+        self.objective = CHOICES[config.objective.name](config.objective)
+        self.checkpointer = Checkpointer(config.checkpoint, Path(config.run_dir), world)
+        self.metrics = Metrics(config, world.rank, loader.num_steps)
+        self.flops_per_token, self.peak = flops_per_token, peak_tflops(config)
+        self.outcome = Outcome(progress=Progress())
+        self.skipped_in_a_row, self.status_at = 0, 0.0
+
+    def run(self) -> Outcome:
+        """Continue from the newest checkpoint to the last step, an early stop, or a signal."""
+        progress = self.checkpointer.restore(self.engine, self.loader.num_steps)
+        with self.metrics as metrics:
+            kept = metrics.start(progress.step)
+            self.outcome.eval_losses = [row["eval_loss"] for row in kept if "eval_loss" in row]
+            if self.data.eval is not None and not self.outcome.eval_losses:
+                self._evaluate(progress)
+            while progress.step < self.loader.num_steps and not self._is_stalled():
+                progress = self._step(progress)
+                if self._eval_due(progress.step):
+                    self._evaluate(progress)
+                stopping = self.world.stop_requested()
+                if stopping or self.checkpointer.due(progress.step):
+                    self.checkpointer.save(self.engine, progress)
+                if stopping:
+                    self.outcome.stopped_by = self.world.signalled or -1
+                    break
+            self.outcome.progress = progress
+            return self.outcome
+
+    def _step(self, progress: Progress) -> Progress:
+        """Take one optimizer step over the rows that (seed, step) names."""
+        started = time.perf_counter()
+        seed_step(self.config.seed, progress.step, self.world.rank)
+        microbatches = self.loader.step(progress.step)
+        counts = [
+            sum(map(self.objective.weight, microbatches)),
+            sum(b.num_rows for b in microbatches),
+            sum(b.num_tokens for b in microbatches),
+        ]
+        weight, rows, inputs = (int(count) for count in self.world.sum(counts))
+        lr = learning_rate(self.config.optim, progress.step, self.loader.num_steps)
+        local_loss = torch.zeros((), device=self.world.device)
+        for number, batch in enumerate(microbatches if weight else [], 1):
+            on_device = batch.to(self.world.device)
+            loss = self.objective(self.engine.token_logps(on_device), on_device)
+            self.engine.backward(loss.total / weight, last=number == len(microbatches))
+            local_loss += loss.total.detach()
+        grad_norm = self.engine.step(lr) if weight else 0.0
+        loss_sum = self.world.sum([float(local_loss)])[0]
+        seconds = time.perf_counter() - started
+        skipped = self._count_skipped(progress.step, grad_norm, weight)
+        progress = Progress(
+            step=progress.step + 1,
+            rows=progress.rows + rows,
+            tokens=progress.tokens + weight,
+            input_tokens=progress.input_tokens + inputs,
+            skipped=progress.skipped + skipped,
+            seconds=progress.seconds + seconds,
+        )
+        self._record(progress, loss_sum / max(weight, 1), lr, grad_norm, weight, inputs, seconds)
+        return progress
+
+    def _count_skipped(self, step: int, grad_norm: float, weight: int) -> int:
+        """Count a step whose gradients are not finite; too many in a row end the run."""
+        if math.isfinite(grad_norm) and weight:
+            self.skipped_in_a_row = 0
+            return 0
+        self.skipped_in_a_row += 1
+        why = f"the gradient norm is {grad_norm}" if weight else "no row has a supervised token"
+        log.warning("step %d is skipped: %s (%d in a row)", step + 1, why, self.skipped_in_a_row)
+        if self.skipped_in_a_row >= self.config.train.max_skipped:
+            remedy = "lower optim.lr, raise optim.warmup_steps, or look at the rows with python -m tools.show_batch"
+            raise TrainingFailed(f"{self.skipped_in_a_row} steps in a row were skipped, the last because {why}; {remedy}")
+        return 1
+
+    def _record(self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float) -> None:
+        device_peak, host_peak = self.world.max([float(device_bytes_peak() or 0), float(host_bytes_peak())])
+        self.outcome.train_loss = loss
+        if self.peak is not None:
+            self.outcome.mfu = self.flops_per_token * progress.input_tokens / progress.seconds / (self.peak * 1e12 * self.world.size)
+        self.metrics.write(
+            {
+                "step": progress.step,
+                "epoch": self.loader.epoch(progress.step),
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": progress.tokens,
+                "tokens_per_second": weight / seconds,
+                "input_tokens_per_second": inputs / seconds,
+                "step_seconds": seconds,
+                "device_bytes_peak": int(device_peak) or None,
+                "host_bytes_peak": int(host_peak),
+                "mfu": self.outcome.mfu,
+                "skipped": progress.skipped,
+            }
+        )
+        if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
+            self.status_at = time.monotonic()
+            set_status(Path(self.config.run_dir), "running", step=progress.step, num_steps=self.loader.num_steps)
+
+    def _eval_due(self, step: int) -> bool:
+        every = self.config.train.eval_every
+        return self.data.eval is not None and (step == self.loader.num_steps or (every is not None and step % every == 0))
+
+    def _evaluate(self, progress: Progress) -> None:
+        assert self.data.eval is not None
+        rows = self.config.train.eval_microbatch or self.config.train.microbatch
+        batches = eval_batches(self.data.eval, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.loader.pad_id)
+        loss, weight = evaluate(self.engine, self.objective, batches, self.world)
+        self.outcome.eval_losses.append(loss)
+        self.metrics.write({"step": progress.step, "tokens": progress.tokens, "eval_loss": loss, "eval_tokens": weight})
+
+    def _is_stalled(self) -> bool:
+        train = self.config.train
+        ends = stalled(self.outcome.eval_losses, train.patience, train.min_improvement)
+        if ends:
+            log.info("stopping early: %d evaluations brought no improvement", train.patience)
+        return ends
+
+
+def train(config: RunConfig, world: World, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float) -> Outcome:
+    """Train to the end, an early stop, or a signal; collective."""
+    return Training(config, world, engine, data, loader, flops_per_token).run()
+
+
+def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
+    """Return the figures of summary.json that the loop knows; collective."""
+    progress, losses = outcome.progress, outcome.eval_losses
+    device_peak, host_peak = world.max([float(device_bytes_peak() or 0), float(host_bytes_peak())])
+    seconds = max(progress.seconds, 1e-9)
+    return {
+        "eval_loss_before": losses[0] if losses else None,
+        "eval_loss_after": losses[-1] if losses else None,
+        "train_loss": outcome.train_loss,
+        "steps": progress.step,
+        "rows": progress.rows,
+        "tokens": progress.tokens,
+        "input_tokens": progress.input_tokens,
+        "tokens_per_second": progress.tokens / seconds,
+        "input_tokens_per_second": progress.input_tokens / seconds,
+        "mfu": outcome.mfu,
+        "device_bytes_peak": int(device_peak) or None,
+        "host_bytes_peak": int(host_peak),
+        "skipped_steps": progress.skipped,
+        "wall_seconds": progress.seconds,
+        "gpu_hours": progress.seconds * world.size / 3600 if world.device.type == "cuda" else None,
+        "world_size": world.size,
+    }

@@ -1,0 +1,282 @@
+"""Figures: metrics.jsonl is the truth, the progress bar and W&B are its mirrors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import netrc
+import os
+import queue
+import resource
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainers.config import RunConfig, WandbMode, plain
+
+log = logging.getLogger("fulltune")
+console = Console(stderr=True)
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "MI300X": 1307.0,
+}
+"""Dense bf16 matrix peaks from the vendors' data sheets, by a part of the device's name; the first match counts."""
+LINE_EVERY_S = 10.0
+WANDB_WAIT_S = 20.0
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file that is never seen half-written."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    staging.rename(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, empty where the file is absent."""
+    if not path.is_file():
+        return {}
+    value: dict[str, Any] = json.loads(path.read_text())
+    return value
+
+
+def set_status(run_dir: Path, state: str, **more: object) -> None:
+    """Update status.json: the state and whatever else is known; other keys stay."""
+    known = read_json(run_dir / "status.json")
+    if state != "failed":
+        known.pop("error", None)
+    write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
+
+
+def log_to(folder: Path, rank: int, world_size: int) -> None:
+    """Send this rank's log to rank-R.log, and rank 0's to the terminal too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / f"rank-{rank}.log")
+    to_file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank}/{world_size} %(levelname)s %(message)s"))
+    log.addHandler(to_file)
+
+
+def log_to_terminal(rank: int) -> None:
+    """Show rank 0's log on standard error, above the progress bar; other ranks show errors only."""
+    shown: logging.Handler
+    if console.is_terminal:
+        shown = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+    else:
+        shown = logging.StreamHandler()
+        shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    shown.setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    log.addHandler(shown)
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+
+
+def peak_tflops(config: RunConfig) -> float | None:
+    """Return one device's dense bf16 peak in TFLOP/s, or None where it is unknown."""
+    if config.log.peak_tflops is not None or not torch.cuda.is_available():
+        return config.log.peak_tflops
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def host_bytes_peak() -> int:
+    """Return this process's largest resident size so far, in bytes."""
+    kibi = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibi if sys.platform == "darwin" else kibi * 1024
+
+
+def device_bytes_peak() -> int | None:
+    """Return the largest CUDA memory allocated so far, in bytes; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+class Metrics:
+    """Rank 0's record of a run; other ranks get one that does nothing."""
+
+    def __init__(self, config: RunConfig, rank: int, num_steps: int) -> None:
+        """Open nothing yet: `start` says from which step."""
+        self.path = Path(config.run_dir) / "metrics.jsonl"
+        self.config, self.num_steps, self.active = config, num_steps, rank == 0
+        self.mirror: Mirror | None = None
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (self.active and console.is_terminal),
+        )
+        self.shown_at = 0.0
+
+    def start(self, step: int) -> list[dict[str, Any]]:
+        """Cut the record back to `step` and return the rows that stay; start the bar and the mirror."""
+        kept = []
+        if self.path.is_file():
+            rows = [_parse(line) for line in self.path.read_text().splitlines()]
+            kept = [row for row in rows if row is not None and row["step"] <= step]
+        if self.active:
+            staging = self.path.with_suffix(".tmp")
+            staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            staging.rename(self.path)
+            if self.config.log.wandb is not WandbMode.disabled:
+                self.mirror = Mirror(self.config)
+        self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", speed="-")
+        self.bar.start()
+        return kept
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row; every reader sees whole lines, and a non-finite figure becomes null."""
+        if not self.active:
+            return
+        row = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        if self.mirror is not None:
+            self.mirror.log(row)
+        self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if "eval_loss" in row:
+            log.info("step %d: held-out loss %.4f over %s tokens", row["step"], row["eval_loss"], f"{row['eval_tokens']:,}")
+            return
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.bar.update(self.task, completed=row["step"], loss=loss, speed=f"{row['tokens_per_second']:,.0f}")
+        due = time.monotonic() - self.shown_at > LINE_EVERY_S or row["step"] == self.num_steps
+        if self.bar.disable and due:
+            left = (self.num_steps - row["step"]) * row["step_seconds"]
+            speed = f"{row['tokens_per_second']:,.0f}"
+            log.info("step %d/%d  loss %s  %s tokens/s  about %.0f s left", row["step"], self.num_steps, loss, speed, left)
+            self.shown_at = time.monotonic()
+
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """End the bar and the mirror; `summary` goes to W&B's summary."""
+        self.bar.stop()
+        if self.mirror is not None:
+            self.mirror.close(summary)
+
+    def __enter__(self) -> Metrics:
+        """Return itself; `close` is called at the end whatever happens."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close without a summary if `close` was not reached."""
+        self.close(None)
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """Return a metrics row, or None for the half line that a killed run leaves."""
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row
+
+
+class Mirror:
+    """W&B in a thread of its own: slow, failing or absent, it never holds up or ends a run, and never prompts."""
+
+    def __init__(self, config: RunConfig) -> None:
+        """Start the thread; rows wait in a queue until W&B answers."""
+        self.config = config
+        self.rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.summary: dict[str, Any] = {}
+        self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self.thread.start()
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Hand over a row; returns at once."""
+        self.rows.put(row)
+
+    def close(self, summary: dict[str, Any] | None) -> None:
+        """Let W&B finish within WANDB_WAIT_S; what it could not send stays in metrics.jsonl."""
+        self.summary = summary or {}
+        self.rows.put(None)
+        self.thread.join(WANDB_WAIT_S)
+        if self.thread.is_alive():
+            log.warning("W&B did not finish within %.0f s and is left behind; metrics.jsonl has every row", WANDB_WAIT_S)
+
+    def _work(self) -> None:
+        try:
+            run = self._begin()
+            while (row := self.rows.get()) is not None:
+                run.log(row)
+            run.summary.update({key: value for key, value in self.summary.items() if isinstance(value, int | float)})
+            run.finish()
+        except Exception as error:  # whatever W&B raises, the run goes on
+            log.warning("W&B is off for this run (%s: %s); metrics.jsonl has every row", type(error).__name__, error)
+
+    def _begin(self) -> Any:
+        import wandb
+
+        config, online = self.config, self._is_online()
+        keywords: dict[str, Any] = {
+            "project": config.log.project,
+            "entity": config.log.entity,
+            "group": config.log.group,
+            "name": config.name,
+            "id": wandb_id(config),
+            "resume": "allow",
+            "dir": config.run_dir,
+            "config": plain(config),
+            "tags": ["full" if config.peft.method == "none" else str(config.peft.method), str(config.engine.name), *config.log.tags],
+        }
+        settings = {"silent": True, "console": "off", "init_timeout": WANDB_WAIT_S / 2, "login_timeout": 1}
+        if online:
+            with contextlib.suppress(wandb.errors.CommError, wandb.errors.UsageError):
+                return _with_steps(wandb.init(mode="online", settings=wandb.Settings(**settings), **keywords))
+            log.warning("W&B does not answer: this run is recorded offline, `wandb sync` sends it later")
+            wandb.teardown()
+        return _with_steps(wandb.init(mode="offline", settings=wandb.Settings(**settings), **keywords))
+
+    def _is_online(self) -> bool:
+        """Tell whether to go online: asked for or left open, a key is at hand, and the server takes a connection."""
+        if self.config.log.wandb is WandbMode.offline or os.environ.get("WANDB_MODE", "online") != "online":
+            return False
+        url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+        host = url.hostname or "api.wandb.ai"
+        if not ("WANDB_API_KEY" in os.environ or _has_netrc(host)):
+            if self.config.log.wandb is WandbMode.online:
+                log.warning("log.wandb=online, but there is no W&B key: recorded offline; `wandb login` stores a key")
+            return False
+        try:
+            socket.create_connection((host, url.port or (443 if url.scheme == "https" else 80)), timeout=3).close()
+        except OSError as error:
+            log.warning("W&B cannot be reached at %s (%s): recorded offline, `wandb sync` sends it later", host, error)
+            return False
+        return True
+
+
+def _has_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _with_steps(run: Any) -> Any:
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def wandb_id(config: RunConfig) -> str:
+    """Return the id kept in manifest.json, so that every attempt continues one W&B run."""
+    return str(read_json(Path(config.run_dir) / "manifest.json")["wandb_id"])

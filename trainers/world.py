@@ -1,0 +1,107 @@
+"""Who this rank is, how ranks agree, and the flag that asks a run to stop."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(kw_only=True)
+class World:
+    """This rank among all: numbers come from the environment that torchrun or SLURM's launcher sets."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    signalled: int | None = None
+    """The signal that asked this rank to stop; set by the handler, read at step boundaries."""
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """Read RANK, LOCAL_RANK and WORLD_SIZE; one rank where none is set. Raises RuntimeError if only some are set."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        missing = [name for name in names if name not in os.environ]
+        if missing and len(missing) < len(names):
+            raise RuntimeError(f"{', '.join(missing)} is not set though {', '.join(set(names) - set(missing))} is: start through torchrun")
+        rank, local_rank, size = (0, 0, 1) if missing else (int(os.environ[name]) for name in names)
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+        return cls(rank=rank, local_rank=local_rank, size=size, device=device)
+
+    def watch_signals(self) -> None:
+        """Let signals set the stop flag only, and let the kernel end this rank when its parent dies."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._flag)
+
+    def _flag(self, number: int, _frame: object) -> None:
+        self.signalled = number
+
+    def connect(self, timeout_s: int = 1800) -> None:
+        """Start the process group: gloo for CPU tensors always, nccl for CUDA tensors where there is a GPU."""
+        limit = datetime.timedelta(seconds=timeout_s)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+        if self.size == 1 and "MASTER_ADDR" not in os.environ:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        else:
+            dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=limit)
+
+    def disconnect(self) -> None:
+        """End the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the element-wise sum over ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Return the element-wise maximum over ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(tensor, op=how)
+        return [float(value) for value in tensor]
+
+    def stop_requested(self) -> bool:
+        """Tell whether any rank was signalled; all ranks get the same answer."""
+        return bool(self.max([float(self.signalled is not None)])[0])
+
+    def gather(self, value: object) -> list[object]:
+        """Return every rank's value, on every rank; small picklable values only."""
+        values: list[object] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.max([0.0])
+
+    def require_agreement(self, what: str, value: str) -> None:
+        """Raise RuntimeError, on every rank and naming the ranks, unless all ranks hold the same value."""
+        values = self.gather(value)
+        others = [f"rank {rank}: {theirs}" for rank, theirs in enumerate(values) if theirs != values[0]]
+        if others:
+            raise RuntimeError(f"ranks disagree on {what}: rank 0: {values[0]}; {'; '.join(others[:4])}")
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed dropout from (seed, step, rank) alone, so that no generator state lives in checkpoints."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank & (1 << 63) - 1)
