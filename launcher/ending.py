@@ -14,7 +14,8 @@ DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 def settle(job: Job, code: int, signalled: int | None) -> int:
     """Print how the run ended and return the launcher's exit code.
 
-    `code` is the child's, one of its ranks' under torchrun; status.json's `error` is {rank, message, traceback, exit_code}; `signalled` is the signal that we passed on.
+    `code` is the child's, one of its ranks' under torchrun; status.json's `error` is {rank, message, traceback, exit_code};
+    `signalled` is the signal that we passed on.
     """
     status = read_status(job.run_dir)
     state, interrupted = status.get("state"), signalled == signal.SIGINT

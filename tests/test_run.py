@@ -18,7 +18,7 @@ import torch
 from conftest import save_tiny
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the cat sat on a mat while two dogs ran far over green hills and home again".split()
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "far", "over", "green", "hills", "home", "again"]
 
 
 @pytest.fixture(scope="module")

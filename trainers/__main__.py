@@ -21,11 +21,11 @@ from trainers.batch import Batch, token_logps
 from trainers.config import ConfigError, Precision, RunConfig, check_world, load
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
-from trainers.data.tokenizer import load_tokenizer, pad_id
+from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
 from trainers.metrics import console, log_to, log_to_terminal, read_json, set_status, write_json
-from trainers.model import Blueprint, check_export, end_of_turn, export, flops_per_token, make_blueprint, reopen, sample_answer
+from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, reopen, sample_answer
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -138,10 +138,8 @@ def finish(
     """Export, reopen and check the export, write summary.json; only then is the run done. Collective."""
     run_dir = Path(config.run_dir)
     folder = run_dir / "export"
-    table = data.train
-    stop_id = end_of_turn(table.tokens, table.supervised, table.offsets)
-    export(engine.weights(), blueprint, tokenizer, stop_id, folder, write=world.rank == 0)
-    probe = make_batch(table, np.zeros(1, np.int64), 1, pad_id(tokenizer))
+    export(engine.weights(), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
+    probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
         logps = engine.token_logps(probe.to(world.device)).cpu()

@@ -211,23 +211,11 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return set(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def end_of_turn(tokens: Any, supervised: Any, offsets: Any) -> int | None:
-    """Return the token that ends most documents' supervised part, or None: where generation should stop.
-
-    Truncated documents end anywhere, whole ones alike. Looks at the first 10,000.
-    """
-    ends = offsets[1:10_001]
-    marked = supervised[: int(ends[-1])].nonzero()[0]
-    last = marked[marked.searchsorted(ends) - 1] if len(marked) else marked
-    ids, counts = torch.from_numpy(tokens[last].astype("int64")).unique(return_counts=True)
-    return int(ids[counts.argmax()]) if len(ids) and 2 * int(counts.max()) > len(last) else None
-
-
 def export(
     weights: Iterable[tuple[str, Tensor]],
     blueprint: Blueprint,
     tokenizer: PreTrainedTokenizerBase,
-    stop_id: int | None,
+    stop_ids: list[int],
     folder: Path,
     write: bool,
 ) -> None:
@@ -251,7 +239,7 @@ def export(
         return
     files.append(_write_shard(held, staging, len(files)))
     _name_shards(files, staging)
-    _write_configs(blueprint, tokenizer, stop_id, staging)
+    _write_configs(blueprint, tokenizer, stop_ids, staging)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
 
@@ -278,7 +266,7 @@ def _name_shards(files: list[list[str]], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_id: int | None, folder: Path) -> None:
+def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: Path) -> None:
     """Write config, tokenizer and a generation config that stops at the end of a turn."""
     config = blueprint.config
     if (architecture := model_class(config)) is not None:
@@ -290,8 +278,7 @@ def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, sto
     known = base is not None and (base / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(str(base)) if known else GenerationConfig.from_model_config(config)
     stops = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else list(generation.eos_token_id or [])
-    if stop_id is not None and stop_id not in stops:
-        generation.eos_token_id = [*stops, stop_id] if stops else stop_id
+    generation.eos_token_id = list(dict.fromkeys([*stops, *stop_ids])) or None
     if generation.pad_token_id is None and tokenizer.pad_token_id is not None:
         generation.pad_token_id = tokenizer.pad_token_id
     generation.save_pretrained(folder)
