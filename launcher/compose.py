@@ -43,10 +43,23 @@ def checked(composed: DictConfig) -> JobConfig:
     refuse_unknown(composed)
     job = OmegaConf.to_object(composed)
     assert isinstance(job, JobConfig)
+    make_paths_absolute(job)
     validate(run_config(job))
     validate_launch(job.launch)
     check_world(run_config(job), world_size(job.launch))
     return job
+
+
+def make_paths_absolute(job: JobConfig) -> None:
+    """Resolve what names a file or folder that is there: ranks, and a second start from elsewhere, must mean the same."""
+    for part, name in (
+        (job.model, "id"),
+        (job.model, "tokenizer"),
+        *((job.data, name) for name in ("path", "eval_path", "template", "prepared_dir")),
+    ):
+        value = getattr(part, name)
+        if value and (Path(value).expanduser().exists() or value.startswith("~")):
+            setattr(part, name, os.path.abspath(Path(value).expanduser()))
 
 
 def refuse_unknown(node: DictConfig, prefix: str = "") -> None:

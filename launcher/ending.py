@@ -7,15 +7,16 @@ import sys
 
 from launcher.job import Job, mark_failed, read_status
 from launcher.report import print_summary
+from trainers.config import ConfigError
 
 DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 def settle(job: Job, code: int, signalled: int | None) -> int:
-    """Print how the run ended and return the launcher's exit code.
+    """Print how the run ended and return the launcher's exit code; raises ConfigError where ranks refused a setting.
 
-    `code` is the child's, one of its ranks' under torchrun; status.json's `error` is {rank, message, traceback, exit_code};
-    `signalled` is the signal that we passed on.
+    `code` is the child's, `signalled` the signal that we passed on. status.json's `error` has a message, and where they are
+    known rank, traceback and setting (a ConfigError's parts).
     """
     status = read_status(job.run_dir)
     state, interrupted = status.get("state"), signalled == signal.SIGINT
@@ -23,7 +24,8 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
         print_summary(job.run_dir)
         return DONE
     if state == "preempted" or code == STOPPED:
-        _say(f"stopped with a checkpoint at step {status.get('step', 0)}: the same command continues")
+        done = f"with a checkpoint at step {status['step']}" if status.get("step") else "before the first step"
+        _say(f"stopped {done}: the same command continues")
         return INTERRUPTED if interrupted else STOPPED
     if state != "failed" and signalled is not None:
         _say("stopped without a new checkpoint: the same command continues from the last one, if any")
@@ -34,9 +36,8 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
         mark_failed(job, f"the ranks ended with exit code {code} and left no reason: killed from outside, or out of memory")
         status = read_status(job.run_dir)
     error = status["error"]
-    if error.get("exit_code") == BAD_INPUT:
-        _say(f"error: {error['message']}")
-        return BAD_INPUT
+    if "setting" in error:
+        raise ConfigError(**error["setting"])
     where = f"first on rank {error['rank']}" if "rank" in error else f"exit code {code}"
     _say(f"the run failed ({where}): {error.get('traceback') or error['message']}")
     return FAILED

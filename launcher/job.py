@@ -106,6 +106,8 @@ def _freeze(job: Job) -> None:
         job.run_dir.mkdir()
     except FileExistsError:
         _refuse_other_files(job.run_dir)
+    if _never_began(job.run_dir):
+        job.config_path.unlink()
     if job.config_path.exists() or not publish(job.config_path, frozen_text(job.run)):
         _refuse_other_settings(job)
     if not (job.run_dir / "manifest.json").exists():
@@ -140,6 +142,11 @@ def _refuse_other_files(run_dir: Path) -> None:
     if others:
         reason = f"exists and is no run directory: it holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
         raise ConfigError("run_dir", str(run_dir), reason, "run_dir=DIR that is new or empty")
+
+
+def _never_began(run_dir: Path) -> bool:
+    """Tell a run whose ranks refused their input before the first attempt: its settings may be corrected."""
+    return (run_dir / "config.yaml").exists() and read_status(run_dir).get("state") == "failed" and not (run_dir / "logs").exists()
 
 
 def _refuse_other_settings(job: Job) -> None:

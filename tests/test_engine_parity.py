@@ -113,6 +113,7 @@ def test_llama_equals_the_plain_loop(ranks: Callable[[int], Ranks], tmp_path: Pa
 
 
 STYLES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8},
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},

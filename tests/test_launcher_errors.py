@@ -52,7 +52,7 @@ BAD = [
     (["data.path"], ["sets nothing", "try     data.path=VALUE"]),
     (["data.pth"], ["sets nothing", "data.path=VALUE"]),
     (["train.global_batch=3", "train.microbatch=1"], ["`train.global_batch` = 3", "not divisible by 2 ranks", "command line", "2 or 4"]),
-    (["launch.processes=3"], ["`train.global_batch` = 32", "3 ranks", "conf/exp/quickstart_base.yaml:"]),
+    (["launch.processes=3"], ["`train.global_batch` = 16", "3 ranks", "conf/exp/quickstart_base.yaml:"]),
     (["launch.nodes=2"], ["`launch.nodes` = 2", "launch=torchrun"]),
     (["launch.nodes=0"], ["`launch.nodes` = 0", "1 or greater"]),
     (["launch.rdzv_endpoint=n1"], ["`launch.rdzv_endpoint` = 'n1'", "HOST:PORT"]),

@@ -88,7 +88,7 @@ def test_other_settings_are_refused_field_by_field(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         freeze(job_in(tmp_path, "optim.lr=0.5", "model.tokenizer=null", "log.tags=[a]"))
     assert refused.value.path == "run_dir"
-    assert "optim.lr: 0.003 -> 0.5" in str(refused.value)
+    assert "optim.lr: 0.005 -> 0.5" in str(refused.value)
     assert 'log.tags: [] -> ["a"]' in str(refused.value)
     assert "optim.clip" not in str(refused.value)
 
@@ -145,7 +145,6 @@ def test_a_second_launcher_of_a_running_run_is_refused(tmp_path: Path) -> None:
             1,
             "first on rank 1): ValueError: no",
         ),
-        ({"state": "failed", "error": {"rank": 0, "message": "`data.path` = 'x'", "exit_code": 2}}, 2, None, 2, "error: `data.path` = 'x'"),
         ({"state": "submitted"}, 1, None, 1, "left no reason"),
         ({"state": "running"}, 0, None, 0, ""),
     ],
@@ -252,3 +251,23 @@ def test_a_run_that_is_done_is_not_started_again(tmp_path: Path) -> None:
         assert words in done.stdout
     assert rows({}) == []
     assert rows({"sample": {"prompt": "p", "answer": "\n \n." * 60}})[1] == ("sample answer", ".\n.\n.\n.\n.\n. ...")
+
+
+def test_a_setting_that_ranks_refuse_is_explained_like_any_other(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    freeze(job)
+    setting = {"path": "data.path", "value": "x", "reason": "has bad rows", "remedy": ""}
+    (job.run_dir / "status.json").write_text(json.dumps({"state": "failed", "error": {"rank": 0, "message": "x", "setting": setting}}))
+    with pytest.raises(ConfigError, match="has bad rows"):
+        ending.settle(job, 2, None)
+
+
+def test_settings_may_be_corrected_until_an_attempt_began(tmp_path: Path) -> None:
+    job, corrected = job_in(tmp_path), job_in(tmp_path, "optim.lr=1e-4")
+    freeze(job)
+    (job.run_dir / "status.json").write_text('{"state": "failed", "error": {"message": "x"}}')
+    freeze(corrected)
+    assert load(job.config_path).optim.lr == 1e-4
+    (job.run_dir / "logs").mkdir()
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.0001 -> 0.005"):
+        freeze(job)

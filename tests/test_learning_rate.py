@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from trainers.config import OptimConfig, Schedule
+from trainers.config import ConfigError, OptimConfig, Schedule
 from trainers.loop import learning_rate, stalled
 
 
@@ -19,29 +19,46 @@ def test_warm_up_rises_linearly_to_the_peak(schedule: Schedule) -> None:
 
 def test_cosine_is_half_way_down_in_the_middle_and_ends_at_its_floor() -> None:
     optim = OptimConfig(lr=1.0, schedule=Schedule.cosine, min_lr_fraction=0.1)
-    rates = [learning_rate(optim, step, 101) for step in range(101)]
+    rates = [learning_rate(optim, step, 100) for step in range(101)]
     assert rates[0] == 1.0
     assert rates[50] == pytest.approx(0.55)
     assert rates[25] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
     assert rates[100] == pytest.approx(0.1)
 
 
-def test_linear_falls_evenly_to_zero() -> None:
+def test_linear_falls_evenly_and_the_last_step_still_trains() -> None:
     optim = OptimConfig(lr=1.0, schedule=Schedule.linear, warmup_steps=1)
-    assert [learning_rate(optim, step, 6) for step in range(1, 6)] == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    assert [learning_rate(optim, step, 6) for step in range(1, 6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+def test_linear_with_warm_up_equals_transformers_schedule() -> None:
+    import torch
+    from transformers import get_linear_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, 20)
+    optim = OptimConfig(lr=1.0, schedule=Schedule.linear)
+    for step in range(20):
+        assert learning_rate(optim, step, 20) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
 
 
 def test_wsd_stays_and_then_decays_over_its_share() -> None:
     optim = OptimConfig(lr=1.0, schedule=Schedule.wsd, decay_fraction=0.2)
     rates = [learning_rate(optim, step, 50) for step in range(50)]
-    assert rates[:40] == [1.0] * 40
-    assert rates[40:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert rates[:41] == [1.0] * 41
+    assert rates[41:] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 
 
 def test_one_step_runs_are_trained_at_the_peak() -> None:
     for schedule in Schedule:
-        if schedule is not Schedule.wsd:
-            assert learning_rate(OptimConfig(lr=1.0, schedule=schedule), 0, 1) == 1.0
+        assert learning_rate(OptimConfig(lr=1.0, schedule=schedule, warmup_fraction=0.03), 0, 1) == 1.0
+
+
+def test_warm_up_that_never_ends_is_refused() -> None:
+    with pytest.raises(ConfigError, match="the run has 7 steps"):
+        learning_rate(OptimConfig(warmup_steps=1000), 0, 7)
 
 
 def test_stalled_counts_evaluations_without_improvement() -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +281,144 @@ def test_damaged_weights_are_named_and_every_rank_is_gone(base: Path, chats: Pat
     assert "Traceback" not in said
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     wait_until_gone(tmp_path / "run", 10)
+
+
+def save_in_bf16(base: Path, folder: Path) -> Path:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    sampling = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}  # as Llama 2 ships it
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return folder
+
+
+def test_a_sharded_bf16_base_is_exported_in_bf16_with_its_generation_settings(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    folder = save_in_bf16(base, tmp_path / "bf16")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    launch(cache, arguments(folder, chats, tmp_path / "run", "train.precision=bf16"))
+    export = tmp_path / "run" / "export"
+    with safe_open(export / "model.safetensors", "pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118
+    assert json.loads((export / "config.json").read_text())["dtype"] == "bfloat16"
+    generation = json.loads((export / "generation_config.json").read_text())
+    assert (generation["do_sample"], generation["top_p"]) == (True, 0.6)
+    assert 2 in generation["eos_token_id"]
+    assert len(generation["eos_token_id"]) == 2
+
+
+def test_changed_data_does_not_continue_a_run(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    rows = chats.read_text().splitlines(keepends=True)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(rows))
+    line = arguments(base, data, tmp_path / "run", "train.steps=4000", "checkpoint.every=2", "launch.processes=1")
+    stop_at_step(cache, line, tmp_path / "run", 4)
+    data.write_text("".join(rows[::-1]))
+    said = launch(cache, line, expect=2)
+    assert "the data has changed since this run began" in said
+    assert "Traceback" not in said
+    data.write_text("".join(rows))
+    stop_at_step(cache, line, tmp_path / "run", read_rows(tmp_path / "run")[-1]["step"] + 4)
+
+
+def stop_at_step(cache: Path, line: list[str], run_dir: Path, step: int) -> None:
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    try:
+        wait_for_step(run_dir, step, process)
+        process.terminate()
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+
+
+def test_a_killed_rank_is_named(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    line = arguments(base, chats, tmp_path / "run", "train.steps=4000")
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for_step(tmp_path / "run", 2, process)
+        for rank in rank_processes(tmp_path / "run"):
+            if b"RANK=1" in Path(f"/proc/{rank}/environ").read_bytes().split(b"\0"):
+                os.kill(rank, signal.SIGKILL)
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 1, said
+    assert "rank 1 was killed by SIGKILL" in said.splitlines()[-1]
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["error"]["rank"] == 1
+    wait_until_gone(tmp_path / "run")
+
+
+def rank_processes(run_dir: Path) -> list[int]:
+    line = ["pgrep", "-f", f"m trainers {run_dir}"]
+    return [int(pid) for pid in subprocess.run(line, capture_output=True, text=True, check=False, timeout=10).stdout.split()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+def test_interrupting_preparation_leaves_nothing_behind(base: Path, chats: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C on the launcher ends it soon; kill -9 of a rank takes the processes that tokenise with it; the next start works."""
+    many = tmp_path / "many.jsonl"
+    many.write_text(chats.read_text() * 3000)
+    line = arguments(base, many, tmp_path / "run", "launch.processes=1", "data.eval_fraction=0", "train.eval_every=null")
+    cache = tmp_path / "cache"
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        wait_for(lambda: list(cache.rglob("tmp-data-*/train.tokens.raw")))
+        if how is signal.SIGINT:
+            process.send_signal(how)
+        else:
+            for rank in rank_processes(tmp_path / "run")[:1]:
+                os.kill(rank, how)
+        said = process.communicate(timeout=20)[0]
+    finally:
+        process.kill()
+    assert process.returncode == (130 if how is signal.SIGINT else 1), said
+    assert "Traceback" not in said
+    wait_until_gone(tmp_path / "run", 10)
+    assert not list(cache.rglob("data-*/report.json"))
+    line = [word.replace(str(many), str(chats)) for word in line]
+    launch(cache, line if how is signal.SIGKILL else [*line, f"run_dir={tmp_path / 'other'}"], expect=0)
+
+
+def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_a_full_disk_is_named_with_what_it_needs(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(small)], capture_output=True, check=False, timeout=10)
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        said = launch(cache, arguments(base, chats, small / "run", "launch.processes=1", "checkpoint.every=2"), expect=1)
+        assert "cannot be written" in said
+        assert "bytes free" in said
+        assert str(small) in said
+        assert "Traceback" not in said
+        assert not list((small / "run" / "checkpoints").glob(".step*"))
+    finally:
+        subprocess.run(["umount", str(small)], check=True, timeout=10)
+
+
+def test_documents_longer_than_learned_positions_are_refused(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=32, n_layer=2, n_head=2)).save_pretrained(
+        tmp_path / "gpt2"
+    )
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    said = launch(cache, arguments(tmp_path / "gpt2", chats, tmp_path / "run", "launch.processes=1"), expect=2)
+    assert "made for 16 positions" in said
+    assert "data.seq_len=16" in said
+    assert "command line: data.seq_len=64" in said
 
 
 def test_one_rank_alone_equals_two(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path) -> None:

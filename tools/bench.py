@@ -64,7 +64,7 @@ def data(options: argparse.Namespace) -> None:
         config = _data_config(options, folder)
         tokenizer = load_tokenizer(config)
         rows = list(sources.rows(config.data, sources.data_path(config.data), config.objective.name))
-        encoder = encoder_of(config, tokenizer, prepare.find_layout(config))
+        encoder = encoder_of(config, tokenizer, prepare.find_layout(config, sources.data_path(config.data)))
         table = Table(
             "measured",
             "here",

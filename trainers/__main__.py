@@ -17,7 +17,8 @@ import transformers
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from trainers.batch import Batch, token_logps
+from trainers.batch import IGNORE, Batch, token_logps
+from trainers.checkpoint import NoCheckpoint
 from trainers.config import ConfigError, Precision, RunConfig, check_world, load
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
@@ -25,72 +26,89 @@ from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
 from trainers.metrics import console, log_to, log_to_terminal, read_json, set_status, write_json
-from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, reopen, sample_answer
-from trainers.world import World
+from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
+from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-REOPEN_BELOW = 2_000_000_000
-LEAK_TOLERANCE = {Precision.fp32: 1e-5, Precision.bf16: 5e-2}
-EXPORT_TOLERANCE = {Precision.fp32: 1e-3, Precision.bf16: 5e-2}
+REOPEN_BELOW = 8 << 30
+"""Bytes of an export that rank 0 opens whole, as a user would."""
+EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
+"""Nats a token between trainer and reopened export."""
 
 
 def main(path: str) -> int:
     """Run one rank to its exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint."""
     world = World.from_environment()
-    world.watch_signals()
     log_to_terminal(world.rank)
     run_dir = Path(path).parent
     try:
+        world.watch_signals()
         config = load(path)
         check_world(config, world.size)
         return run(config, world)
-    except (ConfigError, TrainingFailed) as error:
-        code = BAD_INPUT if isinstance(error, ConfigError) else FAILED
-        return _fail(run_dir, world, code, str(error), "")
+    except Stopped as signal_name:
+        log.info("%s before the first step: nothing to save", signal_name)
+        set_status(run_dir, "preempted")
+        return STOPPED
+    except ConfigError as error:
+        parts = {"path": error.path, "value": str(error.value), "reason": error.reason, "remedy": error.remedy}
+        return _fail(run_dir, world, BAD_INPUT, {"message": str(error), "setting": parts})
+    except (TrainingFailed, NoCheckpoint) as error:
+        return _fail(run_dir, world, FAILED, {"message": str(error)})
     except Exception as error:
-        return _fail(run_dir, world, FAILED, f"{type(error).__name__}: {error}", traceback.format_exc())
+        return _fail(run_dir, world, FAILED, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
 
 
-def _fail(run_dir: Path, world: World, code: int, message: str, trace: str) -> int:
+def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     """Keep the first failing rank's error in status.json, and return the exit code.
 
     Ranks that fail because of it come within a minute and only write their log. A launcher that waits shows the error.
     """
     known = read_json(run_dir / "status.json")
     first = known.get("state") != "failed" or time.time() - known.get("time", 0) > 60
+    unwritten = ""
     if first:
-        set_status(run_dir, "failed", error={"rank": world.rank, "message": message, "traceback": trace, "exit_code": code})
-    shown = first and "FULLTUNE_LAUNCHER" not in os.environ
-    log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s", world.rank, trace or message)
+        try:
+            set_status(run_dir, "failed", error={"rank": world.rank, "exit_code": code} | error)
+        except OSError as other:
+            unwritten = f"\n(status.json could not be written: {other})"
+    shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
+    log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s%s", world.rank, error.get("traceback") or error["message"], unwritten)
     return code
 
 
 def run(config: RunConfig, world: World) -> int:
     """Prepare, connect, build, train, export."""
     run_dir = Path(config.run_dir)
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
     data = prepare(config, progress=world.rank == 0)
     tokenizer = load_tokenizer(config)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
     world.connect()
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest())
+    world.require_agreement("the prepared data", data.path.name)
+    _check_positions(config, data, blueprint)
+    _require_same_data(run_dir, data)
     attempt = start_attempt(run_dir, world)
     log_to(run_dir / "logs" / f"attempt-{attempt}", world.rank, world.size)
     if world.rank == 0:
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(run_dir, data, blueprint)
-        set_status(run_dir, "running", attempt=attempt, step=0)
+        set_status(run_dir, "running", attempt=attempt)
     engine = build_engine(config, world, blueprint)
     if world.rank == 0:
         console.print(_as_table("the model on each rank", engine.report()))
     else:
         engine.report()
     if config.data.packing:
-        require_isolation(engine, world, blueprint.config.get_text_config().vocab_size, LEAK_TOLERANCE[config.train.precision])
+        require_isolation(engine, world, blueprint.config.get_text_config().vocab_size, config.train.microbatch)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
-    outcome = train(config, world, engine, data, loader, flops_per_token(blueprint.build(), blueprint.config, config.data.seq_len))
+    world.interruptible = False
+    outcome = train(config, world, engine, data, loader, flops_per_token(engine.shapes(), blueprint.config, data.train.mean_attended()))
     engine.report()
     if outcome.stopped_by is not None:
         return _stop(run_dir, world, outcome)
@@ -111,14 +129,35 @@ def start_attempt(run_dir: Path, world: World) -> int:
     return int(world.max([float(number)])[0])
 
 
+def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) -> None:
+    """Refuse documents longer than a model's learned positions; rotary positions go on, with a warning."""
+    limit, learned = positions_limit(blueprint.config)
+    longest = max(int(np.diff(table.offsets).max()) for table in (data.train, data.eval) if table is not None)
+    if limit is None or longest <= limit:
+        return
+    reason = f"documents have up to {longest} tokens, the model was made for {limit} positions"
+    if learned:
+        raise ConfigError("data.seq_len", config.data.seq_len, reason, f"data.seq_len={limit}")
+    log.warning("data.seq_len = %d: %s; it has not learned what lies behind: data.seq_len=%d", config.data.seq_len, reason, limit)
+
+
+def _require_same_data(run_dir: Path, data: Prepared) -> None:
+    """Refuse to continue a run on other data than it began with: files can change under the same name."""
+    begun = read_json(run_dir / "manifest.json").get("prepared")
+    if begun is not None and begun != data.path.name and (run_dir / "checkpoints").is_dir():
+        reason = f"the data has changed since this run began (prepared as {begun}, now {data.path.name})"
+        raise ConfigError("run_dir", str(run_dir), reason, "put the data back, or take a new run_dir")
+
+
 def _note_sources(run_dir: Path, data: Prepared, blueprint: Blueprint) -> None:
     """Add to manifest.json what only preparation knows: fingerprints of data, tokenizer, template, and the base's commit."""
     manifest = read_json(run_dir / "manifest.json")
-    manifest |= {"data": data.report, "base_revision": blueprint.revision, "prepared": str(data.path)}
+    manifest |= {"data": data.report, "base_revision": blueprint.revision, "prepared": data.path.name}
     write_json(run_dir / "manifest.json", manifest)
 
 
 def _stop(run_dir: Path, world: World, outcome: Outcome) -> int:
+    """Say that the run was stopped at a step boundary; returns the exit code."""
     if world.rank == 0:
         set_status(run_dir, "preempted", step=outcome.progress.step)
     log.info("stopped after step %d, saved; the same command continues", outcome.progress.step)
@@ -139,15 +178,14 @@ def finish(
     run_dir = Path(config.run_dir)
     folder = run_dir / "export"
     export(engine.weights(), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
+    check_export(folder, engine.weights(), read=world.rank == 0)
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
         logps = engine.token_logps(probe.to(world.device)).cpu()
-    figures = as_figures(outcome, world)
-    shapes = engine.shapes()
+    figures, shapes = as_figures(outcome, world), engine.shapes()
     if world.rank == 0:
-        check_export(folder, shapes)
-        sample = _check_logps(config, folder, blueprint, tokenizer, probe, logps, data)
+        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
         figures |= {"parameters": parameters, "trainable_parameters": parameters, "export": str(folder), "sample": sample}
         write_json(run_dir / "summary.json", figures)
@@ -155,7 +193,7 @@ def finish(
     world.barrier()
 
 
-def _check_logps(
+def _try_export(
     config: RunConfig,
     folder: Path,
     blueprint: Blueprint,
@@ -164,13 +202,18 @@ def _check_logps(
     logps: torch.Tensor,
     data: Prepared,
 ) -> dict[str, str] | None:
-    """Compare the reopened export with the trainer on one row, and let it answer a prompt; large models are left to their shapes."""
-    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > REOPEN_BELOW * 4:
+    """Open the export as a user would, compare it with the trainer on one row, let it answer; not where it is too large for that.
+
+    The weights have been compared bit for bit: this is about config and code, so that rounding to 16 bits may show.
+    """
+    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > REOPEN_BELOW:
         return None
     model = reopen(folder, config.model.trust_remote_code)
     with torch.no_grad():
-        difference = float((token_logps(model, probe) - logps).abs().mean())
-    if not difference <= EXPORT_TOLERANCE[config.train.precision]:
+        labelled = (token_logps(model, probe).float() - logps)[probe.labels != IGNORE]
+    difference = float(labelled.abs().mean())
+    exact = config.train.precision is Precision.fp32 and blueprint.saved_dtype is torch.float32
+    if not difference <= (EXPORT_TOLERANCE if exact else EXPORT_TOLERANCE_16_BIT):
         raise RuntimeError(f"the export in {folder} is {difference:.2g} nats a token away from the trained model")
     log.info("export reopened with plain transformers: %.1e nats a token from the trained model", difference)
     if not config.train.sample_tokens:

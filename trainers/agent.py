@@ -6,11 +6,15 @@ Torch's own agent, without its traceback after a rank has said what went wrong, 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
+from pathlib import Path
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from trainers.metrics import set_status
 
 FAILED = 1
 
@@ -21,11 +25,19 @@ def main(arguments: list[str]) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else FAILED
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            _record_kill(Path(arguments[-1]).parent, rank, signal.Signals(-failure.exitcode).name)
+        return failure.exitcode if failure.exitcode > 0 else FAILED
     except SignalException:
         return FAILED
     return 0
+
+
+def _record_kill(run_dir: Path, rank: int, name: str) -> None:
+    """Name the rank that was killed: the others fail because of it, and only they can write status.json."""
+    why = " (out of memory, or kill -9)" if name == "SIGKILL" else ""
+    set_status(run_dir, "failed", error={"rank": rank, "message": f"rank {rank} was killed by {name}{why}"})
 
 
 if __name__ == "__main__":

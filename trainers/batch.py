@@ -48,6 +48,19 @@ class Batch:
             columns=self.columns.to(device, non_blocking=True),
         )
 
+    def in_one_row(self) -> Batch:
+        """Return the rows one behind the other in a single row (1, B x S); positions restart where a row began.
+
+        transformers finds packed documents for flash attention in a single row only: in several, documents would see each other.
+        """
+        return Batch(
+            input_ids=self.input_ids.view(1, -1),
+            labels=self.labels.view(1, -1),
+            position_ids=self.position_ids.view(1, -1),
+            num_rows=self.num_rows,
+            num_tokens=self.num_tokens,
+        )
+
 
 class _LabelLogps(torch.autograd.Function):
     """Log-softmax at the labels, in float32 chunks; the gradient overwrites the logits instead of standing beside them."""
@@ -85,6 +98,8 @@ def token_logps(model: nn.Module, batch: Batch) -> Tensor:
     (B, S) float32, in nats. Logits are made only for the columns in which some row has a label, in the compute type,
     and reduced in float32 chunks: (B, S, V) in float32 would be 4 GiB at 8k x 128k. Backward may run once.
     """
+    if "flash" in str(getattr(model.config, "_attn_implementation", "")) and len(batch.labels) > 1:
+        return token_logps(model, batch.in_one_row()).view(batch.labels.shape)
     columns = batch.columns
     every = len(columns) == batch.labels.shape[1]
     output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=0 if every else columns)

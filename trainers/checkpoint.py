@@ -7,8 +7,11 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from trainers.config import CheckpointConfig
 from trainers.engines.base import Engine
@@ -36,6 +39,10 @@ class Progress:
     """Seconds spent on steps, over all attempts."""
 
 
+class NoCheckpoint(Exception):
+    """A checkpoint could not be written; older ones are untouched."""
+
+
 class Checkpointer:
     """Saves and restores engine and progress in RUN_DIR/checkpoints/step-NNNNNN: complete or absent."""
 
@@ -50,20 +57,34 @@ class Checkpointer:
     def save(self, engine: Engine, progress: Progress) -> None:
         """Write into a staging folder, record sizes, rename; then delete this run's oldest. Collective."""
         staging, final = self.folder / f".step-{progress.step:06d}.tmp", self.folder / f"step-{progress.step:06d}"
-        if is_complete(final):
+        if self.world.from_first(self.world.rank == 0 and final.is_dir() and is_complete(final)):
             return
         if self.world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
             shutil.rmtree(final, ignore_errors=True)
             staging.mkdir(parents=True)
         self.world.barrier()
-        engine.save(staging)
-        self.world.barrier()
+        self._agree(staging, lambda: engine.save(staging))
+        self._agree(staging, lambda: self.world.rank or self._commit(staging, final, progress))
         if self.world.rank == 0:
-            self._commit(staging, final, progress)
             self._rotate()
         self.world.barrier()
         log.info("step %d: checkpoint saved in %s", progress.step, final)
+
+    def _agree(self, staging: Path, write: Callable[[], object]) -> None:
+        """Write, and raise NoCheckpoint on every rank if any could not, after removing what was written. Collective."""
+        failed = ""
+        try:
+            write()
+        except (OSError, CheckpointException) as error:
+            failed = f"rank {self.world.rank}: {str(error).strip().splitlines()[-1]}"
+        failures = [text for text in self.world.gather(failed) if text]
+        if not failures:
+            return
+        if self.world.rank == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        free = shutil.disk_usage(self.folder).free
+        raise NoCheckpoint(f"the checkpoint {staging} cannot be written ({failures[0]}); {free:,} bytes free there now")
 
     @staticmethod
     def _commit(staging: Path, final: Path, progress: Progress) -> None:
@@ -90,9 +111,9 @@ class Checkpointer:
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def restore(self, engine: Engine, num_steps: int) -> Progress:
-        """Load the newest complete checkpoint of this run, or return step 0. All ranks agree on which."""
-        chosen = next((path for path in reversed(self.steps()) if is_complete(path) and _progress(path).step <= num_steps), None)
-        self.world.require_agreement("the checkpoint to continue from", str(chosen))
+        """Load the newest complete checkpoint of this run, or return step 0. Rank 0 chooses."""
+        found = reversed(self.steps()) if self.world.rank == 0 else ()
+        chosen = self.world.from_first(next((path for path in found if is_complete(path) and _progress(path).step <= num_steps), None))
         if chosen is None:
             return Progress()
         engine.load(chosen)

@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong setting costs under a second on a lo
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -200,11 +201,11 @@ class OptimConfig:
     schedule: Schedule = Schedule.cosine
     """Shape after warm-up."""
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up from 0 to `lr`; 0 takes `warmup_fraction`."""
+    """Optimizer steps of linear warm-up, lr / warmup_steps at the first; 0 takes `warmup_fraction`."""
     warmup_fraction: float = 0.0
     """Warm-up as a share of all steps, for runs counted in epochs. In [0, 1]."""
     min_lr_fraction: float = 0.0
-    """Learning rate at the last step, as a share of `lr`. In [0, 1]."""
+    """Learning rate that the schedule reaches behind the last step, as a share of `lr`. In [0, 1]."""
     decay_fraction: float = 0.2
     """Share of all steps that `wsd` spends on its final linear decay. In [0, 1]."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -254,7 +255,7 @@ class CheckpointConfig:
     """When to save what a continued run needs, and how many to keep."""
 
     every: int | None = None
-    """Optimizer steps between checkpoints; empty saves only when the run is asked to stop."""
+    """Optimizer steps between checkpoints; empty saves when the run is asked to stop and after the last step only."""
     keep_last: int = 2
     """Newest checkpoints that are kept; at least 1."""
 
@@ -341,7 +342,7 @@ POSITIVE = (
     "checkpoint.keep_last",
     "log.peak_tflops",
 )
-NOT_NEGATIVE = ("model.train_tokenizer", "optim.warmup_steps", "optim.weight_decay", "train.min_improvement", "train.sample_tokens")
+NOT_NEGATIVE = ("seed", "model.train_tokenizer", "optim.warmup_steps", "optim.weight_decay", "train.min_improvement", "train.sample_tokens")
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
     "data.max_lost_fraction": (0.0, 1.0),
@@ -364,11 +365,11 @@ def validate(config: RunConfig) -> None:
     """Check ranges and what fields ask of each other; raises ConfigError for the first that cannot work."""
     for path in POSITIVE:
         value = value_at(config, path)
-        if value is not None and not value > 0:
-            raise ConfigError(path, value, "must be greater than 0")
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(path, value, "must be a number greater than 0")
     for path in NOT_NEGATIVE:
-        if not value_at(config, path) >= 0:
-            raise ConfigError(path, value_at(config, path), "must be 0 or greater")
+        if not 0 <= value_at(config, path) < math.inf:
+            raise ConfigError(path, value_at(config, path), "must be a number, 0 or greater")
     for path in NOT_EMPTY:
         if value_at(config, path) == "":
             raise ConfigError(path, "", "is empty: an unset shell variable, perhaps", "give a value, or leave the field out")
@@ -403,7 +404,7 @@ def _validate_model(model: ModelConfig) -> None:
 
 def looks_local(name: str) -> bool:
     """Tell a path from a hub id: it exists, or has not the form OWNER/NAME."""
-    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         return True
     return Path(name).suffix in FILE_TYPES or name.startswith("runs/")
 
@@ -432,6 +433,8 @@ def _validate_data(config: RunConfig) -> None:
         )
     if data.template is not None and data.template != "chatml" and not Path(data.template).is_file():
         raise ConfigError("data.template", data.template, "no such template file", "a Jinja file, or `chatml`")
+    if data.template not in (None, "chatml") and not Path(str(data.template)).read_text("utf-8", "replace").strip():
+        raise ConfigError("data.template", data.template, "the template file is empty")
     if data.too_long is TooLong.split and config.objective.name is not ObjectiveName.cpt:
         raise ConfigError(
             "data.too_long", "split", "a conversation cannot be split into rows", "data.too_long=truncate or drop, or objective=cpt"

@@ -127,12 +127,12 @@ class Metrics:
         self.shown_at = 0.0
 
     def start(self, step: int) -> list[dict[str, Any]]:
-        """Cut the record back to `step` and return the rows that stay; start the bar and the mirror."""
+        """Cut the record back to `step` and return the rows that stay (on rank 0); start the bar and the mirror."""
         kept = []
-        if self.path.is_file():
-            rows = [_parse(line) for line in self.path.read_text().splitlines()]
-            kept = [row for row in rows if row is not None and row["step"] <= step]
         if self.active:
+            if self.path.is_file():
+                rows = [_parse(line) for line in self.path.read_text().splitlines()]
+                kept = [row for row in rows if row is not None and row["step"] <= step]
             staging = self.path.with_suffix(".tmp")
             staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
             staging.rename(self.path)
@@ -166,19 +166,19 @@ class Metrics:
             log.info("step %d/%d  loss %s  %s tokens/s  about %.0f s left", row["step"], self.num_steps, loss, speed, left)
             self.shown_at = time.monotonic()
 
-    def close(self, summary: dict[str, Any] | None) -> None:
-        """End the bar and the mirror; `summary` goes to W&B's summary."""
+    def close(self) -> None:
+        """End the bar and the mirror."""
         self.bar.stop()
         if self.mirror is not None:
-            self.mirror.close(summary)
+            self.mirror.close()
 
     def __enter__(self) -> Metrics:
         """Return itself; `close` is called at the end whatever happens."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Close without a summary if `close` was not reached."""
-        self.close(None)
+        """Close, whatever happened."""
+        self.close()
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -197,7 +197,6 @@ class Mirror:
         """Start the thread; rows wait in a queue until W&B answers."""
         self.config = config
         self.rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self.summary: dict[str, Any] = {}
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
 
@@ -205,9 +204,8 @@ class Mirror:
         """Hand over a row; returns at once."""
         self.rows.put(row)
 
-    def close(self, summary: dict[str, Any] | None) -> None:
+    def close(self) -> None:
         """Let W&B finish within WANDB_WAIT_S; what it could not send stays in metrics.jsonl."""
-        self.summary = summary or {}
         self.rows.put(None)
         self.thread.join(WANDB_WAIT_S)
         if self.thread.is_alive():
@@ -218,7 +216,6 @@ class Mirror:
             run = self._begin()
             while (row := self.rows.get()) is not None:
                 run.log(row)
-            run.summary.update({key: value for key, value in self.summary.items() if isinstance(value, int | float)})
             run.finish()
         except Exception as error:  # whatever W&B raises, the run goes on
             log.warning("W&B is off for this run (%s: %s); metrics.jsonl has every row", type(error).__name__, error)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ import transformers
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -26,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from trainers.config import Attention, ConfigError, ModelConfig, looks_local
 
@@ -43,11 +46,15 @@ class Blueprint:
     """Commit of a hub model."""
     seed: int
     trust_remote_code: bool
+    saved_dtype: torch.dtype = torch.float32
+    """Type of the export: the base checkpoint's own, so that the export can take its place."""
 
-    @property
-    def saved_dtype(self) -> torch.dtype:
-        """Type of the export: the base checkpoint's own, so that the export is its drop-in replacement."""
-        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+    def converted(self) -> PreTrainedModel:
+        """Load the whole checkpoint on the CPU through transformers, which fuses and renames tensors on the way."""
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(self.folder), dtype=torch.float32, trust_remote_code=self.trust_remote_code
+        )
+        return model
 
     def build(self, device: str = "meta") -> PreTrainedModel:
         """Build the model in float32, parameters on `meta` (buffers are real) or, with random weights, on `cpu`."""
@@ -55,14 +62,13 @@ class Blueprint:
         with init_empty_weights(include_buffers=False) if device == "meta" else contextlib.nullcontext():
             try:
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    self.config, dtype=torch.float32, trust_remote_code=self.trust_remote_code
+                    copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code
                 )
-            except ValueError as error:
-                if "attention" not in str(error):
-                    raise
-                raise ConfigError(
-                    "model.attention", self.config._attn_implementation, str(error).split(" yet.")[0], "model.attention=auto"
-                ) from error
+            except ValueError as error:  # from_config writes the type into the config it is given, hence the copy
+                reason = str(error).split(" yet.")[0].splitlines()[0]
+                if "attention" in reason:
+                    raise ConfigError("model.attention", self.config._attn_implementation, reason, "model.attention=auto") from error
+                raise ConfigError("model.id" if self.folder else "model.architecture", self.config.model_type, reason) from error
         model.tie_weights()
         return model
 
@@ -75,12 +81,19 @@ def make_blueprint(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizer
     else:
         folder, revision = _fetch(model)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-        if len(tokenizer) > (config.get_text_config().vocab_size or 0):
-            raise ConfigError(
-                "model.tokenizer", model.tokenizer, f"has {len(tokenizer)} tokens, the model only {config.get_text_config().vocab_size}"
-            )
+    vocab_size = config.get_text_config().vocab_size or 0
+    if len(tokenizer) > vocab_size:
+        raise ConfigError("model.tokenizer", model.tokenizer, f"has {len(tokenizer)} tokens, the model only {vocab_size}")
+    saved_dtype = config.dtype if folder is not None and isinstance(config.dtype, torch.dtype) else torch.float32
     config._attn_implementation = _attention(model.attention, config)
-    return Blueprint(config=config, folder=folder, revision=revision, seed=seed, trust_remote_code=model.trust_remote_code)
+    return Blueprint(
+        config=config,
+        folder=folder,
+        revision=revision,
+        seed=seed,
+        trust_remote_code=model.trust_remote_code,
+        saved_dtype=saved_dtype,
+    )
 
 
 def _architecture(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -97,7 +110,10 @@ def _architecture(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
         if not hasattr(known, name):
             raise ConfigError(f"model.architecture.{name}", value, f"{type(known).__name__} has no such field", _near(name, vars(known)))
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return AutoConfig.for_model(kind, **({"vocab_size": len(tokenizer)} | special | fields))
+    try:
+        return AutoConfig.for_model(kind, **({"vocab_size": len(tokenizer)} | special | fields))
+    except Exception as error:  # transformers' own check of types and of sizes that do not divide
+        raise ConfigError("model.architecture", fields, " ".join(str(error).split())) from error
 
 
 def _near(name: str, names: Iterable[str]) -> str:
@@ -184,12 +200,13 @@ class Weights:
         return shape
 
 
-def weight_keys(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
+def weight_keys(model: PreTrainedModel, weights: Weights) -> dict[str, str] | None:
     """Match every parameter and persistent buffer with its key on disk, tied ones once.
 
+    Returns None where names differ and transformers has a conversion for the architecture (experts that it fuses).
     Raises ConfigError that names what is missing or has another shape, before anything is read.
     """
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_names(model)
     keys, missing, misshapen = {}, [], []
     for name, tensor in model.state_dict().items():
         key = weights.find(name, model.base_model_prefix)
@@ -199,10 +216,12 @@ def weight_keys(model: PreTrainedModel, weights: Weights) -> dict[str, str]:
             keys[name] = key
             if weights.shape(key) != list(tensor.shape):
                 misshapen.append(f"{name} is {weights.shape(key)} on disk, {list(tensor.shape)} by config.json")
+    if missing and get_model_conversion_mapping(model, add_legacy=False):
+        return None
     if missing or misshapen:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         reason = f"the checkpoint lacks {listed}" if missing else "; ".join(misshapen[:3])
-        raise ConfigError("model.id", model.config.name_or_path, reason, "the directory's config.json and weights must belong together")
+        raise ConfigError("model.id", model.config.name_or_path, reason, "config.json and weights must belong together")
     return keys
 
 
@@ -248,6 +267,11 @@ def _write_shard(tensors: dict[str, Tensor], folder: Path, number: int) -> list[
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise RuntimeError(f"not exported: {bad[0]} holds values that are not finite")
+    need, have = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+    if need > have:
+        raise RuntimeError(
+            f"not exported: {folder} needs {need:,} bytes more and has {have:,} free; free space, then the same command again"
+        )
     save_file(tensors, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
     return list(tensors)
 
@@ -281,16 +305,26 @@ def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, sto
     generation.eos_token_id = list(dict.fromkeys([*stops, *stop_ids])) or None
     if generation.pad_token_id is None and tokenizer.pad_token_id is not None:
         generation.pad_token_id = tokenizer.pad_token_id
+    if any(getattr(generation, name) not in (None, 1.0, 50) for name in ("temperature", "top_p", "top_k")):
+        generation.do_sample = True  # older models ship sampling settings without it, which is no longer saved
     generation.save_pretrained(folder)
 
 
-def check_export(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
-    """Reopen the export's files; raises RuntimeError unless names and shapes are the expected ones."""
-    weights = Weights(folder)
-    found = {key: tuple(weights.shape(key)) for key in weights.files}
-    wrong = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if wrong:
-        raise RuntimeError(f"the export in {folder} is wrong at {wrong[0]}: {found.get(wrong[0])} for {expected.get(wrong[0])}")
+def check_export(folder: Path, live: Iterable[tuple[str, Tensor]], read: bool) -> None:
+    """Reopen the export and compare each tensor with the live one, bit for bit. Every rank drains `live`; one reads.
+
+    Raises RuntimeError that names the first tensor that is missing, left over or different.
+    """
+    weights = Weights(folder) if read else None
+    left = set(weights.files) if weights else set()
+    for name, tensor in live:
+        if weights is None:
+            continue
+        if name not in left or not torch.equal(weights.files[name].get_tensor(name), tensor):
+            raise RuntimeError(f"the export in {folder} is wrong at {name}: {'another value' if name in left else 'missing'}")
+        left.remove(name)
+    if left:
+        raise RuntimeError(f"the export in {folder} holds {min(left)}, which the model does not")
 
 
 def reopen(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -301,20 +335,34 @@ def reopen(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], num_tokens: int) -> dict[str, str]:
-    """Return a greedy answer to a prompt as {"prompt", "answer"}."""
-    ids = torch.tensor([list(prompt_ids)])
+    """Return a greedy answer to a prompt as {"prompt", "answer"}, within the model's positions."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + num_tokens
+    ids = torch.tensor([list(prompt_ids)[: max(1, longest - num_tokens)]])
+    limit = min(num_tokens, longest - ids.shape[1])
     with torch.no_grad():
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)  # type: ignore[operator]
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, limit), do_sample=False)  # type: ignore[operator]
     prompt, answer = tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return {"prompt": str(prompt), "answer": str(answer).strip()}
 
 
-def flops_per_token(model: nn.Module, config: PreTrainedConfig, seq_len: int) -> float:
-    """Return the FLOPs of forward and backward for one token: 6 a parameter, 12 x layers x width x length for attention.
+def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, attended: float) -> float:
+    """Return the FLOPs of forward and backward for one token: 6 a parameter, 12 x layers x width x `attended` for attention.
 
-    PaLM, appendix B (Chowdhery et al. 2022), without recomputation; input embeddings do no matrix work unless tied.
+    PaLM, appendix B (Chowdhery et al. 2022), without recomputation. `attended` is the mean length of the document a token
+    stands in. Untied input embeddings do no matrix work; of experts only those that a token is sent to count.
     """
     text = config.get_text_config()
-    embedding = model.get_input_embeddings().weight.numel()  # type: ignore[operator,union-attr]
-    matrix = sum(p.numel() for p in model.parameters()) - (0 if text.tie_word_embeddings else embedding)
-    return float(6 * matrix + 12 * text.num_hidden_layers * text.hidden_size * seq_len)
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or chosen
+    active = 0.0
+    for name, shape in shapes.items():
+        active += math.prod(shape) * (chosen / experts if ".experts." in name else 1.0)
+    embeddings = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+    flops: float = 6 * (active - embeddings) + 12 * text.num_hidden_layers * text.hidden_size * attended
+    return flops
+
+
+def positions_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:
+    """Return the longest document the model was made for, or None, and whether longer ones are impossible (learned positions)."""
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) is None

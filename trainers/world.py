@@ -9,12 +9,24 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
+
+
+class Stopped(BaseException):
+    """A signal came before the first step; like KeyboardInterrupt, no `except Exception` may catch it."""
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 @dataclass(kw_only=True)
@@ -27,6 +39,8 @@ class World:
     device: torch.device
     signalled: int | None = None
     """The signal that asked this rank to stop; set by the handler, read at step boundaries."""
+    interruptible: bool = True
+    """Nothing is to be saved yet: a signal raises Stopped at once instead of waiting for a step to end."""
 
     @classmethod
     def from_environment(cls) -> World:
@@ -42,13 +56,14 @@ class World:
 
     def watch_signals(self) -> None:
         """Let signals set the stop flag only, and let the kernel end this rank when its parent dies."""
-        if sys.platform == "linux":
-            ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        die_with_parent()
         for number in STOP_SIGNALS:
             signal.signal(number, self._flag)
 
     def _flag(self, number: int, _frame: object) -> None:
-        self.signalled = number
+        first, self.signalled = self.signalled is None, number
+        if first and self.interruptible:
+            raise Stopped(signal.Signals(number).name)
 
     def connect(self, timeout_s: int = 1800) -> None:
         """Start the process group: gloo for CPU tensors always, nccl for CUDA tensors where there is a GPU."""
@@ -89,6 +104,13 @@ class World:
         values: list[object] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def from_first(self, value: T) -> T:
+        """Return rank 0's value on every rank; small picklable values only."""
+        values: list[T] = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config import ConfigError, Layout, RunConfig
+from trainers.config import ConfigError, Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
@@ -27,6 +28,7 @@ from trainers.data.pack import one_each, pack
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from trainers.world import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,13 +92,11 @@ def _paths(config: RunConfig) -> list[str | None]:
 
 def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool) -> None:
     started = time.monotonic()
-    encoder = encoder_of(config, tokenizer, find_layout(config))
-    stores = {"train": Store(folder, "train")}
-    if config.data.eval_path is not None:
-        stores["eval"] = Store(folder, "eval")
+    layouts = [find_layout(config, path) for path in _paths(config)]
+    stores = {name: Store(folder, name) for name in ("train", "eval")[: len(layouts)]}
     with _progress(progress) as advance:
-        for store, path in zip(stores.values(), _paths(config), strict=True):
-            _encode_all(config, encoder, path, store, advance)
+        for store, path, layout in zip(stores.values(), _paths(config), layouts, strict=True):
+            _encode_all(config, encoder_of(config, tokenizer, layout), path, store, advance)
     counts = {name: sum(store.counts[name] for store in stores.values()) for name in COUNTS}
     _check_losses(config, counts)
     splits = _split(config, stores)
@@ -107,7 +107,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
     overlap = stores["train"].num_documents - int(splits["train"][1].sum()) if "eval" in stores else 0
     whole = {
         "fingerprint": folder.name.split("-")[2],
-        "layout": str(encoder.layout),
+        "layout": ", ".join(dict.fromkeys(layouts)),
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "template_hash": template_hash(tokenizer),
         **counts,
@@ -119,11 +119,10 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
     (folder / "report.json").write_text(json.dumps(whole, indent=2))
 
 
-def find_layout(config: RunConfig) -> Layout:
-    """Return the layout, recognised in the first row that has one."""
+def find_layout(config: RunConfig, path: str | None) -> Layout:
+    """Return the layout of a source, recognised in its first row that has one."""
     if config.data.layout is not Layout.auto:
         return config.data.layout
-    path = sources.data_path(config.data)
     reason = "there are no rows"
     for row in islice(sources.rows(config.data, path, config.objective.name), 100):
         try:
@@ -217,6 +216,9 @@ _worker_encoder: Encoder | None = None
 
 def _start_worker(encoder: Encoder) -> None:
     global _worker_encoder
+    die_with_parent()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive the fork, and the processes fill the cores
     _worker_encoder = encoder
 
@@ -237,13 +239,15 @@ def _check_losses(config: RunConfig, counts: dict[str, int]) -> None:
         reason = "there are no rows" if counts["rows"] == counts["bad"] else f"none of the {counts['rows']:,} rows has a supervised token"
         raise ConfigError("data.supervise", str(config.data.supervise), reason, "look at them: python -m tools.show_batch")
     lost = counts["supervised_lost"] / counts["supervised_before"]
-    if lost > config.data.max_lost_fraction:
+    if lost > config.data.max_lost_fraction or lost == 1.0:
         raise ConfigError(
             "data.max_lost_fraction",
             config.data.max_lost_fraction,
             f"{lost:.1%} of the supervised tokens would be lost: {counts['supervised_lost']:,} of {counts['supervised_before']:,}; "
             f"{counts['truncated']:,} rows are truncated and {counts['dropped']:,} dropped at data.seq_len = {config.data.seq_len}",
-            "a longer data.seq_len, data.too_long=split for text, or a higher data.max_lost_fraction",
+            "a longer data.seq_len, "
+            + ("data.too_long=split, " if config.objective.name is ObjectiveName.cpt else "")
+            + "or a higher data.max_lost_fraction",
         )
 
 
@@ -263,7 +267,7 @@ def _split(config: RunConfig, stores: dict[str, Store]) -> dict[str, tuple[Store
         return {"train": (store, keep), "eval": (stores["eval"], np.ones(len(other), dtype=bool))}
     if not config.data.eval_fraction:
         return {"train": (store, np.ones(len(groups), dtype=bool))}
-    if len(np.unique(groups)) == 1 and len(groups) > 1:  # the pieces of one long text
+    if config.data.too_long is TooLong.split and config.data.eval_fraction * len(np.unique(groups)) < 1:  # pieces of a few long texts
         groups = np.arange(len(groups), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     held_out = hold_out(groups, config.data.eval_fraction)
     if not held_out.any() or held_out.all():

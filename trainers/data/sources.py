@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from trainers.config import FILE_TYPES, ConfigError, DataConfig, DataSource, ObjectiveName
 from trainers.data.formats import BadRow
 
+TEXT_TYPES = (".txt", ".md")
 NOT_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")
 LARGE_FILE = 64 << 20
 
@@ -75,7 +76,9 @@ def files(path: str) -> list[Path]:
         found = [root]
     else:
         inside = [file for file in sorted(root.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-        found = [file for file in inside if file.is_file() and file.suffix in FILE_TYPES and file.name not in NOT_ROWS]
+        known = [file for file in inside if file.is_file() and file.suffix in FILE_TYPES and file.name not in NOT_ROWS]
+        structured = [file for file in known if file.suffix not in TEXT_TYPES]
+        found = structured or known  # a README beside data is no data
     if not found or found[0].suffix not in READERS:
         raise ConfigError("data.path", path, "holds no data file", f"known types are {' '.join(FILE_TYPES)}")
     return found
@@ -119,7 +122,14 @@ def _read_jsonl(file: Path) -> Iterator[tuple[Any, int]]:
 
 
 def _read_json(file: Path) -> Iterator[tuple[Any, int]]:
-    content = json.loads(file.read_text("utf-8-sig"))
+    text = file.read_text("utf-8-sig")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from _read_jsonl(file)  # JSON lines under another name
+        return
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(lists) != 1:

@@ -35,6 +35,11 @@ class TokenTable:
         lengths: NDArray[np.int64] = np.diff(ends[self.rows])
         return lengths
 
+    def mean_attended(self) -> float:
+        """Return the mean length of the document that a token stands in."""
+        lengths = np.diff(self.offsets).astype(np.float64)
+        return float((lengths**2).sum() / lengths.sum())
+
     def documents(self, row: int) -> NDArray[np.int64]:
         """Return the documents of a row."""
         found: NDArray[np.int64] = self.order[self.rows[row] : self.rows[row + 1]]

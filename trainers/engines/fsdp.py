@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from trainers.config import OptimConfig, Precision, RunConfig
 from trainers.model import Blueprint, Weights, tied_names, weight_keys
 from trainers.world import World
 
+log = logging.getLogger("fulltune")
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -32,15 +34,18 @@ class FSDPEngine:
         self.world, self.blueprint, self.precision = world, blueprint, config.train.precision
         self.clip = config.optim.clip
         self.model = blueprint.build()
-        keys = weight_keys(self.model, weights := Weights(blueprint.folder)) if blueprint.folder else {}
+        weights = Weights(blueprint.folder) if blueprint.folder else None
+        keys = weight_keys(self.model, weights) if weights else None
         if config.train.activation_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.groups = self._shard(config)
         materialise(self.model, world.device)
-        if blueprint.folder:
+        if weights and keys:
             _load_slices(self.model, weights, keys)
         else:
-            _copy_slices(self.model, blueprint.build("cpu"))
+            if weights:
+                log.warning("this checkpoint is converted while loading: every rank holds all of it in host memory for a moment")
+            _copy_slices(self.model, blueprint.converted() if weights else blueprint.build("cpu"))
         self.optimizer = make_optimizer(self.model, config.optim)
         self.model.train()
 
@@ -167,7 +172,7 @@ def _load_slices(model: PreTrainedModel, weights: Weights, keys: dict[str, str])
 
 @torch.no_grad()
 def _copy_slices(model: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Copy this rank's slice from a whole model on the CPU: small models from random weights."""
+    """Copy this rank's slice from a whole model on the CPU: random weights, which are small, or a converted checkpoint."""
     whole = source.state_dict()
     for name, tensor in model.state_dict().items():
         local, shape, offset = _local_block(tensor)
