@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := $(BIN)/python -m launcher
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help demo venv check format test test-all clean
 help:

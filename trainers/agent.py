@@ -25,10 +25,12 @@ def main(arguments: list[str]) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            _record_kill(Path(arguments[-1]).parent, rank, signal.Signals(-failure.exitcode).name)
-        return failure.exitcode if failure.exitcode > 0 else FAILED
+        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+        if not killed:
+            return int(error.get_first_failure()[1].exitcode)
+        rank, failure = killed[0]
+        _record_kill(Path(arguments[-1]).parent, rank, signal.Signals(-failure.exitcode).name)
+        return FAILED
     except SignalException:
         return FAILED
     return 0

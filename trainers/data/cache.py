@@ -106,7 +106,8 @@ def _acquire(lock: object, holder: Path, what: str) -> None:
             lock.acquire(timeout=POLL_S)
             return
         except Timeout:
-            if time.monotonic() - said >= REMIND_S:
+            quiet = os.environ.get("LOCAL_RANK", "0") != "0"  # one rank of a machine speaks for all
+            if time.monotonic() - said >= REMIND_S and not quiet:
                 print(f"waiting for {what}: {_named(holder)} is making it (lock {lock.lock_file})", file=sys.stderr, flush=True)
                 said = time.monotonic()
 

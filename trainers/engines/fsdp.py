@@ -48,6 +48,8 @@ class FSDPEngine:
             _copy_slices(self.model, blueprint.converted() if weights else blueprint.build("cpu"))
         self.optimizer = make_optimizer(self.model, config.optim)
         self.model.train()
+        if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
+            log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
 
     def _shard(self, config: RunConfig) -> int:
         mesh = init_device_mesh(self.world.device.type, (self.world.size,), mesh_dim_names=("shard",))
