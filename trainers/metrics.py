@@ -117,6 +117,7 @@ class Metrics:
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
+            TextColumn("step"),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
             TextColumn("left"),
