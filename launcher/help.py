@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,13 @@ def _summary(file: Path) -> str:
 
 
 def fields() -> str:
-    """Return one line a field: path, default, the first line of its docstring; cut to the terminal."""
+    """Return each field: path, default, the first line of its docstring and its choices, wrapped to the terminal."""
     width = shutil.get_terminal_size((160, 40)).columns
     lines = []
     for field in all_fields().values():
         names = f" [{'|'.join(choices(field.type))}]" if choices(field.type) else ""
-        lines.append(f"  {field.path + f' ({_default(field.default)})':<44} {field.doc}{names}"[:width])
+        start = f"  {field.path + f' ({_default(field.default)})':<44} "
+        lines.append(textwrap.fill(f"{field.doc}{names}", max(width, 80), initial_indent=start, subsequent_indent=" " * 47))
     return "\n".join(lines).replace("$", "$$")
 
 

@@ -27,7 +27,6 @@ def print_summary(run_dir: Path) -> None:
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the table's lines; a figure that the run does not have makes none."""
-    seconds = summary.get("wall_seconds")
     lines = [
         ("held-out loss", _change(summary.get("eval_loss_before"), summary.get("eval_loss_after"))),
         ("training loss", _number(summary.get("train_loss"), ".4f")),
@@ -39,12 +38,17 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("peak device memory", _bytes(summary.get("device_bytes_peak"))),
         ("peak host memory", _bytes(summary.get("host_bytes_peak"))),
         ("trained parameters", _share(summary.get("trainable_parameters"), summary.get("parameters"))),
-        ("wall time", "" if seconds is None else f"{seconds / 60:.1f} min"),
+        ("training time", _minutes(summary.get("train_seconds"))),
+        ("wall time, last attempt", _minutes(summary.get("wall_seconds"))),
         ("GPU hours", _number(summary.get("gpu_hours") or None, ".2f")),
         ("export", summary.get("export") or ""),
         *_sample(summary.get("sample")),
     ]
     return [(name, value) for name, value in lines if value]
+
+
+def _minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 60:.1f} min"
 
 
 def _number(value: float | None, form: str) -> str:

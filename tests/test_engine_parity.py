@@ -178,6 +178,22 @@ def save_and_load(world: World, folder: Path, checkpoint: Path, saved: bool) -> 
     return {name: tensor.numpy() for name, tensor in engine.weights()}
 
 
+def test_saving_before_the_first_step_changes_nothing(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
+    with_save, without = (ranks(2).call(train_after_saving, tiny_llama, folder)[0] for folder in (tmp_path / "step", None))
+    assert all((with_save[name] == tensor).all() for name, tensor in without.items())
+
+
+def train_after_saving(world: World, folder: Path, checkpoint: Path | None) -> dict[str, Any]:
+    engine = build_engine(config_for(folder), world, blueprint_for(folder))
+    if checkpoint is not None:
+        engine.save(checkpoint)
+    ids, labels = (torch.stack(column) for column in zip(*uneven_batches()[0][:2], strict=True))
+    batch = Batch(input_ids=ids, labels=labels, position_ids=torch.arange(LENGTH).expand(2, -1), num_rows=2, num_tokens=2 * LENGTH)
+    engine.backward(-engine.token_logps(batch).sum(), last=True)
+    engine.step(0.1)
+    return {name: tensor.numpy() for name, tensor in engine.weights()}
+
+
 def test_a_checkpoint_continues_exactly_and_on_another_world_size(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
     saved = ranks(2).call(save_and_load, tiny_llama, tmp_path / "step", True)[0]
     again = ranks(2).call(save_and_load, tiny_llama, tmp_path / "step", False)[0]

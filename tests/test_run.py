@@ -421,6 +421,20 @@ def test_documents_longer_than_learned_positions_are_refused(base: Path, chats: 
     assert "command line: data.seq_len=64" in said
 
 
+def test_an_unreadable_checkpoint_is_passed_over_for_an_older_one(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    more = ["train.steps=60", "checkpoint.every=3", "checkpoint.keep_last=20", "train.eval_every=20"]
+    launch(cache, arguments(base, chats, tmp_path / "whole", *more))
+    line = arguments(base, chats, tmp_path / "parts", *more)
+    stop_at_step(cache, line, tmp_path / "parts", 10)
+    newest, older = sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[:-3:-1]
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(bytes(file.stat().st_size))  # as large as its manifest says, and worthless
+    said = launch(cache, line)
+    assert f"skipping {newest}" in said
+    assert f"continuing from {older}" in said
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+
+
 def test_one_rank_alone_equals_two(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path) -> None:
     launch(cache, arguments(base, chats, tmp_path / "run", "launch.processes=1", "train.microbatch=2"))
     for one, two in zip(read_rows(tmp_path / "run"), read_rows(finished), strict=True):

@@ -80,3 +80,20 @@ def test_large_vocabulary_is_reduced_in_chunks() -> None:
     mine, logits.grad = logits.grad, None
     logits.log_softmax(-1).gather(-1, labels[:, None]).sum().backward()
     torch.testing.assert_close(mine, logits.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_flash_attention_gets_its_documents_in_one_row(tiny_llama: Path) -> None:
+    """transformers keeps packed documents apart under flash attention in a single row only; one row gives the same figures."""
+    labels = torch.randint(0, 33, (3, 17), generator=torch.Generator().manual_seed(1))
+    labels[1] = IGNORE
+    batch, model = make_batch(labels), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        apart = token_logps(model, batch)
+        together = token_logps(model, batch.in_one_row()).view(labels.shape)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+    seen = []
+    model.config._attn_implementation = "flash_attention_2"
+    model.forward = lambda **inputs: seen.append(tuple(inputs["input_ids"].shape)) or (_ for _ in ()).throw(StopIteration)
+    with pytest.raises((StopIteration, RuntimeError)):
+        token_logps(model, batch)
+    assert seen == [(1, 51)]

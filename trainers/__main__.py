@@ -30,8 +30,9 @@ from trainers.model import Blueprint, check_export, export, flops_per_token, mak
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
+STARTED = time.monotonic()
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-REOPEN_BELOW = 8 << 30
+REOPEN_BELOW = 2 << 30
 """Bytes of an export that rank 0 opens whole, as a user would."""
 EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
 """Nats a token between trainer and reopened export."""
@@ -63,16 +64,16 @@ def main(path: str) -> int:
 def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     """Keep the first failing rank's error in status.json, and return the exit code.
 
-    Ranks that fail because of it come within a minute and only write their log. A launcher that waits shows the error.
+    Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
+    cleared that of an earlier attempt.
     """
-    known = read_json(run_dir / "status.json")
-    first = known.get("state") != "failed" or time.time() - known.get("time", 0) > 60
-    unwritten = ""
-    if first:
-        try:
+    first, unwritten = True, ""
+    try:
+        first = read_json(run_dir / "status.json").get("state") != "failed"
+        if first:
             set_status(run_dir, "failed", error={"rank": world.rank, "exit_code": code} | error)
-        except OSError as other:
-            unwritten = f"\n(status.json could not be written: {other})"
+    except (OSError, ValueError) as other:
+        unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
     log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s%s", world.rank, error.get("traceback") or error["message"], unwritten)
     return code
@@ -110,8 +111,11 @@ def run(config: RunConfig, world: World) -> int:
     world.interruptible = False
     outcome = train(config, world, engine, data, loader, flops_per_token(engine.shapes(), blueprint.config, data.train.mean_attended()))
     engine.report()
-    if outcome.stopped_by is not None:
-        return _stop(run_dir, world, outcome)
+    if outcome.stopped:
+        world.barrier()  # rank 0 may still be waiting for a mirror: all end together
+        log.info("stopped after step %d, saved; the same command continues", outcome.progress.step)
+        world.disconnect()
+        return STOPPED
     finish(config, world, engine, data, blueprint, tokenizer, outcome)
     world.disconnect()
     return DONE
@@ -156,15 +160,6 @@ def _note_sources(run_dir: Path, data: Prepared, blueprint: Blueprint) -> None:
     write_json(run_dir / "manifest.json", manifest)
 
 
-def _stop(run_dir: Path, world: World, outcome: Outcome) -> int:
-    """Say that the run was stopped at a step boundary; returns the exit code."""
-    if world.rank == 0:
-        set_status(run_dir, "preempted", step=outcome.progress.step)
-    log.info("stopped after step %d, saved; the same command continues", outcome.progress.step)
-    world.disconnect()
-    return STOPPED
-
-
 def finish(
     config: RunConfig,
     world: World,
@@ -187,7 +182,13 @@ def finish(
     if world.rank == 0:
         sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-        figures |= {"parameters": parameters, "trainable_parameters": parameters, "export": str(folder), "sample": sample}
+        figures |= {
+            "wall_seconds": time.monotonic() - STARTED,
+            "parameters": parameters,
+            "trainable_parameters": parameters,
+            "export": str(folder),
+            "sample": sample,
+        }
         write_json(run_dir / "summary.json", figures)
         set_status(run_dir, "done", step=outcome.progress.step)
     world.barrier()

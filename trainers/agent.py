@@ -8,15 +8,17 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.metrics import set_status
+from trainers.metrics import read_json, set_status
 
 FAILED = 1
+TOGETHER_S = 10
 
 
 def main(arguments: list[str]) -> int:
@@ -37,7 +39,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _record_kill(run_dir: Path, rank: int, name: str) -> None:
-    """Name the rank that was killed: the others fail because of it, and only they can write status.json."""
+    """Name the rank that was killed: the others fail because of it, and only they can write status.json.
+
+    Where a rank gave its reason well before, the kill is this agent's own, of a rank that did not end in time.
+    """
+    known = read_json(run_dir / "status.json")
+    if known.get("state") == "failed" and time.time() - known.get("time", 0) > TOGETHER_S:
+        return
     why = " (out of memory, or kill -9)" if name == "SIGKILL" else ""
     set_status(run_dir, "failed", error={"rank": rank, "message": f"rank {rank} was killed by {name}{why}"})
 

@@ -35,7 +35,7 @@ class Batch:
         if not len(self.columns):
             self.columns = (self.labels != IGNORE).any(0).nonzero().flatten()
         if not len(self.columns):
-            self.columns = torch.zeros(1, dtype=torch.int64)
+            self.columns = torch.zeros(1, dtype=torch.int64, device=self.labels.device)
 
     def to(self, device: torch.device) -> Batch:
         """Return the same batch on `device`."""
@@ -51,12 +51,13 @@ class Batch:
     def in_one_row(self) -> Batch:
         """Return the rows one behind the other in a single row (1, B x S); positions restart where a row began.
 
-        transformers finds packed documents for flash attention in a single row only: in several, documents would see each other.
+        transformers finds packed documents for flash attention in a single row only: in several, documents would see each
+        other. The labelled columns are found anew, for which a GPU waits.
         """
         return Batch(
-            input_ids=self.input_ids.view(1, -1),
-            labels=self.labels.view(1, -1),
-            position_ids=self.position_ids.view(1, -1),
+            input_ids=self.input_ids.reshape(1, -1),
+            labels=self.labels.reshape(1, -1),
+            position_ids=self.position_ids.reshape(1, -1),
             num_rows=self.num_rows,
             num_tokens=self.num_tokens,
         )

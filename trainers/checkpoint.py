@@ -34,13 +34,15 @@ class Progress:
     input_tokens: int = 0
     """Tokens that went through the model, padding aside, over all ranks."""
     skipped: int = 0
-    """Steps skipped for non-finite gradients."""
+    """Steps skipped for non-finite gradients or for want of a supervised token."""
     seconds: float = 0.0
     """Seconds spent on steps, over all attempts."""
+    device_seconds: float = 0.0
+    """The same times the ranks of each attempt."""
 
 
 class NoCheckpoint(Exception):
-    """A checkpoint could not be written; older ones are untouched."""
+    """A checkpoint could not be written, or none of those that are there can be read."""
 
 
 class Checkpointer:
@@ -59,32 +61,36 @@ class Checkpointer:
         staging, final = self.folder / f".step-{progress.step:06d}.tmp", self.folder / f"step-{progress.step:06d}"
         if self.world.from_first(self.world.rank == 0 and final.is_dir() and is_complete(final)):
             return
-        if self.world.rank == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-            shutil.rmtree(final, ignore_errors=True)
-            staging.mkdir(parents=True)
-        self.world.barrier()
-        self._agree(staging, lambda: engine.save(staging))
-        self._agree(staging, lambda: self.world.rank or self._commit(staging, final, progress))
-        if self.world.rank == 0:
-            self._rotate()
-        self.world.barrier()
+        self._agree(staging, lambda: self._begin(staging, final))
+        self._agree(staging, lambda: engine.save(staging), everywhere=True)
+        self._agree(staging, lambda: self._commit(staging, final, progress))
+        self._agree(staging, self._rotate)
         log.info("step %d: checkpoint saved in %s", progress.step, final)
 
-    def _agree(self, staging: Path, write: Callable[[], object]) -> None:
-        """Write, and raise NoCheckpoint on every rank if any could not, after removing what was written. Collective."""
+    def _agree(self, staging: Path, write: Callable[[], None], everywhere: bool = False) -> None:
+        """Write on rank 0, or everywhere; raise NoCheckpoint on every rank if any could not, after removing what was written.
+
+        Collective.
+        """
         failed = ""
         try:
-            write()
+            if everywhere or self.world.rank == 0:
+                write()
         except (OSError, CheckpointException) as error:
-            failed = f"rank {self.world.rank}: {str(error).strip().splitlines()[-1]}"
+            failed = f"rank {self.world.rank}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
         failures = [text for text in self.world.gather(failed) if text]
         if not failures:
             return
         if self.world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.folder.parent).free
         raise NoCheckpoint(f"the checkpoint {staging} cannot be written ({failures[0]}); {free:,} bytes free there now")
+
+    @staticmethod
+    def _begin(staging: Path, final: Path) -> None:
+        for leftover in (staging, final):
+            shutil.rmtree(leftover, ignore_errors=True)
+        staging.mkdir(parents=True)
 
     @staticmethod
     def _commit(staging: Path, final: Path, progress: Progress) -> None:
@@ -101,7 +107,7 @@ class Checkpointer:
         """Delete the oldest complete checkpoints beyond keep_last, and staging folders of dead saves."""
         complete = [path for path in self.steps() if is_complete(path)]
         for path in complete[: -self.config.keep_last]:
-            shutil.rmtree(path)
+            path.rename(path.with_name(f".{path.name}.tmp"))  # complete or absent, also when killed while deleting
         for path in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(path)
 
@@ -110,16 +116,28 @@ class Checkpointer:
         found = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def restore(self, engine: Engine, num_steps: int) -> Progress:
-        """Load the newest complete checkpoint of this run, or return step 0. Rank 0 chooses."""
-        found = reversed(self.steps()) if self.world.rank == 0 else ()
-        chosen = self.world.from_first(next((path for path in found if is_complete(path) and _progress(path).step <= num_steps), None))
-        if chosen is None:
-            return Progress()
-        engine.load(chosen)
-        progress = _progress(chosen)
-        log.info("continuing from %s: step %d, %s tokens", chosen, progress.step, f"{progress.tokens:,}")
-        return progress
+    def restore(self, engine: Engine) -> Progress:
+        """Load the newest checkpoint that is complete and can be read, or return step 0. Rank 0 names them; collective.
+
+        Raises NoCheckpoint where there are some and none can be read: to start again would be to lose them.
+        """
+        complete = [path for path in reversed(self.steps()) if is_complete(path)] if self.world.rank == 0 else []
+        found = self.world.from_first(complete)
+        for path in found:
+            failed = ""
+            try:
+                engine.load(path)
+            except (OSError, CheckpointException) as error:
+                failed = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            failures = [text for text in self.world.gather(failed) if text]
+            if not failures:
+                progress = _progress(path)
+                log.info("continuing from %s: step %d, %s tokens", path, progress.step, f"{progress.tokens:,}")
+                return progress
+            log.warning("skipping %s: it cannot be read (%s)", path, failures[0])
+        if found:
+            raise NoCheckpoint(f"none of the checkpoints in {self.folder} can be read; move them away to start from step 0")
+        return Progress()
 
 
 def is_complete(folder: Path) -> bool:

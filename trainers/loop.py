@@ -18,7 +18,7 @@ from trainers.config import ConfigError, OptimConfig, RunConfig, Schedule
 from trainers.data.loader import Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
-from trainers.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops, set_status
+from trainers.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops, read_json, set_status
 from trainers.objectives import CHOICES, Objective
 from trainers.world import World, seed_step
 
@@ -36,8 +36,8 @@ class Outcome:
     """How `train` ended."""
 
     progress: Progress
-    stopped_by: int | None = None
-    """The signal that stopped the run before its end."""
+    stopped: bool = False
+    """A signal stopped the run before its end."""
     eval_losses: list[float] = field(default_factory=list)
     """Held-out losses in nats a token, the one before the first step first."""
     train_loss: float | None = None
@@ -86,7 +86,7 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
         total += float(objective(engine.token_logps(on_device), on_device).total)
     engine.train(True)
     total, whole = world.sum([total, float(weight)])
-    return total / max(whole, 1.0), int(whole)
+    return total / whole if whole else math.nan, int(whole)
 
 
 def stalled(losses: list[float], patience: int | None, min_improvement: float) -> bool:
@@ -144,11 +144,12 @@ class Training:
 
     def run(self) -> Outcome:
         """Continue from the newest checkpoint to the last step, an early stop, or a signal."""
-        progress = self.checkpointer.restore(self.engine, self.loader.num_steps)
+        progress = self.checkpointer.restore(self.engine)
         with self.metrics as metrics:
-            kept = self.world.from_first(metrics.start(progress.step))
-            self.outcome.eval_losses = [row["eval_loss"] for row in kept if "eval_loss" in row]
-            self.outcome.train_loss = next((row["loss"] for row in reversed(kept) if "loss" in row), None)
+            kept = metrics.start(progress.step)
+            known = [math.nan if row["eval_loss"] is None else row["eval_loss"] for row in kept if "eval_loss" in row]
+            last = next((row["loss"] for row in reversed(kept) if "loss" in row), None)
+            self.outcome.eval_losses, self.outcome.train_loss = self.world.from_first((known, last))
             if self.data.eval is not None and not self.outcome.eval_losses:
                 self._evaluate(progress)
             while progress.step < self.loader.num_steps and not self._is_stalled():
@@ -159,11 +160,17 @@ class Training:
                 if stopping or self.checkpointer.due(progress.step):
                     self.checkpointer.save(self.engine, progress)
                 if stopping:
-                    self.outcome.stopped_by = self.world.signalled or -1
+                    self._note_stop(progress)
                     break
             self.checkpointer.save(self.engine, progress)  # whatever the export meets, the training is kept
             self.outcome.progress = progress
             return self.outcome
+
+    def _note_stop(self, progress: Progress) -> None:
+        """Record the stop before anything slow, such as a mirror that does not answer, delays it."""
+        self.outcome.stopped = True
+        if self.world.rank == 0:
+            set_status(Path(self.config.run_dir), "preempted", step=progress.step)
 
     def _step(self, progress: Progress) -> Progress:
         """Take one optimizer step over the rows that (seed, step) names."""
@@ -194,8 +201,9 @@ class Training:
             input_tokens=progress.input_tokens + inputs,
             skipped=progress.skipped + skipped,
             seconds=progress.seconds + seconds,
+            device_seconds=progress.device_seconds + seconds * self.world.size,
         )
-        self._record(progress, loss_sum / max(weight, 1), lr, grad_norm, weight, inputs, seconds)
+        self._record(progress, loss_sum / weight if weight else math.nan, lr, grad_norm, weight, inputs, seconds)
         return progress
 
     def _count_skipped(self, step: int, grad_norm: float, weight: int) -> int:
@@ -214,8 +222,10 @@ class Training:
     def _record(self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float) -> None:
         device_peak, host_peak = self.world.max([float(device_bytes_peak() or 0), float(host_bytes_peak())])
         self.outcome.train_loss = loss
+        mfu = None
         if self.peak is not None:
-            self.outcome.mfu = self.flops_per_token * progress.input_tokens / progress.seconds / (self.peak * 1e12 * self.world.size)
+            self.outcome.mfu = self.flops_per_token * progress.input_tokens / (self.peak * 1e12 * progress.device_seconds)
+            mfu = self.flops_per_token * inputs / (self.peak * 1e12 * seconds * self.world.size)
         self.metrics.write(
             {
                 "step": progress.step,
@@ -229,13 +239,14 @@ class Training:
                 "step_seconds": seconds,
                 "device_bytes_peak": int(device_peak) or None,
                 "host_bytes_peak": int(host_peak),
-                "mfu": self.outcome.mfu,
+                "mfu": mfu,
                 "skipped": progress.skipped,
             }
         )
         if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
             self.status_at = time.monotonic()
-            set_status(Path(self.config.run_dir), "running", step=progress.step, num_steps=self.loader.num_steps)
+            if read_json(Path(self.config.run_dir) / "status.json").get("state") != "failed":  # by another rank, just now
+                set_status(Path(self.config.run_dir), "running", step=progress.step, num_steps=self.loader.num_steps)
 
     def _eval_due(self, step: int) -> bool:
         every = self.config.train.eval_every
@@ -267,7 +278,7 @@ def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
     progress, losses = outcome.progress, outcome.eval_losses
     device_peak, host_peak = world.max([float(device_bytes_peak() or 0), float(host_bytes_peak())])
     seconds = max(progress.seconds, 1e-9)
-    return {
+    figures = {
         "eval_loss_before": losses[0] if losses else None,
         "eval_loss_after": losses[-1] if losses else None,
         "train_loss": outcome.train_loss,
@@ -281,7 +292,8 @@ def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
         "device_bytes_peak": int(device_peak) or None,
         "host_bytes_peak": int(host_peak),
         "skipped_steps": progress.skipped,
-        "wall_seconds": progress.seconds,
-        "gpu_hours": progress.seconds * world.size / 3600 if world.device.type == "cuda" else None,
+        "train_seconds": progress.seconds,
+        "gpu_hours": progress.device_seconds / 3600 if world.device.type == "cuda" else None,
         "world_size": world.size,
     }
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}

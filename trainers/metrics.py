@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainers.config import RunConfig, WandbMode, plain
+from trainers.config import Precision, RunConfig, WandbMode, plain
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)
@@ -32,6 +32,7 @@ PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
@@ -44,7 +45,7 @@ WANDB_WAIT_S = 20.0
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file that is never seen half-written."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     staging.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     staging.rename(path)
 
@@ -66,7 +67,7 @@ def set_status(run_dir: Path, state: str, **more: object) -> None:
 
 
 def log_to(folder: Path, rank: int, world_size: int) -> None:
-    """Send this rank's log to rank-R.log, and rank 0's to the terminal too."""
+    """Send this rank's log to rank-R.log."""
     folder.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(folder / f"rank-{rank}.log")
     to_file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank}/{world_size} %(levelname)s %(message)s"))
@@ -88,8 +89,8 @@ def log_to_terminal(rank: int) -> None:
 
 
 def peak_tflops(config: RunConfig) -> float | None:
-    """Return one device's dense bf16 peak in TFLOP/s, or None where it is unknown."""
-    if config.log.peak_tflops is not None or not torch.cuda.is_available():
+    """Return one device's dense bf16 peak in TFLOP/s, or None where it is unknown, or compute is in float32."""
+    if config.log.peak_tflops is not None or not torch.cuda.is_available() or config.train.precision is Precision.fp32:
         return config.log.peak_tflops
     name = torch.cuda.get_device_name()
     return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)

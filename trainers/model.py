@@ -337,7 +337,7 @@ def reopen(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
 def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], num_tokens: int) -> dict[str, str]:
     """Return a greedy answer to a prompt as {"prompt", "answer"}, within the model's positions."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + num_tokens
-    ids = torch.tensor([list(prompt_ids)[: max(1, longest - num_tokens)]])
+    ids = torch.tensor([list(prompt_ids)[-max(1, longest - num_tokens) :]])
     limit = min(num_tokens, longest - ids.shape[1])
     with torch.no_grad():
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, limit), do_sample=False)  # type: ignore[operator]
@@ -357,8 +357,10 @@ def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig
     active = 0.0
     for name, shape in shapes.items():
         active += math.prod(shape) * (chosen / experts if ".experts." in name else 1.0)
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     embeddings = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
-    flops: float = 6 * (active - embeddings) + 12 * text.num_hidden_layers * text.hidden_size * attended
+    flops: float = 6 * (active - embeddings) + 12 * text.num_hidden_layers * width * attended
     return flops
 
 

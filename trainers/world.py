@@ -31,7 +31,7 @@ def die_with_parent() -> None:
 
 @dataclass(kw_only=True)
 class World:
-    """This rank among all: numbers come from the environment that torchrun or SLURM's launcher sets."""
+    """This rank among all: numbers come from the environment that torchrun sets."""
 
     rank: int
     local_rank: int
@@ -55,7 +55,7 @@ class World:
         return cls(rank=rank, local_rank=local_rank, size=size, device=device)
 
     def watch_signals(self) -> None:
-        """Let signals set the stop flag only, and let the kernel end this rank when its parent dies."""
+        """Let signals set the stop flag (and, before the first step, raise Stopped); let the kernel end this rank with its parent."""
         die_with_parent()
         for number in STOP_SIGNALS:
             signal.signal(number, self._flag)

@@ -47,6 +47,8 @@ class FSDPEngine:
                 log.warning("this checkpoint is converted while loading: every rank holds all of it in host memory for a moment")
             _copy_slices(self.model, blueprint.converted() if weights else blueprint.build("cpu"))
         self.optimizer = make_optimizer(self.model, config.optim)
+        _begin_state(self.optimizer)
+        self.accumulates = config.train.global_batch > world.size * config.train.microbatch
         self.model.train()
         if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
             log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
@@ -121,10 +123,11 @@ class FSDPEngine:
         if wrong or any(value.dtype != torch.float32 for value in moments):
             raise RuntimeError(f"master weights and optimizer state must be float32; {wrong[:1] or 'the optimizer state'} is not")
         local = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for _, p in parameters)
+        kept = sum(p.numel() * 4 for _, p in parameters) if self.accumulates else local
         return {
             "parameters": f"{sum(p.numel() for _, p in parameters):,}, all trained, in {self.groups} groups over {self.world.size} ranks",
             "master weights": f"float32, {local / 2**20:,.1f} MiB a rank",
-            "gradients": f"reduced in float32, {local / 2**20:,.1f} MiB a rank",
+            "gradients": f"reduced in float32, {kept / 2**20:,.1f} MiB a rank" + (", whole until the last microbatch" * self.accumulates),
             "optimizer": f"AdamW, float32, {2 * local / 2**20:,.1f} MiB a rank",
             "compute": str(DTYPES[self.precision]).removeprefix("torch."),
             "attention": str(self.model.config._attn_implementation),
@@ -133,7 +136,7 @@ class FSDPEngine:
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the repeated blocks of an architecture: the longest list of modules that transformers must not split.
+    """Return the repeated blocks of an architecture: the lists of modules that transformers must not split.
 
     Raises RuntimeError where there is none: a model in one group would be gathered whole on every rank.
     """
@@ -191,6 +194,17 @@ def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     ]
     betas = (optim.betas[0], optim.betas[1])
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+
+
+def _begin_state(optimizer: torch.optim.AdamW) -> None:
+    """Make AdamW's state now, at step 0: memory is short at the start, and a checkpoint before the first update is exact.
+
+    torch's get_state_dict would otherwise take a step with zero gradients to make it, and count that step.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 def _whole(tensor: Tensor) -> Tensor:
