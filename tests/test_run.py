@@ -370,7 +370,7 @@ def test_interrupting_preparation_leaves_nothing_behind(base: Path, chats: Path,
         else:
             for rank in rank_processes(tmp_path / "run")[:1]:
                 os.kill(rank, how)
-        said = process.communicate(timeout=20)[0]
+        said = process.communicate(timeout=45)[0]
     finally:
         process.kill()
     assert process.returncode == (130 if how is signal.SIGINT else 1), said
