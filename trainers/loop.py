@@ -18,7 +18,7 @@ from trainers.config import ConfigError, OptimConfig, RunConfig, Schedule
 from trainers.data.loader import Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
-from trainers.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops, read_json, set_status
+from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops, read_json, set_status
 from trainers.objectives import CHOICES, Objective
 from trainers.world import World, seed_step
 
@@ -156,20 +156,19 @@ class Training:
                 progress = self._step(progress)
                 if self._eval_due(progress.step):
                     self._evaluate(progress)
-                stopping = self.world.stop_requested()
-                if stopping or self.checkpointer.due(progress.step):
-                    self.checkpointer.save(self.engine, progress)
-                if stopping:
-                    self._note_stop(progress)
+                if self.world.stop_requested():
+                    self.outcome.stopped = True
                     break
+                if self.checkpointer.due(progress.step):
+                    self.checkpointer.save(self.engine, progress)
             self.checkpointer.save(self.engine, progress)  # whatever the export meets, the training is kept
+            self._note_stop(progress)
             self.outcome.progress = progress
             return self.outcome
 
     def _note_stop(self, progress: Progress) -> None:
-        """Record the stop before anything slow, such as a mirror that does not answer, delays it."""
-        self.outcome.stopped = True
-        if self.world.rank == 0:
+        """Record a stop before anything slow, such as a mirror that does not answer, delays it."""
+        if self.outcome.stopped and self.world.rank == 0:
             set_status(Path(self.config.run_dir), "preempted", step=progress.step)
 
     def _step(self, progress: Progress) -> Progress:
@@ -296,4 +295,4 @@ def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
         "gpu_hours": progress.device_seconds / 3600 if world.device.type == "cuda" else None,
         "world_size": world.size,
     }
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
+    return finite(figures)

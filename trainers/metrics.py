@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import netrc
 import os
 import queue
@@ -48,6 +49,11 @@ def write_json(path: Path, value: object) -> None:
     staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     staging.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     staging.rename(path)
+
+
+def finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return figures with None for what is not finite, which JSON cannot hold."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,7 +154,7 @@ class Metrics:
         """Append a row; every reader sees whole lines, and a non-finite figure becomes null."""
         if not self.active:
             return
-        row = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in row.items()}
+        row = finite(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.mirror is not None:
