@@ -17,6 +17,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
+RAISE_AGAIN_S = 0.02
 
 
 class Stopped(BaseException):
@@ -59,11 +60,24 @@ class World:
         die_with_parent()
         for number in STOP_SIGNALS:
             signal.signal(number, self._flag)
+        signal.signal(signal.SIGALRM, self._raise_again)
+        sys.unraisablehook = self._when_swallowed
 
     def _flag(self, number: int, _frame: object) -> None:
         first, self.signalled = self.signalled is None, number
         if first and self.interruptible:
             raise Stopped(signal.Signals(number).name)
+
+    def _when_swallowed(self, swallowed: sys.UnraisableHookArgs) -> None:
+        """Try again shortly when the signal came inside a finalizer or a weak reference's callback, where Python drops what is raised."""
+        if isinstance(swallowed.exc_value, Stopped):
+            signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
+        else:
+            sys.__unraisablehook__(swallowed)
+
+    def _raise_again(self, _number: int, _frame: object) -> None:
+        if self.interruptible and self.signalled is not None:
+            raise Stopped(signal.Signals(self.signalled).name)
 
     def connect(self, timeout_s: int = 1800) -> None:
         """Start the process group: gloo for CPU tensors always, nccl for CUDA tensors where there is a GPU."""

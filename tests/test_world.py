@@ -1,0 +1,42 @@
+"""A signal ends a rank that has nothing to save yet, wherever it comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FINALIZER = """
+import gc, os, signal, time, weakref
+from trainers.world import Stopped, World
+
+world = World.from_environment()
+world.watch_signals()
+
+class Part:
+    pass
+
+def callback(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(1000))  # the handler runs in here, where Python drops what it raises
+
+part = Part()
+watched = weakref.ref(part, callback)
+try:
+    del part
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        time.sleep(0.01)
+    print("never stopped")
+except Stopped as name:
+    print("stopped by", name)
+"""
+
+
+@pytest.mark.parametrize("swallowed", [True, False], ids=["in a callback", "in the main code"])
+def test_a_signal_is_not_lost_where_python_drops_exceptions(swallowed: bool) -> None:
+    code = FINALIZER if swallowed else FINALIZER.replace("watched = weakref.ref(part, callback)", "").replace("del part", "callback(None)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "stopped by SIGTERM\n"
+    assert done.stderr == ""
