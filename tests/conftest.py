@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +24,7 @@ os.environ["WANDB_MODE"] = "offline"
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background, and we send it
 
+ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real models and data is not here")
 
@@ -102,6 +107,57 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield group
     for kept in groups.values():
         kept.close()
+
+
+REQUIRE = """
+import logging, sys, time
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+import torch
+from trainers.config import ConfigError
+from trainers.engines import ops
+ops.import_deepspeed()
+start = time.monotonic()
+try:
+    ops.require_op(sys.argv[1], limit_s=float(sys.argv[2]))
+except ConfigError as error:
+    sys.exit(f"error: {error}")
+print("loaded in", time.monotonic() - start)
+"""
+
+
+def start_require(folder: Path, op: str = "cpu_adam", limit_s: float = 100, **environment: str) -> subprocess.Popen[str]:
+    variables = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder), "MAX_JOBS": "2"} | environment
+    line = [sys.executable, "-c", REQUIRE, op, str(limit_s)]
+    return subprocess.Popen(line, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The one real build of the suite, asked for by two processes at once where an old lock stands in the way."""
+    folder = tmp_path_factory.mktemp("extensions")
+    lock = folder / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    for path in (lock, lock.parent):
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+    both = [start_require(folder, limit_s=900) for _ in range(2)]
+    try:
+        said = [process.communicate(timeout=900)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], said
+    return folder, said
+
+
+@pytest.fixture(scope="session")
+def cpu_adam(request: pytest.FixtureRequest) -> None:
+    """DeepSpeed's CPU optimizer where rank processes look for it: compiled once on a machine, about a minute."""
+    from trainers.engines import ops
+
+    if not ops.is_built("cpu_adam"):
+        folder = request.getfixturevalue("built")[0]
+        shutil.copytree(folder / "cpu_adam", ops.folder_of("cpu_adam"), dirs_exist_ok=True)
 
 
 TINY = {

@@ -1,8 +1,9 @@
-"""Measure this checkout on this machine: `data` for preparation and packing, `train` for the loop.
+"""Measure this checkout on this machine: `data` for preparation and packing, `train` for the loop, `load` for reading a model.
 
 python -m tools.bench data
 python -m tools.bench data --path FILE --tokenizer DIR --seq-len 2048
 python -m tools.bench train
+python -m tools.bench load --ranks 2 4
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -26,6 +28,8 @@ from rich.table import Table
 from trainers.config import (
     DataConfig,
     DataSource,
+    EngineConfig,
+    EngineName,
     LogConfig,
     ModelConfig,
     ObjectiveConfig,
@@ -255,12 +259,163 @@ def _bare_loop(config: RunConfig, world: World, data: Prepared, blueprint: Bluep
     return tokens / seconds, host_bytes_peak() - before, total
 
 
+SAMPLE_S = 0.02
+"""Seconds between two looks at the memory of the ranks."""
+
+
+def load(options: argparse.Namespace) -> None:
+    """Print what the ranks hold together while they load a checkpoint, beside what it is as float32 once over all of them."""
+    console = Console(stderr=True)
+    table = Table("engine", "ranks", "float32 weights, all ranks", "memory at the peak, all ranks", "ratio", "seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        console.print(f"writing a checkpoint of {options.gigabytes:g} GB in bfloat16 to {folder}")
+        total = 4 * _write_checkpoint(Path(folder) / "model", options.gigabytes)
+        for engine in options.engine:
+            for ranks in options.ranks:
+                console.print(f"loading it with {engine} on {ranks} ranks")
+                peak, seconds = _measure_loading(Path(folder), engine, ranks)
+                table.add_row(
+                    engine, str(ranks), f"{total / 2**20:,.0f} MiB", f"{peak / 2**20:,.0f} MiB", f"{peak / total:.2f}", f"{seconds:.1f}"
+                )
+    Console().print(table)
+    Console().print("memory: the sum of /proc/PID/smaps_rollup's Pss, above what it was before the checkpoint was opened", style="dim")
+
+
+def _write_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Write a Llama of random weights in bfloat16, a file for each block, and return its number of parameters."""
+    from safetensors.torch import save_file
+    from torch import bfloat16
+
+    from trainers.weights import origin_of
+
+    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12, "num_key_value_heads": 12}
+    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 1536) / (4 * 1536**2 + 3 * 1536 * 4096)))
+    blueprint = _llama(sizes | {"num_hidden_layers": layers})
+    model = blueprint.build()
+    origin, shapes = origin_of(model, blueprint), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    blueprint.config.dtype = bfloat16
+    blueprint.config.save_pretrained(folder)
+    weight_map = {name: "-".join(name.split(".")[:3]) + ".safetensors" for name in origin.names()}
+    for file in dict.fromkeys(weight_map.values()):
+        names = [name for name in origin.names() if weight_map[name] == file]
+        save_file({name: origin.read(name, (0,) * len(shapes[name]), shapes[name]).to(bfloat16) for name in names}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _llama(sizes: dict[str, int]) -> Blueprint:
+    from transformers import LlamaConfig
+
+    from trainers.model import Blueprint
+
+    return Blueprint(config=LlamaConfig(**sizes), folder=None, revision=None, seed=0, trust_remote_code=False)
+
+
+def _measure_loading(folder: Path, engine: str, ranks: int) -> tuple[float, float]:
+    """Start ranks, let them load together, and return bytes at the peak above the start, and seconds of the slowest."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "tools.bench", "load-rank", str(folder), engine]
+    children: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory(dir=folder) as run_dir:
+        try:
+            for rank in range(ranks):
+                log = open(Path(run_dir) / f"{rank}.log", "wb")  # noqa: SIM115 - the child's
+                env = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                children.append(subprocess.Popen([*line, run_dir], stdin=subprocess.PIPE, stdout=log, stderr=log, env=env))
+                log.close()
+            _sample(Path(run_dir), children, "ready")
+            baseline = _memory(children)
+            for child in children:
+                _write_line(child)
+            samples = _sample(Path(run_dir), children, "done")
+            figures = [json.loads((Path(run_dir) / f"{rank}.done").read_text()) for rank in range(ranks)]
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+    last = max(figure["last_read"] for figure in figures)
+    return max(memory for at, memory in samples if at <= last) - baseline, max(figure["seconds"] for figure in figures)
+
+
+def _write_line(child: subprocess.Popen[bytes]) -> None:
+    assert child.stdin is not None
+    child.stdin.write(b"go\n")
+    child.stdin.flush()
+
+
+def _sample(run_dir: Path, children: list[subprocess.Popen[bytes]], state: str, limit_s: float = 600) -> list[tuple[float, int]]:
+    """Return (time, bytes of all children) until each has written its `state` file; raises RuntimeError if one ends before."""
+    samples, started = [], time.monotonic()
+    while not all((run_dir / f"{rank}.{state}").exists() for rank in range(len(children))):
+        for rank, child in enumerate(children):
+            if child.poll() is not None or time.monotonic() - started > limit_s:
+                raise RuntimeError(f"rank {rank} did not load:\n{(run_dir / f'{rank}.log').read_text()[-3000:]}")
+        samples.append((time.monotonic(), _memory(children)))
+        time.sleep(SAMPLE_S)
+    return samples
+
+
+def _memory(children: list[subprocess.Popen[bytes]]) -> int:
+    """Return the bytes of all children, a page that n of them share counted as 1/n in each."""
+    total = 0
+    for child in children:
+        lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def load_rank(options: argparse.Namespace) -> None:
+    """Load as one rank: say when ready, wait for a line, build the engine, and say when the last block was read."""
+    import torch
+    from transformers import AutoConfig
+
+    from trainers.engines.base import build_engine
+    from trainers.stored import Weights
+    from trainers.world import World, die_with_parent
+
+    die_with_parent()
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    world.connect()
+    config = RunConfig(
+        run_dir=options.run_dir,
+        data=DataConfig(path="unused"),
+        engine=EngineConfig(name=EngineName(options.engine)),
+        train=TrainConfig(precision=Precision.fp32),
+    )
+    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 32}
+    build_engine(config, world, _llama(tiny))  # what is imported on the way is not the checkpoint's
+    blueprint = _llama({})
+    blueprint.folder = Path(options.folder) / "model"
+    blueprint.config = AutoConfig.from_pretrained(blueprint.folder)
+    last, read = [0.0], Weights.read
+
+    def timed(weights: Weights, *block: Any) -> torch.Tensor:
+        tensor = read(weights, *block)
+        last[0] = time.monotonic()
+        return tensor
+
+    Weights.read = timed  # type: ignore[method-assign]
+    folder = Path(options.run_dir)
+    (folder / f"{world.rank}.ready").touch()
+    sys.stdin.readline()
+    started = time.monotonic()
+    build_engine(config, world, blueprint)
+    partial = folder / f"{world.rank}.partial"
+    partial.write_text(json.dumps({"last_read": last[0], "seconds": last[0] - started}))
+    partial.rename(folder / f"{world.rank}.done")
+    sys.stdin.readline()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a benchmark; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="data|train")
+    commands = parser.add_subparsers(required=True, metavar="data|train|load")
     of_data = commands.add_parser("data", help="preparation speed and packing efficiency, beside the best public packer's on GSM8K")
     of_data.add_argument("--path", help="rows (default: the documentation of this Python, as conversations)")
     of_data.add_argument("--tokenizer", help="tokenizer directory or hub id (default: one trained on the rows)")
@@ -273,6 +428,19 @@ def main(arguments: list[str] | None = None) -> int:
     of_train.add_argument("--steps", type=int, default=12, help="optimizer steps of 8 rows of 512 tokens (default 12)")
     of_train.add_argument("--runs", type=int, default=3, help="runs of each loop, in turn (default 3)")
     of_train.set_defaults(command=train)
+    of_load = commands.add_parser(
+        "load", help="memory of all ranks while they load a model, against its size; needs 3 x the size as memory"
+    )
+    of_load.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks, each in turn (default 2 4)")
+    of_load.add_argument(
+        "--gigabytes", type=float, default=1.0, help="size of the checkpoint in bfloat16; float32 is twice that (default 1)"
+    )
+    of_load.add_argument("--engine", nargs="+", choices=list(EngineName), default=["fsdp"], help="engines, each in turn (default fsdp)")
+    of_load.set_defaults(command=load)
+    of_rank = commands.add_parser("load-rank")  # what `load` starts
+    for name in ("folder", "engine", "run_dir"):
+        of_rank.add_argument(name)
+    of_rank.set_defaults(command=load_rank)
     of_one = commands.add_parser("one")  # what `train` starts
     of_one.add_argument("shape", choices=SHAPES)
     of_one.add_argument("variant", choices=VARIANTS)

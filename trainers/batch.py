@@ -93,14 +93,15 @@ def _chunk_rows(logits: Tensor, floats: int = 1 << 22) -> int:
     return max(1, floats // logits.shape[-1])
 
 
-def token_logps(model: nn.Module, batch: Batch) -> Tensor:
+def token_logps(model: nn.Module, batch: Batch, config: Any = None) -> Tensor:
     """Return the log-probability of each label, 0.0 where the label is IGNORE.
 
     (B, S) float32, in nats. Logits are made only for the columns in which some row has a label, in the compute type,
     and reduced in float32 chunks: (B, S, V) in float32 would be 4 GiB at 8k x 128k. Backward may run once.
+    `config` is the model's own, where `model` wraps it in something whose `config` is another.
     """
-    if "flash" in str(getattr(model.config, "_attn_implementation", "")) and len(batch.labels) > 1:
-        return token_logps(model, batch.in_one_row()).view(batch.labels.shape)
+    if "flash" in str(getattr(config or model.config, "_attn_implementation", "")) and len(batch.labels) > 1:
+        return token_logps(model, batch.in_one_row(), config).view(batch.labels.shape)
     columns = batch.columns
     every = len(columns) == batch.labels.shape[1]
     output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=0 if every else columns)

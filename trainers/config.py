@@ -12,14 +12,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-
-class ConfigError(Exception):
-    """A setting that cannot work: names the field, its value, the reason and the remedy."""
-
-    def __init__(self, path: str, value: object, reason: str, remedy: str = "") -> None:
-        """Keep the parts; the launcher adds where the value was set."""
-        self.path, self.value, self.reason, self.remedy = path, value, reason, remedy
-        super().__init__(f"`{path}` = {value!r}: {reason}" + (f"\n  remedy: {remedy}" if remedy else ""))
+from trainers.deepspeed_keys import check_overrides
+from trainers.errors import ConfigError as ConfigError
 
 
 class Attention(StrEnum):
@@ -80,9 +74,25 @@ class PeftMethod(StrEnum):
 
 
 class EngineName(StrEnum):
-    """Sharding engines."""
+    """Sharding engines: PyTorch's fully_shard (FSDP2), and DeepSpeed's ZeRO stage 3."""
 
     fsdp = "fsdp"
+    zero3 = "zero3"
+
+
+class Offload(StrEnum):
+    """Where a part of the training state lives between uses: on the device, in host memory, or in files on NVMe."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class OptimizerName(StrEnum):
+    """AdamW, or plain stochastic gradient descent without momentum, which keeps no state."""
+
+    adamw = "adamw"
+    sgd = "sgd"
 
 
 class Schedule(StrEnum):
@@ -124,6 +134,10 @@ class ModelConfig:
     """Hub id or directory of the tokenizer; empty takes the model's own."""
     train_tokenizer: int = 0
     """Vocabulary size of a byte-level BPE tokenizer trained on the data; 0 trains none."""
+    add_tokens: list[str] = field(default_factory=list)
+    """Special tokens to add to the tokenizer; one it knows stays where it is. The model grows a row for each new one."""
+    grow_vocabulary: bool = False
+    """Give the model a row for each token that the tokenizer has beyond it: the mean of its rows. It never shrinks."""
     attention: Attention = Attention.auto
     """Attention backend."""
     trust_remote_code: bool = False
@@ -184,18 +198,48 @@ class PeftConfig:
 
 @dataclass(kw_only=True)
 class EngineConfig:
-    """How parameters, gradients and optimizer state are sharded over ranks."""
+    """How parameters, gradients and optimizer state are sharded over ranks, and what of it is kept off the device."""
 
     name: EngineName = EngineName.fsdp
-    """`fsdp` is PyTorch's fully_shard (FSDP2)."""
+    """`fsdp` is PyTorch's fully_shard (FSDP2), `zero3` DeepSpeed's ZeRO stage 3; the figures are the same."""
+    offload_param: Offload = Offload.none
+    """Where parameters live between uses. fsdp: `cpu` takes gradients and optimizer along; `nvme` needs zero3."""
+    offload_optimizer: Offload = Offload.none
+    """Where the optimizer's state lives. fsdp: it visits the device to be used; zero3: the host's cores take the step."""
+    nvme_path: str | None = None
+    """A directory on each node's local NVMe for what is offloaded to `nvme`; only this run's files in it are touched."""
+    pin_memory: bool = True
+    """Page-lock offloaded host memory of a GPU run: faster copies, and memory that the host cannot swap out."""
     reshard_after_forward: bool = True
-    """Free a block's gathered parameters between forward and backward; False trades memory for one all-gather less."""
+    """fsdp: free a block's gathered parameters between forward and backward; false trades memory for one all-gather less."""
+    replicate: int = 1
+    """fsdp: copies of the model, each sharded over `shard` ranks (HSDP); nodes, say, where the network between them is slow."""
+    shard: int | None = None
+    """fsdp: ranks that share one copy; empty is all ranks / `replicate`."""
+    prefetch: int = 1
+    """fsdp: blocks gathered ahead of the one that computes; each costs one block's parameters in the compute type."""
+    sync_each_microbatch: bool = True
+    """fsdp: reduce gradients after each microbatch; false only after the last: less traffic, 4 bytes a parameter unsharded."""
+    sub_group_size: int = 100_000_000
+    """zero3: parameters a rank updates at once; smaller needs smaller buffers with nvme, larger fewer steps."""
+    reduce_bucket_size: int | None = None
+    """zero3: gradient elements reduced at once; empty is hidden size squared, at least 1,048,576."""
+    prefetch_bucket_size: int | None = None
+    """zero3: parameter elements gathered ahead; empty is 0.9 x hidden size squared."""
+    param_persistence_threshold: int | None = None
+    """zero3: parameters up to this size stay whole on every rank; empty is 10 x hidden size: norms and biases."""
+    overlap_comm: bool = True
+    """zero3: reduce gradients while backward goes on, for a second bucket's memory."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """zero3: keys of DeepSpeed's JSON that no field here sets, as +engine.overrides.zero_optimization.stage3_max_live_parameters=1e8."""
 
 
 @dataclass(kw_only=True)
 class OptimConfig:
-    """AdamW and its learning rate, a pure function of the step."""
+    """The optimizer and its learning rate, a pure function of the step."""
 
+    name: OptimizerName = OptimizerName.adamw
+    """`adamw`, or `sgd` without momentum."""
     lr: float = 1e-5
     """Peak learning rate."""
     schedule: Schedule = Schedule.cosine
@@ -330,6 +374,11 @@ POSITIVE = (
     "optim.lr",
     "optim.eps",
     "optim.clip",
+    "engine.replicate",
+    "engine.shard",
+    "engine.sub_group_size",
+    "engine.reduce_bucket_size",
+    "engine.prefetch_bucket_size",
     "train.steps",
     "train.epochs",
     "train.global_batch",
@@ -342,7 +391,15 @@ POSITIVE = (
     "checkpoint.keep_last",
     "log.peak_tflops",
 )
-NOT_NEGATIVE = ("seed", "model.train_tokenizer", "optim.warmup_steps", "optim.weight_decay", "train.min_improvement", "train.sample_tokens")
+NOT_NEGATIVE = (
+    "seed",
+    "engine.prefetch",
+    "model.train_tokenizer",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "train.min_improvement",
+    "train.sample_tokens",
+)
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
     "data.max_lost_fraction": (0.0, 1.0),
@@ -350,7 +407,16 @@ RANGES = {
     "optim.decay_fraction": (0.0, 1.0),
     "optim.warmup_fraction": (0.0, 1.0),
 }
-NOT_EMPTY = ("name", "run_dir", "model.id", "model.tokenizer", "data.path", "data.eval_path", "data.template")
+NOT_EMPTY = (
+    "name",
+    "run_dir",
+    "model.id",
+    "model.tokenizer",
+    "data.path",
+    "data.eval_path",
+    "data.template",
+    "engine.nvme_path",
+)
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md")
 
 
@@ -378,6 +444,7 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(path, value_at(config, path), f"must be from {low:g} to {high:g}")
     _validate_model(config.model)
     _validate_data(config)
+    _validate_engine(config.engine)
     _validate_training(config)
 
 
@@ -398,6 +465,8 @@ def _validate_model(model: ModelConfig) -> None:
         raise ConfigError("model.tokenizer", None, "random weights need a tokenizer", "model.tokenizer=DIR or model.train_tokenizer=4096")
     if model.architecture and "model_type" not in model.architecture:
         raise ConfigError("model.architecture", sorted(model.architecture), "has no model_type", "model.architecture.model_type=llama")
+    if "" in model.add_tokens or len(set(model.add_tokens)) < len(model.add_tokens):
+        raise ConfigError("model.add_tokens", model.add_tokens, "a token is empty or named twice")
     if 0 < model.train_tokenizer < 300:
         raise ConfigError("model.train_tokenizer", model.train_tokenizer, "256 bytes and the special tokens need at least 300")
 
@@ -467,6 +536,42 @@ def _validate_training(config: RunConfig) -> None:
         raise ConfigError("train.patience", train.patience, "train.eval_every is not set", "train.eval_every=100")
 
 
+FSDP_ONLY = ("reshard_after_forward", "replicate", "shard", "prefetch", "sync_each_microbatch")
+ZERO3_ONLY = (
+    "sub_group_size",
+    "reduce_bucket_size",
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "overlap_comm",
+    "overrides",
+)
+
+
+def _validate_engine(engine: EngineConfig) -> None:
+    """Refuse what the named engine does not have or cannot do."""
+    fsdp = engine.name is EngineName.fsdp
+    defaults = EngineConfig()
+    for name in ZERO3_ONLY if fsdp else FSDP_ONLY:
+        value = getattr(engine, name)
+        if value != getattr(defaults, name):
+            other = "zero3" if fsdp else "fsdp"
+            raise ConfigError(f"engine.{name}", value, f"engine.name={engine.name} has no such setting", f"engine={other}, or leave it out")
+    offloads = {name: getattr(engine, name) for name in ("offload_param", "offload_optimizer")}
+    for name, where in offloads.items():
+        if fsdp and where is Offload.nvme:
+            raise ConfigError(f"engine.{name}", "nvme", "fsdp offloads to host memory only", "engine=zero3_nvme")
+    if fsdp and engine.offload_param is Offload.cpu and engine.offload_optimizer is Offload.none:
+        reason = "fsdp keeps the optimizer's state where the parameters are"
+        raise ConfigError("engine.offload_optimizer", "none", reason, "engine.offload_optimizer=cpu")
+    if Offload.nvme in offloads.values() and engine.nvme_path is None:
+        raise ConfigError(
+            "engine.nvme_path", None, "nothing says where offloaded state goes", "engine.nvme_path=/a/directory/on/local/nvme"
+        )
+    if Offload.nvme not in offloads.values() and engine.nvme_path is not None:
+        raise ConfigError("engine.nvme_path", engine.nvme_path, "nothing is offloaded to nvme", "engine=zero3_nvme, or leave it out")
+    check_overrides(engine.overrides)
+
+
 def check_world(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError unless the global batch splits evenly over `world_size` ranks."""
     train = config.train
@@ -480,3 +585,16 @@ def check_world(config: RunConfig, world_size: int) -> None:
             f"is not divisible by {world_size} ranks x train.microbatch {train.microbatch} = {share}",
             f"train.global_batch={near}",
         )
+    _check_mesh(config.engine, world_size)
+
+
+def _check_mesh(engine: EngineConfig, world_size: int) -> None:
+    """Raise ConfigError unless `replicate` x `shard` is the number of ranks."""
+    if world_size % engine.replicate:
+        near = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
+        reason = f"{world_size} ranks do not divide into as many copies"
+        raise ConfigError("engine.replicate", engine.replicate, reason, f"one of {', '.join(near)}")
+    shard = world_size // engine.replicate
+    if engine.shard not in (None, shard):
+        reason = f"{world_size} ranks / engine.replicate {engine.replicate} are {shard} ranks a copy"
+        raise ConfigError("engine.shard", engine.shard, reason, f"engine.shard={shard}")

@@ -1,14 +1,13 @@
-"""The model outside any engine: built without weights, read slice by slice, exported and reopened."""
+"""The model outside any engine: built without weights, grown to its tokenizer, exported and reopened."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -28,9 +25,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from trainers.config import Attention, ConfigError, ModelConfig, looks_local
+from trainers.stored import INDEX, TYPES, Weights, listed
+from trainers.weights import is_finite, load_parts, materialise, origin_of, tied_names
 
 SHARD_BYTES = 4 << 30
 
@@ -48,18 +46,21 @@ class Blueprint:
     trust_remote_code: bool
     saved_dtype: torch.dtype = torch.float32
     """Type of the export: the base checkpoint's own, so that the export can take its place."""
-
-    def converted(self) -> PreTrainedModel:
-        """Load the whole checkpoint on the CPU through transformers, which fuses and renames tensors on the way."""
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(self.folder), dtype=torch.float32, trust_remote_code=self.trust_remote_code
-        )
-        return model
+    vocab_on_disk: int | None = None
+    """Rows of the checkpoint's embedding where `config` has more; None where they agree."""
 
     def build(self, device: str = "meta") -> PreTrainedModel:
-        """Build the model in float32, parameters on `meta` (buffers are real) or, with random weights, on `cpu`."""
-        torch.manual_seed(self.seed)
-        with init_empty_weights(include_buffers=False) if device == "meta" else contextlib.nullcontext():
+        """Build the model in float32: parameters on `meta` (buffers are real), or whole and with its values on `cpu`."""
+        model = self._build()
+        if device == "cpu":
+            origin = origin_of(model, self)
+            materialise(model, torch.device("cpu"))
+            state, tied = model.state_dict(), tied_names(model)
+            load_parts(origin, {name: (tensor, (0,) * tensor.ndim) for name, tensor in state.items() if name not in tied})
+        return model
+
+    def _build(self) -> PreTrainedModel:
+        with init_empty_weights(include_buffers=False):
             try:
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(
                     copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code
@@ -81,9 +82,7 @@ def make_blueprint(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizer
     else:
         folder, revision = _fetch(model)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    vocab_size = config.get_text_config().vocab_size or 0
-    if len(tokenizer) > vocab_size:
-        raise ConfigError("model.tokenizer", model.tokenizer, f"has {len(tokenizer)} tokens, the model only {vocab_size}")
+    vocab_on_disk = _grow(model, config, len(tokenizer))
     saved_dtype = config.dtype if folder is not None and isinstance(config.dtype, torch.dtype) else torch.float32
     config._attn_implementation = _attention(model.attention, config)
     return Blueprint(
@@ -93,7 +92,27 @@ def make_blueprint(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizer
         seed=seed,
         trust_remote_code=model.trust_remote_code,
         saved_dtype=saved_dtype,
+        vocab_on_disk=vocab_on_disk,
     )
+
+
+def _grow(model: ModelConfig, config: PreTrainedConfig, num_tokens: int) -> int | None:
+    """Give `config` a vocabulary of `num_tokens` if it has fewer and may grow; return what it had, or None. It never shrinks."""
+    text = config.get_text_config()
+    vocab_size: int = text.vocab_size or 0
+    if num_tokens <= vocab_size:
+        return None
+    reason = f"has {num_tokens} tokens, the model only {vocab_size}"
+    if model.id is None:
+        raise ConfigError(
+            "model.architecture.vocab_size", vocab_size, f"the tokenizer {reason}", "leave it out: it comes from the tokenizer"
+        )
+    if not (model.grow_vocabulary or model.add_tokens):
+        raise ConfigError("model.tokenizer", model.tokenizer, reason, "model.grow_vocabulary=true gives the model a row for each new one")
+    for part in (config, text):
+        if getattr(part, "vocab_size", None) == vocab_size:
+            part.vocab_size = num_tokens
+    return vocab_size
 
 
 def _architecture(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -159,75 +178,12 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     return known
 
 
-class Weights:
-    """The safetensors files of a model directory, read one slice at a time so that no rank holds more than its own."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open every file's header; raises ConfigError naming a missing or truncated file."""
-        self.files: dict[str, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        for name in names:
-            for key, handle in self._open(folder / name):
-                self.files[key] = handle
-
-    @staticmethod
-    def _open(path: Path) -> Iterator[tuple[str, Any]]:
-        if not path.is_file():
-            remedy = "convert it: safetensors is the only format that is read" if list(path.parent.glob("*.bin")) else ""
-            raise ConfigError("model.id", str(path.parent), f"{path.name} is missing", remedy)
-        try:
-            handle = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ConfigError("model.id", str(path), f"is damaged or truncated: {error}", "fetch the file again") from error
-        for key in handle.keys():  # noqa: SIM118 - not a mapping
-            yield key, handle
-
-    def find(self, name: str, base_prefix: str) -> str | None:
-        """Return the checkpoint's key of a parameter; a base model saved alone has no head prefix."""
-        short = name.removeprefix(f"{base_prefix}.")
-        return name if name in self.files else short if short in self.files else None
-
-    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Return the block of `shape` at `offset` of a tensor, in the type it has on disk."""
-        part = self.files[key].get_slice(key)
-        block: Tensor = part[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
-        return block
-
-    def shape(self, key: str) -> list[int]:
-        """Return a tensor's full shape."""
-        shape: list[int] = self.files[key].get_slice(key).get_shape()
-        return shape
-
-
-def weight_keys(model: PreTrainedModel, weights: Weights) -> dict[str, str] | None:
-    """Match every parameter and persistent buffer with its key on disk, tied ones once.
-
-    Returns None where names differ and transformers has a conversion for the architecture (experts that it fuses).
-    Raises ConfigError that names what is missing or has another shape, before anything is read.
-    """
+def export_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what an export of `model` holds, on `meta`: its tensors by name, in its order, in the type of the export; tied ones once."""
     tied = tied_names(model)
-    keys, missing, misshapen = {}, [], []
-    for name, tensor in model.state_dict().items():
-        key = weights.find(name, model.base_model_prefix)
-        if key is None:
-            missing += [] if name in tied else [name]
-        elif name not in tied:
-            keys[name] = key
-            if weights.shape(key) != list(tensor.shape):
-                misshapen.append(f"{name} is {weights.shape(key)} on disk, {list(tensor.shape)} by config.json")
-    if missing and get_model_conversion_mapping(model, add_legacy=False):
-        return None
-    if missing or misshapen:
-        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        reason = f"the checkpoint lacks {listed}" if missing else "; ".join(misshapen[:3])
-        raise ConfigError("model.id", model.config.name_or_path, reason, "config.json and weights must belong together")
-    return keys
-
-
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Return the names that are other names of the same tensor, and so are neither read nor written."""
-    return set(getattr(model, "all_tied_weights_keys", None) or {})
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
+    return {name: torch.empty(tensor.shape, dtype=types[name], device="meta") for name, tensor in state.items()}
 
 
 def export(
@@ -237,57 +193,97 @@ def export(
     stop_ids: list[int],
     folder: Path,
     write: bool,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a Hugging Face directory, complete or absent. Every rank drains `weights`; the one with `write` writes.
 
-    At most one file's tensors (4 GiB) are held at a time.
+    `weights` yields each tensor of `export_plan` whole, or the consecutive pieces of its elements, and one is held at a time.
     """
-    staging = folder.with_name(folder.name + ".tmp")
-    if write:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    files: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    for name, tensor in weights:
-        if write and held and sum(t.nbytes for t in held.values()) + tensor.nbytes > SHARD_BYTES:
-            files.append(_write_shard(held, staging, len(files)))
-            held = {}
-        if write:
-            held[name] = tensor.contiguous()
     if not write:
+        for _ in weights:
+            pass
         return
-    files.append(_write_shard(held, staging, len(files)))
-    _name_shards(files, staging)
-    _write_configs(blueprint, tokenizer, stop_ids, staging)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    staging = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        plan = export_plan(blueprint.build(), blueprint.saved_dtype)
+        require_space(plan, staging)
+        _write_weights(weights, plan, staging, shard_bytes)
+        _write_configs(blueprint, tokenizer, stop_ids, staging)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
-def _write_shard(tensors: dict[str, Tensor], folder: Path, number: int) -> list[str]:
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise RuntimeError(f"not exported: {bad[0]} holds values that are not finite")
-    need, have = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
+def require_space(plan: dict[str, Tensor], folder: Path) -> None:
+    """Raise RuntimeError unless the tensors fit on the disk that `folder` is on."""
+    need, have = sum(tensor.nbytes for tensor in plan.values()), shutil.disk_usage(folder).free
     if need > have:
-        raise RuntimeError(
-            f"not exported: {folder} needs {need:,} bytes more and has {have:,} free; free space, then the same command again"
-        )
-    save_file(tensors, folder / f"part-{number}.safetensors", metadata={"format": "pt"})
-    return list(tensors)
+        raise RuntimeError(f"not exported: {folder} needs {need:,} bytes and has {have:,} free; free space, then the same command again")
 
 
-def _name_shards(files: list[list[str]], folder: Path) -> None:
-    if len(files) == 1:
-        (folder / "part-0.safetensors").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(files):
-        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"part-{number}.safetensors").rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+def _write_weights(weights: Iterable[tuple[str, Tensor]], plan: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    """Write the files' headers, then each piece to its place as it comes; raises RuntimeError for values that are not finite."""
+    places = _begin_files(_shards(plan, shard_bytes), folder)
+    left = {name: tensor.nbytes for name, tensor in plan.items()}
+    for name, piece in weights:
+        if name not in plan or piece.dtype != plan[name].dtype or piece.nbytes > left[name]:
+            raise RuntimeError(f"not exported: {name} is {piece.dtype} of {list(piece.shape)}, which does not fit the model")
+        if not is_finite(piece):
+            raise RuntimeError(f"not exported: {name} holds values that are not finite in {str(piece.dtype).removeprefix('torch.')}")
+        path, end = places[name]
+        with path.open("r+b") as file:
+            file.seek(end - left[name])
+            file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        left[name] -= piece.nbytes
+    if missing := [name for name, count in left.items() if count]:
+        raise RuntimeError(f"not exported: {listed(missing)} did not come whole")
+
+
+def _shards(plan: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Split the tensors over files of at most `shard_bytes`, in their order; a larger tensor has a file of its own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in plan.items():
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _begin_files(shards: list[dict[str, Tensor]], folder: Path) -> dict[str, tuple[Path, int]]:
+    """Write each file's header, and the index where there are several; return each tensor's file and the place of its end in it."""
+    places: dict[str, tuple[Path, int]] = {}
+    for number, tensors in enumerate(shards, 1):
+        path = folder / ("model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        header, ends = _header(tensors)
+        path.write_bytes(header)
+        places |= {name: (path, end) for name, end in ends.items()}
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": {name: path.name for name, (path, _) in places.items()}}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+    return places
+
+
+def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
+    """Return the header of a safetensors file, byte for byte that of save_file, and where in the file each tensor ends."""
+    names = {dtype: name for name, dtype in TYPES.items()}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # large items first: all are aligned
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + entries[name]["data_offsets"][1] for name in tensors}
 
 
 def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: Path) -> None:
@@ -316,11 +312,11 @@ def check_export(folder: Path, live: Iterable[tuple[str, Tensor]], read: bool) -
     Raises RuntimeError that names the first tensor that is missing, left over or different.
     """
     weights = Weights(folder) if read else None
-    left = set(weights.files) if weights else set()
+    left = set(weights.stored) if weights else set()
     for name, tensor in live:
         if weights is None:
             continue
-        if name not in left or not torch.equal(weights.files[name].get_tensor(name), tensor):
+        if name not in left or not torch.equal(weights.read_whole(name), tensor):
             raise RuntimeError(f"the export in {folder} is wrong at {name}: {'another value' if name in left else 'missing'}")
         left.remove(name)
     if left:

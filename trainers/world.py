@@ -38,6 +38,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    local_size: int = 1
+    """Ranks on this machine."""
     signalled: int | None = None
     """The signal that asked this rank to stop; set by the handler, read at step boundaries."""
     interruptible: bool = True
@@ -53,7 +55,8 @@ class World:
         rank, local_rank, size = (0, 0, 1) if missing else (int(os.environ[name]) for name in names)
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        return cls(rank=rank, local_rank=local_rank, size=size, device=device)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        return cls(rank=rank, local_rank=local_rank, size=size, device=device, local_size=local_size)
 
     def watch_signals(self) -> None:
         """Let signals set the stop flag (and, before the first step, raise Stopped); let the kernel end this rank with its parent."""

@@ -22,13 +22,14 @@ VERSION = 1
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
-    """Return the run's fast tokenizer with `data.template` as its chat template, so that an export carries it.
+    """Return the run's fast tokenizer with `model.add_tokens`, and `data.template` as its chat template, so that an export carries both.
 
     Raises ConfigError where it cannot be had, or is slow. A tokenizer to train is trained once per content of the data.
     """
     tokenizer: PreTrainedTokenizerFast = (
         _open(config, str(_trained(config))) if config.model.train_tokenizer else _open(config, _name(config))
     )
+    tokenizer.add_tokens(list(config.model.add_tokens), special_tokens=True)
     if config.data.template == "chatml":
         tokenizer.chat_template = masks.CHATML
     elif config.data.template is not None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from trainers import host
 from trainers.batch import Batch
-from trainers.config import EngineName, RunConfig
+from trainers.config import EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.model import Blueprint
 from trainers.world import World
+
+log = logging.getLogger("fulltune")
+HOST = "in host memory"
+COMPUTE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 class Engine(Protocol):
@@ -56,7 +64,62 @@ class Engine(Protocol):
 
 def build_engine(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
     """Build the engine the config names, weights loaded."""
-    from trainers.engines.fsdp import FSDPEngine
+    if config.engine.name is EngineName.fsdp:
+        from trainers.engines.fsdp import FSDPEngine
 
-    choices = {EngineName.fsdp: FSDPEngine}
-    return choices[config.engine.name](config, world, blueprint)
+        return FSDPEngine(config, world, blueprint)
+    from trainers.engines.deepspeed import ZeRO3Engine
+
+    return ZeRO3Engine(config, world, blueprint)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only block inputs for backward; under the name that this transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
+    """Give an offloading run the cores it is allotted, and refuse it, before weights are read, where host memory cannot hold it."""
+    engine = config.engine
+    optimizer, parameters = engine.offload_optimizer is Offload.cpu, engine.offload_param is Offload.cpu
+    if engine.offload_optimizer is Offload.none and engine.offload_param is Offload.none:
+        return
+    torch.set_num_threads(host.threads_per_rank(world.local_size))
+    log.info("offloading: %d threads each for %d ranks on %d cores", torch.get_num_threads(), world.local_size, host.cores())
+    moments = 0 if config.optim.name is OptimizerName.sgd else 2
+    if engine.name is EngineName.fsdp:
+        on_host = host.fsdp_on_host(optimizer=optimizer, parameters=parameters, moments=moments)
+    else:
+        compute = COMPUTE[config.train.precision].itemsize
+        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, compute_bytes=compute, moments=moments)
+    count = sum(p.numel() for p in model.parameters())
+    needed = host.host_bytes_needed(parameters=count, local_ranks=world.local_size, world_size=world.size, on_host=on_host)
+    host.require_host_memory(needed, host.memory_limit(world.local_size), "engine.offload_optimizer", str(engine.offload_optimizer))
+    log.info("host memory: about %s a node (%s)", host.gib(needed.total), needed)
+
+
+def decay_groups(parameters: Iterable[tuple[Tensor, int]], weight_decay: float) -> list[dict[str, Any]]:
+    """Return an optimizer's parameter groups from (parameter, dimensions): matrices and embeddings decay, norms and biases do not."""
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for parameter, dimensions in parameters:
+        if parameter.requires_grad:
+            groups[dimensions < 2]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes: int, where: str) -> str:
+    """Say type, bytes a rank and place of one kind of state; raises RuntimeError if a live tensor has another type or place."""
+    live = list(live)
+    away = [tensor.device for tensor in live if where == HOST and tensor.device.type != "cpu"]
+    if away:
+        raise RuntimeError(f"the {what} must be {HOST}, and some are on {away[0]}")
+    found = {tensor.dtype for tensor in live} - {wanted}
+    if found:
+        raise RuntimeError(f"the {what} must be {in_short(wanted)}, and some are {', '.join(map(in_short, found))}")
+    return f"{in_short(wanted)}, {num_bytes / 2**20:,.1f} MiB a rank" + (f" {where}" if where else "")
+
+
+def in_short(dtype: torch.dtype) -> str:
+    """Return a type's name as torch prints it, without `torch.`."""
+    return str(dtype).removeprefix("torch.")

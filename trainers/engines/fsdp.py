@@ -12,18 +12,21 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, token_logps
-from trainers.config import OptimConfig, Precision, RunConfig
-from trainers.model import Blueprint, Weights, tied_names, weight_keys
+from trainers.config import ConfigError, Offload, OptimConfig, OptimizerName, RunConfig
+from trainers.engines.base import COMPUTE, HOST, checkpoint_activations, decay_groups, in_short, require_host, statement
+from trainers.model import Blueprint
+from trainers.weights import Origin, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+STRAY_SHARE = 0.1
+"""Largest share of all parameters that may stand outside blocks and embeddings."""
 
 
 class FSDPEngine:
@@ -31,58 +34,99 @@ class FSDPEngine:
 
     def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
         """Build on meta, shard, materialise, read this rank's slices, make the optimizer: in this order."""
-        self.world, self.blueprint, self.precision = world, blueprint, config.train.precision
-        self.clip = config.optim.clip
+        self.world, self.blueprint, self.config = world, blueprint, config
+        self.compute, engine = COMPUTE[config.train.precision], config.engine
+        self.offloaded = engine.offload_param is Offload.cpu
+        self.visits = engine.offload_optimizer is Offload.cpu and not self.offloaded
+        """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.model = blueprint.build()
-        weights = Weights(blueprint.folder) if blueprint.folder else None
-        keys = weight_keys(self.model, weights) if weights else None
+        require_host(config, world, self.model)
+        origin = origin_of(self.model, blueprint)
         if config.train.activation_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.groups = self._shard(config)
-        materialise(self.model, world.device)
-        if weights and keys:
-            _load_slices(self.model, weights, keys)
-        else:
-            if weights:
-                log.warning("this checkpoint is converted while loading: every rank holds all of it in host memory for a moment")
-            _copy_slices(self.model, blueprint.converted() if weights else blueprint.build("cpu"))
+            checkpoint_activations(self.model)
+        self.blocks = find_blocks(self.model)
+        require_small_groups(self.model, self.blocks)
+        self._shard()
+        materialise(self.model, torch.device("cpu") if self.offloaded else world.device)
+        _load(self.model, origin)
+        for module in self.model.modules():  # an offloaded model's parameters visit the device, its buffers live there
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.to(world.device)
         self.optimizer = make_optimizer(self.model, config.optim)
         _begin_state(self.optimizer)
-        self.accumulates = config.train.global_batch > world.size * config.train.microbatch
+        self._send_home()
+        self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
         self.model.train()
         if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
             log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
 
-    def _shard(self, config: RunConfig) -> int:
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,), mesh_dim_names=("shard",))
-        policy = MixedPrecisionPolicy(param_dtype=DTYPES[self.precision], reduce_dtype=torch.float32)
-        blocks = find_blocks(self.model)
-        for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=config.engine.reshard_after_forward)
-        fully_shard(self.model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-        return len(blocks) + 1
+    def _shard(self) -> None:
+        engine, device = self.config.engine, self.world.device.type
+        if engine.replicate > 1:
+            mesh = init_device_mesh(device, (engine.replicate, self.world.size // engine.replicate), mesh_dim_names=("replicate", "shard"))
+        else:
+            mesh = init_device_mesh(device, (self.world.size,), mesh_dim_names=("shard",))
+        how: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32),
+            "offload_policy": CPUOffloadPolicy(pin_memory=self._pins()) if self.offloaded else OffloadPolicy(),
+        }
+        for block in self.blocks:
+            fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **how)
+        fully_shard(self.model, reshard_after_forward=False, **how)
+        if engine.prefetch > 1:  # 1 is fully_shard's own: the next block in backward, and what the CPU has issued ahead in forward
+            for number, block in enumerate(self.blocks):
+                ahead, behind = self.blocks[number + 1 :], self.blocks[:number][::-1]
+                block.set_modules_to_forward_prefetch(ahead[: engine.prefetch])  # type: ignore[operator]
+                block.set_modules_to_backward_prefetch(behind[: engine.prefetch])  # type: ignore[operator]
+
+    def _pins(self) -> bool:
+        return self.config.engine.pin_memory and self.world.device.type == "cuda"
 
     def token_logps(self, batch: Batch) -> Tensor:
         """Return (B, S) float32 log-probabilities of the labels."""
         return token_logps(self.model, batch)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients; they are reduced over ranks at the last microbatch. FSDP takes means, so the loss grows by the world size."""
-        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size."""
+        self.model.set_requires_gradient_sync(last or self.config.engine.sync_each_microbatch)  # type: ignore[operator]
+        self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         (loss * self.world.size).backward()
 
     def step(self, lr: float) -> float:
         """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
+        statement("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32, 0, "")
         norm = _whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if norm.isfinite():
-            if self.clip is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            if self.config.optim.clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            if self.visits:
+                self._step_with_visiting_state(parameters)
+            else:
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
+
+    def _step_with_visiting_state(self, parameters: list[nn.Parameter]) -> None:
+        """Update parameter by parameter: its state comes from the host, is used where the parameter is, and goes back."""
+        grads = [p.grad for p in parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        for p, grad in zip(parameters, grads, strict=True):
+            home = self.optimizer.state[p]
+            self.optimizer.state[p], p.grad = _moved(p, home, p.device), grad
+            self.optimizer.step()
+            for name, value in home.items():
+                _local_block(value)[0].copy_(_local_block(self.optimizer.state[p][name])[0])
+            self.optimizer.state[p], p.grad = home, None
+
+    def _send_home(self) -> None:
+        """Move the optimizer's moments to where they live between steps."""
+        if self.visits:
+            for p, state in self.optimizer.state.items():
+                self.optimizer.state[p] = _moved(p, state, torch.device("cpu"), self._pins())
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
@@ -97,6 +141,7 @@ class FSDPEngine:
         state = self._state()
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self._send_home()
 
     def _state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(cpu_offload=False))
@@ -117,94 +162,109 @@ class FSDPEngine:
 
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
-        parameters = list(self.model.named_parameters())
-        wrong = [name for name, p in parameters if p.dtype != torch.float32]
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        if wrong or any(value.dtype != torch.float32 for value in moments):
-            raise RuntimeError(f"master weights and optimizer state must be float32; {wrong[:1] or 'the optimizer state'} is not")
-        local = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for _, p in parameters)
-        kept = sum(p.numel() * 4 for _, p in parameters) if self.accumulates else local
+        parameters = list(self.model.parameters())
+        moments = [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
+        total = sum(p.numel() for p in parameters)
+        local = sum(_local_block(p)[0].nbytes for p in parameters)
+        policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
+        if policies != {self.compute}:
+            raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
+        home = HOST if self.offloaded else ""
+        kept, until = (4 * total, "whole until the last microbatch") if self.keeps_whole_gradients else (local, home)
+        state = statement("optimizer state", moments, torch.float32, 2 * local, HOST if self.visits else home)
         return {
-            "parameters": f"{sum(p.numel() for _, p in parameters):,}, all trained, in {self.groups} groups over {self.world.size} ranks",
-            "master weights": f"float32, {local / 2**20:,.1f} MiB a rank",
-            "gradients": f"reduced in float32, {kept / 2**20:,.1f} MiB a rank" + (", whole until the last microbatch" * self.accumulates),
-            "optimizer": f"AdamW, float32, {2 * local / 2**20:,.1f} MiB a rank",
-            "compute": str(DTYPES[self.precision]).removeprefix("torch."),
+            "parameters": f"{total:,}, all trained, in {self._layout(total)}",
+            "storage": statement("master weights", parameters, torch.float32, local, home),
+            "compute": in_short(self.compute),
+            "gradient reduction": statement("gradients", [], torch.float32, kept, until),
+            "optimizer state": state if moments else "none (SGD)",
+            "frozen weights": "none",
+            "saved": in_short(self.blueprint.saved_dtype),
             "attention": str(self.model.config._attn_implementation),
-            "export": str(self.blueprint.saved_dtype).removeprefix("torch."),
         }
+
+    def _layout(self, total: int) -> str:
+        """Say how the model is cut: groups, the largest one's share, ranks, and copies where there are several."""
+        groups, copies = [sum(p.numel() for p in block.parameters()) for block in self.blocks], self.config.engine.replicate
+        largest = max(*groups, total - sum(groups)) / total
+        words = f"{len(groups) + 1} groups, the largest {largest:.0%} of all, over {self.world.size // copies} ranks"
+        return words + (f", in {copies} copies" if copies > 1 else "")
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the repeated blocks of an architecture: the lists of modules that transformers must not split.
+    """Return the repeated blocks of an architecture, the outermost ones: what transformers' own sharding plan names `layers.*`.
 
-    Raises RuntimeError where there is none: a model in one group would be gathered whole on every rank.
+    Where the plan does not fit the architecture (GPT-2's `h`), the lists of modules that transformers must not split.
+    Raises ConfigError where there is none: a model in one group would be gathered whole on every rank.
     """
-    names = set(model._no_split_modules or [])
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    found = [child for layers in lists if type(layers[0]).__name__ in names for child in layers]
-    if not found:
-        raise RuntimeError(f"{type(model).__name__} names no repeated blocks, so it cannot be sharded block by block")
-    return found
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    planned = [name for name in lists if f"{name}.*" in (model.fsdp_plan or {})]
+    unsplit = set(model._no_split_modules or [])
+    names = planned or [name for name, layers in lists.items() if type(layers[0]).__name__ in unsplit]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    if not outermost:
+        reason = f"{type(model).__name__} names no repeated blocks, so fsdp cannot shard it block by block"
+        raise ConfigError("engine.name", "fsdp", reason, "engine=zero3, which splits each tensor by itself")
+    return [block for name in outermost for block in lists[name]]
 
 
-def materialise(model: PreTrainedModel, device: torch.device) -> None:
-    """Give meta parameters memory on `device`, keep the real buffers, and tie again what to_empty unties."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
-    model.tie_weights()
+def require_small_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
+    """Raise ConfigError if much of a model stands outside its blocks and embeddings: it would be gathered whole on every rank."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    placed = {id(p) for module in (*blocks, *ends) if module is not None for p in module.parameters()}
+    stray = {name: p.numel() for name, p in model.named_parameters() if id(p) not in placed}
+    total = sum(p.numel() for p in model.parameters())
+    if sum(stray.values()) > STRAY_SHARE * total:
+        largest = max(stray, key=lambda name: stray[name])
+        share = sum(stray.values()) / total
+        reason = (
+            f"{share:.0%} of {type(model).__name__} stands outside its blocks ({largest}, ...): it would be gathered whole on every rank"
+        )
+        raise ConfigError("engine.name", "fsdp", reason, "engine=zero3, which splits each tensor by itself")
 
 
-def _local_block(tensor: Tensor) -> tuple[Tensor, tuple[int, ...], tuple[int, ...]]:
-    """Return this rank's part of a tensor, its shape and its offset in the whole."""
+def _load(model: PreTrainedModel, origin: Origin) -> None:
+    """Read this rank's block of every tensor; none stays unwritten."""
+    tied = tied_names(model)
+    load_parts(origin, {name: _local_block(tensor) for name, tensor in model.state_dict().items() if name not in tied})
+    require_tied(model)
+
+
+def _local_block(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Return this rank's part of a tensor and its offset in the whole."""
     if not isinstance(tensor, DTensor):
-        return tensor, tuple(tensor.shape), (0,) * tensor.ndim
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tensor.to_local(), tuple(shape), tuple(offset)
+        return tensor, (0,) * tensor.ndim
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), tuple(offset)
 
 
-@torch.no_grad()
-def _load_slices(model: PreTrainedModel, weights: Weights, keys: dict[str, str]) -> None:
-    """Read this rank's slice of every tensor; `keys` holds all of them, so none stays unwritten."""
-    state = model.state_dict()
-    for name, key in keys.items():
-        local, shape, offset = _local_block(state[name])
-        if local.numel():
-            local.copy_(weights.read(key, offset, shape))
+def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return fused AdamW, or SGD, with weight decay on matrices and embeddings only."""
+    groups = decay_groups(((p, p.ndim) for p in model.parameters()), optim.weight_decay)
+    if optim.name is OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=optim.lr)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
 
-@torch.no_grad()
-def _copy_slices(model: PreTrainedModel, source: PreTrainedModel) -> None:
-    """Copy this rank's slice from a whole model on the CPU: random weights, which are small, or a converted checkpoint."""
-    whole = source.state_dict()
-    for name, tensor in model.state_dict().items():
-        local, shape, offset = _local_block(tensor)
-        block = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-        local.copy_(whole[name][block])
-
-
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Return fused AdamW with weight decay on matrices and embeddings only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    betas = (optim.betas[0], optim.betas[1])
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
-
-
-def _begin_state(optimizer: torch.optim.AdamW) -> None:
+def _begin_state(optimizer: torch.optim.Optimizer) -> None:
     """Make AdamW's state now, at step 0: memory is short at the start, and a checkpoint before the first update is exact.
 
     torch's get_state_dict would otherwise take a step with zero gradients to make it, and count that step.
     """
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups if isinstance(optimizer, torch.optim.AdamW) else ():
         for p in group["params"]:
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def _moved(p: Tensor, state: dict[str, Tensor], device: torch.device, pin: bool = False) -> dict[str, Tensor]:
+    """Return a parameter's moments on another device than, perhaps, its mesh's: DTensor.from_local would move them back."""
+    moved = dict(state)
+    for name in state.keys() - {"step"}:
+        local = _local_block(state[name])[0].to(device)
+        local = local.pin_memory() if pin else local
+        moved[name] = DTensor(local, p._spec, requires_grad=False) if isinstance(p, DTensor) else local
+    return moved
 
 
 def _whole(tensor: Tensor) -> Tensor:

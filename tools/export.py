@@ -1,0 +1,333 @@
+"""Make a Hugging Face directory of a checkpoint, as the end of a run does of its last step.
+
+python -m tools.export runs/run/checkpoints/step-000400 exported
+python -m tools.export runs/run exported                          # the newest complete checkpoint
+python -m tools.export runs/run exported --dtype bfloat16 --shard-gib 2
+python -m tools.export runs/run exported --model /new/place/of/the/base
+
+One process on the CPU reads the weights piece by piece, whatever engine and number of ranks saved them, and never the optimizer's
+state. OUT is complete or absent.
+
+Exit codes: 0 written, 1 the checkpoint is damaged or not finite, or the disk fails, 2 bad arguments, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import math
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from trainers.config import Attention, ConfigError, RunConfig, require_model_directory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+    from trainers.model import Blueprint
+
+PIECE_BYTES = 8 << 20
+DTYPES = ("saved", "float32", "bfloat16", "float16")
+
+
+class Refused(Exception):
+    """What was asked for cannot be done: says why and what can."""
+
+
+class Damaged(Exception):
+    """A file of the checkpoint cannot be read."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Export a checkpoint; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="RUN_DIR/checkpoints/step-NNNNNN, or RUN_DIR")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the directory to write; absent, or empty")
+    parser.add_argument("--shard-gib", type=float, default=4.0, help="largest file in GiB; a larger tensor has its own (default 4)")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="type of the weights (default saved: the base model's own)")
+    parser.add_argument("--model", metavar="DIR", help="the base model's directory, if it has moved since the run")
+    options = parser.parse_args(arguments)
+    if not 0 < options.shard_gib < math.inf:
+        parser.error(f"--shard-gib {options.shard_gib:g}: must be a number greater than 0")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing half-written stays
+    try:
+        write(options.checkpoint, options.out, int(options.shard_gib * 2**30), options.dtype, options.model)
+    except KeyboardInterrupt:
+        print(f"stopped: {options.out} was not written", file=sys.stderr)
+        return 130
+    except (Refused, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (Damaged, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str | None) -> None:
+    """Check everything that can be checked before the first weight is read, then write `out` and say how to open it."""
+    started = time.monotonic()
+    require_absent(out)
+    folder = find_checkpoint(checkpoint)
+    config = read_config(folder.parent.parent / "config.yaml", model)
+
+    import torch
+
+    from trainers.data.tokenizer import load_tokenizer, stop_ids
+    from trainers.model import export, export_plan, make_blueprint
+
+    tokenizer = load_tokenizer(config)
+    require_same_tokenizer(folder.parent.parent, tokenizer)
+    blueprint = make_blueprint(config.model, config.seed, tokenizer)
+    if dtype != "saved":
+        blueprint.saved_dtype = getattr(torch, dtype)
+    stored = Stored(folder)
+    buffers = stored.require_fits(blueprint)
+    plan = export_plan(blueprint.build(), blueprint.saved_dtype)
+    num_bytes = sum(tensor.nbytes for tensor in plan.values())
+    require_space(num_bytes, out)
+    weights = with_bar(pieces(plan, stored, buffers), num_bytes)
+    export(weights, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
+    files = list(out.glob("*.safetensors"))
+    size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started
+    print(f"{out}: {folder.name} of {folder.parent.parent} in {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s")
+    print(f'open it: AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")')
+
+
+def require_absent(out: Path) -> None:
+    """Raise Refused if there is anything at `out` but an empty directory."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Refused(f"{out} exists and is not empty: name another directory, or remove it")
+
+
+def require_space(num_bytes: int, out: Path) -> None:
+    """Raise Refused if the disk of `out` has fewer bytes free."""
+    place = next(path for path in out.resolve().parents if path.is_dir())
+    have = shutil.disk_usage(place).free
+    if num_bytes > have:
+        raise Refused(f"{out} needs {num_bytes:,} bytes and {place} has {have:,} free: free space, or name a directory on another disk")
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that is meant: `path` itself, or the newest complete one of the run there."""
+    path = path.resolve()
+    if not path.is_dir():
+        raise Refused(f"{path}: no such checkpoint or run directory")
+    if not (path / "checkpoints").is_dir():
+        if wrong := why_incomplete(path):
+            raise Refused(f"{path} is not a complete checkpoint: {wrong}")
+        return path
+    found = [folder for folder in (path / "checkpoints").glob("step-*") if folder.name.removeprefix("step-").isdigit()]
+    complete = (folder for folder in sorted(found, key=lambda folder: int(folder.name[5:]), reverse=True) if not why_incomplete(folder))
+    newest = next(complete, None)
+    if newest is None:
+        raise Refused(f"{path / 'checkpoints'} has no complete checkpoint")
+    return newest
+
+
+def why_incomplete(folder: Path) -> str:
+    """Return why a checkpoint is not complete, in the words of the run's own check; nothing where it is."""
+    from trainers.checkpoint import is_complete
+
+    said: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage().partition(": ")[2])  # type: ignore[method-assign]
+    log = logging.getLogger("fulltune")
+    log.addHandler(listener)
+    try:
+        complete = is_complete(folder)
+    except (ValueError, KeyError, OSError) as error:
+        return f"manifest.json cannot be read: {error!r}"
+    finally:
+        log.removeHandler(listener)
+    return "" if complete else "; ".join(said) or "it has no manifest.json"
+
+
+def read_config(path: Path, model: str | None) -> RunConfig:
+    """Read what a run was, with its base at `model` if given; its data need not be there any more."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise Refused(f"{path} is missing: it says which model a checkpoint is of, and stands two folders above it")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise Refused(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, RunConfig)
+    if model is not None and config.model.id is None:
+        raise Refused(f"--model {model}: the run started from random weights, {path} names no base model")
+    if model is not None:
+        config.model.id, config.model.revision = model, None
+        require_model_directory("--model", model)
+    elif config.model.id is not None and config.model.id.startswith("/") and not (Path(config.model.id) / "config.json").is_file():
+        raise Refused(f"the base model's directory {config.model.id} is missing, or has no config.json: --model DIR says where it is now")
+    config.model.attention = Attention.auto  # nothing is computed here, and the export does not say it
+    return config
+
+
+def require_same_tokenizer(run_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise Refused if the run was trained with another tokenizer or chat template than this one, which the export would carry."""
+    from trainers.data.tokenizer import template_hash, tokenizer_hash
+    from trainers.metrics import read_json
+
+    prepared = read_json(run_dir / "manifest.json").get("data") or {}
+    for what, now in (("tokenizer", tokenizer_hash(tokenizer)), ("chat template", template_hash(tokenizer))):
+        key = f"{what.split()[-1]}_hash"
+        if key in prepared and prepared[key] != now:
+            raise Refused(f"the {what} is not the one that the run was trained with: it has changed since, or --model is another model")
+
+
+class Part(io.RawIOBase):
+    """A part of an open file, as a file of its own."""
+
+    def __init__(self, file: BinaryIO, begin: int, length: int) -> None:
+        """Begin at the part's first byte."""
+        self.file, self.begin, self.length, self.at = file, begin, length, 0
+
+    def seekable(self) -> bool:
+        """Say that it is."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move; raises OSError for a place before the part."""
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
+        if at < 0:
+            raise OSError(f"byte {at} of a file")
+        self.at = at
+        return at
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next bytes."""
+        left = max(0, self.length - self.at)
+        self.file.seek(self.begin + self.at)
+        data = self.file.read(left if size < 0 else min(size, left))
+        self.at += len(data)
+        return data
+
+
+class Stored:
+    """The model's tensors in a distributed checkpoint: whole, or flattened as ZeRO-3 saves them; in blocks of rows, one for each rank."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the checkpoint's table of contents; raises Damaged."""
+        from torch.distributed.checkpoint import FileSystemReader
+
+        self.folder = folder
+        try:
+            metadata = FileSystemReader(folder).read_metadata()
+            entries = {name.removeprefix("model."): name for name in metadata.state_dict_metadata if name.startswith("model.")}
+            self.tensors: dict[str, Any] = {name: metadata.state_dict_metadata[entry] for name, entry in entries.items()}
+            model = set(entries.values())
+            self.places = {
+                (index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items() if index.fqn in model
+            }
+            self.shapes = {name: tuple(tensor.size) for name, tensor in self.tensors.items()}
+        except Exception as error:  # whatever bytes that are no pickle unpickle to
+            raise Damaged(f"{folder / '.metadata'} is damaged: {error!r}") from error
+
+    def require_fits(self, blueprint: Blueprint) -> dict[str, Tensor]:
+        """Return the persistent buffers, which ZeRO-3 does not save: they are those of the base.
+
+        Raises Refused unless the checkpoint has the tensors of the model and no others, in their shapes.
+        """
+        from trainers.stored import listed
+        from trainers.weights import origin_of, tied_names
+
+        model = blueprint.build()
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied, absent = tied_names(model), [name for name in shapes if name not in self.shapes]
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        lacks = [name for name in absent if name in parameters and name not in tied]
+        foreign = [name for name in self.shapes if name not in shapes]
+        fits = {name: self.shapes.get(name) in (None, shape, (math.prod(shape),)) for name, shape in shapes.items()}
+        misshapen = [f"{name} {list(self.shapes[name])} where the model has {list(shapes[name])}" for name in fits if not fits[name]]
+        kinds = (("lacks", lacks), ("has also", foreign), ("has", misshapen))
+        if wrong := [f"{verb} {listed(names, most=3)}" for verb, names in kinds if names]:
+            raise Refused(f"{self.folder} is not of the model that config.yaml names: it {'; it '.join(wrong)}")
+        buffers = [name for name in absent if name not in parameters]
+        origin = origin_of(model, blueprint) if buffers else None
+        return {name: origin.read(name, (0,) * len(shapes[name]), shapes[name]) for name in buffers} if origin else {}
+
+    def read(self, name: str) -> Iterator[Tensor]:
+        """Yield the elements of a tensor in order, as flat pieces in the type they are saved in."""
+        tensor, at = self.tensors[name], 0
+        for chunk in sorted(tensor.chunks, key=lambda chunk: tuple(chunk.offsets)):
+            if math.prod(chunk.sizes) == 0:
+                continue
+            if tuple(chunk.sizes[1:]) != tuple(tensor.size[1:]) or at != sum(chunk.offsets[:1]) * math.prod(tensor.size[1:]):
+                raise Damaged(f"{self.folder / '.metadata'} does not split {name} into blocks of rows")
+            at += math.prod(chunk.sizes)
+            yield from self._read_chunk(self.places[f"model.{name}", tuple(chunk.offsets)], tensor.properties.dtype, math.prod(chunk.sizes))
+        if at != math.prod(tensor.size):
+            raise Damaged(f"{self.folder / '.metadata'} places {at:,} elements of {name}, which has {math.prod(tensor.size):,}")
+
+    def _read_chunk(self, place: Any, dtype: Any, count: int) -> Iterator[Tensor]:
+        """Yield what one rank saved of a tensor: torch.save's zip archive, whose one storage is read piece by piece.
+
+        torch.load would hold the chunk whole. Damage shows in the archive's checksum, at the latest with the last piece.
+        """
+        path = self.folder / place.relative_path
+        try:
+            with path.open("rb", buffering=0) as file, zipfile.ZipFile(Part(file, place.offset, place.length)) as archive:
+                (entry,) = [entry for entry in archive.infolist() if entry.filename.rpartition("/")[0].endswith("/data")]
+                if entry.file_size != count * dtype.itemsize:
+                    raise ValueError(f"{entry.file_size:,} bytes for {count:,} x {dtype}")
+                with archive.open(entry) as storage:
+                    for begin in range(0, entry.file_size, PIECE_BYTES):
+                        yield _read_piece(storage, min(PIECE_BYTES, entry.file_size - begin)).view(dtype)
+        except Exception as error:  # zipfile raises many kinds for bytes that are no archive
+            raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
+
+
+def _read_piece(storage: Any, num_bytes: int) -> Tensor:
+    import torch
+
+    piece = torch.empty(num_bytes, dtype=torch.uint8)
+    view, filled = memoryview(piece.numpy().data), 0
+    while filled < num_bytes:
+        count = storage.readinto(view[filled:])
+        if not count:
+            raise EOFError("it ends too early")
+        filled += count
+    return piece
+
+
+def pieces(plan: dict[str, Tensor], stored: Stored, buffers: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield what an export holds in pieces of its type."""
+    for name, tensor in plan.items():
+        for piece in [buffers[name]] if name in buffers else stored.read(name):
+            yield name, piece.to(tensor.dtype)
+
+
+def with_bar(weights: Iterator[tuple[str, Tensor]], num_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield `weights` with a progress bar over their bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("exporting", total=num_bytes)
+        for name, piece in weights:
+            yield name, piece
+            progress.advance(task, piece.nbytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""DeepSpeed's ZeRO stage 3: each parameter's elements split evenly over the ranks, on the device, in host memory or on NVMe."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import mmap
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from trainers.batch import Batch, token_logps
+from trainers.config import ConfigError, Offload, OptimizerName, RunConfig
+from trainers.engines.base import COMPUTE, HOST, checkpoint_activations, decay_groups, in_short, require_host, statement
+from trainers.engines.ops import import_deepspeed, require_op
+from trainers.model import Blueprint
+from trainers.weights import Origin, origin_of, require_tied, tied_names
+from trainers.world import World
+
+log = logging.getLogger("fulltune")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ZeRO3Engine:
+    """The Engine over DeepSpeed ZeRO-3; master weights, reduced gradients and AdamW's state are float32."""
+
+    def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
+        """Build on meta, partition parameter by parameter with this rank's elements read from disk, then the optimizer."""
+        self.world, self.blueprint, self.config = world, blueprint, config
+        self.compute = COMPUTE[config.train.precision]
+        self.model = blueprint.build()
+        require_host(config, world, self.model)
+        origin = origin_of(self.model, blueprint)
+        self.nvme = begin_nvme(config, world, sum(p.numel() for p in self.model.parameters()))
+        self.settings = settings(config, blueprint.config.get_text_config().hidden_size, self.nvme, world)
+        if world.rank == 0:
+            (Path(config.run_dir) / "deepspeed.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+        library = import_deepspeed()
+        for collective in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+            warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
+        _require_ops(config)
+        library.init_distributed(verbose=False, auto_mpi_discovery=False)
+        if config.train.activation_checkpointing:
+            checkpoint_activations(self.model)
+        self._partition(origin)
+        self.engine, self.optimizer = library.initialize(
+            model=self.model, optimizer=self._make_optimizer(), config=copy.deepcopy(self.settings)
+        )[:2]
+        self.parameters: dict[str, Any] = dict(self.model.named_parameters())
+        if not origin.is_exact_in(self.compute):
+            self._set_master(origin)
+        self._begin_state()
+        self.engine.train()
+
+    def _partition(self, origin: Origin) -> None:
+        """Give each meta parameter its partition, read from `origin`; no rank ever fills more than its own elements.
+
+        What zero.Init does at birth, without making, initialising and broadcasting whole values first.
+        """
+        from deepspeed.runtime.zero import Init
+
+        init = Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(self.settings), dtype=self.compute, mem_efficient_linear=False)
+        made: dict[str, Any] = {}
+        for name, meta in list(self.model.named_parameters()):
+            whole = _untouched(meta.shape, self.compute, self.world.device)
+            start, end = part_of(meta.numel(), self.world)
+            whole.view(-1)[start:end].copy_(read_elements(origin, name, tuple(meta.shape), start, end))
+            made[name] = nn.Parameter(whole, requires_grad=meta.requires_grad)
+            init._convert_to_deepspeed_param(made[name])
+            made[name].partition()
+            _replace(self.model, name, made[name])
+        for alias, name in tied_names(self.model).items():
+            _replace(self.model, alias, made[name])
+        buffers = dict(self.model.named_buffers())
+        for name in set(origin.names()) - set(made):
+            buffers[name].copy_(origin.read(name, (0,) * buffers[name].ndim, tuple(buffers[name].shape)))
+        nn.Module.to(self.model, self.world.device)
+        require_tied(self.model)
+        left = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
+        left += [name for name in made if name not in origin.names()]
+        if left:
+            raise RuntimeError(f"not all of the model was loaded: {', '.join(left[:5])} stayed unwritten")
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        parameters: dict[str, Any] = dict(self.model.named_parameters())
+        groups = decay_groups(((p, len(p.ds_shape)) for p in parameters.values()), optim.weight_decay)
+        if optim.name is OptimizerName.sgd:
+            return torch.optim.SGD(groups, lr=optim.lr)
+        betas = (optim.betas[0], optim.betas[1])
+        if self.config.engine.offload_optimizer is Offload.none:
+            return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)
+        return on_host
+
+    def _begin_state(self) -> None:
+        """Make AdamW's state at step 0, sub-group by sub-group: memory is short at the start, and a checkpoint can be read into it."""
+        if self.config.optim.name is OptimizerName.sgd:
+            return
+        on_host = self.config.engine.offload_optimizer is not Offload.none
+        for number, master in enumerate(self.optimizer.fp32_partitioned_groups_flat):
+            with self._present(number):
+                moments = {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
+                self.optimizer.optimizer.state[master] = {"step": 0 if on_host else torch.zeros(()), **moments}
+
+    @contextmanager
+    def _present(self, number: int) -> Iterator[None]:
+        """Bring a sub-group's master weights and moments from NVMe, and write them back."""
+        swapped = self.optimizer._swappable_optimizer_subgroup(number)
+        if swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if swapped:
+            self.optimizer._optimizer_states_and_gradient_swap_out(number)
+
+    def _sub_groups(self) -> Iterator[tuple[int, Tensor, dict[str, tuple[int, int]]]]:
+        """Yield each sub-group: its number, its flat master weights, and where each parameter's elements stand in them."""
+        names = {p.ds_id: name for name, p in self.parameters.items()}
+        for number, group in enumerate(self.optimizer.fp16_groups):
+            places, offset = {}, 0
+            for p in group:
+                start, end = part_of(p.ds_numel, self.world)
+                places[names[p.ds_id]] = (offset, offset + max(0, end - start))
+                offset += p.partition_numel()
+            yield number, self.optimizer.fp32_partitioned_groups_flat[number], places
+
+    def _set_master(self, origin: Origin) -> None:
+        """Read the master weights again in float32: those that DeepSpeed made from bfloat16 have lost what the disk holds."""
+        for number, master, places in self._sub_groups():
+            with self._present(number):
+                for name, (start, end) in places.items():
+                    p = self.parameters[name]
+                    mine = part_of(p.ds_numel, self.world)
+                    master.data[start:end].copy_(read_elements(origin, name, tuple(p.ds_shape), *mine))
+
+    def _refresh(self, number: int) -> None:
+        """Take a sub-group's parameters over from its master weights, as after a step."""
+        self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
+
+    def token_logps(self, batch: Batch) -> Tensor:
+        """Return (B, S) float32 log-probabilities of the labels."""
+        with _linear_of_zero3():
+            return token_logps(self.engine, batch, self.model.config)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add gradients, reduced over ranks in float32 as they come. DeepSpeed takes means, so the loss grows by the world size."""
+        with _linear_of_zero3():
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout on or off."""
+        self.engine.train(mode)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's elements of master weights and moments, as flat tensors that any number of ranks can read."""
+        dcp.save(self._state(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """Restore master weights and moments at any world size, then take the parameters over from them."""
+        state = self._state()
+        dcp.load(state, checkpoint_id=folder)
+        for number, master, places in self._sub_groups():
+            with self._present(number):
+                moments = self.optimizer.optimizer.state.get(master, {})
+                for name, (start, end) in places.items():
+                    master.data[start:end].copy_(state["model"][name].to_local())
+                    for kind in MOMENTS if moments else ():
+                        moments[kind][start:end].copy_(state["optimizer"][name][kind].to_local())
+                if moments:
+                    step = state["optimizer"]["step"]
+                    moments["step"] = step.clone() if isinstance(moments["step"], Tensor) else int(step)
+                self._refresh(number)
+        if persistent := self.optimizer.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def _state(self) -> dict[str, Any]:
+        """Return master weights and moments of this rank as flat DTensors; those on NVMe are copied to the host."""
+        mesh = init_device_mesh("cpu", (self.world.size,), mesh_dim_names=("shard",))
+        state: dict[str, Any] = {"model": {}, "optimizer": {}}
+        for number, master, places in self._sub_groups():
+            with self._present(number):
+                moments = self.optimizer.optimizer.state.get(master, {})
+                for name, (start, end) in places.items():
+                    numel = self.parameters[name].ds_numel
+                    state["model"][name] = _flat(master.data[start:end], numel, mesh)
+                    if moments:
+                        state["optimizer"][name] = {kind: _flat(moments[kind][start:end], numel, mesh) for kind in MOMENTS}
+                        state["optimizer"]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu()
+        return state
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each tensor of the export, gathered one at a time from the master weights and cast to the base checkpoint's type."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        tied, dtype = tied_names(self.model), self.blueprint.saved_dtype
+        for name, tensor in self.model.state_dict(keep_vars=True).items():
+            if name not in tied:
+                whole = safe_get_full_fp32_param(tensor) if hasattr(tensor, "ds_id") else tensor.detach()
+                yield name, (whole.to(dtype) if whole.is_floating_point() else whole).cpu()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of what `weights` yields."""
+        tied = tied_names(self.model)
+        state = self.model.state_dict(keep_vars=True)
+        return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied}
+
+    def report(self) -> dict[str, str]:
+        """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
+        optimizer, engine, compute = self.optimizer, self.config.engine, self.compute
+        total = sum(p.ds_numel for p in self.parameters.values())
+        local = sum(p.partition_numel() for p in self.parameters.values())
+        partitions = [p.ds_tensor for p in self.parameters.values()]
+        moments = [state[kind] for state in optimizer.optimizer.state.values() for kind in MOMENTS]
+        masters, gradients = optimizer.fp32_partitioned_groups_flat, [optimizer.grad_partitions_flat_buffer]
+        home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
+        no_state = self.config.optim.name is OptimizerName.sgd
+        return {
+            "parameters": f"{total:,}, all trained, each split over {self.world.size} ranks",
+            "storage": statement("master weights", masters, torch.float32, 4 * local, home),
+            "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
+            "gradient reduction": statement("gradients", gradients, torch.float32, 4 * local, home),
+            "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
+            "frozen weights": "none",
+            "saved": in_short(self.blueprint.saved_dtype),
+            "attention": str(self.model.config._attn_implementation),
+        }
+
+
+def settings(config: RunConfig, hidden_size: int, nvme: Path | None, world: World) -> dict[str, Any]:
+    """Return the JSON that DeepSpeed gets: our fields, their auto rules, and `engine.overrides` on top."""
+    engine = config.engine
+    square = hidden_size * hidden_size
+    pin = engine.pin_memory and world.device.type == "cuda"
+    offloads = {
+        part: {"device": str(where), "pin_memory": pin} | ({"nvme_path": str(nvme)} if where is Offload.nvme else {})
+        for part, where in (("offload_param", engine.offload_param), ("offload_optimizer", engine.offload_optimizer))
+        if where is not Offload.none
+    }
+    zero = {
+        "stage": 3,
+        "overlap_comm": engine.overlap_comm,
+        "contiguous_gradients": True,
+        "sub_group_size": engine.sub_group_size,
+        "reduce_bucket_size": engine.reduce_bucket_size or max(square, 1 << 20),
+        "stage3_prefetch_bucket_size": engine.prefetch_bucket_size or int(0.9 * square),
+        "stage3_param_persistence_threshold": (
+            10 * hidden_size if engine.param_persistence_threshold is None else engine.param_persistence_threshold
+        ),
+        "memory_efficient_linear": False,  # it would replace torch's linear in the whole process; the engine does so for its own calls
+        **offloads,
+    }
+    ours = {
+        "train_micro_batch_size_per_gpu": config.train.microbatch,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # our loop says where a step ends
+        "gradient_clipping": config.optim.clip or 0.0,
+        "bf16": {"enabled": COMPUTE[config.train.precision] is torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    return _merged(ours, engine.overrides)
+
+
+def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    both = {key: _merged(ours[key], theirs[key]) for key in ours.keys() & theirs.keys() if isinstance(ours[key], dict)}
+    return ours | theirs | both
+
+
+def part_of(numel: int, world: World) -> tuple[int, int]:
+    """Return where this rank's elements of a tensor begin and end: ceil(numel / ranks) each, the last ones fewer or none."""
+    share = -(-numel // world.size)
+    return min(numel, world.rank * share), min(numel, (world.rank + 1) * share)
+
+
+def read_elements(origin: Origin, name: str, shape: tuple[int, ...], start: int, end: int) -> Tensor:
+    """Return elements start to end of the flattened tensor, reading only the rows they stand in."""
+    if start >= end:
+        return torch.empty(0)
+    if not shape:
+        return origin.read(name, (), ()).reshape(1)
+    row = max(1, torch.Size(shape[1:]).numel())
+    first, last = start // row, -(-end // row)
+    rows = origin.read(name, (first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+    return rows.reshape(-1)[start - first * row : end - first * row]
+
+
+def _untouched(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor. On the CPU its pages take memory only once written, and are given back when it is freed.
+
+    torch.empty would keep what it has freed in the allocator's heap: with 4 ranks a third of the model.
+    """
+    if device.type != "cpu" or not shape.numel():
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, shape.numel() * dtype.itemsize), dtype=dtype).view(shape)
+
+
+def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)
+
+
+def _flat(local: Tensor, numel: int, mesh: Any) -> DTensor:
+    """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
+    return DTensor.from_local(local.detach().cpu().clone(), mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
+
+
+@contextmanager
+def _linear_of_zero3() -> Iterator[None]:
+    """Let linear layers keep the parameter for backward and not its gathered values, which torch's own would keep alive."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    before = nn.functional.linear
+    nn.functional.linear = zero3_linear_wrap  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.functional.linear = before
+
+
+def _where(offload: Offload) -> str:
+    return {Offload.none: "", Offload.cpu: HOST, Offload.nvme: "on NVMe"}[offload]
+
+
+def _require_ops(config: RunConfig) -> None:
+    """Have DeepSpeed's compiled parts that this run needs; raises ConfigError before any weight is read."""
+    engine = config.engine
+    if engine.offload_optimizer is not Offload.none and config.optim.name is OptimizerName.adamw:
+        require_op("cpu_adam", "engine.offload_optimizer", str(engine.offload_optimizer))
+    if engine.nvme_path is not None:
+        require_op("async_io", "engine.nvme_path", engine.nvme_path)
+
+
+def begin_nvme(config: RunConfig, world: World, num_parameters: int) -> Path | None:
+    """Return this run's own, empty folder under `engine.nvme_path` on every node, or None; collective.
+
+    Raises ConfigError, on every rank, where it is missing, takes no direct I/O, or has too little space for what goes there.
+    """
+    if config.engine.nvme_path is None:
+        return None
+    path = Path(config.engine.nvme_path).expanduser()
+    folder = path / f"fulltune-{hashlib.sha256(config.run_dir.encode()).hexdigest()[:12]}"
+    failures = [
+        text for text in world.gather(_make_nvme(config, world, num_parameters, path, folder) if world.local_rank == 0 else "") if text
+    ]
+    if failures:
+        raise ConfigError("engine.nvme_path", str(path), str(failures[0]), "a directory on each node's local disk, with the space it needs")
+    return folder
+
+
+def _make_nvme(config: RunConfig, world: World, num_parameters: int, path: Path, folder: Path) -> str:
+    """Make the folder on this node; return why it cannot be used, or nothing."""
+    node = os.uname().nodename
+    engine, compute = config.engine, COMPUTE[config.train.precision].itemsize
+    each = (compute if engine.offload_param is Offload.nvme else 0) + (16 if engine.offload_optimizer is Offload.nvme else 0)
+    need = each * num_parameters * world.local_size // world.size
+    if not path.is_dir():
+        return f"there is no such directory on {node}"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(path).free
+        if free < need:
+            return f"needs {need:,} bytes on {node} for the state of {world.local_size} ranks, and has {free:,} free"
+        folder.mkdir()
+        os.close(os.open(folder / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
+    except OSError as error:
+        return f"cannot be written with direct I/O on {node}: {error.strerror}"
+    return ""
