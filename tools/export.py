@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from trainers.model import Blueprint
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 1 << 20
 DTYPES = ("saved", "float32", "bfloat16", "float16")
 
 
@@ -126,7 +126,7 @@ def find_checkpoint(path: Path) -> Path:
     path = path.resolve()
     if not path.is_dir():
         raise Refused(f"{path}: no such checkpoint or run directory")
-    if not (path / "checkpoints").is_dir():
+    if not (path / "checkpoints").is_dir() and not (path / "config.yaml").is_file():
         if wrong := why_incomplete(path):
             raise Refused(f"{path} is not a complete checkpoint: {wrong}")
         return path

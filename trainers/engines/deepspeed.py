@@ -50,7 +50,7 @@ class ZeRO3Engine:
         library = import_deepspeed()
         for collective in ("reduce_scatter_tensor", "all_gather_into_tensor"):
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
-        _require_ops(config)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even of a process that is alone
         library.init_distributed(verbose=False, auto_mpi_discovery=False)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
@@ -247,6 +247,11 @@ class ZeRO3Engine:
             "attention": str(self.model.config._attn_implementation),
         }
 
+    def close(self) -> None:
+        """Remove this node's files on NVMe."""
+        if self.nvme is not None and self.world.local_rank == 0:
+            shutil.rmtree(self.nvme, ignore_errors=True)
+
 
 def settings(config: RunConfig, hidden_size: int, nvme: Path | None, world: World) -> dict[str, Any]:
     """Return the JSON that DeepSpeed gets: our fields, their auto rules, and `engine.overrides` on top."""
@@ -347,13 +352,20 @@ def _where(offload: Offload) -> str:
     return {Offload.none: "", Offload.cpu: HOST, Offload.nvme: "on NVMe"}[offload]
 
 
-def _require_ops(config: RunConfig) -> None:
-    """Have DeepSpeed's compiled parts that this run needs; raises ConfigError before any weight is read."""
+def require_ops(config: RunConfig) -> None:
+    """Have DeepSpeed's compiled parts that this run needs, built if need be; raises ConfigError. Not collective."""
     engine = config.engine
+    if engine.nvme_path is not None and not Path(engine.nvme_path).expanduser().is_dir():
+        raise _no_nvme(engine.nvme_path, f"there is no such directory on {os.uname().nodename}")
+    import_deepspeed()
     if engine.offload_optimizer is not Offload.none and config.optim.name is OptimizerName.adamw:
         require_op("cpu_adam", "engine.offload_optimizer", str(engine.offload_optimizer))
     if engine.nvme_path is not None:
         require_op("async_io", "engine.nvme_path", engine.nvme_path)
+
+
+def _no_nvme(path: str, reason: str) -> ConfigError:
+    return ConfigError("engine.nvme_path", path, reason, "a directory on each node's local disk, with the space it needs")
 
 
 def begin_nvme(config: RunConfig, world: World, num_parameters: int) -> Path | None:
@@ -369,7 +381,7 @@ def begin_nvme(config: RunConfig, world: World, num_parameters: int) -> Path | N
         text for text in world.gather(_make_nvme(config, world, num_parameters, path, folder) if world.local_rank == 0 else "") if text
     ]
     if failures:
-        raise ConfigError("engine.nvme_path", str(path), str(failures[0]), "a directory on each node's local disk, with the space it needs")
+        raise _no_nvme(str(path), str(failures[0]))
     return folder
 
 
@@ -379,8 +391,6 @@ def _make_nvme(config: RunConfig, world: World, num_parameters: int, path: Path,
     engine, compute = config.engine, COMPUTE[config.train.precision].itemsize
     each = (compute if engine.offload_param is Offload.nvme else 0) + (16 if engine.offload_optimizer is Offload.nvme else 0)
     need = each * num_parameters * world.local_size // world.size
-    if not path.is_dir():
-        return f"there is no such directory on {node}"
     try:
         shutil.rmtree(folder, ignore_errors=True)
         free = shutil.disk_usage(path).free
