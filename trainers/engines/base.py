@@ -111,7 +111,8 @@ def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
         on_host = host.fsdp_on_host(optimizer=optimizer, parameters=parameters, moments=moments)
     else:
         compute = COMPUTE[config.train.precision].itemsize
-        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, compute_bytes=compute, moments=moments)
+        swapped = engine.offload_optimizer is Offload.nvme
+        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
     count = sum(p.numel() for p in model.parameters())
     needed = host.host_bytes_needed(parameters=count, local_ranks=world.local_size, world_size=world.size, on_host=on_host)
     host.require_host_memory(needed, host.memory_limit(world.local_size), "engine.offload_optimizer", str(engine.offload_optimizer))

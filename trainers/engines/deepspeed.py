@@ -52,6 +52,7 @@ class ZeRO3Engine:
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even of a process that is alone
         library.init_distributed(verbose=False, auto_mpi_discovery=False)
+        self.mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
         self._partition(origin)
@@ -102,6 +103,7 @@ class ZeRO3Engine:
         betas = (optim.betas[0], optim.betas[1])
         if self.config.engine.offload_optimizer is Offload.none:
             return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        require_op("cpu_adam", "engine.offload_optimizer", str(self.config.engine.offload_optimizer))
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)
@@ -196,19 +198,25 @@ class ZeRO3Engine:
             persistent[0].all_gather(persistent)
 
     def _state(self) -> dict[str, Any]:
-        """Return master weights and moments of this rank as flat DTensors; those on NVMe are copied to the host."""
-        mesh = init_device_mesh("cpu", (self.world.size,), mesh_dim_names=("shard",))
+        """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
         for number, master, places in self._sub_groups():
+            swapped = self.optimizer._swappable_optimizer_subgroup(number)
             with self._present(number):
                 moments = self.optimizer.optimizer.state.get(master, {})
                 for name, (start, end) in places.items():
                     numel = self.parameters[name].ds_numel
-                    state["model"][name] = _flat(master.data[start:end], numel, mesh)
+                    state["model"][name] = self._flat(master.data[start:end], numel, swapped)
                     if moments:
-                        state["optimizer"][name] = {kind: _flat(moments[kind][start:end], numel, mesh) for kind in MOMENTS}
+                        state["optimizer"][name] = {kind: self._flat(moments[kind][start:end], numel, swapped) for kind in MOMENTS}
                         state["optimizer"]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu()
         return state
+
+    def _flat(self, local: Tensor, numel: int, copy: bool) -> DTensor:
+        """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
+        part = local.detach().cpu()
+        part = part.clone() if copy else part
+        return DTensor.from_local(part, self.mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time from the master weights and cast to the base checkpoint's type."""
@@ -233,14 +241,17 @@ class ZeRO3Engine:
         local = sum(p.partition_numel() for p in self.parameters.values())
         partitions = [p.ds_tensor for p in self.parameters.values()]
         moments = [state[kind] for state in optimizer.optimizer.state.values() for kind in MOMENTS]
-        masters, gradients = optimizer.fp32_partitioned_groups_flat, [optimizer.grad_partitions_flat_buffer]
+        masters = optimizer.fp32_partitioned_groups_flat
+        gradients = [optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
+        kept = sum(gradient.nbytes for gradient in gradients)
+        host = "" if engine.offload_optimizer is Offload.none else HOST
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
         no_state = self.config.optim.name is OptimizerName.sgd
         return {
             "parameters": f"{total:,}, all trained, each split over {self.world.size} ranks",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
-            "gradient reduction": statement("gradients", gradients, torch.float32, 4 * local, home),
+            "gradient reduction": statement("gradients", gradients, torch.float32, kept, host),
             "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
             "frozen weights": "none",
             "saved": in_short(self.blueprint.saved_dtype),
@@ -328,11 +339,6 @@ def _untouched(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> T
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     module, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(module), leaf, parameter)
-
-
-def _flat(local: Tensor, numel: int, mesh: Any) -> DTensor:
-    """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
-    return DTensor.from_local(local.detach().cpu().clone(), mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
 
 
 @contextmanager
