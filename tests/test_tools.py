@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tools.bench import RanksFailed, Run, _put_section, _ranks, _table, _wait
 
 ROOT = Path(__file__).parents[1]
 
 
-def tool(*arguments: str, expect: int = 0, timeout_s: float = 100) -> str:
-    line = [sys.executable, "-m", *arguments]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False)
+def tool(*arguments: str, expect: int = 0, timeout_s: float = 100, **environment: str) -> str:
+    line, env = [sys.executable, "-m", *arguments], os.environ | environment
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=timeout_s, check=False, env=env)
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -37,6 +41,50 @@ def test_show_batch_explains_bad_input_like_the_launcher() -> None:
     said = tool("tools.show_batch", "+exp=quickstart_base", "optim.lrr=1", expect=2)
     assert "nearest optim.lr" in said
     assert "Traceback" not in said
+
+
+def test_engines_are_compared_with_torch_and_transformers_alone(tmp_path: Path) -> None:
+    """As on a GPU machine that has no more: what is blocked here can neither be found nor imported, by the ranks either."""
+    absent = ["hydra", "omegaconf", "submitit", "wandb", "datasets", "pyarrow", "deepspeed", "launcher"]
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({absent})\n")
+    out = tmp_path / "figures.md"
+    out.write_text("# Figures\n\nBy hand.\n")
+    line = ["tools.bench", "engines", "--engine", "fsdp", "fsdp_offload", "zero3"]
+    small = ["--parameters", "5e5", "--seq-len", "64", "--steps", "3", "--ranks", "2", "--out", str(out)]
+    said = tool(*line, *small, PYTHONPATH=str(tmp_path), TMPDIR=str(tmp_path))
+    assert not list(tmp_path.glob("fulltune-bench-*"))
+    text = out.read_text()
+    assert text.startswith("# Figures\n\nBy hand.\n\n## `python -m tools.bench engines --engine fsdp")
+    assert text.split("\n\n", 2)[2] in said
+    rows = {cells[1]: cells[2:-1] for row in text.splitlines() if len(cells := [cell.strip() for cell in row.split("|")]) > 1}
+    assert rows["engine"][0] == "tokens/s : fsdp", "absolute times of a CPU are no figures"
+    assert rows["zero3"][0] == "not installed: pip install deepspeed"
+    assert rows["fsdp"][0] == "1.00"
+    assert [float(cell) for cell in rows["fsdp_offload"][-2:]] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_section_takes_the_place_of_the_same_commands(tmp_path: Path) -> None:
+    file = tmp_path / "figures.md"
+    for section in ("## `a`\n\nold\n", "## `b`\n\nkept\n", "## `a`\n\nnew\n"):
+        _put_section(file, section)
+    assert file.read_text() == "## `a`\n\nnew\n\n## `b`\n\nkept\n"
+
+
+def test_ranks_that_fail_say_which_was_first(tmp_path: Path) -> None:
+    """An engine that fails is a row with the reason; `engine-rank` without an order fails at once."""
+    with pytest.raises(RanksFailed) as caught, _ranks(["engine-rank", str(tmp_path)], 2, tmp_path) as children:
+        _wait(children, tmp_path, "done", lambda: None, limit_s=60)
+    assert caught.value.reason.startswith("FileNotFoundError")
+    assert all(child.returncode is not None for child in children)
+    runs: dict[str, Any] = {"fsdp": run_of([2.0, 1.0]), "zero3": "failed: a | b", "zero3_offload": run_of([2.0, None])}
+    table = _table(runs, [(name, run) for name, run in runs.items() if isinstance(run, Run)])
+    assert table[3].startswith("| zero3 | failed: a \\| b |  |")
+    assert table[4].endswith("| not finite | 0 |")
+
+
+def run_of(losses: list[float | None]) -> Run:
+    same = {"grad_norm": 1.0, "input_tokens_per_second": 1.0, "mfu": None, "device_bytes_peak": None, "host_bytes_peak": 1}
+    return Run(steps=[same | {"loss": loss} for loss in losses], build_seconds=1.0, parameters=1, device="")
 
 
 @pytest.mark.slow

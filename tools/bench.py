@@ -359,6 +359,7 @@ def _ranks(command: list[str], count: int, run_dir: Path, threads: int = 1) -> I
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": str(threads)}
+    shared["TORCHINDUCTOR_CACHE_DIR"] = str(run_dir / "inductor")  # torch makes it when imported, wherever temporary files go
     children: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(count):
@@ -417,9 +418,11 @@ def _explaining(run_dir: Path) -> Iterator[None]:
     """Leave the reason of this rank's failure, one line, where `_failure` looks for it."""
     try:
         yield
+    except ConfigError as error:
+        _leave(run_dir, "failed", " ".join(str(error).split())[:REASON_LENGTH])
+        sys.exit(2)
     except Exception as error:
-        words = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
-        _leave(run_dir, "failed", " ".join(words.split())[:REASON_LENGTH])
+        _leave(run_dir, "failed", " ".join(f"{type(error).__name__}: {error}".split())[:REASON_LENGTH])
         raise
 
 
@@ -505,6 +508,10 @@ class Run:
         """Return tokens a second over all ranks, padding aside."""
         return self.median("input_tokens_per_second") or math.nan
 
+    def losses(self) -> str:
+        """Return the first and the last loss."""
+        return " to ".join("not finite" if row["loss"] is None else f"{row['loss']:.4f}" for row in (self.steps[0], self.steps[-1]))
+
     def difference(self, other: Run, figure: str) -> float:
         """Return the largest relative difference of a figure to another run's over all steps; infinite where one is not finite."""
         pairs = [(ours[figure], theirs[figure]) for ours, theirs in zip(self.steps, other.steps, strict=True)]
@@ -515,6 +522,14 @@ def engines(options: argparse.Namespace) -> int:
     """Print, and write to --out, what each engine makes of the same model and rows; 1 if one failed or none ran, 130 on Ctrl-C."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    try:
+        return _compare(options)
+    except KeyboardInterrupt:
+        print("stopped: no process and no temporary file is left", file=sys.stderr)
+        return STOPPED
+
+
+def _compare(options: argparse.Namespace) -> int:
     import torch
 
     gpus = torch.cuda.device_count()
@@ -525,18 +540,14 @@ def engines(options: argparse.Namespace) -> int:
         options.error(f"--out {options.out}: there is no such directory")
     runs: dict[str, Run | str] = {}
     failed = False
-    try:
-        with tempfile.TemporaryDirectory(prefix="fulltune-bench-") as folder:
-            for name in dict.fromkeys(options.engine):
-                try:
-                    runs[name] = _run_engine(options, name, ranks, Path(folder) / name, on_gpu=bool(gpus))
-                except RanksFailed as error:
-                    failed = True
-                    runs[name] = f"failed: {error.reason}"
-                    print(f"{error.said}\n{name} failed: {error.reason}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped: no process and no file is left, and nothing was written", file=sys.stderr)
-        return STOPPED
+    with tempfile.TemporaryDirectory(prefix="fulltune-bench-") as folder:
+        for name in dict.fromkeys(options.engine):
+            try:
+                runs[name] = _run_engine(options, name, ranks, Path(folder) / name, on_gpu=bool(gpus))
+            except RanksFailed as error:
+                failed = True
+                runs[name] = f"failed: {error.reason}"
+                print(f"{error.said}\n{name} failed: {error.reason}".strip(), file=sys.stderr)
     text = _section(options, ranks, runs)
     print(text, end="")
     if options.out is not None:
@@ -566,7 +577,7 @@ def _run_engine(options: argparse.Namespace, name: str, ranks: int, run_dir: Pat
         _wait(children, run_dir, "done", lambda: status.update(f"{name}: {_progress(run_dir, options.steps)}"))
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     run = Run(steps=rows, **json.loads((run_dir / "0.done").read_text()))
-    print(f"{name}: {len(rows)} steps, loss {rows[0]['loss']} to {rows[-1]['loss']}", file=sys.stderr)
+    print(f"{name}: {len(rows)} steps, losses {run.losses()}", file=sys.stderr)
     return run
 
 
@@ -588,6 +599,8 @@ def engine_rank(options: argparse.Namespace) -> None:
     """Train as one rank: the preset's engine from random weights, our loop, rows that depend on nothing but their number."""
     run_dir = Path(options.run_dir)
     with _explaining(run_dir):
+        order = json.loads((run_dir / "order.json").read_text())
+
         import torch
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
@@ -602,7 +615,6 @@ def engine_rank(options: argparse.Namespace) -> None:
         from trainers.world import World, die_with_parent
 
         die_with_parent()
-        order = json.loads((run_dir / "order.json").read_text())
         world = World.from_environment()
         config = _engine_config(order, run_dir, world.size)
         require_parts(config)
@@ -615,6 +627,8 @@ def engine_rank(options: argparse.Namespace) -> None:
         world.barrier()
         started = time.perf_counter()
         with closing(build_engine(config, world, blueprint)) as engine:
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
             seconds = world.max([time.perf_counter() - started])[0]
             engine.save = lambda folder: None  # type: ignore[method-assign] # the loop ends with a checkpoint, which nobody reads
             train_run(config, world, engine, data, loader, flops_per_token(engine.shapes(), blueprint.config, table.mean_attended()))
@@ -702,8 +716,8 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
         "tokens/s": lambda run: f"{run.speed():,.0f}" if on_gpu else None,
         f"tokens/s : {name}": lambda run: f"{run.speed() / first.speed():.2f}",
         "MFU": lambda run: None if (mfu := run.median("mfu")) is None else f"{mfu:.1%}",
-        "peak device bytes a rank": lambda run: None if (size := run.steps[-1]["device_bytes_peak"]) is None else host.gib(size),
-        "peak host bytes a rank": lambda run: host.gib(run.steps[-1]["host_bytes_peak"]),
+        "peak device bytes a rank": lambda run: _mib(run.steps[-1]["device_bytes_peak"]),
+        "peak host bytes a rank": lambda run: _mib(run.steps[-1]["host_bytes_peak"]),
         "seconds to build": lambda run: f"{run.build_seconds:.1f}" if on_gpu else None,
         f"time to build : {name}": lambda run: None if on_gpu else f"{run.build_seconds / first.build_seconds:.2f}",
         f"loss from {name}": lambda run: _relative(run.difference(first, "loss")),
@@ -720,16 +734,19 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
 def _legend(done: list[tuple[str, Run]]) -> str:
     name, first = done[0]
     times = "" if first.device else " Only ratios of times are given: absolute ones of a CPU say nothing about a GPU."
-    losses = f"{first.steps[0]['loss']} to {first.steps[-1]['loss']}"
     return (
         f"tokens/s: all ranks together, padding aside, the median of the steps after the first.{times} Peaks are the largest rank's, "
         f"building included; the host's is the process's resident size, libraries included. Parity: the largest relative difference "
-        f"to {name} over all {len(first.steps)} steps, with AdamW at 1e-4, clipped at 1; {name}'s losses went from {losses}."
+        f"to {name} over all {len(first.steps)} steps, with AdamW at 1e-4, clipped at 1; {name}'s losses went from {first.losses()}."
     )
 
 
 def _relative(difference: float) -> str:
-    return f"{difference:.1e}" if math.isfinite(difference) else "not finite"
+    return (f"{difference:.1e}" if difference else "0") if math.isfinite(difference) else "not finite"
+
+
+def _mib(size: int | None) -> str | None:
+    return None if size is None else f"{size / 2**20:,.0f} MiB"
 
 
 def _cell(text: str) -> str:
