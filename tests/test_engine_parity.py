@@ -155,7 +155,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str]
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_llama_equals_the_plain_loop(ranks: Callable[[int], Ranks], references: Any, size: int, engine: str) -> None:
-    for tied, optim in ((True, "adamw"), (False, "adamw"), (True, "sgd")):
+    cases = {1: [(True, "adamw")], 2: [(True, "adamw"), (False, "adamw"), (True, "sgd")], 3: [(False, "adamw"), (True, "sgd")]}
+    for tied, optim in cases[size]:
         folder, reference = references(tied, optim)
         for result in ranks(size).call(train_on_ranks, folder, 1, engine, optim):
             assert_same_run(result, reference, optim)

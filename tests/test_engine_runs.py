@@ -152,7 +152,7 @@ def test_nvme_gives_the_figures_of_host_memory_and_a_full_disk_is_refused(
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    wide = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
     folder = save_tiny(tmp_path / "wide", tied=True, vocab_size=len(tokenizer), initializer_range=0.02, **wide)
     tokenizer.save_pretrained(folder)
     (tmp_path / "nvme").mkdir()

@@ -229,7 +229,7 @@ class EngineConfig:
     param_persistence_threshold: int | None = None
     """zero3: parameters up to this size stay whole on every rank; empty is 10 x hidden size: norms and biases."""
     overlap_comm: bool = True
-    """zero3: reduce gradients while backward goes on, for a second bucket's memory."""
+    """zero3: reduce gradients on a stream of their own while backward goes on."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """zero3: keys of DeepSpeed's JSON that no field here sets, as +engine.overrides.zero_optimization.stage3_max_live_parameters=1e8."""
 

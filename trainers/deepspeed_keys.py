@@ -1,6 +1,6 @@
 """Which keys of DeepSpeed's JSON `engine.overrides` may set: the rest is refused before a job is submitted.
 
-tests/test_deepspeed_keys.py compares this with the installed DeepSpeed. It stands here, and not beside the engine, so that a
+tests/test_engine_config.py compares this with the installed DeepSpeed. It stands here, and not beside the engine, so that a
 login node can check it without importing DeepSpeed.
 """
 
@@ -14,9 +14,6 @@ from trainers.errors import ConfigError
 ZERO = [
     "contiguous_gradients",
     "reduce_scatter",
-    "use_multi_rank_bucket_allreduce",
-    "allgather_partitions",
-    "allgather_bucket_size",
     "stage3_model_persistence_threshold",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
@@ -31,7 +28,7 @@ ZERO = [
     "leaf_module",
 ]
 OFFLOAD_PARAM = ["buffer_count", "buffer_size", "max_in_cpu"]
-OFFLOAD_OPTIMIZER = ["buffer_count", "pipeline_read", "pipeline_write", "ratio", "cpuadam_cores_perc"]
+OFFLOAD_OPTIMIZER = ["buffer_count", "pipeline_read", "pipeline_write"]
 AIO = ["block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds"]
 TOP = ["zero_optimization", "aio", "comms_logger", "flops_profiler", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level"]
 
@@ -64,6 +61,12 @@ OURS = {
 """Keys that a field of ours sets, with its name: two sources for one thing would be one too many."""
 INERT = {
     "zero_optimization.round_robin_gradients": "DeepSpeed reads it in ZeRO stages 1 and 2 only",
+    **{
+        f"zero_optimization.{key}": "DeepSpeed reads it in ZeRO stages 1 and 2 only"
+        for key in ("allgather_partitions", "allgather_bucket_size", "use_multi_rank_bucket_allreduce")
+    },
+    "zero_optimization.offload_optimizer.ratio": "the part left on the device would keep its first learning rate and lose its state",
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": "DeepSpeed reads it in SuperOffload only",
     "zero_optimization.memory_efficient_linear": "the engine always uses it, for its own model alone",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "exports are gathered tensor by tensor, from float32",
 }

@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 from trainers import host
 from trainers.batch import Batch
-from trainers.config import EngineName, Offload, OptimizerName, Precision, RunConfig
+from trainers.config import ConfigError, EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.model import Blueprint
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
+NVME_BUFFERS = 5
+"""Partitions that DeepSpeed may have in memory at once on their way from NVMe; its own default."""
 HOST = "in host memory"
 COMPUTE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
@@ -113,10 +115,30 @@ def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
         compute = COMPUTE[config.train.precision].itemsize
         swapped = engine.offload_optimizer is Offload.nvme
         on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
-    count = sum(p.numel() for p in model.parameters())
-    needed = host.host_bytes_needed(parameters=count, local_ranks=world.local_size, world_size=world.size, on_host=on_host)
-    host.require_host_memory(needed, host.memory_limit(world.local_size), "engine.offload_optimizer", str(engine.offload_optimizer))
+    numels = [p.numel() for p in model.parameters()]
+    buffers = _nvme_buffers(config, world, numels)
+    needed = host.host_bytes_needed(
+        parameters=sum(numels), local_ranks=world.local_size, world_size=world.size, on_host=on_host, buffers=buffers
+    )
+    refused = None
+    try:
+        host.require_host_memory(needed, host.memory_limit(world.local_size), "engine.offload_optimizer", str(engine.offload_optimizer))
+    except ConfigError as error:
+        refused = (error.path, error.value, error.reason, error.remedy)
+    for parts in world.gather(refused):  # each node has a limit of its own, and no rank may go on alone
+        if parts is not None:
+            raise ConfigError(*parts)  # type: ignore[misc]
     log.info("host memory: about %s a node (%s)", host.gib(needed.total), needed)
+
+
+def _nvme_buffers(config: RunConfig, world: World, numels: list[int]) -> int:
+    """Return the bytes of a rank's buffers between NVMe and the device: parameters, and four tensors of the largest sub-group."""
+    engine, parameters, optimizer = config.engine, 0, 0
+    if engine.offload_param is Offload.nvme:
+        parameters = NVME_BUFFERS * COMPUTE[config.train.precision].itemsize * -(-max(numels) // world.size)
+    if engine.offload_optimizer is Offload.nvme:
+        optimizer = 4 * 4 * min(engine.sub_group_size + max(numels) // world.size, sum(numels) // world.size)
+    return parameters + optimizer
 
 
 def decay_groups(parameters: Iterable[tuple[Tensor, int]], weight_decay: float) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainers.batch import Batch, token_logps
 from trainers.config import ConfigError, Offload, OptimizerName, RunConfig
-from trainers.engines.base import COMPUTE, HOST, checkpoint_activations, decay_groups, in_short, require_host, statement
+from trainers.engines.base import COMPUTE, HOST, NVME_BUFFERS, checkpoint_activations, decay_groups, in_short, require_host, statement
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
 from trainers.weights import Origin, origin_of, require_tied, tied_names
@@ -43,8 +43,17 @@ class ZeRO3Engine:
         self.model = blueprint.build()
         require_host(config, world, self.model)
         origin = origin_of(self.model, blueprint)
-        self.nvme = begin_nvme(config, world, sum(p.numel() for p in self.model.parameters()))
-        self.settings = settings(config, blueprint.config.get_text_config().hidden_size, self.nvme, world)
+        numels = [p.numel() for p in self.model.parameters()]
+        self.nvme = begin_nvme(config, world, sum(numels))
+        try:
+            self._build(origin, -(-max(numels) // world.size))
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self, origin: Origin, largest_part: int) -> None:
+        config, world = self.config, self.world
+        self.settings = settings(config, self.blueprint.config.get_text_config().hidden_size, largest_part, self.nvme, world)
         if world.rank == 0:
             (Path(config.run_dir) / "deepspeed.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         library = import_deepspeed()
@@ -72,7 +81,7 @@ class ZeRO3Engine:
         """
         from deepspeed.runtime.zero import Init
 
-        init = Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(self.settings), dtype=self.compute, mem_efficient_linear=False)
+        init = Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(self.settings))  # `dtype` would be ignored on some machines
         made: dict[str, Any] = {}
         for name, meta in list(self.model.named_parameters()):
             whole = _untouched(meta.shape, self.compute, self.world.device)
@@ -117,7 +126,7 @@ class ZeRO3Engine:
         for number, master in enumerate(self.optimizer.fp32_partitioned_groups_flat):
             with self._present(number):
                 moments = {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
-                self.optimizer.optimizer.state[master] = {"step": 0 if on_host else torch.zeros(()), **moments}
+                self.optimizer.optimizer.state[master] = {"step": 0 if on_host else torch.zeros((), device=master.device), **moments}
 
     @contextmanager
     def _present(self, number: int) -> Iterator[None]:
@@ -168,7 +177,16 @@ class ZeRO3Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        return float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm())
+        self._clear_gradients()
+        return norm
+
+    def _clear_gradients(self) -> None:
+        """Leave no gradient behind: DeepSpeed would take it again for a parameter that gets none in the next step."""
+        self.optimizer.grad_partitions_flat_buffer.zero_()
+        for master in self.optimizer.fp32_partitioned_groups_flat:
+            if master.grad is not None:
+                master.grad.zero_()
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
@@ -191,11 +209,12 @@ class ZeRO3Engine:
                         moments[kind][start:end].copy_(state["optimizer"][name][kind].to_local())
                 if moments:
                     step = state["optimizer"]["step"]
-                    moments["step"] = step.clone() if isinstance(moments["step"], Tensor) else int(step)
+                    moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
                 self._refresh(number)
         if persistent := self.optimizer.persistent_parameters:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+        self.optimizer.invalidate_secondary_tensor()
 
     def _state(self) -> dict[str, Any]:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
@@ -264,16 +283,21 @@ class ZeRO3Engine:
             shutil.rmtree(self.nvme, ignore_errors=True)
 
 
-def settings(config: RunConfig, hidden_size: int, nvme: Path | None, world: World) -> dict[str, Any]:
-    """Return the JSON that DeepSpeed gets: our fields, their auto rules, and `engine.overrides` on top."""
+def settings(config: RunConfig, hidden_size: int, largest_part: int, nvme: Path | None, world: World) -> dict[str, Any]:
+    """Return the JSON that DeepSpeed gets: our fields, their auto rules, and `engine.overrides` on top.
+
+    `largest_part` is the elements of a rank's largest partition: parameters come from NVMe through buffers of that size.
+    """
     engine = config.engine
     square = hidden_size * hidden_size
     pin = engine.pin_memory and world.device.type == "cuda"
-    offloads = {
+    offloads: dict[str, dict[str, Any]] = {
         part: {"device": str(where), "pin_memory": pin} | ({"nvme_path": str(nvme)} if where is Offload.nvme else {})
         for part, where in (("offload_param", engine.offload_param), ("offload_optimizer", engine.offload_optimizer))
         if where is not Offload.none
     }
+    if engine.offload_param is Offload.nvme:
+        offloads["offload_param"] |= {"buffer_count": NVME_BUFFERS, "buffer_size": largest_part}
     zero = {
         "stage": 3,
         "overlap_comm": engine.overlap_comm,
