@@ -25,10 +25,12 @@ from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE, Batch
 from trainers.config import (
+    UNAVAILABLE,
     AdapterBias,
     AdapterInit,
     ConfigError,
     DataConfig,
+    DataSource,
     EngineConfig,
     ModelConfig,
     OptimConfig,
@@ -37,6 +39,7 @@ from trainers.config import (
     Precision,
     RunConfig,
     TrainConfig,
+    validate,
 )
 from trainers.engines.base import build_engine
 from trainers.model import export
@@ -469,3 +472,42 @@ def test_what_the_model_does_not_have_is_refused_before_a_value_is_read(
         adaptation_of(folders["lora"], case)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_methods_that_no_engine_carries_are_refused_by_name() -> None:
+    for method in UNAVAILABLE:
+        config = config_for_method(method)
+        with pytest.raises(ConfigError, match=f"`peft.method` = '{method}'"):
+            validate(config)
+
+
+def config_for_method(method: PeftMethod) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300),
+        data=DataConfig(source=DataSource.python_docs),
+        peft=PeftConfig(method=method),
+    )
+
+
+FOREIGN: list[tuple[str, dict[str, Any], str]] = [
+    ("none", {"rank": 4}, "it is for lora, dora"),
+    ("ia3", {"dropout": 0.1}, "`peft.dropout` = 0.1"),
+    ("lora", {"virtual_tokens": 3}, "it is for prompt, prefix, ptuning"),
+    ("lora", {"dropout": 1.0}, "`peft.dropout` = 1.0"),
+    ("lora", {"targets": ["all-linear", "q_proj"]}, "stands for itself"),
+    ("lora", {"init": AdapterInit.vocabulary}, "is no beginning"),
+    ("lora", {"adapter": "/nowhere"}, "no adapter_config.json"),
+    ("freeze", {}, "peft.last_blocks=4"),
+    ("freeze", {"freeze": ["a"], "last_blocks": 1}, "peft.last_blocks"),
+    ("prompt", {}, "data.packing=false"),
+]
+
+
+@pytest.mark.parametrize(("method", "more", "words"), FOREIGN, ids=str)
+def test_settings_of_another_method_are_refused(method: str, more: dict[str, Any], words: str) -> None:
+    config = config_for_method(PeftMethod(method))
+    for name, value in more.items():
+        setattr(config.peft, name, value)
+    with pytest.raises(ConfigError) as refused:
+        validate(config)
+    assert words in str(refused.value)

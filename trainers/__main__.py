@@ -233,7 +233,9 @@ def _try_export(
     exact = config.train.precision is Precision.fp32 and blueprint.saved_dtype is torch.float32
     if not difference <= (EXPORT_TOLERANCE if exact else EXPORT_TOLERANCE_16_BIT):
         raise RuntimeError(f"the export in {folder} is {difference:.2g} nats a token away from the trained model")
-    log.info("export reopened with plain transformers: %.1e nats a token from the trained model", difference)
+    log.info(
+        "export reopened with plain %s: %.1e nats a token from the trained model", "peft" if is_adapter else "transformers", difference
+    )
     if not config.train.sample_tokens:
         return None
     return sample_answer(model, tokenizer, (data.eval or data.train).prompt(0).tolist(), config.train.sample_tokens)

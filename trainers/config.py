@@ -238,6 +238,8 @@ class PeftConfig:
     """lora, dora: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast (arXiv 2312.03732)."""
     init: AdapterInit = AdapterInit.default
     """lora: `gaussian`, or `pissa` from the base's largest singular values; prompt: `vocabulary` begins at rows of the embedding."""
+    adapter: str | None = None
+    """lora, dora, ia3, prompt, prefix: a PEFT adapter directory to begin with, such as another run's export, instead of `init`."""
     lr_ratio: float = 1.0
     """lora, dora: learning rate of the B matrices over that of the rest (LoRA+, arXiv 2402.12354)."""
     virtual_tokens: int = 20
@@ -476,6 +478,7 @@ NOT_EMPTY = (
     "data.eval_path",
     "data.template",
     "engine.nvme_path",
+    "peft.adapter",
 )
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md")
 
@@ -545,6 +548,8 @@ def require_model_directory(path: str, value: str) -> None:
     if not folder.is_dir():
         remedy = "make the base first: python -m launcher +exp=quickstart_base" if value.startswith("runs/quickstart_base") else ""
         raise ConfigError(path, value, "no such directory, and not a hub id of the form OWNER/NAME", remedy)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(path, value, "is an adapter, not a model", f"name its base, and peft.adapter={value} to train it further")
     if not (folder / "config.json").is_file():
         raise ConfigError(path, value, "the directory has no config.json", "name a model directory in Hugging Face form")
 
@@ -597,15 +602,15 @@ def _validate_training(config: RunConfig) -> None:
         raise ConfigError("train.patience", train.patience, "train.eval_every is not set", "train.eval_every=100")
 
 
-LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "lr_ratio")
+LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
 PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.none: (),
     PeftMethod.freeze: ("freeze", "last_blocks"),
     PeftMethod.lora: (*LORA, "init"),
     PeftMethod.dora: LORA,
-    PeftMethod.ia3: ("targets", "modules_to_save"),
-    PeftMethod.prompt: ("virtual_tokens", "init"),
-    PeftMethod.prefix: ("virtual_tokens", "encoder_size"),
+    PeftMethod.ia3: ("targets", "modules_to_save", "adapter"),
+    PeftMethod.prompt: ("virtual_tokens", "init", "adapter"),
+    PeftMethod.prefix: ("virtual_tokens", "encoder_size", "adapter"),
     PeftMethod.ptuning: ("virtual_tokens", "encoder_size"),
 }
 VIRTUAL = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
@@ -644,6 +649,12 @@ def _validate_peft(config: RunConfig) -> None:
         raise ConfigError("peft.init", str(peft.init), f"is no beginning for peft.method={peft.method}", "peft.init=default")
     if peft.method is PeftMethod.freeze and bool(peft.freeze) == (peft.last_blocks is not None):
         raise ConfigError("peft.freeze", peft.freeze, "name patterns, or a number of blocks in peft.last_blocks", "peft.last_blocks=4")
+    if peft.adapter is not None and not (Path(peft.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            "peft.adapter", peft.adapter, "no such directory, or it has no adapter_config.json", "RUN_DIR/export of a PEFT run"
+        )
+    if peft.adapter is not None and peft.init is not AdapterInit.default:
+        raise ConfigError("peft.init", str(peft.init), f"peft.adapter is also given ({peft.adapter})", "peft.init=default")
     _validate_virtual(config)
 
 

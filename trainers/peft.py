@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from trainers.config import VIRTUAL, AdapterBias, AdapterInit, ConfigError, PeftConfig, PeftMethod, RunConfig, looks_local
 from trainers.model import Blueprint, write_folder
 from trainers.stored import Weights, listed
-from trainers.weights import Origin, slices, tied_names
+from trainers.weights import Origin, is_finite, slices, tied_names
 
 ADAPTER = "default"
 """peft's name for the one adapter, which stands in the names of live tensors and not in those of the export."""
@@ -95,10 +95,11 @@ def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: 
     elif blueprint.vocab_on_disk is not None:
         reason = f"the model grows from {blueprint.vocab_on_disk} rows, and an adapter is loaded onto a base that has not grown"
         raise ConfigError("peft.method", str(method), reason, "train with tokens that the base has rows for, or peft=none or freeze")
-    elif method in VIRTUAL:
-        adaptation = _prepend_tokens(model, origin, config)
     else:
-        adaptation = _inject(model, origin, config)
+        adaptation = _prepend_tokens(model, origin, config) if method in VIRTUAL else _inject(model, origin, config)
+    if settings.adapter is not None:
+        _require_same_adapter(settings.adapter, adaptation.library_config)
+        adaptation.origin = Continued(adaptation, Path(settings.adapter))
     for parameter in model.parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
             parameter.data = parameter.data.to(compute)
@@ -186,7 +187,7 @@ def _library_config(settings: PeftConfig, model: PreTrainedModel) -> Any:
     return peft.LoraConfig(
         **same,
         r=settings.rank,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         bias="lora_only" if settings.bias is AdapterBias.adapted else str(settings.bias),  # type: ignore[arg-type]
         use_rslora=settings.rank_stabilised,
@@ -391,6 +392,7 @@ class Adapters:
         """Return peft's config of the export, which says how it is loaded and not how it began."""
         config = copy.deepcopy(self.library_config)
         config.inference_mode = True
+        config.target_modules = plain_list(config.target_modules)
         if self.is_pissa:  # the scale, alpha / rank or alpha / sqrt(rank), stays what it was
             config.r = 2 * config.r
             config.lora_alpha *= math.sqrt(2) if self.settings.rank_stabilised else 2
@@ -579,6 +581,69 @@ class _Words(nn.Module):
         return torch.cat([self.read(int(row)) for row in ids]).float()
 
 
+def _require_same_adapter(adapter: str, ours: Any) -> None:
+    """Raise ConfigError where an adapter to begin with is of another method, base or size than the run's."""
+    import peft
+
+    theirs = peft.PeftConfig.from_pretrained(adapter)
+    if theirs.peft_type != ours.peft_type:
+        raise ConfigError("peft.adapter", adapter, f"is {theirs.peft_type.value}, the run {ours.peft_type.value}", "the same peft.method")
+    if theirs.base_model_name_or_path != ours.base_model_name_or_path:
+        reason = f"belongs to {theirs.base_model_name_or_path}, the run to {ours.base_model_name_or_path}"
+        remedy = f"model.id={theirs.base_model_name_or_path}, or correct its adapter_config.json where it is the same base elsewhere"
+        raise ConfigError("peft.adapter", adapter, reason, remedy)
+    for name in ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens"):
+        wanted, found = (getattr(config, name, None) for config in (ours, theirs))
+        if wanted != found:
+            raise ConfigError("peft.adapter", adapter, f"was made with {name}={found}, the run asks for {wanted}", "give it the same")
+
+
+class Continued:
+    """An Origin whose adapter is another run's, read from its directory; the base comes from the origin below."""
+
+    def __init__(self, adaptation: Adaptation, folder: Path) -> None:
+        """Match the files with what the run's adapter has; raises ConfigError that names what is missing, left over or misshapen."""
+        if adaptation.encoder is not None and len(adaptation.trained) > 1:
+            reason = "holds tokens, and not the network that made them, which would be trained further"
+            raise ConfigError("peft.adapter", str(folder), reason, "leave it out, or peft=prompt")
+        self.origin, self.names_there = adaptation.origin, adaptation.names
+        try:
+            self.weights = Weights(folder, FILE)
+        except ConfigError as error:
+            raise ConfigError("peft.adapter", str(folder), error.reason, error.remedy) from error
+        stored, expected = self.weights.stored, adaptation.expected
+        wrong = [f"lacks {listed(lost)}"] if (lost := sorted(expected.keys() - stored.keys())) else []
+        wrong += [f"holds {listed(more)}, which the run's has not"] if (more := sorted(stored.keys() - expected.keys())) else []
+        wrong += [
+            f"has {key} as {list(stored[key].shape)}, the run's as {list(tensor.shape)}"
+            for key, tensor in expected.items()
+            if key in stored and stored[key].shape != tuple(tensor.shape)
+        ][:3]
+        if wrong:
+            raise ConfigError("peft.adapter", str(folder), "; ".join(wrong), "the peft settings that it was made with, on its base")
+
+    def names(self) -> list[str]:
+        """Return the names of the origin below."""
+        return self.origin.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self.origin.shape(name)
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return a block of the adapter as it was left, or of the base."""
+        if name not in self.names_there:
+            return self.origin.read(name, offset, shape)
+        block = self.weights.read(self.names_there[name], offset, shape)
+        if not is_finite(block):
+            raise ConfigError("peft.adapter", str(self.weights.folder), f"{name} holds values that are not finite", "it is unusable")
+        return block
+
+    def is_exact_in(self, dtype: torch.dtype) -> bool:
+        """An adapter is trained in float32."""
+        return dtype == torch.float32 and self.origin.is_exact_in(dtype)
+
+
 def export_adapter(
     weights: Iterable[tuple[str, Tensor]], adaptation: Adaptation, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool
 ) -> None:
@@ -610,6 +675,7 @@ def reopen_adapter(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     if lost:
         raise RuntimeError(f"the export in {folder} is wrong: {lost[0]}")
     opened.eval()
+    warnings.filterwarnings("ignore", message="Position ids are not supported")  # said by peft as often as it generates
     if opened.active_peft_config.is_prompt_learning:
         opened.forward = partial(_forward_of_rows, opened, opened.forward)
     return opened  # type: ignore[no-any-return]
