@@ -33,6 +33,7 @@ from trainers.config import (
     DataSource,
     EngineConfig,
     ModelConfig,
+    Offload,
     OptimConfig,
     PeftConfig,
     PeftMethod,
@@ -130,6 +131,8 @@ def locals_of(engine: Any) -> dict[str, tuple[Any, torch.Tensor]]:
 
 def state_bytes(engine: Any) -> tuple[int, int]:
     """This rank's bytes of gradients and of optimizer state, on live tensors, before a step."""
+    if engine.config.engine.offload_optimizer is not Offload.none:
+        return 0, 0
     if hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
         moments = [state[kind] for state in engine.optimizer.optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
         return engine.optimizer.grad_partitions_flat_buffer.nbytes, sum(moment.nbytes for moment in moments)
@@ -511,3 +514,24 @@ def test_settings_of_another_method_are_refused(method: str, more: dict[str, Any
     with pytest.raises(ConfigError) as refused:
         validate(config)
     assert words in str(refused.value)
+
+
+KNOBS: list[tuple[str, dict[str, Any]]] = [
+    ("fsdp_offload", {}),
+    ("fsdp", {"engine.offload_optimizer": Offload.cpu}),
+    ("fsdp", {"engine.replicate": 2}),
+    ("zero3_offload", {}),
+    ("zero3", {"engine.param_persistence_threshold": 0, "engine.sub_group_size": 1000}),
+]
+
+
+@pytest.mark.usefixtures("cpu_adam")
+@pytest.mark.parametrize(("engine", "more"), KNOBS, ids=str)
+def test_knobs_of_an_engine_change_no_figure(
+    ranks: Callable[[int], Ranks], folders: Any, references: Any, engine: str, more: dict[str, Any]
+) -> None:
+    """Offloaded, replicated, and with no parameter kept whole, so that those of ParameterDicts and of neighbours are gathered in time."""
+    for case in ("dora", "ia3", "prefix"):
+        result = ranks(2).call(partial(train_case, steps=5, **more), folders[case], case, engine, None)[0]
+        assert result["losses"] == pytest.approx(references(case)["losses"][:5], rel=REL)
+        assert result["norms"] == pytest.approx(references(case)["norms"][:5], rel=REL)
