@@ -134,6 +134,7 @@ def start_require(folder: Path, op: str = "cpu_adam", limit_s: float = 100, **en
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The one real build of the suite, asked for by two processes at once where an old lock stands in the way."""
+    skip_without("cpu_adam")
     folder = tmp_path_factory.mktemp("extensions")
     lock = folder / "cpu_adam" / "lock"
     lock.parent.mkdir()
@@ -150,14 +151,32 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     return folder, said
 
 
+def skip_without(op: str) -> None:
+    """Skip where this machine cannot compile one of DeepSpeed's parts, with what it lacks."""
+    from trainers.engines import ops
+
+    missing = ops.missing_for(op)
+    if missing is not None:
+        pytest.skip(f"{missing.reason}: {missing.remedy}")
+
+
 @pytest.fixture(scope="session")
 def cpu_adam(request: pytest.FixtureRequest) -> None:
     """DeepSpeed's CPU optimizer where rank processes look for it: compiled once on a machine, about a minute."""
     from trainers.engines import ops
 
     if not ops.is_built("cpu_adam"):
+        skip_without("cpu_adam")
         folder = request.getfixturevalue("built")[0]
         shutil.copytree(folder / "cpu_adam", ops.folder_of("cpu_adam"), dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="session")
+def async_io() -> None:
+    """DeepSpeed's file I/O where rank processes look for it: compiled once on a machine, minutes. For slow tests."""
+    skip_without("async_io")
+    line = [sys.executable, "-c", REQUIRE, "async_io", "1900"]
+    subprocess.run(line, check=True, timeout=2000, cwd=ROOT, env=os.environ | {"MAX_JOBS": "2"})
 
 
 TINY = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, LlamaModel, PreTrainedModel
 
 from tools import bench
-from trainers.config import ConfigError, DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
+from trainers.config import ConfigError, DataConfig, EngineName, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
 from trainers.engines.base import build_engine
 from trainers.model import Blueprint, export, make_blueprint
@@ -373,14 +373,17 @@ def test_only_ranks_with_a_new_row_read_for_the_mean(tmp_path: Path, monkeypatch
     assert read_new_rows(origin, monkeypatch, 3) == [1, 1, 2]
 
 
-def load_on_rank(world: World, blueprint: Blueprint) -> dict[str, Any]:
-    config = RunConfig(data=DataConfig(path="unused"), train=TrainConfig(precision=Precision.fp32))
+def load_on_rank(world: World, blueprint: Blueprint, engine: str, run_dir: Path) -> dict[str, Any]:
+    config = RunConfig(run_dir=str(run_dir), data=DataConfig(path="unused"), train=TrainConfig(precision=Precision.fp32))
+    config.engine.name = EngineName(engine)
     return {name: tensor.numpy() for name, tensor in build_engine(config, world, blueprint).weights()}
 
 
 @pytest.mark.parametrize("style", ["mixtral", "mixtral, random", "llama, tied, grown"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_ranks_together_hold_what_one_process_builds(ranks: Callable[[int], Ranks], tmp_path: Path, size: int, style: str) -> None:
+@pytest.mark.parametrize(("size", "engine"), [(2, "fsdp"), (3, "fsdp"), (2, "zero3"), (3, "zero3")])
+def test_ranks_together_hold_what_one_process_builds(
+    ranks: Callable[[int], Ranks], tmp_path: Path, size: int, engine: str, style: str
+) -> None:
     kind = style.removesuffix(", random").removesuffix(", grown")
     build(kind).save_pretrained(tmp_path)
     blueprint = blueprint_of(tmp_path)
@@ -389,7 +392,7 @@ def test_ranks_together_hold_what_one_process_builds(ranks: Callable[[int], Rank
     if style.endswith("grown"):
         blueprint.config.vocab_size, blueprint.vocab_on_disk = 40, 33
     whole = blueprint.build("cpu").state_dict()
-    for loaded in ranks(size).call(load_on_rank, blueprint):
+    for loaded in ranks(size).call(load_on_rank, blueprint, engine, tmp_path):
         assert all(torch.equal(torch.from_numpy(tensor), whole[name]) for name, tensor in loaded.items())
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import logging
 import math
 import shutil
 import signal
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trainers.config import Attention, ConfigError, PeftMethod, RunConfig, require_model_directory
+from trainers.config import Attention, ConfigError, PeftMethod, RunConfig, read, require_model_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from trainers.model import Blueprint
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 1 << 20
 DTYPES = ("saved", "float32", "bfloat16", "float16")
 
 
@@ -123,52 +122,29 @@ def require_space(num_bytes: int, out: Path) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that is meant: `path` itself, or the newest complete one of the run there."""
+    from trainers.checkpoint import steps, why_incomplete
+
     path = path.resolve()
     if not path.is_dir():
         raise Refused(f"{path}: no such checkpoint or run directory")
-    if not (path / "checkpoints").is_dir():
+    if not (path / "checkpoints").is_dir() and not (path / "config.yaml").is_file():
         if wrong := why_incomplete(path):
             raise Refused(f"{path} is not a complete checkpoint: {wrong}")
         return path
-    found = [folder for folder in (path / "checkpoints").glob("step-*") if folder.name.removeprefix("step-").isdigit()]
-    complete = (folder for folder in sorted(found, key=lambda folder: int(folder.name[5:]), reverse=True) if not why_incomplete(folder))
-    newest = next(complete, None)
+    newest = next((folder for folder in reversed(steps(path / "checkpoints")) if not why_incomplete(folder)), None)
     if newest is None:
         raise Refused(f"{path / 'checkpoints'} has no complete checkpoint")
     return newest
 
 
-def why_incomplete(folder: Path) -> str:
-    """Return why a checkpoint is not complete, in the words of the run's own check; nothing where it is."""
-    from trainers.checkpoint import is_complete
-
-    said: list[str] = []
-    listener = logging.Handler()
-    listener.emit = lambda record: said.append(record.getMessage().partition(": ")[2])  # type: ignore[method-assign]
-    log = logging.getLogger("fulltune")
-    log.addHandler(listener)
-    try:
-        complete = is_complete(folder)
-    except (ValueError, KeyError, OSError) as error:
-        return f"manifest.json cannot be read: {error!r}"
-    finally:
-        log.removeHandler(listener)
-    return "" if complete else "; ".join(said) or "it has no manifest.json"
-
-
 def read_config(path: Path, model: str | None) -> RunConfig:
     """Read what a run was, with its base at `model` if given; its data need not be there any more."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     if not path.is_file():
         raise Refused(f"{path} is missing: it says which model a checkpoint is of, and stands two folders above it")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise Refused(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, RunConfig)
+        config = read(path)
+    except ConfigError as error:
+        raise Refused(f"{path} cannot be read: {error}") from error
     if model is not None and config.model.id is None:
         raise Refused(f"--model {model}: the run started from random weights, {path} names no base model")
     if model is not None:

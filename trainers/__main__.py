@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -23,7 +24,7 @@ from trainers.config import ConfigError, PeftMethod, Precision, RunConfig, check
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
-from trainers.engines.base import Engine, build_engine
+from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
 from trainers.metrics import console, log_to, log_to_terminal, read_json, set_status, write_json
 from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
@@ -87,6 +88,7 @@ def run(config: RunConfig, world: World) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
+    require_parts(config)
     data = prepare(config, progress=world.rank == 0)
     tokenizer = load_tokenizer(config)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
@@ -101,11 +103,17 @@ def run(config: RunConfig, world: World) -> int:
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(run_dir, data, blueprint)
         set_status(run_dir, "running", attempt=attempt)
-    engine = build_engine(config, world, blueprint)
+    with contextlib.closing(build_engine(config, world, blueprint)) as engine:
+        return train_and_export(config, world, engine, data, blueprint, tokenizer)
+
+
+def train_and_export(
+    config: RunConfig, world: World, engine: Engine, data: Prepared, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast
+) -> int:
+    """Train with a built engine to the end, or to a stop that was asked for, and return the exit code; collective."""
+    report = engine.report()
     if world.rank == 0:
-        console.print(_as_table("the model on each rank", engine.report()))
-    else:
-        engine.report()
+        console.print(_as_table("the model on each rank", report))
     if config.data.packing:
         require_isolation(engine, world, blueprint.config.get_text_config().vocab_size, config.train.microbatch)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
@@ -118,11 +126,10 @@ def run(config: RunConfig, world: World) -> int:
     if outcome.stopped:
         world.barrier()  # rank 0 may still be waiting for a mirror: all end together
         log.info("stopped after step %d, saved; the same command continues", outcome.progress.step)
-        world.disconnect()
-        return STOPPED
-    finish(config, world, engine, data, blueprint, tokenizer, outcome)
+    else:
+        finish(config, world, engine, data, blueprint, tokenizer, outcome)
     world.disconnect()
-    return DONE
+    return STOPPED if outcome.stopped else DONE
 
 
 def start_attempt(run_dir: Path, world: World) -> int:

@@ -27,9 +27,11 @@ def main(arguments: list[str]) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+        said = [failure for failure in error.failures.values() if failure.exitcode > 0]
+        own = {-signal.SIGTERM} if said else set()  # this agent's, of a rank too young to take it, because another one failed
+        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode not in own]
         if not killed:
-            return int(error.get_first_failure()[1].exitcode)
+            return int(min(said, key=lambda failure: failure.timestamp).exitcode)
         rank, failure = killed[0]
         _record_kill(Path(arguments[-1]).parent, rank, signal.Signals(-failure.exitcode).name)
         return FAILED

@@ -105,23 +105,18 @@ class Checkpointer:
 
     def _rotate(self) -> None:
         """Delete the oldest complete checkpoints beyond keep_last, and staging folders of dead saves."""
-        complete = [path for path in self.steps() if is_complete(path)]
+        complete = [path for path in steps(self.folder) if is_complete(path)]
         for path in complete[: -self.config.keep_last]:
             path.rename(path.with_name(f".{path.name}.tmp"))  # complete or absent, also when killed while deleting
         for path in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(path)
-
-    def steps(self) -> list[Path]:
-        """Return the checkpoint folders, oldest first."""
-        found = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def restore(self, engine: Engine) -> Progress:
         """Load the newest checkpoint that is complete and can be read, or return step 0. Rank 0 names them; collective.
 
         Raises NoCheckpoint where there are some and none can be read: to start again would be to lose them.
         """
-        complete = [path for path in reversed(self.steps()) if is_complete(path)] if self.world.rank == 0 else []
+        complete = [path for path in reversed(steps(self.folder)) if is_complete(path)] if self.world.rank == 0 else []
         found = self.world.from_first(complete)
         for path in found:
             failed = ""
@@ -140,18 +135,31 @@ class Checkpointer:
         return Progress()
 
 
-def is_complete(folder: Path) -> bool:
-    """Tell whether a checkpoint has its manifest and every file in it at its size; says why not in the log."""
+def why_incomplete(folder: Path) -> str:
+    """Say what a checkpoint lacks: its manifest, or a file of it at its size; nothing where it is complete."""
     manifest = folder / "manifest.json"
     if not manifest.is_file():
-        if folder.is_dir():
-            log.warning("skipping %s: it has no manifest.json", folder)
-        return False
-    sizes = json.loads(manifest.read_text())["sizes"]
+        return "it has no manifest.json"
+    try:
+        sizes = json.loads(manifest.read_text())["sizes"]
+    except (ValueError, KeyError, OSError) as error:
+        return f"its manifest.json cannot be read ({error!r})"
     wrong = [name for name, size in sizes.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
-    if wrong:
-        log.warning("skipping %s: %s is missing or has another size", folder, wrong[0])
-    return not wrong
+    return f"{wrong[0]} is missing or has another size" if wrong else ""
+
+
+def is_complete(folder: Path) -> bool:
+    """Tell whether a checkpoint is complete; says why not in the log."""
+    why = why_incomplete(folder)
+    if why and folder.is_dir():
+        log.warning("skipping %s: %s", folder, why)
+    return not why
+
+
+def steps(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder of them, complete or not, oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _progress(folder: Path) -> Progress:

@@ -400,16 +400,25 @@ class RunConfig:
 
 
 def load(path: Path | str) -> RunConfig:
-    """Read a frozen config.yaml; raises ConfigError on an unknown field or a wrong type."""
+    """Read a frozen config.yaml; raises ConfigError on an unknown field, a wrong type or what cannot work."""
+    config = read(path)
+    validate(config)
+    return config
+
+
+def read(path: Path | str) -> RunConfig:
+    """Read a frozen config.yaml of a run that is over, whose data may be gone; raises ConfigError on what is no config."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error.full_key or path), None, str(error.msg or error).splitlines()[0]) from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError("config.yaml", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
     assert isinstance(config, RunConfig)
-    validate(config)
     return config
 
 

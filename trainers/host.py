@@ -84,12 +84,15 @@ def memory_available(root: Path = ROOT, environment: Mapping[str, str] | None = 
     return max(0, min(free))
 
 
-def zero3_on_host(*, optimizer: bool, parameters: bool, compute_bytes: int = 2, moments: int = 2) -> dict[str, int]:
-    """Return bytes a trainable parameter takes on the host, by part, where ZeRO-3 offloads these to `cpu` (not to nvme).
+def zero3_on_host(*, optimizer: bool, parameters: bool, swapped: bool = False, compute_bytes: int = 2, moments: int = 2) -> dict[str, int]:
+    """Return bytes a trainable parameter takes on the host, by part, where ZeRO-3 offloads these to `cpu`.
 
-    `compute_bytes` is 2 for bf16 and 4 for fp32; `moments` 2 for AdamW and 0 for plain SGD.
+    `swapped` says that the optimizer is on NVMe: reduced gradients stay on the host all the same. In host memory DeepSpeed holds
+    them twice, as they are summed and as the optimizer gets them. `compute_bytes` is 2 for bf16 and 4 for fp32; `moments` 2 for
+    AdamW and 0 for plain SGD.
     """
-    parts = {"float32 master weights": 4, "optimizer state": 4 * moments, "float32 gradients": 4} if optimizer else {}
+    parts = {"float32 master weights": 4, "optimizer state": 4 * moments, "float32 gradients": 8} if optimizer else {}
+    parts |= {"float32 gradients": 4} if swapped else {}
     return parts | ({"parameters in the compute type": compute_bytes} if parameters else {})
 
 

@@ -65,8 +65,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def set_status(run_dir: Path, state: str, **more: object) -> None:
-    """Update status.json: the state and whatever else is known; other keys stay."""
+    """Update status.json: the state and whatever else is known; other keys stay.
+
+    A failed attempt stays failed: the ranks that did not fail are stopped because of it, and say so.
+    """
     known = read_json(run_dir / "status.json")
+    if state == "preempted" and known.get("state") == "failed":
+        return
     if state != "failed":
         known.pop("error", None)
     write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,9 +66,28 @@ class Engine(Protocol):
         """Return the precision and memory statements for the start-up table, checked on the live tensors."""
         ...
 
+    def close(self) -> None:
+        """Remove what this run has put outside its run directory."""
+        ...
+
+
+def require_parts(config: RunConfig) -> None:
+    """Have what the engine needs on this machine, before data is prepared or ranks wait for each other; raises ConfigError."""
+    engine = config.engine
+    if engine.offload_param is not Offload.none or engine.offload_optimizer is not Offload.none:
+        threads = host.threads_per_rank(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's optimizer brings an OpenMP of its own, which reads this
+        torch.set_num_threads(threads)
+    if engine.name is EngineName.zero3:
+        from trainers.engines.deepspeed import require_ops
+
+        require_ops(config)
+
 
 def build_engine(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
     """Build the engine the config names, weights loaded."""
+    if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
+        log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
     if config.engine.name is EngineName.fsdp:
         from trainers.engines.fsdp import FSDPEngine
 
@@ -84,19 +104,19 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
-    """Give an offloading run the cores it is allotted, and refuse it, before weights are read, where host memory cannot hold it."""
+    """Refuse an offloading run, before weights are read, where host memory cannot hold it; say what it takes of the host."""
     engine = config.engine
     optimizer, parameters = engine.offload_optimizer is Offload.cpu, engine.offload_param is Offload.cpu
     if engine.offload_optimizer is Offload.none and engine.offload_param is Offload.none:
         return
-    torch.set_num_threads(host.threads_per_rank(world.local_size))
     log.info("offloading: %d threads each for %d ranks on %d cores", torch.get_num_threads(), world.local_size, host.cores())
     moments = 0 if config.optim.name is OptimizerName.sgd else 2
     if engine.name is EngineName.fsdp:
         on_host = host.fsdp_on_host(optimizer=optimizer, parameters=parameters, moments=moments)
     else:
         compute = COMPUTE[config.train.precision].itemsize
-        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, compute_bytes=compute, moments=moments)
+        swapped = engine.offload_optimizer is Offload.nvme
+        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad) if parameters else 0
     needed = host.host_bytes_needed(

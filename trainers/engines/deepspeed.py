@@ -63,8 +63,9 @@ class ZeRO3Engine:
         library = import_deepspeed()
         for collective in ("reduce_scatter_tensor", "all_gather_into_tensor"):
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
-        _require_ops(config)
+        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even of a process that is alone
         library.init_distributed(verbose=False, auto_mpi_discovery=False)
+        self.mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
         self._partition(origin)
@@ -116,6 +117,7 @@ class ZeRO3Engine:
         betas = (optim.betas[0], optim.betas[1])
         if self.config.engine.offload_optimizer is Offload.none:
             return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        require_op("cpu_adam", "engine.offload_optimizer", str(self.config.engine.offload_optimizer))
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)
@@ -209,19 +211,25 @@ class ZeRO3Engine:
             persistent[0].all_gather(persistent)
 
     def _state(self) -> dict[str, Any]:
-        """Return master weights and moments of this rank as flat DTensors; those on NVMe are copied to the host."""
-        mesh = init_device_mesh("cpu", (self.world.size,), mesh_dim_names=("shard",))
+        """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
         for number, master, places in self._sub_groups():
+            swapped = self.optimizer._swappable_optimizer_subgroup(number)
             with self._present(number):
                 moments = self.optimizer.optimizer.state.get(master, {})
                 for name, (start, end) in places.items():
                     numel = self.parameters[name].ds_numel
-                    state["model"][name] = _flat(master.data[start:end], numel, mesh)
+                    state["model"][name] = self._flat(master.data[start:end], numel, swapped)
                     if moments:
-                        state["optimizer"][name] = {kind: _flat(moments[kind][start:end], numel, mesh) for kind in MOMENTS}
+                        state["optimizer"][name] = {kind: self._flat(moments[kind][start:end], numel, swapped) for kind in MOMENTS}
                         state["optimizer"]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu()
         return state
+
+    def _flat(self, local: Tensor, numel: int, copy: bool) -> DTensor:
+        """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
+        part = local.detach().cpu()
+        part = part.clone() if copy else part
+        return DTensor.from_local(part, self.mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time from the master weights and cast to its type there."""
@@ -250,19 +258,27 @@ class ZeRO3Engine:
         local, cold = (sum(p.partition_numel() for p in some) for some in (parameters, frozen))
         partitions = [p.ds_tensor for p in parameters]
         moments = [state[kind] for state in optimizer.optimizer.state.values() for kind in MOMENTS]
-        masters, gradients = optimizer.fp32_partitioned_groups_flat, [optimizer.grad_partitions_flat_buffer]
+        masters = optimizer.fp32_partitioned_groups_flat
+        gradients = [optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
+        kept = sum(gradient.nbytes for gradient in gradients)
+        host = "" if engine.offload_optimizer is Offload.none else HOST
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
         no_state = self.config.optim.name is OptimizerName.sgd
         return {
             "parameters": f"{counted(total, trained)}, each split over {self.world.size} ranks",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
-            "gradient reduction": statement("gradients", gradients, torch.float32, 4 * local, home),
+            "gradient reduction": statement("gradients", gradients, torch.float32, kept, host),
             "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
             "frozen weights": frozen_statement((p.ds_tensor for p in frozen), compute, cold * compute.itemsize, away),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
+
+    def close(self) -> None:
+        """Remove this node's files on NVMe."""
+        if self.nvme is not None and self.world.local_rank == 0:
+            shutil.rmtree(self.nvme, ignore_errors=True)
 
 
 def settings(config: RunConfig, hidden_size: int, nvme: Path | None, world: World) -> dict[str, Any]:
@@ -342,11 +358,6 @@ def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     setattr(model.get_submodule(module), leaf, parameter)
 
 
-def _flat(local: Tensor, numel: int, mesh: Any) -> DTensor:
-    """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
-    return DTensor.from_local(local.detach().cpu().clone(), mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
-
-
 @contextmanager
 def _linear_of_zero3() -> Iterator[None]:
     """Let linear layers keep the parameter for backward and not its gathered values, which torch's own would keep alive."""
@@ -364,13 +375,20 @@ def _where(offload: Offload) -> str:
     return {Offload.none: "", Offload.cpu: HOST, Offload.nvme: "on NVMe"}[offload]
 
 
-def _require_ops(config: RunConfig) -> None:
-    """Have DeepSpeed's compiled parts that this run needs; raises ConfigError before any weight is read."""
+def require_ops(config: RunConfig) -> None:
+    """Have DeepSpeed's compiled parts that this run needs, built if need be; raises ConfigError. Not collective."""
     engine = config.engine
+    if engine.nvme_path is not None and not Path(engine.nvme_path).expanduser().is_dir():
+        raise _no_nvme(engine.nvme_path, f"there is no such directory on {os.uname().nodename}")
+    import_deepspeed()
     if engine.offload_optimizer is not Offload.none and config.optim.name is OptimizerName.adamw:
         require_op("cpu_adam", "engine.offload_optimizer", str(engine.offload_optimizer))
     if engine.nvme_path is not None:
         require_op("async_io", "engine.nvme_path", engine.nvme_path)
+
+
+def _no_nvme(path: str, reason: str) -> ConfigError:
+    return ConfigError("engine.nvme_path", path, reason, "a directory on each node's local disk, with the space it needs")
 
 
 def begin_nvme(config: RunConfig, world: World, num_parameters: int) -> Path | None:
@@ -386,7 +404,7 @@ def begin_nvme(config: RunConfig, world: World, num_parameters: int) -> Path | N
         text for text in world.gather(_make_nvme(config, world, num_parameters, path, folder) if world.local_rank == 0 else "") if text
     ]
     if failures:
-        raise ConfigError("engine.nvme_path", str(path), str(failures[0]), "a directory on each node's local disk, with the space it needs")
+        raise _no_nvme(str(path), str(failures[0]))
     return folder
 
 
@@ -396,8 +414,6 @@ def _make_nvme(config: RunConfig, world: World, num_parameters: int, path: Path,
     engine, compute = config.engine, COMPUTE[config.train.precision].itemsize
     each = (compute if engine.offload_param is Offload.nvme else 0) + (16 if engine.offload_optimizer is Offload.nvme else 0)
     need = each * num_parameters * world.local_size // world.size
-    if not path.is_dir():
-        return f"there is no such directory on {node}"
     try:
         shutil.rmtree(folder, ignore_errors=True)
         free = shutil.disk_usage(path).free

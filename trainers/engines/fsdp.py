@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,6 @@ from trainers.peft import ENCODER, Adaptation, adapt
 from trainers.weights import Origin, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.world import World
 
-log = logging.getLogger("fulltune")
 STRAY_SHARE = 0.1
 """Largest share of all parameters that may stand outside blocks and embeddings."""
 
@@ -69,8 +67,6 @@ class FSDPEngine:
         self._send_home()
         self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
         self.model.train()
-        if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
-            log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
 
     def _shard(self) -> None:
         engine, device = self.config.engine, self.world.device.type
@@ -195,6 +191,9 @@ class FSDPEngine:
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
+
+    def close(self) -> None:
+        """Do nothing: all that is left behind is in the run directory."""
 
     def _layout(self, total: int) -> str:
         """Say how the model is cut: groups, the largest one's share, ranks, and copies where there are several."""
