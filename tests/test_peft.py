@@ -17,7 +17,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import ROOT, Ranks, save_tiny
+from conftest import ROOT, TINY, Ranks, save_tiny
 from peft.optimizers import create_loraplus_optimizer
 from test_engine_parity import blueprint_for, engine_preset
 from torch.distributed.checkpoint import FileSystemReader
@@ -63,6 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
         "init": "gaussian",
     },
     "lora_bias": {"method": "lora", "rank": 2, "targets": ATTENTION, "bias": "all"},
+    "lora_ends": {"method": "lora", "rank": 4, "targets": ["embed_tokens", "lm_head"]},
     "freeze": {"method": "freeze", "last_blocks": 1},
     "freeze_pattern": {"method": "freeze", "freeze": ["*mlp*", "*embed*", "lm_head*"]},
     "dora": {"method": "dora", "rank": 4, "targets": ["q_proj", "down_proj"]},
@@ -74,7 +75,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ptuning": {"method": "ptuning", "virtual_tokens": 5},
 }
 KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit}
-UNTIED = ("lora_more", "lora_bias", "freeze", "freeze_pattern")
+UNTIED = ("lora_more", "lora_bias", "lora_ends", "freeze", "freeze_pattern")
 
 
 def settings(case: str) -> PeftConfig:
@@ -290,7 +291,7 @@ def even_share(numel: int, size: int) -> int:
 
 def cases_for(size: int) -> list[str]:
     """All for two ranks, one a method for one and three."""
-    return list(CASES) if size == 2 else [case for case in CASES if case not in ("lora", "lora_bias", "freeze_pattern")]
+    return list(CASES) if size == 2 else [case for case in CASES if case not in ("lora", "lora_bias", "lora_ends", "freeze_pattern")]
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
@@ -535,3 +536,16 @@ def test_knobs_of_an_engine_change_no_figure(
         result = ranks(2).call(partial(train_case, steps=5, **more), folders[case], case, engine, None)[0]
         assert result["losses"] == pytest.approx(references(case)["losses"][:5], rel=REL)
         assert result["norms"] == pytest.approx(references(case)["norms"][:5], rel=REL)
+
+
+def test_experts_are_left_to_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    monkeypatch.setitem(CASES, "lora_attention", {"method": "lora", "rank": 4, "targets": ATTENTION})
+    sizes = TINY | {"num_hidden_layers": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ConfigError, match=r"mlp\.experts as one stack"):
+        adaptation_of(tmp_path / "moe", "lora")
+    with pytest.raises(ConfigError, match="no choice of its own for Qwen3MoeForCausalLM"):
+        adaptation_of(tmp_path / "moe", "ia3")
+    assert adaptation_of(tmp_path / "moe", "lora_attention").trained

@@ -118,9 +118,8 @@ def train_and_export(
         require_isolation(engine, world, blueprint.config.get_text_config().vocab_size, config.train.microbatch)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
     world.interruptible = False
-    flops = flops_per_token(
-        engine.shapes(), blueprint.config, data.train.mean_attended(), engine.shapes().keys() - engine.adaptation.trained
-    )
+    shapes = engine.shapes()
+    flops = flops_per_token(shapes, blueprint.config, data.train.mean_attended(), shapes.keys() - engine.adaptation.trained)
     outcome = train(config, world, engine, data, loader, flops)
     engine.report()
     if outcome.stopped:

@@ -151,6 +151,7 @@ def _inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adapta
     library_config.revision = config.model.revision
     _put_in(library_config, model)
     layers = _tuner_layers(model)
+    _require_single(layers)
     _require_rank(settings, layers)
     after: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     _require_untied(model, before, after)
@@ -216,7 +217,10 @@ def _put_in(library_config: Any, model: nn.Module, empty: bool = True) -> None:
         try:
             peft.inject_adapter_in_model(library_config, model, ADAPTER, low_cpu_mem_usage=empty)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigError("peft.targets", plain_list(library_config.target_modules), " ".join(str(error).split())) from error
+            reason, remedy = " ".join(str(error).split()), ""
+            if not library_config.target_modules:
+                reason, remedy = f"peft has no choice of its own for {type(model).__name__}", "peft.targets=[NAME,...] or [all-linear]"
+            raise ConfigError("peft.targets", plain_list(library_config.target_modules or []), reason, remedy) from error
 
 
 def plain_list(names: Any) -> Any:
@@ -263,11 +267,17 @@ def _require_modules(model: PreTrainedModel, settings: PeftConfig) -> None:
             raise ConfigError(f"peft.{where}", name, f"{type(model).__name__} has no {what} of this name", remedy)
 
 
+def _require_single(layers: Mapping[str, Any]) -> None:
+    """Raise ConfigError where peft would adapt a stack of matrices as one, such as all experts of a block."""
+    for path, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), ADAPTABLE):
+            reason = f"peft adapts the matrices of {path} as one stack, which is not sharded here yet"
+            raise ConfigError("peft.targets", path, reason, "the attention's layers: peft.targets=[q_proj,k_proj,v_proj,o_proj]")
+
+
 def _require_rank(settings: PeftConfig, layers: Mapping[str, Any]) -> None:
     """Raise ConfigError where a matrix has fewer rows or columns than LoRA's rank."""
-    if settings.method is PeftMethod.ia3:
-        return
-    for path, layer in layers.items():
+    for path, layer in layers.items() if settings.method is not PeftMethod.ia3 else ():
         smaller = min(layer.in_features, layer.out_features)
         if settings.rank > smaller:
             reason = f"{path} is {layer.out_features} x {layer.in_features}, so that no larger rank can be told from {smaller}"
