@@ -57,9 +57,9 @@ def test_every_experiment_composes(name: str, model: Path) -> None:
 @pytest.mark.parametrize("file", sorted(CONF.glob("[!e]*/*.yaml")), ids=lambda file: f"{file.parent.name}={file.stem}")
 def test_every_preset_composes(file: Path, model: Path) -> None:
     scratch = ["model.tokenizer=null"] if file.stem == "scratch" else [f"model.id={model}"]
-    job = compose(
-        ["data=python_docs", *scratch, f"{file.parent.name}={file.stem}"] + (["data.path=org/rows"] if file.stem == "files" else [])
-    )
+    packs_not = ["data.packing=false"]
+    more = {"files": ["data.path=org/rows"], "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
+    job = compose(["data=python_docs", *scratch, f"{file.parent.name}={file.stem}", *more.get(file.stem, [])])
     assert job.seed == 0
     assert file.stem in presets()
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trainers.config import Attention, ConfigError, RunConfig, read, require_model_directory
+from trainers.config import Attention, ConfigError, PeftMethod, RunConfig, read, require_model_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,6 +152,10 @@ def read_config(path: Path, model: str | None) -> RunConfig:
         require_model_directory("--model", model)
     elif config.model.id is not None and config.model.id.startswith("/") and not (Path(config.model.id) / "config.json").is_file():
         raise Refused(f"the base model's directory {config.model.id} is missing, or has no config.json: --model DIR says where it is now")
+    if config.peft.method is not PeftMethod.none:
+        raise Refused(
+            f"{path} is of a run with peft.method={config.peft.method}, whose checkpoints hold no whole model: see its export folder"
+        )
     config.model.attention = Attention.auto  # nothing is computed here, and the export does not say it
     return config
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import IGNORE, Batch, token_logps
 from trainers.checkpoint import NoCheckpoint
-from trainers.config import ConfigError, Precision, RunConfig, check_world, load
+from trainers.config import ConfigError, PeftMethod, Precision, RunConfig, check_world, load
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
@@ -28,6 +28,7 @@ from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
 from trainers.metrics import console, log_to, log_to_terminal, read_json, set_status, write_json
 from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
+from trainers.peft import FILE, export_adapter, reopen_adapter, require_moved
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
@@ -117,7 +118,9 @@ def train_and_export(
         require_isolation(engine, world, blueprint.config.get_text_config().vocab_size, config.train.microbatch)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
     world.interruptible = False
-    outcome = train(config, world, engine, data, loader, flops_per_token(engine.shapes(), blueprint.config, data.train.mean_attended()))
+    shapes = engine.shapes()
+    flops = flops_per_token(shapes, blueprint.config, data.train.mean_attended(), shapes.keys() - engine.adaptation.trained)
+    outcome = train(config, world, engine, data, loader, flops)
     engine.report()
     if outcome.stopped:
         world.barrier()  # rank 0 may still be waiting for a mirror: all end together
@@ -179,20 +182,27 @@ def finish(
     """Export, reopen and check the export, write summary.json; only then is the run done. Collective."""
     run_dir = Path(config.run_dir)
     folder = run_dir / "export"
-    export(engine.weights(), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
-    check_export(folder, engine.weights(), read=world.rank == 0)
+    is_adapter = engine.adaptation.library_config is not None
+    if is_adapter:
+        export_adapter(engine.weights(), engine.adaptation, tokenizer, folder, write=world.rank == 0)
+    else:
+        export(engine.weights(), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
+    check_export(folder, engine.weights(), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
         logps = engine.token_logps(probe.to(world.device)).cpu()
     figures, shapes = as_figures(outcome, world), engine.shapes()
     if world.rank == 0:
-        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data)
+        if is_adapter and outcome.progress.step > outcome.progress.skipped:
+            require_moved(folder)
+        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, is_adapter)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+        trained = sum(torch.Size(shapes[name]).numel() for name in engine.adaptation.trained)
         figures |= {
             "wall_seconds": time.monotonic() - STARTED,
             "parameters": parameters,
-            "trainable_parameters": parameters,
+            "trainable_parameters": trained if config.peft.method is not PeftMethod.none else parameters,
             "export": str(folder),
             "sample": sample,
         }
@@ -209,21 +219,29 @@ def _try_export(
     probe: Batch,
     logps: torch.Tensor,
     data: Prepared,
+    is_adapter: bool,
 ) -> dict[str, str] | None:
     """Open the export as a user would, compare it with the trainer on one row, let it answer; not where it is too large for that.
 
     The weights have been compared bit for bit: this is about config and code, so that rounding to 16 bits may show.
     """
-    if sum(path.stat().st_size for path in folder.glob("*.safetensors")) > REOPEN_BELOW:
+    base = blueprint.folder if is_adapter else None
+    files = [path for place in (folder, base) if place is not None for path in place.glob("*.safetensors")]
+    if sum(path.stat().st_size for path in files) > REOPEN_BELOW:
         return None
-    model = reopen(folder, config.model.trust_remote_code)
+    if is_adapter:
+        model = reopen_adapter(folder, reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu"))
+    else:
+        model = reopen(folder, config.model.trust_remote_code)
     with torch.no_grad():
         labelled = (token_logps(model, probe).float() - logps)[probe.labels != IGNORE]
     difference = float(labelled.abs().mean())
     exact = config.train.precision is Precision.fp32 and blueprint.saved_dtype is torch.float32
     if not difference <= (EXPORT_TOLERANCE if exact else EXPORT_TOLERANCE_16_BIT):
         raise RuntimeError(f"the export in {folder} is {difference:.2g} nats a token away from the trained model")
-    log.info("export reopened with plain transformers: %.1e nats a token from the trained model", difference)
+    log.info(
+        "export reopened with plain %s: %.1e nats a token from the trained model", "peft" if is_adapter else "transformers", difference
+    )
     if not config.train.sample_tokens:
         return None
     return sample_answer(model, tokenizer, (data.eval or data.train).prompt(0).tolist(), config.train.sample_tokens)

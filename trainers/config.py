@@ -68,9 +68,37 @@ class ObjectiveName(StrEnum):
 
 
 class PeftMethod(StrEnum):
-    """Parameter-efficient methods; `none` trains every parameter."""
+    """Parameter-efficient methods; `none` trains every parameter. Those in UNAVAILABLE are refused by name."""
 
     none = "none"
+    freeze = "freeze"
+    lora = "lora"
+    dora = "dora"
+    ia3 = "ia3"
+    prompt = "prompt"
+    prefix = "prefix"
+    ptuning = "ptuning"
+    adalora = "adalora"
+    houlsby = "houlsby"
+    qlora = "qlora"
+    loftq = "loftq"
+
+
+class AdapterBias(StrEnum):
+    """Which biases of the base are trained beside LoRA's matrices: none, those of the adapted layers, or all."""
+
+    none = "none"
+    adapted = "adapted"
+    all = "all"
+
+
+class AdapterInit(StrEnum):
+    """Where adapters begin: peft's own default, LoRA's matrices from a Gaussian, PiSSA's from the base, a prompt from words."""
+
+    default = "default"
+    gaussian = "gaussian"
+    pissa = "pissa"
+    vocabulary = "vocabulary"
 
 
 class EngineName(StrEnum):
@@ -193,7 +221,35 @@ class PeftConfig:
     """Parameter-efficient method."""
 
     method: PeftMethod = PeftMethod.none
-    """`none` is full fine-tuning."""
+    """`none` is full fine-tuning, `freeze` trains a part of the model, the others add an adapter to a base that stays as it is."""
+    rank: int = 8
+    """lora, dora: columns of the two small matrices; at most the smaller side of each matrix that is adapted."""
+    alpha: float = 16.0
+    """lora, dora: the product of the two is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """lora, dora: share of an adapter's inputs set to zero while training. In [0, 1)."""
+    targets: list[str] = field(default_factory=list)
+    """lora, dora, ia3: names of modules as [q_proj,v_proj], or [all-linear] without the head; empty is peft's choice by architecture."""
+    bias: AdapterBias = AdapterBias.none
+    """lora, dora: biases of the base that are trained, and saved with the adapter."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """lora, dora, ia3: names of modules that are trained whole and saved with the adapter, as [lm_head]."""
+    rank_stabilised: bool = False
+    """lora, dora: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast (arXiv 2312.03732)."""
+    init: AdapterInit = AdapterInit.default
+    """lora: `gaussian`, or `pissa` from the base's largest singular values; prompt: `vocabulary` begins at rows of the embedding."""
+    adapter: str | None = None
+    """lora, dora, ia3, prompt, prefix: a PEFT adapter directory to begin with, such as another run's export, instead of `init`."""
+    lr_ratio: float = 1.0
+    """lora, dora: learning rate of the B matrices over that of the rest (LoRA+, arXiv 2402.12354)."""
+    virtual_tokens: int = 20
+    """prompt, prefix, ptuning: trained tokens, or keys and values of each layer, in front of every row."""
+    encoder_size: int | None = None
+    """ptuning, prefix: width of the network that makes them; empty is the hidden size for ptuning, none at all for prefix."""
+    freeze: list[str] = field(default_factory=list)
+    """freeze: parameters that stay, by shell patterns of their names, as ['*embed_tokens*','model.layers.[0-9].*']."""
+    last_blocks: int | None = None
+    """freeze: train only so many blocks at the end, and what comes behind them."""
 
 
 @dataclass(kw_only=True)
@@ -384,6 +440,12 @@ POSITIVE = (
     "optim.eps",
     "optim.clip",
     "engine.replicate",
+    "peft.rank",
+    "peft.alpha",
+    "peft.lr_ratio",
+    "peft.virtual_tokens",
+    "peft.encoder_size",
+    "peft.last_blocks",
     "engine.shard",
     "engine.sub_group_size",
     "engine.reduce_bucket_size",
@@ -425,6 +487,7 @@ NOT_EMPTY = (
     "data.eval_path",
     "data.template",
     "engine.nvme_path",
+    "peft.adapter",
 )
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md")
 
@@ -453,6 +516,7 @@ def validate(config: RunConfig) -> None:
             raise ConfigError(path, value_at(config, path), f"must be from {low:g} to {high:g}")
     _validate_model(config.model)
     _validate_data(config)
+    _validate_peft(config)
     _validate_engine(config.engine)
     _validate_training(config)
 
@@ -493,6 +557,8 @@ def require_model_directory(path: str, value: str) -> None:
     if not folder.is_dir():
         remedy = "make the base first: python -m launcher +exp=quickstart_base" if value.startswith("runs/quickstart_base") else ""
         raise ConfigError(path, value, "no such directory, and not a hub id of the form OWNER/NAME", remedy)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(path, value, "is an adapter, not a model", f"name its base, and peft.adapter={value} to train it further")
     if not (folder / "config.json").is_file():
         raise ConfigError(path, value, "the directory has no config.json", "name a model directory in Hugging Face form")
 
@@ -543,6 +609,78 @@ def _validate_training(config: RunConfig) -> None:
             )
     if train.patience is not None and train.eval_every is None:
         raise ConfigError("train.patience", train.patience, "train.eval_every is not set", "train.eval_every=100")
+
+
+LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
+PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
+    PeftMethod.none: (),
+    PeftMethod.freeze: ("freeze", "last_blocks"),
+    PeftMethod.lora: (*LORA, "init"),
+    PeftMethod.dora: LORA,
+    PeftMethod.ia3: ("targets", "modules_to_save", "adapter"),
+    PeftMethod.prompt: ("virtual_tokens", "init", "adapter"),
+    PeftMethod.prefix: ("virtual_tokens", "encoder_size", "adapter"),
+    PeftMethod.ptuning: ("virtual_tokens", "encoder_size"),
+}
+VIRTUAL = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
+INITS = {
+    PeftMethod.lora: (AdapterInit.default, AdapterInit.gaussian, AdapterInit.pissa),
+    PeftMethod.prompt: (AdapterInit.default, AdapterInit.vocabulary),
+}
+UNAVAILABLE = {
+    PeftMethod.adalora: "its ranks are dealt out anew from whole gradients after each step, which no engine here keeps",
+    PeftMethod.houlsby: "the peft library has no bottleneck adapters, so that nothing could load the export",
+    PeftMethod.qlora: "no engine here shards a base of 4 bits yet",
+    PeftMethod.loftq: "no engine here shards a base of 4 bits yet",
+}
+
+
+def _validate_peft(config: RunConfig) -> None:
+    """Refuse what the named method does not have or cannot do."""
+    peft, defaults = config.peft, PeftConfig()
+    if peft.method in UNAVAILABLE:
+        raise ConfigError("peft.method", str(peft.method), UNAVAILABLE[peft.method], "peft=lora, which trains as few parameters")
+    for item in dataclasses.fields(PeftConfig):
+        value = getattr(peft, item.name)
+        if item.name != "method" and value != getattr(defaults, item.name) and item.name not in PEFT_FIELDS[peft.method]:
+            owners = ", ".join(method for method, names in PEFT_FIELDS.items() if item.name in names)
+            raise ConfigError(
+                f"peft.{item.name}", plain(value), f"peft.method={peft.method} has no such setting", f"leave it out; it is for {owners}"
+            )
+    if not 0 <= peft.dropout < 1:
+        raise ConfigError("peft.dropout", peft.dropout, "must be from 0 to below 1")
+    for name in ("targets", "modules_to_save", "freeze"):
+        if "" in getattr(peft, name):
+            raise ConfigError(f"peft.{name}", getattr(peft, name), "a name is empty")
+    if "all-linear" in peft.targets and len(peft.targets) > 1:
+        raise ConfigError("peft.targets", peft.targets, "all-linear stands for itself", "peft.targets=[all-linear]")
+    if peft.init not in INITS.get(peft.method, (AdapterInit.default,)):
+        raise ConfigError("peft.init", str(peft.init), f"is no beginning for peft.method={peft.method}", "peft.init=default")
+    if peft.method is PeftMethod.freeze and bool(peft.freeze) == (peft.last_blocks is not None):
+        raise ConfigError("peft.freeze", peft.freeze, "name patterns, or a number of blocks in peft.last_blocks", "peft.last_blocks=4")
+    if peft.adapter is not None and not (Path(peft.adapter) / "adapter_config.json").is_file():
+        raise ConfigError(
+            "peft.adapter", peft.adapter, "no such directory, or it has no adapter_config.json", "RUN_DIR/export of a PEFT run"
+        )
+    if peft.adapter is not None and peft.init is not AdapterInit.default:
+        raise ConfigError("peft.init", str(peft.init), f"peft.adapter is also given ({peft.adapter})", "peft.init=default")
+    _validate_virtual(config)
+
+
+def _validate_virtual(config: RunConfig) -> None:
+    """Refuse what goes wrong with tokens in front of a row."""
+    method = config.peft.method
+    if method not in VIRTUAL:
+        return
+    if config.data.packing:
+        reason = f"peft.method={method} puts its tokens in front of a row, where only the first of its documents would see them"
+        raise ConfigError("data.packing", True, reason, "data.packing=false")
+    if method is PeftMethod.prefix and config.train.activation_checkpointing:
+        reason = "prefix tuning goes through the cache of keys and values, which computing a block again would fill twice"
+        raise ConfigError("train.activation_checkpointing", True, reason, "train.activation_checkpointing=false, or peft=prompt")
+    if config.model.attention is Attention.flash_attention_2:
+        reason = f"flash attention gets all rows as one, and peft.method={method} needs its tokens in front of each"
+        raise ConfigError("model.attention", "flash_attention_2", reason, "model.attention=sdpa")
 
 
 FSDP_ONLY = ("reshard_after_forward", "replicate", "shard", "prefetch", "sync_each_microbatch")

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,26 @@ def export(
 
     `weights` yields each tensor of `export_plan` whole, or the consecutive pieces of its elements, and one is held at a time.
     """
+
+    def configure(staging: Path) -> None:
+        _write_configs(blueprint, tokenizer, stop_ids, staging)
+
+    write_folder(weights, lambda: export_plan(blueprint.build(), blueprint.saved_dtype), configure, folder, write, shard_bytes)
+
+
+def write_folder(
+    weights: Iterable[tuple[str, Tensor]],
+    plan_of: Callable[[], dict[str, Tensor]],
+    configure: Callable[[Path], None],
+    folder: Path,
+    write: bool,
+    shard_bytes: int | None = None,
+    file: str = "model.safetensors",
+) -> None:
+    """Write the tensors of a plan, then what `configure` adds, to a folder that is complete or absent; without `write` drain them only.
+
+    `file` names the one file that they are in; with `shard_bytes` there may be several.
+    """
     if not write:
         for _ in weights:
             pass
@@ -207,10 +227,10 @@ def export(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        plan = export_plan(blueprint.build(), blueprint.saved_dtype)
+        plan = plan_of()
         require_space(plan, staging)
-        _write_weights(weights, plan, staging, shard_bytes)
-        _write_configs(blueprint, tokenizer, stop_ids, staging)
+        _write_weights(weights, plan, staging, _shards(plan, shard_bytes) if shard_bytes else [plan], file)
+        configure(staging)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except BaseException:
@@ -225,9 +245,11 @@ def require_space(plan: dict[str, Tensor], folder: Path) -> None:
         raise RuntimeError(f"not exported: {folder} needs {need:,} bytes and has {have:,} free; free space, then the same command again")
 
 
-def _write_weights(weights: Iterable[tuple[str, Tensor]], plan: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+def _write_weights(
+    weights: Iterable[tuple[str, Tensor]], plan: dict[str, Tensor], folder: Path, shards: list[dict[str, Tensor]], file: str
+) -> None:
     """Write the files' headers, then each piece to its place as it comes; raises RuntimeError for values that are not finite."""
-    places = _begin_files(_shards(plan, shard_bytes), folder)
+    places = _begin_files(shards, folder, file)
     left = {name: tensor.nbytes for name, tensor in plan.items()}
     for name, piece in weights:
         if name not in plan or piece.dtype != plan[name].dtype or piece.nbytes > left[name]:
@@ -235,9 +257,9 @@ def _write_weights(weights: Iterable[tuple[str, Tensor]], plan: dict[str, Tensor
         if not is_finite(piece):
             raise RuntimeError(f"not exported: {name} holds values that are not finite in {str(piece.dtype).removeprefix('torch.')}")
         path, end = places[name]
-        with path.open("r+b") as file:
-            file.seek(end - left[name])
-            file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        with path.open("r+b") as opened:
+            opened.seek(end - left[name])
+            opened.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         left[name] -= piece.nbytes
     if missing := [name for name, count in left.items() if count]:
         raise RuntimeError(f"not exported: {listed(missing)} did not come whole")
@@ -256,11 +278,11 @@ def _shards(plan: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]
     return shards
 
 
-def _begin_files(shards: list[dict[str, Tensor]], folder: Path) -> dict[str, tuple[Path, int]]:
+def _begin_files(shards: list[dict[str, Tensor]], folder: Path, file: str) -> dict[str, tuple[Path, int]]:
     """Write each file's header, and the index where there are several; return each tensor's file and the place of its end in it."""
     places: dict[str, tuple[Path, int]] = {}
     for number, tensors in enumerate(shards, 1):
-        path = folder / ("model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+        path = folder / (file if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
         header, ends = _header(tensors)
         path.write_bytes(header)
         places |= {name: (path, end) for name, end in ends.items()}
@@ -306,12 +328,12 @@ def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, sto
     generation.save_pretrained(folder)
 
 
-def check_export(folder: Path, live: Iterable[tuple[str, Tensor]], read: bool) -> None:
+def check_export(folder: Path, live: Iterable[tuple[str, Tensor]], read: bool, file: str = "model.safetensors") -> None:
     """Reopen the export and compare each tensor with the live one, bit for bit. Every rank drains `live`; one reads.
 
     Raises RuntimeError that names the first tensor that is missing, left over or different.
     """
-    weights = Weights(folder) if read else None
+    weights = Weights(folder, file) if read else None
     left = set(weights.stored) if weights else set()
     for name, tensor in live:
         if weights is None:
@@ -341,8 +363,10 @@ def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     return {"prompt": str(prompt), "answer": str(answer).strip()}
 
 
-def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, attended: float) -> float:
+def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, attended: float, frozen: Collection[str] = ()) -> float:
     """Return the FLOPs of forward and backward for one token: 6 a parameter, 12 x layers x width x `attended` for attention.
+
+    A frozen one takes 4: there is no gradient of its own.
 
     PaLM, appendix B (Chowdhery et al. 2022), without recomputation. `attended` is the mean length of the document a token
     stands in. Untied input embeddings do no matrix work; of experts only those that a token is sent to count.
@@ -352,10 +376,10 @@ def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig
     experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or chosen
     active = 0.0
     for name, shape in shapes.items():
-        active += math.prod(shape) * (chosen / experts if ".experts." in name else 1.0)
+        active += (4 / 6 if name in frozen else 1.0) * math.prod(shape) * (chosen / experts if ".experts." in name else 1.0)
     heads = getattr(text, "num_attention_heads", None) or 1
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    embeddings = 0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size
+    embeddings = 0.0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size * (4 / 6 if frozen else 1.0)
     flops: float = 6 * (active - embeddings) + 12 * text.num_hidden_layers * width * attended
     return flops
 

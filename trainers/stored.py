@@ -34,13 +34,16 @@ class Stored:
 class Weights:
     """The safetensors files of a model directory. Read by pread: a mapping's pages would count as this process's memory."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read every file's header; raises one ConfigError that names all files that are missing or damaged and keys that are lost."""
+    def __init__(self, folder: Path, file: str = "model.safetensors") -> None:
+        """Read every file's header, by the index or `file` alone.
+
+        Raises one ConfigError that names all files that are missing or damaged and keys that are lost.
+        """
         self.folder = folder
         self.stored: dict[str, Stored] = {}
         placed = _placed(folder / INDEX)
         wrong = []
-        for name in sorted(set(placed.values())) or ["model.safetensors"]:
+        for name in sorted(set(placed.values())) or [file]:
             try:
                 self.stored |= _header(folder / name)
             except FileNotFoundError:

@@ -45,6 +45,10 @@ class Origin(Protocol):
         """Return every parameter and persistent buffer by its state_dict name, tied ones once, in a good order to read in."""
         ...
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        ...
+
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return the block of `shape` at `offset` on the CPU, in the type it has; raises ConfigError for values that are not finite."""
         ...
@@ -188,6 +192,10 @@ class Checkpoint:
             order |= dict.fromkeys(together if name not in order else ())
         return list(order)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape on disk, which conversions give."""
+        return self.shapes[name]
+
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return a block, its values finite and the same under every name that the tensor has."""
         block = self._convert(name, offset, shape) if name in self.conversions else self.weights.read(self.keys[name], offset, shape)
@@ -245,13 +253,18 @@ class Grown:
     float32, read in pieces, by the ranks that hold a new row.
     """
 
-    def __init__(self, origin: Origin, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Grow the tensors named in `shapes`, which says how large they are in `origin`."""
-        self.origin, self.shapes = origin, shapes
+    def __init__(self, origin: Origin, shapes: dict[str, tuple[int, ...]], num_rows: int) -> None:
+        """Grow the tensors named in `shapes`, which says how large they are in `origin`, to `num_rows`."""
+        self.origin, self.shapes, self.num_rows = origin, shapes, num_rows
 
     def names(self) -> list[str]:
         """Return the names of the origin."""
         return self.origin.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape, grown."""
+        whole = self.origin.shape(name)
+        return (self.num_rows, *whole[1:]) if name in self.shapes else whole
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return a block, float32 where it holds a new row."""
@@ -295,6 +308,10 @@ class Random:
         """Return the model's order, in which units lie together."""
         tied = tied_names(self.model)
         return [name for name in self.model.state_dict() if name not in tied]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape that the model has."""
+        return tuple(self.model.state_dict()[name].shape)
 
     def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Return a block of a unit that is made, or held since the last call."""
@@ -378,7 +395,7 @@ def origin_of(model: PreTrainedModel, blueprint: Values) -> Origin:
     rows = blueprint.vocab_on_disk
     grown = {} if rows is None else {name: (rows, *shapes[name][1:]) for name in _rows_of_vocabulary(model) if name in shapes}
     origin = Checkpoint(model, Weights(blueprint.folder), shapes | grown)
-    return Grown(origin, grown) if grown else origin
+    return Grown(origin, grown, max(shapes[name][0] for name in grown)) if grown else origin
 
 
 def _rows_of_vocabulary(model: PreTrainedModel) -> set[str]:

@@ -16,6 +16,7 @@ from trainers import host
 from trainers.batch import Batch
 from trainers.config import ConfigError, EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.model import Blueprint
+from trainers.peft import Adaptation
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -27,6 +28,9 @@ COMPUTE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 class Engine(Protocol):
     """A model, its gradients and its optimizer, sharded over ranks. Every method is collective: all ranks call it."""
+
+    adaptation: Adaptation
+    """What is trained and what is exported."""
 
     def token_logps(self, batch: Batch) -> Tensor:
         """Return (B, S) float32 log-probabilities of the labels, with a graph while training."""
@@ -57,7 +61,7 @@ class Engine(Protocol):
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return names and shapes of what `weights` yields."""
+        """Return names and shapes of all tensors of the model, tied ones once."""
         ...
 
     def report(self) -> dict[str, str]:
@@ -116,9 +120,13 @@ def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
         swapped = engine.offload_optimizer is Offload.nvme
         on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
     numels = [p.numel() for p in model.parameters()]
-    buffers = _nvme_buffers(config, world, numels)
     needed = host.host_bytes_needed(
-        parameters=sum(numels), local_ranks=world.local_size, world_size=world.size, on_host=on_host, buffers=buffers
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        local_ranks=world.local_size,
+        world_size=world.size,
+        on_host=on_host,
+        frozen_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad) if parameters else 0,
+        buffers=_nvme_buffers(config, world, numels),
     )
     refused = None
     try:
@@ -141,13 +149,35 @@ def _nvme_buffers(config: RunConfig, world: World, numels: list[int]) -> int:
     return parameters + optimizer
 
 
-def decay_groups(parameters: Iterable[tuple[Tensor, int]], weight_decay: float) -> list[dict[str, Any]]:
-    """Return an optimizer's parameter groups from (parameter, dimensions): matrices and embeddings decay, norms and biases do not."""
-    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for parameter, dimensions in parameters:
+def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: float) -> list[dict[str, Any]]:
+    """Return an optimizer's parameter groups from (parameter, dimensions, lr_scale), frozen ones left out.
+
+    Matrices and embeddings decay, norms and biases do not; a group's learning rate is `lr_scale` times the run's.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for parameter, dimensions, lr_scale in parameters:
         if parameter.requires_grad:
-            groups[dimensions < 2]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+            groups.setdefault((lr_scale, 0.0 if dimensions < 2 else weight_decay), []).append(parameter)
+    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
+
+
+def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
+    """Give each group of an optimizer its share of a learning rate."""
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def counted(total: int, trained: int) -> str:
+    """Say how many parameters there are, and how many are trained."""
+    return f"{total:,}, " + ("all trained" if trained == total else f"{trained:,} trained ({trained / total:.3%})")
+
+
+def frozen_statement(frozen: Iterable[Tensor], compute: torch.dtype, num_bytes: int, where: str) -> str:
+    """Say type, bytes a rank and place of frozen weights; raises RuntimeError if one is of another type, or has a gradient."""
+    frozen = list(frozen)
+    if any(tensor.grad is not None for tensor in frozen):
+        raise RuntimeError("a frozen weight has a gradient")
+    return statement("frozen weights", frozen, compute, num_bytes, where) if frozen else "none"
 
 
 def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes: int, where: str) -> str:

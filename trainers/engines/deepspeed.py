@@ -23,9 +23,22 @@ from torch.distributed.tensor import DTensor, Shard
 
 from trainers.batch import Batch, token_logps
 from trainers.config import ConfigError, Offload, OptimizerName, RunConfig
-from trainers.engines.base import COMPUTE, HOST, NVME_BUFFERS, checkpoint_activations, decay_groups, in_short, require_host, statement
+from trainers.engines.base import (
+    COMPUTE,
+    HOST,
+    NVME_BUFFERS,
+    checkpoint_activations,
+    counted,
+    decay_groups,
+    frozen_statement,
+    in_short,
+    require_host,
+    set_lr,
+    statement,
+)
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
+from trainers.peft import adapt
 from trainers.weights import Origin, origin_of, require_tied, tied_names
 from trainers.world import World
 
@@ -41,8 +54,9 @@ class ZeRO3Engine:
         self.world, self.blueprint, self.config = world, blueprint, config
         self.compute = COMPUTE[config.train.precision]
         self.model = blueprint.build()
+        self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
+        origin = self.adaptation.origin
         require_host(config, world, self.model)
-        origin = origin_of(self.model, blueprint)
         numels = [p.numel() for p in self.model.parameters()]
         self.nvme = begin_nvme(config, world, sum(numels))
         try:
@@ -106,7 +120,8 @@ class ZeRO3Engine:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.optim
         parameters: dict[str, Any] = dict(self.model.named_parameters())
-        groups = decay_groups(((p, len(p.ds_shape)) for p in parameters.values()), optim.weight_decay)
+        scale = self.adaptation.lr_scale
+        groups = decay_groups(((p, len(p.ds_shape), scale(name)) for name, p in parameters.items()), optim.weight_decay)
         if optim.name is OptimizerName.sgd:
             return torch.optim.SGD(groups, lr=optim.lr)
         betas = (optim.betas[0], optim.betas[1])
@@ -174,8 +189,7 @@ class ZeRO3Engine:
 
     def step(self, lr: float) -> float:
         """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer.param_groups, lr)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         self._clear_gradients()
@@ -238,17 +252,19 @@ class ZeRO3Engine:
         return DTensor.from_local(part, self.mesh, [Shard(0)], run_check=False, shape=torch.Size([numel]), stride=(1,))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor of the export, gathered one at a time from the master weights and cast to the base checkpoint's type."""
+        """Yield each tensor of the export, gathered one at a time from the master weights and cast to its type there."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        tied, dtype = tied_names(self.model), self.blueprint.saved_dtype
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if name not in tied:
-                whole = safe_get_full_fp32_param(tensor) if hasattr(tensor, "ds_id") else tensor.detach()
-                yield name, (whole.to(dtype) if whole.is_floating_point() else whole).cpu()
+        state: dict[str, Any] = self.model.state_dict(keep_vars=True)
+
+        def gather(name: str) -> Tensor:
+            tensor = state[name]
+            return safe_get_full_fp32_param(tensor) if hasattr(tensor, "ds_id") else tensor.detach()  # type: ignore[no-any-return]
+
+        yield from self.adaptation.exported(gather)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what `weights` yields."""
+        """Return the shapes of the whole model's tensors."""
         tied = tied_names(self.model)
         state = self.model.state_dict(keep_vars=True)
         return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied}
@@ -256,9 +272,11 @@ class ZeRO3Engine:
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         optimizer, engine, compute = self.optimizer, self.config.engine, self.compute
-        total = sum(p.ds_numel for p in self.parameters.values())
-        local = sum(p.partition_numel() for p in self.parameters.values())
-        partitions = [p.ds_tensor for p in self.parameters.values()]
+        everything = list(self.parameters.values())
+        parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
+        total, trained = sum(p.ds_numel for p in everything), sum(p.ds_numel for p in parameters)
+        local, cold = (sum(p.partition_numel() for p in some) for some in (parameters, frozen))
+        partitions = [p.ds_tensor for p in parameters]
         moments = [state[kind] for state in optimizer.optimizer.state.values() for kind in MOMENTS]
         masters = optimizer.fp32_partitioned_groups_flat
         gradients = [optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
@@ -267,13 +285,13 @@ class ZeRO3Engine:
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
         no_state = self.config.optim.name is OptimizerName.sgd
         return {
-            "parameters": f"{total:,}, all trained, each split over {self.world.size} ranks",
+            "parameters": f"{counted(total, trained)}, each split over {self.world.size} ranks",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
             "gradient reduction": statement("gradients", gradients, torch.float32, kept, host),
             "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
-            "frozen weights": "none",
-            "saved": in_short(self.blueprint.saved_dtype),
+            "frozen weights": frozen_statement((p.ds_tensor for p in frozen), compute, cold * compute.itemsize, away),
+            "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
 

@@ -19,8 +19,20 @@ from transformers import PreTrainedModel
 
 from trainers.batch import Batch, token_logps
 from trainers.config import ConfigError, Offload, OptimConfig, OptimizerName, RunConfig
-from trainers.engines.base import COMPUTE, HOST, checkpoint_activations, decay_groups, in_short, require_host, statement
+from trainers.engines.base import (
+    COMPUTE,
+    HOST,
+    checkpoint_activations,
+    counted,
+    decay_groups,
+    frozen_statement,
+    in_short,
+    require_host,
+    set_lr,
+    statement,
+)
 from trainers.model import Blueprint
+from trainers.peft import ENCODER, Adaptation, adapt
 from trainers.weights import Origin, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.world import World
 
@@ -39,19 +51,19 @@ class FSDPEngine:
         self.visits = engine.offload_optimizer is Offload.cpu and not self.offloaded
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.model = blueprint.build()
+        self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         require_host(config, world, self.model)
-        origin = origin_of(self.model, blueprint)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
         self.blocks = find_blocks(self.model)
         require_small_groups(self.model, self.blocks)
         self._shard()
         materialise(self.model, torch.device("cpu") if self.offloaded else world.device)
-        _load(self.model, origin)
+        _load(self.model, self.adaptation.origin)
         for module in self.model.modules():  # an offloaded model's parameters visit the device, its buffers live there
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else buffer.to(world.device)
-        self.optimizer = make_optimizer(self.model, config.optim)
+        self.optimizer = make_optimizer(self.model, config.optim, self.adaptation)
         _begin_state(self.optimizer)
         self._send_home()
         self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
@@ -99,8 +111,7 @@ class FSDPEngine:
         if math.isfinite(norm):
             if self.config.optim.clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, torch.tensor(norm, dtype=torch.float32))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_lr(self.optimizer.param_groups, lr)
             if self.visits:
                 self._step_with_visiting_state(parameters)
             else:
@@ -131,53 +142,55 @@ class FSDPEngine:
         self.model.train(mode)
 
     def save(self, folder: Path) -> None:
-        """Write this rank's shards of model and optimizer."""
+        """Write this rank's shards of what is trained, and of the optimizer."""
         dcp.save(self._state(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
         state = self._state()
         dcp.load(state, checkpoint_id=folder)
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)  # dcp.load misses no key of what is trained
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
         self._send_home()
 
     def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(cpu_offload=False))
-        return {"model": model, "optimizer": optimizer}
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True))
+        frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield each tensor of the export, gathered one at a time and cast to the base checkpoint's type."""
-        tied, dtype = tied_names(self.model), self.blueprint.saved_dtype
-        for name, tensor in self.model.state_dict().items():
-            if name not in tied:
-                whole = _whole(tensor)
-                yield name, (whole.to(dtype) if whole.is_floating_point() else whole).cpu()
+        """Yield each tensor of the export, gathered one at a time and cast to its type there."""
+        state = self.model.state_dict()
+        yield from self.adaptation.exported(lambda name: _whole(state[name]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of what `weights` yields."""
+        """Return the shapes of the whole model's tensors."""
         tied = tied_names(self.model)
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in tied}
 
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
-        parameters = list(self.model.parameters())
+        everything = list(self.model.parameters())
+        parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
         moments = [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
-        total = sum(p.numel() for p in parameters)
-        local = sum(_local_block(p)[0].nbytes for p in parameters)
+        total, trained = sum(p.numel() for p in everything), sum(p.numel() for p in parameters)
+        local, cold = local_bytes(parameters), local_bytes(frozen)
+        if local_bytes(moments) not in (0, 2 * local):
+            raise RuntimeError(f"the optimizer state takes {local_bytes(moments):,} bytes, and the trained parameters {local:,}")
         policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
         if policies != {self.compute}:
             raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
         home = HOST if self.offloaded else ""
-        kept, until = (4 * total, "whole until the last microbatch") if self.keeps_whole_gradients else (local, home)
+        kept, until = (4 * trained, "whole until the last microbatch") if self.keeps_whole_gradients else (local, home)
         state = statement("optimizer state", moments, torch.float32, 2 * local, HOST if self.visits else home)
         return {
-            "parameters": f"{total:,}, all trained, in {self._layout(total)}",
+            "parameters": f"{counted(total, trained)}, in {self._layout(total)}",
             "storage": statement("master weights", parameters, torch.float32, local, home),
             "compute": in_short(self.compute),
             "gradient reduction": statement("gradients", [], torch.float32, kept, until),
             "optimizer state": state if moments else "none (SGD)",
-            "frozen weights": "none",
-            "saved": in_short(self.blueprint.saved_dtype),
+            "frozen weights": frozen_statement(frozen, self.compute, cold, home),
+            "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
 
@@ -211,7 +224,7 @@ def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 def require_small_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
     """Raise ConfigError if much of a model stands outside its blocks and embeddings: it would be gathered whole on every rank."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, ENCODER, None))
     placed = {id(p) for module in (*blocks, *ends) if module is not None for p in module.parameters()}
     stray = {name: p.numel() for name, p in model.named_parameters() if id(p) not in placed}
     total = sum(p.numel() for p in model.parameters())
@@ -239,9 +252,14 @@ def _local_block(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offset)
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of this rank's parts."""
+    return sum(_local_block(tensor)[0].nbytes for tensor in tensors)
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, adaptation: Adaptation) -> torch.optim.Optimizer:
     """Return fused AdamW, or SGD, with weight decay on matrices and embeddings only."""
-    groups = decay_groups(((p, p.ndim) for p in model.parameters()), optim.weight_decay)
+    groups = decay_groups(((p, p.ndim, adaptation.lr_scale(name)) for name, p in model.named_parameters()), optim.weight_decay)
     if optim.name is OptimizerName.sgd:
         return torch.optim.SGD(groups, lr=optim.lr)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)

@@ -1,0 +1,551 @@
+"""Every parameter-efficient method gives the run of plain peft in one process, under every engine at any world size.
+
+Losses, gradient norms and the exported adapter agree within 1e-5; the base stays as it was bit for bit; gradients and optimizer
+state are of what is trained, to the byte; and plain peft loads each export in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import ROOT, TINY, Ranks, save_tiny
+from peft.optimizers import create_loraplus_optimizer
+from test_engine_parity import blueprint_for, engine_preset
+from torch.distributed.checkpoint import FileSystemReader
+from transformers import AutoModelForCausalLM
+
+from trainers.batch import IGNORE, Batch
+from trainers.config import (
+    UNAVAILABLE,
+    AdapterBias,
+    AdapterInit,
+    ConfigError,
+    DataConfig,
+    DataSource,
+    EngineConfig,
+    ModelConfig,
+    Offload,
+    OptimConfig,
+    PeftConfig,
+    PeftMethod,
+    Precision,
+    RunConfig,
+    TrainConfig,
+    validate,
+)
+from trainers.engines.base import build_engine
+from trainers.model import export
+from trainers.objectives import NextToken
+from trainers.peft import Adaptation, adapt, export_adapter, read_whole
+from trainers.weights import origin_of
+from trainers.world import World
+
+STEPS, ROWS, LENGTH, LR, REL = 20, 6, 12, 2e-3, 1e-5
+ATTENTION = ["q_proj", "v_proj"]
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 4, "targets": ["all-linear"]},
+    "lora_more": {
+        "method": "lora",
+        "rank": 4,
+        "targets": ATTENTION,
+        "bias": "adapted",
+        "modules_to_save": ["lm_head"],
+        "rank_stabilised": True,
+        "init": "gaussian",
+    },
+    "lora_bias": {"method": "lora", "rank": 2, "targets": ATTENTION, "bias": "all"},
+    "lora_ends": {"method": "lora", "rank": 4, "targets": ["embed_tokens", "lm_head"]},
+    "freeze": {"method": "freeze", "last_blocks": 1},
+    "freeze_pattern": {"method": "freeze", "freeze": ["*mlp*", "*embed*", "lm_head*"]},
+    "dora": {"method": "dora", "rank": 4, "targets": ["q_proj", "down_proj"]},
+    "loraplus": {"method": "lora", "rank": 4, "targets": ["all-linear"], "lr_ratio": 4.0},
+    "ia3": {"method": "ia3"},
+    "pissa": {"method": "lora", "rank": 4, "targets": ["all-linear"], "init": "pissa"},
+    "prompt": {"method": "prompt", "virtual_tokens": 5, "init": "vocabulary"},
+    "prefix": {"method": "prefix", "virtual_tokens": 5, "encoder_size": 8},
+    "ptuning": {"method": "ptuning", "virtual_tokens": 5},
+}
+KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit}
+UNTIED = ("lora_more", "lora_bias", "lora_ends", "freeze", "freeze_pattern")
+
+
+def settings(case: str) -> PeftConfig:
+    return PeftConfig(**{key: KINDS.get(key, lambda same: same)(value) for key, value in CASES[case].items()})
+
+
+def config_for(folder: Path, case: str, engine: str = "fsdp", **train: Any) -> RunConfig:
+    """A run of a case; `engine.NAME=VALUE` in `train` changes a field of the engine's preset."""
+    run_dir = folder.parent / f"run-{engine}"
+    run_dir.mkdir(exist_ok=True)
+    more = {key.removeprefix("engine."): train.pop(key) for key in list(train) if key.startswith("engine.")}
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(id=str(folder)),
+        data=DataConfig(path="unused", packing=False),
+        peft=settings(case),
+        engine=EngineConfig(**(engine_preset(engine) | more)),
+        optim=OptimConfig(lr=LR, clip=0.5, weight_decay=0.1),
+        train=TrainConfig(**({"precision": Precision.fp32} | train)),
+    )
+
+
+def rows_of_steps() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Steps of rows (input_ids, labels) with different numbers of labels, one row with none."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(STEPS):
+        ids = torch.randint(3, 33, (ROWS, LENGTH), generator=generator)
+        labels = ids.roll(-1, 1)
+        labels[:, -1] = IGNORE
+        for row in range(ROWS):
+            labels[row, : row * 2] = IGNORE
+        labels[2] = IGNORE
+        yield ids, labels
+
+
+def batch_of(ids: torch.Tensor, labels: torch.Tensor) -> Batch:
+    positions = torch.arange(LENGTH).expand(ids.shape)
+    return Batch(input_ids=ids, labels=labels, position_ids=positions, num_rows=len(ids), num_tokens=ids.numel())
+
+
+def adaptation_of(folder: Path, case: str) -> Adaptation:
+    blueprint = blueprint_for(folder)
+    model = blueprint.build()
+    return adapt(model, origin_of(model, blueprint), config_for(folder, case), blueprint, torch.float32)
+
+
+def locals_of(engine: Any) -> dict[str, tuple[Any, torch.Tensor]]:
+    """This rank's part of each parameter, by name."""
+    return {
+        name: (p, p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if hasattr(p, "to_local") else p)
+        for name, p in engine.model.named_parameters()
+    }
+
+
+def state_bytes(engine: Any) -> tuple[int, int]:
+    """This rank's bytes of gradients and of optimizer state, on live tensors, before a step."""
+    if engine.config.engine.offload_optimizer is not Offload.none:
+        return 0, 0
+    if hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
+        moments = [state[kind] for state in engine.optimizer.optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+        return engine.optimizer.grad_partitions_flat_buffer.nbytes, sum(moment.nbytes for moment in moments)
+    gradients = [p.grad.to_local() for p in engine.model.parameters() if p.grad is not None]
+    moments = [state[kind].to_local() for state in engine.optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    return sum(tensor.nbytes for tensor in gradients), sum(moment.nbytes for moment in moments)
+
+
+def unmoved(engine: Any, trained: set[str]) -> list[str]:
+    """Names of trained parameters whose gradient is missing or zero; collective."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found = []
+    for name, p in engine.model.named_parameters():
+        if name not in trained:
+            assert p.grad is None, name
+            continue
+        grad = safe_get_full_grad(p) if hasattr(p, "ds_id") else None if p.grad is None else p.grad.full_tensor()
+        if grad is None or not grad.any():
+            found.append(name)
+    return found
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def train_case(world: World, folder: Path, case: str, engine_name: str, out: Path | None, **train: Any) -> dict[str, Any]:
+    """Train in microbatches of two rows, checking on the way what holds of every method."""
+    steps = train.pop("steps", STEPS)
+    config = config_for(folder, case, engine_name, **train)
+    engine: Any = build_engine(config, world, blueprint_for(folder))
+    trained = engine.adaptation.trained
+    frozen = {name: local.clone() for name, (_, local) in locals_of(engine).items() if name not in trained}
+    losses, norms, still = [], [], []
+    for step, (ids, labels) in zip(range(steps), rows_of_steps(), strict=False):
+        weight = int((labels != IGNORE).sum())
+        mine = slice(world.rank, None, world.size)
+        chunks = list(zip(ids[mine].split(2), labels[mine].split(2), strict=True))
+        local = 0.0
+        for number, chunk in enumerate(chunks, 1):
+            batch = batch_of(*chunk)
+            loss = NextToken()(engine.token_logps(batch), batch).total
+            engine.backward(loss / weight, last=number == len(chunks))
+            local += loss.item()
+        if step == 1:
+            still = unmoved(engine, trained)
+        if step == steps - 1:
+            bytes_now = state_bytes(engine)
+        norms.append(engine.step(LR))
+        losses.append(world.sum([local])[0] / weight)
+    for name, (p, local_part) in locals_of(engine).items():
+        assert name in trained or torch.equal(local_part, frozen[name]), f"{name} of the base has changed"
+        assert name in trained or p.grad is None
+    weights = {name: tensor.numpy() for name, tensor in engine.weights()}
+    probe = batch_of(*(column[:1] for column in next(rows_of_steps())))
+    engine.train(False)
+    with torch.no_grad():
+        logps = engine.token_logps(probe).numpy()
+    if out is not None and engine.adaptation.library_config is not None:
+        export_adapter(engine.weights(), engine.adaptation, NoTokenizer(), out, write=world.rank == 0)
+    elif out is not None:
+        export(engine.weights(), engine.blueprint, NoTokenizer(), [], out, write=world.rank == 0)
+    shapes = engine.shapes()
+    sizes = {name: torch.Size(shapes[name]).numel() for name in trained}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "still": still,
+        "logps": logps,
+        "bytes": bytes_now,
+        "sizes": sizes,
+        "report": engine.report(),
+    }
+
+
+def train_cases(world: World, folders: dict[str, Path], cases: list[str], engine: str, out: Path | None) -> dict[str, Any]:
+    return {case: train_case(world, folders[case], case, engine, out and out / f"{engine}-{case}") for case in cases}
+
+
+def plain_model(folder: Path, case: str) -> Any:
+    """What a user of plain peft builds, started at our initial values."""
+    base, adaptation = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adaptation_of(folder, case)
+    if adaptation.library_config is None:
+        for name, p in base.named_parameters():
+            p.requires_grad_(name in adaptation.trained)
+        return base
+    library_config = adaptation.library_config
+    library_config.inference_mode = False
+    if case == "pissa":
+        library_config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights="pissa")
+    model = peft.get_peft_model(base, library_config)
+    assert {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad} == adaptation.trained
+    parameters = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name in adaptation.trained if case != "pissa" else ():
+            parameters[name].copy_(read_whole(adaptation.origin, name))
+    return model
+
+
+def train_plainly(folder: Path, case: str) -> dict[str, Any]:
+    """The reference: one process, all rows at once."""
+    model = plain_model(folder, case)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
+    if case == "loraplus":
+        ratio = CASES[case]["lr_ratio"]
+        optimizer = create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.1, betas=(0.9, 0.95)
+        )
+    losses, norms = [], []
+    model.train()
+    for ids, labels in rows_of_steps():
+        logits = model(input_ids=ids).logits[:, -LENGTH:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.5).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    state = model.state_dict()
+    if case != "pissa" and isinstance(model, peft.PeftModel):
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {"losses": losses, "norms": norms, "weights": state}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tied base, and an untied one with biases for the cases that train head or biases."""
+    made = tmp_path_factory.mktemp("bases")
+    tied = save_tiny(made / "tied", tied=True, num_hidden_layers=2)
+    untied = save_tiny(made / "untied", tied=False, num_hidden_layers=2, attention_bias=True, mlp_bias=True)
+    return {case: untied if case in UNTIED else tied for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def references(folders: dict[str, Path]) -> Callable[[str], dict[str, Any]]:
+    return cache(lambda case: train_plainly(folders[case], case))
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exports")
+
+
+def even_share(numel: int, size: int) -> int:
+    return -(-numel // size)
+
+
+def cases_for(size: int) -> list[str]:
+    """All for two ranks, one a method for one and three."""
+    return list(CASES) if size == 2 else [case for case in CASES if case not in ("lora", "lora_bias", "lora_ends", "freeze_pattern")]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("size", [2, 1, 3])
+def test_a_run_equals_plain_peft(
+    ranks: Callable[[int], Ranks], folders: Any, references: Any, exports: Path, size: int, engine: str
+) -> None:
+    out = exports if size == 2 else None
+    results = ranks(size).call(train_cases, folders, cases_for(size), engine, out, timeout_s=280)
+    for case in cases_for(size):
+        reference, got = references(case), [result[case] for result in results]
+        for one in got:
+            assert one["losses"] == pytest.approx(reference["losses"], rel=REL), case
+            assert one["norms"] == pytest.approx(reference["norms"], rel=REL), case
+            assert one["still"] == [], case
+            for name, value in one["weights"].items() if case != "pissa" else ():
+                torch.testing.assert_close(torch.from_numpy(value), reference["weights"][name], rtol=REL, atol=REL, msg=f"{case} {name}")
+        total = sum(got[0]["sizes"].values())
+        if engine == "fsdp":
+            assert sum(one["bytes"][0] for one in got) == 4 * total, case
+            assert sum(one["bytes"][1] for one in got) == 8 * total, case
+        else:
+            share = sum(even_share(numel, size) for numel in got[0]["sizes"].values())
+            assert {one["bytes"] for one in got} == {(4 * share, 8 * share)}, case
+        if out is not None:
+            for folder in out.glob(f"{engine}-{case}"):
+                torch.save(torch.from_numpy(got[0]["logps"]), folder / "logps.pt")
+
+
+LOAD = """
+import sys, warnings, torch, peft
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from trainers.batch import IGNORE
+warnings.simplefilter("error", UserWarning)  # peft's words on missing and unexpected keys are such
+ids, labels, out, bases = torch.load(sys.argv[1], weights_only=True)
+for folder in sorted(Path(out).iterdir()):
+    case = folder.name.partition("-")[2]
+    if (folder / "adapter_config.json").exists():
+        base = AutoModelForCausalLM.from_pretrained(bases[case], dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, folder)
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # finds its base by itself
+    else:
+        model = again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for opened in (model, again):
+        opened.eval()
+        with torch.no_grad():
+            logps = opened(input_ids=ids).logits[:, -ids.shape[1]:].log_softmax(-1)
+        kept = labels != IGNORE
+        theirs = logps.gather(-1, labels.where(kept, 0)[..., None])[..., 0].where(kept, 0.0)
+        print(case, float((theirs - torch.load(folder / "logps.pt")).abs().max()))
+"""
+
+
+def test_plain_peft_loads_every_export(folders: Any, exports: Path, tmp_path: Path) -> None:
+    """After the runs above. A clean process, every warning an error: no missing or unexpected key, equal logits."""
+    ids, labels = (column[:1] for column in next(rows_of_steps()))
+    torch.save((ids, labels, str(exports), {case: str(folder) for case, folder in folders.items()}), tmp_path / "probe.pt")
+    line = [sys.executable, "-c", LOAD, str(tmp_path / "probe.pt")]
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    differences = [line.split() for line in done.stdout.splitlines()]
+    assert {case for case, _ in differences} == set(CASES)
+    assert len(differences) == 4 * len(CASES)
+    assert max(float(difference) for _, difference in differences) < REL, differences
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_activation_checkpointing_changes_no_gradient(ranks: Callable[[int], Ranks], folders: Any, engine: str) -> None:
+    for case in ("lora", "prompt"):
+        runs = [partial(train_case, steps=3, activation_checkpointing=on) for on in (False, True)]
+        plain, checkpointed = (ranks(2).call(run, folders[case], case, engine, None)[0] for run in runs)
+        assert plain["losses"] == checkpointed["losses"]
+        assert plain["norms"] == checkpointed["norms"]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_in_bf16_only_what_is_trained_is_float32(ranks: Callable[[int], Ranks], folders: Any, references: Any, engine: str) -> None:
+    for case in ("lora", "dora", "freeze", "ptuning"):
+        result = ranks(2).call(partial(train_case, steps=6, precision=Precision.bf16), folders[case], case, engine, None)[0]
+        assert result["losses"] == pytest.approx(references(case)["losses"][:6], rel=1e-2)
+        table = result["report"]
+        assert table["frozen weights"].startswith("bfloat16")
+        assert [table[row][:7] for row in ("storage", "gradient reduction", "optimizer state")] == ["float32"] * 3
+        assert result["still"] == []
+
+
+def save_and_load(world: World, folder: Path, case: str, engine_name: str, checkpoint: Path, saves: bool) -> dict[str, Any]:
+    """Take a step and save, or load; then take one more."""
+    engine: Any = build_engine(config_for(folder, case, engine_name), world, blueprint_for(folder))
+    for number, (ids, labels) in zip(range(2), rows_of_steps(), strict=False):
+        if number == 1:
+            engine.save(checkpoint) if saves else engine.load(checkpoint)
+        elif not saves:
+            continue
+        mine = slice(world.rank, None, world.size)
+        batch = batch_of(ids[mine], labels[mine])
+        engine.backward(-engine.token_logps(batch).sum() / 100, last=True)
+        engine.step(LR)
+    return {name: tensor.numpy() for name, tensor in engine.weights()}
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("case", ["lora_more", "freeze", "pissa", "ptuning"])
+def test_a_checkpoint_holds_what_is_trained_and_continues_exactly(
+    ranks: Callable[[int], Ranks], folders: Any, tmp_path: Path, case: str, engine: str
+) -> None:
+    step = tmp_path / "step"
+    saved = ranks(2).call(save_and_load, folders[case], case, engine, step, True)[0]
+    again = ranks(2).call(save_and_load, folders[case], case, engine, step, False)[0]
+    other = ranks(3).call(save_and_load, folders[case], case, engine, step, False)[0]
+    for name, tensor in saved.items():
+        assert (again[name] == tensor).all(), name
+        torch.testing.assert_close(torch.from_numpy(other[name]), torch.from_numpy(tensor), rtol=1e-5, atol=1e-6)
+    entries = FileSystemReader(step).read_metadata().state_dict_metadata
+    stored = {name.removeprefix("model.") for name in entries if name.startswith("model.")}
+    assert stored == adaptation_of(folders[case], case).trained
+
+
+def test_values_are_those_of_peft_itself(folders: Any) -> None:
+    """Adapters begin with the distribution that peft gives them, as a function of seed and name alone."""
+    from peft import LoraConfig
+
+    adaptation = adaptation_of(folders["lora"], "lora")
+    origin = adaptation.origin
+    first = {name: read_whole(origin, name) for name in sorted(adaptation.trained)}
+    assert all(torch.equal(read_whole(origin, name), first[name]) for name in sorted(adaptation.trained, reverse=True))
+    plain = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folders["lora"]), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    theirs = {name.removeprefix("base_model.model."): p.detach() for name, p in plain.named_parameters() if p.requires_grad}
+    for name, value in first.items():
+        if "lora_B" in name:
+            assert not value.any()
+        else:  # uniform within the same bounds, 1 / sqrt(inputs)
+            bound = value.shape[1] ** -0.5
+            assert value.abs().max() <= bound
+            assert value.std() == pytest.approx(bound / 3**0.5, rel=0.2)
+            assert theirs[name].std() == pytest.approx(float(value.std()), rel=0.3)
+    assert len({value.sum().item() for name, value in first.items() if "lora_A" in name}) == len(first) // 2
+
+
+def test_dora_and_pissa_begin_where_the_base_is(folders: Any) -> None:
+    dora = adaptation_of(folders["dora"], "dora")
+    for name in dora.trained:
+        if "magnitude" in name:
+            base = name.replace("lora_magnitude_vector.default.weight", "base_layer.weight")
+            torch.testing.assert_close(read_whole(dora.origin, name), read_whole(dora.origin, base).norm(dim=1))
+    pissa = adaptation_of(folders["pissa"], "pissa")
+    base = AutoModelForCausalLM.from_pretrained(folders["pissa"], dtype=torch.float32).state_dict()
+    for name in pissa.trained:
+        if "lora_A" in name:
+            path = name.partition(".lora_A")[0]
+            a, b = read_whole(pissa.origin, name), read_whole(pissa.origin, name.replace("lora_A", "lora_B"))
+            whole = read_whole(pissa.origin, f"{path}.base_layer.weight") + 16 / 4 * b @ a
+            torch.testing.assert_close(whole, base[f"{path}.weight"], rtol=1e-4, atol=1e-5)
+
+
+BAD: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("lora", {"targets": ["q_prj"]}, ["`peft.targets` = 'q_prj'", "did you mean q_proj"]),
+    ("lora", {"targets": ["zzz"]}, ["`peft.targets` = 'zzz'", "it has embed_tokens, q_proj"]),
+    ("lora", {"targets": ["norm"]}, ["`peft.targets` = 'norm'"]),
+    ("lora", {"targets": ["lm_head"]}, ["`peft.targets` = 'lm_head'", "ties lm_head.weight and model.embed_tokens.weight"]),
+    ("lora", {"modules_to_save": ["embed_tokens"]}, ["'model.embed_tokens'", "ties"]),
+    ("lora", {"modules_to_save": ["lm_haed"]}, ["`peft.modules_to_save` = 'lm_haed'", "did you mean lm_head"]),
+    ("lora", {"rank": 17}, ["`peft.rank` = 17", "is 16 x 32", "peft.rank=16 or less"]),
+    ("freeze", {"last_blocks": 3}, ["`peft.last_blocks` = 3", "has 2 blocks"]),
+    ("freeze", {"last_blocks": None, "freeze": ["*mpl*"]}, ["`peft.freeze` = '*mpl*'", "matches no parameter"]),
+    ("freeze", {"last_blocks": None, "freeze": ["*"]}, ["freezes every parameter"]),
+]
+
+
+@pytest.mark.parametrize(("case", "more", "words"), BAD, ids=str)
+def test_what_the_model_does_not_have_is_refused_before_a_value_is_read(
+    folders: Any, monkeypatch: pytest.MonkeyPatch, case: str, more: dict[str, Any], words: list[str]
+) -> None:
+    monkeypatch.setattr("trainers.stored.Weights.read", None)
+    monkeypatch.setitem(CASES, case, CASES[case] | more)
+    with pytest.raises(ConfigError) as refused:
+        adaptation_of(folders["lora"], case)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_methods_that_no_engine_carries_are_refused_by_name() -> None:
+    for method in UNAVAILABLE:
+        config = config_for_method(method)
+        with pytest.raises(ConfigError, match=f"`peft.method` = '{method}'"):
+            validate(config)
+
+
+def config_for_method(method: PeftMethod) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300),
+        data=DataConfig(source=DataSource.python_docs),
+        peft=PeftConfig(method=method),
+    )
+
+
+FOREIGN: list[tuple[str, dict[str, Any], str]] = [
+    ("none", {"rank": 4}, "it is for lora, dora"),
+    ("ia3", {"dropout": 0.1}, "`peft.dropout` = 0.1"),
+    ("lora", {"virtual_tokens": 3}, "it is for prompt, prefix, ptuning"),
+    ("lora", {"dropout": 1.0}, "`peft.dropout` = 1.0"),
+    ("lora", {"targets": ["all-linear", "q_proj"]}, "stands for itself"),
+    ("lora", {"init": AdapterInit.vocabulary}, "is no beginning"),
+    ("lora", {"adapter": "/nowhere"}, "no adapter_config.json"),
+    ("freeze", {}, "peft.last_blocks=4"),
+    ("freeze", {"freeze": ["a"], "last_blocks": 1}, "peft.last_blocks"),
+    ("prompt", {}, "data.packing=false"),
+]
+
+
+@pytest.mark.parametrize(("method", "more", "words"), FOREIGN, ids=str)
+def test_settings_of_another_method_are_refused(method: str, more: dict[str, Any], words: str) -> None:
+    config = config_for_method(PeftMethod(method))
+    for name, value in more.items():
+        setattr(config.peft, name, value)
+    with pytest.raises(ConfigError) as refused:
+        validate(config)
+    assert words in str(refused.value)
+
+
+KNOBS: list[tuple[str, dict[str, Any]]] = [
+    ("fsdp_offload", {}),
+    ("fsdp", {"engine.offload_optimizer": Offload.cpu}),
+    ("fsdp", {"engine.replicate": 2}),
+    ("zero3_offload", {}),
+    ("zero3", {"engine.param_persistence_threshold": 0, "engine.sub_group_size": 1000}),
+]
+
+
+@pytest.mark.usefixtures("cpu_adam")
+@pytest.mark.parametrize(("engine", "more"), KNOBS, ids=str)
+def test_knobs_of_an_engine_change_no_figure(
+    ranks: Callable[[int], Ranks], folders: Any, references: Any, engine: str, more: dict[str, Any]
+) -> None:
+    """Offloaded, replicated, and with no parameter kept whole, so that those of ParameterDicts and of neighbours are gathered in time."""
+    for case in ("dora", "ia3", "prefix"):
+        result = ranks(2).call(partial(train_case, steps=5, **more), folders[case], case, engine, None)[0]
+        assert result["losses"] == pytest.approx(references(case)["losses"][:5], rel=REL)
+        assert result["norms"] == pytest.approx(references(case)["norms"][:5], rel=REL)
+
+
+def test_experts_are_left_to_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    monkeypatch.setitem(CASES, "lora_attention", {"method": "lora", "rank": 4, "targets": ATTENTION})
+    sizes = TINY | {"num_hidden_layers": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).save_pretrained(tmp_path / "moe")
+    with pytest.raises(ConfigError, match=r"mlp\.experts as one stack"):
+        adaptation_of(tmp_path / "moe", "lora")
+    with pytest.raises(ConfigError, match="no choice of its own for Qwen3MoeForCausalLM"):
+        adaptation_of(tmp_path / "moe", "ia3")
+    assert adaptation_of(tmp_path / "moe", "lora_attention").trained
