@@ -53,6 +53,7 @@ def test_another_engine_gives_the_same_curve(
     assert "export reopened with plain transformers" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", ["zero3_offload", "fsdp_offload"])
 def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str) -> None:  # noqa: F811

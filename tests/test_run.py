@@ -216,7 +216,11 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], time
     raise AssertionError(f"step {step} was not reached")
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)],
+    ids=lambda how: how.name,
+)
 def test_a_stopped_run_continues_to_the_same_figures(base: Path, chats: Path, cache: Path, tmp_path: Path, how: signal.Signals) -> None:
     more = ["train.steps=60", "checkpoint.every=3", "train.eval_every=20"]
     whole = arguments(base, chats, tmp_path / "whole", *more)
