@@ -76,8 +76,7 @@ def assert_same_curve(run_dir: Path, other: Path) -> None:
     ours, theirs = trace(run_dir), trace(other)
     assert len(ours) == len(theirs)
     for row, reference in zip(ours, theirs, strict=True):
-        assert [value is None for value in row] == [value is None for value in reference]
-        assert [value or 0.0 for value in row] == pytest.approx([value or 0.0 for value in reference], rel=1e-5)
+        assert row == pytest.approx(reference, rel=1e-5)
 
 
 def refused(cache: Path, line: list[str], run_dir: Path, **variables: str) -> str:  # noqa: F811
