@@ -179,18 +179,6 @@ def async_io() -> None:
     subprocess.run(line, check=True, timeout=2000, cwd=ROOT, env=os.environ | {"MAX_JOBS": "2"})
 
 
-def assert_same_tensor(ours: Any, theirs: Any, engine: str) -> None:
-    """Two arrays of runs that must be one: bit for bit under fsdp, to rounding under zero3.
-
-    DeepSpeed gathers parameters together as its prefetching has learned to, and a CPU's matrix product of the same numbers may
-    differ in the last bit with where in memory they stand. AdamW makes a whole step of such a bit where a gradient is nothing else.
-    """
-    if engine.startswith("fsdp"):
-        assert (ours == theirs).all()
-    else:
-        assert (abs(ours - theirs) > 1e-5).mean() < 0.01
-
-
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -56,27 +56,15 @@ def test_another_engine_gives_the_same_curve(
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", ["zero3_offload", "fsdp_offload"])
-def test_a_stopped_run_continues_exactly(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str) -> None:  # noqa: F811
+def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str) -> None:  # noqa: F811
     whole = arguments(base, chats, tmp_path / "whole", f"engine={engine}", "train.steps=10")
     launch(cache, whole)
     parts = arguments(base, chats, tmp_path / "parts", f"engine={engine}", "train.steps=10", "checkpoint.every=2")
     stop_at_step(cache, parts, tmp_path / "parts", 3)
     assert "continuing from" in launch(cache, parts)
-    if engine.startswith("zero3"):
-        assert_same_curve(tmp_path / "parts", tmp_path / "whole")
-        return
     assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
     exports = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("whole", "parts")]
     assert exports[0] == exports[1]
-
-
-def assert_same_curve(run_dir: Path, other: Path) -> None:
-    """To rounding: DeepSpeed gathers parameters together as its prefetching has learned to, and a CPU's matrix product of the same
-    numbers may differ in the last bit with where in memory they stand. Seen once in a few runs, 3e-8 of a loss."""
-    ours, theirs = trace(run_dir), trace(other)
-    assert len(ours) == len(theirs)
-    for row, reference in zip(ours, theirs, strict=True):
-        assert row == pytest.approx(reference, rel=1e-5)
 
 
 def refused(cache: Path, line: list[str], run_dir: Path, **variables: str) -> str:  # noqa: F811
@@ -172,13 +160,13 @@ def test_nvme_gives_the_figures_of_host_memory_and_a_full_disk_is_refused(
     runs = {"zero3_offload": [], "zero3_nvme": [f"engine.nvme_path={tmp_path}/nvme", "checkpoint.every=4"]}
     for engine, more in runs.items():
         launch(cache, arguments(folder, chats, tmp_path / engine, f"engine={engine}", "optim.lr=1e-4", *more))
-    assert_same_curve(tmp_path / "zero3_nvme", tmp_path / "zero3_offload")
+    assert trace(tmp_path / "zero3_nvme") == trace(tmp_path / "zero3_offload")
     assert list((tmp_path / "nvme").iterdir()) == []
     again = arguments(folder, chats, tmp_path / "again", "engine=zero3_nvme", f"engine.nvme_path={tmp_path}/nvme", "optim.lr=1e-4")
     again.append("checkpoint.every=2")
     stop_at_step(cache, again, tmp_path / "again", 3)
     launch(cache, again)
-    assert_same_curve(tmp_path / "again", tmp_path / "zero3_offload")
+    assert trace(tmp_path / "again") == trace(tmp_path / "zero3_offload")
     small = tmp_path / "small"
     small.mkdir()
     if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=False).returncode:
