@@ -225,10 +225,21 @@ class ZeRO3Engine:
                     step = state["optimizer"]["step"]
                     moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
                 self._refresh(number)
+        self._count_to(int(state["optimizer"].get("step", 0)))
         if persistent := self.optimizer.persistent_parameters:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
         self.optimizer.invalidate_secondary_tensor()
+
+    def _count_to(self, step: int) -> None:
+        """Bring DeepSpeed's own AdamW, which multiplies beta ** step on from step to step, to where it was after `step` steps.
+
+        After a gap it would take a power instead, which rounds otherwise: a continued run would differ in the last bit.
+        """
+        adam, nothing = self.optimizer.optimizer, torch.empty(0)
+        for number in range(1, step + 1) if hasattr(adam, "ds_opt_adam") else ():
+            betas, eps = adam.param_groups[0]["betas"], adam.param_groups[0]["eps"]
+            adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, *betas, eps, 0.0, True, nothing, nothing, nothing, nothing)
 
     def _state(self) -> dict[str, Any]:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
