@@ -45,7 +45,9 @@ from trainers.config import (
 from trainers.engines.base import build_engine
 from trainers.model import export
 from trainers.objectives import NextToken
-from trainers.peft import Adaptation, adapt, export_adapter, read_whole
+from trainers.peft.adapt import adapt
+from trainers.peft.base import Adaptation, read_whole
+from trainers.peft.saved import export_adapter
 from trainers.weights import origin_of
 from trainers.world import World
 

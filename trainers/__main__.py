@@ -28,7 +28,8 @@ from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
 from trainers.metrics import console, log_to, log_to_terminal, read_json, set_status, write_json
 from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
-from trainers.peft import FILE, export_adapter, reopen_adapter, require_moved
+from trainers.peft.base import FILE
+from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")

@@ -16,7 +16,7 @@ from trainers import host
 from trainers.batch import Batch
 from trainers.config import ConfigError, EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.model import Blueprint
-from trainers.peft import Adaptation
+from trainers.peft.base import Adaptation
 from trainers.world import World
 
 log = logging.getLogger("fulltune")

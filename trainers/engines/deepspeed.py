@@ -38,7 +38,7 @@ from trainers.engines.base import (
 )
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
-from trainers.peft import adapt
+from trainers.peft.adapt import adapt
 from trainers.weights import Origin, origin_of, require_tied, tied_names
 from trainers.world import World
 

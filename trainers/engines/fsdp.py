@@ -32,7 +32,9 @@ from trainers.engines.base import (
     statement,
 )
 from trainers.model import Blueprint
-from trainers.peft import ENCODER, Adaptation, adapt
+from trainers.peft.adapt import adapt
+from trainers.peft.base import Adaptation
+from trainers.peft.tokens import ENCODER
 from trainers.weights import Origin, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.world import World
 

@@ -1,0 +1,75 @@
+"""What of a model is trained: all of it, a part, or an adapter. `adapt` changes a model on `meta`, before an engine shards it."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from trainers.config import VIRTUAL, ConfigError, PeftConfig, PeftMethod, RunConfig
+from trainers.model import Blueprint
+from trainers.peft.base import Adaptation, near
+from trainers.peft.layers import inject
+from trainers.peft.saved import Continued, require_same_adapter
+from trainers.peft.tokens import prepend_tokens
+from trainers.weights import Origin, tied_names
+
+
+def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: Blueprint, compute: torch.dtype) -> Adaptation:
+    """Apply the run's method to a model on `meta`: what is frozen is stored in the compute type, what is trained in float32.
+
+    Raises ConfigError, before any value is read, for what the model does not have or the method cannot do with it.
+    """
+    method, settings = config.peft.method, config.peft
+    if method is PeftMethod.none or method is PeftMethod.freeze:
+        adaptation = _train_part(model, origin, settings, blueprint)
+    elif blueprint.vocab_on_disk is not None:
+        reason = f"the model grows from {blueprint.vocab_on_disk} rows, and an adapter is loaded onto a base that has not grown"
+        raise ConfigError("peft.method", str(method), reason, "train with tokens that the base has rows for, or peft=none or freeze")
+    else:
+        adaptation = prepend_tokens(model, origin, config) if method in VIRTUAL else inject(model, origin, config)
+    if settings.adapter is not None:
+        require_same_adapter(settings.adapter, adaptation.library_config)
+        adaptation.origin = Continued(adaptation, Path(settings.adapter))
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(compute)
+    return adaptation
+
+
+def _train_part(model: PreTrainedModel, origin: Origin, settings: PeftConfig, blueprint: Blueprint) -> Adaptation:
+    """Train every parameter, or those that are not frozen; the export is a whole model, with frozen tensors as the base has them."""
+    if settings.method is PeftMethod.freeze:
+        frozen = _before_last_blocks(model, settings.last_blocks) if settings.last_blocks else _matching(model, settings.freeze)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("peft.freeze", settings.freeze, "freezes every parameter", "fewer patterns")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tied, parameters = tied_names(model), dict(model.named_parameters())
+    names = {name: name for name in model.state_dict() if name not in tied}
+    live = {name for name in names if name not in parameters or name in trained}
+    return Adaptation(origin=origin, trained=trained, names=names, live=live, dtype=blueprint.saved_dtype)
+
+
+def _matching(model: PreTrainedModel, patterns: list[str]) -> set[str]:
+    """Return the parameters that any pattern matches; raises ConfigError for a pattern without."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ConfigError("peft.freeze", pattern, "matches no parameter of the model", near(pattern, names))
+    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+
+
+def _before_last_blocks(model: PreTrainedModel, count: int) -> set[str]:
+    """Return what stands in front of the last `count` blocks in the model's order; raises ConfigError where it has not so many."""
+    lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists or count > lists[0][1]:
+        reason = f"the model has {lists[0][1] if lists else 'no'} blocks"
+        raise ConfigError("peft.last_blocks", count, reason, f"at most {lists[0][1]}" if lists else "peft.freeze=[PATTERN]")
+    names = [name for name, _ in model.named_parameters()]
+    prefix = f"{lists[0][0]}.{lists[0][1] - count}."
+    return set(names[: next(number for number, name in enumerate(names) if name.startswith(prefix))])

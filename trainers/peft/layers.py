@@ -1,0 +1,282 @@
+"""Adapters beside layers: the peft library says what they are and how they begin, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from trainers.config import AdapterBias, AdapterInit, ConfigError, PeftConfig, PeftMethod, RunConfig
+from trainers.peft.base import ADAPTER, Adaptation, base_name, near, plain_list, seeded
+from trainers.stored import listed
+from trainers.weights import Origin, slices, tied_names
+
+ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
+
+
+def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adaptation:
+    """Put an adapter beside each layer that is aimed at, and freeze the rest."""
+    settings = config.peft
+    _require_modules(model, settings)
+    before: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    library_config = _library_config(settings, model)
+    library_config.base_model_name_or_path = base_name(config)
+    library_config.revision = config.model.revision
+    _put_in(library_config, model)
+    layers = _tuner_layers(model)
+    _require_single(layers)
+    _require_rank(settings, layers)
+    after: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    _require_untied(model, before, after)
+    adapters = Adapters(origin, after, before, layers, library_config, settings, config.seed)
+    adapters.begin_names(tied_names(model))
+    keys = _keys(model, after)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return Adaptation(
+        origin=adapters,
+        trained=trained,
+        names=keys,
+        live=keys,
+        dtype=torch.float32,
+        lr_ratio=settings.lr_ratio,
+        vectors={name for name in trained if after[name].ndim == 1},
+        library_config=adapters.saved_config(),
+        as_saved=adapters.as_saved,
+        expected={key: torch.empty(adapters.saved_shape(name), device="meta") for name, key in keys.items()},
+    )
+
+
+def _library_config(settings: PeftConfig, model: PreTrainedModel) -> Any:
+    import peft
+
+    targets: Any = "all-linear" if settings.targets == ["all-linear"] else settings.targets or None
+    same = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
+    if settings.method is PeftMethod.ia3:
+        return peft.IA3Config(**same, feedforward_modules=_feedforward(settings, model))
+    return peft.LoraConfig(
+        **same,
+        r=settings.rank,
+        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        bias="lora_only" if settings.bias is AdapterBias.adapted else str(settings.bias),  # type: ignore[arg-type]
+        use_rslora=settings.rank_stabilised,
+        use_dora=settings.method is PeftMethod.dora,
+    )
+
+
+def _feedforward(settings: PeftConfig, model: PreTrainedModel) -> list[str] | None:
+    """Return IA3's targets that scale inputs: those that peft knows as feed-forward; None leaves both lists to peft."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING as KNOWN
+
+    known = KNOWN.get(model.config.model_type, ["down_proj", "fc2", "wo"])
+    if not settings.targets:
+        return None
+    names = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)] if "all-linear" in settings.targets else []
+    aimed = [*settings.targets, *names]
+    return [name for name in aimed if any(_ends(name, suffix) for suffix in known)]
+
+
+def _put_in(library_config: Any, model: nn.Module, empty: bool = True) -> None:
+    """Let peft put its layers into a model; raises ConfigError for what it refuses."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of base types and tied weights, which are checked here
+        try:
+            peft.inject_adapter_in_model(library_config, model, ADAPTER, low_cpu_mem_usage=empty)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            reason, remedy = " ".join(str(error).split()), ""
+            if not library_config.target_modules:
+                reason, remedy = f"peft has no choice of its own for {type(model).__name__}", "peft.targets=[NAME,...] or [all-linear]"
+            raise ConfigError("peft.targets", plain_list(library_config.target_modules or []), reason, remedy) from error
+
+
+def _tuner_layers(model: nn.Module) -> dict[str, Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _keys(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the tensors that peft saves by their names in the model, with the names it gives them."""
+    import peft
+
+    saved = peft.get_peft_model_state_dict(model, dict(state), ADAPTER, save_embedding_layers=False)
+    names = {id(tensor): name for name, tensor in state.items()}
+    return {names[id(tensor)]: f"base_model.model.{key}" for key, tensor in saved.items()}
+
+
+def _ends(path: str, name: str) -> bool:
+    """Tell whether a name means the module at a path, as peft matches them."""
+    return path == name or path.endswith(f".{name}")
+
+
+def _require_modules(model: PreTrainedModel, settings: PeftConfig) -> None:
+    """Raise ConfigError for a name that no module has, with those that are near."""
+    modules = dict(model.named_modules())
+    adaptable = [path for path, module in modules.items() if isinstance(module, ADAPTABLE)]
+    weighty = [path for path, module in modules.items() if path and next(module.parameters(), None) is not None]
+    wanted = [("targets", name, adaptable, "layer") for name in settings.targets if name != "all-linear"]
+    wanted += [("modules_to_save", name, weighty, "module with weights") for name in settings.modules_to_save]
+    for where, name, paths, what in wanted:
+        if not any(_ends(path, name) for path in paths):
+            leaves = [path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()]
+            remedy = near(name, leaves) or f"it has {listed(list(dict.fromkeys(leaves)), 12)}"
+            raise ConfigError(f"peft.{where}", name, f"{type(model).__name__} has no {what} of this name", remedy)
+
+
+def _require_single(layers: Mapping[str, Any]) -> None:
+    """Raise ConfigError where peft would adapt a stack of matrices as one, such as all experts of a block."""
+    for path, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), ADAPTABLE):
+            reason = f"peft adapts the matrices of {path} as one stack, which is not sharded here yet"
+            raise ConfigError("peft.targets", path, reason, "the attention's layers: peft.targets=[q_proj,k_proj,v_proj,o_proj]")
+
+
+def _require_rank(settings: PeftConfig, layers: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a matrix has fewer rows or columns than LoRA's rank."""
+    for path, layer in layers.items() if settings.method is not PeftMethod.ia3 else ():
+        smaller = min(layer.in_features, layer.out_features)
+        if settings.rank > smaller:
+            reason = f"{path} is {layer.out_features} x {layer.in_features}, so that no larger rank can be told from {smaller}"
+            raise ConfigError("peft.rank", settings.rank, reason, f"peft.rank={smaller} or less, or leave it out of peft.targets")
+
+
+def _require_untied(model: PreTrainedModel, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Raise ConfigError where an adapter stands on one of two tied tensors: the base's file would not hold the pair any more."""
+    for alias, name in tied_names(model).items():
+        for tied in (alias, name):
+            if after.get(tied) is not before[tied]:
+                reason = f"the model ties {alias} and {name}: trained apart, they would not be one any more"
+                raise ConfigError("peft.targets", tied.rpartition(".")[0], reason, "leave it out of peft.targets and peft.modules_to_save")
+
+
+class Adapters:
+    """The Origin of a base with adapters: values that peft itself makes, layer by layer, as a function of (seed, layer's name).
+
+    Initialisations that look at the base (PiSSA, DoRA) read one layer's weight whole, one layer at a time, on every rank.
+    """
+
+    def __init__(
+        self,
+        origin: Origin,
+        state: Mapping[str, Tensor],
+        base: Mapping[str, Tensor],
+        layers: Mapping[str, Any],
+        library_config: Any,
+        settings: PeftConfig,
+        seed: int,
+    ) -> None:
+        """Take the tensors of the model on `meta` with and without adapters, and the layers that peft made."""
+        self.origin, self.library_config, self.settings, self.seed = origin, library_config, settings, seed
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self.bases = {path: copy.deepcopy(layer.get_base_layer()) for path, layer in layers.items()}
+        self.inward = {path for path, layer in layers.items() if getattr(layer, "is_feedforward", False)}
+        self.is_pissa = settings.init is AdapterInit.pissa
+        self.held: tuple[str | None, dict[str, Tensor]] = (None, {})
+        self.sources = _sources(state, base)
+        self.made = {name: path for path in layers for name in state if name.startswith(f"{path}.") and name not in self.sources}
+        if self.is_pissa:
+            self.made |= {f"{path}.base_layer.weight": path for path in layers}
+        self.order: list[str] = []
+
+    def begin_names(self, tied: Collection[str]) -> None:
+        """Put names into the base's order, an adapter's behind the weight of its layer; names that are others' aliases are left out."""
+        place = {name: number for number, name in enumerate(self.origin.names())}
+        of_layer = {path: place[self.sources[f"{path}.base_layer.weight"]] for path in self.bases}
+        places = {name: of_layer[self.made[name]] if name in self.made else place.get(self.sources[name]) for name in self.shapes}
+        kept = [(number, name) for name, number in places.items() if number is not None and name not in tied]
+        self.order = [name for _, name in sorted(kept, key=lambda item: item[0])]
+
+    def names(self) -> list[str]:
+        """Return the base's order, an adapter behind its layer's weight."""
+        return self.order
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return self.shapes[name]
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return a block of the base as it is, or of what is made for a layer, which is held until the next one's."""
+        if name not in self.made:
+            return self.origin.read(self.sources[name], offset, shape)
+        return self._layer(self.made[name])[name][slices(offset, shape)]
+
+    def is_exact_in(self, dtype: torch.dtype) -> bool:
+        """Adapters are float32."""
+        return dtype == torch.float32 and self.origin.is_exact_in(dtype)
+
+    def _layer(self, path: str) -> dict[str, Tensor]:
+        if path != self.held[0]:
+            self.held = (None, {})
+            self.held = (path, self._make(path))
+        return self.held[1]
+
+    def _make(self, path: str) -> dict[str, Tensor]:
+        """Let peft adapt this one layer alone, and return what it made by the model's names."""
+        base = copy.deepcopy(self.bases[path])
+        for name, parameter in base.named_parameters():
+            whole = name == "weight" and (self.is_pissa or self.settings.method is PeftMethod.dora)
+            base_name = self.sources[f"{path}.base_layer.{name}"]
+            value = self._whole(base_name, parameter.shape).float() if whole else torch.zeros(()).expand(parameter.shape)
+            setattr(base, name, nn.Parameter(value, requires_grad=False))
+        alone = nn.Module()
+        alone.add_module("layer", base)
+        with seeded(self.seed, path):
+            _put_in(self._config_of_one(path), alone, empty=False)
+        state = {f"{path}{name.removeprefix('layer')}": tensor for name, tensor in alone.state_dict().items()}
+        return {name: tensor for name, tensor in state.items() if self.made.get(name) == path}
+
+    def _whole(self, name: str, shape: Sequence[int]) -> Tensor:
+        return self.origin.read(name, (0,) * len(shape), tuple(shape))
+
+    def _config_of_one(self, path: str) -> Any:
+        config = copy.deepcopy(self.library_config)
+        config.target_modules, config.modules_to_save, config.bias = {"layer"}, None, "none"
+        if self.settings.method is PeftMethod.ia3:
+            config.feedforward_modules = {"layer"} if path in self.inward else set()
+        elif self.settings.init is not AdapterInit.default:
+            config.init_lora_weights = str(self.settings.init)
+        return config
+
+    def as_saved(self, name: str, whole: Tensor) -> Tensor:
+        """Return an exported tensor. PiSSA changed the base, so that B A - B0 A0 is saved: LoRA of twice the rank on the base as it was.
+
+        The conversion of peft's save_pretrained (`path_initial_model_for_weight_conversion`); A0 and B0 are made again.
+        """
+        if not self.is_pissa or name not in self.made:
+            return whole
+        first = self._layer(self.made[name])[name].to(whole.device)
+        return torch.cat([whole, first]) if ".lora_A." in name else torch.cat([whole, -first], dim=1)
+
+    def saved_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an exported tensor."""
+        shape = self.shapes[name]
+        if not self.is_pissa or name not in self.made:
+            return shape
+        return (2 * shape[0], *shape[1:]) if ".lora_A." in name else (shape[0], 2 * shape[1])
+
+    def saved_config(self) -> Any:
+        """Return peft's config of the export, which says how it is loaded and not how it began."""
+        config = copy.deepcopy(self.library_config)
+        config.inference_mode = True
+        config.target_modules = plain_list(config.target_modules)
+        if self.is_pissa:  # the scale, alpha / rank or alpha / sqrt(rank), stays what it was
+            config.r = 2 * config.r
+            config.lora_alpha *= math.sqrt(2) if self.settings.rank_stabilised else 2
+        return config
+
+
+def _sources(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the base's name of each tensor that is the base's own, or a trained copy of it (`modules_to_save`)."""
+    names = {id(tensor): name for name, tensor in base.items()}
+    found = {name: name if base.get(name) is tensor else names[id(tensor)] for name, tensor in state.items() if id(tensor) in names}
+    copied = {name: name.replace(f".modules_to_save.{ADAPTER}.", ".") for name in state.keys() - found.keys()}
+    return found | {name: source for name, source in copied.items() if source != name and source in base}
