@@ -84,8 +84,8 @@ class Ranks:
             ok, value = pipe.recv()
             results.append(value if ok else RuntimeError(value))
         failed = [value for value in results if isinstance(value, RuntimeError)]
-        if failed:
-            raise failed[0]
+        if failed:  # a rank that waited in vain for another comes last
+            raise min(failed, key=lambda error: "Timed out" in str(error))
         return results
 
     def close(self) -> None:

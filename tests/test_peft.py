@@ -38,6 +38,7 @@ from trainers.config import (
     PeftConfig,
     PeftMethod,
     Precision,
+    Quantisation,
     RunConfig,
     TrainConfig,
     validate,
@@ -72,12 +73,14 @@ CASES: dict[str, dict[str, Any]] = {
     "loraplus": {"method": "lora", "rank": 4, "targets": ["all-linear"], "lr_ratio": 4.0},
     "ia3": {"method": "ia3"},
     "pissa": {"method": "lora", "rank": 4, "targets": ["all-linear"], "init": "pissa"},
+    "qlora": {"method": "lora", "rank": 4, "targets": ATTENTION, "quantise": "nf4", "modules_to_save": ["lm_head"]},
+    "loftq": {"method": "lora", "rank": 4, "targets": ["all-linear"], "quantise": "nf4", "init": "loftq"},
     "prompt": {"method": "prompt", "virtual_tokens": 5, "init": "vocabulary"},
     "prefix": {"method": "prefix", "virtual_tokens": 5, "encoder_size": 8},
     "ptuning": {"method": "ptuning", "virtual_tokens": 5},
 }
-KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit}
-UNTIED = ("lora_more", "lora_bias", "lora_ends", "freeze", "freeze_pattern")
+KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit, "quantise": Quantisation}
+UNTIED = ("lora_more", "qlora", "lora_bias", "lora_ends", "freeze", "freeze_pattern")
 
 
 def settings(case: str) -> PeftConfig:
@@ -218,9 +221,20 @@ def train_cases(world: World, folders: dict[str, Path], cases: list[str], engine
     return {case: train_case(world, folders[case], case, engine, out and out / f"{engine}-{case}") for case in cases}
 
 
+def plain_base(folder: Path, case: str) -> Any:
+    """The base in plain transformers, its linear layers rounded by torchao where the case is of 4 bits."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in base.named_modules() if "quantise" in CASES[case] else ():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.weight.data = to_nf4(module.weight.data, 64, module.weight.numel() // 64).get_original_weight()
+    return base
+
+
 def plain_model(folder: Path, case: str) -> Any:
     """What a user of plain peft builds, started at our initial values."""
-    base, adaptation = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), adaptation_of(folder, case)
+    base, adaptation = plain_base(folder, case), adaptation_of(folder, case)
     if adaptation.library_config is None:
         for name, p in base.named_parameters():
             p.requires_grad_(name in adaptation.trained)
@@ -335,7 +349,9 @@ for folder in sorted(Path(out).iterdir()):
     if (folder / "adapter_config.json").exists():
         base = AutoModelForCausalLM.from_pretrained(bases[case], dtype=torch.float32)
         model = peft.PeftModel.from_pretrained(base, folder)
-        again = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # finds its base by itself
+        again = model  # an adapter finds its base by itself, which for those of 4 bits is not the one that they were trained on
+        if "q" not in case:
+            again = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:
         model = again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for opened in (model, again):
@@ -351,7 +367,11 @@ for folder in sorted(Path(out).iterdir()):
 def test_plain_peft_loads_every_export(folders: Any, exports: Path, tmp_path: Path) -> None:
     """After the runs above. A clean process, every warning an error: no missing or unexpected key, equal logits."""
     ids, labels = (column[:1] for column in next(rows_of_steps()))
-    torch.save((ids, labels, str(exports), {case: str(folder) for case, folder in folders.items()}), tmp_path / "probe.pt")
+    bases = {case: str(folder) for case, folder in folders.items()}
+    for case in ("qlora", "loftq"):
+        bases[case] = str(tmp_path / case)
+        plain_base(folders[case], case).save_pretrained(bases[case])
+    torch.save((ids, labels, str(exports), bases), tmp_path / "probe.pt")
     line = [sys.executable, "-c", LOAD, str(tmp_path / "probe.pt")]
     done = subprocess.run(
         line, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -365,7 +385,7 @@ def test_plain_peft_loads_every_export(folders: Any, exports: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_activation_checkpointing_changes_no_gradient(ranks: Callable[[int], Ranks], folders: Any, engine: str) -> None:
-    for case in ("lora", "prompt"):
+    for case in ("lora", "qlora", "prompt"):
         runs = [partial(train_case, steps=3, activation_checkpointing=on) for on in (False, True)]
         plain, checkpointed = (ranks(2).call(run, folders[case], case, engine, None)[0] for run in runs)
         assert plain["losses"] == checkpointed["losses"]

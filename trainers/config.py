@@ -80,8 +80,6 @@ class PeftMethod(StrEnum):
     ptuning = "ptuning"
     adalora = "adalora"
     houlsby = "houlsby"
-    qlora = "qlora"
-    loftq = "loftq"
 
 
 class AdapterBias(StrEnum):
@@ -93,12 +91,20 @@ class AdapterBias(StrEnum):
 
 
 class AdapterInit(StrEnum):
-    """Where adapters begin: peft's own default, LoRA's matrices from a Gaussian, PiSSA's from the base, a prompt from words."""
+    """Where adapters begin: peft's own default, a Gaussian, the base (PiSSA), what 4 bits have lost of it (LoftQ), a prompt from words."""
 
     default = "default"
     gaussian = "gaussian"
     pissa = "pissa"
+    loftq = "loftq"
     vocabulary = "vocabulary"
+
+
+class Quantisation(StrEnum):
+    """How a frozen base is stored: in the compute type, or its linear layers in NormalFloat of 4 bits with double quantisation."""
+
+    none = "none"
+    nf4 = "nf4"
 
 
 class EngineName(StrEnum):
@@ -237,7 +243,9 @@ class PeftConfig:
     rank_stabilised: bool = False
     """lora, dora: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast (arXiv 2312.03732)."""
     init: AdapterInit = AdapterInit.default
-    """lora: `gaussian`, or `pissa` from the base's largest singular values; prompt: `vocabulary` begins at rows of the embedding."""
+    """lora: `gaussian`, `pissa` (the base's largest singular values), `loftq` (what nf4 loses); prompt: `vocabulary` (embedding rows)."""
+    quantise: Quantisation = Quantisation.none
+    """lora: `nf4` stores the frozen linear layers, but for the head, in 0.52 bytes a parameter (QLoRA, arXiv 2305.14314)."""
     adapter: str | None = None
     """lora, dora, ia3, prompt, prefix: a PEFT adapter directory to begin with, such as another run's export, instead of `init`."""
     lr_ratio: float = 1.0
@@ -615,7 +623,7 @@ LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_
 PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.none: (),
     PeftMethod.freeze: ("freeze", "last_blocks"),
-    PeftMethod.lora: (*LORA, "init"),
+    PeftMethod.lora: (*LORA, "init", "quantise"),
     PeftMethod.dora: LORA,
     PeftMethod.ia3: ("targets", "modules_to_save", "adapter"),
     PeftMethod.prompt: ("virtual_tokens", "init", "adapter"),
@@ -624,14 +632,12 @@ PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
 }
 VIRTUAL = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
 INITS = {
-    PeftMethod.lora: (AdapterInit.default, AdapterInit.gaussian, AdapterInit.pissa),
+    PeftMethod.lora: (AdapterInit.default, AdapterInit.gaussian, AdapterInit.pissa, AdapterInit.loftq),
     PeftMethod.prompt: (AdapterInit.default, AdapterInit.vocabulary),
 }
 UNAVAILABLE = {
     PeftMethod.adalora: "its ranks are dealt out anew from whole gradients after each step, which no engine here keeps",
     PeftMethod.houlsby: "the peft library has no bottleneck adapters, so that nothing could load the export",
-    PeftMethod.qlora: "no engine here shards a base of 4 bits yet",
-    PeftMethod.loftq: "no engine here shards a base of 4 bits yet",
 }
 
 
@@ -640,6 +646,9 @@ def _validate_peft(config: RunConfig) -> None:
     peft, defaults = config.peft, PeftConfig()
     if peft.method in UNAVAILABLE:
         raise ConfigError("peft.method", str(peft.method), UNAVAILABLE[peft.method], "peft=lora, which trains as few parameters")
+    if peft.quantise is not Quantisation.none and peft.method in (PeftMethod.none, PeftMethod.freeze):
+        reason = f"peft.method={peft.method} trains weights of the model itself, and 4 bits cannot hold a small step"
+        raise ConfigError("peft.quantise", str(peft.quantise), reason, "peft=qlora, which trains adapters beside them")
     for item in dataclasses.fields(PeftConfig):
         value = getattr(peft, item.name)
         if item.name != "method" and value != getattr(defaults, item.name) and item.name not in PEFT_FIELDS[peft.method]:
@@ -656,6 +665,11 @@ def _validate_peft(config: RunConfig) -> None:
         raise ConfigError("peft.targets", peft.targets, "all-linear stands for itself", "peft.targets=[all-linear]")
     if peft.init not in INITS.get(peft.method, (AdapterInit.default,)):
         raise ConfigError("peft.init", str(peft.init), f"is no beginning for peft.method={peft.method}", "peft.init=default")
+    if peft.init is AdapterInit.loftq and peft.quantise is Quantisation.none:
+        raise ConfigError("peft.init", "loftq", "begins at what quantising loses, and the base is not quantised", "peft=loftq")
+    if peft.init is AdapterInit.pissa and peft.quantise is not Quantisation.none:
+        reason = "PiSSA changes the base before it is quantised: its export would belong to no base that exists"
+        raise ConfigError("peft.init", "pissa", reason, "peft=loftq, which begins near the same values")
     if peft.method is PeftMethod.freeze and bool(peft.freeze) == (peft.last_blocks is not None):
         raise ConfigError("peft.freeze", peft.freeze, "name patterns, or a number of blocks in peft.last_blocks", "peft.last_blocks=4")
     if peft.adapter is not None and not (Path(peft.adapter) / "adapter_config.json").is_file():

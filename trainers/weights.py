@@ -236,6 +236,18 @@ def slices(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
+def read_elements(origin: Origin, name: str, shape: tuple[int, ...], start: int, end: int) -> Tensor:
+    """Return elements start to end of the flattened tensor, reading only the rows they stand in."""
+    if start >= end:
+        return torch.empty(0)
+    if not shape:
+        return origin.read(name, (), ()).reshape(1)
+    row = max(1, torch.Size(shape[1:]).numel())
+    first, last = start // row, -(-end // row)
+    rows = origin.read(name, (first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
+    return rows.reshape(-1)[start - first * row : end - first * row]
+
+
 def _stack(rows: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
     """Return rows as one tensor, holding one of them at a time beside it."""
     block = torch.empty(0)

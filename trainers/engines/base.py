@@ -172,12 +172,23 @@ def counted(total: int, trained: int) -> str:
     return f"{total:,}, " + ("all trained" if trained == total else f"{trained:,} trained ({trained / total:.3%})")
 
 
-def frozen_statement(frozen: Iterable[Tensor], compute: torch.dtype, num_bytes: int, where: str) -> str:
-    """Say type, bytes a rank and place of frozen weights; raises RuntimeError if one is of another type, or has a gradient."""
+def frozen_statement(frozen: Iterable[tuple[Tensor, Tensor]], compute: torch.dtype, where: str) -> str:
+    """Say types, bytes a rank and place of frozen weights, each given with this rank's part of it.
+
+    Raises RuntimeError if one has another type, or a gradient.
+    """
     frozen = list(frozen)
-    if any(tensor.grad is not None for tensor in frozen):
+    if any(tensor.grad is not None for tensor, _ in frozen):
         raise RuntimeError("a frozen weight has a gradient")
-    return statement("frozen weights", frozen, compute, num_bytes, where) if frozen else "none"
+    packed = [part for _, part in frozen if part.dtype is torch.uint8]
+    rest = [part for _, part in frozen if part.dtype is not torch.uint8]
+    parts = [f"nf4, {_mib(packed)}" + (f" {where}" if where else "")] if packed else []
+    parts += [statement("frozen weights", rest, compute, sum(tensor.nbytes for tensor in rest), where)] if rest else []
+    return "; ".join(parts) or "none"
+
+
+def _mib(tensors: Iterable[Tensor]) -> str:
+    return f"{sum(tensor.nbytes for tensor in tensors) / 2**20:,.1f} MiB a rank"
 
 
 def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes: int, where: str) -> str:

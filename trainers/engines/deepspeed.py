@@ -39,7 +39,7 @@ from trainers.engines.base import (
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
 from trainers.peft.adapt import adapt
-from trainers.weights import Origin, origin_of, require_tied, tied_names
+from trainers.weights import Origin, origin_of, read_elements, require_tied, tied_names
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -98,7 +98,7 @@ class ZeRO3Engine:
         init = Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(self.settings))  # `dtype` would be ignored on some machines
         made: dict[str, Any] = {}
         for name, meta in list(self.model.named_parameters()):
-            whole = _untouched(meta.shape, self.compute, self.world.device)
+            whole = _untouched(meta.shape, self.compute if meta.is_floating_point() else meta.dtype, self.world.device)
             start, end = part_of(meta.numel(), self.world)
             whole.view(-1)[start:end].copy_(read_elements(origin, name, tuple(meta.shape), start, end))
             made[name] = nn.Parameter(whole, requires_grad=meta.requires_grad)
@@ -278,15 +278,16 @@ class ZeRO3Engine:
         """Return the shapes of the whole model's tensors."""
         tied = tied_names(self.model)
         state = self.model.state_dict(keep_vars=True)
-        return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied}
+        shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied}
+        return shapes | self.adaptation.packed
 
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         optimizer, engine, compute = self.optimizer, self.config.engine, self.compute
         everything = list(self.parameters.values())
         parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
-        total, trained = sum(p.ds_numel for p in everything), sum(p.ds_numel for p in parameters)
-        local, cold = (sum(p.partition_numel() for p in some) for some in (parameters, frozen))
+        total = sum(self.adaptation.numel(name, p.ds_numel) for name, p in self.parameters.items())
+        trained, local = sum(p.ds_numel for p in parameters), sum(p.partition_numel() for p in parameters)
         partitions = [p.ds_tensor for p in parameters]
         moments = [state[kind] for state in optimizer.optimizer.state.values() for kind in MOMENTS]
         masters = optimizer.fp32_partitioned_groups_flat
@@ -301,7 +302,7 @@ class ZeRO3Engine:
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
             "gradient reduction": statement("gradients", gradients, torch.float32, kept, host),
             "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
-            "frozen weights": frozen_statement((p.ds_tensor for p in frozen), compute, cold * compute.itemsize, away),
+            "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
@@ -365,18 +366,6 @@ def part_of(numel: int, world: World) -> tuple[int, int]:
     """Return where this rank's elements of a tensor begin and end: ceil(numel / ranks) each, the last ones fewer or none."""
     share = -(-numel // world.size)
     return min(numel, world.rank * share), min(numel, (world.rank + 1) * share)
-
-
-def read_elements(origin: Origin, name: str, shape: tuple[int, ...], start: int, end: int) -> Tensor:
-    """Return elements start to end of the flattened tensor, reading only the rows they stand in."""
-    if start >= end:
-        return torch.empty(0)
-    if not shape:
-        return origin.read(name, (), ()).reshape(1)
-    row = max(1, torch.Size(shape[1:]).numel())
-    first, last = start // row, -(-end // row)
-    rows = origin.read(name, (first, *(0 for _ in shape[1:])), (last - first, *shape[1:]))
-    return rows.reshape(-1)[start - first * row : end - first * row]
 
 
 def _untouched(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -168,15 +168,16 @@ class FSDPEngine:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the whole model's tensors."""
         tied = tied_names(self.model)
-        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in tied}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in tied}
+        return shapes | self.adaptation.packed
 
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         everything = list(self.model.parameters())
         parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
         moments = [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
-        total, trained = sum(p.numel() for p in everything), sum(p.numel() for p in parameters)
-        local, cold = local_bytes(parameters), local_bytes(frozen)
+        total = sum(self.adaptation.numel(name, p.numel()) for name, p in self.model.named_parameters())
+        trained, local = sum(p.numel() for p in parameters), local_bytes(parameters)
         if local_bytes(moments) not in (0, 2 * local):
             raise RuntimeError(f"the optimizer state takes {local_bytes(moments):,} bytes, and the trained parameters {local:,}")
         policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
@@ -186,12 +187,12 @@ class FSDPEngine:
         kept, until = (4 * trained, "whole until the last microbatch") if self.keeps_whole_gradients else (local, home)
         state = statement("optimizer state", moments, torch.float32, 2 * local, HOST if self.visits else home)
         return {
-            "parameters": f"{counted(total, trained)}, in {self._layout(total)}",
+            "parameters": f"{counted(total, trained)}, in {self._layout()}",
             "storage": statement("master weights", parameters, torch.float32, local, home),
             "compute": in_short(self.compute),
             "gradient reduction": statement("gradients", [], torch.float32, kept, until),
             "optimizer state": state if moments else "none (SGD)",
-            "frozen weights": frozen_statement(frozen, self.compute, cold, home),
+            "frozen weights": frozen_statement(((p, _local_block(p)[0]) for p in frozen), self.compute, home),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
@@ -199,9 +200,10 @@ class FSDPEngine:
     def close(self) -> None:
         """Do nothing: all that is left behind is in the run directory."""
 
-    def _layout(self, total: int) -> str:
+    def _layout(self) -> str:
         """Say how the model is cut: groups, the largest one's share, ranks, and copies where there are several."""
-        groups, copies = [sum(p.numel() for p in block.parameters()) for block in self.blocks], self.config.engine.replicate
+        groups, copies = [sum(p.nbytes for p in block.parameters()) for block in self.blocks], self.config.engine.replicate
+        total = sum(p.nbytes for p in self.model.parameters())
         largest = max(*groups, total - sum(groups)) / total
         words = f"{len(groups) + 1} groups, the largest {largest:.0%} of all, over {self.world.size // copies} ranks"
         return words + (f", in {copies} copies" if copies > 1 else "")

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainers.config import VIRTUAL, ConfigError, PeftConfig, PeftMethod, RunConfig
+from trainers.config import VIRTUAL, ConfigError, PeftConfig, PeftMethod, Quantisation, RunConfig
 from trainers.model import Blueprint
 from trainers.peft.base import Adaptation, near
 from trainers.peft.layers import inject
+from trainers.peft.nf4 import pack_base
 from trainers.peft.saved import Continued, require_same_adapter
 from trainers.peft.tokens import prepend_tokens
 from trainers.weights import Origin, tied_names
@@ -31,6 +32,8 @@ def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: 
         raise ConfigError("peft.method", str(method), reason, "train with tokens that the base has rows for, or peft=none or freeze")
     else:
         adaptation = prepend_tokens(model, origin, config) if method in VIRTUAL else inject(model, origin, config)
+    if settings.quantise is Quantisation.nf4:
+        pack_base(model, adaptation)
     if settings.adapter is not None:
         require_same_adapter(settings.adapter, adaptation.library_config)
         adaptation.origin = Continued(adaptation, Path(settings.adapter))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class Adaptation:
     """peft's own config; None where the export is a whole model."""
     expected: dict[str, Tensor] = field(default_factory=dict)
     """An adapter's tensors on `meta`, as they are saved."""
+    packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of the frozen matrices that are stored in 4 bits, by name."""
     as_saved: Callable[[str, Tensor], Tensor] | None = None
     """Makes an exported tensor of a live one, where they differ."""
     made_of_all: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
@@ -50,6 +53,10 @@ class Adaptation:
     def lr_scale(self, name: str) -> float:
         """Return a parameter's learning rate over the run's, divided as peft's create_loraplus_optimizer does."""
         return self.lr_ratio if "lora_B" in name or name in self.vectors else 1.0
+
+    def numel(self, name: str, stored: int) -> int:
+        """Return how many parameters a tensor stands for, of which `stored` elements are kept."""
+        return math.prod(self.packed[name]) if name in self.packed else stored
 
     def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the export's tensors whole, one at a time, on the CPU; collective where `gather` is, which returns a live one."""

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from trainers.config import AdapterBias, AdapterInit, ConfigError, PeftConfig, PeftMethod, RunConfig
 from trainers.peft.base import ADAPTER, Adaptation, base_name, near, plain_list, seeded
+from trainers.peft.nf4 import round_trip
 from trainers.stored import listed
 from trainers.weights import Origin, slices, tied_names
 
@@ -180,6 +181,7 @@ class Adapters:
         self.bases = {path: copy.deepcopy(layer.get_base_layer()) for path, layer in layers.items()}
         self.inward = {path for path, layer in layers.items() if getattr(layer, "is_feedforward", False)}
         self.is_pissa = settings.init is AdapterInit.pissa
+        self.looks_at_base = settings.init in (AdapterInit.pissa, AdapterInit.loftq)
         self.held: tuple[str | None, dict[str, Tensor]] = (None, {})
         self.sources = _sources(state, base)
         self.made = {name: path for path in layers for name in state if name.startswith(f"{path}.") and name not in self.sources}
@@ -223,7 +225,7 @@ class Adapters:
         """Let peft adapt this one layer alone, and return what it made by the model's names."""
         base = copy.deepcopy(self.bases[path])
         for name, parameter in base.named_parameters():
-            whole = name == "weight" and (self.is_pissa or self.settings.method is PeftMethod.dora)
+            whole = name == "weight" and (self.looks_at_base or self.settings.method is PeftMethod.dora)
             base_name = self.sources[f"{path}.base_layer.{name}"]
             value = self._whole(base_name, parameter.shape).float() if whole else torch.zeros(()).expand(parameter.shape)
             setattr(base, name, nn.Parameter(value, requires_grad=False))
@@ -231,6 +233,8 @@ class Adapters:
         alone.add_module("layer", base)
         with seeded(self.seed, path):
             _put_in(self._config_of_one(path), alone, empty=False)
+            if self.settings.init is AdapterInit.loftq:
+                _begin_at_loss(alone.get_submodule("layer"))
         state = {f"{path}{name.removeprefix('layer')}": tensor for name, tensor in alone.state_dict().items()}
         return {name: tensor for name, tensor in state.items() if self.made.get(name) == path}
 
@@ -242,7 +246,7 @@ class Adapters:
         config.target_modules, config.modules_to_save, config.bias = {"layer"}, None, "none"
         if self.settings.method is PeftMethod.ia3:
             config.feedforward_modules = {"layer"} if path in self.inward else set()
-        elif self.settings.init is not AdapterInit.default:
+        elif self.settings.init not in (AdapterInit.default, AdapterInit.loftq):
             config.init_lora_weights = str(self.settings.init)
         return config
 
@@ -272,6 +276,20 @@ class Adapters:
             config.r = 2 * config.r
             config.lora_alpha *= math.sqrt(2) if self.settings.rank_stabilised else 2
         return config
+
+
+def _begin_at_loss(layer: Any) -> None:
+    """Let LoRA stand for what NF4 loses of its layer, as far as its rank goes.
+
+    LoftQ (arXiv 2310.08659, algorithm 1) with one alternation, peft's default: the base stays NF4 of what it was, so that the
+    adapter belongs to it. The singular values are divided by LoRA's scale, which LoftQ leaves out.
+    """
+    weight = layer.get_base_layer().weight
+    lost = (weight - round_trip(weight)) / layer.scaling[ADAPTER]
+    left, values, right = torch.linalg.svd(lost, full_matrices=False)
+    rank, roots = layer.r[ADAPTER], values.sqrt()
+    layer.lora_B[ADAPTER].weight.copy_(left[:, :rank] * roots[:rank])
+    layer.lora_A[ADAPTER].weight.copy_(roots[:rank, None] * right[:rank])
 
 
 def _sources(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,0 +1,118 @@
+"""A base in 4 bits: the bytes are torchao's, every rank holds its own, and what is gathered is the whole, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ranks, save_tiny
+from test_peft import blueprint_for, config_for, locals_of
+from transformers import AutoModelForCausalLM
+
+from trainers.config import AdapterInit, ConfigError, PeftConfig, PeftMethod, Precision, Quantisation, validate
+from trainers.engines.base import build_engine
+from trainers.peft.nf4 import BLOCK, blocks_of, dequantise, packed_shape, quantise, round_trip
+from trainers.world import World
+
+
+def by_torchao(values: torch.Tensor, group: int) -> torch.Tensor:
+    """Values (flat, a multiple of group x 64) rounded by torchao, which takes one mean of all that it is given: group by group."""
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+
+    return torch.cat([to_nf4(part, BLOCK, group).get_original_weight() for part in values.split(group * BLOCK)])
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 172), (512, 1024), (3, 64)])
+def test_values_are_torchaos(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.02
+    group = blocks_of(weight.numel())
+    expected = by_torchao(weight.flatten(), group).view(shape)
+    assert torch.equal(round_trip(weight), expected)
+    assert (weight - expected).pow(2).mean().sqrt() < 0.1 * weight.std()
+
+
+@pytest.mark.parametrize("shape", [(33, 7), (130, 130), (1, 1), (129, 256)])
+def test_any_shape_comes_back(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    back = round_trip(weight)
+    assert back.shape == weight.shape
+    assert (back - weight).abs().max() < 0.2 * weight.abs().max()
+
+
+def test_zeros_and_equal_values_are_exact() -> None:
+    for value in (0.0, -3.0):
+        assert torch.equal(round_trip(torch.full((64, 64), value)), torch.full((64, 64), value))
+    part = torch.zeros(2, 64)
+    part[1] = 1.0
+    assert torch.equal(round_trip(part)[0], part[0])
+
+
+def test_rows_of_bytes_do_not_depend_on_each_other() -> None:
+    weight = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
+    whole = quantise(weight, 256)
+    assert whole.shape == packed_shape(weight.numel())
+    parts = [quantise(rows, 256) for rows in weight.split(64)]
+    assert torch.equal(torch.cat(parts), whole)
+    assert torch.equal(dequantise(whole, weight.shape, torch.bfloat16), round_trip(weight).bfloat16())
+
+
+def gathered(world: World, folder: Path, engine_name: str) -> dict[str, Any]:
+    """Each packed tensor whole, this rank's bytes of all frozen ones, and the words of the start-up table."""
+    engine: Any = build_engine(config_for(folder, "loftq", engine_name, precision=Precision.bf16), world, blueprint_for(folder))
+    trained, packed = engine.adaptation.trained, engine.adaptation.packed
+    state = locals_of(engine)
+    resident = sum(local.nbytes for name, (_, local) in state.items() if name not in trained)
+    whole = {}
+    for name in packed:
+        p = state[name][0]
+        if hasattr(p, "ds_id"):
+            p.all_gather()
+            whole[name] = p.detach().clone().numpy()
+            p.partition()
+        else:
+            whole[name] = p.detach().full_tensor().numpy()
+    return {"whole": whole, "resident": resident, "shapes": packed, "report": engine.report()}
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_what_is_gathered_is_the_whole(ranks: Callable[[int], Ranks], tmp_path: Path, engine: str) -> None:
+    folder = save_tiny(tmp_path / "model", tied=True, hidden_size=160, intermediate_size=448, num_hidden_layers=2)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    results = ranks(3).call(gathered, folder, engine)
+    for name, shape in results[0]["shapes"].items():
+        weight = base[name.replace(".base_layer", "")]
+        numel = weight.numel()
+        assert tuple(weight.shape) == shape
+        blocks = blocks_of(numel)
+        padded = torch.nn.functional.pad(weight.flatten(), (0, packed_shape(numel)[0] * blocks * BLOCK - numel))
+        expected = by_torchao(padded, blocks)
+        for result in results:
+            found = dequantise(torch.from_numpy(result["whole"][name]), shape, torch.float32)
+            assert torch.equal(found, expected[:numel].view(shape)), name
+    parameters = sum(base[name].numel() for name in base if name != "lm_head.weight")
+    resident = sum(result["resident"] for result in results)
+    assert len(results[0]["shapes"]) == 14
+    assert resident / parameters <= 0.6
+    assert f"{parameters:,}" not in results[0]["report"]["parameters"]  # adapters count, too
+    assert "nf4" in results[0]["report"]["frozen weights"]
+
+
+REFUSED = [
+    ({"method": PeftMethod.none, "quantise": Quantisation.nf4}, "peft.quantise", "4 bits cannot hold a small step"),
+    ({"method": PeftMethod.freeze, "last_blocks": 1, "quantise": Quantisation.nf4}, "peft.quantise", "4 bits cannot hold"),
+    ({"method": PeftMethod.dora, "quantise": Quantisation.nf4}, "peft.quantise", "has no such setting"),
+    ({"method": PeftMethod.lora, "init": AdapterInit.loftq}, "peft.init", "the base is not quantised"),
+    ({"method": PeftMethod.lora, "init": AdapterInit.pissa, "quantise": Quantisation.nf4}, "peft.init", "would belong to no base"),
+]
+
+
+@pytest.mark.parametrize(("fields", "path", "reason"), REFUSED)
+def test_what_cannot_be_is_refused(tiny_llama: Path, fields: dict[str, Any], path: str, reason: str) -> None:
+    config = config_for(tiny_llama, "lora")
+    config.peft = PeftConfig(**fields)
+    with pytest.raises(ConfigError, match=reason) as refused:
+        validate(config)
+    assert refused.value.path == path
