@@ -107,13 +107,13 @@ class ZeRO3Engine:
             _replace(self.model, name, made[name])
         for alias, name in tied_names(self.model).items():
             _replace(self.model, alias, made[name])
-        buffers = dict(self.model.named_buffers())
-        for name in set(origin.names()) - set(made):
+        names, buffers = set(origin.names()), dict(self.model.named_buffers())
+        for name in names - set(made):
             buffers[name].copy_(origin.read(name, (0,) * buffers[name].ndim, tuple(buffers[name].shape)))
         nn.Module.to(self.model, self.world.device)
         require_tied(self.model)
         left = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
-        left += [name for name in made if name not in origin.names()]
+        left += [name for name in made if name not in names]
         if left:
             raise RuntimeError(f"not all of the model was loaded: {', '.join(left[:5])} stayed unwritten")
 
