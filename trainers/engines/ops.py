@@ -235,7 +235,7 @@ def _session_members(session: int) -> list[int]:
     """Return the processes of a session that still run; a zombie waits for its parent alone."""
     members = []
     for file in Path("/proc").glob("[0-9]*/stat"):
-        words = _text(file).rpartition(")")[2].split()  # state, parent, process group, session: proc(5)
+        words = host.read_text(file).rpartition(")")[2].split()  # state, parent, process group, session: proc(5)
         if len(words) > 3 and words[0] not in "ZX" and int(words[3]) == session:
             members.append(int(file.parent.name))
     return members
@@ -271,7 +271,7 @@ def _guard(op: str, deadline: float) -> Iterator[bool]:
     mark, lock = root / "fulltune.building", FileLock(root / "fulltune.lock")
     _acquire(lock, mark, op, deadline)
     try:
-        died_here = _text(mark).startswith(f"{socket.gethostname()} ")
+        died_here = host.read_text(mark).startswith(f"{socket.gethostname()} ")
         mark.write_text(f"{socket.gethostname()} process {os.getpid()}")
         yield died_here
     finally:
@@ -288,8 +288,10 @@ def _acquire(lock: Any, mark: Path, op: str, deadline: float) -> None:
             lock.acquire(timeout=POLL_S)
             return
         if time.monotonic() > deadline:
-            raise Unbuildable(f"another process is still building ({_text(mark)})", f"wait for it or end it; its lock is {lock.lock_file}")
-        said = _remind(said, f"waiting for DeepSpeed's {op}: {_text(mark)} is building")
+            raise Unbuildable(
+                f"another process is still building ({host.read_text(mark)})", f"wait for it or end it; its lock is {lock.lock_file}"
+            )
+        said = _remind(said, f"waiting for DeepSpeed's {op}: {host.read_text(mark)} is building")
 
 
 def _clear_lock(op: str, died_here: bool, deadline: float) -> None:
@@ -493,13 +495,6 @@ def _write_stamp(op: str) -> None:
 @functools.cache
 def _instructions() -> list[str]:
     """Return this processor's instruction sets, as far as -march=native may use them."""
-    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    lines = host.read_text(Path("/proc/cpuinfo")).splitlines()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
     return sorted(flag for flag in flags if INSTRUCTIONS.match(flag))
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
