@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trainers import host
 from trainers.batch import Batch
-from trainers.config import ConfigError, EngineName, Offload, OptimizerName, Precision, RunConfig
+from trainers.config import ConfigError, EngineName, Offload, OptimConfig, OptimizerName, Precision, RunConfig
 from trainers.model import Blueprint
 from trainers.peft.base import Adaptation
 from trainers.world import World
@@ -159,6 +159,13 @@ def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: 
         if parameter.requires_grad:
             groups.setdefault((lr_scale, 0.0 if dimensions < 2 else weight_decay), []).append(parameter)
     return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
+
+
+def torch_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW, or its SGD."""
+    if optim.name is OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=optim.lr)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
 
 def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:

@@ -35,6 +35,7 @@ from trainers.engines.base import (
     require_host,
     set_lr,
     statement,
+    torch_optimizer,
 )
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
@@ -122,14 +123,12 @@ class ZeRO3Engine:
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         scale = self.adaptation.lr_scale
         groups = decay_groups(((p, len(p.ds_shape), scale(name)) for name, p in parameters.items()), optim.weight_decay)
-        if optim.name is OptimizerName.sgd:
-            return torch.optim.SGD(groups, lr=optim.lr)
-        betas = (optim.betas[0], optim.betas[1])
-        if self.config.engine.offload_optimizer is Offload.none:
-            return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        if optim.name is OptimizerName.sgd or self.config.engine.offload_optimizer is Offload.none:
+            return torch_optimizer(groups, optim)
         require_op("cpu_adam", "engine.offload_optimizer", str(self.config.engine.offload_optimizer))
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        betas = (optim.betas[0], optim.betas[1])
         on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)
         return on_host
 

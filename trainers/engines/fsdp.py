@@ -18,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, token_logps
-from trainers.config import ConfigError, Offload, OptimConfig, OptimizerName, RunConfig
+from trainers.config import ConfigError, Offload, OptimConfig, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -30,6 +30,7 @@ from trainers.engines.base import (
     require_host,
     set_lr,
     statement,
+    torch_optimizer,
 )
 from trainers.model import Blueprint
 from trainers.peft.adapt import adapt
@@ -260,11 +261,9 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, adaptation: Adaptation) -> torch.optim.Optimizer:
-    """Return fused AdamW, or SGD, with weight decay on matrices and embeddings only."""
+    """Return the optimizer of what is trained, with weight decay on matrices and embeddings only."""
     groups = decay_groups(((p, p.ndim, adaptation.lr_scale(name)) for name, p in model.named_parameters()), optim.weight_decay)
-    if optim.name is OptimizerName.sgd:
-        return torch.optim.SGD(groups, lr=optim.lr)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+    return torch_optimizer(groups, optim)
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> float:
