@@ -617,7 +617,7 @@ def engine_rank(options: argparse.Namespace) -> None:
         die_with_parent()
         world = World.from_environment()
         config = _engine_config(order, run_dir, world.size)
-        require_parts(config)
+        require_parts(config, world)
         world.connect()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"-": 0}, unk_token="-")), pad_token="-")
         blueprint = make_blueprint(config.model, config.seed, tokenizer)

@@ -89,7 +89,7 @@ def run(config: RunConfig, world: World) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
-    require_parts(config)
+    require_parts(config, world)
     data = prepare(config, progress=world.rank == 0)
     tokenizer = load_tokenizer(config)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)

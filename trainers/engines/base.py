@@ -73,11 +73,11 @@ class Engine(Protocol):
         ...
 
 
-def require_parts(config: RunConfig) -> None:
+def require_parts(config: RunConfig, world: World) -> None:
     """Have what the engine needs on this machine, before data is prepared or ranks wait for each other; raises ConfigError."""
     engine = config.engine
     if engine.offload_param is not Offload.none or engine.offload_optimizer is not Offload.none:
-        threads = host.threads_per_rank(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = host.threads_per_rank(world.local_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's optimizer brings an OpenMP of its own, which reads this
         torch.set_num_threads(threads)
     if engine.name is EngineName.zero3:
