@@ -189,6 +189,12 @@ def frozen_statement(frozen: Iterable[Tensor], compute: torch.dtype, num_bytes: 
 
 def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes: int, where: str) -> str:
     """Say type, bytes a rank and place of one kind of state; raises RuntimeError if a live tensor has another type or place."""
+    require_type(what, live, wanted, where)
+    return f"{in_short(wanted)}, {num_bytes / 2**20:,.1f} MiB a rank" + (f" {where}" if where else "")
+
+
+def require_type(what: str, live: Iterable[Tensor], wanted: torch.dtype, where: str = "") -> None:
+    """Raise RuntimeError if a tensor is of another type, or not in host memory where `where` says so."""
     live = list(live)
     away = [tensor.device for tensor in live if where == HOST and tensor.device.type != "cpu"]
     if away:
@@ -196,7 +202,6 @@ def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes:
     found = {tensor.dtype for tensor in live} - {wanted}
     if found:
         raise RuntimeError(f"the {what} must be {in_short(wanted)}, and some are {', '.join(map(in_short, found))}")
-    return f"{in_short(wanted)}, {num_bytes / 2**20:,.1f} MiB a rank" + (f" {where}" if where else "")
 
 
 def in_short(dtype: torch.dtype) -> str:

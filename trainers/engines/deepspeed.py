@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import mmap
 import os
 import shutil
@@ -43,7 +42,6 @@ from trainers.peft.adapt import adapt
 from trainers.weights import Origin, origin_of, require_tied, tied_names
 from trainers.world import World
 
-log = logging.getLogger("fulltune")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -172,10 +170,6 @@ class ZeRO3Engine:
                     mine = part_of(p.ds_numel, self.world)
                     master.data[start:end].copy_(read_elements(origin, name, tuple(p.ds_shape), *mine))
 
-    def _refresh(self, number: int) -> None:
-        """Take a sub-group's parameters over from its master weights, as after a step."""
-        self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
-
     def token_logps(self, batch: Batch) -> Tensor:
         """Return (B, S) float32 log-probabilities of the labels."""
         with _linear_of_zero3():
@@ -223,7 +217,7 @@ class ZeRO3Engine:
                 if moments:
                     step = state["optimizer"]["step"]
                     moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
-                self._refresh(number)
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
         self._count_to(int(state["optimizer"].get("step", 0)))
         if persistent := self.optimizer.persistent_parameters:
             persistent[0].partition(persistent)

@@ -28,6 +28,7 @@ from trainers.engines.base import (
     frozen_statement,
     in_short,
     require_host,
+    require_type,
     set_lr,
     statement,
     torch_optimizer,
@@ -108,7 +109,7 @@ class FSDPEngine:
     def step(self, lr: float) -> float:
         """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        statement("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32, 0, "")
+        require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
         norm = math.sqrt(self.world.sum([squares])[0] / self.config.engine.replicate)
         if math.isfinite(norm):

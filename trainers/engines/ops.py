@@ -36,13 +36,10 @@ BUILDERS = {
     "cpu_adam": "CPUAdamBuilder",
     "async_io": "AsyncIOBuilder",
     "pin_memory": "PinMemoryBuilder",
-    "fused_adam": "FusedAdamBuilder",
 }
 """The builder of deepspeed.ops.op_builder that makes each op."""
 NEEDS = {"async_io": ("pin_memory",)}
 """Ops that an op loads before itself."""
-WITH_CUDA = ("async_io", "fused_adam")
-"""Ops that a machine with a GPU builds against the CUDA toolkit."""
 LIMIT_S = 1200.0
 """Longest build, and longest wait for somebody else's: on two cores cpu_adam takes 41 s, async_io 2.6 min, on busy ones 6.7."""
 QUIET_S = 120.0
@@ -109,8 +106,7 @@ def require_op(name: str, path: str = "engine.name", value: object = "zero3", li
 def missing_for(name: str) -> Missing | None:
     """Return what stands between this machine and a build of op `name`; None where nothing is known to. Under a second."""
     checks = [_compiler_problem, _headers_problem, _ninja_problem]
-    checks += [_libaio_problem] if name == "async_io" else []
-    checks += [_cuda_problem] if name in WITH_CUDA else []
+    checks += [_libaio_problem, _cuda_problem] if name == "async_io" else []
     return next((missing for check in checks if (missing := check()) is not None), None)
 
 
