@@ -1,9 +1,11 @@
-"""Shared fixtures: tiny models made in code, and real process groups started once per world size."""
+"""Shared fixtures: tiny models made in code, real process groups started once per world size, a finished run."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing as mp
 import os
+import random
 import shutil
 import signal
 import socket
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command import ROOT, arguments, launch
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -24,7 +27,6 @@ os.environ["WANDB_MODE"] = "offline"
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background, and we send it
 
-ROOT = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real models and data is not here")
 
@@ -207,3 +209,53 @@ def save_tiny(folder: Path, tied: bool, seed: int = 0, **more: Any) -> Path:
     model = LlamaForCausalLM(LlamaConfig(**(TINY | {"initializer_range": 0.2} | more), tie_word_embeddings=tied))
     model.save_pretrained(folder)
     return folder
+
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "far", "over", "green", "hills", "home", "again"]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with a word tokenizer of odd size and a ChatML template, in Hugging Face form."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
+    vocabulary = {word: number for number, word in enumerate([*special, *dict.fromkeys(WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    folder = save_tiny(tmp_path_factory.mktemp("base") / "model", tied=True, vocab_size=len(fast), initializer_range=0.1)
+    fast.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty short chats of ragged lengths."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+
+    def say(longest: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    rows = [
+        {"messages": [{"role": "user", "content": say(9)}, {"role": "assistant", "content": say(14)}] * rng.randint(1, 2)}
+        for _ in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def finished(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    said = launch(cache, arguments(base, chats, run_dir, "log.wandb=offline", "checkpoint.every=4"))
+    assert "held-out loss" in said
+    return run_dir

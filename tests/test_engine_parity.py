@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import TINY, Ranks, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tools.bench import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config import (
     DataConfig,
     EngineConfig,
-    EngineName,
     ModelConfig,
     Offload,
     OptimConfig,
@@ -37,7 +36,6 @@ from trainers.model import Blueprint
 from trainers.objectives import NextToken
 from trainers.world import World
 
-ROOT = Path(__file__).parents[1]
 STEPS, ROWS, LENGTH = 20, 6, 24
 LR = {"adamw": 1e-3, "sgd": 1e-1}
 REL = 1e-5
@@ -75,12 +73,6 @@ def config_for(folder: Path, engine: str = "fsdp", optim: str = "adamw", **more:
         optim=OptimConfig(name=OptimizerName(optim), lr=LR[optim], clip=0.5, weight_decay=0.1),
         train=TrainConfig(**({"precision": Precision.fp32} | more)),
     )
-
-
-def engine_preset(name: str) -> dict[str, Any]:
-    preset: dict[str, Any] = yaml.safe_load((ROOT / "conf" / "engine" / f"{name}.yaml").read_text())
-    kinds = {"name": EngineName, "offload_param": Offload, "offload_optimizer": Offload}
-    return {key: kinds.get(key, lambda same: same)(value) for key, value in preset.items()}
 
 
 def blueprint_for(folder: Path) -> Blueprint:

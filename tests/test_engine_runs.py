@@ -11,19 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_run import (  # fixtures among them
-    arguments,
-    base,  # noqa: F401
-    cache,  # noqa: F401
-    chats,  # noqa: F401
-    environment,
-    finished,  # noqa: F401
-    launch,
-    read_rows,
-    stop_at_step,
-    trace,
-    wait_until_gone,
-)
+from command import ROOT, arguments, damaged_bases, environment, launch, read_rows, save_in_bf16, stop_at_step, trace, wait_until_gone
+from conftest import save_tiny
 
 from trainers.config import ConfigError
 from trainers.engines.fsdp import find_blocks, require_small_groups
@@ -33,14 +22,7 @@ OFFLOADS = ["zero3", "zero3_offload", "fsdp_offload"]
 
 @pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", OFFLOADS)
-def test_another_engine_gives_the_same_curve(
-    base: Path,  # noqa: F811
-    chats: Path,  # noqa: F811
-    cache: Path,  # noqa: F811
-    finished: Path,  # noqa: F811
-    tmp_path: Path,
-    engine: str,
-) -> None:
+def test_another_engine_gives_the_same_curve(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path, engine: str) -> None:
     said = launch(cache, arguments(base, chats, tmp_path / "run", f"engine={engine}", "checkpoint.every=3"))
     for key in ("loss", "grad_norm", "eval_loss", "lr", "tokens"):
         expected = [row[key] for row in read_rows(finished) if key in row]
@@ -56,7 +38,7 @@ def test_another_engine_gives_the_same_curve(
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", ["zero3_offload", "fsdp_offload"])
-def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str) -> None:  # noqa: F811
+def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str) -> None:
     whole = arguments(base, chats, tmp_path / "whole", f"engine={engine}", "train.steps=10")
     launch(cache, whole)
     parts = arguments(base, chats, tmp_path / "parts", f"engine={engine}", "train.steps=10", "checkpoint.every=2")
@@ -67,12 +49,10 @@ def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Pat
     assert exports[0] == exports[1]
 
 
-def refused(cache: Path, line: list[str], run_dir: Path, **variables: str) -> str:  # noqa: F811
+def refused(cache: Path, line: list[str], run_dir: Path, **variables: str) -> str:
     """Run to a refusal: exit code 2, no traceback, all ranks gone within 30 s of the first word of it."""
     started = time.monotonic()
-    done = subprocess.run(
-        line, cwd=Path(__file__).parents[1], env=environment(cache) | variables, capture_output=True, text=True, timeout=100, check=False
-    )
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache) | variables, capture_output=True, text=True, timeout=100, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
     assert "Traceback" not in said
@@ -83,17 +63,13 @@ def refused(cache: Path, line: list[str], run_dir: Path, **variables: str) -> st
     return said
 
 
-def test_a_truncated_file_under_zero3(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:  # noqa: F811
-    from test_run import damaged_bases
-
+def test_a_truncated_file_under_zero3(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     folder, words = damaged_bases(base, tmp_path)["truncated"]
     said = refused(cache, arguments(folder, chats, tmp_path / "run", "engine=zero3"), tmp_path / "run")
     assert all(word in said for word in [*words, "model.id"]), said
 
 
-def test_a_missing_shard_is_named(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:  # noqa: F811
-    from test_run import save_in_bf16
-
+def test_a_missing_shard_is_named(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     folder = save_in_bf16(base, tmp_path / "sharded")
     lost = sorted(folder.glob("*.safetensors"))[1]
     lost.unlink()
@@ -102,7 +78,7 @@ def test_a_missing_shard_is_named(base: Path, chats: Path, cache: Path, tmp_path
     assert "missing" in said
 
 
-def test_an_architecture_without_a_causal_model(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_architecture_without_a_causal_model(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     import shutil
 
     folder = shutil.copytree(base, tmp_path / "t5")
@@ -113,12 +89,7 @@ def test_an_architecture_without_a_causal_model(base: Path, chats: Path, cache: 
     assert "t5" in said.lower()
 
 
-def test_too_little_host_memory_is_refused_with_the_numbers(
-    base: Path,  # noqa: F811
-    chats: Path,  # noqa: F811
-    cache: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_too_little_host_memory_is_refused_with_the_numbers(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     line = arguments(base, chats, tmp_path / "run", "engine=fsdp_offload")
     said = refused(cache, line, tmp_path / "run", SLURM_MEM_PER_NODE="900")
     assert "`engine.offload_optimizer`" in said
@@ -126,12 +97,7 @@ def test_too_little_host_memory_is_refused_with_the_numbers(
     assert "SLURM_MEM_PER_NODE" in said
 
 
-def test_a_missing_nvme_folder_is_refused_before_anything_is_built(
-    base: Path,  # noqa: F811
-    chats: Path,  # noqa: F811
-    cache: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_a_missing_nvme_folder_is_refused_before_anything_is_built(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     line = arguments(base, chats, tmp_path / "run", "engine=zero3_nvme", f"engine.nvme_path={tmp_path}/nowhere")
     said = refused(cache, line, tmp_path / "run", TORCH_EXTENSIONS_DIR=str(tmp_path / "ops"))
     assert "`engine.nvme_path`" in said
@@ -142,14 +108,8 @@ def test_a_missing_nvme_folder_is_refused_before_anything_is_built(
 @pytest.mark.slow
 @pytest.mark.timeout(2600)
 @pytest.mark.usefixtures("cpu_adam", "async_io")
-def test_nvme_gives_the_figures_of_host_memory_and_a_full_disk_is_refused(
-    base: Path,  # noqa: F811
-    chats: Path,  # noqa: F811
-    cache: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_nvme_gives_the_figures_of_host_memory_and_a_full_disk_is_refused(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Tensors of 1 MiB and more go to files: the model is larger than the other tests', so that they do."""
-    from conftest import save_tiny
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -200,7 +160,7 @@ def test_a_model_without_blocks_is_sent_to_zero3() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: would compare every engine's bf16 curve and place its state")
 @pytest.mark.usefixtures("cpu_adam")
-def test_engines_agree_on_a_gpu(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_engines_agree_on_a_gpu(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Losses within 1 % of fsdp's in bf16, offloaded state on the host (the run asserts where its live tensors are)."""
     curves = {}
     for name, more in {name: [f"engine={name}"] for name in ["fsdp", *OFFLOADS]}.items() | {("visits", ["engine.offload_optimizer=cpu"])}:

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_run
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from conftest import save_tiny
+from command import ROOT, arguments, launch, save_in_bf16
+from conftest import WORDS, save_tiny
 from safetensors.torch import load_file, save
-from test_run import ROOT, WORDS, arguments, launch, save_in_bf16
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, LlamaConfig
 
@@ -31,7 +30,6 @@ from trainers.config import ModelConfig, RunConfig, plain
 from trainers.model import export as write_export
 from trainers.model import make_blueprint
 
-base, chats, cache = test_run.base, test_run.chats, test_run.cache
 MIB = 2**20
 KINDS = {
     "fsdp": ("tied", ["engine=fsdp"]),

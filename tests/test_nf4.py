@@ -12,7 +12,7 @@ from conftest import Ranks, save_tiny
 from test_peft import blueprint_for, config_for, locals_of
 from transformers import AutoModelForCausalLM
 
-from trainers.config import AdapterInit, ConfigError, PeftConfig, PeftMethod, Precision, Quantisation, validate
+from trainers.config import AdapterInit, ConfigError, DataConfig, DataSource, PeftConfig, PeftMethod, Precision, Quantisation, validate
 from trainers.engines.base import build_engine
 from trainers.peft.nf4 import BLOCK, blocks_of, dequantise, packed_shape, quantise, round_trip
 from trainers.world import World
@@ -112,6 +112,7 @@ REFUSED = [
 @pytest.mark.parametrize(("fields", "path", "reason"), REFUSED)
 def test_what_cannot_be_is_refused(tiny_llama: Path, fields: dict[str, Any], path: str, reason: str) -> None:
     config = config_for(tiny_llama, "lora")
+    config.data = DataConfig(source=DataSource.python_docs, eval_fraction=0.05)
     config.peft = PeftConfig(**fields)
     with pytest.raises(ConfigError, match=reason) as refused:
         validate(config)

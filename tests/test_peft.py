@@ -19,10 +19,11 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Ranks, save_tiny
 from peft.optimizers import create_loraplus_optimizer
-from test_engine_parity import blueprint_for, engine_preset
+from test_engine_parity import blueprint_for
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
+from tools.bench import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config import (
     UNAVAILABLE,

@@ -9,11 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_run
-from conftest import ROOT
-from test_run import arguments, launch, stop_at_step, trace
+from command import ROOT, arguments, launch, stop_at_step, trace
 
-base, chats, cache = test_run.base, test_run.chats, test_run.cache
 RUN = ["peft.rank=4", "peft.alpha=8", "checkpoint.every=4"]
 
 

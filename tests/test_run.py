@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -15,86 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import save_tiny
-
-ROOT = Path(__file__).parents[1]
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "far", "over", "green", "hills", "home", "again"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with a word tokenizer of odd size and a ChatML template, in Hugging Face form."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
-    vocabulary = {word: number for number, word in enumerate([*special, *dict.fromkeys(WORDS)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    folder = save_tiny(tmp_path_factory.mktemp("base") / "model", tied=True, vocab_size=len(fast), initializer_range=0.1)
-    fast.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty short chats of ragged lengths."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
-
-    def say(longest: int) -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
-
-    rows = [
-        {"messages": [{"role": "user", "content": say(9)}, {"role": "assistant", "content": say(14)}] * rng.randint(1, 2)}
-        for _ in range(60)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "FULLTUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
-
-
-def arguments(base: Path, chats: Path, run_dir: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={chats}", "data.template=chatml"),
-        *(
-            f"run_dir={run_dir}",
-            "data.seq_len=64",
-            "data.eval_fraction=0.1",
-            "train.steps=8",
-            "train.global_batch=4",
-            "train.precision=fp32",
-        ),
-        *("optim.lr=1e-2", "train.eval_every=4", "log.wandb=disabled", "launch.processes=2", *more),
-    ]
-
-
-def launch(cache: Path, line: list[str], expect: int = 0) -> str:
-    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def finished(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    said = launch(cache, arguments(base, chats, run_dir, "log.wandb=offline", "checkpoint.every=4"))
-    assert "held-out loss" in said
-    return run_dir
+from command import (
+    ROOT,
+    arguments,
+    damaged_bases,
+    environment,
+    launch,
+    read_rows,
+    save_in_bf16,
+    stop_at_step,
+    trace,
+    wait_for_step,
+    wait_until_gone,
+)
 
 
 def test_the_run_directory_keeps_its_contract(finished: Path) -> None:
@@ -201,21 +133,6 @@ def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
     assert {"full", "fsdp"} <= set(tags)
 
 
-def trace(run_dir: Path) -> list[tuple[Any, ...]]:
-    """What must not depend on interruptions, bit for bit."""
-    keys = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "eval_loss")
-    return [tuple(row.get(key) for key in keys) for row in read_rows(run_dir)]
-
-
-def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 100) -> None:
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until and process.poll() is None:
-        if (run_dir / "metrics.jsonl").is_file() and any(row["step"] >= step for row in read_rows(run_dir)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
-
-
 @pytest.mark.parametrize(
     "how",
     [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)],
@@ -245,36 +162,6 @@ def test_a_stopped_run_continues_to_the_same_figures(base: Path, chats: Path, ca
     assert (tmp_path / "parts" / "logs" / "attempt-2").is_dir()
 
 
-def wait_until_gone(run_dir: Path, timeout_s: float = 60) -> None:
-    """Wait until no process names the run directory; fail if one stays."""
-    until = time.monotonic() + timeout_s
-    while time.monotonic() < until:
-        found = subprocess.run(
-            ["pgrep", "-f", f"trainers {run_dir}"], capture_output=True, text=True, check=False, timeout=10
-        ).stdout.split()
-        if not found:
-            return
-        time.sleep(0.1)
-    raise AssertionError(f"processes left behind: {found}")
-
-
-def damaged_bases(base: Path, folder: Path) -> dict[str, tuple[Path, list[str]]]:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    bases = {name: shutil.copytree(base, folder / name) for name in ("truncated", "missing", "misshapen")}
-    weights = bases["truncated"] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    tensors = load_file(base / "model.safetensors")
-    lost = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
-    save_file(lost, bases["missing"] / "model.safetensors", metadata={"format": "pt"})
-    wrong = tensors | {"model.norm.weight": torch.ones(7)}
-    save_file(wrong, bases["misshapen"] / "model.safetensors", metadata={"format": "pt"})
-    words = {"truncated": ["damaged or truncated"], "missing": ["lacks model.norm.weight"], "misshapen": ["model.norm.weight is [7]"]}
-    return {name: (bases[name], words[name]) for name in bases}
-
-
 @pytest.mark.parametrize("damage", ["truncated", "missing", "misshapen"])
 def test_damaged_weights_are_named_and_every_rank_is_gone(base: Path, chats: Path, cache: Path, tmp_path: Path, damage: str) -> None:
     folder, words = damaged_bases(base, tmp_path)[damage]
@@ -285,16 +172,6 @@ def test_damaged_weights_are_named_and_every_rank_is_gone(base: Path, chats: Pat
     assert "Traceback" not in said
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "failed"
     wait_until_gone(tmp_path / "run", 10)
-
-
-def save_in_bf16(base: Path, folder: Path) -> Path:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
-    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    sampling = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}  # as Llama 2 ships it
-    (folder / "generation_config.json").write_text(json.dumps(sampling))
-    return folder
 
 
 def test_a_sharded_bf16_base_is_exported_in_bf16_with_its_generation_settings(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
@@ -325,16 +202,6 @@ def test_changed_data_does_not_continue_a_run(base: Path, chats: Path, cache: Pa
     assert "Traceback" not in said
     data.write_text("".join(rows))
     stop_at_step(cache, line, tmp_path / "run", read_rows(tmp_path / "run")[-1]["step"] + 4)
-
-
-def stop_at_step(cache: Path, line: list[str], run_dir: Path, step: int) -> None:
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
-    try:
-        wait_for_step(run_dir, step, process)
-        process.terminate()
-        assert process.wait(60) == 75
-    finally:
-        process.kill()
 
 
 def test_a_killed_rank_is_named(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:

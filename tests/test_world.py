@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,31 @@ def test_a_signal_is_not_lost_where_python_drops_exceptions(swallowed: bool) -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "stopped by SIGTERM\n"
     assert done.stderr == ""
+
+
+FAILING = """
+import os, signal, sys
+from pathlib import Path
+from trainers import __main__ as rank
+from trainers.world import World
+
+world = World.from_environment()
+world.watch_signals()
+told = rank.set_status
+
+def told_while_stopped(*args, **fields):
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(1000))
+    told(*args, **fields)
+
+rank.set_status = told_while_stopped
+print(rank._fail(Path(sys.argv[1]), world, 2, {"message": "why"}))
+"""
+
+
+def test_a_failing_rank_says_why_though_it_is_stopped(tmp_path: Path) -> None:
+    """The agent stops every rank as soon as one has ended, also one that is writing down its own error."""
+    (tmp_path / "status.json").write_text("{}")
+    done = subprocess.run([sys.executable, "-c", FAILING, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+    assert json.loads((tmp_path / "status.json").read_text())["error"]["message"] == "why"

@@ -564,7 +564,7 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 def _run_engine(options: argparse.Namespace, name: str, ranks: int, run_dir: Path, on_gpu: bool) -> Run | str:
     """Train with an engine on ranks of its own; returns why not where it is not installed, and raises RanksFailed if it fails."""
-    if _engine_preset(name)["name"] is EngineName.zero3 and importlib.util.find_spec("deepspeed") is None:
+    if engine_preset(name)["name"] is EngineName.zero3 and importlib.util.find_spec("deepspeed") is None:
         return "not installed: pip install deepspeed"
     run_dir.mkdir()
     kept = ("parameters", "precision", "seq_len", "microbatch", "steps", "checkpointing")
@@ -586,8 +586,8 @@ def _progress(run_dir: Path, steps: int) -> str:
     return f"step {len(metrics.read_text().splitlines())} of {steps}" if metrics.is_file() else "building"
 
 
-def _engine_preset(name: str) -> dict[str, Any]:
-    """Read conf/engine/NAME.yaml, without Hydra."""
+def engine_preset(name: str) -> dict[str, Any]:
+    """Return the fields of EngineConfig that conf/engine/NAME.yaml sets; the launcher and Hydra may not be there."""
     import yaml
 
     preset: dict[str, Any] = yaml.safe_load((Path(__file__).parents[1] / "conf" / "engine" / f"{name}.yaml").read_text())
@@ -617,7 +617,7 @@ def engine_rank(options: argparse.Namespace) -> None:
         die_with_parent()
         world = World.from_environment()
         config = _engine_config(order, run_dir, world.size)
-        require_parts(config)
+        require_parts(config, world)
         world.connect()
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"-": 0}, unk_token="-")), pad_token="-")
         blueprint = make_blueprint(config.model, config.seed, tokenizer)
@@ -644,7 +644,7 @@ def _engine_config(order: dict[str, Any], run_dir: Path, ranks: int) -> RunConfi
         model=ModelConfig(architecture={"model_type": "llama"} | _llama_sizes(order["parameters"], order["seq_len"])),
         data=DataConfig(path="unused", seq_len=order["seq_len"]),
         objective=ObjectiveConfig(name=ObjectiveName.cpt),
-        engine=EngineConfig(**_engine_preset(order["engine"])),
+        engine=EngineConfig(**engine_preset(order["engine"])),
         optim=OptimConfig(lr=1e-4, schedule=Schedule.constant),
         train=TrainConfig(
             steps=order["steps"],

@@ -70,6 +70,7 @@ def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
     cleared that of an earlier attempt.
     """
+    world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, unwritten = True, ""
     try:
         first = read_json(run_dir / "status.json").get("state") != "failed"
@@ -89,7 +90,7 @@ def run(config: RunConfig, world: World) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
-    require_parts(config)
+    require_parts(config, world)
     data = prepare(config, progress=world.rank == 0)
     tokenizer = load_tokenizer(config)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)

@@ -643,19 +643,16 @@ UNAVAILABLE = {
 
 def _validate_peft(config: RunConfig) -> None:
     """Refuse what the named method does not have or cannot do."""
-    peft, defaults = config.peft, PeftConfig()
+    peft = config.peft
     if peft.method in UNAVAILABLE:
         raise ConfigError("peft.method", str(peft.method), UNAVAILABLE[peft.method], "peft=lora, which trains as few parameters")
     if peft.quantise is not Quantisation.none and peft.method in (PeftMethod.none, PeftMethod.freeze):
         reason = f"peft.method={peft.method} trains weights of the model itself, and 4 bits cannot hold a small step"
         raise ConfigError("peft.quantise", str(peft.quantise), reason, "peft=qlora, which trains adapters beside them")
-    for item in dataclasses.fields(PeftConfig):
-        value = getattr(peft, item.name)
-        if item.name != "method" and value != getattr(defaults, item.name) and item.name not in PEFT_FIELDS[peft.method]:
-            owners = ", ".join(method for method, names in PEFT_FIELDS.items() if item.name in names)
-            raise ConfigError(
-                f"peft.{item.name}", plain(value), f"peft.method={peft.method} has no such setting", f"leave it out; it is for {owners}"
-            )
+    foreign = [item.name for item in dataclasses.fields(PeftConfig) if item.name not in ("method", *PEFT_FIELDS[peft.method])]
+    owners = {name: ", ".join(method for method, names in PEFT_FIELDS.items() if name in names) for name in foreign}
+    remedies = {name: f"leave it out; it is for {methods}" for name, methods in owners.items()}
+    _refuse_foreign("peft", peft, f"peft.method={peft.method}", remedies)
     if not 0 <= peft.dropout < 1:
         raise ConfigError("peft.dropout", peft.dropout, "must be from 0 to below 1")
     for name in ("targets", "modules_to_save", "freeze"):
@@ -679,6 +676,15 @@ def _validate_peft(config: RunConfig) -> None:
     if peft.adapter is not None and peft.init is not AdapterInit.default:
         raise ConfigError("peft.init", str(peft.init), f"peft.adapter is also given ({peft.adapter})", "peft.init=default")
     _validate_virtual(config)
+
+
+def _refuse_foreign(group: str, settings: object, chosen: str, remedies: dict[str, str]) -> None:
+    """Raise ConfigError where a setting of `remedies`, which what is chosen does not have, is not left at its default."""
+    defaults = type(settings)()
+    for name, remedy in remedies.items():
+        value = getattr(settings, name)
+        if value != getattr(defaults, name):
+            raise ConfigError(f"{group}.{name}", plain(value), f"{chosen} has no such setting", remedy)
 
 
 def _validate_virtual(config: RunConfig) -> None:
@@ -711,12 +717,8 @@ ZERO3_ONLY = (
 def _validate_engine(engine: EngineConfig) -> None:
     """Refuse what the named engine does not have or cannot do."""
     fsdp = engine.name is EngineName.fsdp
-    defaults = EngineConfig()
-    for name in ZERO3_ONLY if fsdp else FSDP_ONLY:
-        value = getattr(engine, name)
-        if value != getattr(defaults, name):
-            other = "zero3" if fsdp else "fsdp"
-            raise ConfigError(f"engine.{name}", value, f"engine.name={engine.name} has no such setting", f"engine={other}, or leave it out")
+    foreign, other = (ZERO3_ONLY, "zero3") if fsdp else (FSDP_ONLY, "fsdp")
+    _refuse_foreign("engine", engine, f"engine.name={engine.name}", dict.fromkeys(foreign, f"engine={other}, or leave it out"))
     offloads = {name: getattr(engine, name) for name in ("offload_param", "offload_optimizer")}
     for name, where in offloads.items():
         if fsdp and where is Offload.nvme:

@@ -144,10 +144,10 @@ class _Level:
 def _memory_levels(root: Path) -> Iterator[_Level]:
     for folder in _cgroup_folders(root, "memory"):
         for limit, usage, prefix in (("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")):
-            words = _read(folder / limit).split()
+            words = read_text(folder / limit).split()
             if words and words[0].isdigit() and int(words[0]) < UNLIMITED:
-                used = _read(folder / usage).strip()
-                stat = dict(line.split()[:2] for line in _read(folder / "memory.stat").splitlines() if len(line.split()) > 1)
+                used = read_text(folder / usage).strip()
+                stat = dict(line.split()[:2] for line in read_text(folder / "memory.stat").splitlines() if len(line.split()) > 1)
                 cache = sum(int(stat.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
                 yield _Level(int(words[0]), max(0, int(used) - cache) if used.isdigit() else 0, folder / limit)
 
@@ -155,8 +155,8 @@ def _memory_levels(root: Path) -> Iterator[_Level]:
 def _cpu_quotas(root: Path) -> Iterator[tuple[int, int]]:
     """Yield (quota, period) in microseconds of each cgroup of this process that has one."""
     for folder in _cgroup_folders(root, "cpu"):
-        v2 = _read(folder / "cpu.max").split()
-        v1 = [_read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
+        v2 = read_text(folder / "cpu.max").split()
+        v1 = [read_text(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")]
         for words in (v2, v1):
             if len(words) == 2 and all(word.isdigit() for word in words) and int(words[0]) > 0 and int(words[1]) > 0:
                 yield int(words[0]), int(words[1])
@@ -168,7 +168,7 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
     In a container the path in /proc is often the host's and not there; the mount's root is then the container's own group.
     """
     mounts = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in read_text(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         if names == "":
             bases = [mounts, mounts / "unified"]
@@ -193,11 +193,12 @@ def _slurm_grants(environment: Mapping[str, str]) -> list[Limit]:
 
 def _meminfo(root: Path) -> dict[str, int]:
     """Return /proc/meminfo in bytes."""
-    rows = (line.split() for line in _read(root / "proc/meminfo").splitlines())
+    rows = (line.split() for line in read_text(root / "proc/meminfo").splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in rows if len(words) > 2 and words[1].isdigit()}
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """Return what a file holds, or nothing where it cannot be read."""
     try:
         return file.read_text()
     except OSError:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from trainers import host
 from trainers.batch import Batch
-from trainers.config import ConfigError, EngineName, Offload, OptimizerName, Precision, RunConfig
+from trainers.config import ConfigError, EngineName, Offload, OptimConfig, OptimizerName, Precision, RunConfig
 from trainers.model import Blueprint
 from trainers.peft.base import Adaptation
 from trainers.world import World
@@ -73,11 +73,11 @@ class Engine(Protocol):
         ...
 
 
-def require_parts(config: RunConfig) -> None:
+def require_parts(config: RunConfig, world: World) -> None:
     """Have what the engine needs on this machine, before data is prepared or ranks wait for each other; raises ConfigError."""
     engine = config.engine
     if engine.offload_param is not Offload.none or engine.offload_optimizer is not Offload.none:
-        threads = host.threads_per_rank(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        threads = host.threads_per_rank(world.local_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's optimizer brings an OpenMP of its own, which reads this
         torch.set_num_threads(threads)
     if engine.name is EngineName.zero3:
@@ -161,6 +161,13 @@ def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: 
     return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
 
 
+def torch_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW, or its SGD."""
+    if optim.name is OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=optim.lr)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+
+
 def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
     """Give each group of an optimizer its share of a learning rate."""
     for group in groups:
@@ -193,6 +200,12 @@ def _mib(tensors: Iterable[Tensor]) -> str:
 
 def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes: int, where: str) -> str:
     """Say type, bytes a rank and place of one kind of state; raises RuntimeError if a live tensor has another type or place."""
+    require_type(what, live, wanted, where)
+    return f"{in_short(wanted)}, {num_bytes / 2**20:,.1f} MiB a rank" + (f" {where}" if where else "")
+
+
+def require_type(what: str, live: Iterable[Tensor], wanted: torch.dtype, where: str = "") -> None:
+    """Raise RuntimeError if a tensor is of another type, or not in host memory where `where` says so."""
     live = list(live)
     away = [tensor.device for tensor in live if where == HOST and tensor.device.type != "cpu"]
     if away:
@@ -200,7 +213,6 @@ def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes:
     found = {tensor.dtype for tensor in live} - {wanted}
     if found:
         raise RuntimeError(f"the {what} must be {in_short(wanted)}, and some are {', '.join(map(in_short, found))}")
-    return f"{in_short(wanted)}, {num_bytes / 2**20:,.1f} MiB a rank" + (f" {where}" if where else "")
 
 
 def in_short(dtype: torch.dtype) -> str:

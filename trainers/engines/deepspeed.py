@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import mmap
 import os
 import shutil
@@ -35,6 +34,7 @@ from trainers.engines.base import (
     require_host,
     set_lr,
     statement,
+    torch_optimizer,
 )
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
@@ -42,7 +42,6 @@ from trainers.peft.adapt import adapt
 from trainers.weights import Origin, origin_of, read_elements, require_tied, tied_names
 from trainers.world import World
 
-log = logging.getLogger("fulltune")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -107,13 +106,13 @@ class ZeRO3Engine:
             _replace(self.model, name, made[name])
         for alias, name in tied_names(self.model).items():
             _replace(self.model, alias, made[name])
-        buffers = dict(self.model.named_buffers())
-        for name in set(origin.names()) - set(made):
+        names, buffers = set(origin.names()), dict(self.model.named_buffers())
+        for name in names - set(made):
             buffers[name].copy_(origin.read(name, (0,) * buffers[name].ndim, tuple(buffers[name].shape)))
         nn.Module.to(self.model, self.world.device)
         require_tied(self.model)
         left = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
-        left += [name for name in made if name not in origin.names()]
+        left += [name for name in made if name not in names]
         if left:
             raise RuntimeError(f"not all of the model was loaded: {', '.join(left[:5])} stayed unwritten")
 
@@ -122,14 +121,12 @@ class ZeRO3Engine:
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         scale = self.adaptation.lr_scale
         groups = decay_groups(((p, len(p.ds_shape), scale(name)) for name, p in parameters.items()), optim.weight_decay)
-        if optim.name is OptimizerName.sgd:
-            return torch.optim.SGD(groups, lr=optim.lr)
-        betas = (optim.betas[0], optim.betas[1])
-        if self.config.engine.offload_optimizer is Offload.none:
-            return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        if optim.name is OptimizerName.sgd or self.config.engine.offload_optimizer is Offload.none:
+            return torch_optimizer(groups, optim)
         require_op("cpu_adam", "engine.offload_optimizer", str(self.config.engine.offload_optimizer))
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        betas = (optim.betas[0], optim.betas[1])
         on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)
         return on_host
 
@@ -172,10 +169,6 @@ class ZeRO3Engine:
                     p = self.parameters[name]
                     mine = part_of(p.ds_numel, self.world)
                     master.data[start:end].copy_(read_elements(origin, name, tuple(p.ds_shape), *mine))
-
-    def _refresh(self, number: int) -> None:
-        """Take a sub-group's parameters over from its master weights, as after a step."""
-        self.optimizer._reassign_or_swap_out_partitioned_parameters(number)
 
     def token_logps(self, batch: Batch) -> Tensor:
         """Return (B, S) float32 log-probabilities of the labels."""
@@ -224,7 +217,7 @@ class ZeRO3Engine:
                 if moments:
                     step = state["optimizer"]["step"]
                     moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
-                self._refresh(number)
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
         self._count_to(int(state["optimizer"].get("step", 0)))
         if persistent := self.optimizer.persistent_parameters:
             persistent[0].partition(persistent)

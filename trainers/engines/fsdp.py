@@ -18,7 +18,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, token_logps
-from trainers.config import ConfigError, Offload, OptimConfig, OptimizerName, RunConfig
+from trainers.config import ConfigError, Offload, OptimConfig, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -28,8 +28,10 @@ from trainers.engines.base import (
     frozen_statement,
     in_short,
     require_host,
+    require_type,
     set_lr,
     statement,
+    torch_optimizer,
 )
 from trainers.model import Blueprint
 from trainers.peft.adapt import adapt
@@ -107,7 +109,7 @@ class FSDPEngine:
     def step(self, lr: float) -> float:
         """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        statement("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32, 0, "")
+        require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
         norm = math.sqrt(self.world.sum([squares])[0] / self.config.engine.replicate)
         if math.isfinite(norm):
@@ -262,11 +264,9 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def make_optimizer(model: nn.Module, optim: OptimConfig, adaptation: Adaptation) -> torch.optim.Optimizer:
-    """Return fused AdamW, or SGD, with weight decay on matrices and embeddings only."""
+    """Return the optimizer of what is trained, with weight decay on matrices and embeddings only."""
     groups = decay_groups(((p, p.ndim, adaptation.lr_scale(name)) for name, p in model.named_parameters()), optim.weight_decay)
-    if optim.name is OptimizerName.sgd:
-        return torch.optim.SGD(groups, lr=optim.lr)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+    return torch_optimizer(groups, optim)
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> float:

@@ -36,13 +36,10 @@ BUILDERS = {
     "cpu_adam": "CPUAdamBuilder",
     "async_io": "AsyncIOBuilder",
     "pin_memory": "PinMemoryBuilder",
-    "fused_adam": "FusedAdamBuilder",
 }
 """The builder of deepspeed.ops.op_builder that makes each op."""
 NEEDS = {"async_io": ("pin_memory",)}
 """Ops that an op loads before itself."""
-WITH_CUDA = ("async_io", "fused_adam")
-"""Ops that a machine with a GPU builds against the CUDA toolkit."""
 LIMIT_S = 1200.0
 """Longest build, and longest wait for somebody else's: on two cores cpu_adam takes 41 s, async_io 2.6 min, on busy ones 6.7."""
 QUIET_S = 120.0
@@ -109,8 +106,7 @@ def require_op(name: str, path: str = "engine.name", value: object = "zero3", li
 def missing_for(name: str) -> Missing | None:
     """Return what stands between this machine and a build of op `name`; None where nothing is known to. Under a second."""
     checks = [_compiler_problem, _headers_problem, _ninja_problem]
-    checks += [_libaio_problem] if name == "async_io" else []
-    checks += [_cuda_problem] if name in WITH_CUDA else []
+    checks += [_libaio_problem, _cuda_problem] if name == "async_io" else []
     return next((missing for check in checks if (missing := check()) is not None), None)
 
 
@@ -235,7 +231,7 @@ def _session_members(session: int) -> list[int]:
     """Return the processes of a session that still run; a zombie waits for its parent alone."""
     members = []
     for file in Path("/proc").glob("[0-9]*/stat"):
-        words = _text(file).rpartition(")")[2].split()  # state, parent, process group, session: proc(5)
+        words = host.read_text(file).rpartition(")")[2].split()  # state, parent, process group, session: proc(5)
         if len(words) > 3 and words[0] not in "ZX" and int(words[3]) == session:
             members.append(int(file.parent.name))
     return members
@@ -271,7 +267,7 @@ def _guard(op: str, deadline: float) -> Iterator[bool]:
     mark, lock = root / "fulltune.building", FileLock(root / "fulltune.lock")
     _acquire(lock, mark, op, deadline)
     try:
-        died_here = _text(mark).startswith(f"{socket.gethostname()} ")
+        died_here = host.read_text(mark).startswith(f"{socket.gethostname()} ")
         mark.write_text(f"{socket.gethostname()} process {os.getpid()}")
         yield died_here
     finally:
@@ -288,8 +284,10 @@ def _acquire(lock: Any, mark: Path, op: str, deadline: float) -> None:
             lock.acquire(timeout=POLL_S)
             return
         if time.monotonic() > deadline:
-            raise Unbuildable(f"another process is still building ({_text(mark)})", f"wait for it or end it; its lock is {lock.lock_file}")
-        said = _remind(said, f"waiting for DeepSpeed's {op}: {_text(mark)} is building")
+            raise Unbuildable(
+                f"another process is still building ({host.read_text(mark)})", f"wait for it or end it; its lock is {lock.lock_file}"
+            )
+        said = _remind(said, f"waiting for DeepSpeed's {op}: {host.read_text(mark)} is building")
 
 
 def _clear_lock(op: str, died_here: bool, deadline: float) -> None:
@@ -493,13 +491,6 @@ def _write_stamp(op: str) -> None:
 @functools.cache
 def _instructions() -> list[str]:
     """Return this processor's instruction sets, as far as -march=native may use them."""
-    lines = _text(Path("/proc/cpuinfo")).splitlines()
+    lines = host.read_text(Path("/proc/cpuinfo")).splitlines()
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
     return sorted(flag for flag in flags if INSTRUCTIONS.match(flag))
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""

@@ -1,0 +1,108 @@
+"""The command a user types: how tests write it, start it, stop it and read what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    return {**os.environ, "FULLTUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+
+
+def arguments(base: Path, chats: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={chats}", "data.template=chatml"),
+        *(
+            f"run_dir={run_dir}",
+            "data.seq_len=64",
+            "data.eval_fraction=0.1",
+            "train.steps=8",
+            "train.global_batch=4",
+            "train.precision=fp32",
+        ),
+        *("optim.lr=1e-2", "train.eval_every=4", "log.wandb=disabled", "launch.processes=2", *more),
+    ]
+
+
+def launch(cache: Path, line: list[str], expect: int = 0) -> str:
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trace(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What must not depend on interruptions, bit for bit."""
+    keys = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "eval_loss")
+    return [tuple(row.get(key) for key in keys) for row in read_rows(run_dir)]
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 100) -> None:
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until and process.poll() is None:
+        if (run_dir / "metrics.jsonl").is_file() and any(row["step"] >= step for row in read_rows(run_dir)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def stop_at_step(cache: Path, line: list[str], run_dir: Path, step: int) -> None:
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    try:
+        wait_for_step(run_dir, step, process)
+        process.terminate()
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+
+
+def wait_until_gone(run_dir: Path, timeout_s: float = 60) -> None:
+    """Wait until no process names the run directory; fail if one stays."""
+    until = time.monotonic() + timeout_s
+    while time.monotonic() < until:
+        found = subprocess.run(
+            ["pgrep", "-f", f"trainers {run_dir}"], capture_output=True, text=True, check=False, timeout=10
+        ).stdout.split()
+        if not found:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"processes left behind: {found}")
+
+
+def damaged_bases(base: Path, folder: Path) -> dict[str, tuple[Path, list[str]]]:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    bases = {name: shutil.copytree(base, folder / name) for name in ("truncated", "missing", "misshapen")}
+    weights = bases["truncated"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    tensors = load_file(base / "model.safetensors")
+    lost = {name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}
+    save_file(lost, bases["missing"] / "model.safetensors", metadata={"format": "pt"})
+    wrong = tensors | {"model.norm.weight": torch.ones(7)}
+    save_file(wrong, bases["misshapen"] / "model.safetensors", metadata={"format": "pt"})
+    words = {"truncated": ["damaged or truncated"], "missing": ["lacks model.norm.weight"], "misshapen": ["model.norm.weight is [7]"]}
+    return {name: (bases[name], words[name]) for name in bases}
+
+
+def save_in_bf16(base: Path, folder: Path) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    sampling = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}  # as Llama 2 ships it
+    (folder / "generation_config.json").write_text(json.dumps(sampling))
+    return folder
