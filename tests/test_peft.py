@@ -49,6 +49,7 @@ from trainers.model import export
 from trainers.objectives import NextToken
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation, read_whole
+from trainers.peft.nf4 import round_trip
 from trainers.peft.saved import export_adapter
 from trainers.weights import origin_of
 from trainers.world import World
@@ -223,13 +224,11 @@ def train_cases(world: World, folders: dict[str, Path], cases: list[str], engine
 
 
 def plain_base(folder: Path, case: str) -> Any:
-    """The base in plain transformers, its linear layers rounded by torchao where the case is of 4 bits."""
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-
+    """The base in plain transformers, its linear layers rounded where the case is of 4 bits (as torchao does: test_nf4.py)."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in base.named_modules() if "quantise" in CASES[case] else ():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = to_nf4(module.weight.data, 64, module.weight.numel() // 64).get_original_weight()
+            module.weight.data = round_trip(module.weight.data)
     return base
 
 
