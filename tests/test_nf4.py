@@ -18,7 +18,6 @@ from trainers.engines.base import build_engine
 from trainers.peft.nf4 import dequantise, packed_shape, quantise, round_trip
 from trainers.world import World
 
-
 TORCHAO = {(32, 32): "7217369127c61ba1", (64, 172): "5aa738bf7117ad41", (512, 1024): "afafa0d4f57e6e0b", (3, 64): "8963e1eb7f7f2ec9"}
 """Begin of the SHA-256 of what torchao 0.18.0 makes of these matrices, `to_nf4(part, 64, group).get_original_weight()` group by group.
 

@@ -298,12 +298,12 @@ def pieces(plan: dict[str, Tensor], stored: Stored, buffers: dict[str, Tensor]) 
             yield name, piece.to(tensor.dtype)
 
 
-def with_bar(weights: Iterator[tuple[str, Tensor]], num_bytes: int) -> Iterator[tuple[str, Tensor]]:
+def with_bar(weights: Iterator[tuple[str, Tensor]], num_bytes: int, what: str = "exporting") -> Iterator[tuple[str, Tensor]]:
     """Yield `weights` with a progress bar over their bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("exporting", total=num_bytes)
+        task = progress.add_task(what, total=num_bytes)
         for name, piece in weights:
             yield name, piece
             progress.advance(task, piece.nbytes)
