@@ -234,10 +234,11 @@ def _ours(config: RunConfig, world: World, data: Prepared, blueprint: Blueprint,
     from trainers.engines.base import build_engine
     from trainers.loop import train as train_run
     from trainers.metrics import host_bytes_peak
+    from trainers.status import Attempt
 
     engine = build_engine(config, world, blueprint)
     before = host_bytes_peak()
-    train_run(config, world, engine, data, loader, 1.0)
+    train_run(config, world, Attempt(Path(config.run_dir)), engine, data, loader, 1.0)
     rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     tokens = sum(row["input_tokens_per_second"] * row["step_seconds"] for row in rows[1:])
     return tokens / sum(row["step_seconds"] for row in rows[1:]), host_bytes_peak() - before, rows[-1]["loss"]
@@ -612,6 +613,7 @@ def engine_rank(options: argparse.Namespace) -> None:
         from trainers.engines.base import build_engine, require_parts
         from trainers.loop import train as train_run
         from trainers.model import flops_per_token, make_blueprint
+        from trainers.status import Attempt
         from trainers.world import World, die_with_parent
 
         die_with_parent()
@@ -631,7 +633,15 @@ def engine_rank(options: argparse.Namespace) -> None:
                 torch.cuda.synchronize()
             seconds = world.max([time.perf_counter() - started])[0]
             engine.save = lambda folder: None  # type: ignore[method-assign] # the loop ends with a checkpoint, which nobody reads
-            train_run(config, world, engine, data, loader, flops_per_token(engine.shapes(), blueprint.config, table.mean_attended()))
+            train_run(
+                config,
+                world,
+                Attempt(Path(config.run_dir)),
+                engine,
+                data,
+                loader,
+                flops_per_token(engine.shapes(), blueprint.config, table.mean_attended()),
+            )
             parameters = sum(math.prod(shape) for shape in engine.shapes().values())
         device = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
         _leave(run_dir, "done", json.dumps({"build_seconds": seconds, "parameters": parameters, "device": device}))

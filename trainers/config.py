@@ -363,9 +363,19 @@ class CheckpointConfig:
     """When to save what a continued run needs, and how many to keep."""
 
     every: int | None = None
-    """Optimizer steps between checkpoints; empty saves when the run is asked to stop and after the last step only."""
+    """Optimizer steps between checkpoints; empty saves when the run is asked to stop or to save, and after the last step."""
+    every_minutes: float | None = None
+    """Minutes between checkpoints, beside `every`; by rank 0's clock, at the next step's end."""
     keep_last: int = 2
     """Newest checkpoints that are kept; at least 1."""
+    keep_every: int | None = None
+    """Keep each checkpoint whose step this divides, for good."""
+    keep_best: int = 0
+    """Keep so many checkpoints of lowest evaluation loss; a new best one is saved at once."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false takes no such memory and waits."""
+    strict: bool = False
+    """End the run when a checkpoint cannot be written; otherwise it goes on and tries again while there is an older one."""
 
 
 @dataclass(kw_only=True)
@@ -467,7 +477,9 @@ POSITIVE = (
     "train.patience",
     "train.max_skipped",
     "checkpoint.every",
+    "checkpoint.every_minutes",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "log.peak_tflops",
 )
 NOT_NEGATIVE = (
@@ -478,6 +490,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "train.min_improvement",
     "train.sample_tokens",
+    "checkpoint.keep_best",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),

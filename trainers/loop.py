@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,13 +17,16 @@ from trainers.config import ConfigError, OptimConfig, RunConfig, Schedule
 from trainers.data.loader import Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
-from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops, read_json, set_status
+from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops
 from trainers.objectives import CHOICES, Objective
+from trainers.status import Attempt, Superseded, read_json
 from trainers.world import World, seed_step
 
 log = logging.getLogger("fulltune")
 STATUS_EVERY_S = 5.0
 LEAK_SHARE = 0.02
+DISAGREEMENT = 1e-5
+"""Largest relative difference of the gradient norm between ranks."""
 
 
 class TrainingFailed(Exception):
@@ -37,7 +39,11 @@ class Outcome:
 
     progress: Progress
     stopped: bool = False
-    """A signal stopped the run before its end."""
+    """The run was asked to stop before its end."""
+    saved_step: int = 0
+    """Step of the newest checkpoint."""
+    failed_saves: int = 0
+    """Checkpoints that could not be written."""
     eval_losses: list[float] = field(default_factory=list)
     """Held-out losses in nats a token, the one before the first step first."""
     train_loss: float | None = None
@@ -73,14 +79,16 @@ def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World) -> tuple[float, int]:
+def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World) -> tuple[float, int] | None:
     """Return the held-out loss in nats a token and its number of tokens: one sum over all rows, each counted once.
 
-    Only sums are kept, so memory does not grow with the number of rows.
+    Only sums are kept, so memory does not grow with the number of rows. None where a rank was asked to stop on the way.
     """
     engine.train(False)
     total, weight = 0.0, 0
     for batch in batches:
+        if world.any(world.signalled is not None)[0]:
+            return None
         weight += objective.weight(batch)
         on_device = batch.to(world.device)
         total += float(objective(engine.token_logps(on_device), on_device).total)
@@ -131,15 +139,17 @@ def require_isolation(engine: Engine, world: World, vocab_size: int, microbatch:
 class Training:
     """What one attempt holds while it trains; `train` is the way in."""
 
-    def __init__(self, config: RunConfig, world: World, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, attempt: Attempt, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float
+    ) -> None:
         """Keep the parts."""
-        self.config, self.world, self.engine, self.data, self.loader = config, world, engine, data, loader
+        self.config, self.world, self.attempt, self.engine, self.data, self.loader = config, world, attempt, engine, data, loader
         self.objective = CHOICES[config.objective.name](config.objective)
-        self.checkpointer = Checkpointer(config.checkpoint, Path(config.run_dir), world)
-        self.metrics = Metrics(config, world.rank, loader.num_steps)
+        self.checkpointer = Checkpointer(config.checkpoint, attempt, world)
+        self.metrics = Metrics(config, attempt, world.rank, loader.num_steps)
         self.flops_per_token, self.peak = flops_per_token, peak_tflops(config)
         self.outcome = Outcome(progress=Progress())
-        self.skipped_in_a_row, self.status_at = 0, 0.0
+        self.skipped_in_a_row, self.status_at, self.evaluated_at = 0, 0.0, -1
         warmup_steps(config.optim, loader.num_steps)
 
     def run(self) -> Outcome:
@@ -149,27 +159,42 @@ class Training:
             kept = metrics.start(progress.step)
             known = [math.nan if row["eval_loss"] is None else row["eval_loss"] for row in kept if "eval_loss" in row]
             last = next((row["loss"] for row in reversed(kept) if "loss" in row), None)
-            self.outcome.eval_losses, self.outcome.train_loss = self.world.from_first((known, last))
-            if self.data.eval is not None and not self.outcome.eval_losses:
+            judged = max((row["step"] for row in kept if "eval_loss" in row), default=-1)
+            self.outcome.eval_losses, self.outcome.train_loss, judged = self.world.from_first((known, last, judged))
+            if self._eval_due(progress.step) and judged < progress.step:
                 self._evaluate(progress)
-            while progress.step < self.loader.num_steps and not self._is_stalled():
+            while not self.outcome.stopped and progress.step < self.loader.num_steps and not self._is_stalled():
                 progress = self._step(progress)
                 if self._eval_due(progress.step):
                     self._evaluate(progress)
-                if self.world.stop_requested():
-                    self.outcome.stopped = True
-                    break
-                if self.checkpointer.due(progress.step):
-                    self.checkpointer.save(self.engine, progress)
-            self.checkpointer.save(self.engine, progress)  # whatever the export meets, the training is kept
-            self._note_stop(progress)
+                self._heed(progress)
+            self._save(progress, wait=True)  # whatever the export meets, the training is kept
+            self.outcome.saved_step, self.outcome.failed_saves = self.checkpointer.saved_step, self.checkpointer.all_failures
+            if self.outcome.stopped and self.world.rank == 0:  # before anything slow, such as a mirror that does not answer, delays it
+                self.attempt.set_status("preempted", step=self.outcome.saved_step)
             self.outcome.progress = progress
             return self.outcome
 
-    def _note_stop(self, progress: Progress) -> None:
-        """Record a stop before anything slow, such as a mirror that does not answer, delays it."""
-        if self.outcome.stopped and self.world.rank == 0:
-            set_status(Path(self.config.run_dir), "preempted", step=progress.step)
+    def _heed(self, progress: Progress) -> None:
+        """Agree with all ranks on what is to be done at the end of a step: stop, save, take a save's outcome, give way; collective."""
+        stop, save = self.checkpointer.wishes()
+        late = self.world.rank == 0 and not self.attempt.is_current()
+        stop, save, writing, late = self.world.any(stop or self.world.signalled is not None, save, self.checkpointer.is_writing(), late)
+        if late:
+            raise Superseded(f"a newer attempt of this run has started; attempt {self.attempt.number} writes nothing any more")
+        if not writing:
+            self.checkpointer.finish()
+        self.outcome.stopped = self.outcome.stopped or stop
+        best = self._judged(progress) and self.checkpointer.is_best(self.outcome.eval_losses)
+        if not self.outcome.stopped and (save or best or self.checkpointer.due(progress.step)):
+            self._save(progress)
+
+    def _judged(self, progress: Progress) -> bool:
+        return self.evaluated_at == progress.step
+
+    def _save(self, progress: Progress, wait: bool = False) -> None:
+        eval_loss = self.outcome.eval_losses[-1] if self._judged(progress) and self.outcome.eval_losses else None
+        self.checkpointer.save(self.engine, progress, eval_loss, wait)
 
     def _step(self, progress: Progress) -> Progress:
         """Take one optimizer step over the rows that (seed, step) names."""
@@ -219,7 +244,12 @@ class Training:
         return 1
 
     def _record(self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float) -> None:
-        device_peak, host_peak = self.world.max([float(device_bytes_peak() or 0), float(host_bytes_peak())])
+        peaks = [float(device_bytes_peak() or 0), float(host_bytes_peak())]
+        norms = [grad_norm, -grad_norm] if math.isfinite(grad_norm) else [0.0, 0.0]
+        device_peak, host_peak, highest, lowest = self.world.max([*peaks, *norms])
+        if highest + lowest > DISAGREEMENT * highest:
+            reason = f"ranks disagree on the gradient norm of step {progress.step}: from {-lowest} to {highest}"
+            raise TrainingFailed(f"{reason}; their weights are no longer one model: continue from a checkpoint before it, on other devices")
         self.outcome.train_loss = loss
         mfu = None
         if self.peak is not None:
@@ -244,19 +274,24 @@ class Training:
         )
         if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
             self.status_at = time.monotonic()
-            if read_json(Path(self.config.run_dir) / "status.json").get("state") != "failed":  # by another rank, just now
-                set_status(Path(self.config.run_dir), "running", step=progress.step, num_steps=self.loader.num_steps)
+            if read_json(self.attempt.run_dir / "status.json").get("state") != "failed":  # by another rank, just now
+                self.attempt.set_status("running", step=progress.step, num_steps=self.loader.num_steps)
 
     def _eval_due(self, step: int) -> bool:
         every = self.config.train.eval_every
-        return self.data.eval is not None and (step == self.loader.num_steps or (every is not None and step % every == 0))
+        return self.data.eval is not None and (step in (0, self.loader.num_steps) or (every is not None and step % every == 0))
 
     def _evaluate(self, progress: Progress) -> None:
         assert self.data.eval is not None
         rows = self.config.train.eval_microbatch or self.config.train.microbatch
         batches = eval_batches(self.data.eval, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.loader.pad_id)
-        loss, weight = evaluate(self.engine, self.objective, batches, self.world)
+        result = evaluate(self.engine, self.objective, batches, self.world)
+        if result is None:
+            self.outcome.stopped = True
+            return
+        loss, weight = result
         self.outcome.eval_losses.append(loss)
+        self.evaluated_at = progress.step
         self.metrics.write({"step": progress.step, "tokens": progress.tokens, "eval_loss": loss, "eval_tokens": weight})
 
     def _is_stalled(self) -> bool:
@@ -267,9 +302,11 @@ class Training:
         return ends
 
 
-def train(config: RunConfig, world: World, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float) -> Outcome:
-    """Train to the end, an early stop, or a signal; collective."""
-    return Training(config, world, engine, data, loader, flops_per_token).run()
+def train(
+    config: RunConfig, world: World, attempt: Attempt, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float
+) -> Outcome:
+    """Train to the end, an early stop, or a signal; collective. Raises Superseded where a newer attempt has started."""
+    return Training(config, world, attempt, engine, data, loader, flops_per_token).run()
 
 
 def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
@@ -291,6 +328,7 @@ def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
         "device_bytes_peak": int(device_peak) or None,
         "host_bytes_peak": int(host_peak),
         "skipped_steps": progress.skipped,
+        "failed_saves": outcome.failed_saves,
         "train_seconds": progress.seconds,
         "gpu_hours": progress.device_seconds / 3600 if world.device.type == "cuda" else None,
         "world_size": world.size,

@@ -62,29 +62,34 @@ class Attempt:
     """One life of a run. A cluster may restart a run while ranks of the last life go on, on a node that was cut off."""
 
     run_dir: Path
-    number: int
+    number: int = 0
+    """From 1; 0 before the ranks have met: what goes wrong until then may be written down."""
     _looked_at: float = field(default=-LOOK_EVERY_S, repr=False)
     _newest: int = field(default=0, repr=False)
 
-    @classmethod
-    def begin(cls, run_dir: Path) -> Attempt:
-        """Take the next number, by making its log folder. Not collective: one rank begins, and tells the others."""
-        (run_dir / "logs").mkdir(exist_ok=True)
-        number = newest_attempt(run_dir) + 1
+    def claim(self) -> int:
+        """Take the next number by making its log folder, and return it. One rank claims, and tells the others."""
+        logs = self.run_dir / "logs"
+        logs.mkdir(exist_ok=True)
+        number = newest_attempt(self.run_dir) + 1
         while True:
             try:
-                (run_dir / "logs" / f"attempt-{number}").mkdir()
+                (logs / f"attempt-{number}").mkdir()
                 break
             except FileExistsError:
                 number += 1
-        (run_dir / "logs" / "attempt").write_text(f"{number}\n")
-        return cls(run_dir, number)
+        (logs / "attempt").write_text(f"{number}\n")
+        return number
+
+    def begin(self, number: int) -> None:
+        """Be the attempt of this number."""
+        self.number, self._looked_at = number, -LOOK_EVERY_S
 
     def is_current(self, at_once: bool = False) -> bool:
         """Tell whether no newer attempt has started, as far as was seen within the last second, or now."""
         if at_once or time.monotonic() - self._looked_at > LOOK_EVERY_S:
             self._looked_at, self._newest = time.monotonic(), newest_attempt(self.run_dir)
-        return self._newest <= self.number
+        return self.number == 0 or self._newest <= self.number
 
     def require_current(self) -> None:
         """Raise Superseded if a newer attempt has started."""

@@ -48,12 +48,12 @@ class Engine(Protocol):
         """Switch dropout on or off."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of model and optimizer into `folder`."""
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, as torch.distributed.checkpoint writes it: the live tensors, which the next step changes."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, at any world size."""
+        """Restore `state` from a directory of torch.distributed.checkpoint, at any world size."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -199,13 +199,9 @@ class ZeRO3Engine:
         """Switch dropout on or off."""
         self.engine.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's elements of master weights and moments, as flat tensors that any number of ranks can read."""
-        dcp.save(self._state(), checkpoint_id=folder)
-
     def load(self, folder: Path) -> None:
         """Restore master weights and moments at any world size, then take the parameters over from them."""
-        state = self._state()
+        state = self.state()
         dcp.load(state, checkpoint_id=folder)
         for number, master, places in self._sub_groups():
             with self._present(number):
@@ -234,7 +230,7 @@ class ZeRO3Engine:
             betas, eps = adam.param_groups[0]["betas"], adam.param_groups[0]["eps"]
             adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, *betas, eps, 0.0, True, nothing, nothing, nothing, nothing)
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
         for number, master, places in self._sub_groups():

@@ -145,19 +145,16 @@ class FSDPEngine:
         """Switch dropout on or off."""
         self.model.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards of what is trained, and of the optimizer."""
-        dcp.save(self._state(), checkpoint_id=folder)
-
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
-        state = self._state()
+        state = self.state()
         dcp.load(state, checkpoint_id=folder)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)  # dcp.load misses no key of what is trained
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
         self._send_home()
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Return the live shards of what is trained, and of the optimizer."""
         model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True))
         frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
