@@ -51,7 +51,9 @@ class Progress:
     input_tokens: int = 0
     """Tokens that went through the model, padding aside, over all ranks."""
     skipped: int = 0
-    """Steps skipped for non-finite gradients or for want of a supervised token."""
+    """Steps skipped for non-finite gradients, a spike, or for want of a supervised token."""
+    ahead: int = 0
+    """Steps' worth of rows that were left out by rollbacks: the stream stands so much further."""
     seconds: float = 0.0
     """Seconds spent on steps, over all attempts."""
     device_seconds: float = 0.0

@@ -5,20 +5,22 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from trainers.batch import IGNORE, Batch
 from trainers.checkpoint import Checkpointer, Progress
-from trainers.config import ConfigError, OptimConfig, RunConfig, Schedule
-from trainers.data.loader import Loader, eval_batches
+from trainers.config import ConfigError, OnSpike, OptimConfig, RunConfig, Schedule
+from trainers.data.loader import Ints, Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
 from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops
 from trainers.objectives import CHOICES, Objective
+from trainers.spikes import Spikes
 from trainers.status import Attempt, Superseded, read_json
 from trainers.world import World, seed_step
 
@@ -27,6 +29,10 @@ STATUS_EVERY_S = 5.0
 LEAK_SHARE = 0.02
 DISAGREEMENT = 1e-5
 """Largest relative difference of the gradient norm between ranks."""
+
+
+class Spike(Exception):
+    """A step's loss or gradient norm is out of the ordinary: says which. It has updated nothing."""
 
 
 class TrainingFailed(Exception):
@@ -150,6 +156,7 @@ class Training:
         self.flops_per_token, self.peak = flops_per_token, peak_tflops(config)
         self.outcome = Outcome(progress=Progress())
         self.skipped_in_a_row, self.status_at, self.evaluated_at = 0, 0.0, -1
+        self.spikes, self.rollbacks, self.back_at = Spikes(config.train.spike_threshold), 0, 0
         warmup_steps(config.optim, loader.num_steps)
 
     def run(self) -> Outcome:
@@ -161,10 +168,15 @@ class Training:
             last = next((row["loss"] for row in reversed(kept) if "loss" in row), None)
             judged = max((row["step"] for row in kept if "eval_loss" in row), default=-1)
             self.outcome.eval_losses, self.outcome.train_loss, judged = self.world.from_first((known, last, judged))
+            self.spikes.recall(self.world.from_first(_taken_steps(kept)))
             if self._eval_due(progress.step) and judged < progress.step:
                 self._evaluate(progress)
             while not self.outcome.stopped and progress.step < self.loader.num_steps and not self._is_stalled():
-                progress = self._step(progress)
+                try:
+                    progress = self._step(progress)
+                except Spike as spike:
+                    progress = self._go_back(progress, spike)
+                    continue
                 if self._eval_due(progress.step):
                     self._evaluate(progress)
                 self._heed(progress)
@@ -200,7 +212,8 @@ class Training:
         """Take one optimizer step over the rows that (seed, step) names."""
         started = time.perf_counter()
         seed_step(self.config.seed, progress.step, self.world.rank)
-        microbatches = self.loader.step(progress.step)
+        row_ids = self.loader.row_ids(progress.step, progress.ahead)
+        microbatches = self.loader.batches(row_ids)
         counts = [
             sum(map(self.objective.weight, microbatches)),
             sum(b.num_rows for b in microbatches),
@@ -214,11 +227,15 @@ class Training:
             loss = self.objective(self.engine.token_logps(on_device), on_device)
             self.engine.backward(loss.total / weight, last=number == len(microbatches))
             local_loss += loss.total.detach()
-        grad_norm = self.engine.step(lr) if weight else 0.0
         loss_sum = self.world.sum([float(local_loss)])[0]
+        mean = loss_sum / weight if weight else math.nan
+        most_loss, most_norm = (math.inf, math.inf) if self.config.train.on_spike is OnSpike.none else self.spikes.limits()
+        grad_norm = self.engine.step(lr, -1.0 if mean > most_loss else most_norm) if weight else 0.0
         seconds = time.perf_counter() - started
-        skipped = self._count_skipped(progress.step, grad_norm, weight)
+        spike = self._judge(mean, most_loss, grad_norm, most_norm)
+        skipped = self._count_skipped(progress.step, grad_norm, weight, spike)
         progress = Progress(
+            ahead=progress.ahead,
             step=progress.step + 1,
             rows=progress.rows + rows,
             tokens=progress.tokens + weight,
@@ -227,23 +244,62 @@ class Training:
             seconds=progress.seconds + seconds,
             device_seconds=progress.device_seconds + seconds * self.world.size,
         )
-        self._record(progress, loss_sum / weight if weight else math.nan, lr, grad_norm, weight, inputs, seconds)
+        self._record(progress, mean, lr, grad_norm, weight, inputs, seconds, row_ids)
         return progress
 
-    def _count_skipped(self, step: int, grad_norm: float, weight: int) -> int:
-        """Count a step whose gradients are not finite; too many in a row end the run."""
-        if math.isfinite(grad_norm) and weight:
+    def _judge(self, loss: float, most_loss: float, grad_norm: float, most_norm: float) -> str:
+        """Say what of a step that updated nothing is a spike, nothing where none is; raises Spike where more than the step is left out.
+
+        Whether it is an ordinary step is remembered.
+        """
+        if loss > most_loss:
+            spike = f"the loss is {loss:.4g}, and up to {most_loss:.4g} would be ordinary"
+        elif grad_norm > most_norm and math.isfinite(grad_norm):
+            spike = f"the gradient norm is {grad_norm:.4g}, and up to {most_norm:.4g} would be ordinary"
+        else:
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.spikes.add(loss, grad_norm)
+            return ""
+        if self.config.train.on_spike is not OnSpike.skip:
+            raise Spike(spike)
+        return spike
+
+    def _go_back(self, progress: Progress, spike: Spike) -> Progress:
+        """Return to the last checkpoint, with the rows since it left out; or save and end the run, where that is asked for."""
+        if self.config.train.on_spike is OnSpike.stop:
+            self._save(progress, wait=True)
+            raise TrainingFailed(f"step {progress.step + 1} was not taken: {spike}; look at its rows with python -m tools.show_batch")
+        self.checkpointer.finish()
+        self.rollbacks = self.rollbacks + 1 if self.back_at == self.checkpointer.saved_step else 1
+        self.back_at = self.checkpointer.saved_step
+        if self.rollbacks > self.config.train.max_skipped or not self.back_at:
+            reason = f"it did not {self.rollbacks - 1} times from step {self.back_at}" if self.back_at else "there is no checkpoint yet"
+            raise TrainingFailed(f"step {progress.step + 1}: {spike}; going back does not help: {reason}")
+        back = self.checkpointer.restore(self.engine)
+        ahead = progress.ahead + progress.step + 1 - back.step
+        log.warning("step %d: %s; back to step %d, and past the rows of %d steps", progress.step + 1, spike, back.step, ahead - back.ahead)
+        kept, self.evaluated_at = self.metrics.cut(back.step), -1
+        self.spikes.recall(self.world.from_first(_taken_steps(kept)))
+        self.outcome.eval_losses = self.world.from_first([row["eval_loss"] for row in kept if "eval_loss" in row])
+        self.metrics.write({"step": back.step, "rollback_from": progress.step + 1, "rows_left_out_steps": ahead - back.ahead})
+        return replace(back, ahead=ahead)
+
+    def _count_skipped(self, step: int, grad_norm: float, weight: int, spike: str) -> int:
+        """Count a step that updated nothing; too many in a row end the run."""
+        if math.isfinite(grad_norm) and weight and not spike:
             self.skipped_in_a_row = 0
             return 0
         self.skipped_in_a_row += 1
-        why = f"the gradient norm is {grad_norm}" if weight else "no row has a supervised token"
+        why = spike or (f"the gradient norm is {grad_norm}" if weight else "no row has a supervised token")
         log.warning("step %d is skipped: %s (%d in a row)", step + 1, why, self.skipped_in_a_row)
         if self.skipped_in_a_row >= self.config.train.max_skipped:
             remedy = "lower optim.lr, raise optim.warmup_steps, or look at the rows with python -m tools.show_batch"
             raise TrainingFailed(f"{self.skipped_in_a_row} steps in a row were skipped, the last because {why}; {remedy}")
         return 1
 
-    def _record(self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float) -> None:
+    def _record(
+        self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float, row_ids: Ints
+    ) -> None:
         peaks = [float(device_bytes_peak() or 0), float(host_bytes_peak())]
         norms = [grad_norm, -grad_norm] if math.isfinite(grad_norm) else [0.0, 0.0]
         device_peak, host_peak, highest, lowest = self.world.max([*peaks, *norms])
@@ -270,6 +326,7 @@ class Training:
                 "host_bytes_peak": int(host_peak),
                 "mfu": mfu,
                 "skipped": progress.skipped,
+                "rows_hash": f"{zlib.crc32(row_ids.tobytes()):08x}",
             }
         )
         if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
@@ -300,6 +357,17 @@ class Training:
         if ends:
             log.info("stopping early: %d evaluations brought no improvement", train.patience)
         return ends
+
+
+def _taken_steps(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return (loss, gradient norm) of the steps among metrics that updated the weights."""
+    taken, skipped = [], 0
+    for row in rows:
+        if "loss" in row:
+            if row["skipped"] == skipped and row["loss"] is not None and row["grad_norm"] is not None:
+                taken.append((row["loss"], row["grad_norm"]))
+            skipped = row["skipped"]
+    return taken
 
 
 def train(

@@ -115,18 +115,23 @@ class Metrics:
 
     def start(self, step: int) -> list[dict[str, Any]]:
         """Cut the record back to `step` and return the rows that stay (on rank 0); start the bar and the mirror."""
-        kept = []
+        kept = self.cut(step)
+        if self.active and self.config.log.wandb is not WandbMode.disabled:
+            self.mirror = Mirror(self.config)
+        self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", speed="-")
+        self.bar.start()
+        return kept
+
+    def cut(self, step: int) -> list[dict[str, Any]]:
+        """Cut the record back to `step`, and to before a rollback to it; return the rows that stay, on rank 0."""
+        kept: list[dict[str, Any]] = []
         if self.active:
             if self.path.is_file():
                 rows = [_parse(line) for line in self.path.read_text().splitlines()]
-                kept = [row for row in rows if row is not None and row["step"] <= step]
+                kept = [row for row in rows if row is not None and row["step"] + ("rollback_from" in row) <= step]
             staging = self.path.with_suffix(".tmp")
             staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
             staging.rename(self.path)
-            if self.config.log.wandb is not WandbMode.disabled:
-                self.mirror = Mirror(self.config)
-        self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", speed="-")
-        self.bar.start()
         return kept
 
     def write(self, row: dict[str, Any]) -> None:
@@ -143,6 +148,8 @@ class Metrics:
     def _show(self, row: dict[str, Any]) -> None:
         if "eval_loss" in row:
             log.info("step %d: held-out loss %.4f over %s tokens", row["step"], row["eval_loss"], f"{row['eval_tokens']:,}")
+            return
+        if "loss" not in row:
             return
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.update(self.task, completed=row["step"], loss=loss, speed=f"{row['tokens_per_second']:,.0f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,8 +41,8 @@ class Engine(Protocol):
         """Add the gradients of a scalar; `last` marks the step's last microbatch. Gradients sum over ranks."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Clip, update, clear gradients; return the global gradient norm before clipping. Non-finite updates nothing."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """Clip, update, clear gradients; return the global gradient norm before clipping. Non-finite or above `limit` updates nothing."""
         ...
 
     def train(self, mode: bool) -> None:

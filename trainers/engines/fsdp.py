@@ -106,13 +106,13 @@ class FSDPEngine:
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         (loss * self.world.size).backward()
 
-    def step(self, lr: float) -> float:
-        """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
         norm = math.sqrt(self.world.sum([squares])[0] / self.config.engine.replicate)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm <= limit:
             if self.config.optim.clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, torch.tensor(norm, dtype=torch.float32))
             set_lr(self.optimizer.param_groups, lr)
