@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=30, metavar="N", help="kills at random bytes of a save (default 30)")
     parser.add_argument("--engine", default="fsdp", help="engine preset (default fsdp)")
     parser.add_argument("--seed", type=int, default=0, help="of the random offsets (default 0)")
-    parser.add_argument("--dir", type=Path, help="where the runs are kept; otherwise they are deleted at the end")
+    parser.add_argument("--dir", type=Path, help="where the runs are kept; otherwise they are deleted where all went well")
     options = parser.parse_args(arguments)
     if options.kills < 1:
         parser.error(f"--kills {options.kills}: must be at least 1")
@@ -152,7 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
     """Run one life undisturbed and many harmed ones; print what came of them, and return the exit code."""
-    small = ["data.seq_len=64", "train.global_batch=4", "train.microbatch=1", "train.eval_every=null", "data.eval_fraction=0"]
+    tiny = ["model.train_tokenizer=512", "model.architecture.hidden_size=64", "model.architecture.num_hidden_layers=2"]
+    small = [*tiny, "data.seq_len=64", "train.global_batch=4", "train.microbatch=1", "train.eval_every=null", "data.eval_fraction=0"]
     rest = [
         "optim.warmup_steps=2",
         "checkpoint.every=1",
@@ -179,6 +180,8 @@ def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
             bar.update(task, description=f"kill {number + 1} of {kills}")
             tried(run, "killed in a save", run.kill_in_save)
             bar.advance(task)
+        while len(run.complete()) < 2:  # one to be damaged, one to go on from
+            _kill_when_saved(run, max(map(number_of, run.complete()), default=0) + 2)
         for name, harmful in (
             ("a byte flipped", lambda: flip_newest(run)),
             ("step-999999 planted", lambda: plant(run)),
@@ -210,7 +213,7 @@ def tried(run: Harmed, name: str, harmful: Callable[[], str]) -> None:
     tally.lost += sum(path in after and after[path] != digest for path, digest in before.items() if name != "a byte flipped")
     tally.lost += bool(before) and not after
     begun = run.begun_from()
-    wanted = expected if name != "a byte flipped" else sorted(map(number_of, before))[-2]
+    wanted = expected if name != "a byte flipped" else max((step for step in map(number_of, before) if step < expected), default=expected)
     tally.exact += begun == wanted
     if begun != wanted:
         tally.note = f"continued from step {begun}, and step {wanted} was there"
@@ -369,8 +372,9 @@ def _wait_gone(run_dir: Path) -> None:
 @contextlib.contextmanager
 def _workplace(folder: Path | None) -> Iterator[Path]:
     if folder is None:
-        with tempfile.TemporaryDirectory(prefix="fulltune-chaos-") as made:
-            yield Path(made)
+        made = Path(tempfile.mkdtemp(prefix="fulltune-chaos-"))
+        yield made
+        shutil.rmtree(made)  # where something went wrong it stays, to be looked at
         return
     if folder.exists() and any(folder.iterdir()):
         raise Wrong(f"--dir {folder} exists and is not empty: name another directory")
