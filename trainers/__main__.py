@@ -29,7 +29,8 @@ from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
 from trainers.metrics import console, log_to, log_to_terminal
 from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
-from trainers.peft.base import FILE
+from trainers.peft.base import FILE, Adaptation
+from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
 from trainers.status import Attempt, Superseded, read_json, write_json
 from trainers.world import Stopped, World
@@ -206,7 +207,7 @@ def finish(
     if world.rank == 0:
         if is_adapter and outcome.progress.step > outcome.progress.skipped:
             require_moved(folder)
-        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, is_adapter)
+        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, engine.adaptation)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
         trained = sum(torch.Size(shapes[name]).numel() for name in engine.adaptation.trained)
         figures |= {
@@ -238,18 +239,20 @@ def _try_export(
     probe: Batch,
     logps: torch.Tensor,
     data: Prepared,
-    is_adapter: bool,
+    adaptation: Adaptation,
 ) -> dict[str, str] | None:
     """Open the export as a user would, compare it with the trainer on one row, let it answer; not where it is too large for that.
 
     The weights have been compared bit for bit: this is about config and code, so that rounding to 16 bits may show.
     """
+    is_adapter = adaptation.library_config is not None
     base = blueprint.folder if is_adapter else None
     files = [path for place in (folder, base) if place is not None for path in place.glob("*.safetensors")]
     if sum(path.stat().st_size for path in files) > REOPEN_BELOW:
         return None
     if is_adapter:
-        model = reopen_adapter(folder, reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu"))
+        plain = reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu")
+        model = reopen_adapter(folder, round_base(plain, adaptation))
     else:
         model = reopen(folder, config.model.trust_remote_code)
     with torch.no_grad():
