@@ -238,17 +238,17 @@ class PeftConfig:
     method: PeftMethod = PeftMethod.none
     """`none` is full fine-tuning, `freeze` trains a part of the model, the others add an adapter to a base that stays as it is."""
     rank: int = 8
-    """lora, dora: columns of the two small matrices; at most the smaller side of each matrix that is adapted."""
+    """lora, dora, adalora (at first): columns of the two small matrices; at most the smaller side of each matrix that is adapted."""
     alpha: float = 16.0
-    """lora, dora: the product of the two is scaled by alpha / rank."""
+    """lora, dora, adalora: the product of the two is scaled by alpha / rank."""
     dropout: float = 0.0
-    """lora, dora: share of an adapter's inputs set to zero while training. In [0, 1)."""
+    """lora, dora, adalora: share of an adapter's inputs set to zero while training. In [0, 1)."""
     targets: list[str] = field(default_factory=list)
-    """lora, dora, ia3: names of modules as [q_proj,v_proj], or [all-linear] without the head; empty is peft's choice by architecture."""
+    """lora, dora, adalora, ia3: names of modules as [q_proj,v_proj], or [all-linear] without the head; empty is peft's choice."""
     bias: AdapterBias = AdapterBias.none
     """lora, dora: biases of the base that are trained, and saved with the adapter."""
     modules_to_save: list[str] = field(default_factory=list)
-    """lora, dora, ia3: names of modules that are trained whole and saved with the adapter, as [lm_head]."""
+    """lora, dora, adalora, ia3: names of modules that are trained whole and saved with the adapter, as [lm_head]."""
     rank_stabilised: bool = False
     """lora, dora: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast (arXiv 2312.03732)."""
     init: AdapterInit = AdapterInit.default
@@ -267,6 +267,20 @@ class PeftConfig:
     """freeze: parameters that stay, by shell patterns of their names, as ['*embed_tokens*','model.layers.[0-9].*']."""
     last_blocks: int | None = None
     """freeze: train only so many blocks at the end, and what comes behind them."""
+    target_rank: int = 4
+    """adalora: mean rank of the layers in the end; below `rank`."""
+    tinit: int = 0
+    """adalora: the first pruning comes in step tinit + 1 or later, counted from 0."""
+    tfinal: int = 1
+    """adalora: steps at the end, at least one, in whose first the ranks become final."""
+    delta_t: int = 1
+    """adalora: until then prune only in steps whose number it divides."""
+    beta1: float = 0.85
+    """adalora: decay rate of the running mean of an element's importance. Above 0, below 1."""
+    beta2: float = 0.85
+    """adalora: decay rate of the running mean of how far that strays. Above 0, below 1."""
+    orth_reg_weight: float = 0.5
+    """adalora: weight of the regulariser that keeps A's rows and B's columns orthonormal; it is trained on, and not part of `loss`."""
 
 
 @dataclass(kw_only=True)
@@ -477,6 +491,9 @@ POSITIVE = (
     "peft.virtual_tokens",
     "peft.encoder_size",
     "peft.last_blocks",
+    "peft.target_rank",
+    "peft.tfinal",
+    "peft.delta_t",
     "engine.shard",
     "engine.sub_group_size",
     "engine.reduce_bucket_size",
@@ -505,6 +522,8 @@ NOT_NEGATIVE = (
     "train.min_improvement",
     "train.sample_tokens",
     "checkpoint.keep_best",
+    "peft.tinit",
+    "peft.orth_reg_weight",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
@@ -648,6 +667,7 @@ def _validate_training(config: RunConfig) -> None:
 
 
 LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
+ADALORA = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
 PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.none: (),
     PeftMethod.freeze: ("freeze", "last_blocks"),
@@ -657,6 +677,7 @@ PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.prompt: ("virtual_tokens", "init", "adapter"),
     PeftMethod.prefix: ("virtual_tokens", "encoder_size", "adapter"),
     PeftMethod.ptuning: ("virtual_tokens", "encoder_size"),
+    PeftMethod.adalora: ("rank", "alpha", "dropout", "targets", "modules_to_save", *ADALORA),
 }
 VIRTUAL = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
 INITS = {
@@ -664,7 +685,6 @@ INITS = {
     PeftMethod.prompt: (AdapterInit.default, AdapterInit.vocabulary),
 }
 UNAVAILABLE = {
-    PeftMethod.adalora: "its ranks are dealt out anew from whole gradients after each step, which no engine here keeps",
     PeftMethod.houlsby: "the peft library has no bottleneck adapters, so that nothing could load the export",
 }
 
@@ -704,6 +724,34 @@ def _validate_peft(config: RunConfig) -> None:
     if peft.adapter is not None and peft.init is not AdapterInit.default:
         raise ConfigError("peft.init", str(peft.init), f"peft.adapter is also given ({peft.adapter})", "peft.init=default")
     _validate_virtual(config)
+    _validate_adalora(config)
+
+
+def _validate_adalora(config: RunConfig) -> None:
+    """Refuse a schedule that prunes nothing, and what keeps the values that it looks at out of reach."""
+    peft, steps = config.peft, config.train.steps
+    if peft.method is not PeftMethod.adalora:
+        return
+    if peft.target_rank >= peft.rank:
+        reason = f"peft.rank = {peft.rank}, which adalora begins with, must be larger"
+        raise ConfigError("peft.target_rank", peft.target_rank, reason, f"peft.rank={-(-3 * peft.target_rank // 2)}, or peft=lora")
+    for name in ("beta1", "beta2"):
+        if not 0 < getattr(peft, name) < 1:
+            raise ConfigError(f"peft.{name}", getattr(peft, name), "must be above 0 and below 1", f"peft.{name}=0.85")
+    if steps is not None:
+        require_pruning(peft, steps)
+    if config.engine.offload_optimizer is Offload.nvme:
+        reason = "adalora looks at each adapter's float32 weights before and after every step, and these would be in files"
+        raise ConfigError("engine.offload_optimizer", "nvme", reason, "engine.offload_optimizer=cpu: an adapter's state is small")
+
+
+def require_pruning(peft: PeftConfig, num_steps: int) -> None:
+    """Raise ConfigError unless a run of so many steps has some between adalora's first and last phase."""
+    if peft.tinit + peft.tfinal < num_steps:
+        return
+    reason = f"with peft.tfinal = {peft.tfinal} it leaves none of the run's {num_steps} steps to prune in"
+    share = f"peft.tinit={num_steps // 6} peft.tfinal={max(1, num_steps // 2)}"  # of MRPC's 3450 steps, the preset's
+    raise ConfigError("peft.tinit", peft.tinit, reason, share if num_steps > 1 else "more steps")
 
 
 def _refuse_foreign(group: str, settings: object, chosen: str, remedies: dict[str, str]) -> None:

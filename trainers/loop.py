@@ -158,6 +158,7 @@ class Training:
         self.skipped_in_a_row, self.status_at, self.evaluated_at = 0, 0.0, -1
         self.spikes, self.rollbacks, self.back_at = Spikes(config.train.spike_threshold), 0, 0
         warmup_steps(config.optim, loader.num_steps)
+        engine.adaptation.at(0, loader.num_steps)
 
     def run(self) -> Outcome:
         """Continue from the newest checkpoint to the last step, an early stop, or a signal."""
@@ -227,6 +228,7 @@ class Training:
             loss = self.objective(self.engine.token_logps(on_device), on_device)
             self.engine.backward(loss.total / weight, last=number == len(microbatches))
             local_loss += loss.total.detach()
+        self.engine.adaptation.at(progress.step, self.loader.num_steps)
         loss_sum = self.world.sum([float(local_loss)])[0]
         mean = loss_sum / weight if weight else math.nan
         most_loss, most_norm = (math.inf, math.inf) if self.config.train.on_spike is OnSpike.none else self.spikes.limits()

@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from trainers.engines.base import (
 )
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
+from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.weights import Origin, origin_of, read_elements, require_tied, tied_names
 from trainers.world import World
@@ -173,6 +175,13 @@ class ZeRO3Engine:
                     mine = part_of(p.ds_numel, self.world)
                     master.data[start:end].copy_(read_elements(origin, name, tuple(p.ds_shape), *mine))
 
+    def _gather_persistent(self) -> None:
+        """Take what stays whole on every rank over from its partitions, after these were given other values."""
+        if persistent := self.optimizer.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+        self.optimizer.invalidate_secondary_tensor()
+
     def token_logps(self, batch: Batch) -> Tensor:
         """Return (B, S) float32 log-probabilities of the labels."""
         with _linear_of_zero3():
@@ -187,8 +196,12 @@ class ZeRO3Engine:
         """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
         set_lr(self.optimizer.param_groups, lr)
         self.limit = limit
+        allocator = self.adaptation.allocator
+        parts = {} if allocator is None else self._regularised(allocator)
         self.engine.step()
         norm = self.norm
+        if allocator is not None and math.isfinite(norm) and norm <= limit:
+            self._allocate(allocator, parts, norm)
         self._clear_gradients()
         return norm
 
@@ -199,6 +212,34 @@ class ZeRO3Engine:
         groups: list[Any] = type(self.optimizer)._get_norm_groups(self.optimizer)
         self.norm = float(combine_grad_norm_groups(groups))
         return groups if self.norm <= self.limit else [torch.tensor(math.inf)]
+
+    def _regularised(self, allocator: Allocator) -> dict[str, Part]:
+        """Let the allocator add to the gradients; return this rank's elements of what it looks at, with a copy of their gradients.
+
+        A copy, because DeepSpeed clips a sub-group in place where it has one parameter, and elsewhere not.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parts: dict[str, Part] = {}
+        buffers = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for _, master, places in self._sub_groups():
+            for name, (begin, end) in places.items():
+                if name in allocator.shapes:
+                    p = self.parameters[name]
+                    start = part_of(p.ds_numel, self.world)[0]
+                    parts[name] = Part(value=master.data[begin:end], grad=buffers[p.ds_id][: end - begin], start=start)
+        allocator.regularise(parts, lambda name: safe_get_full_fp32_param(self.parameters[name]))
+        return {name: replace(part, grad=part.grad.clone()) for name, part in parts.items()}
+
+    def _allocate(self, allocator: Allocator, parts: dict[str, Part], norm: float) -> None:
+        """Let the allocator look at a step with the gradients as they were clipped; take over what it set to zero."""
+        if self.config.optim.clip is not None:
+            for part in parts.values():
+                part.grad.div_(max(1.0, (norm + 1e-6) / self.config.optim.clip))
+        if allocator.allocate(parts, self.world.sum):
+            for number in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
+            self._gather_persistent()
 
     def _clear_gradients(self) -> None:
         """Leave no gradient behind: DeepSpeed would take it again for a parameter that gets none in the next step."""
@@ -227,10 +268,12 @@ class ZeRO3Engine:
                     moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
         self._count_to(int(state["optimizer"].get("step", 0)))
-        if persistent := self.optimizer.persistent_parameters:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
-        self.optimizer.invalidate_secondary_tensor()
+        self._gather_persistent()
+        if (allocator := self.adaptation.allocator) is not None:
+            allocator.set_ranks(state["ranks"])
+            for name, means in self._importance(allocator).items():
+                for kind, part in means.items():
+                    part.copy_(state["importance"][name][kind].to_local())
 
     def _count_to(self, step: int) -> None:
         """Bring DeepSpeed's own AdamW, which multiplies beta ** step on from step to step, to where it was after `step` steps.
@@ -255,7 +298,21 @@ class ZeRO3Engine:
                     if moments:
                         state["optimizer"][name] = {kind: self._flat(moments[kind][start:end], numel, swapped) for kind in MOMENTS}
                         state["optimizer"]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu()
+        if (allocator := self.adaptation.allocator) is not None:
+            state |= {"ranks": allocator.ranks(), "importance": {}}
+            for name, means in self._importance(allocator).items():
+                numel = self.parameters[name].ds_numel
+                state["importance"][name] = {kind: self._flat(mean, numel, False) for kind, mean in means.items()}
         return state
+
+    def _importance(self, allocator: Allocator) -> dict[str, dict[str, Tensor]]:
+        """Return an allocator's state of this rank's elements, kept where their master weights are."""
+        found = {}
+        for _, master, places in self._sub_groups():
+            for name, (start, end) in places.items():
+                if name in allocator.shapes:
+                    found[name] = allocator.state(name, master.data[start:end])
+        return found
 
     def _flat(self, local: Tensor, numel: int, copy: bool) -> DTensor:
         """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
@@ -297,6 +354,9 @@ class ZeRO3Engine:
         host = "" if engine.offload_optimizer is Offload.none else HOST
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
         no_state = self.config.optim.name is OptimizerName.sgd
+        allocator = self.adaptation.allocator
+        importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
+        kept_too = sum(mean.nbytes for mean in importance)
         return {
             "parameters": f"{counted(total, trained)}, each split over {self.world.size} ranks",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
@@ -304,6 +364,7 @@ class ZeRO3Engine:
             "gradient reduction": statement("gradients", gradients, torch.float32, kept, host),
             "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
             "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),
+            **({"importance": statement("importance", importance, torch.float32, kept_too, host)} if importance else {}),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }

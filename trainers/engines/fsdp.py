@@ -34,6 +34,7 @@ from trainers.engines.base import (
     torch_optimizer,
 )
 from trainers.model import Blueprint
+from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.tokens import ENCODER
@@ -108,6 +109,10 @@ class FSDPEngine:
 
     def step(self, lr: float, limit: float = math.inf) -> float:
         """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
+        allocator = self.adaptation.allocator
+        if allocator is not None:
+            parts = self._parts(allocator)
+            allocator.regularise(parts, lambda name: _whole(self.model.get_parameter(name)))
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
@@ -120,8 +125,24 @@ class FSDPEngine:
                 self._step_with_visiting_state(parameters)
             else:
                 self.optimizer.step()
+            if allocator is not None:
+                copies = self.config.engine.replicate
+                allocator.allocate(parts, lambda scores: [score / copies for score in self.world.sum(scores)])
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @torch.no_grad()
+    def _parts(self, allocator: Allocator) -> dict[str, Part]:
+        """Return this rank's rows of each tensor that the allocator looks at, as flat views; clipping is seen in them."""
+        parts = {}
+        for name in allocator.shapes:
+            p = self.model.get_parameter(name)
+            if p.grad is None:  # of a layer that no row went through
+                p.grad = torch.zeros_like(p)
+            value, offset = _local_block(p)
+            start = offset[0] * p.shape[1:].numel()
+            parts[name] = Part(value=value.view(-1), grad=_local_block(p.grad)[0].view(-1), start=start)
+        return parts
 
     def _step_with_visiting_state(self, parameters: list[nn.Parameter]) -> None:
         """Update parameter by parameter: its state comes from the host, is used where the parameter is, and goes back."""
@@ -151,13 +172,28 @@ class FSDPEngine:
         dcp.load(state, checkpoint_id=folder)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)  # dcp.load misses no key of what is trained
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+        if self.adaptation.allocator is not None:
+            self.adaptation.allocator.set_ranks(state["ranks"])
         self._send_home()
 
     def state(self) -> dict[str, Any]:
         """Return the live shards of what is trained, and of the optimizer."""
         model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True))
         frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
+        state = {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
+        if (allocator := self.adaptation.allocator) is not None:
+            state |= {"ranks": allocator.ranks(), "importance": self._importance(allocator)}
+        return state
+
+    def _importance(self, allocator: Allocator) -> dict[str, dict[str, DTensor]]:
+        """Return an allocator's state of each tensor, split as that is and kept where that is; shares memory."""
+        found = {}
+        for name in allocator.shapes:
+            p: Any = self.model.get_parameter(name)
+            local = _local_block(p.detach())[0]
+            means = allocator.state(name, local.view(-1))
+            found[name] = {kind: DTensor(mean.view(local.shape), p._spec, requires_grad=False) for kind, mean in means.items()}
+        return found
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time and cast to its type there."""
@@ -185,6 +221,8 @@ class FSDPEngine:
         home = HOST if self.offloaded else ""
         kept, until = (4 * trained, "whole until the last microbatch") if self.keeps_whole_gradients else (local, home)
         state = statement("optimizer state", moments, torch.float32, 2 * local, HOST if self.visits else home)
+        allocator = self.adaptation.allocator
+        importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
         return {
             "parameters": f"{counted(total, trained)}, in {self._layout()}",
             "storage": statement("master weights", parameters, torch.float32, local, home),
@@ -192,6 +230,7 @@ class FSDPEngine:
             "gradient reduction": statement("gradients", [], torch.float32, kept, until),
             "optimizer state": state if moments else "none (SGD)",
             "frozen weights": frozen_statement(((p, _local_block(p)[0]) for p in frozen), self.compute, home),
+            **({"importance": statement("importance", importance, torch.float32, local_bytes(importance), home)} if importance else {}),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
