@@ -23,7 +23,7 @@ from test_engine_parity import blueprint_for
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from tools.bench import engine_preset
+from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config import (
     UNAVAILABLE,

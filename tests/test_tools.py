@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tools.bench import RanksFailed, Run, _put_section, _ranks, _table, _wait
+from tools.bench.engines import Run, _put_section, _table
+from tools.bench.ranks import RanksFailed, start_ranks, wait_for
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,8 +73,8 @@ def test_a_section_takes_the_place_of_the_same_commands(tmp_path: Path) -> None:
 
 def test_ranks_that_fail_say_which_was_first(tmp_path: Path) -> None:
     """An engine that fails is a row with the reason; `engine-rank` without an order fails at once."""
-    with pytest.raises(RanksFailed) as caught, _ranks(["engine-rank", str(tmp_path)], 2, tmp_path) as children:
-        _wait(children, tmp_path, "done", lambda: None, limit_s=60)
+    with pytest.raises(RanksFailed) as caught, start_ranks(["engine-rank", str(tmp_path)], 2, tmp_path) as children:
+        wait_for(children, tmp_path, "done", lambda: None, limit_s=60)
     assert caught.value.reason.startswith("FileNotFoundError")
     assert all(child.returncode is not None for child in children)
     runs: dict[str, Any] = {"fsdp": run_of([2.0, 1.0]), "zero3": "failed: a | b", "zero3_offload": run_of([2.0, None])}
