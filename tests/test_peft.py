@@ -6,6 +6,7 @@ state are of what is trained, to the byte; and plain peft loads each export in a
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ from trainers.model import export
 from trainers.objectives import NextToken
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation, read_whole
+from trainers.peft.nf4 import packed_shape
 from trainers.peft.saved import export_adapter
 from trainers.weights import origin_of
 from trainers.world import World
@@ -148,6 +150,11 @@ def state_bytes(engine: Any) -> tuple[int, int]:
     return sum(tensor.nbytes for tensor in gradients), sum(moment.nbytes for moment in moments)
 
 
+def stored_bytes(shape: tuple[int, ...], packed: bool) -> tuple[int, int]:
+    """Elements of a frozen tensor, and the bytes of one: float32, or rows of NF4."""
+    return (math.prod(packed_shape(math.prod(shape))), 1) if packed else (math.prod(shape), 4)
+
+
 def unmoved(engine: Any, trained: set[str]) -> list[str]:
     """Names of trained parameters whose gradient is missing or zero; collective."""
     from deepspeed.utils import safe_get_full_grad
@@ -215,6 +222,8 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
         "bytes": bytes_now,
         "sizes": sizes,
         "report": engine.report(),
+        "state": engine.state_bytes(),
+        "stored": {name: stored_bytes(shape, name in engine.adaptation.packed) for name, shape in shapes.items() if name not in trained},
     }
 
 
@@ -327,6 +336,12 @@ def test_a_run_equals_plain_peft(
             for name, value in one["weights"].items() if case != "pissa" else ():
                 torch.testing.assert_close(torch.from_numpy(value), reference["weights"][name], rtol=REL, atol=REL, msg=f"{case} {name}")
         total = sum(got[0]["sizes"].values())
+        parts = size if engine == "zero3" else 1
+        frozen = sum(even_share(numel, parts) * parts * itemsize for numel, itemsize in got[0]["stored"].values())
+        trained = sum(even_share(numel, parts) * parts for numel in got[0]["sizes"].values())
+        copies = 2 if engine == "zero3" else 1  # on a CPU, DeepSpeed has masters beside what it computes with in float32, too
+        counted = {"frozen": frozen, "trainable": 4 * copies * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
+        assert {name: sum(one["state"][name] for one in got) for name in counted} == counted, case
         if engine == "fsdp":
             assert sum(one["bytes"][0] for one in got) == 4 * total, case
             assert sum(one["bytes"][1] for one in got) == 8 * total, case
