@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tools.bench.engines import Run, _put_section, _table
+from tools.bench.engines import Run, _table
 from tools.bench.ranks import RanksFailed, start_ranks, wait_for
+from tools.bench.section import put_section
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +68,7 @@ def test_engines_are_compared_with_torch_and_transformers_alone(tmp_path: Path) 
 def test_a_section_takes_the_place_of_the_same_commands(tmp_path: Path) -> None:
     file = tmp_path / "figures.md"
     for section in ("## `a`\n\nold\n", "## `b`\n\nkept\n", "## `a`\n\nnew\n"):
-        _put_section(file, section)
+        put_section(file, section)
     assert file.read_text() == "## `a`\n\nnew\n\n## `b`\n\nkept\n"
 
 

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import math
-import os
-import platform
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from tools.bench.ranks import RanksFailed, explaining, leave, start_ranks, wait_for
+from tools.bench.ranks import FAILED, STOPPED, RanksFailed, explaining, leave, raise_on_signals, start_ranks, wait_for
+from tools.bench.section import cell_of, gpu_words, put_section, versions
 from trainers import host
 from trainers.config import (
     DataConfig,
@@ -49,7 +45,6 @@ if TYPE_CHECKING:
 
 PRESETS = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "engine").glob("*.yaml") if not file.stem.endswith("nvme"))
 """Engines by the names that the launcher has for them; NVMe needs a path of this machine."""
-FAILED, STOPPED = 1, 130
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +78,7 @@ class Run:
 
 def run(options: argparse.Namespace) -> int:
     """Print, and write to --out, what each engine makes of the same model and rows; 1 if one failed or none ran, 130 on Ctrl-C."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    raise_on_signals()
     try:
         return _compare(options)
     except KeyboardInterrupt:
@@ -114,15 +108,8 @@ def _compare(options: argparse.Namespace) -> int:
     text = _section(options, ranks, runs)
     print(text, end="")
     if options.out is not None:
-        _put_section(options.out, text)
+        put_section(options.out, text)
     return FAILED if failed or not any(isinstance(run, Run) for run in runs.values()) else 0
-
-
-def _interrupt(_number: int, _frame: object) -> None:
-    """Raise KeyboardInterrupt, once: a second signal must not end the cleaning up."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _train(options: argparse.Namespace, name: str, ranks: int, run_dir: Path, on_gpu: bool) -> Run | str:
@@ -255,15 +242,14 @@ def _packed_rows(rows: int, seq_len: int, vocabulary: int) -> TokenTable:
 def _section(options: argparse.Namespace, ranks: int, runs: dict[str, Run | str]) -> str:
     """Return the Markdown of a comparison: command, machine, versions, table, and what the table's words mean."""
     done = [(name, run) for name, run in runs.items() if isinstance(run, Run)]
-    versions = ", ".join(f"{name} {_version(name)}" for name in ("torch", "transformers", "deepspeed"))
-    machine = f"{ranks} of {_gpu_words(done[0][1].device)}" if done and done[0][1].device else f"{host.cores()} cores, no GPU"
+    machine = f"{ranks} of {gpu_words(done[0][1].device)}" if done and done[0][1].device else f"{host.cores()} cores, no GPU"
     model = f"{done[0][1].parameters:,}" if done else f"about {options.parameters:,}"
     what = f"{options.steps} steps of {ranks * options.microbatch} packed rows of {options.seq_len} tokens"
     extra = ", activation checkpointing" if options.checkpointing else ""
     about = f"{ranks} rank(s), a Llama of {model} parameters from random weights in {options.precision}{extra}, {what}."
     head = [
         f"## `{options.line}`",
-        f"{time.strftime('%Y-%m-%d')}, {machine}; Python {platform.python_version()}, {versions}. {about}",
+        f"{time.strftime('%Y-%m-%d')}, {machine}; {versions('torch', 'transformers', 'deepspeed')}. {about}",
         "\n".join(_table(runs, done)),
     ]
     return "\n\n".join([*head, *([_legend(done)] if done else [])]) + "\n"
@@ -272,7 +258,7 @@ def _section(options: argparse.Namespace, ranks: int, runs: dict[str, Run | str]
 def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]:
     """Return the table's lines: a row for each engine, a column for what is known of one; times only of a GPU."""
     if not done:
-        return ["| engine | result |", "|---|---|", *(f"| {name} | {_cell(str(why))} |" for name, why in runs.items())]
+        return ["| engine | result |", "|---|---|", *(f"| {name} | {cell_of(str(why))} |" for name, why in runs.items())]
     name, first = done[0]
     on_gpu = bool(first.device)
     columns: dict[str, Callable[[Run], str | None]] = {
@@ -289,7 +275,7 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
     columns = {title: cell for title, cell in columns.items() if any(cell(run) is not None for _, run in done)}
     lines = [["engine", *columns], ["---"] * (1 + len(columns))]
     for engine, run in runs.items():
-        cells = [cell(run) or "-" for cell in columns.values()] if isinstance(run, Run) else [_cell(run), *[""] * (len(columns) - 1)]
+        cells = [cell(run) or "-" for cell in columns.values()] if isinstance(run, Run) else [cell_of(run), *[""] * (len(columns) - 1)]
         lines.append([engine, *cells])
     return [f"| {' | '.join(line)} |" for line in lines]
 
@@ -310,38 +296,3 @@ def _relative(difference: float) -> str:
 
 def _mib(size: int | None) -> str | None:
     return None if size is None else f"{size / 2**20:,.0f} MiB"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _gpu_words(name: str) -> str:
-    """Return the GPUs of this machine by number, name and driver."""
-    import torch
-
-    line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(line, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.SubprocessError):
-        driver = "unknown"
-    return f"{torch.cuda.device_count()} x {name}, driver {driver}"
-
-
-def _put_section(file: Path, section: str) -> None:
-    """Put a section in the place of the one with the same heading, else at the end; the file is never seen half-written."""
-    lines = file.read_text("utf-8").splitlines() if file.exists() else []
-    heading = section.splitlines()[0]
-    start = lines.index(heading) if heading in lines else len(lines)
-    end = next((at for at in range(start + 1, len(lines)) if lines[at].startswith(("# ", "## "))), len(lines))
-    parts = ["\n".join(lines[:start]), section, "\n".join(lines[end:])]
-    staging = file.resolve().with_name(f".{file.name}.{os.getpid()}.tmp")
-    staging.write_text("\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n", "utf-8")
-    staging.rename(file.resolve())

@@ -19,6 +19,8 @@ SAMPLE_S = 0.02
 """Seconds between two looks at the ranks: at their memory, or whether they are done."""
 TOGETHER_S = 1.0
 REASON_LENGTH = 400
+FAILED, STOPPED = 1, 130
+"""Exit codes."""
 
 
 class RanksFailed(RuntimeError):
@@ -113,3 +115,15 @@ def leave(run_dir: Path, state: str, text: str) -> None:
     partial = run_dir / f"{name}.partial"
     partial.write_text(text)
     partial.rename(run_dir / name)
+
+
+def raise_on_signals() -> None:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, once: a second one must not end the cleaning up."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
