@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, environment
+from command import ROOT, environment, wait_until_gone
 
 from tools.bench.methods import SAME, Result, Trial, recommended_lr, require_same
 
 
 def test_methods_are_compared_at_equal_tokens(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    """Two methods that run and one that the config refuses; the same command again reads what is there."""
+    """Two methods that run and one that the config refuses; stopped after the first run, the same command goes on from there."""
     out, runs = tmp_path / "figures.md", tmp_path / "runs"
     out.write_text("# By hand\n")
     given = ["--model", str(base), "--data", str(chats), "--methods", "none", "ia3", "prompt", "--runs", str(runs), "--out", str(out)]
     small = ["--steps", "3", "--rows", "4", "--seq-len", "64", "--rates", "1", "--most", "1", "--processes", "1"]
     line = [sys.executable, "-m", "tools.bench", "methods", "data.template=chatml", "data.packing=true", *given, *small]
-    texts = []
-    for _ in range(2):
-        done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=100, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        texts.append(out.read_text())
-        assert texts[-1] == f"# By hand\n\n{done.stdout}"
+    stopped = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: list(runs.glob("ia3-*")) or stopped.poll() is not None)
+        stopped.send_signal(signal.SIGINT)
+        said = stopped.communicate(timeout=60)
+    finally:
+        stopped.kill()
+    assert stopped.returncode == 130, said
+    assert "goes on from there" in said[1]
+    assert "| IA3 | not run |" in said[0]
+    wait_until_gone(next(runs.glob("ia3-*")))
+    assert out.read_text() == "# By hand\n"
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = out.read_text()
+    assert text == f"# By hand\n\n{done.stdout}"
+    assert "1 of the 2 runs had been finished by an earlier start" in text
     for folder in (base, chats.parent, tmp_path):
-        assert str(folder) not in texts[0]
-    assert "2 of the 2 runs" in texts[1]
-    assert texts[1].replace(" 2 of the 2 runs had been finished by an earlier start of this command.", "") == texts[0]
-    rows = {cells[1]: cells[2:-1] for row in texts[0].splitlines()[:12] if len(cells := [cell.strip() for cell in row.split("|")]) > 1}
+        assert str(folder) not in text
+    rows = {cells[1]: cells[2:-1] for row in text.splitlines()[:12] if len(cells := [cell.strip() for cell in row.split("|")]) > 1}
     assert rows["prompt tuning"][0].startswith("refused: `data.packing`")
     full, ia3 = (json.loads(next(runs.glob(f"{name}-*/summary.json")).read_text()) for name in ("none", "ia3"))
     assert full["input_tokens"] == ia3["input_tokens"] > full["tokens"] > 0
@@ -47,6 +59,13 @@ def test_methods_are_compared_at_equal_tokens(base: Path, chats: Path, cache: Pa
     assert rows["IA3"][:4] == ["0.003", *expected]
     assert [float(cell) for cell in rows["IA3"][4:8]] == pytest.approx([size / 1024 for size in ia3["state_bytes"].values()], abs=0.05)
     assert rows["full fine-tuning"][-1] == "1.00"
+
+
+def wait_for(happened: Callable[[], Any], timeout_s: float = 60) -> None:
+    until = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def trial(lr: float, loss: float | None, **more: Any) -> Trial:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tools.bench.ranks import FAILED, STOPPED, raise_on_signals
+from tools.bench.ranks import FAILED, STOPPED
 from tools.bench.section import cell_of, gpu_words, put_section, versions
 from trainers import host
 
@@ -75,8 +76,10 @@ class Result:
 
     trials: dict[int, Trial] = field(default_factory=dict)
     """Its runs, by their rate's place: 0 is the recommended one, 1 `factor` times that."""
+    waiting: list[int] = field(default_factory=list)
+    """Places of the rates to run next."""
     refused: str = ""
-    """Why there are none."""
+    """Why there are no runs."""
 
     def best(self) -> int | None:
         """Return the place of the rate with the lowest held-out loss."""
@@ -97,18 +100,20 @@ class Result:
 
 def run(options: argparse.Namespace) -> int:
     """Print, and write to --out, what each method makes of the same rows; 1 if a run failed or none ended, 130 on Ctrl-C."""
-    raise_on_signals()
     if options.rows % options.processes:
         options.error(f"--rows {options.rows}: is not divisible by {options.processes} processes")
     if options.factor <= 1:
         options.error(f"--factor {options.factor:g}: must be more than 1")
     if options.out is not None and not options.out.resolve().parent.is_dir():
         options.error(f"--out {options.out}: there is no such directory")
-    results: dict[str, Result] = {}
+    first = -(options.rates // 2)
+    places = list(range(first, first + options.rates))[: options.most]
+    results = {method: Result(waiting=places) for method in dict.fromkeys(options.methods)}
     try:
-        with Bar(options) as bar:
-            for method in dict.fromkeys(options.methods):
-                _search(options, method, results.setdefault(method, Result()), bar)
+        with Bar(len(results) * len(places), options.steps) as bar:
+            while waiting := [(method, result) for method, result in results.items() if result.waiting]:
+                for method, result in waiting:  # in turn: a machine that slows down does so for all
+                    _go_on(options, method, result, bar)
     except KeyboardInterrupt:
         print(_section(options, results), end="")
         print(f"stopped: what is finished stays in {options.runs}, and the same command goes on from there", file=sys.stderr)
@@ -127,13 +132,16 @@ def _trials(results: dict[str, Result]) -> list[tuple[str, Trial]]:
 class Bar:
     """Progress in steps of all runs that are known of; a line a run, too."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        """Count what each method begins with."""
+    def __init__(self, runs: int, steps: int) -> None:
+        """Count the runs that each method begins with."""
         console = Console(stderr=True)
         words = (TextColumn("{task.description}"), BarColumn(), TextColumn("step"), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*words, console=console, disable=not console.is_terminal)
-        self.steps, self.done, self.runs = options.steps, 0, len(set(options.methods)) * min(options.rates, options.most)
+        self.steps, self.done, self.runs = steps, 0, runs
         self.task = self.progress.add_task("", total=self.runs * self.steps)
+        self.signals: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):  # one that raised by itself could lose a run that is just being started
+            signal.signal(number, lambda number, _frame: self.signals.append(number))
 
     def __enter__(self) -> Bar:
         """Begin to show it."""
@@ -145,7 +153,9 @@ class Bar:
         self.progress.stop()
 
     def show(self, what: str, step: int) -> None:
-        """Say what runs, and how far it is."""
+        """Say what runs, and how far it is; raises KeyboardInterrupt where a signal has come."""
+        if self.signals:
+            raise KeyboardInterrupt
         self.progress.update(self.task, description=what, completed=self.done * self.steps + step, total=self.runs * self.steps)
 
     def say(self, text: str) -> None:
@@ -153,24 +163,23 @@ class Bar:
         self.progress.console.print(text, highlight=False, soft_wrap=True)
 
 
-def _search(options: argparse.Namespace, method: str, result: Result, bar: Bar) -> None:
-    """Run a method at rates around the recommended one, and further while the best is the last of them."""
-    first = -(options.rates // 2)
-    waiting = list(range(first, first + options.rates))[: options.most]
-    while waiting:
-        lr = float(f"{recommended_lr(method) * options.factor ** waiting[0]:.3g}")
-        what = f"{METHODS[method]}, optim.lr={lr:g}"
-        try:
-            trial = _try(options, method, lr, partial(bar.show, what))
-        except Refused as error:
-            result.refused = f"refused: {error}"
-            bar.say(f"{METHODS[method]}: {result.refused}")
-            bar.runs -= len(waiting)
-            return
-        result.trials[waiting[0]] = trial
-        bar.say(f"{what}: {trial.reason or _change(trial)}")
-        further = result.further(options.most) if len(waiting) == 1 else []
-        waiting, bar.done, bar.runs = waiting[1:] + further, bar.done + 1, bar.runs + len(further)
+def _go_on(options: argparse.Namespace, method: str, result: Result, bar: Bar) -> None:
+    """Run a method at its next rate; after the last one at a further one, while that is the best."""
+    place = result.waiting[0]
+    lr = float(f"{recommended_lr(method) * options.factor**place:.3g}")
+    what = f"{METHODS[method]}, optim.lr={lr:g}"
+    try:
+        trial = result.trials[place] = _try(options, method, lr, partial(bar.show, what))
+    except Refused as error:
+        result.refused = f"refused: {error}"
+        bar.say(f"{METHODS[method]}: {result.refused}")
+        bar.runs -= len(result.waiting)
+        result.waiting = []
+        return
+    bar.say(f"{what}: {trial.reason or _change(trial)}")
+    rest = result.waiting[1:]
+    result.waiting = rest or result.further(options.most)
+    bar.done, bar.runs = bar.done + 1, bar.runs + len(result.waiting) - len(rest)
 
 
 def preset(method: str) -> str:
@@ -381,7 +390,7 @@ def _legend(options: argparse.Namespace, results: dict[str, Result], figures: di
         f"{options.rank} and their preset's alpha / rank; the rest is as the presets have it. Equal tokens are checked in each run's "
         "summary.json. Bytes are `state_bytes` there: parts of live tensors, without activations and what is gathered for a while; "
         "gradients are those of the moment before a step. Export: its safetensors files. Time: the median of a method's steps at all "
-        f"rates over that of full fine-tuning's; evaluation, start and export are not in it.{earlier}",
+        f"rates over that of full fine-tuning's, the runs of all methods in turn; evaluation, start and export are not in it.{earlier}",
         "What this does not show:",
         f"- **Which method is best.** One model of {_base_parameters(figures):,} parameters, one file, one seed, {options.steps} steps, "
         f"rates a factor of {factor} apart and picked on the rows that are reported: small differences mean nothing, and the methods' "
