@@ -18,6 +18,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, Ranks, save_tiny
 from peft.optimizers import create_loraplus_optimizer
 from test_engine_parity import blueprint_for
@@ -50,7 +51,7 @@ from trainers.model import export
 from trainers.objectives import NextToken
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation, read_whole
-from trainers.peft.nf4 import packed_shape
+from trainers.peft.nf4 import packed_shape, round_trip
 from trainers.peft.saved import export_adapter
 from trainers.weights import origin_of
 from trainers.world import World
@@ -232,13 +233,11 @@ def train_cases(world: World, folders: dict[str, Path], cases: list[str], engine
 
 
 def plain_base(folder: Path, case: str) -> Any:
-    """The base in plain transformers, its linear layers rounded by torchao where the case is of 4 bits."""
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-
+    """The base in plain transformers, its linear layers rounded where the case is of 4 bits (as torchao does: test_nf4.py)."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in base.named_modules() if "quantise" in CASES[case] else ():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = to_nf4(module.weight.data, 64, module.weight.numel() // 64).get_original_weight()
+            module.weight.data = round_trip(module.weight.data)
     return base
 
 
@@ -424,7 +423,7 @@ def save_and_load(world: World, folder: Path, case: str, engine_name: str, check
     engine: Any = build_engine(config_for(folder, case, engine_name), world, blueprint_for(folder))
     for number, (ids, labels) in zip(range(2), rows_of_steps(), strict=False):
         if number == 1:
-            engine.save(checkpoint) if saves else engine.load(checkpoint)
+            dcp.save(engine.state(), checkpoint_id=checkpoint) if saves else engine.load(checkpoint)
         elif not saves:
             continue
         mine = slice(world.rank, None, world.size)

@@ -25,7 +25,7 @@ def tool(*arguments: str, expect: int = 0, timeout_s: float = 100, **environment
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["tools.show_batch", "tools.bench", "launcher"])
+@pytest.mark.parametrize("name", ["tools.show_batch", "tools.bench", "tools.chaos", "launcher"])
 def test_help_says_how_to_use_it(name: str) -> None:
     assert f"python -m {name}" in tool(name, "--help")
 
@@ -99,3 +99,11 @@ def test_our_loop_is_no_slower_and_no_larger_than_bare_transformers() -> None:
     assert figures["fulltune"]["loss"] == pytest.approx(figures["transformers"]["loss"], rel=1e-4)
     assert figures["fulltune"]["speed"] > 0.8 * figures["transformers"]["speed"]
     assert figures["fulltune"]["peak"] < figures["transformers"]["peak"]
+
+
+@pytest.mark.slow
+def test_chaos_loses_no_checkpoint() -> None:
+    """The command with which checkpoints are harmed in earnest; the README quotes one with ten times as many kills."""
+    said = tool("tools.chaos", "save", "--kills", "3", timeout_s=900)
+    assert "checkpoints lost: 0" in said
+    assert "are those of the run that nobody harmed" in said

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
-from trainers.metrics import console, log_to, log_to_terminal, read_json, set_status, write_json
+from trainers.metrics import console, log_to, log_to_terminal
 from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
-from trainers.peft.base import FILE
+from trainers.peft.base import FILE, Adaptation
+from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
+from trainers.status import Attempt, Superseded, read_json, write_json
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
 STARTED = time.monotonic()
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED = 0, 1, 2, 75, 76
 REOPEN_BELOW = 2 << 30
 """Bytes of an export that rank 0 opens whole, as a user would."""
 EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
@@ -42,29 +45,32 @@ EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
 
 
 def main(path: str) -> int:
-    """Run one rank to its exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint."""
+    """Run one rank to its exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint, 76 a newer attempt has started."""
     world = World.from_environment()
     log_to_terminal(world.rank)
-    run_dir = Path(path).parent
+    attempt = Attempt(Path(path).parent)
     try:
         world.watch_signals()
         config = load(path)
         check_world(config, world.size)
-        return run(config, world)
+        return run(config, world, attempt)
     except Stopped as signal_name:
         log.info("%s before the first step: nothing to save", signal_name)
-        set_status(run_dir, "preempted")
+        attempt.set_status("preempted")
         return STOPPED
+    except Superseded as error:
+        log.error("rank %d: %s", world.rank, error)
+        return SUPERSEDED
     except ConfigError as error:
         parts = {"path": error.path, "value": str(error.value), "reason": error.reason, "remedy": error.remedy}
-        return _fail(run_dir, world, BAD_INPUT, {"message": str(error), "setting": parts})
+        return _fail(attempt, world, BAD_INPUT, {"message": str(error), "setting": parts})
     except (TrainingFailed, NoCheckpoint) as error:
-        return _fail(run_dir, world, FAILED, {"message": str(error)})
+        return _fail(attempt, world, FAILED, {"message": str(error)})
     except Exception as error:
-        return _fail(run_dir, world, FAILED, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        return _fail(attempt, world, FAILED, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
 
 
-def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
+def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> int:
     """Keep the first failing rank's error in status.json, and return the exit code.
 
     Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
@@ -73,9 +79,9 @@ def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, unwritten = True, ""
     try:
-        first = read_json(run_dir / "status.json").get("state") != "failed"
+        first = read_json(attempt.run_dir / "status.json").get("state") != "failed"
         if first:
-            set_status(run_dir, "failed", error={"rank": world.rank, "exit_code": code} | error)
+            attempt.set_status("failed", error={"rank": world.rank, "exit_code": code} | error)
     except (OSError, ValueError) as other:
         unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
@@ -83,7 +89,7 @@ def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     return code
 
 
-def run(config: RunConfig, world: World) -> int:
+def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     """Prepare, connect, build, train, export."""
     run_dir = Path(config.run_dir)
     if config.train.deterministic:
@@ -99,18 +105,24 @@ def run(config: RunConfig, world: World) -> int:
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
     _require_same_data(run_dir, data)
-    attempt = start_attempt(run_dir, world)
-    log_to(run_dir / "logs" / f"attempt-{attempt}", world.rank, world.size)
+    attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
+    log_to(run_dir / "logs" / f"attempt-{attempt.number}", world.rank, world.size)
     if world.rank == 0:
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(run_dir, data, blueprint)
-        set_status(run_dir, "running", attempt=attempt)
+        attempt.set_status("running", attempt=attempt.number)
     with contextlib.closing(build_engine(config, world, blueprint)) as engine:
-        return train_and_export(config, world, engine, data, blueprint, tokenizer)
+        return train_and_export(config, world, attempt, engine, data, blueprint, tokenizer)
 
 
 def train_and_export(
-    config: RunConfig, world: World, engine: Engine, data: Prepared, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast
+    config: RunConfig,
+    world: World,
+    attempt: Attempt,
+    engine: Engine,
+    data: Prepared,
+    blueprint: Blueprint,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> int:
     """Train with a built engine to the end, or to a stop that was asked for, and return the exit code; collective."""
     report = engine.report()
@@ -122,27 +134,20 @@ def train_and_export(
     world.interruptible = False
     shapes = engine.shapes()
     flops = flops_per_token(shapes, blueprint.config, data.train.mean_attended(), shapes.keys() - engine.adaptation.trained)
-    outcome = train(config, world, engine, data, loader, flops)
+    outcome = train(config, world, attempt, engine, data, loader, flops)
     engine.report()
-    if outcome.stopped:
-        world.barrier()  # rank 0 may still be waiting for a mirror: all end together
-        log.info("stopped after step %d, saved; the same command continues", outcome.progress.step)
-    else:
-        finish(config, world, engine, data, blueprint, tokenizer, outcome)
+    stopped = outcome.stopped
+    if not stopped:
+        try:
+            finish(config, world, attempt, engine, data, blueprint, tokenizer, outcome)
+        except Stopped:
+            attempt.set_status("preempted", step=outcome.saved_step)
+            stopped = True
+    world.barrier()  # rank 0 may still be waiting for a mirror: all end together
+    if stopped:
+        log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
     world.disconnect()
-    return STOPPED if outcome.stopped else DONE
-
-
-def start_attempt(run_dir: Path, world: World) -> int:
-    """Return this attempt's number, chosen by rank 0 by making its log folder; collective."""
-    number = 0
-    if world.rank == 0:
-        logs = run_dir / "logs"
-        logs.mkdir(exist_ok=True)
-        taken = [int(path.name.removeprefix("attempt-")) for path in logs.glob("attempt-*")]
-        number = max(taken, default=0) + 1
-        (logs / f"attempt-{number}").mkdir()
-    return int(world.max([float(number)])[0])
+    return STOPPED if stopped else DONE
 
 
 def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) -> None:
@@ -175,21 +180,25 @@ def _note_sources(run_dir: Path, data: Prepared, blueprint: Blueprint) -> None:
 def finish(
     config: RunConfig,
     world: World,
+    attempt: Attempt,
     engine: Engine,
     data: Prepared,
     blueprint: Blueprint,
     tokenizer: PreTrainedTokenizerFast,
     outcome: Outcome,
 ) -> None:
-    """Export, reopen and check the export, write summary.json; only then is the run done. Collective."""
+    """Export, reopen and check the export, write summary.json; only then is the run done. Collective.
+
+    Raises Stopped on every rank where one is asked to stop while the export is written or read again.
+    """
     run_dir = Path(config.run_dir)
     folder = run_dir / "export"
     is_adapter = engine.adaptation.library_config is not None
     if is_adapter:
-        export_adapter(engine.weights(), engine.adaptation, tokenizer, folder, write=world.rank == 0)
+        export_adapter(heedful(engine.weights(), world, attempt), engine.adaptation, tokenizer, folder, write=world.rank == 0)
     else:
-        export(engine.weights(), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
-    check_export(folder, engine.weights(), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
+        export(heedful(engine.weights(), world, attempt), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
+    check_export(folder, heedful(engine.weights(), world, attempt), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
@@ -199,7 +208,7 @@ def finish(
     if world.rank == 0:
         if is_adapter and outcome.progress.step > outcome.progress.skipped:
             require_moved(folder)
-        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, is_adapter)
+        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, engine.adaptation)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
         trained = sum(torch.Size(shapes[name]).numel() for name in engine.adaptation.trained)
         figures |= {
@@ -210,9 +219,18 @@ def finish(
             "export": str(folder),
             "sample": sample,
         }
+        attempt.require_current()
         write_json(run_dir / "summary.json", figures)
-        set_status(run_dir, "done", step=outcome.progress.step)
-    world.barrier()
+        attempt.set_status("done", step=outcome.progress.step)
+
+
+def heedful(weights: Iterator[tuple[str, torch.Tensor]], world: World, attempt: Attempt) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors until a rank is asked to stop, on all ranks alike; the end is not reached once a newer attempt has started."""
+    for item in weights:
+        if world.any(world.signalled is not None)[0]:
+            raise Stopped("a signal while exporting")
+        yield item
+    attempt.require_current()
 
 
 def _try_export(
@@ -223,18 +241,20 @@ def _try_export(
     probe: Batch,
     logps: torch.Tensor,
     data: Prepared,
-    is_adapter: bool,
+    adaptation: Adaptation,
 ) -> dict[str, str] | None:
     """Open the export as a user would, compare it with the trainer on one row, let it answer; not where it is too large for that.
 
     The weights have been compared bit for bit: this is about config and code, so that rounding to 16 bits may show.
     """
+    is_adapter = adaptation.library_config is not None
     base = blueprint.folder if is_adapter else None
     files = [path for place in (folder, base) if place is not None for path in place.glob("*.safetensors")]
     if sum(path.stat().st_size for path in files) > REOPEN_BELOW:
         return None
     if is_adapter:
-        model = reopen_adapter(folder, reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu"))
+        plain = reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu")
+        model = reopen_adapter(folder, round_base(plain, adaptation))
     else:
         model = reopen(folder, config.model.trust_remote_code)
     with torch.no_grad():

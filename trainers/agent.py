@@ -15,7 +15,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.metrics import read_json, set_status
+from trainers.status import newest_attempt, read_json, set_status
 
 FAILED = 1
 TOGETHER_S = 10
@@ -24,6 +24,8 @@ TOGETHER_S = 10
 def main(arguments: list[str]) -> int:
     """Run torch's agent to its end; returns the exit code of the first rank that failed, or 0."""
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    run_dir = Path(arguments[-1]).parent
+    before = newest_attempt(run_dir)
     try:
         run.main(arguments)
     except ChildFailedError as error:
@@ -33,7 +35,8 @@ def main(arguments: list[str]) -> int:
         if not killed:
             return int(min(said, key=lambda failure: failure.timestamp).exitcode)
         rank, failure = killed[0]
-        _record_kill(Path(arguments[-1]).parent, rank, signal.Signals(-failure.exitcode).name)
+        if newest_attempt(run_dir) <= before + 1:  # else another attempt has started after ours
+            _record_kill(run_dir, rank, signal.Signals(-failure.exitcode).name)
         return FAILED
     except SignalException:
         return FAILED

@@ -145,6 +145,15 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class OnSpike(StrEnum):
+    """What follows a step whose loss or gradient norm is far above the last ones'; in each case it updates nothing, but for `none`."""
+
+    none = "none"
+    skip = "skip"
+    rollback = "rollback"
+    stop = "stop"
+
+
 class WandbMode(StrEnum):
     """`auto` is online when a key is at hand, otherwise offline."""
 
@@ -351,7 +360,11 @@ class TrainConfig:
     min_improvement: float = 0.0
     """Smallest drop of the evaluation loss, in nats a token, that counts as better."""
     max_skipped: int = 3
-    """Steps in a row skipped for non-finite gradients that end the run with an error."""
+    """Steps in a row skipped for non-finite gradients or spikes, or rollbacks without a new checkpoint, that end the run with an error."""
+    on_spike: OnSpike = OnSpike.none
+    """A spike: `skip` the step, `rollback` to the last checkpoint and past the rows since it, or save and `stop` with an error."""
+    spike_threshold: float = 10.0
+    """A spike is a loss or gradient norm so many robust standard deviations above the median of the last 100 steps."""
     sample_tokens: int = 64
     """Longest sample answer made from the export at the end, in tokens; 0 makes none."""
     deterministic: bool = False
@@ -363,9 +376,19 @@ class CheckpointConfig:
     """When to save what a continued run needs, and how many to keep."""
 
     every: int | None = None
-    """Optimizer steps between checkpoints; empty saves when the run is asked to stop and after the last step only."""
+    """Optimizer steps between checkpoints; empty saves when the run is asked to stop or to save, and after the last step."""
+    every_minutes: float | None = None
+    """Minutes between checkpoints, beside `every`; by rank 0's clock, at the next step's end."""
     keep_last: int = 2
     """Newest checkpoints that are kept; at least 1."""
+    keep_every: int | None = None
+    """Keep each checkpoint whose step this divides, for good."""
+    keep_best: int = 0
+    """Keep so many checkpoints of lowest evaluation loss; a new best one is saved at once."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false takes no such memory and waits."""
+    strict: bool = False
+    """End the run when a checkpoint cannot be written; otherwise it goes on and tries again while there is an older one."""
 
 
 @dataclass(kw_only=True)
@@ -466,8 +489,11 @@ POSITIVE = (
     "train.eval_microbatch",
     "train.patience",
     "train.max_skipped",
+    "train.spike_threshold",
     "checkpoint.every",
+    "checkpoint.every_minutes",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "log.peak_tflops",
 )
 NOT_NEGATIVE = (
@@ -478,6 +504,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "train.min_improvement",
     "train.sample_tokens",
+    "checkpoint.keep_best",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
@@ -525,6 +552,7 @@ def validate(config: RunConfig) -> None:
     _validate_model(config.model)
     _validate_data(config)
     _validate_peft(config)
+    _validate_spikes(config)
     _validate_engine(config.engine)
     _validate_training(config)
 
@@ -685,6 +713,13 @@ def _refuse_foreign(group: str, settings: object, chosen: str, remedies: dict[st
         value = getattr(settings, name)
         if value != getattr(defaults, name):
             raise ConfigError(f"{group}.{name}", plain(value), f"{chosen} has no such setting", remedy)
+
+
+def _validate_spikes(config: RunConfig) -> None:
+    """Refuse to go back to checkpoints that nobody makes."""
+    checkpoint = config.checkpoint
+    if config.train.on_spike is OnSpike.rollback and checkpoint.every is None and checkpoint.every_minutes is None:
+        raise ConfigError("train.on_spike", "rollback", "there is no checkpoint to go back to", "checkpoint.every=100")
 
 
 def _validate_virtual(config: RunConfig) -> None:

@@ -25,6 +25,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainers.config import Precision, RunConfig, WandbMode, plain
+from trainers.status import Attempt, read_json
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)
@@ -44,37 +45,9 @@ LINE_EVERY_S = 10.0
 WANDB_WAIT_S = 20.0
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file that is never seen half-written."""
-    staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    staging.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    staging.rename(path)
-
-
 def finite(figures: dict[str, Any]) -> dict[str, Any]:
     """Return figures with None for what is not finite, which JSON cannot hold."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where the file is absent."""
-    if not path.is_file():
-        return {}
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value
-
-
-def set_status(run_dir: Path, state: str, **more: object) -> None:
-    """Update status.json: the state and whatever else is known; other keys stay.
-
-    A failed attempt stays failed: the ranks that did not fail are stopped because of it, and say so.
-    """
-    known = read_json(run_dir / "status.json")
-    if state == "preempted" and known.get("state") == "failed":
-        return
-    if state != "failed":
-        known.pop("error", None)
-    write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
 
 
 def log_to(folder: Path, rank: int, world_size: int) -> None:
@@ -121,8 +94,9 @@ def device_bytes_peak() -> int | None:
 class Metrics:
     """Rank 0's record of a run; other ranks get one that does nothing."""
 
-    def __init__(self, config: RunConfig, rank: int, num_steps: int) -> None:
+    def __init__(self, config: RunConfig, attempt: Attempt, rank: int, num_steps: int) -> None:
         """Open nothing yet: `start` says from which step."""
+        self.attempt = attempt
         self.path = Path(config.run_dir) / "metrics.jsonl"
         self.config, self.num_steps, self.active = config, num_steps, rank == 0
         self.mirror: Mirror | None = None
@@ -141,23 +115,28 @@ class Metrics:
 
     def start(self, step: int) -> list[dict[str, Any]]:
         """Cut the record back to `step` and return the rows that stay (on rank 0); start the bar and the mirror."""
-        kept = []
-        if self.active:
-            if self.path.is_file():
-                rows = [_parse(line) for line in self.path.read_text().splitlines()]
-                kept = [row for row in rows if row is not None and row["step"] <= step]
-            staging = self.path.with_suffix(".tmp")
-            staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            staging.rename(self.path)
-            if self.config.log.wandb is not WandbMode.disabled:
-                self.mirror = Mirror(self.config)
+        kept = self.cut(step)
+        if self.active and self.config.log.wandb is not WandbMode.disabled:
+            self.mirror = Mirror(self.config)
         self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", speed="-")
         self.bar.start()
         return kept
 
+    def cut(self, step: int) -> list[dict[str, Any]]:
+        """Cut the record back to `step`, and to before a rollback to it; return the rows that stay, on rank 0."""
+        kept: list[dict[str, Any]] = []
+        if self.active:
+            if self.path.is_file():
+                rows = [_parse(line) for line in self.path.read_text().splitlines()]
+                kept = [row for row in rows if row is not None and row["step"] + ("rollback_from" in row) <= step]
+            staging = self.path.with_suffix(".tmp")
+            staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            staging.rename(self.path)
+        return kept
+
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; every reader sees whole lines, and a non-finite figure becomes null."""
-        if not self.active:
+        """Append a row, unless a newer attempt has begun to; every reader sees whole lines, and a non-finite figure becomes null."""
+        if not self.active or not self.attempt.is_current():
             return
         row = finite(row)
         with self.path.open("a") as file:
@@ -169,6 +148,8 @@ class Metrics:
     def _show(self, row: dict[str, Any]) -> None:
         if "eval_loss" in row:
             log.info("step %d: held-out loss %.4f over %s tokens", row["step"], row["eval_loss"], f"{row['eval_tokens']:,}")
+            return
+        if "loss" not in row:
             return
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.update(self.task, completed=row["step"], loss=loss, speed=f"{row['tokens_per_second']:,.0f}")

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -21,7 +21,7 @@ RAISE_AGAIN_S = 0.02
 
 
 class Stopped(BaseException):
-    """A signal came before the first step; like KeyboardInterrupt, no `except Exception` may catch it."""
+    """A signal came where no step is being taken; like KeyboardInterrupt, no `except Exception` may catch it."""
 
 
 def die_with_parent() -> None:
@@ -42,6 +42,8 @@ class World:
     """Ranks on this machine."""
     signalled: int | None = None
     """The signal that asked this rank to stop; set by the handler, read at step boundaries."""
+    group: dist.ProcessGroup | None = None
+    """The process group of the sums below; None is the one of all tensors."""
     interruptible: bool = True
     """Nothing is to be saved yet: a signal raises Stopped at once instead of waiting for a step to end."""
 
@@ -93,6 +95,10 @@ class World:
         else:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=limit)
 
+    def beside(self) -> World:
+        """Return a World of the same ranks with a process group of its own, for a thread; collective."""
+        return replace(self, group=dist.new_group(backend="gloo") if self.size > 1 else None)
+
     def disconnect(self) -> None:
         """End the process group."""
         if dist.is_initialized():
@@ -109,24 +115,24 @@ class World:
     def _reduce(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(tensor, op=how)
+            dist.all_reduce(tensor, op=how, group=self.group)
         return [float(value) for value in tensor]
 
-    def stop_requested(self) -> bool:
-        """Tell whether any rank was signalled; all ranks get the same answer."""
-        return bool(self.max([float(self.signalled is not None)])[0])
+    def any(self, *claims: bool) -> list[bool]:
+        """Tell of each claim whether it holds on any rank; all ranks get the same answer."""
+        return [bool(value) for value in self.max([float(claim) for claim in claims])]
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Return every rank's value, on every rank; small picklable values only."""
-        values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value)
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_first(self, value: T) -> T:
         """Return rank 0's value on every rank; small picklable values only."""
         values: list[T] = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"), group=self.group)
         return values[0]
 
     def barrier(self) -> None:

@@ -162,6 +162,7 @@ def run_rank(options: argparse.Namespace) -> None:
         from trainers.engines.base import build_engine, require_parts
         from trainers.loop import train as train_run
         from trainers.model import flops_per_token, make_blueprint
+        from trainers.status import Attempt
         from trainers.world import World, die_with_parent
 
         die_with_parent()
@@ -181,7 +182,8 @@ def run_rank(options: argparse.Namespace) -> None:
                 torch.cuda.synchronize()
             seconds = world.max([time.perf_counter() - started])[0]
             engine.save = lambda folder: None  # type: ignore[method-assign] # the loop ends with a checkpoint, which nobody reads
-            train_run(config, world, engine, data, loader, flops_per_token(engine.shapes(), blueprint.config, table.mean_attended()))
+            flops = flops_per_token(engine.shapes(), blueprint.config, table.mean_attended())
+            train_run(config, world, Attempt(Path(config.run_dir)), engine, data, loader, flops)
             parameters = sum(math.prod(shape) for shape in engine.shapes().values())
         device = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
         leave(run_dir, "done", json.dumps({"build_seconds": seconds, "parameters": parameters, "device": device}))

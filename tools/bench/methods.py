@@ -241,9 +241,9 @@ def _try(options: argparse.Namespace, method: str, lr: float, show: Callable[[in
     finally:
         _stop(child)
     if child.returncode == BAD_INPUT:
-        raise Refused(_said(log))
+        raise Refused(_why(run_dir, log))
     if child.returncode:
-        return Trial(lr=lr, reason=_said(log) or f"exit code {child.returncode}")
+        return Trial(lr=lr, reason=f"exit code {child.returncode}: {_why(run_dir, log)}")
     return _read(run_dir, lr, is_old)
 
 
@@ -258,11 +258,13 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
             child.wait()
 
 
-def _said(log: Path) -> str:
-    """Return the launcher's word on why a run did not end, without folders of this machine."""
-    lines = log.read_text("utf-8", "replace").splitlines()
-    said = next((line for line in reversed(lines) if line.startswith(("error: ", "the run failed"))), lines[-1] if lines else "")
-    return re.sub(r"(?<![\w.])~?/(?:[^\s/'\"`]+/)+", "", said.removeprefix("error: "))
+def _why(run_dir: Path, log: Path) -> str:
+    """Return why a run did not end, in one line without folders of this machine: what the launcher refused, or the ranks' error."""
+    refused = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
+    status = run_dir / "status.json"
+    error = json.loads(status.read_text("utf-8")).get("error", {}) if status.exists() else {}
+    said = refused[-1].removeprefix("error: ") if refused else error.get("message", "it left no reason").splitlines()[0]
+    return re.sub(r"(?<![\w.])~?/(?:[^\s/'\"`]+/)+", "", said)
 
 
 def _steps(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -82,6 +83,8 @@ class ZeRO3Engine:
             model=self.model, optimizer=self._make_optimizer(), config=copy.deepcopy(self.settings)
         )[:2]
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
+        self.norm, self.limit = 0.0, math.inf
+        self.optimizer._get_norm_groups = self._norm_groups
         if not origin.is_exact_in(self.compute):
             self._set_master(origin)
         self._begin_state()
@@ -180,13 +183,22 @@ class ZeRO3Engine:
         with _linear_of_zero3():
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
         set_lr(self.optimizer.param_groups, lr)
+        self.limit = limit
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
+        norm = self.norm
         self._clear_gradients()
         return norm
+
+    def _norm_groups(self) -> list[Any]:
+        """Return DeepSpeed's norms of its groups for a step; one above the limit as infinite, with which DeepSpeed takes no step."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        groups: list[Any] = type(self.optimizer)._get_norm_groups(self.optimizer)
+        self.norm = float(combine_grad_norm_groups(groups))
+        return groups if self.norm <= self.limit else [torch.tensor(math.inf)]
 
     def _clear_gradients(self) -> None:
         """Leave no gradient behind: DeepSpeed would take it again for a parameter that gets none in the next step."""
@@ -199,13 +211,9 @@ class ZeRO3Engine:
         """Switch dropout on or off."""
         self.engine.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's elements of master weights and moments, as flat tensors that any number of ranks can read."""
-        dcp.save(self._state(), checkpoint_id=folder)
-
     def load(self, folder: Path) -> None:
         """Restore master weights and moments at any world size, then take the parameters over from them."""
-        state = self._state()
+        state = self.state()
         dcp.load(state, checkpoint_id=folder)
         for number, master, places in self._sub_groups():
             with self._present(number):
@@ -234,7 +242,7 @@ class ZeRO3Engine:
             betas, eps = adam.param_groups[0]["betas"], adam.param_groups[0]["eps"]
             adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, *betas, eps, 0.0, True, nothing, nothing, nothing, nothing)
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
         for number, master, places in self._sub_groups():

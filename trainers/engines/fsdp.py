@@ -106,13 +106,13 @@ class FSDPEngine:
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         (loss * self.world.size).backward()
 
-    def step(self, lr: float) -> float:
-        """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
         norm = math.sqrt(self.world.sum([squares])[0] / self.config.engine.replicate)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm <= limit:
             if self.config.optim.clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, torch.tensor(norm, dtype=torch.float32))
             set_lr(self.optimizer.param_groups, lr)
@@ -145,19 +145,16 @@ class FSDPEngine:
         """Switch dropout on or off."""
         self.model.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards of what is trained, and of the optimizer."""
-        dcp.save(self._state(), checkpoint_id=folder)
-
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
-        state = self._state()
+        state = self.state()
         dcp.load(state, checkpoint_id=folder)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)  # dcp.load misses no key of what is trained
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
         self._send_home()
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Return the live shards of what is trained, and of the optimizer."""
         model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True))
         frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
