@@ -6,6 +6,7 @@ state are of what is trained, to the byte; and plain peft loads each export in a
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from test_engine_parity import blueprint_for
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from tools.bench import engine_preset
+from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config import (
     UNAVAILABLE,
@@ -50,7 +51,7 @@ from trainers.model import export
 from trainers.objectives import NextToken
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation, read_whole
-from trainers.peft.nf4 import round_trip
+from trainers.peft.nf4 import packed_shape, round_trip
 from trainers.peft.saved import export_adapter
 from trainers.weights import origin_of
 from trainers.world import World
@@ -163,6 +164,11 @@ def state_bytes(engine: Any) -> tuple[int, int]:
     return sum(tensor.nbytes for tensor in gradients), sum(moment.nbytes for moment in moments)
 
 
+def stored_bytes(shape: tuple[int, ...], packed: bool) -> tuple[int, int]:
+    """Elements of a frozen tensor, and the bytes of one: float32, or rows of NF4."""
+    return (math.prod(packed_shape(math.prod(shape))), 1) if packed else (math.prod(shape), 4)
+
+
 def unmoved(engine: Any, trained: set[str]) -> list[str]:
     """Names of trained parameters whose gradient is missing or zero; collective."""
     from deepspeed.utils import safe_get_full_grad
@@ -237,6 +243,8 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
         "bytes": bytes_now,
         "sizes": sizes,
         "report": engine.report(),
+        "state": engine.state_bytes(),
+        "stored": {name: stored_bytes(shape, name in engine.adaptation.packed) for name, shape in shapes.items() if name not in trained},
     }
 
 
@@ -361,6 +369,12 @@ def test_a_run_equals_plain_peft(
         if case == "adalora":  # 14 layers, from rank 6 to 3 on average
             assert sum(len(tensor) for name, tensor in reference["weights"].items() if "lora_E" in name) == 14 * 3
         total = sum(got[0]["sizes"].values())
+        parts = size if engine == "zero3" else 1
+        frozen = sum(even_share(numel, parts) * parts * itemsize for numel, itemsize in got[0]["stored"].values())
+        trained = sum(even_share(numel, parts) * parts for numel in got[0]["sizes"].values())
+        copies = 2 if engine == "zero3" else 1  # on a CPU, DeepSpeed has masters beside what it computes with in float32, too
+        counted = {"frozen": frozen, "trainable": 4 * copies * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
+        assert {name: sum(one["state"][name] for one in got) for name in counted} == counted, case
         if engine == "fsdp":
             assert sum(one["bytes"][0] for one in got) == 4 * total, case
             assert sum(one["bytes"][1] for one in got) == 8 * total, case

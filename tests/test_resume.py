@@ -86,6 +86,7 @@ def test_files_in_the_run_directory_save_and_stop(base: Path, chats: Path, cache
     assert not (run_dir / "stop").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["evaluating", "exporting"])
 def test_a_signal_to_one_rank_is_heeded_in_every_phase(base: Path, chats: Path, cache: Path, tmp_path: Path, phase: str) -> None:
     """SIGUSR2 to rank 1 alone; preparing and training are in test_run.py. The evaluation that was left is made up for."""

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tools.bench import RanksFailed, Run, _put_section, _ranks, _table, _wait
+from tools.bench.engines import Run, _table
+from tools.bench.ranks import RanksFailed, start_ranks, wait_for
+from tools.bench.section import put_section
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,14 +68,14 @@ def test_engines_are_compared_with_torch_and_transformers_alone(tmp_path: Path) 
 def test_a_section_takes_the_place_of_the_same_commands(tmp_path: Path) -> None:
     file = tmp_path / "figures.md"
     for section in ("## `a`\n\nold\n", "## `b`\n\nkept\n", "## `a`\n\nnew\n"):
-        _put_section(file, section)
+        put_section(file, section)
     assert file.read_text() == "## `a`\n\nnew\n\n## `b`\n\nkept\n"
 
 
 def test_ranks_that_fail_say_which_was_first(tmp_path: Path) -> None:
     """An engine that fails is a row with the reason; `engine-rank` without an order fails at once."""
-    with pytest.raises(RanksFailed) as caught, _ranks(["engine-rank", str(tmp_path)], 2, tmp_path) as children:
-        _wait(children, tmp_path, "done", lambda: None, limit_s=60)
+    with pytest.raises(RanksFailed) as caught, start_ranks(["engine-rank", str(tmp_path)], 2, tmp_path) as children:
+        wait_for(children, tmp_path, "done", lambda: None, limit_s=60)
     assert caught.value.reason.startswith("FileNotFoundError")
     assert all(child.returncode is not None for child in children)
     runs: dict[str, Any] = {"fsdp": run_of([2.0, 1.0]), "zero3": "failed: a | b", "zero3_offload": run_of([2.0, None])}

@@ -203,7 +203,8 @@ def finish(
     engine.train(False)
     with torch.no_grad():
         logps = engine.token_logps(probe.to(world.device)).cpu()
-    figures, shapes = as_figures(outcome, world), engine.shapes()
+    figures, shapes, state = as_figures(outcome, world), engine.shapes(), engine.state_bytes()
+    state_bytes = dict(zip(state, map(int, world.sum(list(map(float, state.values())))), strict=True))
     if world.rank == 0:
         if is_adapter and outcome.progress.step > outcome.progress.skipped:
             require_moved(folder)
@@ -214,6 +215,7 @@ def finish(
             "wall_seconds": time.monotonic() - STARTED,
             "parameters": parameters,
             "trainable_parameters": trained if config.peft.method is not PeftMethod.none else parameters,
+            "state_bytes": state_bytes,
             "export": str(folder),
             "sample": sample,
         }

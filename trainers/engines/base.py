@@ -65,6 +65,10 @@ class Engine(Protocol):
         """Return names and shapes of all tensors of the model, tied ones once."""
         ...
 
+    def state_bytes(self) -> dict[str, int]:
+        """Return this rank's bytes by class: frozen weights, what is trained, its gradients at their peak, the optimizer's state."""
+        ...
+
     def report(self) -> dict[str, str]:
         """Return the precision and memory statements for the start-up table, checked on the live tensors."""
         ...

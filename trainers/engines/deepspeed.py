@@ -339,21 +339,49 @@ class ZeRO3Engine:
         shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied}
         return shapes | self.adaptation.packed
 
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes of this rank's partitions by class, on NVMe, too; what is gathered of other ranks' is not among them.
+
+        What is trained is there as master weights and once more in the compute type, unless DeepSpeed lets both be the same memory.
+        Partitions on NVMe between uses are counted by their elements; raises RuntimeError if live tensors have other sizes.
+        """
+        parameters, frozen = self._trained_and_frozen()
+        local = sum(p.partition_numel() for p in parameters)
+        masters, moments = self.optimizer.fp32_partitioned_groups_flat, self._moments()
+        for what, live, wanted in (("master weights", masters, 4 * local), ("optimizer state", moments, 8 * local)):
+            found = sum(tensor.nbytes for tensor in live)
+            if found > wanted or (found < wanted and live and self.config.engine.offload_optimizer is not Offload.nvme):
+                raise RuntimeError(f"the {what} take {found:,} bytes on this rank, and what is trained makes {wanted:,}")
+        shared = {master.untyped_storage().data_ptr() for master in masters} - {0}
+        beside = [p for p in parameters if p.ds_tensor.untyped_storage().data_ptr() not in shared]
+        return {
+            "frozen": sum(p.partition_numel() * p.ds_tensor.element_size() for p in frozen),
+            "trainable": 4 * local + sum(p.partition_numel() * p.ds_tensor.element_size() for p in beside),
+            "gradients": sum(gradient.nbytes for gradient in self._gradients()),
+            "optimizer": 8 * local if moments else 0,
+        }
+
+    def _trained_and_frozen(self) -> tuple[list[Any], list[Any]]:
+        everything = list(self.parameters.values())
+        return [p for p in everything if p.requires_grad], [p for p in everything if not p.requires_grad]
+
+    def _moments(self) -> list[Tensor]:
+        return [state[kind] for state in self.optimizer.optimizer.state.values() for kind in MOMENTS if kind in state]
+
+    def _gradients(self) -> list[Tensor]:
+        masters = self.optimizer.fp32_partitioned_groups_flat
+        return [self.optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
+
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
-        optimizer, engine, compute = self.optimizer, self.config.engine, self.compute
-        everything = list(self.parameters.values())
-        parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
+        (parameters, frozen), size = self._trained_and_frozen(), self.state_bytes()
+        engine, compute = self.config.engine, self.compute
         total = sum(self.adaptation.numel(name, p.ds_numel) for name, p in self.parameters.items())
         trained, local = sum(p.ds_numel for p in parameters), sum(p.partition_numel() for p in parameters)
-        partitions = [p.ds_tensor for p in parameters]
-        moments = [state[kind] for state in optimizer.optimizer.state.values() for kind in MOMENTS]
-        masters = optimizer.fp32_partitioned_groups_flat
-        gradients = [optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
-        kept = sum(gradient.nbytes for gradient in gradients)
+        partitions, masters = [p.ds_tensor for p in parameters], self.optimizer.fp32_partitioned_groups_flat
         host = "" if engine.offload_optimizer is Offload.none else HOST
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
-        no_state = self.config.optim.name is OptimizerName.sgd
+        state = statement("optimizer state", self._moments(), torch.float32, size["optimizer"], home)
         allocator = self.adaptation.allocator
         importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
         kept_too = sum(mean.nbytes for mean in importance)
@@ -361,8 +389,8 @@ class ZeRO3Engine:
             "parameters": f"{counted(total, trained)}, each split over {self.world.size} ranks",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
-            "gradient reduction": statement("gradients", gradients, torch.float32, kept, host),
-            "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
+            "gradient reduction": statement("gradients", self._gradients(), torch.float32, size["gradients"], host),
+            "optimizer state": state if size["optimizer"] else "none (SGD)",
             "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),
             **({"importance": statement("importance", importance, torch.float32, kept_too, host)} if importance else {}),
             "saved": in_short(self.adaptation.dtype),

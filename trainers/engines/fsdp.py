@@ -206,28 +206,40 @@ class FSDPEngine:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in tied}
         return shapes | self.adaptation.packed
 
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes of this rank's parts of live tensors by class; gradients are whole where they wait for the last microbatch."""
+        parameters, frozen = self._trained_and_frozen()
+        local = local_bytes(parameters)
+        gradients = sum(p.nbytes for p in parameters) if self.keeps_whole_gradients else local
+        return {"frozen": local_bytes(frozen), "trainable": local, "gradients": gradients, "optimizer": local_bytes(self._moments())}
+
+    def _trained_and_frozen(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        everything = list(self.model.parameters())
+        return [p for p in everything if p.requires_grad], [p for p in everything if not p.requires_grad]
+
+    def _moments(self) -> list[Tensor]:
+        return [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
+
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
-        everything = list(self.model.parameters())
-        parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
-        moments = [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
+        (parameters, frozen), moments, size = self._trained_and_frozen(), self._moments(), self.state_bytes()
         total = sum(self.adaptation.numel(name, p.numel()) for name, p in self.model.named_parameters())
-        trained, local = sum(p.numel() for p in parameters), local_bytes(parameters)
-        if local_bytes(moments) not in (0, 2 * local):
-            raise RuntimeError(f"the optimizer state takes {local_bytes(moments):,} bytes, and the trained parameters {local:,}")
+        trained = sum(p.numel() for p in parameters)
+        if size["optimizer"] not in (0, 2 * size["trainable"]):
+            raise RuntimeError(f"the optimizer state takes {size['optimizer']:,} bytes, and the trained parameters {size['trainable']:,}")
         policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
         if policies != {self.compute}:
             raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
         home = HOST if self.offloaded else ""
-        kept, until = (4 * trained, "whole until the last microbatch") if self.keeps_whole_gradients else (local, home)
-        state = statement("optimizer state", moments, torch.float32, 2 * local, HOST if self.visits else home)
+        until = "whole until the last microbatch" if self.keeps_whole_gradients else home
+        state = statement("optimizer state", moments, torch.float32, size["optimizer"], HOST if self.visits else home)
         allocator = self.adaptation.allocator
         importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
         return {
             "parameters": f"{counted(total, trained)}, in {self._layout()}",
-            "storage": statement("master weights", parameters, torch.float32, local, home),
+            "storage": statement("master weights", parameters, torch.float32, size["trainable"], home),
             "compute": in_short(self.compute),
-            "gradient reduction": statement("gradients", [], torch.float32, kept, until),
+            "gradient reduction": statement("gradients", [], torch.float32, size["gradients"], until),
             "optimizer state": state if moments else "none (SGD)",
             "frozen weights": frozen_statement(((p, _local_block(p)[0]) for p in frozen), self.compute, home),
             **({"importance": statement("importance", importance, torch.float32, local_bytes(importance), home)} if importance else {}),
