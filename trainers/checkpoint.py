@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from trainers import host
 from trainers.config import CheckpointConfig
 from trainers.engines.base import Engine
 from trainers.status import Attempt, Superseded, read_json, write_json
@@ -100,7 +101,7 @@ class Checkpointer:
         self.saved_at, self.failed_at = time.monotonic(), 0.0
         self.damaged: dict[Path, str] = {}
         self.failures, self.stall_seconds = 0, 0.0
-        self.warned_of_grace = False
+        self.warned_of_grace, self.is_short = False, False
         self.saved_step, self.all_failures = 0, 0
 
     def wishes(self) -> tuple[bool, bool]:
@@ -133,7 +134,7 @@ class Checkpointer:
             return
         state = engine.state()
         num_bytes = int(self.world.sum([float(bytes_of(state))])[0])
-        wait = wait or not self.config.asynchronous
+        wait = wait or not self.config.asynchronous or self._is_short_of_memory(bytes_of(state))
         staged = state if wait else self._stage(state, ())
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -147,6 +148,18 @@ class Checkpointer:
             self.thread.start()
         self.stall_seconds = time.perf_counter() - began
         log.debug("step %d: the loop waited %.3f s for a checkpoint of %s bytes", progress.step, self.stall_seconds, f"{num_bytes:,}")
+
+    def _is_short_of_memory(self, num_bytes: int) -> bool:
+        """Tell whether some node has no room for copies of its ranks' states, half of what is free left alone; says so once."""
+        if not self.staged and not self.is_short:
+            needed, free = num_bytes * self.world.local_size, host.memory_available()
+            [self.is_short] = self.world.any(needed > free // 2)
+            if self.is_short:
+                words = (
+                    "checkpoints are written while training waits: a copy of the state takes %s a node, and %s of host memory are free"
+                )
+                log.warning(words, host.gib(needed), host.gib(free))
+        return self.is_short
 
     def _stage(self, state: Any, path: tuple[object, ...]) -> Any:
         """Return a nested state with its tensors copied to host memory, page-locked beside a GPU, kept from save to save.
@@ -185,7 +198,7 @@ class Checkpointer:
             self._warn_of_grace(save.seconds)
             return
         if not self.world.from_first(self.attempt.is_current(at_once=True)):
-            self.attempt.require_current()
+            raise Superseded(save.failure)
         self.failures, self.failed_at = self.failures + 1, time.monotonic()
         self.all_failures += 1
         older = self.world.from_first(self.world.rank == 0 and bool(self._complete()))

@@ -400,7 +400,7 @@ class CheckpointConfig:
     keep_best: int = 0
     """Keep so many checkpoints of lowest evaluation loss; a new best one is saved at once."""
     asynchronous: bool = True
-    """Copy the state to host memory and write it while training goes on; false takes no such memory and waits."""
+    """Copy the state to host memory, where a node has twice the room, and write it while training goes on; false waits."""
     strict: bool = False
     """End the run when a checkpoint cannot be written; otherwise it goes on and tries again while there is an older one."""
 
