@@ -155,9 +155,7 @@ class Checkpointer:
             needed, free = num_bytes * self.world.local_size, host.memory_available()
             [self.is_short] = self.world.any(needed > free // 2)
             if self.is_short:
-                words = (
-                    "checkpoints are written while training waits: a copy of the state takes %s a node, and %s of host memory are free"
-                )
+                words = "checkpoints are written while training waits: a copy of the state takes %s a node, and %s of host memory are free"
                 log.warning(words, host.gib(needed), host.gib(free))
         return self.is_short
 
