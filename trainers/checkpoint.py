@@ -235,7 +235,6 @@ class Checkpointer:
                 (lambda: self._begin(staging, final, save.num_bytes), False),
                 (put, True),
                 (lambda: self._commit(staging, final, save, gathered), False),
-                (self._rotate, False),
             ]
             for write, everywhere in steps_of_save:
                 save.failure = save.failure or self._attempted(write, everywhere, staging, world)
@@ -244,6 +243,8 @@ class Checkpointer:
                 if everywhere:
                     for theirs in world.gather(hashes):
                         gathered |= theirs
+            if not save.failure and (why := self._attempted(self._rotate, False, staging, world)):
+                log.warning("checkpoints that nothing keeps cannot be deleted: %s", why)
         except BaseException as error:  # the loop's thread raises it
             save.error = error
         finally:
