@@ -349,7 +349,7 @@ def cases_for(size: int) -> list[str]:
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-@pytest.mark.parametrize("size", [2, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("size", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_equals_plain_peft(
     ranks: Callable[[int], Ranks], folders: Any, references: Any, exports: Path, size: int, engine: str
 ) -> None:
