@@ -170,8 +170,8 @@ def test_an_old_end_is_not_mistaken_for_the_new_one(tmp_path: Path, monkeypatch:
 
 
 CHILD = """
-import signal, sys, time
-def stop(number, frame): print(signal.Signals(number).name, flush=True); raise SystemExit(75)
+import os, signal, sys, time
+def stop(number, frame): os.write(1, f"{signal.Signals(number).name}\\n".encode()); raise SystemExit(75)  # print may be in a print
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2): signal.signal(number, stop)
 print("ready", flush=True)
 time.sleep(60)
