@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ def run_split(world: World, run_dir: Path, model: Path, table: TokenTable, eval_
     engine = build_engine(config, world, blueprint_for(model))
     gradients, plain_step = [], engine.step
 
-    def step(lr: float) -> float:
+    def step(lr: float, limit: float = math.inf) -> float:
         parameters = engine.model.named_parameters()
         gradients.append({name: p.grad.full_tensor().clone() for name, p in parameters})
-        return plain_step(lr)
+        return plain_step(lr, limit)
 
     engine.step = step  # what is seen is what the optimizer gets, before clipping
     loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
