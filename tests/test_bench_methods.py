@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from command import ROOT, environment, wait_until_gone
 
-from tools.bench.methods import SAME, Result, Trial, recommended_lr, require_same
+from tools.bench.methods import SAME, Result, Trial, recommended_lr, require_same, settings
 
 
 def test_methods_are_compared_at_equal_tokens(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
@@ -93,3 +93,6 @@ def test_a_preset_says_its_rate() -> None:
     """In its comment; where there is none, the optimizer's preset does."""
     rates = {"none": 1e-5, "lora": 2e-4, "dora": 2e-4, "qlora": 2e-4, "loftq": 1e-4, "pissa": 2e-5, "ia3": 3e-3, "prompt": 3e-2}
     assert {method: recommended_lr(method) for method in rates} == rates
+    assert settings("qlora", rank=8, steps=200) == ["peft=qlora", "peft.rank=8", "peft.alpha=2"]
+    scheduled = ["peft=adalora", "peft.rank=6", "peft.alpha=16", "peft.target_rank=4", "peft.tinit=60", "peft.tfinal=180"]
+    assert settings("adalora", rank=4, steps=360) == scheduled

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, LlamaModel, PreTrainedModel
 
-from tools import bench
+from tools.bench import load as bench_load
 from trainers.config import ConfigError, DataConfig, EngineName, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
 from trainers.engines.base import build_engine
@@ -398,8 +398,8 @@ def test_ranks_together_hold_what_one_process_builds(
 
 @pytest.mark.slow
 def test_loading_never_holds_much_more_than_the_weights(tmp_path: Path) -> None:
-    total = 4 * bench._write_checkpoint(tmp_path / "model", 0.6)
-    peak, _ = bench._measure_loading(tmp_path, "fsdp", 4)
+    total = 4 * bench_load.write_checkpoint(tmp_path / "model", 0.6)
+    peak, _ = bench_load.measure_loading(tmp_path, "fsdp", 4)
     assert 0.5 * total < peak < 1.3 * total  # on a busy machine the last sample may be taken before the last block
 
 

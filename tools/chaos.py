@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 LIFE_S = 300.0
 """Longest that a life of the run may take."""
 SMALL_DISK = 3 << 20
+PLANTED = 999_999
 KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "rows_hash", "eval_loss")
 
 
@@ -54,6 +55,7 @@ class Tally:
     tried: int = 0
     exact: int = 0
     lost: int = 0
+    inside: int = 0
     note: str = ""
 
 
@@ -80,31 +82,47 @@ class Harmed:
         with log:
             return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
-    def kill_in_save(self) -> str:
-        """Start the run and kill every rank at a random byte of a save; return where that was."""
-        before = max((number_of(path) for path in steps(self.run_dir / "checkpoints")), default=0)
-        wanted = before + self.rng.randint(1, 2)
+    def newest(self) -> int:
+        """Return the highest step that has a folder of the run's own."""
+        return max((step for step in map(number_of, steps(self.run_dir / "checkpoints")) if step != PLANTED), default=0)
+
+    def life_until(self, condition: Callable[[], bool]) -> None:
+        """Start a life, wait for a condition, and kill its ranks; raises Wrong where it ended before."""
         process, until = self.start(), time.monotonic() + LIFE_S
-        size = max((_size(path) for path in steps(self.run_dir / "checkpoints")), default=1 << 20)
-        offset, reached, at = self.rng.randrange(size), 0, "behind a save"
         try:
-            while process.poll() is None and time.monotonic() < until:
-                staging = list((self.run_dir / "checkpoints").glob(f".step-{wanted:06d}.*.tmp"))
-                reached = _size(staging[0]) if staging else reached
-                if reached >= offset or (self.run_dir / "checkpoints" / f"step-{wanted:06d}").is_dir():
-                    at = f"at byte {reached:,} of about {size:,}" if staging else at
-                    break
-            if process.poll() is not None:
-                raise Wrong(f"a life ended by itself with exit code {process.returncode}: {self.run_dir}.log")
-            for pid in _ranks(self.run_dir):
+            while not condition():
+                if process.poll() is not None or time.monotonic() > until:
+                    raise Wrong(f"a life ended by itself with exit code {process.poll()}: {self.run_dir}.log")
+                time.sleep(0.001)
+            killed = _ranks(self.run_dir)
+            for pid in killed:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             process.wait(60)
+            if not killed or process.returncode == 0:
+                raise Wrong(f"a life ended before its ranks could be killed: {self.run_dir}.log")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait(60)
             _wait_gone(self.run_dir)
+
+    def kill_in_save(self) -> str:
+        """Start the run and kill every rank at a random byte of a save; return where that was."""
+        wanted = self.newest() + self.rng.randint(1, 2)
+        folder = self.run_dir / "checkpoints"
+        left = set(folder.glob(".step-*.tmp"))  # by lives that were killed
+        size = max((_size(path) for path in steps(folder)), default=1 << 20)
+        offset, at = self.rng.randrange(size), "behind a save"
+
+        def is_there() -> bool:
+            nonlocal at
+            reached = max((_size(path) for path in folder.glob(f".step-{wanted:06d}.*.tmp") if path not in left), default=0)
+            if reached > offset:
+                at = f"at byte {reached:,} of about {size:,}"
+            return reached > offset or self.newest() >= wanted
+
+        self.life_until(is_there)
         return at
 
     def finish(self) -> None:
@@ -159,7 +177,7 @@ def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
         "checkpoint.every=1",
         "checkpoint.keep_last=3",
         f"engine={engine}",
-        f"train.steps={2 * kills + 12}",
+        f"train.steps={4 * kills + 20}",
         "train.sample_tokens=0",
     ]
     whole = Harmed(run_dir=folder / "whole", overrides=[*small, *rest], rng=random.Random(seed))
@@ -210,6 +228,9 @@ def tried(run: Harmed, name: str, harmful: Callable[[], str]) -> None:
         return
     after = run.complete()
     tally.tried += 1
+    if note.startswith("at byte"):
+        tally.inside += 1
+        tally.note = f"{tally.inside} while its files were being written"
     tally.lost += sum(path in after and after[path] != digest for path, digest in before.items() if name != "a byte flipped")
     tally.lost += bool(before) and not after
     begun = run.begun_from()
@@ -232,7 +253,7 @@ def flip_newest(run: Harmed) -> str:
 def plant(run: Harmed) -> str:
     """Copy the newest checkpoint to a name far ahead."""
     newest = list(run.complete())[-1]
-    planted = run.run_dir / "checkpoints" / "step-999999"
+    planted = run.run_dir / "checkpoints" / f"step-{PLANTED}"
     shutil.copytree(newest, planted)
     try:
         wanted = _kill_when_saved(run, number_of(newest) + 1)
@@ -291,34 +312,14 @@ def read_only(run: Harmed) -> str:
 
 
 def _kill_when_saved(run: Harmed, step: int) -> str:
-    folder = run.run_dir / "checkpoints"
-    _life_until(run, lambda: (folder / f"step-{step:06d}").is_dir())
+    run.life_until(lambda: run.newest() >= step)
     return f"killed behind step {step}"
 
 
 def _kill_when_said(run: Harmed, words: str) -> None:
     log = run.run_dir.parent / f"{run.run_dir.name}.log"
     begin = log.stat().st_size
-    _life_until(run, lambda: words.encode() in log.read_bytes()[begin:])
-
-
-def _life_until(run: Harmed, condition: Callable[[], bool]) -> None:
-    """Start a life, wait for a condition, and kill its ranks."""
-    process, until = run.start(), time.monotonic() + LIFE_S
-    try:
-        while not condition():
-            if process.poll() is not None or time.monotonic() > until:
-                raise Wrong(f"a life ended by itself with exit code {process.poll()}: {run.run_dir}.log")
-            time.sleep(0.05)
-        for pid in _ranks(run.run_dir):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait(60)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
-        _wait_gone(run.run_dir)
+    run.life_until(lambda: words.encode() in log.read_bytes()[begin:])
 
 
 def report(run: Harmed, same: bool) -> int:

@@ -32,11 +32,11 @@ def run(options: argparse.Namespace) -> None:
     table = Table("engine", "ranks", "float32 weights, all ranks", "memory at the peak, all ranks", "ratio", "seconds")
     with tempfile.TemporaryDirectory() as folder:
         console.print(f"writing a checkpoint of {options.gigabytes:g} GB in bfloat16 to {folder}")
-        total = 4 * _write_checkpoint(Path(folder) / "model", options.gigabytes)
+        total = 4 * write_checkpoint(Path(folder) / "model", options.gigabytes)
         for engine in options.engine:
             for ranks in options.ranks:
                 console.print(f"loading it with {engine} on {ranks} ranks")
-                peak, seconds = _measure_loading(Path(folder), engine, ranks)
+                peak, seconds = measure_loading(Path(folder), engine, ranks)
                 table.add_row(
                     engine, str(ranks), f"{total / 2**20:,.0f} MiB", f"{peak / 2**20:,.0f} MiB", f"{peak / total:.2f}", f"{seconds:.1f}"
                 )
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> None:
     Console().print("memory: the sum of /proc/PID/smaps_rollup's Pss, above what it was before the checkpoint was opened", style="dim")
 
 
-def _write_checkpoint(folder: Path, gigabytes: float) -> int:
+def write_checkpoint(folder: Path, gigabytes: float) -> int:
     """Write a Llama of random weights in bfloat16, a file for each block, and return its number of parameters."""
     from safetensors.torch import save_file
     from torch import bfloat16
@@ -74,7 +74,7 @@ def _llama(sizes: dict[str, int]) -> Blueprint:
     return Blueprint(config=LlamaConfig(**sizes), folder=None, revision=None, seed=0, trust_remote_code=False)
 
 
-def _measure_loading(folder: Path, engine: str, ranks: int) -> tuple[float, float]:
+def measure_loading(folder: Path, engine: str, ranks: int) -> tuple[float, float]:
     """Start ranks, let them load together, and return bytes at the peak above the start, and seconds of the slowest."""
     samples: list[tuple[float, int]] = []
     with tempfile.TemporaryDirectory(dir=folder) as name:

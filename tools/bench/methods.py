@@ -42,6 +42,8 @@ CONF = Path(__file__).parents[2] / "conf"
 CLASSES = ("frozen", "trainable", "gradients", "optimizer")
 SAME = ("steps", "rows", "tokens", "input_tokens", "skipped_steps", "eval_tokens", "prepared")
 """Figures that all runs must have in common."""
+ADALORA_STEPS = 3600
+"""About the steps of the runs that conf/peft/adalora.yaml has its schedule from."""
 BAD_INPUT = 2
 LOOK_S, STOP_S, SMALL = 0.2, 60.0, 1 << 27
 
@@ -194,12 +196,15 @@ def recommended_lr(method: str) -> float:
     return float(named[1] if named else yaml.safe_load((CONF / "optim" / "adamw.yaml").read_text("utf-8"))["lr"])
 
 
-def settings(method: str, rank: int) -> list[str]:
-    """Return a method's overrides: its preset, at a rank of ours and its own alpha / rank where it has both."""
+def settings(method: str, rank: int, steps: int) -> list[str]:
+    """Return a method's overrides: its preset, at a rank of ours and its own alpha / rank, a schedule at its share of the steps."""
     fields = yaml.safe_load(preset(method)) or {}
-    if not {"rank", "alpha"} <= fields.keys():
-        return [f"peft={method}"]
-    return [f"peft={method}", f"peft.rank={rank}", f"peft.alpha={fields['alpha'] * rank / fields['rank']:g}"]
+    given = [f"peft={method}"]
+    if {"rank", "alpha"} <= fields.keys():
+        first = rank * fields["rank"] // fields.get("target_rank", fields["rank"])
+        given += [f"peft.rank={first}", f"peft.alpha={fields['alpha'] * first / fields['rank']:g}"]
+    given += [f"peft.target_rank={rank}"] if "target_rank" in fields else []
+    return given + [f"peft.{name}={round(fields[name] * steps / ADALORA_STEPS)}" for name in ("tinit", "tfinal") if name in fields]
 
 
 def _overrides(options: argparse.Namespace) -> list[str]:
@@ -222,7 +227,7 @@ def _quoted(value: str) -> str:
 
 def _try(options: argparse.Namespace, method: str, lr: float, show: Callable[[int], None]) -> Trial:
     """Start a run, or continue it, and return what it leaves; raises Refused."""
-    given = [*_overrides(options), *settings(method, options.rank), f"optim.lr={lr:g}"]
+    given = [*_overrides(options), *settings(method, options.rank, options.steps), f"optim.lr={lr:g}"]
     key = hashlib.sha256("\n".join([*given, preset(method)]).encode()).hexdigest()[:8]
     run_dir = options.runs / f"{method}-{lr:g}-{key}"
     is_old = (run_dir / "summary.json").exists()
@@ -389,10 +394,11 @@ def _legend(options: argparse.Namespace, results: dict[str, Result], figures: di
     return [
         f"Rates: the preset's (for full fine-tuning that of conf/optim/adamw.yaml), {factor} times less and more, and further while the "
         f"last was the best, {options.most} at most; each method is shown at its best by held-out loss.{edge} Low-rank methods have rank "
-        f"{options.rank} and their preset's alpha / rank; the rest is as the presets have it. Equal tokens are checked in each run's "
-        "summary.json. Bytes are `state_bytes` there: parts of live tensors, without activations and what is gathered for a while; "
-        "gradients are those of the moment before a step. Export: its safetensors files. Time: the median of a method's steps at all "
-        f"rates over that of full fine-tuning's, the runs of all methods in turn; evaluation, start and export are not in it.{earlier}",
+        f"{options.rank} and their preset's alpha / rank, AdaLoRA as its mean; the rest is as the presets have it, AdaLoRA's schedule at "
+        "its share of the steps. Equal tokens are checked in each run's summary.json. Bytes are `state_bytes` there: parts of live "
+        "tensors, without activations and what is gathered for a while; gradients are those of the moment before a step. Export: its "
+        "safetensors files. Time: the median of a method's steps at all rates over that of full fine-tuning's, the runs of all methods "
+        f"in turn; evaluation, start and export are not in it.{earlier}",
         "What this does not show:",
         f"- **Which method is best.** One model of {_base_parameters(figures):,} parameters, one file, one seed, {options.steps} steps, "
         f"rates a factor of {factor} apart and picked on the rows that are reported: small differences mean nothing, and the methods' "
