@@ -52,14 +52,14 @@ from trainers.world import World
 
 world = World.from_environment()
 world.watch_signals()
-told = rank.set_status
+told = rank.record_failure
 
 def told_while_stopped(*args, **fields):
     os.kill(os.getpid(), signal.SIGTERM)
     sum(range(1000))
-    told(*args, **fields)
+    return told(*args, **fields)
 
-rank.set_status = told_while_stopped
+rank.record_failure = told_while_stopped
 print(rank._fail(Path(sys.argv[1]), world, 2, {"message": "why"}))
 """
 

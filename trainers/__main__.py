@@ -7,8 +7,10 @@ import hashlib
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,22 @@ from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
-from trainers.metrics import console, log_to, log_to_terminal, read_json, set_status, write_json
+from trainers.metrics import console, log_to, log_to_terminal, read_json, record_failure, set_status, write_json
 from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
 from trainers.peft.base import FILE
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
+from trainers.watchdog import Phase, watch
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
 STARTED = time.monotonic()
 DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
+"""What torch lets a collective wait: with a watchdog, which ends hung runs and names the rank, longer than any work."""
 REOPEN_BELOW = 2 << 30
 """Bytes of an export that rank 0 opens whole, as a user would."""
+ENDING_S = 60
+"""For the process group to end once all is done; some never do."""
 EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
 """Nats a token between trainer and reopened export."""
 
@@ -50,6 +57,10 @@ def main(path: str) -> int:
         world.watch_signals()
         config = load(path)
         check_world(config, world.size)
+        if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ:
+            set_status(run_dir, "submitted")  # forget how an earlier attempt ended, as the launcher does
+        watch.collectives, watch.flight_record = world.collectives, world.flight_record
+        watch.start(config, attempt_folder(run_dir, next_attempt(run_dir)), world.rank, world.size, partial(_fail, run_dir, world, FAILED))
         return run(config, world)
     except Stopped as signal_name:
         log.info("%s before the first step: nothing to save", signal_name)
@@ -70,13 +81,12 @@ def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
     cleared that of an earlier attempt.
     """
+    at = time.time()
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, unwritten = True, ""
     try:
-        first = read_json(run_dir / "status.json").get("state") != "failed"
-        if first:
-            set_status(run_dir, "failed", error={"rank": world.rank, "exit_code": code} | error)
-    except (OSError, ValueError) as other:
+        first = record_failure(run_dir, {"rank": world.rank, "exit_code": code} | error, at)
+    except Exception as other:  # a full disk, no memory, a file that is no JSON
         unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
     log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s%s", world.rank, error.get("traceback") or error["message"], unwritten)
@@ -94,17 +104,20 @@ def run(config: RunConfig, world: World) -> int:
     data = prepare(config, progress=world.rank == 0)
     tokenizer = load_tokenizer(config)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
-    world.connect()
+    watch.enter(Phase.connecting)
+    world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest())
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
     _require_same_data(run_dir, data)
     attempt = start_attempt(run_dir, world)
-    log_to(run_dir / "logs" / f"attempt-{attempt}", world.rank, world.size)
+    log_to(attempt_folder(run_dir, attempt), world.rank, world.size)
+    watch.log_to(attempt_folder(run_dir, attempt))
     if world.rank == 0:
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(run_dir, data, blueprint)
         set_status(run_dir, "running", attempt=attempt)
+    watch.enter(Phase.loading)
     with contextlib.closing(build_engine(config, world, blueprint)) as engine:
         return train_and_export(config, world, engine, data, blueprint, tokenizer)
 
@@ -128,20 +141,38 @@ def train_and_export(
         world.barrier()  # rank 0 may still be waiting for a mirror: all end together
         log.info("stopped after step %d, saved; the same command continues", outcome.progress.step)
     else:
+        watch.enter(Phase.exporting)
         finish(config, world, engine, data, blueprint, tokenizer, outcome)
+    watch.stop()
+    code = STOPPED if outcome.stopped else DONE
+    _exit_after(ENDING_S, code)
     world.disconnect()
-    return STOPPED if outcome.stopped else DONE
+    return code
+
+
+def _exit_after(seconds: float, code: int) -> None:
+    """End this process with `code` if it is still there then."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def next_attempt(run_dir: Path) -> int:
+    """Return the number of the attempt that begins, by the log folders that there are."""
+    return max((int(path.name.removeprefix("attempt-")) for path in (run_dir / "logs").glob("attempt-*")), default=0) + 1
+
+
+def attempt_folder(run_dir: Path, number: int) -> Path:
+    """Return the log folder of an attempt."""
+    return run_dir / "logs" / f"attempt-{number}"
 
 
 def start_attempt(run_dir: Path, world: World) -> int:
     """Return this attempt's number, chosen by rank 0 by making its log folder; collective."""
     number = 0
     if world.rank == 0:
-        logs = run_dir / "logs"
-        logs.mkdir(exist_ok=True)
-        taken = [int(path.name.removeprefix("attempt-")) for path in logs.glob("attempt-*")]
-        number = max(taken, default=0) + 1
-        (logs / f"attempt-{number}").mkdir()
+        number = next_attempt(run_dir)
+        attempt_folder(run_dir, number).mkdir(parents=True)
     return int(world.max([float(number)])[0])
 
 
@@ -186,10 +217,10 @@ def finish(
     folder = run_dir / "export"
     is_adapter = engine.adaptation.library_config is not None
     if is_adapter:
-        export_adapter(engine.weights(), engine.adaptation, tokenizer, folder, write=world.rank == 0)
+        export_adapter(watch.each(engine.weights()), engine.adaptation, tokenizer, folder, write=world.rank == 0)
     else:
-        export(engine.weights(), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
-    check_export(folder, engine.weights(), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
+        export(watch.each(engine.weights()), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
+    check_export(folder, watch.each(engine.weights()), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
@@ -260,7 +291,12 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(f"{__doc__}\n\nThe launcher writes that file and starts this: python -m launcher --help", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    code = main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a mirror that hangs or a half-dead process group must not hold the exit
+    code = FAILED
+    try:
+        code = main(sys.argv[1])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # saying why it failed has failed: no memory, a closed pipe
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # a mirror that hangs or a half-dead process group must not hold the exit

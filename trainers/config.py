@@ -354,6 +354,8 @@ class TrainConfig:
     """Steps in a row skipped for non-finite gradients that end the run with an error."""
     sample_tokens: int = 64
     """Longest sample answer made from the export at the end, in tokens; 0 makes none."""
+    step_timeout_s: float | None = 1800.0
+    """Seconds for an optimizer step before the run is ended as hung, naming the rank; empty never. The first step gets five times that."""
     deterministic: bool = False
     """Bitwise repeatable kernels on a GPU; slower."""
 
@@ -366,6 +368,22 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; empty saves when the run is asked to stop and after the last step only."""
     keep_last: int = 2
     """Newest checkpoints that are kept; at least 1."""
+
+
+@dataclass(kw_only=True)
+class LimitsConfig:
+    """Seconds without progress outside of steps after which a run is ended as hung; empty is for ever. A continued run may change them."""
+
+    prepare_s: float | None = 3600.0
+    """Preparing data and meeting the other ranks: begins anew with each 512 rows, and each 64 MiB downloaded, read or written."""
+    load_s: float | None = 3600.0
+    """Loading weights or a checkpoint: begins anew with each tensor, and each 64 MiB read."""
+    evaluate_s: float | None = 1800.0
+    """Evaluating: begins anew with each microbatch."""
+    save_s: float | None = 3600.0
+    """Saving a checkpoint: begins anew with each 64 MiB that a rank writes."""
+    export_s: float | None = 3600.0
+    """Exporting and checking the export: begins anew with each tensor, and each 64 MiB read or written."""
 
 
 @dataclass(kw_only=True)
@@ -404,6 +422,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -466,8 +485,14 @@ POSITIVE = (
     "train.eval_microbatch",
     "train.patience",
     "train.max_skipped",
+    "train.step_timeout_s",
     "checkpoint.every",
     "checkpoint.keep_last",
+    "limits.prepare_s",
+    "limits.load_s",
+    "limits.evaluate_s",
+    "limits.save_s",
+    "limits.export_s",
     "log.peak_tflops",
 )
 NOT_NEGATIVE = (

@@ -18,8 +18,9 @@ from trainers.config import ConfigError, OptimConfig, RunConfig, Schedule
 from trainers.data.loader import Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
-from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops, read_json, set_status
+from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops, set_status
 from trainers.objectives import CHOICES, Objective
+from trainers.watchdog import Phase, watch
 from trainers.world import World, seed_step
 
 log = logging.getLogger("fulltune")
@@ -80,7 +81,7 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
     """
     engine.train(False)
     total, weight = 0.0, 0
-    for batch in batches:
+    for batch in watch.each(batches):
         weight += objective.weight(batch)
         on_device = batch.to(world.device)
         total += float(objective(engine.token_logps(on_device), on_device).total)
@@ -160,7 +161,9 @@ class Training:
                     self.outcome.stopped = True
                     break
                 if self.checkpointer.due(progress.step):
+                    watch.enter(Phase.saving, progress.step)
                     self.checkpointer.save(self.engine, progress)
+            watch.enter(Phase.saving, progress.step)
             self.checkpointer.save(self.engine, progress)  # whatever the export meets, the training is kept
             self._note_stop(progress)
             self.outcome.progress = progress
@@ -173,6 +176,7 @@ class Training:
 
     def _step(self, progress: Progress) -> Progress:
         """Take one optimizer step over the rows that (seed, step) names."""
+        watch.enter(Phase.step, progress.step + 1)
         started = time.perf_counter()
         seed_step(self.config.seed, progress.step, self.world.rank)
         microbatches = self.loader.step(progress.step)
@@ -244,8 +248,7 @@ class Training:
         )
         if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
             self.status_at = time.monotonic()
-            if read_json(Path(self.config.run_dir) / "status.json").get("state") != "failed":  # by another rank, just now
-                set_status(Path(self.config.run_dir), "running", step=progress.step, num_steps=self.loader.num_steps)
+            set_status(Path(self.config.run_dir), "running", step=progress.step, num_steps=self.loader.num_steps)
 
     def _eval_due(self, step: int) -> bool:
         every = self.config.train.eval_every
@@ -253,6 +256,7 @@ class Training:
 
     def _evaluate(self, progress: Progress) -> None:
         assert self.data.eval is not None
+        watch.enter(Phase.evaluating, progress.step)
         rows = self.config.train.eval_microbatch or self.config.train.microbatch
         batches = eval_batches(self.data.eval, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.loader.pad_id)
         loss, weight = evaluate(self.engine, self.objective, batches, self.world)

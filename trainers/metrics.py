@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +44,7 @@ PEAK_TFLOPS = {
 """Dense bf16 matrix peaks from the vendors' data sheets, by a part of the device's name; the first match counts."""
 LINE_EVERY_S = 10.0
 WANDB_WAIT_S = 20.0
+LOCK_WAIT_S = 3.0
 
 
 def write_json(path: Path, value: object) -> None:
@@ -67,14 +70,40 @@ def read_json(path: Path) -> dict[str, Any]:
 def set_status(run_dir: Path, state: str, **more: object) -> None:
     """Update status.json: the state and whatever else is known; other keys stay.
 
-    A failed attempt stays failed: the ranks that did not fail are stopped because of it, and say so.
+    A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
     """
-    known = read_json(run_dir / "status.json")
-    if state == "preempted" and known.get("state") == "failed":
-        return
-    if state != "failed":
+    with _alone(run_dir):
+        known = read_json(run_dir / "status.json")
+        if known.get("state") == "failed" and state != "submitted":
+            return
         known.pop("error", None)
-    write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
+        write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
+
+
+def record_failure(run_dir: Path, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
+    """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was."""
+    with _alone(run_dir):
+        known = read_json(run_dir / "status.json")
+        if known.get("state") == "failed" and known.get("error", {}).get("time", 0.0) <= at - together_s:
+            return False
+        write_json(run_dir / "status.json", known | {"state": "failed", "time": time.time(), "error": error | {"time": at}})
+    return True
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from status.json between reading and writing; for LOCK_WAIT_S at most, since its holder may be stopped."""
+    until = time.monotonic() + LOCK_WAIT_S
+    with (run_dir / ".status.lock").open("a") as lock:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:  # a file system without locks
+                break
+        yield
 
 
 def log_to(folder: Path, rank: int, world_size: int) -> None:
