@@ -37,7 +37,9 @@ def strike():
         os.kill(os.getpid(), 9)
     if WHAT == "gil":
         import ctypes
-        ctypes.PyDLL(None).sleep(1000)
+        libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(256)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)  # waits for itself, without a way for other threads to run
     if WHAT == "sleep":
         time.sleep(1000)
     if WHAT == "memory":

@@ -370,7 +370,8 @@ class Watchdog:
         """Find out who holds all up, and end the run; nothing where this rank or the one it waits for gets on after all."""
         began, raised, until = self.began, self._write(), self.clock() + SILENT_BEATS * self.beat_s
         while silent := self._silent_since(raised):
-            if self.clock() > until or self.ended.wait(TICK_S):
+            halted = all(beat.rank not in silent or state_of(beat) in HALTED for beat in self._beats().values())
+            if halted or self.clock() > until or self.ended.wait(TICK_S):
                 break
             self.ticked = self.wrote = self.clock()
             self._write()
