@@ -10,7 +10,7 @@ from launcher.job import Job, mark_failed, read_status
 from launcher.report import print_summary
 from trainers.config import ConfigError
 
-DONE, FAILED, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED, INTERRUPTED = 0, 1, 2, 75, 76, 130
 
 
 def settle(job: Job, code: int, signalled: int | None) -> int:
@@ -21,6 +21,9 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
     """
     status = read_status(job.run_dir)
     state, interrupted = status.get("state"), signalled == signal.SIGINT
+    if code == SUPERSEDED:
+        _say("a newer attempt of this run has started elsewhere: this one has ended, and wrote nothing since")
+        return SUPERSEDED
     if state == "done":
         print_summary(job.run_dir)
         return DONE

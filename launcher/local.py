@@ -71,8 +71,9 @@ def additions(job: Job) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks_per_node(job.launch))))
+    grace = str(job.launch.shutdown_s)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.launch.gpus_per_node == 0 else {}
-    return {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "FULLTUNE_LAUNCHER": str(os.getpid()), **hidden}
+    return {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "FULLTUNE_LAUNCHER": str(os.getpid()), "FULLTUNE_GRACE_S": grace, **hidden}
 
 
 def environment(job: Job) -> dict[str, str]:

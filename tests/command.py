@@ -45,7 +45,7 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def trace(run_dir: Path) -> list[tuple[Any, ...]]:
     """What must not depend on interruptions, bit for bit."""
-    keys = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "eval_loss")
+    keys = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "eval_loss", "rows_hash")
     return [tuple(row.get(key) for key in keys) for row in read_rows(run_dir)]
 
 

@@ -51,7 +51,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
     from trainers.world import World
 
     world = World.from_environment()
-    world.connect(timeout_s=60)
+    world.connect(timeout_s=150)
     while (order := pipe.recv()) is not None:
         function, args = order
         try:

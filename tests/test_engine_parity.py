@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import TINY, Ranks, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tools.bench import engine_preset
+from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config import (
     DataConfig,
@@ -276,7 +277,7 @@ def save_and_load(world: World, folder: Path, checkpoint: Path, saved: bool, pre
     rows = uneven_batches()
     for number, step in enumerate(rows):
         if number == STEPS - 2:
-            engine.save(checkpoint) if saved else engine.load(checkpoint)
+            dcp.save(engine.state(), checkpoint_id=checkpoint) if saved else engine.load(checkpoint)
         elif number < STEPS - 2 and not saved:
             continue
         ids, labels = (torch.stack(column) for column in zip(*step[world.rank :: world.size], strict=True))
@@ -297,7 +298,7 @@ def test_saving_before_the_first_step_changes_nothing(ranks: Callable[[int], Ran
 def train_after_saving(world: World, folder: Path, checkpoint: Path | None, preset: str) -> dict[str, Any]:
     engine = build_engine(config_with_visits(folder, preset), world, blueprint_for(folder))
     if checkpoint is not None:
-        engine.save(checkpoint)
+        dcp.save(engine.state(), checkpoint_id=checkpoint)
         engine.load(checkpoint)
     ids, labels = (torch.stack(column) for column in zip(*uneven_batches()[0][:2], strict=True))
     batch = Batch(input_ids=ids, labels=labels, position_ids=torch.arange(LENGTH).expand(2, -1), num_rows=2, num_tokens=2 * LENGTH)

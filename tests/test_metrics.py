@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 from trainers.config import LogConfig, RunConfig, WandbMode
-from trainers.metrics import Metrics, record_failure, set_status
+from trainers.metrics import Metrics
+from trainers.status import Attempt, record_failure, set_status
 
 ROOT = Path(__file__).parents[1]
 ROW = {"loss": 1.0, "tokens_per_second": 3.0, "step_seconds": 0.1}
 
 
 def metrics_in(folder: Path, rank: int = 0) -> Metrics:
-    return Metrics(RunConfig(run_dir=str(folder), log=LogConfig(wandb=WandbMode.disabled)), rank, 9)
+    return Metrics(RunConfig(run_dir=str(folder), log=LogConfig(wandb=WandbMode.disabled)), Attempt(folder), rank, 9)
 
 
 def test_a_record_is_cut_back_to_the_step_a_run_continues_from(tmp_path: Path) -> None:
@@ -57,10 +58,11 @@ import json, os, sys, time
 from pathlib import Path
 from trainers.config import LogConfig, RunConfig, WandbMode
 from trainers.metrics import Metrics, log_to_terminal
+from trainers.status import Attempt
 folder = Path(sys.argv[1])
 (folder / "manifest.json").write_text(json.dumps({"wandb_id": "abc12345"}))
 log_to_terminal(0)
-metrics = Metrics(RunConfig(run_dir=str(folder), log=LogConfig(wandb=WandbMode(sys.argv[2]))), 0, 5)
+metrics = Metrics(RunConfig(run_dir=str(folder), log=LogConfig(wandb=WandbMode(sys.argv[2]))), Attempt(folder), 0, 5)
 metrics.start(0)
 slowest = 0.0
 for step in range(1, 6):

@@ -6,6 +6,7 @@ state are of what is trained, to the byte; and plain peft loads each export in a
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, Ranks, save_tiny
 from peft.optimizers import create_loraplus_optimizer
 from test_engine_parity import blueprint_for
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from tools.bench import engine_preset
+from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config import (
     UNAVAILABLE,
@@ -49,11 +51,14 @@ from trainers.model import export
 from trainers.objectives import NextToken
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation, read_whole
+from trainers.peft.nf4 import packed_shape, round_trip
 from trainers.peft.saved import export_adapter
 from trainers.weights import origin_of
 from trainers.world import World
 
 STEPS, ROWS, LENGTH, LR, REL = 20, 6, 12, 2e-3, 1e-5
+LOOK = 12
+"""The step after which AdaLoRA's running means are compared."""
 ATTENTION = ["q_proj", "v_proj"]
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 4, "targets": ["all-linear"]},
@@ -76,12 +81,23 @@ CASES: dict[str, dict[str, Any]] = {
     "pissa": {"method": "lora", "rank": 4, "targets": ["all-linear"], "init": "pissa"},
     "qlora": {"method": "lora", "rank": 4, "targets": ATTENTION, "quantise": "nf4", "modules_to_save": ["lm_head"]},
     "loftq": {"method": "lora", "rank": 4, "targets": ["all-linear"], "quantise": "nf4", "init": "loftq"},
+    "adalora": {
+        "method": "adalora",
+        "rank": 6,
+        "target_rank": 3,
+        "targets": ["all-linear"],
+        "modules_to_save": ["lm_head"],
+        "tinit": 3,
+        "tfinal": 5,
+        "delta_t": 2,
+        "beta2": 0.75,
+    },
     "prompt": {"method": "prompt", "virtual_tokens": 5, "init": "vocabulary"},
     "prefix": {"method": "prefix", "virtual_tokens": 5, "encoder_size": 8},
     "ptuning": {"method": "ptuning", "virtual_tokens": 5},
 }
 KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit, "quantise": Quantisation}
-UNTIED = ("lora_more", "qlora", "lora_bias", "lora_ends", "freeze", "freeze_pattern")
+UNTIED = ("lora_more", "adalora", "qlora", "lora_bias", "lora_ends", "freeze", "freeze_pattern")
 
 
 def settings(case: str) -> PeftConfig:
@@ -148,6 +164,11 @@ def state_bytes(engine: Any) -> tuple[int, int]:
     return sum(tensor.nbytes for tensor in gradients), sum(moment.nbytes for moment in moments)
 
 
+def stored_bytes(shape: tuple[int, ...], packed: bool) -> tuple[int, int]:
+    """Elements of a frozen tensor, and the bytes of one: float32, or rows of NF4."""
+    return (math.prod(packed_shape(math.prod(shape))), 1) if packed else (math.prod(shape), 4)
+
+
 def unmoved(engine: Any, trained: set[str]) -> list[str]:
     """Names of trained parameters whose gradient is missing or zero; collective."""
     from deepspeed.utils import safe_get_full_grad
@@ -175,7 +196,7 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
     engine: Any = build_engine(config, world, blueprint_for(folder))
     trained = engine.adaptation.trained
     frozen = {name: local.clone() for name, (_, local) in locals_of(engine).items() if name not in trained}
-    losses, norms, still = [], [], []
+    losses, norms, still, importance = [], [], [], {}
     for step, (ids, labels) in zip(range(steps), rows_of_steps(), strict=False):
         weight = int((labels != IGNORE).sum())
         mine = slice(world.rank, None, world.size)
@@ -190,8 +211,14 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
             still = unmoved(engine, trained)
         if step == steps - 1:
             bytes_now = state_bytes(engine)
+        engine.adaptation.at(step, STEPS)
         norms.append(engine.step(LR))
         losses.append(world.sum([local])[0] / weight)
+        if engine.adaptation.allocator is not None and step == LOOK:
+            importance = {
+                name: world.sum([float(mean.double().sum()) for mean in means.values()])
+                for name, means in engine.adaptation.allocator.running.items()
+            }
     for name, (p, local_part) in locals_of(engine).items():
         assert name in trained or torch.equal(local_part, frozen[name]), f"{name} of the base has changed"
         assert name in trained or p.grad is None
@@ -211,10 +238,13 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
         "norms": norms,
         "weights": weights,
         "still": still,
+        "importance": importance,
         "logps": logps,
         "bytes": bytes_now,
         "sizes": sizes,
         "report": engine.report(),
+        "state": engine.state_bytes(),
+        "stored": {name: stored_bytes(shape, name in engine.adaptation.packed) for name, shape in shapes.items() if name not in trained},
     }
 
 
@@ -223,19 +253,18 @@ def train_cases(world: World, folders: dict[str, Path], cases: list[str], engine
 
 
 def plain_base(folder: Path, case: str) -> Any:
-    """The base in plain transformers, its linear layers rounded by torchao where the case is of 4 bits."""
-    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-
+    """The base in plain transformers, its linear layers rounded where the case is of 4 bits (as torchao does: test_nf4.py)."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in base.named_modules() if "quantise" in CASES[case] else ():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = to_nf4(module.weight.data, 64, module.weight.numel() // 64).get_original_weight()
+            module.weight.data = round_trip(module.weight.data)
     return base
 
 
 def plain_model(folder: Path, case: str) -> Any:
     """What a user of plain peft builds, started at our initial values."""
     base, adaptation = plain_base(folder, case), adaptation_of(folder, case)
+    adaptation.at(0, STEPS)
     if adaptation.library_config is None:
         for name, p in base.named_parameters():
             p.requires_grad_(name in adaptation.trained)
@@ -267,20 +296,28 @@ def train_plainly(folder: Path, case: str) -> dict[str, Any]:
         optimizer = create_loraplus_optimizer(
             model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=ratio, loraplus_weight_decay=0.1, betas=(0.9, 0.95)
         )
-    losses, norms = [], []
+    losses, norms, importance = [], [], {}
     model.train()
-    for ids, labels in rows_of_steps():
-        logits = model(input_ids=ids).logits[:, -LENGTH:]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
-        loss.backward()
+    for step, (ids, labels) in enumerate(rows_of_steps()):
+        theirs = {"labels": torch.cat([torch.full((ROWS, 1), IGNORE), labels[:, :-1]], dim=1)} if case == "adalora" else {}
+        output = model(input_ids=ids, **theirs)
+        loss = torch.nn.functional.cross_entropy(output.logits[:, -LENGTH:].flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        (output.loss if theirs else loss).backward()  # which holds AdaLoRA's regulariser
         norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.5).item())
         optimizer.step()
+        if theirs:
+            model.base_model.update_and_allocate(step)
+            if step == LOOK:
+                seen = model.base_model.rankallocator
+                importance = {
+                    name: [float(mean[name].double().sum()) for mean in (seen.exp_avg_ipt, seen.exp_avg_unc)] for name in seen.exp_avg_ipt
+                }
         optimizer.zero_grad()
         losses.append(loss.item())
     state = model.state_dict()
     if case != "pissa" and isinstance(model, peft.PeftModel):
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    return {"losses": losses, "norms": norms, "weights": state}
+    return {"losses": losses, "norms": norms, "weights": state, "importance": importance}
 
 
 @pytest.fixture(scope="module")
@@ -324,9 +361,20 @@ def test_a_run_equals_plain_peft(
             assert one["losses"] == pytest.approx(reference["losses"], rel=REL), case
             assert one["norms"] == pytest.approx(reference["norms"], rel=REL), case
             assert one["still"] == [], case
+            assert one["importance"].keys() == reference["importance"].keys()
+            for name, sums in reference["importance"].items():
+                assert one["importance"][name] == pytest.approx(sums, rel=10 * REL), name
             for name, value in one["weights"].items() if case != "pissa" else ():
                 torch.testing.assert_close(torch.from_numpy(value), reference["weights"][name], rtol=REL, atol=REL, msg=f"{case} {name}")
+        if case == "adalora":  # 14 layers, from rank 6 to 3 on average
+            assert sum(len(tensor) for name, tensor in reference["weights"].items() if "lora_E" in name) == 14 * 3
         total = sum(got[0]["sizes"].values())
+        parts = size if engine == "zero3" else 1
+        frozen = sum(even_share(numel, parts) * parts * itemsize for numel, itemsize in got[0]["stored"].values())
+        trained = sum(even_share(numel, parts) * parts for numel in got[0]["sizes"].values())
+        copies = 2 if engine == "zero3" else 1  # on a CPU, DeepSpeed has masters beside what it computes with in float32, too
+        counted = {"frozen": frozen, "trainable": 4 * copies * trained, "gradients": 4 * trained, "optimizer": 8 * trained}
+        assert {name: sum(one["state"][name] for one in got) for name in counted} == counted, case
         if engine == "fsdp":
             assert sum(one["bytes"][0] for one in got) == 4 * total, case
             assert sum(one["bytes"][1] for one in got) == 8 * total, case
@@ -344,6 +392,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 from trainers.batch import IGNORE
 warnings.simplefilter("error", UserWarning)  # peft's words on missing and unexpected keys are such
+warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a layer that AdaLoRA has pruned whole
 ids, labels, out, bases = torch.load(sys.argv[1], weights_only=True)
 for folder in sorted(Path(out).iterdir()):
     case = folder.name.partition("-")[2]
@@ -395,7 +444,7 @@ def test_activation_checkpointing_changes_no_gradient(ranks: Callable[[int], Ran
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_in_bf16_only_what_is_trained_is_float32(ranks: Callable[[int], Ranks], folders: Any, references: Any, engine: str) -> None:
-    for case in ("lora", "dora", "freeze", "ptuning"):
+    for case in ("lora", "dora", "freeze", "ptuning", "adalora"):
         result = ranks(2).call(partial(train_case, steps=6, precision=Precision.bf16), folders[case], case, engine, None)[0]
         assert result["losses"] == pytest.approx(references(case)["losses"][:6], rel=1e-2)
         table = result["report"]
@@ -409,12 +458,13 @@ def save_and_load(world: World, folder: Path, case: str, engine_name: str, check
     engine: Any = build_engine(config_for(folder, case, engine_name), world, blueprint_for(folder))
     for number, (ids, labels) in zip(range(2), rows_of_steps(), strict=False):
         if number == 1:
-            engine.save(checkpoint) if saves else engine.load(checkpoint)
+            dcp.save(engine.state(), checkpoint_id=checkpoint) if saves else engine.load(checkpoint)
         elif not saves:
             continue
         mine = slice(world.rank, None, world.size)
         batch = batch_of(ids[mine], labels[mine])
         engine.backward(-engine.token_logps(batch).sum() / 100, last=True)
+        engine.adaptation.at(number, STEPS)
         engine.step(LR)
     return {name: tensor.numpy() for name, tensor in engine.weights()}
 
@@ -527,6 +577,11 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("freeze", {}, "peft.last_blocks=4"),
     ("freeze", {"freeze": ["a"], "last_blocks": 1}, "peft.last_blocks"),
     ("prompt", {}, "data.packing=false"),
+    ("lora", {"target_rank": 2}, "it is for adalora"),
+    ("adalora", {"adapter": "/nowhere"}, "`peft.adapter`"),
+    ("adalora", {"target_rank": 8}, "peft.rank = 8, which adalora begins with, must be larger"),
+    ("adalora", {"beta2": 1.0}, "`peft.beta2` = 1.0"),
+    ("adalora", {"tfinal": 0}, "`peft.tfinal` = 0"),
 ]
 
 
@@ -555,10 +610,10 @@ def test_knobs_of_an_engine_change_no_figure(
     ranks: Callable[[int], Ranks], folders: Any, references: Any, engine: str, more: dict[str, Any]
 ) -> None:
     """Offloaded, replicated, and with no parameter kept whole, so that those of ParameterDicts and of neighbours are gathered in time."""
-    for case in ("dora", "ia3", "prefix"):
-        result = ranks(2).call(partial(train_case, steps=5, **more), folders[case], case, engine, None)[0]
-        assert result["losses"] == pytest.approx(references(case)["losses"][:5], rel=REL)
-        assert result["norms"] == pytest.approx(references(case)["norms"][:5], rel=REL)
+    for case in ("dora", "ia3", "prefix", "adalora"):
+        result = ranks(2).call(partial(train_case, steps=6, **more), folders[case], case, engine, None)[0]
+        assert result["losses"] == pytest.approx(references(case)["losses"][:6], rel=REL)
+        assert result["norms"] == pytest.approx(references(case)["norms"][:6], rel=REL)
 
 
 def test_experts_are_left_to_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

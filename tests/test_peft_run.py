@@ -42,6 +42,16 @@ def test_a_run_leaves_an_adapter(finished: Path, base: Path) -> None:
     assert "peft.method=lora" in said.stderr
 
 
+def test_a_run_beside_four_bits(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    said = launch(cache, arguments(base, chats, tmp_path / "run", "peft=qlora", "peft.rank=4", "train.precision=bf16"))
+    assert "nf4, " in said
+    assert "export reopened with plain peft" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    config = json.loads((tmp_path / "run" / "export" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+
+
 def test_a_stopped_run_continues_exactly(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     more = ["peft=lora", "peft.rank=4", "train.steps=20", "checkpoint.every=3", "train.eval_every=10"]
     launch(cache, arguments(base, chats, tmp_path / "whole", *more))

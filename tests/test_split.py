@@ -22,6 +22,7 @@ from trainers.data.table import TokenTable
 from trainers.engines.base import build_engine
 from trainers.loop import learning_rate, require_isolation, train
 from trainers.model import Blueprint
+from trainers.status import Attempt
 from trainers.world import World
 
 LR, STEPS = 1e-2, 3
@@ -83,7 +84,7 @@ def run_split(world: World, run_dir: Path, model: Path, table: TokenTable, eval_
     engine.step = step  # what is seen is what the optimizer gets, before clipping
     loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
     data = Prepared(path=run_dir, train=table, eval=eval_table, report={}, reused=True)
-    outcome = train(config, world, engine, data, loader, 1.0)
+    outcome = train(config, world, Attempt(Path(config.run_dir)), engine, data, loader, 1.0)
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if world.rank == 0 else []
     return {"rows": rows, "gradients": gradients, "weights": dict(engine.weights()), "outcome": outcome}
 

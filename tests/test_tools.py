@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from tools.bench import RanksFailed, Run, _put_section, _ranks, _table, _wait
+from tools.bench.engines import Run, _table
+from tools.bench.ranks import RanksFailed, start_ranks, wait_for
+from tools.bench.section import put_section
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +25,7 @@ def tool(*arguments: str, expect: int = 0, timeout_s: float = 100, **environment
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["tools.show_batch", "tools.bench", "launcher"])
+@pytest.mark.parametrize("name", ["tools.show_batch", "tools.bench", "tools.chaos", "launcher"])
 def test_help_says_how_to_use_it(name: str) -> None:
     assert f"python -m {name}" in tool(name, "--help")
 
@@ -66,14 +68,14 @@ def test_engines_are_compared_with_torch_and_transformers_alone(tmp_path: Path) 
 def test_a_section_takes_the_place_of_the_same_commands(tmp_path: Path) -> None:
     file = tmp_path / "figures.md"
     for section in ("## `a`\n\nold\n", "## `b`\n\nkept\n", "## `a`\n\nnew\n"):
-        _put_section(file, section)
+        put_section(file, section)
     assert file.read_text() == "## `a`\n\nnew\n\n## `b`\n\nkept\n"
 
 
 def test_ranks_that_fail_say_which_was_first(tmp_path: Path) -> None:
     """An engine that fails is a row with the reason; `engine-rank` without an order fails at once."""
-    with pytest.raises(RanksFailed) as caught, _ranks(["engine-rank", str(tmp_path)], 2, tmp_path) as children:
-        _wait(children, tmp_path, "done", lambda: None, limit_s=60)
+    with pytest.raises(RanksFailed) as caught, start_ranks(["engine-rank", str(tmp_path)], 2, tmp_path) as children:
+        wait_for(children, tmp_path, "done", lambda: None, limit_s=60)
     assert caught.value.reason.startswith("FileNotFoundError")
     assert all(child.returncode is not None for child in children)
     runs: dict[str, Any] = {"fsdp": run_of([2.0, 1.0]), "zero3": "failed: a | b", "zero3_offload": run_of([2.0, None])}
@@ -97,3 +99,11 @@ def test_our_loop_is_no_slower_and_no_larger_than_bare_transformers() -> None:
     assert figures["fulltune"]["loss"] == pytest.approx(figures["transformers"]["loss"], rel=1e-4)
     assert figures["fulltune"]["speed"] > 0.8 * figures["transformers"]["speed"]
     assert figures["fulltune"]["peak"] < figures["transformers"]["peak"]
+
+
+@pytest.mark.slow
+def test_chaos_loses_no_checkpoint() -> None:
+    """The command with which checkpoints are harmed in earnest; the README quotes one with ten times as many kills."""
+    said = tool("tools.chaos", "save", "--kills", "3", timeout_s=900)
+    assert "checkpoints lost: 0" in said
+    assert "are those of the run that nobody harmed" in said

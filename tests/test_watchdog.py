@@ -364,7 +364,7 @@ def test_a_rank_that_is_waited_for_and_gets_on_is_not_held_up_to_it() -> None:
 
 
 def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:
-    from trainers.metrics import record_failure, set_status
+    from trainers.status import record_failure, set_status
 
     assert record_failure(tmp_path, {"rank": 0}, at=20.0)
     assert not record_failure(tmp_path, {"rank": 1}, at=21.0)

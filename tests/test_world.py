@@ -48,19 +48,20 @@ FAILING = """
 import os, signal, sys
 from pathlib import Path
 from trainers import __main__ as rank
+from trainers import status
 from trainers.world import World
 
 world = World.from_environment()
 world.watch_signals()
-told = rank.record_failure
+told = status.record_failure
 
 def told_while_stopped(*args, **fields):
     os.kill(os.getpid(), signal.SIGTERM)
     sum(range(1000))
     return told(*args, **fields)
 
-rank.record_failure = told_while_stopped
-print(rank._fail(Path(sys.argv[1]), world, 2, {"message": "why"}))
+status.record_failure = told_while_stopped
+print(rank._fail(status.Attempt(Path(sys.argv[1])), world, 2, {"message": "why"}))
 """
 
 

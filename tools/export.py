@@ -163,7 +163,7 @@ def read_config(path: Path, model: str | None) -> RunConfig:
 def require_same_tokenizer(run_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise Refused if the run was trained with another tokenizer or chat template than this one, which the export would carry."""
     from trainers.data.tokenizer import template_hash, tokenizer_hash
-    from trainers.metrics import read_json
+    from trainers.status import read_json
 
     prepared = read_json(run_dir / "manifest.json").get("data") or {}
     for what, now in (("tokenizer", tokenizer_hash(tokenizer)), ("chat template", template_hash(tokenizer))):
@@ -298,12 +298,12 @@ def pieces(plan: dict[str, Tensor], stored: Stored, buffers: dict[str, Tensor]) 
             yield name, piece.to(tensor.dtype)
 
 
-def with_bar(weights: Iterator[tuple[str, Tensor]], num_bytes: int) -> Iterator[tuple[str, Tensor]]:
+def with_bar(weights: Iterator[tuple[str, Tensor]], num_bytes: int, what: str = "exporting") -> Iterator[tuple[str, Tensor]]:
     """Yield `weights` with a progress bar over their bytes."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("exporting", total=num_bytes)
+        task = progress.add_task(what, total=num_bytes)
         for name, piece in weights:
             yield name, piece
             progress.advance(task, piece.nbytes)

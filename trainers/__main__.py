@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
-from trainers.metrics import console, log_to, log_to_terminal, read_json, record_failure, set_status, write_json
+from trainers.metrics import console, log_to, log_to_terminal
 from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
-from trainers.peft.base import FILE
+from trainers.peft.base import FILE, Adaptation
+from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
+from trainers.status import SUPERSEDED, Attempt, Superseded, read_json, write_json
 from trainers.watchdog import Phase, watch
 from trainers.world import Stopped, World
 
@@ -49,33 +52,36 @@ EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
 
 
 def main(path: str) -> int:
-    """Run one rank to its exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint."""
+    """Run one rank to its exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint, 76 a newer attempt has started."""
     world = World.from_environment()
     log_to_terminal(world.rank)
-    run_dir = Path(path).parent
+    attempt = Attempt(Path(path).parent)
     try:
         world.watch_signals()
         config = load(path)
         check_world(config, world.size)
         if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ:
-            set_status(run_dir, "submitted")  # forget how an earlier attempt ended, as the launcher does
+            attempt.set_status("submitted")  # forget how an earlier attempt ended, as the launcher does
         watch.collectives, watch.flight_record = world.collectives, world.flight_record
-        watch.start(config, attempt_folder(run_dir, next_attempt(run_dir)), world.rank, world.size, partial(_fail, run_dir, world, FAILED))
-        return run(config, world)
+        watch.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, FAILED))
+        return run(config, world, attempt)
     except Stopped as signal_name:
         log.info("%s before the first step: nothing to save", signal_name)
-        set_status(run_dir, "preempted")
+        attempt.set_status("preempted")
         return STOPPED
+    except Superseded as error:
+        log.error("rank %d: %s", world.rank, error)
+        return SUPERSEDED
     except ConfigError as error:
         parts = {"path": error.path, "value": str(error.value), "reason": error.reason, "remedy": error.remedy}
-        return _fail(run_dir, world, BAD_INPUT, {"message": str(error), "setting": parts})
+        return _fail(attempt, world, BAD_INPUT, {"message": str(error), "setting": parts})
     except (TrainingFailed, NoCheckpoint) as error:
-        return _fail(run_dir, world, FAILED, {"message": str(error)})
+        return _fail(attempt, world, FAILED, {"message": str(error)})
     except Exception as error:
-        return _fail(run_dir, world, FAILED, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        return _fail(attempt, world, FAILED, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
 
 
-def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
+def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> int:
     """Keep the first failing rank's error in status.json, and return the exit code.
 
     Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
@@ -85,7 +91,7 @@ def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, unwritten = True, ""
     try:
-        first = record_failure(run_dir, {"rank": world.rank, "exit_code": code} | error, at)
+        first = attempt.record_failure({"rank": world.rank, "exit_code": code} | error, at)
     except Exception as other:  # a full disk, no memory, a file that is no JSON
         unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
@@ -93,7 +99,7 @@ def _fail(run_dir: Path, world: World, code: int, error: dict[str, Any]) -> int:
     return code
 
 
-def run(config: RunConfig, world: World) -> int:
+def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     """Prepare, connect, build, train, export."""
     run_dir = Path(config.run_dir)
     if config.train.deterministic:
@@ -110,20 +116,26 @@ def run(config: RunConfig, world: World) -> int:
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
     _require_same_data(run_dir, data)
-    attempt = start_attempt(run_dir, world)
-    log_to(attempt_folder(run_dir, attempt), world.rank, world.size)
-    watch.log_to(attempt_folder(run_dir, attempt))
+    attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
+    log_to(attempt.folder, world.rank, world.size)
+    watch.log_to(attempt.folder)
     if world.rank == 0:
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(run_dir, data, blueprint)
-        set_status(run_dir, "running", attempt=attempt)
+        attempt.set_status("running", attempt=attempt.number)
     watch.enter(Phase.loading)
     with contextlib.closing(build_engine(config, world, blueprint)) as engine:
-        return train_and_export(config, world, engine, data, blueprint, tokenizer)
+        return train_and_export(config, world, attempt, engine, data, blueprint, tokenizer)
 
 
 def train_and_export(
-    config: RunConfig, world: World, engine: Engine, data: Prepared, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast
+    config: RunConfig,
+    world: World,
+    attempt: Attempt,
+    engine: Engine,
+    data: Prepared,
+    blueprint: Blueprint,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> int:
     """Train with a built engine to the end, or to a stop that was asked for, and return the exit code; collective."""
     report = engine.report()
@@ -135,16 +147,21 @@ def train_and_export(
     world.interruptible = False
     shapes = engine.shapes()
     flops = flops_per_token(shapes, blueprint.config, data.train.mean_attended(), shapes.keys() - engine.adaptation.trained)
-    outcome = train(config, world, engine, data, loader, flops)
+    outcome = train(config, world, attempt, engine, data, loader, flops)
     engine.report()
-    if outcome.stopped:
-        world.barrier()  # rank 0 may still be waiting for a mirror: all end together
-        log.info("stopped after step %d, saved; the same command continues", outcome.progress.step)
-    else:
+    stopped = outcome.stopped
+    if not stopped:
         watch.enter(Phase.exporting)
-        finish(config, world, engine, data, blueprint, tokenizer, outcome)
+        try:
+            finish(config, world, attempt, engine, data, blueprint, tokenizer, outcome)
+        except Stopped:
+            attempt.set_status("preempted", step=outcome.saved_step)
+            stopped = True
+    world.barrier()  # rank 0 may still be waiting for a mirror: all end together
+    if stopped:
+        log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
     watch.stop()
-    code = STOPPED if outcome.stopped else DONE
+    code = STOPPED if stopped else DONE
     _exit_after(ENDING_S, code)
     world.disconnect()
     return code
@@ -155,25 +172,6 @@ def _exit_after(seconds: float, code: int) -> None:
     timer = threading.Timer(seconds, os._exit, (code,))
     timer.daemon = True
     timer.start()
-
-
-def next_attempt(run_dir: Path) -> int:
-    """Return the number of the attempt that begins, by the log folders that there are."""
-    return max((int(path.name.removeprefix("attempt-")) for path in (run_dir / "logs").glob("attempt-*")), default=0) + 1
-
-
-def attempt_folder(run_dir: Path, number: int) -> Path:
-    """Return the log folder of an attempt."""
-    return run_dir / "logs" / f"attempt-{number}"
-
-
-def start_attempt(run_dir: Path, world: World) -> int:
-    """Return this attempt's number, chosen by rank 0 by making its log folder; collective."""
-    number = 0
-    if world.rank == 0:
-        number = next_attempt(run_dir)
-        attempt_folder(run_dir, number).mkdir(parents=True)
-    return int(world.max([float(number)])[0])
 
 
 def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) -> None:
@@ -206,42 +204,58 @@ def _note_sources(run_dir: Path, data: Prepared, blueprint: Blueprint) -> None:
 def finish(
     config: RunConfig,
     world: World,
+    attempt: Attempt,
     engine: Engine,
     data: Prepared,
     blueprint: Blueprint,
     tokenizer: PreTrainedTokenizerFast,
     outcome: Outcome,
 ) -> None:
-    """Export, reopen and check the export, write summary.json; only then is the run done. Collective."""
+    """Export, reopen and check the export, write summary.json; only then is the run done. Collective.
+
+    Raises Stopped on every rank where one is asked to stop while the export is written or read again.
+    """
     run_dir = Path(config.run_dir)
     folder = run_dir / "export"
     is_adapter = engine.adaptation.library_config is not None
     if is_adapter:
-        export_adapter(watch.each(engine.weights()), engine.adaptation, tokenizer, folder, write=world.rank == 0)
+        export_adapter(heedful(engine.weights(), world, attempt), engine.adaptation, tokenizer, folder, write=world.rank == 0)
     else:
-        export(watch.each(engine.weights()), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
-    check_export(folder, watch.each(engine.weights()), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
+        export(heedful(engine.weights(), world, attempt), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
+    check_export(folder, heedful(engine.weights(), world, attempt), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
         logps = engine.token_logps(probe.to(world.device)).cpu()
-    figures, shapes = as_figures(outcome, world), engine.shapes()
+    figures, shapes, state = as_figures(outcome, world), engine.shapes(), engine.state_bytes()
+    state_bytes = dict(zip(state, map(int, world.sum(list(map(float, state.values())))), strict=True))
     if world.rank == 0:
         if is_adapter and outcome.progress.step > outcome.progress.skipped:
             require_moved(folder)
-        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, is_adapter)
+        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, engine.adaptation)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
         trained = sum(torch.Size(shapes[name]).numel() for name in engine.adaptation.trained)
         figures |= {
             "wall_seconds": time.monotonic() - STARTED,
             "parameters": parameters,
             "trainable_parameters": trained if config.peft.method is not PeftMethod.none else parameters,
+            "state_bytes": state_bytes,
             "export": str(folder),
             "sample": sample,
         }
+        attempt.require_current()
         write_json(run_dir / "summary.json", figures)
-        set_status(run_dir, "done", step=outcome.progress.step)
-    world.barrier()
+        attempt.set_status("done", step=outcome.progress.step)
+
+
+def heedful(weights: Iterator[tuple[str, torch.Tensor]], world: World, attempt: Attempt) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield tensors until a rank is asked to stop, on all ranks alike; the end is not reached once a newer attempt has started."""
+    for item in weights:
+        if world.any(world.signalled is not None)[0]:
+            raise Stopped("a signal while exporting")
+        watch.beat()
+        yield item
+    attempt.require_current()
 
 
 def _try_export(
@@ -252,18 +266,20 @@ def _try_export(
     probe: Batch,
     logps: torch.Tensor,
     data: Prepared,
-    is_adapter: bool,
+    adaptation: Adaptation,
 ) -> dict[str, str] | None:
     """Open the export as a user would, compare it with the trainer on one row, let it answer; not where it is too large for that.
 
     The weights have been compared bit for bit: this is about config and code, so that rounding to 16 bits may show.
     """
+    is_adapter = adaptation.library_config is not None
     base = blueprint.folder if is_adapter else None
     files = [path for place in (folder, base) if place is not None for path in place.glob("*.safetensors")]
     if sum(path.stat().st_size for path in files) > REOPEN_BELOW:
         return None
     if is_adapter:
-        model = reopen_adapter(folder, reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu"))
+        plain = reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu")
+        model = reopen_adapter(folder, round_base(plain, adaptation))
     else:
         model = reopen(folder, config.model.trust_remote_code)
     with torch.no_grad():

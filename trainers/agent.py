@@ -17,7 +17,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.metrics import read_json, record_failure
+from trainers.status import newest_attempt, read_json, record_failure
 from trainers.watchdog import read_beats, send
 
 FAILED = 1
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ["FULLTUNE_AGENT"] = str(os.getpid())  # ranks end with this process, also where it ends before they could ask for that
     run_dir = Path(arguments[-1]).parent
+    before = newest_attempt(run_dir)
     threading.Thread(target=_end_late_ranks, args=(run_dir,), daemon=True).start()
     try:
         run.main(arguments)
@@ -47,7 +48,8 @@ def main(arguments: list[str]) -> int:
         name = signal.Signals(-failure.exitcode).name
         why = " (out of memory, or kill -9)" if name == "SIGKILL" else ""
         cause = {"rank": rank, "exit_code": failure.exitcode, "message": f"rank {rank} was killed by {name}{why}"}
-        record_failure(run_dir, cause, at=failure.timestamp, together_s=TOGETHER_S)
+        if newest_attempt(run_dir) <= before + 1:  # else another attempt has started after ours
+            record_failure(run_dir, cause, at=failure.timestamp, together_s=TOGETHER_S)
         return FAILED
     except SignalException:
         return FAILED

@@ -1,24 +1,41 @@
-"""Checkpoints: where they lie, when one is complete, which one a run continues from."""
+"""Checkpoints: when one is due, where it lies, when it is complete, which are kept, which one a run continues from.
+
+A save is staged in host memory, which is all that the loop waits for; a thread of each rank then writes, hashes and commits it on a
+process group of its own. A checkpoint is complete or absent: it is written into a folder with a hidden name, flushed, described by a
+manifest with every file's size and SHA-256, and renamed once all ranks have said that theirs is written.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from trainers.config import CheckpointConfig
 from trainers.engines.base import Engine
-from trainers.metrics import write_json
+from trainers.status import Attempt, Superseded, read_json, write_json
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
+RETRY_AFTER_S = 60.0
+"""Seconds after a failed save until the next try."""
+SPARE = 1.02
+"""Bytes on disk over bytes of tensors: headers, metadata and the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +51,9 @@ class Progress:
     input_tokens: int = 0
     """Tokens that went through the model, padding aside, over all ranks."""
     skipped: int = 0
-    """Steps skipped for non-finite gradients or for want of a supervised token."""
+    """Steps skipped for non-finite gradients, a spike, or for want of a supervised token."""
+    ahead: int = 0
+    """Steps' worth of rows that were left out by rollbacks: the stream stands so much further."""
     seconds: float = 0.0
     """Seconds spent on steps, over all attempts."""
     device_seconds: float = 0.0
@@ -45,94 +64,326 @@ class NoCheckpoint(Exception):
     """A checkpoint could not be written, or none of those that are there can be read."""
 
 
-class Checkpointer:
-    """Saves and restores engine and progress in RUN_DIR/checkpoints/step-NNNNNN: complete or absent."""
+@dataclass(kw_only=True)
+class Save:
+    """One checkpoint on its way to the disk."""
 
-    def __init__(self, config: CheckpointConfig, run_dir: Path, world: World) -> None:
-        """Keep where and how many; nothing is touched yet."""
-        self.config, self.folder, self.world = config, run_dir / "checkpoints", world
+    progress: Progress
+    eval_loss: float | None
+    num_bytes: int
+    """Bytes of tensors, over all ranks."""
+    started: float
+    state: dict[str, Any] | None
+    """What is written; given up as soon as it is."""
+    failure: str = ""
+    """Why there is no such checkpoint now, the same on every rank."""
+    error: BaseException | None = None
+    """What is no failure to write, and ends the run."""
+    seconds: float = 0.0
+    """From its beginning to the end of its commit."""
+
+
+class Checkpointer:
+    """Saves and restores engine and progress in RUN_DIR/checkpoints/step-NNNNNN. Every method is collective unless it says otherwise."""
+
+    def __init__(self, config: CheckpointConfig, attempt: Attempt, world: World) -> None:
+        """Keep where, how many, and a world for the thread; no file is touched yet."""
+        self.config, self.attempt, self.world = config, attempt, world
+        self.run_dir, self.folder = attempt.run_dir, attempt.run_dir / "checkpoints"
+        self.run = str(read_json(self.run_dir / "manifest.json").get("wandb_id", ""))
+        """What tells this run's checkpoints from another's."""
+        self.beside = world.beside()
+        self.staged: dict[tuple[object, ...], Tensor] = {}
+        """Host memory of the last save's copies, which the next one uses again."""
+        self.in_flight: Save | None = None
+        self.thread: threading.Thread | None = None
+        self.saved_at, self.failed_at = time.monotonic(), 0.0
+        self.damaged: dict[Path, str] = {}
+        self.failures, self.stall_seconds = 0, 0.0
+        self.warned_of_grace = False
+        self.saved_step, self.all_failures = 0, 0
+
+    def wishes(self) -> tuple[bool, bool]:
+        """Tell whether a stop and a save are asked for, by a file in the run directory or by the clock. Not collective: rank 0 looks."""
+        if self.world.rank != 0:
+            return False, False
+        minutes = self.config.every_minutes
+        by_clock = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        again = self.failures > 0 and self.in_flight is None and time.monotonic() - self.failed_at > RETRY_AFTER_S
+        return _taken(self.run_dir / "stop"), _taken(self.run_dir / "save_now") or by_clock or again
 
     def due(self, step: int) -> bool:
-        """Tell whether a checkpoint is due after `step`."""
+        """Tell whether a checkpoint is due after `step`, by its number. Not collective."""
         return self.config.every is not None and step % self.config.every == 0
 
-    def save(self, engine: Engine, progress: Progress) -> None:
-        """Write into a staging folder, record sizes, rename; then delete this run's oldest. Collective."""
-        staging, final = self.folder / f".step-{progress.step:06d}.tmp", self.folder / f"step-{progress.step:06d}"
-        if self.world.from_first(self.world.rank == 0 and final.is_dir() and is_complete(final)):
-            return
-        self._agree(staging, lambda: self._begin(staging, final))
-        self._agree(staging, lambda: engine.save(staging), everywhere=True)
-        self._agree(staging, lambda: self._commit(staging, final, progress))
-        self._agree(staging, self._rotate)
-        log.info("step %d: checkpoint saved in %s", progress.step, final)
+    def is_best(self, losses: list[float]) -> bool:
+        """Tell whether the newest held-out loss is the lowest, and such checkpoints are kept. Not collective."""
+        return self.config.keep_best > 0 and len(losses) > 1 and losses[-1] <= min(losses)
 
-    def _agree(self, staging: Path, write: Callable[[], None], everywhere: bool = False) -> None:
-        """Write on rank 0, or everywhere; raise NoCheckpoint on every rank if any could not, after removing what was written.
+    def save(self, engine: Engine, progress: Progress, eval_loss: float | None = None, wait: bool = False) -> None:
+        """Begin a checkpoint, or make it at once with `wait`; the state is the engine's of now whatever comes next.
 
-        Collective.
+        Waits for the save in flight. Raises NoCheckpoint where a save fails and there is no older one, or `checkpoint.strict` is set.
         """
+        began = time.perf_counter()
+        self.finish()
+        final = self.folder / f"step-{progress.step:06d}"
+        if self.world.from_first(self.world.rank == 0 and not self._why_not_ours(final)):
+            self.saved_step = progress.step
+            return
+        state = engine.state()
+        num_bytes = int(self.world.sum([float(bytes_of(state))])[0])
+        wait = wait or not self.config.asynchronous
+        staged = state if wait else self._stage(state, ())
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        save = Save(progress=progress, eval_loss=eval_loss, num_bytes=num_bytes, started=began, state=staged)
+        self.saved_at, self.in_flight = time.monotonic(), save
+        if wait:
+            self._write(save, self.world)
+            self.finish()
+        else:
+            self.thread = threading.Thread(target=self._write, args=(save, self.beside), name="checkpoint", daemon=True)
+            self.thread.start()
+        self.stall_seconds = time.perf_counter() - began
+        log.debug("step %d: the loop waited %.3f s for a checkpoint of %s bytes", progress.step, self.stall_seconds, f"{num_bytes:,}")
+
+    def _stage(self, state: Any, path: tuple[object, ...]) -> Any:
+        """Return a nested state with its tensors copied to host memory, page-locked beside a GPU, kept from save to save.
+
+        torch's own DefaultStager copies whole storages, of which a flat parameter is a view, and fails on them.
+        """
+        if isinstance(state, dict):
+            return {key: self._stage(value, (*path, key)) for key, value in state.items()}
+        if isinstance(state, (list, tuple)):
+            return [self._stage(value, (*path, number)) for number, value in enumerate(state)]
+        if isinstance(state, DTensor):
+            return DTensor(self._stage(state.to_local(), path), state._spec, requires_grad=False)
+        if not isinstance(state, Tensor):
+            return state
+        if path not in self.staged:
+            self.staged[path] = torch.empty(state.shape, dtype=state.dtype, pin_memory=self.world.device.type == "cuda")
+        return self.staged[path].copy_(state.detach(), non_blocking=True)
+
+    def is_writing(self) -> bool:
+        """Tell whether this rank's part of a save is on its way. Not collective."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for the save in flight and take its outcome; all ranks have the same. Raises as `save` does."""
+        save, self.in_flight = self.in_flight, None
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if save is None:
+            return
+        if save.error is not None:
+            raise save.error
+        if not save.failure:
+            log.info("step %d: checkpoint saved in %.1f s, %s bytes", save.progress.step, save.seconds, f"{save.num_bytes:,}")
+            self.failures, self.saved_step = 0, save.progress.step
+            self._warn_of_grace(save.seconds)
+            return
+        if not self.world.from_first(self.attempt.is_current(at_once=True)):
+            self.attempt.require_current()
+        self.failures, self.failed_at = self.failures + 1, time.monotonic()
+        self.all_failures += 1
+        older = self.world.from_first(self.world.rank == 0 and bool(self._complete()))
+        if self.config.strict or not older:
+            why = "checkpoint.strict is set" if older else "there is no older one"
+            raise NoCheckpoint(f"no checkpoint of step {save.progress.step}, and {why}: {save.failure}")
+        log.warning(
+            "no checkpoint of step %d (%d in a row): %s; the run goes on and tries again in %.0f s",
+            save.progress.step,
+            self.failures,
+            save.failure,
+            RETRY_AFTER_S,
+        )
+
+    def _warn_of_grace(self, seconds: float) -> None:
+        """Compare the first save's time with what the scheduler gives between its signal and the kill."""
+        grace = float(os.environ.get("FULLTUNE_GRACE_S", "inf"))
+        if not self.warned_of_grace and seconds > grace and self.world.rank == 0:
+            log.warning("a checkpoint takes %.0f s, and ranks that are asked to stop get %.0f s: give them more time", seconds, grace)
+        self.warned_of_grace = True
+
+    def _write(self, save: Save, world: World) -> None:
+        """Write, hash and commit; in a thread, or in the loop's own with its world."""
+        name = f"step-{save.progress.step:06d}"
+        staging, final = self.folder / f".{name}.attempt-{self.attempt.number}.tmp", self.folder / name
+        hashes: dict[str, str] = {}
+        gathered: dict[str, str] = {}
+
+        def put() -> None:
+            dcp.save(save.state, checkpoint_id=staging, process_group=world.group)
+            save.state = None
+            hashes.update({path.name: sha256(path) for path in _own_files(staging, world)})
+
+        try:
+            steps_of_save: list[tuple[Callable[[], None], bool]] = [
+                (lambda: self._begin(staging, final, save.num_bytes), False),
+                (put, True),
+                (lambda: self._commit(staging, final, save, gathered), False),
+                (self._rotate, False),
+            ]
+            for write, everywhere in steps_of_save:
+                save.failure = save.failure or self._attempted(write, everywhere, staging, world)
+                if save.failure:
+                    break
+                if everywhere:
+                    for theirs in world.gather(hashes):
+                        gathered |= theirs
+        except BaseException as error:  # the loop's thread raises it
+            save.error = error
+        finally:
+            save.state, save.seconds = None, time.perf_counter() - save.started
+
+    def _attempted(self, write: Callable[[], None], everywhere: bool, staging: Path, world: World) -> str:
+        """Write on rank 0, or everywhere; return why any could not, after removing what was written."""
         failed = ""
         try:
-            if everywhere or self.world.rank == 0:
+            if everywhere or world.rank == 0:
                 write()
-        except (OSError, CheckpointException) as error:
-            failed = f"rank {self.world.rank}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
-        failures = [text for text in self.world.gather(failed) if text]
-        if not failures:
-            return
-        if self.world.rank == 0:
+        except (OSError, CheckpointException, Superseded) as error:
+            failed = f"rank {world.rank}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}"
+        failures = [str(text) for text in world.gather(failed) if text]
+        if failures and world.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        free = shutil.disk_usage(self.folder.parent).free
-        raise NoCheckpoint(f"the checkpoint {staging} cannot be written ({failures[0]}); {free:,} bytes free there now")
+        return failures[0] if failures else ""
 
-    @staticmethod
-    def _begin(staging: Path, final: Path) -> None:
+    def _begin(self, staging: Path, final: Path, num_bytes: int) -> None:
+        self.attempt.require_current()
+        if not why_incomplete(final) and final not in self.damaged:
+            raise OSError(f"{final} is in the way: {self._why_not_ours(final)}; move it away")
         for leftover in (staging, final):
             shutil.rmtree(leftover, ignore_errors=True)
         staging.mkdir(parents=True)
+        needed, free = int(num_bytes * SPARE), shutil.disk_usage(staging).free
+        if needed > free:
+            raise OSError(f"{self.folder} needs {needed:,} bytes, and {free:,} are free there")
 
-    @staticmethod
-    def _commit(staging: Path, final: Path, progress: Progress) -> None:
-        sizes = {str(path.relative_to(staging)): path.stat().st_size for path in sorted(staging.rglob("*")) if path.is_file()}
-        for path in staging.rglob("*"):
+    def _commit(self, staging: Path, final: Path, save: Save, hashes: dict[str, str]) -> None:
+        sizes = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+        if sizes.keys() != hashes.keys():
+            raise OSError(f"{staging} holds files of no rank: {sorted(sizes.keys() ^ hashes.keys())[:3]}")
+        for path in staging.iterdir():
             _flush(path)
-        write_json(staging / "manifest.json", {"progress": dataclasses.asdict(progress), "sizes": sizes})
+        said = {"progress": dataclasses.asdict(save.progress), "run": self.run, "attempt": self.attempt.number, "eval_loss": save.eval_loss}
+        write_json(staging / "manifest.json", {**said, "sizes": sizes, "sha256": hashes})
         _flush(staging / "manifest.json")
         _flush(staging)
+        self.attempt.require_current()
         staging.rename(final)
         _flush(final.parent)
 
+    def _complete(self) -> list[Path]:
+        """Return this run's complete checkpoints, oldest first."""
+        return [path for path in steps(self.folder) if not self._why_not_ours(path)]
+
+    def _why_not_ours(self, path: Path) -> str:
+        """Say why a folder is no checkpoint of this run; nothing where it is."""
+        if why := self.damaged.get(path) or why_incomplete(path):
+            return why
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest.get("run", "") != self.run:
+            return "it is another run's"
+        step = manifest["progress"]["step"]
+        return "" if path.name == f"step-{step:06d}" else f"it is the checkpoint of step {step} under another name"
+
     def _rotate(self) -> None:
-        """Delete the oldest complete checkpoints beyond keep_last, and staging folders of dead saves."""
-        complete = [path for path in steps(self.folder) if is_complete(path)]
-        for path in complete[: -self.config.keep_last]:
-            path.rename(path.with_name(f".{path.name}.tmp"))  # complete or absent, also when killed while deleting
+        """Delete this run's complete checkpoints that nothing keeps, and staging folders of dead saves."""
+        complete, config = self._complete(), self.config
+        kept = set(complete[-config.keep_last :])
+        if config.keep_every is not None:
+            kept |= {path for path in complete if number_of(path) % config.keep_every == 0}
+        losses = {path: json.loads((path / "manifest.json").read_text()).get("eval_loss") for path in complete}
+        judged = [path for path in complete if losses[path] is not None]
+        kept |= set(sorted(judged, key=lambda path: (losses[path], -number_of(path)))[: config.keep_best])
+        for path in complete:
+            if path not in kept:
+                path.rename(path.with_name(f".{path.name}.tmp"))  # complete or absent, also when killed while deleting
         for path in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(path)
 
     def restore(self, engine: Engine) -> Progress:
-        """Load the newest checkpoint that is complete and can be read, or return step 0. Rank 0 names them; collective.
+        """Load this run's newest valid checkpoint, or return step 0. Rank 0 names them, and each rank verifies some of the files.
 
-        Raises NoCheckpoint where there are some and none can be read: to start again would be to lose them.
+        Says which ones it skips, and why. Raises NoCheckpoint where there are some and none is valid: to start again would be to
+        lose them.
         """
-        complete = [path for path in reversed(steps(self.folder)) if is_complete(path)] if self.world.rank == 0 else []
-        found = self.world.from_first(complete)
+        found = self.world.from_first(self._candidates() if self.world.rank == 0 else [])
         for path in found:
-            failed = ""
+            failed = self._why_invalid(path)
             try:
-                engine.load(path)
+                if not any(self.world.gather(failed)):
+                    engine.load(path)
             except (OSError, CheckpointException) as error:
                 failed = (str(error).strip() or type(error).__name__).splitlines()[-1]
             failures = [text for text in self.world.gather(failed) if text]
             if not failures:
-                progress = _progress(path)
+                progress = Progress(**json.loads((path / "manifest.json").read_text())["progress"])
+                self.saved_step = progress.step
                 log.info("continuing from %s: step %d, %s tokens", path, progress.step, f"{progress.tokens:,}")
                 return progress
-            log.warning("skipping %s: it cannot be read (%s)", path, failures[0])
+            log.warning("skipping %s: %s", path, failures[0])
+            self.damaged[path] = str(failures[0])  # its step will be saved again
         if found:
             raise NoCheckpoint(f"none of the checkpoints in {self.folder} can be read; move them away to start from step 0")
         return Progress()
+
+    def _candidates(self) -> list[Path]:
+        """Return what may be continued from, newest first; says what may not."""
+        candidates = []
+        for path in reversed(steps(self.folder)):
+            if why := self._why_not_ours(path):
+                log.warning("skipping %s: %s", path, why)
+            else:
+                candidates.append(path)
+        return candidates
+
+    def _why_invalid(self, path: Path) -> str:
+        """Say which of this rank's share of a checkpoint's files holds other bytes than were written. Not collective."""
+        try:
+            hashes: dict[str, str] = json.loads((path / "manifest.json").read_text())["sha256"]
+            mine = sorted(hashes)[self.world.rank :: self.world.size]
+            wrong = [name for name in mine if sha256(path / name) != hashes[name]]
+        except (OSError, ValueError, KeyError) as error:
+            return f"it cannot be read ({error!r})"
+        return f"{wrong[0]} holds other bytes than were written" if wrong else ""
+
+
+def bytes_of(state: Any) -> int:
+    """Return the bytes of this rank's parts of the tensors in a nested dictionary."""
+    if isinstance(state, dict):
+        return sum(bytes_of(value) for value in state.values())
+    if isinstance(state, DTensor):
+        state = state.to_local()
+    return state.nbytes if isinstance(state, Tensor) else 0
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _own_files(staging: Path, world: World) -> list[Path]:
+    """Return the files that this rank wrote; rank 0 also answers for those of no rank, such as the metadata."""
+    prefixes = tuple(f"__{rank}_" for rank in range(world.size))
+    every = list(staging.iterdir()) if world.rank == 0 else []
+    return [*staging.glob(f"__{world.rank}_*"), *(path for path in every if not path.name.startswith(prefixes))]
+
+
+def _taken(path: Path) -> bool:
+    """Tell whether a file is there that asks for something, and remove it."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        log.warning("%s is not heeded: it cannot be removed (%s)", path, error.strerror)
+        return False
+    return True
 
 
 def why_incomplete(folder: Path) -> str:
@@ -148,22 +399,14 @@ def why_incomplete(folder: Path) -> str:
     return f"{wrong[0]} is missing or has another size" if wrong else ""
 
 
-def is_complete(folder: Path) -> bool:
-    """Tell whether a checkpoint is complete; says why not in the log."""
-    why = why_incomplete(folder)
-    if why and folder.is_dir():
-        log.warning("skipping %s: %s", folder, why)
-    return not why
+def number_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-"))
 
 
 def steps(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder of them, complete or not, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def _progress(folder: Path) -> Progress:
-    return Progress(**json.loads((folder / "manifest.json").read_text())["progress"])
+    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), key=number_of)
 
 
 def _flush(path: Path) -> None:

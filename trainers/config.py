@@ -145,6 +145,15 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class OnSpike(StrEnum):
+    """What follows a step whose loss or gradient norm is far above the last ones'; in each case it updates nothing, but for `none`."""
+
+    none = "none"
+    skip = "skip"
+    rollback = "rollback"
+    stop = "stop"
+
+
 class WandbMode(StrEnum):
     """`auto` is online when a key is at hand, otherwise offline."""
 
@@ -229,17 +238,17 @@ class PeftConfig:
     method: PeftMethod = PeftMethod.none
     """`none` is full fine-tuning, `freeze` trains a part of the model, the others add an adapter to a base that stays as it is."""
     rank: int = 8
-    """lora, dora: columns of the two small matrices; at most the smaller side of each matrix that is adapted."""
+    """lora, dora, adalora (at first): columns of the two small matrices; at most the smaller side of each matrix that is adapted."""
     alpha: float = 16.0
-    """lora, dora: the product of the two is scaled by alpha / rank."""
+    """lora, dora, adalora: the product of the two is scaled by alpha / rank."""
     dropout: float = 0.0
-    """lora, dora: share of an adapter's inputs set to zero while training. In [0, 1)."""
+    """lora, dora, adalora: share of an adapter's inputs set to zero while training. In [0, 1)."""
     targets: list[str] = field(default_factory=list)
-    """lora, dora, ia3: names of modules as [q_proj,v_proj], or [all-linear] without the head; empty is peft's choice by architecture."""
+    """lora, dora, adalora, ia3: names of modules as [q_proj,v_proj], or [all-linear] without the head; empty is peft's choice."""
     bias: AdapterBias = AdapterBias.none
     """lora, dora: biases of the base that are trained, and saved with the adapter."""
     modules_to_save: list[str] = field(default_factory=list)
-    """lora, dora, ia3: names of modules that are trained whole and saved with the adapter, as [lm_head]."""
+    """lora, dora, adalora, ia3: names of modules that are trained whole and saved with the adapter, as [lm_head]."""
     rank_stabilised: bool = False
     """lora, dora: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast (arXiv 2312.03732)."""
     init: AdapterInit = AdapterInit.default
@@ -258,6 +267,20 @@ class PeftConfig:
     """freeze: parameters that stay, by shell patterns of their names, as ['*embed_tokens*','model.layers.[0-9].*']."""
     last_blocks: int | None = None
     """freeze: train only so many blocks at the end, and what comes behind them."""
+    target_rank: int = 4
+    """adalora: mean rank of the layers in the end; below `rank`."""
+    tinit: int = 0
+    """adalora: the first pruning comes in step tinit + 1 or later, counted from 0."""
+    tfinal: int = 1
+    """adalora: steps at the end, at least one, in whose first the ranks become final."""
+    delta_t: int = 1
+    """adalora: until then prune only in steps whose number it divides."""
+    beta1: float = 0.85
+    """adalora: decay rate of the running mean of an element's importance. Above 0, below 1."""
+    beta2: float = 0.85
+    """adalora: decay rate of the running mean of how far that strays. Above 0, below 1."""
+    orth_reg_weight: float = 0.5
+    """adalora: weight of the regulariser that keeps A's rows and B's columns orthonormal; it is trained on, and not part of `loss`."""
 
 
 @dataclass(kw_only=True)
@@ -351,7 +374,11 @@ class TrainConfig:
     min_improvement: float = 0.0
     """Smallest drop of the evaluation loss, in nats a token, that counts as better."""
     max_skipped: int = 3
-    """Steps in a row skipped for non-finite gradients that end the run with an error."""
+    """Steps in a row skipped for non-finite gradients or spikes, or rollbacks without a new checkpoint, that end the run with an error."""
+    on_spike: OnSpike = OnSpike.none
+    """A spike: `skip` the step, `rollback` to the last checkpoint and past the rows since it, or save and `stop` with an error."""
+    spike_threshold: float = 10.0
+    """A spike is a loss or gradient norm so many robust standard deviations above the median of the last 100 steps."""
     sample_tokens: int = 64
     """Longest sample answer made from the export at the end, in tokens; 0 makes none."""
     step_timeout_s: float | None = 1800.0
@@ -365,9 +392,19 @@ class CheckpointConfig:
     """When to save what a continued run needs, and how many to keep."""
 
     every: int | None = None
-    """Optimizer steps between checkpoints; empty saves when the run is asked to stop and after the last step only."""
+    """Optimizer steps between checkpoints; empty saves when the run is asked to stop or to save, and after the last step."""
+    every_minutes: float | None = None
+    """Minutes between checkpoints, beside `every`; by rank 0's clock, at the next step's end."""
     keep_last: int = 2
     """Newest checkpoints that are kept; at least 1."""
+    keep_every: int | None = None
+    """Keep each checkpoint whose step this divides, for good."""
+    keep_best: int = 0
+    """Keep so many checkpoints of lowest evaluation loss; a new best one is saved at once."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; false takes no such memory and waits."""
+    strict: bool = False
+    """End the run when a checkpoint cannot be written; otherwise it goes on and tries again while there is an older one."""
 
 
 @dataclass(kw_only=True)
@@ -473,6 +510,9 @@ POSITIVE = (
     "peft.virtual_tokens",
     "peft.encoder_size",
     "peft.last_blocks",
+    "peft.target_rank",
+    "peft.tfinal",
+    "peft.delta_t",
     "engine.shard",
     "engine.sub_group_size",
     "engine.reduce_bucket_size",
@@ -486,8 +526,11 @@ POSITIVE = (
     "train.patience",
     "train.max_skipped",
     "train.step_timeout_s",
+    "train.spike_threshold",
     "checkpoint.every",
+    "checkpoint.every_minutes",
     "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "limits.prepare_s",
     "limits.load_s",
     "limits.evaluate_s",
@@ -503,6 +546,9 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "train.min_improvement",
     "train.sample_tokens",
+    "checkpoint.keep_best",
+    "peft.tinit",
+    "peft.orth_reg_weight",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
@@ -550,6 +596,7 @@ def validate(config: RunConfig) -> None:
     _validate_model(config.model)
     _validate_data(config)
     _validate_peft(config)
+    _validate_spikes(config)
     _validate_engine(config.engine)
     _validate_training(config)
 
@@ -645,6 +692,7 @@ def _validate_training(config: RunConfig) -> None:
 
 
 LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
+ADALORA = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
 PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.none: (),
     PeftMethod.freeze: ("freeze", "last_blocks"),
@@ -654,6 +702,7 @@ PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.prompt: ("virtual_tokens", "init", "adapter"),
     PeftMethod.prefix: ("virtual_tokens", "encoder_size", "adapter"),
     PeftMethod.ptuning: ("virtual_tokens", "encoder_size"),
+    PeftMethod.adalora: ("rank", "alpha", "dropout", "targets", "modules_to_save", *ADALORA),
 }
 VIRTUAL = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
 INITS = {
@@ -661,7 +710,6 @@ INITS = {
     PeftMethod.prompt: (AdapterInit.default, AdapterInit.vocabulary),
 }
 UNAVAILABLE = {
-    PeftMethod.adalora: "its ranks are dealt out anew from whole gradients after each step, which no engine here keeps",
     PeftMethod.houlsby: "the peft library has no bottleneck adapters, so that nothing could load the export",
 }
 
@@ -701,6 +749,34 @@ def _validate_peft(config: RunConfig) -> None:
     if peft.adapter is not None and peft.init is not AdapterInit.default:
         raise ConfigError("peft.init", str(peft.init), f"peft.adapter is also given ({peft.adapter})", "peft.init=default")
     _validate_virtual(config)
+    _validate_adalora(config)
+
+
+def _validate_adalora(config: RunConfig) -> None:
+    """Refuse a schedule that prunes nothing, and what keeps the values that it looks at out of reach."""
+    peft, steps = config.peft, config.train.steps
+    if peft.method is not PeftMethod.adalora:
+        return
+    if peft.target_rank >= peft.rank:
+        reason = f"peft.rank = {peft.rank}, which adalora begins with, must be larger"
+        raise ConfigError("peft.target_rank", peft.target_rank, reason, f"peft.rank={-(-3 * peft.target_rank // 2)}, or peft=lora")
+    for name in ("beta1", "beta2"):
+        if not 0 < getattr(peft, name) < 1:
+            raise ConfigError(f"peft.{name}", getattr(peft, name), "must be above 0 and below 1", f"peft.{name}=0.85")
+    if steps is not None:
+        require_pruning(peft, steps)
+    if config.engine.offload_optimizer is Offload.nvme:
+        reason = "adalora looks at each adapter's float32 weights before and after every step, and these would be in files"
+        raise ConfigError("engine.offload_optimizer", "nvme", reason, "engine.offload_optimizer=cpu: an adapter's state is small")
+
+
+def require_pruning(peft: PeftConfig, num_steps: int) -> None:
+    """Raise ConfigError unless a run of so many steps has some between adalora's first and last phase."""
+    if peft.tinit + peft.tfinal < num_steps:
+        return
+    reason = f"with peft.tfinal = {peft.tfinal} it leaves none of the run's {num_steps} steps to prune in"
+    share = f"peft.tinit={num_steps // 6} peft.tfinal={max(1, num_steps // 2)}"  # of MRPC's 3450 steps, the preset's
+    raise ConfigError("peft.tinit", peft.tinit, reason, share if num_steps > 1 else "more steps")
 
 
 def _refuse_foreign(group: str, settings: object, chosen: str, remedies: dict[str, str]) -> None:
@@ -710,6 +786,13 @@ def _refuse_foreign(group: str, settings: object, chosen: str, remedies: dict[st
         value = getattr(settings, name)
         if value != getattr(defaults, name):
             raise ConfigError(f"{group}.{name}", plain(value), f"{chosen} has no such setting", remedy)
+
+
+def _validate_spikes(config: RunConfig) -> None:
+    """Refuse to go back to checkpoints that nobody makes."""
+    checkpoint = config.checkpoint
+    if config.train.on_spike is OnSpike.rollback and checkpoint.every is None and checkpoint.every_minutes is None:
+        raise ConfigError("train.on_spike", "rollback", "there is no checkpoint to go back to", "checkpoint.every=100")
 
 
 def _validate_virtual(config: RunConfig) -> None:

@@ -5,27 +5,35 @@ from __future__ import annotations
 import logging
 import math
 import time
+import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from trainers.batch import IGNORE, Batch
 from trainers.checkpoint import Checkpointer, Progress
-from trainers.config import ConfigError, OptimConfig, RunConfig, Schedule
-from trainers.data.loader import Loader, eval_batches
+from trainers.config import ConfigError, OnSpike, OptimConfig, RunConfig, Schedule
+from trainers.data.loader import Ints, Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
-from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops, set_status
+from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops
 from trainers.objectives import CHOICES, Objective
+from trainers.spikes import Spikes
+from trainers.status import Attempt, Superseded
 from trainers.watchdog import Phase, watch
 from trainers.world import World, seed_step
 
 log = logging.getLogger("fulltune")
 STATUS_EVERY_S = 5.0
 LEAK_SHARE = 0.02
+DISAGREEMENT = 1e-5
+"""Largest relative difference of the gradient norm between ranks."""
+
+
+class Spike(Exception):
+    """A step's loss or gradient norm is out of the ordinary: says which. It has updated nothing."""
 
 
 class TrainingFailed(Exception):
@@ -38,7 +46,11 @@ class Outcome:
 
     progress: Progress
     stopped: bool = False
-    """A signal stopped the run before its end."""
+    """The run was asked to stop before its end."""
+    saved_step: int = 0
+    """Step of the newest checkpoint."""
+    failed_saves: int = 0
+    """Checkpoints that could not be written."""
     eval_losses: list[float] = field(default_factory=list)
     """Held-out losses in nats a token, the one before the first step first."""
     train_loss: float | None = None
@@ -74,14 +86,16 @@ def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World) -> tuple[float, int]:
+def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World) -> tuple[float, int] | None:
     """Return the held-out loss in nats a token and its number of tokens: one sum over all rows, each counted once.
 
-    Only sums are kept, so memory does not grow with the number of rows.
+    Only sums are kept, so memory does not grow with the number of rows. None where a rank was asked to stop on the way.
     """
     engine.train(False)
     total, weight = 0.0, 0
     for batch in watch.each(batches):
+        if world.any(world.signalled is not None)[0]:
+            return None
         weight += objective.weight(batch)
         on_device = batch.to(world.device)
         total += float(objective(engine.token_logps(on_device), on_device).total)
@@ -132,16 +146,20 @@ def require_isolation(engine: Engine, world: World, vocab_size: int, microbatch:
 class Training:
     """What one attempt holds while it trains; `train` is the way in."""
 
-    def __init__(self, config: RunConfig, world: World, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float) -> None:
+    def __init__(
+        self, config: RunConfig, world: World, attempt: Attempt, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float
+    ) -> None:
         """Keep the parts."""
-        self.config, self.world, self.engine, self.data, self.loader = config, world, engine, data, loader
+        self.config, self.world, self.attempt, self.engine, self.data, self.loader = config, world, attempt, engine, data, loader
         self.objective = CHOICES[config.objective.name](config.objective)
-        self.checkpointer = Checkpointer(config.checkpoint, Path(config.run_dir), world)
-        self.metrics = Metrics(config, world.rank, loader.num_steps)
+        self.checkpointer = Checkpointer(config.checkpoint, attempt, world)
+        self.metrics = Metrics(config, attempt, world.rank, loader.num_steps)
         self.flops_per_token, self.peak = flops_per_token, peak_tflops(config)
         self.outcome = Outcome(progress=Progress())
-        self.skipped_in_a_row, self.status_at = 0, 0.0
+        self.skipped_in_a_row, self.status_at, self.evaluated_at = 0, 0.0, -1
+        self.spikes, self.rollbacks, self.back_at = Spikes(config.train.spike_threshold), 0, 0
         warmup_steps(config.optim, loader.num_steps)
+        engine.adaptation.at(0, loader.num_steps)
 
     def run(self) -> Outcome:
         """Continue from the newest checkpoint to the last step, an early stop, or a signal."""
@@ -150,36 +168,56 @@ class Training:
             kept = metrics.start(progress.step)
             known = [math.nan if row["eval_loss"] is None else row["eval_loss"] for row in kept if "eval_loss" in row]
             last = next((row["loss"] for row in reversed(kept) if "loss" in row), None)
-            self.outcome.eval_losses, self.outcome.train_loss = self.world.from_first((known, last))
-            if self.data.eval is not None and not self.outcome.eval_losses:
+            judged = max((row["step"] for row in kept if "eval_loss" in row), default=-1)
+            self.outcome.eval_losses, self.outcome.train_loss, judged = self.world.from_first((known, last, judged))
+            self.spikes.recall(self.world.from_first(_taken_steps(kept)))
+            if self._eval_due(progress.step) and judged < progress.step:
                 self._evaluate(progress)
-            while progress.step < self.loader.num_steps and not self._is_stalled():
-                progress = self._step(progress)
+            while not self.outcome.stopped and progress.step < self.loader.num_steps and not self._is_stalled():
+                try:
+                    progress = self._step(progress)
+                except Spike as spike:
+                    progress = self._go_back(progress, spike)
+                    continue
                 if self._eval_due(progress.step):
                     self._evaluate(progress)
-                if self.world.stop_requested():
-                    self.outcome.stopped = True
-                    break
-                if self.checkpointer.due(progress.step):
-                    watch.enter(Phase.saving, progress.step)
-                    self.checkpointer.save(self.engine, progress)
-            watch.enter(Phase.saving, progress.step)
-            self.checkpointer.save(self.engine, progress)  # whatever the export meets, the training is kept
-            self._note_stop(progress)
+                self._heed(progress)
+            self._save(progress, wait=True)  # whatever the export meets, the training is kept
+            self.outcome.saved_step, self.outcome.failed_saves = self.checkpointer.saved_step, self.checkpointer.all_failures
+            if self.outcome.stopped and self.world.rank == 0:  # before anything slow, such as a mirror that does not answer, delays it
+                self.attempt.set_status("preempted", step=self.outcome.saved_step)
             self.outcome.progress = progress
             return self.outcome
 
-    def _note_stop(self, progress: Progress) -> None:
-        """Record a stop before anything slow, such as a mirror that does not answer, delays it."""
-        if self.outcome.stopped and self.world.rank == 0:
-            set_status(Path(self.config.run_dir), "preempted", step=progress.step)
+    def _heed(self, progress: Progress) -> None:
+        """Agree with all ranks on what is to be done at the end of a step: stop, save, take a save's outcome, give way; collective."""
+        stop, save = self.checkpointer.wishes()
+        late = self.world.rank == 0 and not self.attempt.is_current()
+        stop, save, writing, late = self.world.any(stop or self.world.signalled is not None, save, self.checkpointer.is_writing(), late)
+        if late:
+            raise Superseded(f"a newer attempt of this run has started; attempt {self.attempt.number} writes nothing any more")
+        if not writing:
+            self.checkpointer.finish()
+        self.outcome.stopped = self.outcome.stopped or stop
+        best = self._judged(progress) and self.checkpointer.is_best(self.outcome.eval_losses)
+        if not self.outcome.stopped and (save or best or self.checkpointer.due(progress.step)):
+            self._save(progress)
+
+    def _judged(self, progress: Progress) -> bool:
+        return self.evaluated_at == progress.step
+
+    def _save(self, progress: Progress, wait: bool = False) -> None:
+        watch.enter(Phase.saving, progress.step)
+        eval_loss = self.outcome.eval_losses[-1] if self._judged(progress) and self.outcome.eval_losses else None
+        self.checkpointer.save(self.engine, progress, eval_loss, wait)
 
     def _step(self, progress: Progress) -> Progress:
         """Take one optimizer step over the rows that (seed, step) names."""
         watch.enter(Phase.step, progress.step + 1)
         started = time.perf_counter()
         seed_step(self.config.seed, progress.step, self.world.rank)
-        microbatches = self.loader.step(progress.step)
+        row_ids = self.loader.row_ids(progress.step, progress.ahead)
+        microbatches = self.loader.batches(row_ids)
         counts = [
             sum(map(self.objective.weight, microbatches)),
             sum(b.num_rows for b in microbatches),
@@ -193,11 +231,16 @@ class Training:
             loss = self.objective(self.engine.token_logps(on_device), on_device)
             self.engine.backward(loss.total / weight, last=number == len(microbatches))
             local_loss += loss.total.detach()
-        grad_norm = self.engine.step(lr) if weight else 0.0
+        self.engine.adaptation.at(progress.step, self.loader.num_steps)
         loss_sum = self.world.sum([float(local_loss)])[0]
+        mean = loss_sum / weight if weight else math.nan
+        most_loss, most_norm = (math.inf, math.inf) if self.config.train.on_spike is OnSpike.none else self.spikes.limits()
+        grad_norm = self.engine.step(lr, -1.0 if mean > most_loss else most_norm) if weight else 0.0
         seconds = time.perf_counter() - started
-        skipped = self._count_skipped(progress.step, grad_norm, weight)
+        spike = self._judge(mean, most_loss, grad_norm, most_norm)
+        skipped = self._count_skipped(progress.step, grad_norm, weight, spike)
         progress = Progress(
+            ahead=progress.ahead,
             step=progress.step + 1,
             rows=progress.rows + rows,
             tokens=progress.tokens + weight,
@@ -206,24 +249,69 @@ class Training:
             seconds=progress.seconds + seconds,
             device_seconds=progress.device_seconds + seconds * self.world.size,
         )
-        self._record(progress, loss_sum / weight if weight else math.nan, lr, grad_norm, weight, inputs, seconds)
+        self._record(progress, mean, lr, grad_norm, weight, inputs, seconds, row_ids)
         return progress
 
-    def _count_skipped(self, step: int, grad_norm: float, weight: int) -> int:
-        """Count a step whose gradients are not finite; too many in a row end the run."""
-        if math.isfinite(grad_norm) and weight:
+    def _judge(self, loss: float, most_loss: float, grad_norm: float, most_norm: float) -> str:
+        """Say what of a step that updated nothing is a spike, nothing where none is; raises Spike where more than the step is left out.
+
+        Whether it is an ordinary step is remembered.
+        """
+        if loss > most_loss:
+            spike = f"the loss is {loss:.4g}, and up to {most_loss:.4g} would be ordinary"
+        elif grad_norm > most_norm and math.isfinite(grad_norm):
+            spike = f"the gradient norm is {grad_norm:.4g}, and up to {most_norm:.4g} would be ordinary"
+        else:
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                self.spikes.add(loss, grad_norm)
+            return ""
+        if self.config.train.on_spike is not OnSpike.skip:
+            raise Spike(spike)
+        return spike
+
+    def _go_back(self, progress: Progress, spike: Spike) -> Progress:
+        """Return to the last checkpoint, with the rows since it left out; or save and end the run, where that is asked for."""
+        if self.config.train.on_spike is OnSpike.stop:
+            self._save(progress, wait=True)
+            raise TrainingFailed(f"step {progress.step + 1} was not taken: {spike}; look at its rows with python -m tools.show_batch")
+        watch.enter(Phase.loading)
+        self.checkpointer.finish()
+        self.rollbacks = self.rollbacks + 1 if self.back_at == self.checkpointer.saved_step else 1
+        self.back_at = self.checkpointer.saved_step
+        if self.rollbacks > self.config.train.max_skipped or not self.back_at:
+            reason = f"it did not {self.rollbacks - 1} times from step {self.back_at}" if self.back_at else "there is no checkpoint yet"
+            raise TrainingFailed(f"step {progress.step + 1}: {spike}; going back does not help: {reason}")
+        back = self.checkpointer.restore(self.engine)
+        ahead = progress.ahead + progress.step + 1 - back.step
+        log.warning("step %d: %s; back to step %d, and past the rows of %d steps", progress.step + 1, spike, back.step, ahead - back.ahead)
+        kept, self.evaluated_at = self.metrics.cut(back.step), -1
+        self.spikes.recall(self.world.from_first(_taken_steps(kept)))
+        self.outcome.eval_losses = self.world.from_first([row["eval_loss"] for row in kept if "eval_loss" in row])
+        self.metrics.write({"step": back.step, "rollback_from": progress.step + 1, "rows_left_out_steps": ahead - back.ahead})
+        return replace(back, ahead=ahead)
+
+    def _count_skipped(self, step: int, grad_norm: float, weight: int, spike: str) -> int:
+        """Count a step that updated nothing; too many in a row end the run."""
+        if math.isfinite(grad_norm) and weight and not spike:
             self.skipped_in_a_row = 0
             return 0
         self.skipped_in_a_row += 1
-        why = f"the gradient norm is {grad_norm}" if weight else "no row has a supervised token"
+        why = spike or (f"the gradient norm is {grad_norm}" if weight else "no row has a supervised token")
         log.warning("step %d is skipped: %s (%d in a row)", step + 1, why, self.skipped_in_a_row)
         if self.skipped_in_a_row >= self.config.train.max_skipped:
             remedy = "lower optim.lr, raise optim.warmup_steps, or look at the rows with python -m tools.show_batch"
             raise TrainingFailed(f"{self.skipped_in_a_row} steps in a row were skipped, the last because {why}; {remedy}")
         return 1
 
-    def _record(self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float) -> None:
-        device_peak, host_peak = self.world.max([float(device_bytes_peak() or 0), float(host_bytes_peak())])
+    def _record(
+        self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float, row_ids: Ints
+    ) -> None:
+        peaks = [float(device_bytes_peak() or 0), float(host_bytes_peak())]
+        norms = [grad_norm, -grad_norm] if math.isfinite(grad_norm) else [0.0, 0.0]
+        device_peak, host_peak, highest, lowest = self.world.max([*peaks, *norms])
+        if highest + lowest > DISAGREEMENT * highest:
+            reason = f"ranks disagree on the gradient norm of step {progress.step}: from {-lowest} to {highest}"
+            raise TrainingFailed(f"{reason}; their weights are no longer one model: continue from a checkpoint before it, on other devices")
         self.outcome.train_loss = loss
         mfu = None
         if self.peak is not None:
@@ -244,23 +332,29 @@ class Training:
                 "host_bytes_peak": int(host_peak),
                 "mfu": mfu,
                 "skipped": progress.skipped,
+                "rows_hash": f"{zlib.crc32(row_ids.tobytes()):08x}",
             }
         )
         if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
             self.status_at = time.monotonic()
-            set_status(Path(self.config.run_dir), "running", step=progress.step, num_steps=self.loader.num_steps)
+            self.attempt.set_status("running", step=progress.step, num_steps=self.loader.num_steps)
 
     def _eval_due(self, step: int) -> bool:
         every = self.config.train.eval_every
-        return self.data.eval is not None and (step == self.loader.num_steps or (every is not None and step % every == 0))
+        return self.data.eval is not None and (step in (0, self.loader.num_steps) or (every is not None and step % every == 0))
 
     def _evaluate(self, progress: Progress) -> None:
         assert self.data.eval is not None
         watch.enter(Phase.evaluating, progress.step)
         rows = self.config.train.eval_microbatch or self.config.train.microbatch
         batches = eval_batches(self.data.eval, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.loader.pad_id)
-        loss, weight = evaluate(self.engine, self.objective, batches, self.world)
+        result = evaluate(self.engine, self.objective, batches, self.world)
+        if result is None:
+            self.outcome.stopped = True
+            return
+        loss, weight = result
         self.outcome.eval_losses.append(loss)
+        self.evaluated_at = progress.step
         self.metrics.write({"step": progress.step, "tokens": progress.tokens, "eval_loss": loss, "eval_tokens": weight})
 
     def _is_stalled(self) -> bool:
@@ -271,9 +365,22 @@ class Training:
         return ends
 
 
-def train(config: RunConfig, world: World, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float) -> Outcome:
-    """Train to the end, an early stop, or a signal; collective."""
-    return Training(config, world, engine, data, loader, flops_per_token).run()
+def _taken_steps(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """Return (loss, gradient norm) of the steps among metrics that updated the weights."""
+    taken, skipped = [], 0
+    for row in rows:
+        if "loss" in row:
+            if row["skipped"] == skipped and row["loss"] is not None and row["grad_norm"] is not None:
+                taken.append((row["loss"], row["grad_norm"]))
+            skipped = row["skipped"]
+    return taken
+
+
+def train(
+    config: RunConfig, world: World, attempt: Attempt, engine: Engine, data: Prepared, loader: Loader, flops_per_token: float
+) -> Outcome:
+    """Train to the end, an early stop, or a signal; collective. Raises Superseded where a newer attempt has started."""
+    return Training(config, world, attempt, engine, data, loader, flops_per_token).run()
 
 
 def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
@@ -295,6 +402,7 @@ def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
         "device_bytes_peak": int(device_peak) or None,
         "host_bytes_peak": int(host_peak),
         "skipped_steps": progress.skipped,
+        "failed_saves": outcome.failed_saves,
         "train_seconds": progress.seconds,
         "gpu_hours": progress.device_seconds / 3600 if world.device.type == "cuda" else None,
         "world_size": world.size,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import math
@@ -15,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,6 +25,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainers.config import Precision, RunConfig, WandbMode, plain
+from trainers.status import Attempt, read_json
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)
@@ -44,66 +43,11 @@ PEAK_TFLOPS = {
 """Dense bf16 matrix peaks from the vendors' data sheets, by a part of the device's name; the first match counts."""
 LINE_EVERY_S = 10.0
 WANDB_WAIT_S = 20.0
-LOCK_WAIT_S = 3.0
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file that is never seen half-written."""
-    staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    staging.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    staging.rename(path)
 
 
 def finite(figures: dict[str, Any]) -> dict[str, Any]:
     """Return figures with None for what is not finite, which JSON cannot hold."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where the file is absent."""
-    if not path.is_file():
-        return {}
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value
-
-
-def set_status(run_dir: Path, state: str, **more: object) -> None:
-    """Update status.json: the state and whatever else is known; other keys stay.
-
-    A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
-    """
-    with _alone(run_dir):
-        known = read_json(run_dir / "status.json")
-        if known.get("state") == "failed" and state != "submitted":
-            return
-        known.pop("error", None)
-        write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
-
-
-def record_failure(run_dir: Path, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
-    """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was."""
-    with _alone(run_dir):
-        known = read_json(run_dir / "status.json")
-        if known.get("state") == "failed" and known.get("error", {}).get("time", 0.0) <= at - together_s:
-            return False
-        write_json(run_dir / "status.json", known | {"state": "failed", "time": time.time(), "error": error | {"time": at}})
-    return True
-
-
-@contextlib.contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from status.json between reading and writing; for LOCK_WAIT_S at most, since its holder may be stopped."""
-    until = time.monotonic() + LOCK_WAIT_S
-    with (run_dir / ".status.lock").open("a") as lock:
-        while time.monotonic() < until:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.02)
-            except OSError:  # a file system without locks
-                break
-        yield
 
 
 def log_to(folder: Path, rank: int, world_size: int) -> None:
@@ -150,8 +94,9 @@ def device_bytes_peak() -> int | None:
 class Metrics:
     """Rank 0's record of a run; other ranks get one that does nothing."""
 
-    def __init__(self, config: RunConfig, rank: int, num_steps: int) -> None:
+    def __init__(self, config: RunConfig, attempt: Attempt, rank: int, num_steps: int) -> None:
         """Open nothing yet: `start` says from which step."""
+        self.attempt = attempt
         self.path = Path(config.run_dir) / "metrics.jsonl"
         self.config, self.num_steps, self.active = config, num_steps, rank == 0
         self.mirror: Mirror | None = None
@@ -170,23 +115,28 @@ class Metrics:
 
     def start(self, step: int) -> list[dict[str, Any]]:
         """Cut the record back to `step` and return the rows that stay (on rank 0); start the bar and the mirror."""
-        kept = []
-        if self.active:
-            if self.path.is_file():
-                rows = [_parse(line) for line in self.path.read_text().splitlines()]
-                kept = [row for row in rows if row is not None and row["step"] <= step]
-            staging = self.path.with_suffix(".tmp")
-            staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            staging.rename(self.path)
-            if self.config.log.wandb is not WandbMode.disabled:
-                self.mirror = Mirror(self.config)
+        kept = self.cut(step)
+        if self.active and self.config.log.wandb is not WandbMode.disabled:
+            self.mirror = Mirror(self.config)
         self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", speed="-")
         self.bar.start()
         return kept
 
+    def cut(self, step: int) -> list[dict[str, Any]]:
+        """Cut the record back to `step`, and to before a rollback to it; return the rows that stay, on rank 0."""
+        kept: list[dict[str, Any]] = []
+        if self.active:
+            if self.path.is_file():
+                rows = [_parse(line) for line in self.path.read_text().splitlines()]
+                kept = [row for row in rows if row is not None and row["step"] + ("rollback_from" in row) <= step]
+            staging = self.path.with_suffix(".tmp")
+            staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            staging.rename(self.path)
+        return kept
+
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row; every reader sees whole lines, and a non-finite figure becomes null."""
-        if not self.active:
+        """Append a row, unless a newer attempt has begun to; every reader sees whole lines, and a non-finite figure becomes null."""
+        if not self.active or not self.attempt.is_current():
             return
         row = finite(row)
         with self.path.open("a") as file:
@@ -198,6 +148,8 @@ class Metrics:
     def _show(self, row: dict[str, Any]) -> None:
         if "eval_loss" in row:
             log.info("step %d: held-out loss %.4f over %s tokens", row["step"], row["eval_loss"], f"{row['eval_tokens']:,}")
+            return
+        if "loss" not in row:
             return
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.update(self.task, completed=row["step"], loss=loss, speed=f"{row['tokens_per_second']:,.0f}")

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import IO, Any, TypeVar
 
 from trainers.config import RunConfig, value_at
+from trainers.status import SUPERSEDED, Attempt, read_json, write_json
 
 T = TypeVar("T")
 log = logging.getLogger("fulltune")
@@ -249,13 +250,13 @@ class Watchdog:
         at, paused = self.began
         return self.clock() - at - (self.paused - paused)
 
-    def start(self, config: RunConfig, logs: Path, rank: int, size: int, fail: Callable[[dict[str, Any]], object]) -> None:
-        """Begin to watch this rank, its stacks to go to its log in `logs`; `fail` gets the error when the run is to end."""
-        self.run_dir, self.rank, self.size, self.fail = Path(config.run_dir), rank, size, fail
+    def start(self, config: RunConfig, attempt: Attempt, rank: int, size: int, fail: Callable[[dict[str, Any]], object]) -> None:
+        """Begin to watch this rank; `fail` gets the error when the run is to end."""
+        self.run_dir, self.attempt, self.rank, self.size, self.fail = attempt.run_dir, attempt, rank, size, fail
         self.limits = {phase: value_at(config, path) for phase, path in FIELDS.items()}
         self.beat_s = max(TICK_S, size / 50)  # whatever the number of ranks, at most 50 small files a second
         self.old_error = None if "FULLTUNE_LAUNCHER" in os.environ else self._status().get("error")  # the launcher has cleared it
-        self.log_file = logs / f"rank-{rank}.log"
+        self.log_file = attempt.folder / f"rank-{rank}.log"
         (self.run_dir / "ranks").mkdir(exist_ok=True)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         self.first_written = self._write()
@@ -300,6 +301,8 @@ class Watchdog:
         self._count_io()
         if now - self.wrote >= self.beat_s:
             self.wrote = now
+            if not self.attempt.is_current():
+                self._give_way()
             self._write()
             if self._failed_elsewhere():
                 self._follow()
@@ -342,17 +345,14 @@ class Watchdog:
         """Write this rank's beat; returns its time on the file system."""
         fields = dataclasses.asdict(self.own())
         del fields["written"]
-        staging = self._file.with_suffix(".tmp")
-        staging.write_text(json.dumps(fields) + "\n", encoding="utf-8")
-        staging.rename(self._file)
+        write_json(self._file, fields)
         return self._file.stat().st_mtime
 
     def _status(self) -> dict[str, Any]:
         try:
-            status: dict[str, Any] = json.loads((self.run_dir / "status.json").read_text(encoding="utf-8"))
+            return read_json(self.run_dir / "status.json")
         except (OSError, ValueError):
             return {}
-        return status
 
     def _failed_elsewhere(self) -> bool:
         status = self._status()
@@ -365,6 +365,12 @@ class Watchdog:
             return
         self._dump("the run has failed, and this rank goes on")
         os._exit(1)
+
+    def _give_way(self) -> None:
+        """End this rank, whose place in RUN_DIR/ranks a newer attempt's has taken, unless its loop sees that soon and ends by itself."""
+        if not self.ended.wait(LAST_RESORT_S):
+            self._dump("a newer attempt has started, and this rank goes on")
+            os._exit(SUPERSEDED)
 
     def _ask_around(self) -> None:
         """Find out who holds all up, and end the run; nothing where this rank or the one it waits for gets on after all."""

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ RAISE_AGAIN_S = 0.02
 
 
 class Stopped(BaseException):
-    """A signal came before the first step; like KeyboardInterrupt, no `except Exception` may catch it."""
+    """A signal came where no step is being taken; like KeyboardInterrupt, no `except Exception` may catch it."""
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -44,6 +44,10 @@ class World:
     """Ranks on this machine."""
     signalled: int | None = None
     """The signal that asked this rank to stop; set by the handler, read at step boundaries."""
+    group: dist.ProcessGroup | None = None
+    """The process group of the sums below; None is the one of all tensors."""
+    collective_s: int = 1800
+    """Seconds that torch lets a collective wait."""
     interruptible: bool = True
     """Nothing is to be saved yet: a signal raises Stopped at once instead of waiting for a step to end."""
 
@@ -87,6 +91,7 @@ class World:
 
     def connect(self, timeout_s: int = 1800) -> None:
         """Start the process group: gloo for CPU tensors always, nccl for CUDA tensors where there is a GPU."""
+        self.collective_s = timeout_s
         limit = datetime.timedelta(seconds=timeout_s)
         if self.device.type == "cuda":
             os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that NCCL's flight record keeps
@@ -96,6 +101,11 @@ class World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
         else:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=limit)
+
+    def beside(self) -> World:
+        """Return a World of the same ranks with a process group of its own, for a thread; collective."""
+        limit = datetime.timedelta(seconds=self.collective_s)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=limit) if self.size > 1 else None)
 
     def disconnect(self) -> None:
         """End the process group."""
@@ -128,24 +138,24 @@ class World:
     def _reduce(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
-            dist.all_reduce(tensor, op=how)
+            dist.all_reduce(tensor, op=how, group=self.group)
         return [float(value) for value in tensor]
 
-    def stop_requested(self) -> bool:
-        """Tell whether any rank was signalled; all ranks get the same answer."""
-        return bool(self.max([float(self.signalled is not None)])[0])
+    def any(self, *claims: bool) -> list[bool]:
+        """Tell of each claim whether it holds on any rank; all ranks get the same answer."""
+        return [bool(value) for value in self.max([float(claim) for claim in claims])]
 
-    def gather(self, value: object) -> list[object]:
+    def gather(self, value: T) -> list[T]:
         """Return every rank's value, on every rank; small picklable values only."""
-        values: list[object] = [None] * self.size
-        dist.all_gather_object(values, value)
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def from_first(self, value: T) -> T:
         """Return rank 0's value on every rank; small picklable values only."""
         values: list[T] = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"), group=self.group)
         return values[0]
 
     def barrier(self) -> None:

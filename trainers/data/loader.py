@@ -36,9 +36,12 @@ class Loader:
         """Rows of the whole run, over all ranks; a row of a second epoch counts again."""
         self.num_steps = math.ceil(self.num_rows / self.global_batch)
 
-    def row_ids(self, step: int) -> Ints:
-        """Return the table's rows that all ranks together take in a step, in stream order; the last step may have fewer."""
-        positions = np.arange(step * self.global_batch, min((step + 1) * self.global_batch, self.num_rows))
+    def row_ids(self, step: int, ahead: int = 0) -> Ints:
+        """Return the table's rows that all ranks together take in a step, in stream order; the last step may have fewer.
+
+        They stand `ahead` steps further in the stream than they would, after a window of rows was left out.
+        """
+        positions = np.arange(step * self.global_batch, min((step + 1) * self.global_batch, self.num_rows)) + ahead * self.global_batch
         epochs = positions // len(self.table)
         places = positions % len(self.table)
         return np.array(
@@ -47,7 +50,11 @@ class Loader:
 
     def step(self, step: int) -> list[Batch]:
         """Return this rank's microbatches of a step: as many on every rank, filled up with rows that do not count."""
-        return [self._batch(rows) for rows in deal(self.row_ids(step), self.microbatch, self.rank, self.world_size)]
+        return self.batches(self.row_ids(step))
+
+    def batches(self, row_ids: Ints) -> list[Batch]:
+        """Return this rank's microbatches of a step's rows."""
+        return [self._batch(rows) for rows in deal(row_ids, self.microbatch, self.rank, self.world_size)]
 
     def epoch(self, step: int) -> float:
         """Return the passes over the table that are done when `step` steps are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,20 +41,20 @@ class Engine(Protocol):
         """Add the gradients of a scalar; `last` marks the step's last microbatch. Gradients sum over ranks."""
         ...
 
-    def step(self, lr: float) -> float:
-        """Clip, update, clear gradients; return the global gradient norm before clipping. Non-finite updates nothing."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """Clip, update, clear gradients; return the global gradient norm before clipping. Non-finite or above `limit` updates nothing."""
         ...
 
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of model and optimizer into `folder`."""
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds, as torch.distributed.checkpoint writes it: the live tensors, which the next step changes."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, at any world size."""
+        """Restore `state` from a directory of torch.distributed.checkpoint, at any world size."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -62,6 +63,10 @@ class Engine(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return names and shapes of all tensors of the model, tied ones once."""
+        ...
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return this rank's bytes by class: frozen weights, what is trained, its gradients at their peak, the optimizer's state."""
         ...
 
     def report(self) -> dict[str, str]:

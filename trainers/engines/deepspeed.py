@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from trainers.engines.base import (
 )
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
+from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.weights import Origin, origin_of, read_elements, require_tied, tied_names
 from trainers.world import World
@@ -82,6 +85,8 @@ class ZeRO3Engine:
             model=self.model, optimizer=self._make_optimizer(), config=copy.deepcopy(self.settings)
         )[:2]
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
+        self.norm, self.limit = 0.0, math.inf
+        self.optimizer._get_norm_groups = self._norm_groups
         if not origin.is_exact_in(self.compute):
             self._set_master(origin)
         self._begin_state()
@@ -170,6 +175,13 @@ class ZeRO3Engine:
                     mine = part_of(p.ds_numel, self.world)
                     master.data[start:end].copy_(read_elements(origin, name, tuple(p.ds_shape), *mine))
 
+    def _gather_persistent(self) -> None:
+        """Take what stays whole on every rank over from its partitions, after these were given other values."""
+        if persistent := self.optimizer.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+        self.optimizer.invalidate_secondary_tensor()
+
     def token_logps(self, batch: Batch) -> Tensor:
         """Return (B, S) float32 log-probabilities of the labels."""
         with _linear_of_zero3():
@@ -180,13 +192,54 @@ class ZeRO3Engine:
         with _linear_of_zero3():
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
         set_lr(self.optimizer.param_groups, lr)
+        self.limit = limit
+        allocator = self.adaptation.allocator
+        parts = {} if allocator is None else self._regularised(allocator)
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
+        norm = self.norm
+        if allocator is not None and math.isfinite(norm) and norm <= limit:
+            self._allocate(allocator, parts, norm)
         self._clear_gradients()
         return norm
+
+    def _norm_groups(self) -> list[Any]:
+        """Return DeepSpeed's norms of its groups for a step; one above the limit as infinite, with which DeepSpeed takes no step."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        groups: list[Any] = type(self.optimizer)._get_norm_groups(self.optimizer)
+        self.norm = float(combine_grad_norm_groups(groups))
+        return groups if self.norm <= self.limit else [torch.tensor(math.inf)]
+
+    def _regularised(self, allocator: Allocator) -> dict[str, Part]:
+        """Let the allocator add to the gradients; return this rank's elements of what it looks at, with a copy of their gradients.
+
+        A copy, because DeepSpeed clips a sub-group in place where it has one parameter, and elsewhere not.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parts: dict[str, Part] = {}
+        buffers = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for _, master, places in self._sub_groups():
+            for name, (begin, end) in places.items():
+                if name in allocator.shapes:
+                    p = self.parameters[name]
+                    start = part_of(p.ds_numel, self.world)[0]
+                    parts[name] = Part(value=master.data[begin:end], grad=buffers[p.ds_id][: end - begin], start=start)
+        allocator.regularise(parts, lambda name: safe_get_full_fp32_param(self.parameters[name]))
+        return {name: replace(part, grad=part.grad.clone()) for name, part in parts.items()}
+
+    def _allocate(self, allocator: Allocator, parts: dict[str, Part], norm: float) -> None:
+        """Let the allocator look at a step with the gradients as they were clipped; take over what it set to zero."""
+        if self.config.optim.clip is not None:
+            for part in parts.values():
+                part.grad.div_(max(1.0, (norm + 1e-6) / self.config.optim.clip))
+        if allocator.allocate(parts, self.world.sum):
+            for number in range(len(self.optimizer.fp16_groups)):
+                self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
+            self._gather_persistent()
 
     def _clear_gradients(self) -> None:
         """Leave no gradient behind: DeepSpeed would take it again for a parameter that gets none in the next step."""
@@ -199,13 +252,9 @@ class ZeRO3Engine:
         """Switch dropout on or off."""
         self.engine.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's elements of master weights and moments, as flat tensors that any number of ranks can read."""
-        dcp.save(self._state(), checkpoint_id=folder)
-
     def load(self, folder: Path) -> None:
         """Restore master weights and moments at any world size, then take the parameters over from them."""
-        state = self._state()
+        state = self.state()
         dcp.load(state, checkpoint_id=folder)
         for number, master, places in self._sub_groups():
             with self._present(number):
@@ -219,10 +268,12 @@ class ZeRO3Engine:
                     moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
         self._count_to(int(state["optimizer"].get("step", 0)))
-        if persistent := self.optimizer.persistent_parameters:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
-        self.optimizer.invalidate_secondary_tensor()
+        self._gather_persistent()
+        if (allocator := self.adaptation.allocator) is not None:
+            allocator.set_ranks(state["ranks"])
+            for name, means in self._importance(allocator).items():
+                for kind, part in means.items():
+                    part.copy_(state["importance"][name][kind].to_local())
 
     def _count_to(self, step: int) -> None:
         """Bring DeepSpeed's own AdamW, which multiplies beta ** step on from step to step, to where it was after `step` steps.
@@ -234,7 +285,7 @@ class ZeRO3Engine:
             betas, eps = adam.param_groups[0]["betas"], adam.param_groups[0]["eps"]
             adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, *betas, eps, 0.0, True, nothing, nothing, nothing, nothing)
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
         for number, master, places in self._sub_groups():
@@ -247,7 +298,21 @@ class ZeRO3Engine:
                     if moments:
                         state["optimizer"][name] = {kind: self._flat(moments[kind][start:end], numel, swapped) for kind in MOMENTS}
                         state["optimizer"]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu()
+        if (allocator := self.adaptation.allocator) is not None:
+            state |= {"ranks": allocator.ranks(), "importance": {}}
+            for name, means in self._importance(allocator).items():
+                numel = self.parameters[name].ds_numel
+                state["importance"][name] = {kind: self._flat(mean, numel, False) for kind, mean in means.items()}
         return state
+
+    def _importance(self, allocator: Allocator) -> dict[str, dict[str, Tensor]]:
+        """Return an allocator's state of this rank's elements, kept where their master weights are."""
+        found = {}
+        for _, master, places in self._sub_groups():
+            for name, (start, end) in places.items():
+                if name in allocator.shapes:
+                    found[name] = allocator.state(name, master.data[start:end])
+        return found
 
     def _flat(self, local: Tensor, numel: int, copy: bool) -> DTensor:
         """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
@@ -274,28 +339,60 @@ class ZeRO3Engine:
         shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied}
         return shapes | self.adaptation.packed
 
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes of this rank's partitions by class, on NVMe, too; what is gathered of other ranks' is not among them.
+
+        What is trained is there as master weights and once more in the compute type, unless DeepSpeed lets both be the same memory.
+        Partitions on NVMe between uses are counted by their elements; raises RuntimeError if live tensors have other sizes.
+        """
+        parameters, frozen = self._trained_and_frozen()
+        local = sum(p.partition_numel() for p in parameters)
+        masters, moments = self.optimizer.fp32_partitioned_groups_flat, self._moments()
+        for what, live, wanted in (("master weights", masters, 4 * local), ("optimizer state", moments, 8 * local)):
+            found = sum(tensor.nbytes for tensor in live)
+            if found > wanted or (found < wanted and live and self.config.engine.offload_optimizer is not Offload.nvme):
+                raise RuntimeError(f"the {what} take {found:,} bytes on this rank, and what is trained makes {wanted:,}")
+        shared = {master.untyped_storage().data_ptr() for master in masters} - {0}
+        beside = [p for p in parameters if p.ds_tensor.untyped_storage().data_ptr() not in shared]
+        return {
+            "frozen": sum(p.partition_numel() * p.ds_tensor.element_size() for p in frozen),
+            "trainable": 4 * local + sum(p.partition_numel() * p.ds_tensor.element_size() for p in beside),
+            "gradients": sum(gradient.nbytes for gradient in self._gradients()),
+            "optimizer": 8 * local if moments else 0,
+        }
+
+    def _trained_and_frozen(self) -> tuple[list[Any], list[Any]]:
+        everything = list(self.parameters.values())
+        return [p for p in everything if p.requires_grad], [p for p in everything if not p.requires_grad]
+
+    def _moments(self) -> list[Tensor]:
+        return [state[kind] for state in self.optimizer.optimizer.state.values() for kind in MOMENTS if kind in state]
+
+    def _gradients(self) -> list[Tensor]:
+        masters = self.optimizer.fp32_partitioned_groups_flat
+        return [self.optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
+
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
-        optimizer, engine, compute = self.optimizer, self.config.engine, self.compute
-        everything = list(self.parameters.values())
-        parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
+        (parameters, frozen), size = self._trained_and_frozen(), self.state_bytes()
+        engine, compute = self.config.engine, self.compute
         total = sum(self.adaptation.numel(name, p.ds_numel) for name, p in self.parameters.items())
         trained, local = sum(p.ds_numel for p in parameters), sum(p.partition_numel() for p in parameters)
-        partitions = [p.ds_tensor for p in parameters]
-        moments = [state[kind] for state in optimizer.optimizer.state.values() for kind in MOMENTS]
-        masters = optimizer.fp32_partitioned_groups_flat
-        gradients = [optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
-        kept = sum(gradient.nbytes for gradient in gradients)
+        partitions, masters = [p.ds_tensor for p in parameters], self.optimizer.fp32_partitioned_groups_flat
         host = "" if engine.offload_optimizer is Offload.none else HOST
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
-        no_state = self.config.optim.name is OptimizerName.sgd
+        state = statement("optimizer state", self._moments(), torch.float32, size["optimizer"], home)
+        allocator = self.adaptation.allocator
+        importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
+        kept_too = sum(mean.nbytes for mean in importance)
         return {
             "parameters": f"{counted(total, trained)}, each split over {self.world.size} ranks",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
-            "gradient reduction": statement("gradients", gradients, torch.float32, kept, host),
-            "optimizer state": "none (SGD)" if no_state else statement("optimizer state", moments, torch.float32, 8 * local, home),
+            "gradient reduction": statement("gradients", self._gradients(), torch.float32, size["gradients"], host),
+            "optimizer state": state if size["optimizer"] else "none (SGD)",
             "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),
+            **({"importance": statement("importance", importance, torch.float32, kept_too, host)} if importance else {}),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }

@@ -34,6 +34,7 @@ from trainers.engines.base import (
     torch_optimizer,
 )
 from trainers.model import Blueprint
+from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.tokens import ENCODER
@@ -106,13 +107,17 @@ class FSDPEngine:
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         (loss * self.world.size).backward()
 
-    def step(self, lr: float) -> float:
-        """Clip, update and clear; return the gradient norm before clipping. A non-finite norm updates nothing."""
+    def step(self, lr: float, limit: float = math.inf) -> float:
+        """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
+        allocator = self.adaptation.allocator
+        if allocator is not None:
+            parts = self._parts(allocator)
+            allocator.regularise(parts, lambda name: _whole(self.model.get_parameter(name)))
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
         norm = math.sqrt(self.world.sum([squares])[0] / self.config.engine.replicate)
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm <= limit:
             if self.config.optim.clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, torch.tensor(norm, dtype=torch.float32))
             set_lr(self.optimizer.param_groups, lr)
@@ -120,8 +125,24 @@ class FSDPEngine:
                 self._step_with_visiting_state(parameters)
             else:
                 self.optimizer.step()
+            if allocator is not None:
+                copies = self.config.engine.replicate
+                allocator.allocate(parts, lambda scores: [score / copies for score in self.world.sum(scores)])
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    @torch.no_grad()
+    def _parts(self, allocator: Allocator) -> dict[str, Part]:
+        """Return this rank's rows of each tensor that the allocator looks at, as flat views; clipping is seen in them."""
+        parts = {}
+        for name in allocator.shapes:
+            p = self.model.get_parameter(name)
+            if p.grad is None:  # of a layer that no row went through
+                p.grad = torch.zeros_like(p)
+            value, offset = _local_block(p)
+            start = offset[0] * p.shape[1:].numel()
+            parts[name] = Part(value=value.view(-1), grad=_local_block(p.grad)[0].view(-1), start=start)
+        return parts
 
     def _step_with_visiting_state(self, parameters: list[nn.Parameter]) -> None:
         """Update parameter by parameter: its state comes from the host, is used where the parameter is, and goes back."""
@@ -145,22 +166,34 @@ class FSDPEngine:
         """Switch dropout on or off."""
         self.model.train(mode)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's shards of what is trained, and of the optimizer."""
-        dcp.save(self._state(), checkpoint_id=folder)
-
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
-        state = self._state()
+        state = self.state()
         dcp.load(state, checkpoint_id=folder)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)  # dcp.load misses no key of what is trained
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+        if self.adaptation.allocator is not None:
+            self.adaptation.allocator.set_ranks(state["ranks"])
         self._send_home()
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
+        """Return the live shards of what is trained, and of the optimizer."""
         model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True))
         frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
+        state = {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
+        if (allocator := self.adaptation.allocator) is not None:
+            state |= {"ranks": allocator.ranks(), "importance": self._importance(allocator)}
+        return state
+
+    def _importance(self, allocator: Allocator) -> dict[str, dict[str, DTensor]]:
+        """Return an allocator's state of each tensor, split as that is and kept where that is; shares memory."""
+        found = {}
+        for name in allocator.shapes:
+            p: Any = self.model.get_parameter(name)
+            local = _local_block(p.detach())[0]
+            means = allocator.state(name, local.view(-1))
+            found[name] = {kind: DTensor(mean.view(local.shape), p._spec, requires_grad=False) for kind, mean in means.items()}
+        return found
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time and cast to its type there."""
@@ -173,28 +206,43 @@ class FSDPEngine:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in tied}
         return shapes | self.adaptation.packed
 
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes of this rank's parts of live tensors by class; gradients are whole where they wait for the last microbatch."""
+        parameters, frozen = self._trained_and_frozen()
+        local = local_bytes(parameters)
+        gradients = sum(p.nbytes for p in parameters) if self.keeps_whole_gradients else local
+        return {"frozen": local_bytes(frozen), "trainable": local, "gradients": gradients, "optimizer": local_bytes(self._moments())}
+
+    def _trained_and_frozen(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        everything = list(self.model.parameters())
+        return [p for p in everything if p.requires_grad], [p for p in everything if not p.requires_grad]
+
+    def _moments(self) -> list[Tensor]:
+        return [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
+
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
-        everything = list(self.model.parameters())
-        parameters, frozen = ([p for p in everything if p.requires_grad is wanted] for wanted in (True, False))
-        moments = [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
+        (parameters, frozen), moments, size = self._trained_and_frozen(), self._moments(), self.state_bytes()
         total = sum(self.adaptation.numel(name, p.numel()) for name, p in self.model.named_parameters())
-        trained, local = sum(p.numel() for p in parameters), local_bytes(parameters)
-        if local_bytes(moments) not in (0, 2 * local):
-            raise RuntimeError(f"the optimizer state takes {local_bytes(moments):,} bytes, and the trained parameters {local:,}")
+        trained = sum(p.numel() for p in parameters)
+        if size["optimizer"] not in (0, 2 * size["trainable"]):
+            raise RuntimeError(f"the optimizer state takes {size['optimizer']:,} bytes, and the trained parameters {size['trainable']:,}")
         policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
         if policies != {self.compute}:
             raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
         home = HOST if self.offloaded else ""
-        kept, until = (4 * trained, "whole until the last microbatch") if self.keeps_whole_gradients else (local, home)
-        state = statement("optimizer state", moments, torch.float32, 2 * local, HOST if self.visits else home)
+        until = "whole until the last microbatch" if self.keeps_whole_gradients else home
+        state = statement("optimizer state", moments, torch.float32, size["optimizer"], HOST if self.visits else home)
+        allocator = self.adaptation.allocator
+        importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
         return {
             "parameters": f"{counted(total, trained)}, in {self._layout()}",
-            "storage": statement("master weights", parameters, torch.float32, local, home),
+            "storage": statement("master weights", parameters, torch.float32, size["trainable"], home),
             "compute": in_short(self.compute),
-            "gradient reduction": statement("gradients", [], torch.float32, kept, until),
+            "gradient reduction": statement("gradients", [], torch.float32, size["gradients"], until),
             "optimizer state": state if moments else "none (SGD)",
             "frozen weights": frozen_statement(((p, _local_block(p)[0]) for p in frozen), self.compute, home),
+            **({"importance": statement("importance", importance, torch.float32, local_bytes(importance), home)} if importance else {}),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainers.config import RunConfig, looks_local
+from trainers.peft.adalora import Allocator
 from trainers.weights import Origin
 
 ADAPTER = "default"
@@ -49,6 +50,18 @@ class Adaptation:
     """Makes an exported tensor of a live one, where they differ."""
     made_of_all: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     """Makes the export of all trained tensors at once, where it holds what they make instead of them."""
+    allocator: Allocator | None = None
+    """AdaLoRA's, which an engine calls around each update."""
+
+    def at(self, step: int, num_steps: int) -> None:
+        """Say which step is next, counted from 0, of how many; raises ConfigError where the method does not fit in so many."""
+        if self.allocator is not None:
+            self.allocator.at(step, num_steps)
+
+    def plan(self) -> dict[str, Tensor]:
+        """Return an adapter's tensors on `meta`, as they are saved now: AdaLoRA's ranks are known only late."""
+        allocator = self.allocator
+        return self.expected if allocator is None else {key: allocator.as_saved(key, tensor) for key, tensor in self.expected.items()}
 
     def lr_scale(self, name: str) -> float:
         """Return a parameter's learning rate over the run's, divided as peft's create_loraplus_optimizer does."""

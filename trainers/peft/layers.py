@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from trainers.config import AdapterBias, AdapterInit, ConfigError, PeftConfig, PeftMethod, RunConfig
+from trainers.peft import adalora
 from trainers.peft.base import ADAPTER, Adaptation, base_name, near, plain_list, seeded
 from trainers.peft.nf4 import round_trip
 from trainers.stored import listed
@@ -34,12 +35,18 @@ def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adaptat
     layers = _tuner_layers(model)
     _require_single(layers)
     _require_rank(settings, layers)
+    if settings.method is PeftMethod.adalora:
+        for layer in layers.values():
+            layer.ranknum.requires_grad_(False)  # as it is off `meta`
     after: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     _require_untied(model, before, after)
     adapters = Adapters(origin, after, before, layers, library_config, settings, config.seed)
     adapters.begin_names(tied_names(model))
     keys = _keys(model, after)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved_config, allocator = adapters.saved_config(), None
+    if settings.method is PeftMethod.adalora:
+        allocator = adalora.Allocator({name: adapters.shape(name) for name in sorted(trained)}, settings, saved_config)
     return Adaptation(
         origin=adapters,
         trained=trained,
@@ -48,8 +55,9 @@ def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adaptat
         dtype=torch.float32,
         lr_ratio=settings.lr_ratio,
         vectors={name for name in trained if after[name].ndim == 1},
-        library_config=adapters.saved_config(),
-        as_saved=adapters.as_saved,
+        library_config=saved_config,
+        as_saved=adapters.as_saved if allocator is None else allocator.as_saved,
+        allocator=allocator,
         expected={key: torch.empty(adapters.saved_shape(name), device="meta") for name, key in keys.items()},
     )
 
@@ -61,10 +69,13 @@ def _library_config(settings: PeftConfig, model: PreTrainedModel) -> Any:
     same = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
     if settings.method is PeftMethod.ia3:
         return peft.IA3Config(**same, feedforward_modules=_feedforward(settings, model))
+    alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
+    if settings.method is PeftMethod.adalora:
+        return adalora.library_config(settings, alpha, **same)
     return peft.LoraConfig(
         **same,
         r=settings.rank,
-        lora_alpha=int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         bias="lora_only" if settings.bias is AdapterBias.adapted else str(settings.bias),  # type: ignore[arg-type]
         use_rslora=settings.rank_stabilised,

@@ -156,6 +156,15 @@ class Packed:
         return self.origin.is_exact_in(dtype)
 
 
+@torch.no_grad()
+def round_base(model: PreTrainedModel, adaptation: Adaptation) -> PreTrainedModel:
+    """Give a base as it is on disk the values that it was trained with: its packed matrices rounded, in the type they have."""
+    for name in adaptation.packed:
+        weight = model.get_parameter(name.replace(".base_layer.", "."))
+        weight.copy_(round_trip(weight))
+    return model
+
+
 def round_trip(weight: Tensor) -> Tensor:
     """Return the float32 values that a matrix has once it is stored in NF4."""
     blocks = blocks_of(weight.numel())

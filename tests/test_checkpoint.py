@@ -1,0 +1,273 @@
+"""A checkpoint is complete or absent, of its moment, of its run and of the newest attempt; what is damaged is skipped and said."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ranks
+from test_peft import batch_of, blueprint_for, config_for, rows_of_steps
+
+from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress
+from trainers.config import CheckpointConfig
+from trainers.engines.base import build_engine
+from trainers.status import Attempt, Superseded, newest_attempt
+from trainers.world import World
+
+SMALL = 3 << 20
+
+
+class Said(logging.Handler):
+    """What was logged, whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+class Life:
+    """One attempt of a run of a real engine, and what it can be asked to do; each method is collective."""
+
+    def __init__(self, world: World, folder: Path, run_dir: Path, case: str = "lora", engine: str = "fsdp", **settings: Any) -> None:
+        self.world, self.engine = world, build_engine(config_for(folder, case, engine), world, blueprint_for(folder))
+        self.attempt = Attempt(run_dir)
+        self.attempt.begin(world.from_first(self.attempt.claim() if world.rank == 0 else 0))
+        self.saver = Checkpointer(CheckpointConfig(**settings), self.attempt, world)
+        self.said = Said()
+        logging.getLogger("fulltune").addHandler(self.said)
+        logging.getLogger("fulltune").setLevel(logging.DEBUG)
+
+    def train(self, step: int) -> None:
+        ids, labels = list(rows_of_steps())[step % 20]
+        batch = batch_of(ids[self.world.rank :: self.world.size], labels[self.world.rank :: self.world.size])
+        self.engine.backward(-self.engine.token_logps(batch).sum() / 100, last=True)
+        self.engine.step(1e-2)
+
+    def weights(self) -> dict[str, Any]:
+        return {name: tensor.numpy().copy() for name, tensor in self.engine.weights()}
+
+    def end(self) -> list[str]:
+        logging.getLogger("fulltune").removeHandler(self.said)
+        return self.said.lines
+
+
+def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return all((ours[name] == tensor).all() for name, tensor in theirs.items())
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({"wandb_id": "thisrun"}))
+    return folder
+
+
+def save_while_training(world: World, folder: Path, run_dir: Path, engine: str) -> tuple[bool, bool, list[str]]:
+    life = Life(world, folder, run_dir, engine=engine)
+    life.train(0)
+    then = life.weights()
+    life.saver.save(life.engine, Progress(step=1, tokens=5))
+    life.train(1)  # changes the live tensors while they are written
+    life.saver.finish()
+    again = Life(world, folder, run_dir, engine=engine)
+    progress = again.saver.restore(again.engine)
+    first = same(again.weights(), then) and progress == Progress(step=1, tokens=5)
+    again.train(1)
+    return first, same(again.weights(), life.weights()), life.end() + again.end()
+
+
+@pytest.mark.usefixtures("cpu_adam")
+@pytest.mark.parametrize("engine", ["fsdp", "zero3", "zero3_offload"])
+def test_a_save_is_of_its_moment_while_training_goes_on(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path, engine: str
+) -> None:
+    for then, now, _ in ranks(2).call(save_while_training, tiny_llama, run_dir, engine):
+        assert then
+        assert now
+    folder = run_dir / "checkpoints" / "step-000001"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["run"], manifest["attempt"]) == ("thisrun", 1)
+    assert manifest["sha256"] == {name: digest for name, digest in digests(folder).items() if name != "manifest.json"}
+    assert [path.name for path in folder.parent.iterdir()] == ["step-000001"]
+
+
+def save_steps(world: World, folder: Path, run_dir: Path, losses: dict[int, float | None], settings: dict[str, Any]) -> list[str]:
+    life = Life(world, folder, run_dir, **settings)
+    for step, loss in losses.items():
+        life.train(step)
+        life.saver.save(life.engine, Progress(step=step), loss)
+    life.saver.finish()
+    return life.end()
+
+
+def restored(world: World, folder: Path, run_dir: Path) -> tuple[int | str, list[str]]:
+    life = Life(world, folder, run_dir)
+    try:
+        found: int | str = life.saver.restore(life.engine).step
+    except NoCheckpoint as error:
+        found = str(error)
+    return found, life.end()
+
+
+def test_what_is_kept(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
+    other, nested = run_dir / "checkpoints" / "step-999999", run_dir / "checkpoints" / "step-000777"
+    other.mkdir(parents=True)
+    (other / "anything").write_text("of the user's")
+    losses: dict[int, float | None] = {2: 3.0, 3: 1.0, 4: None, 5: 2.0, 6: None, 7: None}
+    ranks(2).call(save_steps, tiny_llama, run_dir, losses, {"keep_last": 1, "keep_every": 4, "keep_best": 2})
+    assert sorted(path.name for path in other.parent.iterdir()) == [*(f"step-{step:06d}" for step in (3, 4, 5, 7)), "step-999999"]
+    shutil.copytree(run_dir / "checkpoints" / "step-000003", nested)
+    elsewhere = run_dir / "checkpoints" / "step-000888"
+    shutil.copytree(run_dir / "checkpoints" / "step-000007", elsewhere)
+    manifest = json.loads((elsewhere / "manifest.json").read_text())
+    (elsewhere / "manifest.json").write_text(json.dumps(manifest | {"run": "another", "progress": {"step": 888}}))
+    before = {path.name: digests(path) for path in (other, nested, elsewhere)}
+    step, said = ranks(2).call(restored, tiny_llama, run_dir)[0]
+    assert step == 7
+    for name, why in (("999999", "no manifest.json"), ("000777", "of step 3 under another name"), ("000888", "another run's")):
+        assert any(name in line and why in line for line in said), said
+    ranks(2).call(save_steps, tiny_llama, run_dir, {9: None, 10: None}, {"keep_last": 1})
+    assert {path.name: digests(path) for path in (other, nested, elsewhere)} == before
+
+
+def flip(folder: Path) -> Path:
+    """Flip a bit in the middle of a checkpoint's largest file."""
+    file = max(folder.glob("*.distcp"), key=lambda file: file.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    return file
+
+
+def go_on(world: World, folder: Path, run_dir: Path) -> int:
+    life = Life(world, folder, run_dir)
+    begun = life.saver.restore(life.engine).step
+    life.train(1)
+    life.saver.save(life.engine, Progress(step=begun + 1), wait=True)
+    life.end()
+    return begun
+
+
+def test_a_flipped_byte_is_found_and_the_older_one_continues(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
+    ranks(2).call(save_steps, tiny_llama, run_dir, {1: None, 2: None}, {})
+    newest, older = (run_dir / "checkpoints" / f"step-00000{step}" for step in (2, 1))
+    intact, file = digests(older), flip(newest)
+    step, said = ranks(2).call(restored, tiny_llama, run_dir)[0]
+    assert step == 1
+    assert any(f"skipping {newest}: {file.name} holds other bytes than were written" in line for line in said), said
+    assert ranks(2).call(go_on, tiny_llama, run_dir) == [1, 1]  # saves over what is complete by its size alone
+    assert digests(older) == intact
+    assert ranks(2).call(restored, tiny_llama, run_dir)[0][0] == 2
+    for path in (newest, older):
+        flip(path)
+    assert "can be read; move them away" in str(ranks(2).call(restored, tiny_llama, run_dir)[0][0])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "none", str(folder)]
+    if os.geteuid() or subprocess.run(line, capture_output=True, check=False, timeout=20).returncode:
+        pytest.skip("a small tmpfs cannot be mounted: not root, or not allowed to")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True, timeout=20)
+
+
+def fill_and_save(world: World, folder: Path, run_dir: Path, disk: Path, first: bool, strict: bool) -> tuple[str, list[str], int]:
+    """Save once where there is room (with `first`), take the room away behind the check's back, and save again."""
+    life = Life(world, folder, run_dir, case="freeze", strict=strict)
+    outcome = "went on"
+    try:
+        if first:
+            life.saver.save(life.engine, Progress(step=1), wait=True)
+        if world.rank == 0:
+            (disk / "filler").write_bytes(bytes(SMALL - sum(path.stat().st_size for path in disk.rglob("*") if path.is_file()) - (1 << 16)))
+        world.barrier()
+        life.train(1)
+        life.saver.save(life.engine, Progress(step=2))
+        life.saver.finish()
+        if world.rank == 0:
+            (disk / "filler").unlink()
+        life.saver.failed_at -= 100
+        assert life.saver.wishes()[1] is (world.rank == 0)
+        life.saver.save(life.engine, Progress(step=3), wait=True)
+    except NoCheckpoint as error:
+        outcome = str(error)
+    return outcome, life.end(), life.saver.all_failures
+
+
+@pytest.mark.parametrize(("first", "strict"), [(True, False), (True, True), (False, False)])
+def test_a_full_disk_ends_a_run_only_where_it_must(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, small_disk: Path, first: bool, strict: bool
+) -> None:
+    run_dir = small_disk / "run"
+    run_dir.mkdir()
+    (run_dir / "manifest.json").write_text("{}")
+    for outcome, said, failures in ranks(2).call(fill_and_save, tiny_llama, run_dir, small_disk, first, strict):
+        assert failures == 1
+        kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+        if first and not strict:
+            assert outcome == "went on"
+            assert kept == ["step-000001", "step-000003"]
+            assert any("no checkpoint of step 2 (1 in a row)" in line and "free there" in line for line in said), said
+        else:
+            assert ("checkpoint.strict is set" if strict else "there is no older one") in outcome
+            assert "bytes" in outcome
+            assert kept == (["step-000001"] if first else [])
+
+
+def save_late(world: World, folder: Path, run_dir: Path) -> str:
+    life = Life(world, folder, run_dir)
+    life.train(0)
+    life.saver.save(life.engine, Progress(step=1), wait=True)
+    if world.rank == 0:
+        assert Attempt(run_dir).claim() == life.attempt.number + 1
+    world.barrier()
+    try:
+        life.saver.save(life.engine, Progress(step=2), wait=True)
+    except Superseded as error:
+        return str(error)
+    return "saved"
+
+
+def test_an_older_attempt_saves_nothing(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
+    for said in ranks(2).call(save_late, tiny_llama, run_dir):
+        assert said == "attempt 2 of this run has started since; attempt 1 writes nothing any more"
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000001"]
+    (run_dir / "status.json").write_text("{}")
+    late, current = Attempt(run_dir, 1), Attempt(run_dir, newest_attempt(run_dir))
+    late.set_status("failed")
+    assert json.loads((run_dir / "status.json").read_text()) == {}
+    current.set_status("running")
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "running"
+
+
+def test_files_ask_for_a_save_and_a_stop(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
+    saver = Checkpointer(CheckpointConfig(), Attempt(run_dir), World(rank=0, local_rank=0, size=1, device=torch.device("cpu")))
+    assert saver.wishes() == (False, False)
+    (run_dir / "save_now").touch()
+    (run_dir / "stop").touch()
+    assert saver.wishes() == (True, True)
+    assert saver.wishes() == (False, False)
+    saver.config.every_minutes = 0.001
+    saver.saved_at -= 1
+    assert saver.wishes() == (False, True)

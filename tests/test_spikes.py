@@ -1,0 +1,81 @@
+"""A step out of the ordinary is skipped, left behind with its rows, or ends the run; which one it is does not depend on outliers."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from command import arguments, launch, read_rows, trace
+from conftest import WORDS
+
+from trainers.spikes import FEWEST, Spikes, limit
+
+
+def test_the_limit_is_robust() -> None:
+    rng = random.Random(0)
+    ordinary = [rng.gauss(2.0, 0.2) for _ in range(100)]
+    assert limit(ordinary, 10) == pytest.approx(2.0 + 10 * 0.2, abs=0.5)  # the closed form of normal numbers
+    assert limit([*ordinary[:90], *[1e6] * 10], 10) == pytest.approx(limit(ordinary, 10), abs=0.7)
+    assert limit([2.0] * 100, 10) == pytest.approx(3.0)  # a flat curve: 5 % of the median
+    assert limit(ordinary[: FEWEST - 1], 10) == math.inf
+
+
+def test_a_window_forgets() -> None:
+    spikes = Spikes(10)
+    spikes.recall([(5.0, 50.0)] * 100)
+    for _ in range(60):
+        spikes.add(1.0, 1.0)
+    assert spikes.limits()[0] < 4
+    assert spikes.limits()[1] < 40
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two hundred answers that are learnt soon, and one, somewhere in the middle of the run's order, that is nothing like them."""
+    path = tmp_path_factory.mktemp("poisoned") / "rows.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": " ".join([WORDS[0]] * (5 + row % 3))}]}
+        for row in range(200)
+    ]
+    rows[77]["messages"][1]["content"] = " ".join(WORDS[3:] * 3)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SETTINGS = ("data.eval_fraction=0", "train.eval_every=null", "train.steps=100", "train.global_batch=2", "data.packing=false")
+MORE = ("checkpoint.every=10", "optim.lr=3e-3", "train.spike_threshold=20")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_a_spike_is_skipped_or_left_behind(base: Path, poisoned: Path, cache: Path, tmp_path: Path, engine: str) -> None:
+    said = {}
+    for policy in ("none", "skip", "rollback"):
+        line = arguments(base, poisoned, tmp_path / policy, *SETTINGS, *MORE, f"train.on_spike={policy}", f"engine={engine}")
+        said[policy] = launch(cache, line)
+    plain, skipped, back = ([row for row in read_rows(tmp_path / policy) if "loss" in row] for policy in ("none", "skip", "rollback"))
+    at = max(range(25, 100), key=lambda step: plain[step]["loss"])
+    assert [row["loss"] for row in skipped[: at + 1]] == [row["loss"] for row in plain[: at + 1]]
+    assert [row["skipped"] for row in skipped] == [int(step >= at) for step in range(100)]
+    assert skipped[at + 1]["loss"] < plain[at + 1]["loss"]  # the weights did not take the step
+    assert f"step {at + 1} is skipped" in said["skip"]
+    assert f"step {at + 1}:" in said["rollback"]
+    begun = at // 10 * 10
+    assert f"back to step {begun}" in said["rollback"]
+    assert [row["step"] for row in back] == list(range(1, 101))
+    assert [row["loss"] for row in back[:begun]] == [row["loss"] for row in plain[:begun]]
+    assert max(row["loss"] for row in back[25:]) < plain[at]["loss"] / 2
+    events = [row for row in read_rows(tmp_path / "rollback") if "rollback_from" in row]
+    assert events == [{"step": begun, "rollback_from": at + 1, "rows_left_out_steps": at + 1 - begun}]
+
+
+def test_a_spike_stops_a_run_before_it_is_learnt(base: Path, poisoned: Path, cache: Path, tmp_path: Path) -> None:
+    line = arguments(base, poisoned, tmp_path / "run", *SETTINGS, *MORE, "train.on_spike=stop", "launch.processes=1")
+    said = launch(cache, line, expect=1)
+    assert "was not taken: the" in said
+    assert "would be ordinary" in said
+    steps = [row["step"] for row in read_rows(tmp_path / "run") if "loss" in row]
+    assert (tmp_path / "run" / "checkpoints" / f"step-{steps[-1]:06d}").is_dir()
+    assert trace(tmp_path / "run")

@@ -1,0 +1,140 @@
+"""What all ranks hold while they read a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.bench.ranks import leave, start_ranks, wait_for, write_line
+from trainers.config import DataConfig, EngineConfig, EngineName, Precision, RunConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from trainers.model import Blueprint
+
+
+LIMIT_S = 600
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what the ranks hold together while they load a checkpoint, beside what it is as float32 once over all of them."""
+    console = Console(stderr=True)
+    table = Table("engine", "ranks", "float32 weights, all ranks", "memory at the peak, all ranks", "ratio", "seconds")
+    with tempfile.TemporaryDirectory() as folder:
+        console.print(f"writing a checkpoint of {options.gigabytes:g} GB in bfloat16 to {folder}")
+        total = 4 * _write_checkpoint(Path(folder) / "model", options.gigabytes)
+        for engine in options.engine:
+            for ranks in options.ranks:
+                console.print(f"loading it with {engine} on {ranks} ranks")
+                peak, seconds = _measure_loading(Path(folder), engine, ranks)
+                table.add_row(
+                    engine, str(ranks), f"{total / 2**20:,.0f} MiB", f"{peak / 2**20:,.0f} MiB", f"{peak / total:.2f}", f"{seconds:.1f}"
+                )
+    Console().print(table)
+    Console().print("memory: the sum of /proc/PID/smaps_rollup's Pss, above what it was before the checkpoint was opened", style="dim")
+
+
+def _write_checkpoint(folder: Path, gigabytes: float) -> int:
+    """Write a Llama of random weights in bfloat16, a file for each block, and return its number of parameters."""
+    from safetensors.torch import save_file
+    from torch import bfloat16
+
+    from trainers.weights import origin_of
+
+    sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12, "num_key_value_heads": 12}
+    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 1536) / (4 * 1536**2 + 3 * 1536 * 4096)))
+    blueprint = _llama(sizes | {"num_hidden_layers": layers})
+    model = blueprint.build()
+    origin, shapes = origin_of(model, blueprint), {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    blueprint.config.dtype = bfloat16
+    blueprint.config.save_pretrained(folder)
+    weight_map = {name: "-".join(name.split(".")[:3]) + ".safetensors" for name in origin.names()}
+    for file in dict.fromkeys(weight_map.values()):
+        names = [name for name in origin.names() if weight_map[name] == file]
+        save_file({name: origin.read(name, (0,) * len(shapes[name]), shapes[name]).to(bfloat16) for name in names}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _llama(sizes: dict[str, int]) -> Blueprint:
+    from transformers import LlamaConfig
+
+    from trainers.model import Blueprint
+
+    return Blueprint(config=LlamaConfig(**sizes), folder=None, revision=None, seed=0, trust_remote_code=False)
+
+
+def _measure_loading(folder: Path, engine: str, ranks: int) -> tuple[float, float]:
+    """Start ranks, let them load together, and return bytes at the peak above the start, and seconds of the slowest."""
+    samples: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        run_dir = Path(name)
+        with start_ranks(["load-rank", str(folder), engine, name], ranks, run_dir) as children:
+            wait_for(children, run_dir, "ready", lambda: None, LIMIT_S)
+            baseline = _memory(children)
+            for child in children:
+                write_line(child)
+            wait_for(children, run_dir, "done", lambda: samples.append((time.monotonic(), _memory(children))), LIMIT_S)
+        figures = [json.loads((run_dir / f"{rank}.done").read_text()) for rank in range(ranks)]
+    last = max(figure["last_read"] for figure in figures)
+    return max(memory for at, memory in samples if at <= last) - baseline, max(figure["seconds"] for figure in figures)
+
+
+def _memory(children: list[subprocess.Popen[bytes]]) -> int:
+    """Return the bytes of all children, a page that n of them share counted as 1/n in each."""
+    total = 0
+    for child in children:
+        lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """Load as one rank: say when ready, wait for a line, build the engine, and say when the last block was read."""
+    import torch
+    from transformers import AutoConfig
+
+    from trainers.engines.base import build_engine
+    from trainers.stored import Weights
+    from trainers.world import World, die_with_parent
+
+    die_with_parent()
+    torch.set_num_threads(1)
+    world = World.from_environment()
+    world.connect()
+    config = RunConfig(
+        run_dir=options.run_dir,
+        data=DataConfig(path="unused"),
+        engine=EngineConfig(name=EngineName(options.engine)),
+        train=TrainConfig(precision=Precision.fp32),
+    )
+    tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 32}
+    build_engine(config, world, _llama(tiny))  # what is imported on the way is not the checkpoint's
+    blueprint = _llama({})
+    blueprint.folder = Path(options.folder) / "model"
+    blueprint.config = AutoConfig.from_pretrained(blueprint.folder)
+    last, read = [0.0], Weights.read
+
+    def timed(weights: Weights, *block: Any) -> torch.Tensor:
+        tensor = read(weights, *block)
+        last[0] = time.monotonic()
+        return tensor
+
+    Weights.read = timed  # type: ignore[method-assign]
+    run_dir = Path(options.run_dir)
+    leave(run_dir, "ready", "")
+    sys.stdin.readline()
+    started = time.monotonic()
+    build_engine(config, world, blueprint)
+    leave(run_dir, "done", json.dumps({"last_read": last[0], "seconds": last[0] - started}))
+    sys.stdin.readline()

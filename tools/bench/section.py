@@ -1,0 +1,50 @@
+"""A section of a Markdown file, put in its place, and words for the machine and the versions that it names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+
+def cell_of(text: str) -> str:
+    """Return a text as a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def versions(*packages: str) -> str:
+    """Return Python's version and those of packages."""
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def gpu_words(name: str) -> str:
+    """Return the GPUs of this machine by number, name and driver."""
+    import torch
+
+    line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(line, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError):
+        driver = "unknown"
+    return f"{torch.cuda.device_count()} x {name}, driver {driver}"
+
+
+def put_section(file: Path, section: str) -> None:
+    """Put a section in the place of the one with the same heading, else at the end; the file is never seen half-written."""
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    heading = section.splitlines()[0]
+    start = lines.index(heading) if heading in lines else len(lines)
+    end = next((at for at in range(start + 1, len(lines)) if lines[at].startswith(("# ", "## "))), len(lines))
+    parts = ["\n".join(lines[:start]), section, "\n".join(lines[end:])]
+    staging = file.resolve().with_name(f".{file.name}.{os.getpid()}.tmp")
+    staging.write_text("\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n", "utf-8")
+    staging.rename(file.resolve())

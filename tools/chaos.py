@@ -1,0 +1,386 @@
+"""Harm a run's checkpoints in earnest, and see that the run goes on from the newest complete one by itself.
+
+python -m tools.chaos save --kills 30
+python -m tools.chaos save --kills 3 --engine zero3 --dir /tmp/chaos
+
+A small model is trained on this Python's documentation by the command a user types, with a checkpoint each step. Its ranks are killed
+(kill -9) at random byte offsets of a save; then a byte of the newest checkpoint is flipped, a folder step-999999 is planted, the disk
+is too small and the folder is read-only. After each the same command is given again. In the end the whole trace, with losses,
+gradient norms and rows, must be that of a run that nobody harmed, bit for bit.
+
+Exit codes: 0 every life resumed exactly and no checkpoint was lost, 1 not so, 2 bad arguments, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from trainers.checkpoint import number_of, steps, why_incomplete
+
+ROOT = Path(__file__).parents[1]
+LIFE_S = 300.0
+"""Longest that a life of the run may take."""
+SMALL_DISK = 3 << 20
+KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "rows_hash", "eval_loss")
+
+
+class Wrong(Exception):
+    """A run that did not go on as it must."""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What was tried of one kind of harm, and what came of it."""
+
+    tried: int = 0
+    exact: int = 0
+    lost: int = 0
+    note: str = ""
+
+
+@dataclass(kw_only=True)
+class Harmed:
+    """A run, and what must survive."""
+
+    run_dir: Path
+    overrides: list[str]
+    rng: random.Random
+    tallies: dict[str, Tally] = field(default_factory=dict)
+
+    def command(self, *more: str) -> list[str]:
+        """Return what a user types."""
+        return [sys.executable, "-m", "launcher", "+exp=quickstart_base", f"run_dir={self.run_dir}", *self.overrides, *more]
+
+    def complete(self) -> dict[Path, str]:
+        """Return the complete checkpoints, oldest first, with a hash of all that is in them."""
+        return {path: _digest(path) for path in steps(self.run_dir / "checkpoints") if not why_incomplete(path)}
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start a life of the run."""
+        log = (self.run_dir.parent / f"{self.run_dir.name}.log").open("ab")
+        with log:
+            return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    def kill_in_save(self) -> str:
+        """Start the run and kill every rank at a random byte of a save; return where that was."""
+        before = max((number_of(path) for path in steps(self.run_dir / "checkpoints")), default=0)
+        wanted = before + self.rng.randint(1, 2)
+        process, until = self.start(), time.monotonic() + LIFE_S
+        size = max((_size(path) for path in steps(self.run_dir / "checkpoints")), default=1 << 20)
+        offset, reached, at = self.rng.randrange(size), 0, "behind a save"
+        try:
+            while process.poll() is None and time.monotonic() < until:
+                staging = list((self.run_dir / "checkpoints").glob(f".step-{wanted:06d}.*.tmp"))
+                reached = _size(staging[0]) if staging else reached
+                if reached >= offset or (self.run_dir / "checkpoints" / f"step-{wanted:06d}").is_dir():
+                    at = f"at byte {reached:,} of about {size:,}" if staging else at
+                    break
+            if process.poll() is not None:
+                raise Wrong(f"a life ended by itself with exit code {process.returncode}: {self.run_dir}.log")
+            for pid in _ranks(self.run_dir):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
+            _wait_gone(self.run_dir)
+        return at
+
+    def finish(self) -> None:
+        """Give the command again and let it come to its end."""
+        process = self.start()
+        try:
+            if process.wait(LIFE_S) != 0:
+                raise Wrong(f"the run did not end well (exit code {process.returncode}): {self.run_dir}.log")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(60)
+
+    def begun_from(self) -> int:
+        """Return the step that the newest life continued from."""
+        logs = sorted((self.run_dir / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+        said = (logs[-1] / "rank-0.log").read_text()
+        found = [line for line in said.splitlines() if "continuing from" in line]
+        return int(found[-1].rpartition(": step ")[2].partition(",")[0]) if found else 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Harm a run; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["save"], help="what is harmed: saves and checkpoints")
+    parser.add_argument("--kills", type=int, default=30, metavar="N", help="kills at random bytes of a save (default 30)")
+    parser.add_argument("--engine", default="fsdp", help="engine preset (default fsdp)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random offsets (default 0)")
+    parser.add_argument("--dir", type=Path, help="where the runs are kept; otherwise they are deleted where all went well")
+    options = parser.parse_args(arguments)
+    if options.kills < 1:
+        parser.error(f"--kills {options.kills}: must be at least 1")
+    try:
+        with _workplace(options.dir) as folder:
+            return harm(folder, options.kills, options.engine, options.seed)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except Wrong as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
+    """Run one life undisturbed and many harmed ones; print what came of them, and return the exit code."""
+    tiny = ["model.train_tokenizer=512", "model.architecture.hidden_size=64", "model.architecture.num_hidden_layers=2"]
+    small = [*tiny, "data.seq_len=64", "train.global_batch=4", "train.microbatch=1", "train.eval_every=null", "data.eval_fraction=0"]
+    rest = [
+        "optim.warmup_steps=2",
+        "checkpoint.every=1",
+        "checkpoint.keep_last=3",
+        f"engine={engine}",
+        f"train.steps={2 * kills + 12}",
+        "train.sample_tokens=0",
+    ]
+    whole = Harmed(run_dir=folder / "whole", overrides=[*small, *rest], rng=random.Random(seed))
+    run = Harmed(run_dir=folder / "harmed", overrides=[*small, *rest], rng=random.Random(seed))
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("a run that nobody harms", total=kills + 6)
+        whole.finish()
+        bar.advance(task)
+        for number in range(kills):
+            bar.update(task, description=f"kill {number + 1} of {kills}")
+            tried(run, "killed in a save", run.kill_in_save)
+            bar.advance(task)
+        while len(run.complete()) < 2:  # one to be damaged, one to go on from
+            _kill_when_saved(run, max(map(number_of, run.complete()), default=0) + 2)
+        for name, harmful in (
+            ("a byte flipped", lambda: flip_newest(run)),
+            ("step-999999 planted", lambda: plant(run)),
+            ("a full disk of 3 MB", lambda: small_disk(run)),
+            ("a read-only folder", lambda: read_only(run)),
+        ):
+            bar.update(task, description=name)
+            tried(run, name, harmful)
+            bar.advance(task)
+        bar.update(task, description="to the end")
+        run.finish()
+        bar.advance(task)
+    same = _trace(run.run_dir) == _trace(whole.run_dir)
+    same = same and _digest(run.run_dir / "export") == _digest(whole.run_dir / "export")
+    return report(run, same)
+
+
+def tried(run: Harmed, name: str, harmful: Callable[[], str]) -> None:
+    """Do harm once; what was complete before, and is not rotated since, must be as it was, and the life goes on from the newest."""
+    tally = run.tallies.setdefault(name, Tally())
+    before = run.complete()
+    expected = max((number_of(path) for path in before), default=0)
+    note = harmful()
+    if note.startswith("skipped"):
+        tally.note = note
+        return
+    after = run.complete()
+    tally.tried += 1
+    tally.lost += sum(path in after and after[path] != digest for path, digest in before.items() if name != "a byte flipped")
+    tally.lost += bool(before) and not after
+    begun = run.begun_from()
+    wanted = expected if name != "a byte flipped" else max((step for step in map(number_of, before) if step < expected), default=expected)
+    tally.exact += begun == wanted
+    if begun != wanted:
+        tally.note = f"continued from step {begun}, and step {wanted} was there"
+
+
+def flip_newest(run: Harmed) -> str:
+    """Flip one bit of the newest checkpoint's largest file, and kill the life that passes over it."""
+    newest = list(run.complete())[-1]
+    file = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[run.rng.randrange(len(data))] ^= 1 << run.rng.randrange(8)
+    file.write_bytes(data)
+    return run.kill_in_save()
+
+
+def plant(run: Harmed) -> str:
+    """Copy the newest checkpoint to a name far ahead."""
+    newest = list(run.complete())[-1]
+    planted = run.run_dir / "checkpoints" / "step-999999"
+    shutil.copytree(newest, planted)
+    try:
+        wanted = _kill_when_saved(run, number_of(newest) + 1)
+    finally:
+        shutil.rmtree(planted)
+    return wanted
+
+
+def small_disk(run: Harmed) -> str:
+    """Move the checkpoints to a full disk of 3 MB: no save succeeds, the older ones stay, the run goes on."""
+    folder, kept = run.run_dir / "checkpoints", run.run_dir / "kept"
+    newest = list(run.complete())[-1]
+    if os.geteuid() or _size(newest) > SMALL_DISK - (1 << 18):
+        return "skipped: root must mount it, and a checkpoint fit"
+    folder.rename(kept)
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "none", str(folder)], capture_output=True, check=False)
+    try:
+        if mounted.returncode:
+            return "skipped: mounting is not allowed here"
+        shutil.copytree(kept / newest.name, folder / newest.name)
+        free = shutil.disk_usage(folder).free
+        (folder / "filler").write_bytes(bytes(free - (1 << 16)))
+        _kill_when_said(run, "no checkpoint of step")
+        survivor = folder / newest.name
+        if _digest(survivor) != _digest(kept / newest.name):
+            raise Wrong(f"{survivor} has changed on a full disk")
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", str(folder)], check=True, timeout=30)
+        folder.rmdir()
+        kept.rename(folder)
+    return "no save succeeded"
+
+
+def read_only(run: Harmed) -> str:
+    """Make the folder of checkpoints read-only: no save succeeds, the older ones stay, the run goes on."""
+    folder = str(run.run_dir / "checkpoints")
+    if os.geteuid():
+        os.chmod(folder, 0o555)
+        try:
+            _kill_when_said(run, "no checkpoint of step")
+        finally:
+            os.chmod(folder, 0o755)
+        return "no save succeeded"
+    lines = [["mount", "--bind", folder, folder], ["mount", "-o", "remount,bind,ro", folder]]  # root writes wherever it is not mounted so
+    mounted = [subprocess.run(line, capture_output=True, check=False, timeout=30).returncode for line in lines]
+    try:
+        if any(mounted):
+            return "skipped: mounting is not allowed here"
+        _kill_when_said(run, "no checkpoint of step")
+    finally:
+        if not mounted[0]:
+            subprocess.run(["umount", folder], check=True, timeout=30)
+    return "no save succeeded"
+
+
+def _kill_when_saved(run: Harmed, step: int) -> str:
+    folder = run.run_dir / "checkpoints"
+    _life_until(run, lambda: (folder / f"step-{step:06d}").is_dir())
+    return f"killed behind step {step}"
+
+
+def _kill_when_said(run: Harmed, words: str) -> None:
+    log = run.run_dir.parent / f"{run.run_dir.name}.log"
+    begin = log.stat().st_size
+    _life_until(run, lambda: words.encode() in log.read_bytes()[begin:])
+
+
+def _life_until(run: Harmed, condition: Callable[[], bool]) -> None:
+    """Start a life, wait for a condition, and kill its ranks."""
+    process, until = run.start(), time.monotonic() + LIFE_S
+    try:
+        while not condition():
+            if process.poll() is not None or time.monotonic() > until:
+                raise Wrong(f"a life ended by itself with exit code {process.poll()}: {run.run_dir}.log")
+            time.sleep(0.05)
+        for pid in _ranks(run.run_dir):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+        _wait_gone(run.run_dir)
+
+
+def report(run: Harmed, same: bool) -> int:
+    """Print the tallies and return the exit code."""
+    table = Table("harm", "tried", "resumed from the newest", "checkpoints lost", "")
+    for name, tally in run.tallies.items():
+        table.add_row(name, str(tally.tried), str(tally.exact), str(tally.lost), tally.note)
+    Console(width=110).print(table)
+    good = same and all(tally.exact == tally.tried and not tally.lost for tally in run.tallies.values())
+    lives = len(list((run.run_dir / "logs").glob("attempt-*")))
+    print(f"{lives} lives; the trace of all of them and the export {'are' if same else 'are NOT'} those of the run that nobody harmed")
+    print(f"checkpoints lost: {sum(tally.lost for tally in run.tallies.values())}")
+    return 0 if good else 1
+
+
+def _trace(run_dir: Path) -> list[tuple[Any, ...]]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row.get(key) for key in KEYS) for row in rows]
+
+
+def _digest(folder: Path) -> str:
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"):
+        whole.update(path.name.encode() + b"\0" + path.read_bytes())
+    return whole.hexdigest()
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes in a folder that may be renamed or deleted meanwhile."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for entry in os.scandir(folder):
+            with contextlib.suppress(FileNotFoundError):
+                total += entry.stat().st_size
+    return total
+
+
+def _ranks(run_dir: Path) -> list[int]:
+    line = ["pgrep", "-f", f"m trainers {run_dir}/"]
+    return [int(pid) for pid in subprocess.run(line, capture_output=True, text=True, check=False, timeout=20).stdout.split()]
+
+
+def _wait_gone(run_dir: Path) -> None:
+    until = time.monotonic() + 60
+    while _ranks(run_dir):
+        if time.monotonic() > until:
+            raise Wrong(f"ranks of {run_dir} are still there a minute after they were killed")
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def _workplace(folder: Path | None) -> Iterator[Path]:
+    if folder is None:
+        made = Path(tempfile.mkdtemp(prefix="fulltune-chaos-"))
+        yield made
+        shutil.rmtree(made)  # where something went wrong it stays, to be looked at
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise Wrong(f"--dir {folder} exists and is not empty: name another directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder.resolve()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
