@@ -40,7 +40,7 @@ class LaunchConfig:
     gpus_per_node: int | None = None
     """GPUs of a machine; empty counts this machine's; 0 hides them and runs on CPUs."""
     rdzv_endpoint: str | None = None
-    """HOST:PORT where the nodes of a torchrun meet: one of them, reachable from all, the same on each."""
+    """HOST:PORT where the nodes of a torchrun meet: one of them, reachable from all, the same on each; one node needs none."""
     shutdown_s: int = 300
     """Seconds that ranks get to save after a signal before they are killed; raise it for large checkpoints."""
 
@@ -82,6 +82,11 @@ def ranks_per_node(launch: LaunchConfig) -> int:
 def world_size(launch: LaunchConfig) -> int:
     """Return the ranks of the whole run."""
     return launch.nodes * ranks_per_node(launch)
+
+
+def is_plain(launch: LaunchConfig) -> bool:
+    """Tell whether there is one rank only, and nowhere that it must meet others: a process without torchrun."""
+    return world_size(launch) == 1 and launch.rdzv_endpoint is None
 
 
 def validate_launch(launch: LaunchConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 
+from launcher.config import is_plain
 from launcher.job import Job, mark_failed, read_status
 from launcher.report import print_summary
 from trainers.config import ConfigError
@@ -26,7 +27,7 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
     if state == "done":
         print_summary(job.run_dir)
         return DONE
-    if state == "preempted" or code == STOPPED:
+    if state == "preempted" or (code == STOPPED and state != "failed"):
         done = f"with a checkpoint at step {status['step']}" if status.get("step") else "before the first step"
         _say(f"stopped {done}: the same command continues")
         return INTERRUPTED if interrupted else STOPPED
@@ -36,7 +37,7 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
     if state != "failed" and code == 0:
         return DONE  # on a machine without rank 0, which writes the status and may not have yet
     if state != "failed":
-        mark_failed(job, f"the ranks ended with exit code {code} and left no reason: killed from outside, or out of memory")
+        mark_failed(job, **_unsaid(job, code))
         status = read_status(job.run_dir)
     error = status["error"]
     if "setting" in error:
@@ -44,6 +45,16 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
     where = f"first on rank {error['rank']}" if "rank" in error else f"exit code {code}"
     _say(f"the run failed ({where}): {error.get('traceback') or error['message']}")
     return FAILED
+
+
+def _unsaid(job: Job, code: int) -> dict[str, object]:
+    """Return the error of ranks that left none."""
+    if code >= 0:
+        return {"message": f"the ranks ended with exit code {code} and left no reason"}
+    by = f"was killed by {signal.Signals(-code).name}" + (" (out of memory, or kill -9)" if code == -signal.SIGKILL else "")
+    if is_plain(job.launch):
+        return {"rank": 0, "message": f"rank 0 {by}"}
+    return {"message": f"torchrun's agent {by}, and its ranks with it"}
 
 
 def _say(text: str) -> None:

@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
+from launcher.process import KILL_AFTER_S
 from trainers.config import ConfigError, RunConfig, check_world, plain, validate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,7 @@ PACKAGES = (
     "numpy",
 )
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
+CHANGEABLE = ("train.step_timeout_s:", "limits.")
 OURS = {"config.yaml", "manifest.json", "status.json"}
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
 
@@ -150,7 +152,13 @@ def _never_began(run_dir: Path) -> bool:
 
 
 def _refuse_other_settings(job: Job) -> None:
-    changed = differences(frozen_settings(job), plain(job.run))
+    """Take a continued run's new limits, which change nothing of what is trained; raise ConfigError for any other setting that differs."""
+    found = differences(frozen_settings(job), plain(job.run))
+    changed = [line for line in found if not line.startswith(CHANGEABLE)]
+    if found and not changed:
+        temporary = job.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
+        temporary.write_text(frozen_text(job.run), encoding="utf-8")
+        temporary.replace(job.config_path)
     if changed:
         reason = "is a run with other settings\n" + "\n".join(f"    {line}" for line in changed)
         raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new, or the settings of this run")
@@ -245,9 +253,9 @@ def mark_submitted(job: Job) -> None:
     _write_status(job, {**status, "state": "submitted"})
 
 
-def mark_failed(job: Job, message: str) -> None:
-    """Record a failure that no rank could: they were killed."""
-    _write_status(job, {**read_status(job.run_dir), "state": "failed", "error": {"message": message}})
+def mark_failed(job: Job, **error: object) -> None:
+    """Record a failure that no rank could, with a `message`: they were killed, or are stopped."""
+    _write_status(job, {**read_status(job.run_dir), "state": "failed", "error": error | {"time": time.time()}})
 
 
 def _write_status(job: Job, status: dict[str, Any]) -> None:
@@ -260,21 +268,37 @@ def _write_status(job: Job, status: dict[str, Any]) -> None:
 def only_launcher(job: Job, wait_s: float = 2.0) -> Iterator[int]:
     """Hold this machine's lock on the run directory; yields its descriptor, for children to hold it too.
 
-    Raises ConfigError where another launcher, or ranks that it left behind, still hold it.
+    Raises ConfigError where another launcher still holds it. Ranks that a killed one left behind are saving, or are killed after
+    launch.shutdown_s: their end is awaited.
     """
     path = job.run_dir / f".launcher-{socket.gethostname()}.lock"
-    until = time.monotonic() + wait_s
+    began, said = time.monotonic(), False
     with path.open("a+") as lock:
         while not _locked(lock):
-            if time.monotonic() > until:
-                lock.seek(0)
-                reason = f"this run is still running on this machine (launcher's process {lock.read().strip()})"
+            lock.seek(0)
+            holder = lock.read().strip()
+            orphaned = holder.isdigit() and not _is_alive(int(holder))
+            if time.monotonic() > began + wait_s + (job.launch.shutdown_s + KILL_AFTER_S if orphaned else 0):
+                reason = f"this run is still running on this machine (launcher's process {holder})"
                 raise ConfigError("run_dir", str(job.run_dir), reason, "wait for its end, or stop it")
+            if orphaned and not said:
+                said = True
+                print(f"waiting for the ranks of launcher {holder}, which was killed, to save and end", file=sys.stderr, flush=True)
             time.sleep(0.1)
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
         yield lock.fileno()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _locked(lock: IO[str]) -> bool:

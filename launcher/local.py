@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 from launcher import process
-from launcher.config import ranks_per_node, world_size
+from launcher.config import is_plain, ranks_per_node, world_size
 from launcher.ending import settle
 from launcher.job import ROOT, Job, mark_submitted, only_launcher
+from launcher.silence import Silence
 
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
 
@@ -23,14 +24,14 @@ def submit(job: Job) -> int:
 
 def command(job: Job) -> list[str]:
     """Return the command that starts every rank."""
-    if ranks_per_node(job.launch) == 1:
+    if is_plain(job.launch):
         return [sys.executable, "-m", "trainers", str(job.config_path)]
     return torchrun(job, ["--standalone"])
 
 
 def commands(job: Job) -> list[str]:
     """Return the command, and what it amounts to for each rank, one line each."""
-    if ranks_per_node(job.launch) == 1:
+    if is_plain(job.launch):
         return [_line(job, command(job))]
     return [_line(job, command(job)), *rank_lines(job, "127.0.0.1")]
 
@@ -40,7 +41,7 @@ def start(job: Job, line: list[str]) -> int:
     with only_launcher(job) as lock:
         mark_submitted(job)
         sys.stdout.flush()
-        code, signalled = process.run(line, environment(job), job.launch.shutdown_s, keep_open=(lock,))
+        code, signalled = process.run(line, environment(job), job.launch.shutdown_s, keep_open=(lock,), is_lost=Silence(job).is_lost)
     return settle(job, code, signalled)
 
 

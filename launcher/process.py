@@ -15,10 +15,17 @@ PR_SET_PDEATHSIG = 1
 KILL_AFTER_S = 30  # beyond the time that ranks get to save: torchrun kills its workers first
 
 
-def run(command: list[str], environment: dict[str, str], shutdown_s: int, keep_open: tuple[int, ...] = ()) -> tuple[int, int | None]:
+def run(
+    command: list[str],
+    environment: dict[str, str],
+    shutdown_s: int,
+    keep_open: tuple[int, ...] = (),
+    is_lost: Callable[[], bool] = lambda: False,
+) -> tuple[int, int | None]:
     """Run a command in its own session; returns its exit code and the first signal that we got, or None.
 
-    A signal is passed on once; then the child has `shutdown_s` to save and end by itself before its session is killed.
+    A signal is passed on once; then the child has `shutdown_s` to save and end by itself before its session is killed, as it is
+    at once where `is_lost` says so, which is asked all the time.
     The child gets SIGTERM when this process dies, even by kill -9.
     """
     received: list[int] = []
@@ -34,7 +41,7 @@ def run(command: list[str], environment: dict[str, str], shutdown_s: int, keep_o
             preexec_fn=_end_with_parent(),
             pass_fds=keep_open,
         )
-        return _wait(child, received, shutdown_s), received[0] if received else None
+        return _wait(child, received, shutdown_s, is_lost), received[0] if received else None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -54,7 +61,7 @@ def _end_with_parent() -> Callable[[], None] | None:
     return ask_for_signal
 
 
-def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int) -> int:
+def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int, is_lost: Callable[[], bool]) -> int:
     deadline: float | None = None
     while True:
         try:
@@ -66,5 +73,5 @@ def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int) 
             print(f"{name}: waiting up to {shutdown_s} s for the ranks to save and stop", file=sys.stderr, flush=True)
             child.send_signal(signal.SIGTERM if received[0] == signal.SIGHUP else received[0])
             deadline = time.monotonic() + shutdown_s + KILL_AFTER_S
-        if deadline is not None and time.monotonic() > deadline:
+        if (deadline is not None and time.monotonic() > deadline) or is_lost():
             os.killpg(child.pid, signal.SIGKILL)

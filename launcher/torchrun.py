@@ -19,7 +19,12 @@ def submit(job: Job) -> int:
 
 def command(job: Job) -> list[str]:
     """Return the command that starts this machine's ranks, the same on every machine."""
-    return local.command(job) if job.launch.nodes == 1 else local.torchrun(job, _meeting(job, job.launch))
+    return local.torchrun(job, _meeting(job, job.launch)) if _meets(job.launch) else local.command(job)
+
+
+def _meets(launch: LaunchConfig) -> bool:
+    """Tell whether agents meet somewhere: a single one may too, where it is told to."""
+    return launch.nodes > 1 or launch.rdzv_endpoint is not None
 
 
 def _meeting(job: Job, launch: LaunchConfig) -> list[str]:
@@ -31,7 +36,7 @@ def _meeting(job: Job, launch: LaunchConfig) -> list[str]:
 
 def commands(job: Job) -> list[str]:
     """Return the command of each node, and what they amount to for each rank, one line each."""
-    if job.launch.nodes == 1:
+    if not _meets(job.launch):
         return local.commands(job)
     additions = [f"{name}={shlex.quote(value)}" for name, value in local.additions(job).items()]
     line = " ".join([*additions, shlex.join(command(job))])

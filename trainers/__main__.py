@@ -7,9 +7,11 @@ import hashlib
 import logging
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,19 @@ from trainers.model import Blueprint, check_export, export, flops_per_token, mak
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.status import Attempt, Superseded, read_json, write_json
+from trainers.status import SUPERSEDED, Attempt, Superseded, read_json, write_json
+from trainers.watchdog import Phase, watch
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
 STARTED = time.monotonic()
-DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED = 0, 1, 2, 75, 76
+DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
+"""What torch lets a collective wait: with a watchdog, which ends hung runs and names the rank, longer than any work."""
 REOPEN_BELOW = 2 << 30
 """Bytes of an export that rank 0 opens whole, as a user would."""
+ENDING_S = 60
+"""For the process group to end once all is done; some never do."""
 EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
 """Nats a token between trainer and reopened export."""
 
@@ -53,6 +60,10 @@ def main(path: str) -> int:
         world.watch_signals()
         config = load(path)
         check_world(config, world.size)
+        if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ:
+            attempt.set_status("submitted")  # forget how an earlier attempt ended, as the launcher does
+        watch.collectives, watch.flight_record = world.collectives, world.flight_record
+        watch.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, FAILED))
         return run(config, world, attempt)
     except Stopped as signal_name:
         log.info("%s before the first step: nothing to save", signal_name)
@@ -76,13 +87,12 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
     Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
     cleared that of an earlier attempt.
     """
+    at = time.time()
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, unwritten = True, ""
     try:
-        first = read_json(attempt.run_dir / "status.json").get("state") != "failed"
-        if first:
-            attempt.set_status("failed", error={"rank": world.rank, "exit_code": code} | error)
-    except (OSError, ValueError) as other:
+        first = attempt.record_failure({"rank": world.rank, "exit_code": code} | error, at)
+    except Exception as other:  # a full disk, no memory, a file that is no JSON
         unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
     log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s%s", world.rank, error.get("traceback") or error["message"], unwritten)
@@ -100,17 +110,20 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     data = prepare(config, progress=world.rank == 0)
     tokenizer = load_tokenizer(config)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
-    world.connect()
+    watch.enter(Phase.connecting)
+    world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest())
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
     _require_same_data(run_dir, data)
     attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
-    log_to(run_dir / "logs" / f"attempt-{attempt.number}", world.rank, world.size)
+    log_to(attempt.folder, world.rank, world.size)
+    watch.log_to(attempt.folder)
     if world.rank == 0:
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(run_dir, data, blueprint)
         attempt.set_status("running", attempt=attempt.number)
+    watch.enter(Phase.loading)
     with contextlib.closing(build_engine(config, world, blueprint)) as engine:
         return train_and_export(config, world, attempt, engine, data, blueprint, tokenizer)
 
@@ -138,6 +151,7 @@ def train_and_export(
     engine.report()
     stopped = outcome.stopped
     if not stopped:
+        watch.enter(Phase.exporting)
         try:
             finish(config, world, attempt, engine, data, blueprint, tokenizer, outcome)
         except Stopped:
@@ -146,8 +160,18 @@ def train_and_export(
     world.barrier()  # rank 0 may still be waiting for a mirror: all end together
     if stopped:
         log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
+    watch.stop()
+    code = STOPPED if stopped else DONE
+    _exit_after(ENDING_S, code)
     world.disconnect()
-    return STOPPED if stopped else DONE
+    return code
+
+
+def _exit_after(seconds: float, code: int) -> None:
+    """End this process with `code` if it is still there then."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
 
 
 def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) -> None:
@@ -229,6 +253,7 @@ def heedful(weights: Iterator[tuple[str, torch.Tensor]], world: World, attempt: 
     for item in weights:
         if world.any(world.signalled is not None)[0]:
             raise Stopped("a signal while exporting")
+        watch.beat()
         yield item
     attempt.require_current()
 
@@ -282,7 +307,12 @@ if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(f"{__doc__}\n\nThe launcher writes that file and starts this: python -m launcher --help", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    code = main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a mirror that hangs or a half-dead process group must not hold the exit
+    code = FAILED
+    try:
+        code = main(sys.argv[1])
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # saying why it failed has failed: no memory, a closed pipe
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # a mirror that hangs or a half-dead process group must not hold the exit

@@ -6,8 +6,10 @@ Torch's own agent, without its traceback after a rank has said what went wrong, 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,44 +17,58 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.status import newest_attempt, read_json, set_status
+from trainers.status import newest_attempt, read_json, record_failure
+from trainers.watchdog import read_beats, send
 
 FAILED = 1
 TOGETHER_S = 10
+"""A rank that fails so shortly before another one is found killed has most likely failed because of that."""
+LATE_S = 15
+"""For ranks to end by themselves once the run has failed: those that save get longer only while it has not."""
 
 
 def main(arguments: list[str]) -> int:
     """Run torch's agent to its end; returns the exit code of the first rank that failed, or 0."""
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ["FULLTUNE_AGENT"] = str(os.getpid())  # ranks end with this process, also where it ends before they could ask for that
     run_dir = Path(arguments[-1]).parent
     before = newest_attempt(run_dir)
+    threading.Thread(target=_end_late_ranks, args=(run_dir,), daemon=True).start()
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        said = [failure for failure in error.failures.values() if failure.exitcode > 0]
-        own = {-signal.SIGTERM} if said else set()  # this agent's, of a rank too young to take it, because another one failed
-        killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0 and failure.exitcode not in own]
+        failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)  # where equal, in the order they were found in
+        said = [failure for _, failure in failures if failure.exitcode > 0]
+        killed = [(rank, failure) for rank, failure in failures if failure.exitcode == -signal.SIGKILL]
+        if failures[0][1].exitcode < 0 and not (said and failures[0][1].exitcode == -signal.SIGTERM):
+            killed = failures  # others that die of a signal do so because another rank failed: NCCL aborts, this agent sends SIGTERM
         if not killed:
-            return int(min(said, key=lambda failure: failure.timestamp).exitcode)
+            return int(said[0].exitcode)
         rank, failure = killed[0]
+        name = signal.Signals(-failure.exitcode).name
+        why = " (out of memory, or kill -9)" if name == "SIGKILL" else ""
+        cause = {"rank": rank, "exit_code": failure.exitcode, "message": f"rank {rank} was killed by {name}{why}"}
         if newest_attempt(run_dir) <= before + 1:  # else another attempt has started after ours
-            _record_kill(run_dir, rank, signal.Signals(-failure.exitcode).name)
+            record_failure(run_dir, cause, at=failure.timestamp, together_s=TOGETHER_S)
         return FAILED
     except SignalException:
         return FAILED
     return 0
 
 
-def _record_kill(run_dir: Path, rank: int, name: str) -> None:
-    """Name the rank that was killed: the others fail because of it, and only they can write status.json.
-
-    Where a rank gave its reason well before, the kill is this agent's own, of a rank that did not end in time.
-    """
-    known = read_json(run_dir / "status.json")
-    if known.get("state") == "failed" and time.time() - known.get("time", 0) > TOGETHER_S:
-        return
-    why = " (out of memory, or kill -9)" if name == "SIGKILL" else ""
-    set_status(run_dir, "failed", error={"rank": rank, "message": f"rank {rank} was killed by {name}{why}"})
+def _end_late_ranks(run_dir: Path) -> None:
+    """Kill the ranks that are still there LATE_S after the run has failed: one that is stopped or hangs takes no signal."""
+    known = {} if "FULLTUNE_LAUNCHER" in os.environ else read_json(run_dir / "status.json")
+    while True:
+        time.sleep(1)
+        try:
+            status = read_json(run_dir / "status.json")
+        except (OSError, ValueError):
+            continue
+        if status.get("state") != "failed" or status.get("error") == known.get("error"):
+            continue
+        time.sleep(LATE_S)
+        send(read_beats(run_dir).values(), run_dir, signal.SIGKILL)
 
 
 if __name__ == "__main__":

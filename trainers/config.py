@@ -381,6 +381,8 @@ class TrainConfig:
     """A spike is a loss or gradient norm so many robust standard deviations above the median of the last 100 steps."""
     sample_tokens: int = 64
     """Longest sample answer made from the export at the end, in tokens; 0 makes none."""
+    step_timeout_s: float | None = 1800.0
+    """Seconds for an optimizer step before the run is ended as hung, naming the rank; empty never. The first step gets five times that."""
     deterministic: bool = False
     """Bitwise repeatable kernels on a GPU; slower."""
 
@@ -403,6 +405,22 @@ class CheckpointConfig:
     """Copy the state to host memory, where a node has twice the room, and write it while training goes on; false waits."""
     strict: bool = False
     """End the run when a checkpoint cannot be written; otherwise it goes on and tries again while there is an older one."""
+
+
+@dataclass(kw_only=True)
+class LimitsConfig:
+    """Seconds without progress outside of steps after which a run is ended as hung; empty is for ever. A continued run may change them."""
+
+    prepare_s: float | None = 3600.0
+    """Preparing data and meeting the other ranks: begins anew with each 512 rows, and each 64 MiB downloaded, read or written."""
+    load_s: float | None = 3600.0
+    """Loading weights or a checkpoint: begins anew with each tensor, and each 64 MiB read."""
+    evaluate_s: float | None = 1800.0
+    """Evaluating: begins anew with each microbatch."""
+    save_s: float | None = 3600.0
+    """Saving a checkpoint: begins anew with each 64 MiB that a rank writes."""
+    export_s: float | None = 3600.0
+    """Exporting and checking the export: begins anew with each tensor, and each 64 MiB read or written."""
 
 
 @dataclass(kw_only=True)
@@ -441,6 +459,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -506,11 +525,17 @@ POSITIVE = (
     "train.eval_microbatch",
     "train.patience",
     "train.max_skipped",
+    "train.step_timeout_s",
     "train.spike_threshold",
     "checkpoint.every",
     "checkpoint.every_minutes",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
+    "limits.prepare_s",
+    "limits.load_s",
+    "limits.evaluate_s",
+    "limits.save_s",
+    "limits.export_s",
     "log.peak_tflops",
 )
 NOT_NEGATIVE = (

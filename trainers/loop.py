@@ -21,7 +21,8 @@ from trainers.engines.base import Engine
 from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops
 from trainers.objectives import CHOICES, Objective
 from trainers.spikes import Spikes
-from trainers.status import Attempt, Superseded, read_json
+from trainers.status import Attempt, Superseded
+from trainers.watchdog import Phase, watch
 from trainers.world import World, seed_step
 
 log = logging.getLogger("fulltune")
@@ -92,7 +93,7 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
     """
     engine.train(False)
     total, weight = 0.0, 0
-    for batch in batches:
+    for batch in watch.each(batches):
         if world.any(world.signalled is not None)[0]:
             return None
         weight += objective.weight(batch)
@@ -206,11 +207,13 @@ class Training:
         return self.evaluated_at == progress.step
 
     def _save(self, progress: Progress, wait: bool = False) -> None:
+        watch.enter(Phase.saving, progress.step)
         eval_loss = self.outcome.eval_losses[-1] if self._judged(progress) and self.outcome.eval_losses else None
         self.checkpointer.save(self.engine, progress, eval_loss, wait)
 
     def _step(self, progress: Progress) -> Progress:
         """Take one optimizer step over the rows that (seed, step) names."""
+        watch.enter(Phase.step, progress.step + 1)
         started = time.perf_counter()
         seed_step(self.config.seed, progress.step, self.world.rank)
         row_ids = self.loader.row_ids(progress.step, progress.ahead)
@@ -271,6 +274,7 @@ class Training:
         if self.config.train.on_spike is OnSpike.stop:
             self._save(progress, wait=True)
             raise TrainingFailed(f"step {progress.step + 1} was not taken: {spike}; look at its rows with python -m tools.show_batch")
+        watch.enter(Phase.loading)
         self.checkpointer.finish()
         self.rollbacks = self.rollbacks + 1 if self.back_at == self.checkpointer.saved_step else 1
         self.back_at = self.checkpointer.saved_step
@@ -333,8 +337,7 @@ class Training:
         )
         if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
             self.status_at = time.monotonic()
-            if read_json(self.attempt.run_dir / "status.json").get("state") != "failed":  # by another rank, just now
-                self.attempt.set_status("running", step=progress.step, num_steps=self.loader.num_steps)
+            self.attempt.set_status("running", step=progress.step, num_steps=self.loader.num_steps)
 
     def _eval_due(self, step: int) -> bool:
         every = self.config.train.eval_every
@@ -342,6 +345,7 @@ class Training:
 
     def _evaluate(self, progress: Progress) -> None:
         assert self.data.eval is not None
+        watch.enter(Phase.evaluating, progress.step)
         rows = self.config.train.eval_microbatch or self.config.train.microbatch
         batches = eval_batches(self.data.eval, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.loader.pad_id)
         result = evaluate(self.engine, self.objective, batches, self.world)

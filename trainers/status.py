@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+SUPERSEDED = 76
+"""Exit code of a rank that a newer attempt has taken the place of."""
 LOOK_EVERY_S = 1.0
+LOCK_WAIT_S = 3.0
 
 
 def write_json(path: Path, value: object) -> None:
@@ -32,14 +37,40 @@ def read_json(path: Path) -> dict[str, Any]:
 def set_status(run_dir: Path, state: str, **more: object) -> None:
     """Update status.json: the state and whatever else is known; other keys stay.
 
-    A failed attempt stays failed: the ranks that did not fail are stopped because of it, and say so.
+    A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
     """
-    known = read_json(run_dir / "status.json")
-    if state == "preempted" and known.get("state") == "failed":
-        return
-    if state != "failed":
+    with _alone(run_dir):
+        known = read_json(run_dir / "status.json")
+        if known.get("state") == "failed" and state != "submitted":
+            return
         known.pop("error", None)
-    write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
+        write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
+
+
+def record_failure(run_dir: Path, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
+    """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was."""
+    with _alone(run_dir):
+        known = read_json(run_dir / "status.json")
+        if known.get("state") == "failed" and known.get("error", {}).get("time", 0.0) <= at - together_s:
+            return False
+        write_json(run_dir / "status.json", known | {"state": "failed", "time": time.time(), "error": error | {"time": at}})
+    return True
+
+
+@contextlib.contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from status.json between reading and writing; for LOCK_WAIT_S at most, since its holder may be stopped."""
+    until = time.monotonic() + LOCK_WAIT_S
+    with (run_dir / ".status.lock").open("a") as lock:
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.02)
+            except OSError:  # a file system without locks
+                break
+        yield
 
 
 class Superseded(Exception):
@@ -55,6 +86,11 @@ def newest_attempt(run_dir: Path) -> int:
         return int((run_dir / "logs" / "attempt").read_text())
     taken = [path.name.removeprefix("attempt-") for path in (run_dir / "logs").glob("attempt-*")]
     return max((int(number) for number in taken if number.isdigit()), default=0)
+
+
+def attempt_folder(run_dir: Path, number: int) -> Path:
+    """Return the log folder of an attempt."""
+    return run_dir / "logs" / f"attempt-{number}"
 
 
 @dataclass
@@ -74,7 +110,7 @@ class Attempt:
         number = newest_attempt(self.run_dir) + 1
         while True:
             try:
-                (logs / f"attempt-{number}").mkdir()
+                attempt_folder(self.run_dir, number).mkdir()
                 break
             except FileExistsError:
                 number += 1
@@ -100,3 +136,12 @@ class Attempt:
         """Update status.json, unless it is a newer attempt's."""
         if self.is_current(at_once=True):
             set_status(self.run_dir, state, **more)
+
+    def record_failure(self, error: dict[str, Any], at: float) -> bool:
+        """Mark the run failed, unless it is a newer attempt's or an earlier failure is known; tell whether this is the first."""
+        return self.is_current(at_once=True) and record_failure(self.run_dir, error, at)
+
+    @property
+    def folder(self) -> Path:
+        """Its log folder; until it has a number, the one that it will get if no other begins at the same time."""
+        return attempt_folder(self.run_dir, self.number or newest_attempt(self.run_dir) + 1)

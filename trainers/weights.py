@@ -31,6 +31,7 @@ from transformers.core_model_loading import (
 
 from trainers.errors import ConfigError
 from trainers.stored import FLOATS, Weights, listed
+from trainers.watchdog import watch
 
 log = logging.getLogger("fulltune")
 
@@ -442,7 +443,7 @@ def materialise(model: PreTrainedModel, device: torch.device) -> None:
 def load_parts(origin: Origin, parts: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
     """Write this rank's parts, each with its offset in the whole tensor, by name; raises RuntimeError if any stays unwritten."""
     names = origin.names()
-    for name in names:
+    for name in watch.each(names):
         part, offset = parts[name]
         if part.numel():
             part.copy_(origin.read(name, offset, part.shape))

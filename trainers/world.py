@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,12 @@ class Stopped(BaseException):
     """A signal came where no step is being taken; like KeyboardInterrupt, no `except Exception` may catch it."""
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent ends, however it ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to kill this process when its parent ends, however it ends; end where `parent` has ended before."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,8 @@ class World:
     """The signal that asked this rank to stop; set by the handler, read at step boundaries."""
     group: dist.ProcessGroup | None = None
     """The process group of the sums below; None is the one of all tensors."""
+    collective_s: int = 1800
+    """Seconds that torch lets a collective wait."""
     interruptible: bool = True
     """Nothing is to be saved yet: a signal raises Stopped at once instead of waiting for a step to end."""
 
@@ -62,7 +66,8 @@ class World:
 
     def watch_signals(self) -> None:
         """Let signals set the stop flag (and, before the first step, raise Stopped); let the kernel end this rank with its parent."""
-        die_with_parent()
+        agent = os.environ.get("FULLTUNE_AGENT")
+        die_with_parent(int(agent) if agent else None)
         for number in STOP_SIGNALS:
             signal.signal(number, self._flag)
         signal.signal(signal.SIGALRM, self._raise_again)
@@ -86,8 +91,10 @@ class World:
 
     def connect(self, timeout_s: int = 1800) -> None:
         """Start the process group: gloo for CPU tensors always, nccl for CUDA tensors where there is a GPU."""
+        self.collective_s = timeout_s
         limit = datetime.timedelta(seconds=timeout_s)
         if self.device.type == "cuda":
+            os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # collectives that NCCL's flight record keeps
             torch.cuda.set_device(self.device)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         if self.size == 1 and "MASTER_ADDR" not in os.environ:
@@ -97,12 +104,28 @@ class World:
 
     def beside(self) -> World:
         """Return a World of the same ranks with a process group of its own, for a thread; collective."""
-        return replace(self, group=dist.new_group(backend="gloo") if self.size > 1 else None)
+        limit = datetime.timedelta(seconds=self.collective_s)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=limit) if self.size > 1 else None)
 
     def disconnect(self) -> None:
         """End the process group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def collectives(self) -> int:
+        """Return how many collectives this rank has begun, over all process groups; 0 where torch does not say."""
+        if not dist.is_initialized():
+            return 0
+        try:
+            groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+            return sum(group._get_backend(kind)._get_sequence_number_for_group() for group in groups for kind in group._device_types)
+        except (AttributeError, RuntimeError):
+            return 0
+
+    def flight_record(self) -> bytes | None:
+        """Return NCCL's record of its last collectives, pickled; None without a GPU."""
+        dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None) if self.device.type == "cuda" else None
+        return bytes(dump()) if dump is not None else None
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the element-wise sum over ranks, in float64."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainers.config import ConfigError
+from trainers.watchdog import watch
 
 POLL_S = 0.2
 REMIND_S = 30.0
@@ -41,7 +42,7 @@ def build_once(root: Path, name: str, build: Callable[[Path], None], what: str) 
         return folder, True
     _require_writable(root)
     lock = FileLock(root / f"{name}.lock")
-    _acquire(lock, root / f"{name}.holder", what)
+    _acquire(lock, root, name, what)
     try:
         if folder.is_dir():
             return folder, True
@@ -96,12 +97,14 @@ def _require_writable(root: Path) -> None:
         raise ConfigError("data.prepared_dir", str(root), f"cannot be written: {error.strerror}", remedy) from None
 
 
-def _acquire(lock: object, holder: Path, what: str) -> None:
+def _acquire(lock: object, root: Path, name: str, what: str) -> None:
     from filelock import FileLock, Timeout
 
     assert isinstance(lock, FileLock)
-    said = float("-inf")
+    said, holder, size = float("-inf"), root / f"{name}.holder", -1
     while True:
+        if size != (size := _size_of(root, name)):
+            watch.beat()  # whoever makes it, of this run or another, gets on
         try:
             lock.acquire(timeout=POLL_S)
             return
@@ -110,6 +113,11 @@ def _acquire(lock: object, holder: Path, what: str) -> None:
             if time.monotonic() - said >= REMIND_S and not quiet:
                 print(f"waiting for {what}: {_named(holder)} is making it (lock {lock.lock_file})", file=sys.stderr, flush=True)
                 said = time.monotonic()
+
+
+def _size_of(root: Path, name: str) -> int:
+    """Return the bytes of `name` that are there so far."""
+    return sum(path.stat().st_size for path in root.glob(f"tmp-{name}-*/*.raw"))
 
 
 def _named(holder: Path) -> str:

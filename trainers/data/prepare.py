@@ -28,6 +28,7 @@ from trainers.data.pack import one_each, pack
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from trainers.watchdog import watch
 from trainers.world import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:
@@ -183,6 +184,7 @@ def _encode_all(config: RunConfig, encoder: Encoder, path: str | None, store: St
             break
         store.add(documents)
         advance(documents.counts["rows"])
+        watch.beat()
     if bad and not config.data.skip_bad_rows:
         lines = "".join(f"\n  {line}" for line in bad[:SHOWN])
         raise ConfigError("data.path", path, f"has bad rows; the first ones:{lines}", "mend them, or data.skip_bad_rows=true")

@@ -1,0 +1,451 @@
+"""No run hangs for ever and no death is messy: who failed, where and why is said, everything is gone soon, the same command goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import ROOT, arguments, environment, launch, read_rows, wait_for_step, wait_until_gone
+from conftest import free_port
+
+from launcher.compose import compose
+from launcher.job import freeze, make_job
+from launcher.silence import LATER_S, Silence
+from trainers.config import ConfigError, load
+from trainers.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge
+
+SOON_S = 60
+FAULTS = """
+# FAULT=rank:step:what:folder: strikes that rank in that step, once: where the folder is not there yet
+import importlib.abc, importlib.util, os, pathlib, sys, time
+
+RANK, STEP, WHAT, ONCE = os.environ["FAULT"].split(":", 3)
+
+def strike():
+    pathlib.Path(ONCE).mkdir()
+    if WHAT == "raise":
+        raise ValueError("the fault of this test")
+    if WHAT == "kill":
+        os.kill(os.getpid(), 9)
+    if WHAT == "gil":
+        import ctypes
+        libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(256)
+        libc.pthread_mutex_lock(mutex)
+        libc.pthread_mutex_lock(mutex)  # waits for itself, without a way for other threads to run
+    if WHAT == "sleep":
+        time.sleep(1000)
+    if WHAT == "memory":
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        return bytearray(64 << 30)
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name not in ("trainers.loop", "trainers.data.prepare"):
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            if name == "trainers.loop":
+                step = module.Training._step
+                def faulty(self, progress):
+                    if progress.step == int(STEP) and not os.path.exists(ONCE):
+                        self.engine.backward = lambda *arguments, **options: strike()
+                    return step(self, progress)
+                module.Training._step = faulty
+            elif STEP == "-1":
+                prepare = module.prepare
+                module.prepare = lambda *a, **k: (None if os.path.exists(ONCE) else strike(), prepare(*a, **k))[1]
+        spec.loader.exec_module = exec_module
+        return spec
+
+if os.environ.get("RANK", "0") == RANK:
+    sys.meta_path.insert(0, Finder())
+"""
+
+
+def with_fault(cache: Path, folder: Path, rank: int, step: int, what: str) -> dict[str, str]:
+    """The environment of a run of which one rank strikes once; step -1 is while data are prepared."""
+    (folder / "faults").mkdir()
+    (folder / "faults" / "sitecustomize.py").write_text(FAULTS)
+    return environment(cache) | {
+        "PYTHONPATH": os.pathsep.join([str(folder / "faults"), str(ROOT)]),
+        "FAULT": f"{rank}:{step}:{what}:{folder / 'struck'}",
+    }
+
+
+@contextmanager
+def started(line: list[str], variables: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(line, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        for pid in pids_of(Path(next(word for word in line if word.startswith("run_dir=")).removeprefix("run_dir="))):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def pids_of(run_dir: Path, rank: int | None = None) -> list[int]:
+    """Processes of a run, the agent with them, or of one rank."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = folder.joinpath("cmdline").read_bytes().split(b"\0")
+            variables = folder.joinpath("environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(run_dir / "config.yaml").encode() in line and (rank is None or f"RANK={rank}".encode() in variables):
+            found.append(int(folder.name))
+    return found
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return status
+
+
+def finish(process: subprocess.Popen[str], run_dir: Path, expect: int = 1) -> str:
+    """Wait for the end, soon; everything is gone then."""
+    began = time.monotonic()
+    said = process.communicate(timeout=SOON_S)[0]
+    assert process.returncode == expect, said
+    wait_until_gone(run_dir, max(0.5, SOON_S - (time.monotonic() - began)))
+    print(f"gone after {time.monotonic() - began:.1f} s")
+    return said
+
+
+def goes_on(cache: Path, line: list[str], run_dir: Path) -> None:
+    """The same command finishes the run, at once."""
+    launch(cache, line)
+    assert status_of(run_dir)["state"] == "done"
+    steps = [row["step"] for row in read_rows(run_dir) if "loss" in row]
+    assert steps == list(range(1, steps[-1] + 1))
+
+
+def stacks_of(run_dir: Path, rank: int) -> str:
+    return "".join(path.read_text() for path in run_dir.glob(f"logs/attempt-1/rank-{rank}.log"))
+
+
+STEPS = ("train.steps=60", "checkpoint.every=5", "train.eval_every=null")
+
+
+def test_a_stopped_rank_is_named_by_the_others(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS, "train.step_timeout_s=4")
+    with started(line, environment(cache)) as process:
+        wait_for_step(run_dir, 6, process)
+        for pid in pids_of(run_dir, rank=1):
+            os.kill(pid, signal.SIGSTOP)
+        said = finish(process, run_dir)
+    error = status_of(run_dir)["error"]
+    assert (status_of(run_dir)["state"], error["rank"], error["ranks"]) == ("failed", 1, [1])
+    for words in ("rank 1 has not been heard of for", "is stopped", "rank 0 waits in", "train.step_timeout_s"):
+        assert words in said.splitlines()[-1]
+    for rank in range(2):
+        assert "most recent call first" in stacks_of(run_dir, rank), rank
+    goes_on(cache, [*line, "train.step_timeout_s=100"], run_dir)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("raise", ["ValueError: the fault of this test", "Traceback"]),
+        pytest.param("memory", ["MemoryError", "Traceback"], marks=pytest.mark.slow),
+        pytest.param("kill", ["rank 1 was killed by SIGKILL (out of memory, or kill -9)"], marks=pytest.mark.slow),
+        pytest.param("sleep", ["rank 1 did not arrive: it is in step 8, at trainers/loop.py", "sitecustomize.py"], marks=pytest.mark.slow),
+        pytest.param("gil", ["rank 1 has not been heard of for", "is alive", "rank 0 waits in step 8"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_fails_in_a_step_is_named(base: Path, chats: Path, cache: Path, tmp_path: Path, what: str, words: list[str]) -> None:
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS, "train.step_timeout_s=4")
+    with started(line, with_fault(cache, tmp_path, rank=1, step=7, what=what)) as process:
+        wait_for_step(run_dir, 7, process)
+        said = finish(process, run_dir)
+    status = status_of(run_dir)
+    assert (status["state"], status["error"]["rank"]) == ("failed", 1)
+    last = said[said.index("the run failed (first on rank 1)") :]
+    written = status["error"].get("traceback", status["error"]["message"])
+    assert last.strip().endswith(written.strip())
+    assert all(word in last for word in words), last
+    if what in ("sleep", "gil"):
+        assert "in strike" in stacks_of(run_dir, 1)
+        assert "most recent call first" in stacks_of(run_dir, 0)
+    goes_on(cache, line, run_dir)
+
+
+def test_kill_9_of_torchrun_or_launcher_leaves_nothing_and_the_same_command_goes_on(
+    base: Path, chats: Path, cache: Path, tmp_path: Path
+) -> None:
+    """At once, at the same port, and while the ranks that a killed launcher left behind still save."""
+    run_dir = tmp_path / "run"
+    meeting = ("launch=torchrun", f"launch.rdzv_endpoint=localhost:{free_port()}")
+    line = arguments(base, chats, run_dir, *STEPS, *meeting)
+    with started(line, environment(cache)) as process:
+        wait_for_step(run_dir, 6, process)
+        os.kill(child_of(process.pid), signal.SIGKILL)
+        said = finish(process, run_dir)
+    assert "torchrun's agent was killed by SIGKILL" in said.splitlines()[-1]
+    assert status_of(run_dir)["state"] == "failed"
+    with started(line, environment(cache)) as process:
+        wait_for_step(run_dir, read_rows(run_dir)[-1]["step"] + 6, process)
+        process.kill()
+        goes_on(cache, line, run_dir)
+    wait_until_gone(run_dir, 10)
+
+
+@pytest.mark.slow
+def test_kill_9_of_torchrun_takes_ranks_that_have_only_just_begun(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """They still import torch, and cannot have asked the kernel to end with their parent."""
+    run_dir = tmp_path / "run"
+    with started(arguments(base, chats, run_dir), environment(cache)) as process:
+        until = time.monotonic() + SOON_S
+        while not pids_of(run_dir, rank=0):
+            assert time.monotonic() < until
+        os.kill(child_of(process.pid), signal.SIGKILL)
+        finish(process, run_dir)
+        assert not (run_dir / "ranks").exists()
+
+
+def child_of(pid: int) -> int:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True, timeout=10).stdout.split()
+    assert len(found) == 1
+    return int(found[0])
+
+
+@pytest.mark.slow
+def test_a_rank_without_others_is_watched_by_the_launcher(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS, "train.step_timeout_s=4", "launch.processes=1")
+    with started(line, environment(cache)) as process:
+        wait_for_step(run_dir, 6, process)
+        os.kill(child_of(process.pid), signal.SIGSTOP)
+        said = finish(process, run_dir)
+    assert "rank 0 has not been heard of for" in said.splitlines()[-1]
+    assert (status_of(run_dir)["state"], status_of(run_dir)["error"]["ranks"]) == ("failed", [0])
+    assert "most recent call first" in stacks_of(run_dir, 0)
+    goes_on(cache, [*line, "train.step_timeout_s=100"], run_dir)
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_while_it_prepares_is_named(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Before there is a process group, and before the attempt has a number."""
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS, "limits.prepare_s=6")
+    with started(line, with_fault(cache, tmp_path, rank=1, step=-1, what="sleep")) as process:
+        said = finish(process, run_dir)
+    assert "rank 1 did not arrive: it is in preparing data, at trainers/__main__.py" in said.splitlines()[-1]
+    assert "limits.prepare_s" in said.splitlines()[-1]
+    assert "in strike" in stacks_of(run_dir, 1)
+    goes_on(cache, [*line, "limits.prepare_s=100"], run_dir)
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_does_not_hold_up_a_run_that_is_asked_to_end(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """launch.shutdown_s is for ranks that save: not for one that is stopped, once the others have said so."""
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS, "train.step_timeout_s=4")
+    with started(line, environment(cache)) as process:
+        wait_for_step(run_dir, 6, process)
+        for pid in pids_of(run_dir, rank=0):
+            os.kill(pid, signal.SIGSTOP)
+        process.terminate()
+        said = finish(process, run_dir)
+    assert "rank 0 has not been heard of for" in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_rank_that_comes_back_in_time_is_left_alone(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Stopped longer than the limit as well, where all are: a job that is suspended and resumed."""
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS, "train.step_timeout_s=8")
+    with started(line, environment(cache)) as process:
+        wait_for_step(run_dir, 6, process)
+        for pids, seconds in ((pids_of(run_dir, rank=1), 3), ([process.pid, *pids_of(run_dir)], 14)):
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            time.sleep(seconds)
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+        finish(process, run_dir, expect=0)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watchdog(clock: Clock) -> Watchdog:
+    watch = Watchdog(clock)
+    watch.limits = dict.fromkeys(Phase, 10.0)
+    return watch
+
+
+def test_time_counts_from_the_last_beat_and_the_first_step_gets_more() -> None:
+    clock = Clock()
+    watch = watchdog(clock)
+    watch.enter(Phase.step, 1)
+    assert watch.limit_s() == 10 * FIRST_STEP
+    watch.enter(Phase.evaluating, 1)
+    clock.now += 9
+    for _ in watch.each(range(3)):
+        clock.now += 9
+    assert watch.idle_s() == 9
+    watch.enter(Phase.step, 2)
+    assert (watch.limit_s(), watch.idle_s()) == (10, 0)
+    clock.now += 10.5
+    assert watch._is_overdue()
+    watch.limits[Phase.step] = None
+    assert not watch._is_overdue()
+
+
+def test_a_process_that_was_stopped_is_not_overdue_when_it_goes_on() -> None:
+    clock = Clock()
+    watch = watchdog(clock)
+    watch.enter(Phase.saving)
+    watch.wrote = float("inf")  # writes nothing
+    clock.now += 3600
+    watch._tick()
+    assert watch.idle_s() < 3
+    watch.beat()
+    for _ in range(9):
+        clock.now += 1
+        watch._tick()
+    assert watch.idle_s() == 9
+
+
+def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 100.0, **more: Any) -> Beat:
+    fields = {"host": "elsewhere", "pid": 7, "limit_s": 10.0, "stack": ("trainers/loop.py:1 in _step",), "written": 50.0} | more
+    return Beat(rank=rank, collectives=collectives, phase=phase, step=7, idle_s=idle_s, **fields)
+
+
+@pytest.mark.parametrize(
+    ("beats", "silent", "ranks", "words"),
+    [
+        ([beat(0), beat(1, 4), beat(2)], [], [1], "rank 1 did not arrive: it is in step 7, at trainers/loop.py:1 in _step; rank 0 waits"),
+        ([beat(0), beat(1, 4), beat(2)], [2], [2], "rank 2 has not been heard of for 10 s (process 7 on elsewhere): it was in step 7"),
+        ([beat(0), beat(1), beat(2)], [], [0, 1, 2], "no rank goes on: all 3 are equally far"),
+        ([beat(0)], [], [0], "rank 0 does not go on"),
+        (
+            [beat(0, 0, "connecting"), beat(1, 0, Phase.preparing), beat(2, 0, Phase.preparing)],
+            [],
+            [1, 2],
+            "ranks 1, 2 did not arrive: rank 1",
+        ),
+        ([beat(0), Beat(rank=1, limit_s=10.0)], [1], [1], "rank 1 never began; rank 0 waits"),
+    ],
+)
+def test_who_holds_all_up(beats: list[Beat], silent: list[int], ranks: list[int], words: str) -> None:
+    verdict = judge({beat.rank: beat for beat in beats}, silent)
+    assert [beat.rank for beat in verdict.culprits] == ranks
+    assert words in verdict.message(60.0, "why")
+    assert verdict.left_s(60.0) < 0
+
+
+def test_a_rank_that_is_waited_for_and_gets_on_is_not_held_up_to_it() -> None:
+    """Rank 0 exports tensor by tensor for hours, the others wait for it far longer than their own limits."""
+    beats = {0: beat(0, 4, "exporting", idle_s=1.0, limit_s=3600.0), 1: beat(1, 5, "exporting", idle_s=9e4, limit_s=3600.0)}
+    assert judge(beats, []).left_s(50.0) == 3599.0
+
+
+def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:
+    from trainers.status import record_failure, set_status
+
+    assert record_failure(tmp_path, {"rank": 0}, at=20.0)
+    assert not record_failure(tmp_path, {"rank": 1}, at=21.0)
+    assert record_failure(tmp_path, {"rank": 2}, at=19.0)
+    assert not record_failure(tmp_path, {"rank": 3}, at=28.0, together_s=5.0)
+    assert record_failure(tmp_path, {"rank": 4}, at=22.0, together_s=5.0)
+    set_status(tmp_path, "running", attempt=3)
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["error"]["rank"]) == ("failed", 4)
+
+
+@pytest.mark.parametrize(
+    ("codes", "named"),
+    [
+        ([(0, 1), (1, -9)], 1),  # rank 0 failed because rank 1 was gone
+        ([(1, -9), (0, -9)], 1),  # rank 0 had to be killed
+        ([(1, 1), (0, -6)], None),  # NCCL aborts where another rank ended
+        ([(1, -6), (0, 1)], 1),
+        ([(0, 2), (1, -15)], None),
+    ],
+)
+def test_the_agent_names_the_rank_that_was_killed_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codes: list[tuple[int, int]], named: int | None
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from trainers import agent
+
+    (tmp_path / "status.json").write_text("{}")
+    failures = {rank: ProcessFailure(rank, 1, code, "no file") for rank, code in codes}
+
+    def fail(_arguments: list[str]) -> None:
+        raise ChildFailedError("trainers", failures)
+
+    monkeypatch.setattr(agent.run, "main", fail)
+    monkeypatch.setattr(agent, "_end_late_ranks", lambda run_dir: None)
+    monkeypatch.delenv("FULLTUNE_AGENT", raising=False)
+    code = agent.main([str(tmp_path / "config.yaml")])
+    monkeypatch.delenv("FULLTUNE_AGENT")
+    assert code == (1 if named is not None else codes[0][1])
+    assert status_of(tmp_path).get("error", {}).get("rank") == named
+
+
+def test_the_launcher_gives_up_when_no_rank_writes_any_more(tmp_path: Path) -> None:
+    job = make_job(compose(["+exp=quickstart_base", f"run_dir={tmp_path}/out", "limits.prepare_s=30"]))
+    (job.run_dir / "ranks").mkdir(parents=True)
+    written = write_beat(job.run_dir, 0, 100.0)
+    clock = Clock()
+    watch = Silence(job, clock)
+    assert not passes(watch, clock, 30 + LATER_S - 1), "nothing of this attempt yet, and all of limits.prepare_s to write it in"
+    write_beat(job.run_dir, 0, written + 1)
+    assert not passes(watch, clock, 6 + LATER_S), "10 s for a step, of which 4 had passed"
+    clock.now += 3600  # this launcher was stopped as well
+    assert passes(watch, clock, 5)
+    assert status_of(job.run_dir)["error"]["message"].startswith("rank 0 has not been heard of for")
+
+
+def write_beat(run_dir: Path, rank: int, written: float) -> float:
+    path = run_dir / "ranks" / f"rank-{rank}.json"
+    fields = {"rank": rank, "host": "elsewhere", "pid": 7, "phase": "step", "step": 3, "idle_s": 4.0, "limit_s": 10.0}
+    path.write_text(json.dumps(fields | {"collectives": 1, "stack": []}))
+    os.utime(path, (written, written))
+    return written
+
+
+def passes(watch: Silence, clock: Clock, seconds: float) -> bool:
+    """Let seconds pass; tell whether the run is lost then."""
+    until = clock.now + seconds
+    lost = False
+    while clock.now < until:
+        clock.now += 1
+        lost = watch.is_lost()
+    return lost
+
+
+def test_a_continued_run_takes_new_limits_and_no_other_setting(tmp_path: Path) -> None:
+    settings = ["+exp=quickstart_base", f"run_dir={tmp_path}/out"]
+    freeze(make_job(compose(settings)))
+    changed = make_job(compose([*settings, "train.step_timeout_s=60", "limits.save_s=null"]))
+    freeze(changed)
+    frozen = load(changed.config_path)
+    assert (frozen.train.step_timeout_s, frozen.limits.save_s) == (60, None)
+    with pytest.raises(ConfigError, match=r"optim.lr"):
+        freeze(make_job(compose([*settings, "optim.lr=1e-9", "train.step_timeout_s=70"])))
+    assert load(changed.config_path) == frozen
