@@ -352,7 +352,7 @@ def _table(results: dict[str, Result], best: dict[str, Trial]) -> list[str]:
         figures = best[method].figures
         losses = (f"{figures[f'eval_loss_{when}']:.4f}" for when in ("before", "after"))
         bytes_ = (f"{size / divisor:,.1f}" for size in sizes[method])
-        ratio = f"{seconds[method] / seconds['none']:.2f}" if "none" in seconds else "-"
+        ratio = f"{seconds[method] / seconds['none']:.2f}" if "none" in seconds and not _old(results) else "-"
         rate = f"{best[method].lr:g}" + (" †" if result.is_at_edge() else "")
         lines.append([METHODS[method], rate, *losses, f"{figures['trainable_parameters']:,}", *bytes_, ratio])
     return ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
@@ -361,6 +361,11 @@ def _table(results: dict[str, Result], best: dict[str, Trial]) -> list[str]:
 def _sizes(figures: dict[str, Any]) -> list[float]:
     """Return the bytes a rank of each class, and those of the export."""
     return [*(figures["state_bytes"][name] / figures["world_size"] for name in CLASSES), figures["export_bytes"]]
+
+
+def _old(results: dict[str, Result]) -> int:
+    """Return how many runs an earlier start finished, when the machine may have had other work: their times compare with no others."""
+    return sum(trial.is_old for _, trial in _trials(results))
 
 
 def _step_seconds(result: Result) -> list[float]:
@@ -383,8 +388,8 @@ def _grid(results: dict[str, Result]) -> list[str]:
 def _legend(options: argparse.Namespace, results: dict[str, Result], figures: dict[str, Any]) -> list[str]:
     """Return what the words of the tables mean, and what nobody may conclude."""
     trials, factor = _trials(results), f"{options.factor:g}"
-    old = sum(trial.is_old for _, trial in trials)
-    earlier = f" {old} of the {len(trials)} runs had been finished by an earlier start of this command." if old else ""
+    old = _old(results)
+    earlier = f" None here: an earlier start of this command had finished {old} of the {len(trials)} runs." if old else ""
     edge = " †: the end of its grid; a better rate may lie beyond." if any(result.is_at_edge() for result in results.values()) else ""
     speed = (
         "- **Speed.** Times are of a CPU, where a small model waits for Python, and ranks for each other: a GPU's are others.\n"
