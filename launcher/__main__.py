@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from launcher import config as schema
 from launcher import help as help_text
-from launcher import local, torchrun
+from launcher import local, slurm, torchrun
 from launcher.compose import CONF, checked, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
 from launcher.ending import BAD_INPUT, DONE
@@ -31,7 +31,7 @@ class Starter(Protocol):
         """Return what dry_run prints: the exact command of every rank."""
 
 
-BACKENDS: dict[Backend, Starter] = {Backend.local: local, Backend.torchrun: torchrun}
+BACKENDS: dict[Backend, Starter] = {Backend.local: local, Backend.torchrun: torchrun, Backend.slurm: slurm}
 WHAT_TO_TYPE = """Nothing to run yet. Try one of
   python -m launcher +exp=quickstart_base                                  a first run: minutes, no network, no GPU
   python -m launcher model=hf model.id=DIR data=files data.path=FILE run_dir=OUT
