@@ -85,6 +85,8 @@ class LaunchConfig:
     """Times that a SLURM job may queue itself again."""
     snapshot: bool = False
     """Copy the code into the run directory and run that: later edits do not reach a job that waits or is queued again."""
+    array_parallelism: int = 32
+    """Points of a sweep that run at once on SLURM."""
     wait: bool = False
     """Follow a SLURM job's log until it ends, instead of returning once it is submitted; Ctrl-C leaves the job alone."""
 
@@ -105,7 +107,9 @@ def run_config(job: JobConfig) -> RunConfig:
 
 def register() -> None:
     """Put the schema where conf/config.yaml finds it; nested groups inherit their types from it."""
-    ConfigStore.instance().store(name="base_config", node=JobConfig, provider="launcher")
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=JobConfig, provider="launcher")
+    store.store(group="hydra/launcher", name="fulltune", node={"_target_": "hydra_plugins.fulltune.Points"}, provider="launcher")
 
 
 def count_gpus() -> int:
@@ -135,7 +139,7 @@ def is_plain(launch: LaunchConfig) -> bool:
 
 def validate_launch(launch: LaunchConfig) -> None:
     """Check what can be known before starting, on any machine; raises ConfigError."""
-    for name in ("processes", "nodes", "shutdown_s", "cpus_per_gpu", "grace_s"):
+    for name in ("processes", "nodes", "shutdown_s", "cpus_per_gpu", "grace_s", "array_parallelism"):
         value = getattr(launch, name)
         if value is not None and value < 1:
             raise ConfigError(f"launch.{name}", value, "must be 1 or greater")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -20,11 +19,12 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from launcher import local
 from launcher.config import minutes, ranks_per_node, world_size
-from launcher.ending import INTERRUPTED, settle
+from launcher.ending import DONE, FAILED, INTERRUPTED, settle
 from launcher.job import ROOT, Job, mark_submitted, read_status
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config import ConfigError
+from trainers.status import read_json, write_json
 
 ANSWER_S = 20.0
 """For squeue and scontrol to answer."""
@@ -50,34 +50,66 @@ def submit(job: Job) -> int:
 
     Raises ConfigError with SLURM's own words where it refuses.
     """
-    if (known := job_of(job.run_dir)) and (state := queue_state(known)):
-        print(f"job {known} of this run is {state}: nothing to submit\n  stop it  scancel {known}")
-        return _follow(job, known) if job.launch.wait else 0
-    root = take(job.run_dir) if job.launch.snapshot else ROOT
-    mark_submitted(job)
-    try:
-        with _clean_environment():
-            executor = SlurmExecutor(folder=folder(job))
-            executor.update_parameters(**parameters(job, root))
-            job_id = executor.submit(Task(job)).job_id
-    except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
-        raise _refused(job, str(error)) from error
-    (folder(job) / "job.json").write_text(json.dumps({"id": job_id, "time": time.time()}) + "\n")
+    if state := state_of(job):
+        known = record_of(job.run_dir)["id"]
+        print(f"job {known} of this run is {state}: nothing to submit\n  stop     scancel {known}")
+    else:
+        hand_over([job], job.run_dir / "slurm")
+        record = record_of(job.run_dir)
+        print(
+            f"submitted as job {record['id']} ({job.launch.nodes} node(s), {world_size(job.launch)} rank(s)): {job.run_dir}\n"
+            f"  queue    squeue -j {record['id']}\n"
+            f"  log      {record['log']}\n"
+            f"  figures  {job.run_dir / 'metrics.jsonl'}\n"
+            f"  stop     scancel {record['id']}; scancel --signal=USR2 {record['id']} saves and queues it again",
+            flush=True,
+        )
+    return _follow(job) if job.launch.wait else 0
+
+
+def submit_array(jobs: list[Job], folder: Path) -> None:
+    """Hand frozen jobs to SLURM as one array, with what submitit sends in `folder`/slurm; raises ConfigError where it refuses."""
+    hand_over(jobs, folder / "slurm")
+    first = str(record_of(jobs[0].run_dir)["id"]).partition("_")[0]
     print(
-        f"submitted as job {job_id} ({job.launch.nodes} node(s), {world_size(job.launch)} rank(s)): {job.run_dir}\n"
-        f"  queue    squeue -j {job_id}\n"
-        f"  log      {log_of(job, job_id)}\n"
-        f"  figures  {job.run_dir / 'metrics.jsonl'}\n"
-        f"  stop     scancel {job_id}; scancel --signal=USR2 {job_id} saves and queues it again",
+        f"submitted as array {first} ({len(jobs)} points, {min(len(jobs), jobs[0].launch.array_parallelism)} at once)\n"
+        f"  queue    squeue -j {first}\n"
+        f"  logs     {folder / 'slurm'}\n"
+        f"  stop     scancel {first}; a single point scancel {first}_INDEX\n"
+        "  again    the same command submits what is missing, has failed or was stopped",
         flush=True,
     )
-    return _follow(job, job_id) if job.launch.wait else 0
+
+
+def hand_over(jobs: list[Job], folder: Path) -> None:
+    """Submit one job, or several as an array, and note in each run directory which it is."""
+    if "%" in str(folder):
+        raise ConfigError("run_dir", str(folder.parent), "SLURM would take the % for its own in names of logs", "a directory without %")
+    root = take(folder.parent) if jobs[0].launch.snapshot else ROOT
+    for job in jobs:
+        mark_submitted(job)
+    try:
+        with _clean_environment():
+            executor = SlurmExecutor(folder=folder)
+            executor.update_parameters(**parameters(jobs[0], root), array_parallelism=jobs[0].launch.array_parallelism)
+            if len(jobs) == 1:
+                submitted = [executor.submit(Task(jobs[0]))]
+            else:
+                with executor.batch():
+                    submitted = [executor.submit(Task(job)) for job in jobs]
+    except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
+        raise _refused(jobs[0], str(error)) from error
+    for job, handed in zip(jobs, submitted, strict=True):
+        record = {"id": handed.job_id, "log": str(folder / f"{handed.job_id}_0_log.out"), "time": time.time()}
+        write_json(job.run_dir / "slurm.json", record)
 
 
 def commands(job: Job) -> list[str]:
     """Return the text that sbatch gets, with its srun line, and what it amounts to for each rank."""
-    python = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder(job)))}"
-    text = _make_sbatch_string(command=python, folder=folder(job), **parameters(job, job.run_dir / "code" if job.launch.snapshot else ROOT))
+    python = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(job.run_dir / 'slurm'))}"
+    text = _make_sbatch_string(
+        command=python, folder=job.run_dir / "slurm", **parameters(job, job.run_dir / "code" if job.launch.snapshot else ROOT)
+    )
     return [text, *local.rank_lines(job, "<first node of the job>")]
 
 
@@ -116,22 +148,17 @@ def parameters(job: Job, root: Path) -> dict[str, Any]:
     return kept | {"additional_parameters": additional, "srun_args": srun, "setup": setup, "stderr_to_stdout": True}
 
 
-def folder(job: Job) -> Path:
-    """Return where submitit keeps what it sends and the tasks' output."""
-    return job.run_dir / "slurm"
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """Return `id`, `log` and `time` of the job that was last submitted for a run; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(run_dir / "slurm.json")
+    return {}
 
 
-def log_of(job: Job, job_id: str) -> Path:
-    """Return the file with what rank 0 prints."""
-    return folder(job) / f"{job_id}_0_log.out"
-
-
-def job_of(run_dir: Path) -> str:
-    """Return the id of the job that was last submitted for a run; empty where there is none."""
-    try:
-        return str(json.loads((run_dir / "slurm" / "job.json").read_text())["id"])
-    except (OSError, ValueError, KeyError):
-        return ""
+def state_of(job: Job) -> str:
+    """Return SLURM's word for the state of a run's job that waits or runs; empty where there is none."""
+    known = record_of(job.run_dir)
+    return queue_state(known["id"]) if known else ""
 
 
 def queue_state(job_id: str) -> str:
@@ -169,12 +196,26 @@ def _refused(job: Job, said: str) -> ConfigError:
     return ConfigError(first, value, f"SLURM refuses the job: {text}", f"another {field}")
 
 
-def _follow(job: Job, job_id: str) -> int:
+def follow_all(jobs: list[Job]) -> int:
+    """Wait until all jobs have left the queue; returns the exit code of a sweep."""
+    waiting, codes = list(jobs), [DONE]
+    while waiting:
+        for job in [job for job in waiting if not state_of(job)]:
+            waiting.remove(job)
+            state = read_status(job.run_dir).get("state", "not begun")
+            codes.append(DONE if state == "done" else FAILED)
+            print(f"{state:>10}  {job.run_dir.name}", flush=True)
+        time.sleep(LOOK_EVERY_S if waiting else 0)
+    return max(codes)
+
+
+def _follow(job: Job) -> int:
     """Print what rank 0 prints until the job has left the queue; returns the launcher's exit code."""
-    log, shown = log_of(job, job_id), 0
+    record, shown = record_of(job.run_dir), 0
+    log = Path(record["log"])
     try:
         while True:
-            ended = not queue_state(job_id)
+            ended = not queue_state(record["id"])
             if log.is_file():
                 with log.open("rb") as file:
                     file.seek(shown)
@@ -183,8 +224,8 @@ def _follow(job: Job, job_id: str) -> int:
                 sys.stdout.write(text.decode(errors="replace"))
                 sys.stdout.flush()
             if ended:
-                return settle(job, 0 if read_status(job.run_dir).get("state") == "done" else 1, None)
+                return settle(job, DONE if read_status(job.run_dir).get("state") == "done" else FAILED, None)
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
-        print(f"job {job_id} goes on; scancel {job_id} ends it", file=sys.stderr)
+        print(f"job {record['id']} goes on; scancel {record['id']} ends it", file=sys.stderr)
         return INTERRUPTED
