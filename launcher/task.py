@@ -19,6 +19,8 @@ from trainers.config import ConfigError
 from trainers.status import newest_attempt, record_failure
 
 ANSWER_S = 60.0
+HELD = (signal.SIGUSR2, signal.SIGTERM)
+"""SLURM signals every process of a job, also a rank that has just begun."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def run(job: Job) -> int:
     known = newest_attempt(job.run_dir)
     is_lost = Silence(job).is_lost if place.rank == 0 else lambda: False
     code, signalled = process.run(
-        [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost
+        [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD
     )
     if code < 0:
         name = signal.Signals(-code).name
