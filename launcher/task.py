@@ -58,6 +58,7 @@ def run(job: Job) -> int:
     code, signalled = process.run(
         [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD
     )
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would queue the job again once more
     if code < 0:
         name = signal.Signals(-code).name
         why = " (out of memory, or kill -9)" if code == -signal.SIGKILL else ""
