@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.bench.engines import Run, _table
+from tools.bench.__main__ import main as bench
+from tools.bench.checkpoint import STATE_BYTES, costs_of, num_parameters
+from tools.bench.engines import Run, _table, llama_sizes
 from tools.bench.ranks import RanksFailed, start_ranks, wait_for
 from tools.bench.section import put_section
 
@@ -87,6 +91,78 @@ def test_ranks_that_fail_say_which_was_first(tmp_path: Path) -> None:
 def run_of(losses: list[float | None]) -> Run:
     same = {"grad_norm": 1.0, "input_tokens_per_second": 1.0, "mfu": None, "device_bytes_peak": None, "host_bytes_peak": 1}
     return Run(steps=[same | {"loss": loss} for loss in losses], build_seconds=1.0, parameters=1, device="")
+
+
+def test_what_a_save_costs_is_told_from_its_stall_and_the_steps_beside_it() -> None:
+    """Saves after steps 2 (synchronous), 4 (in flight until step 6 has begun), 7 and 9 (until step 11, the last, has ended)."""
+    kinds = {2: False, 4: True, 7: False, 9: True}
+    stalls = {2: 40.0, 4: 5.0, 7: 20.0, 9: 1.0}
+    saves = [
+        {"step": step, "asynchronous": kind, "stall_seconds": stalls[step], "num_bytes": 1, "late": False} for step, kind in kinds.items()
+    ]
+    seconds = [9.0, 1.0, 1.0, 1.0, 3.0, 2.0, 1.0, 1.0, 1.0, 2.0, 4.0]
+    writing = [step in (5, 10, 11) for step in range(1, 12)]
+    more: dict[str, Any] = {"build_seconds": 1.0, "parameters": 1, "device": "", "saves": saves, "writing": writing}
+    costs = costs_of(Run(steps=[{"step_seconds": taken} for taken in seconds], **more))
+    assert (costs.synchronous, costs.asynchronous, costs.first) == ([20.0], [1.0], 5.0)
+    assert (costs.quiet, costs.beside, costs.whole) == (1.0, 3.0, [1.0 + 1.0 + 3.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--parameters", "1e13"], "fewer --parameters"),
+        (["--folder", "/dev/null"], "--folder /dev/null: is no directory"),
+        (["--out", "/dev/null/a"], "there is no such directory"),
+        (["--saves", "0"], "0 is not a whole number of at least 1"),
+    ],
+)
+def test_saves_that_cannot_be_measured_are_refused_at_once(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.bench.engines.raise_on_signals", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        bench(["checkpoint", *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_saves_of_both_kinds_are_measured_and_proved(tmp_path: Path) -> None:
+    """A state as small as this shows that all is counted; how short a stall is takes one of half a gigabyte."""
+    out = tmp_path / "figures.md"
+    small = ["--parameters", "5e5", "--seq-len", "64", "--saves", "2", "--every", "3", "--ranks", "2", "--folder", str(tmp_path)]
+    said = tool("tools.bench", "checkpoint", *small, "--engine", "fsdp", "zero3", "--out", str(out))
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.md"]
+    text = out.read_text()
+    assert text in said
+    assert "All 12 checkpoints were complete" in text
+    parameters = num_parameters(llama_sizes(500_000, 64))
+    assert f"a Llama of {parameters:,} parameters" in text
+    rows = {cells[1]: cells[2:-1] for row in text.splitlines() if len(cells := [cell.strip() for cell in row.split("|")]) > 1}
+    assert rows["engine"][1] == "stall, asynchronous : synchronous", "absolute times of a CPU are no figures"
+    for engine in ("fsdp", "zero3"):
+        size, stall, longest, first, *_ = (float(cell.replace(",", "").rstrip("%")) for cell in rows[engine] if cell != "-")
+        assert size == pytest.approx(STATE_BYTES * parameters, rel=0.01)
+        assert 0 < stall <= longest
+        assert first > 0
+
+
+@pytest.mark.slow
+def test_a_measurement_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "tools.bench", "checkpoint", "--parameters", "5e5", "--folder", str(tmp_path), "--every", "1000"]
+    child = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    ranks: list[str] = []
+    until = time.monotonic() + 60
+    while not list(tmp_path.glob("*/metrics.jsonl")) and time.monotonic() < until:
+        time.sleep(0.1)
+        ranks = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=30)
+    assert (child.returncode, said.splitlines()[-1]) == (130, "stopped: no process and no temporary file is left")
+    assert len(ranks) == 2
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

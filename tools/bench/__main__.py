@@ -1,9 +1,10 @@
-"""Measure this checkout on this machine: preparation and packing, the loop, reading a model, engines and methods beside each other.
+"""Measure this checkout on this machine: preparation and packing, the loop, reading a model, saving, engines and methods in comparison.
 
 python -m tools.bench data
 python -m tools.bench data --path FILE --tokenizer DIR --seq-len 2048
 python -m tools.bench train
 python -m tools.bench load --ranks 2 4
+python -m tools.bench checkpoint --engine fsdp zero3
 python -m tools.bench engines --parameters 1e9 --precision bf16 --out FILE.md
 python -m tools.bench methods --model DIR --data FILE --out FILE.md
 """
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import data, engines, load, methods, train
+from tools.bench import checkpoint, data, engines, load, methods, train
 from trainers.config import EngineName, Precision
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="data|train|load|engines|methods")
+    commands = parser.add_subparsers(required=True, metavar="data|train|load|checkpoint|engines|methods")
     of_data = commands.add_parser("data", help="preparation speed and packing efficiency, beside the best public packer's on GSM8K")
     of_data.add_argument("--path", help="rows (default: the documentation of this Python, as conversations)")
     of_data.add_argument("--tokenizer", help="tokenizer directory or hub id (default: one trained on the rows)")
@@ -59,6 +60,28 @@ def main(arguments: list[str] | None = None) -> int:
     )
     of_load.add_argument("--engine", nargs="+", choices=list(EngineName), default=["fsdp"], help="engines, each in turn (default fsdp)")
     of_load.set_defaults(command=load.run)
+    of_checkpoint = commands.add_parser(
+        "checkpoint", help="how long training waits for a checkpoint, asynchronous against synchronous; needs disk for two, and minutes"
+    )
+    of_checkpoint.add_argument(
+        "--engine", nargs="+", choices=engines.PRESETS, default=["fsdp"], help="presets of conf/engine, each in turn (default fsdp)"
+    )
+    of_checkpoint.add_argument("--ranks", type=_at_least(1), help="ranks (default: one a GPU, else 2)")
+    of_checkpoint.add_argument(
+        "--parameters", type=_at_least(1), default=50_000_000, help="about so many, 12 bytes of state each (default 50e6: 0.6 GB)"
+    )
+    of_checkpoint.add_argument("--precision", choices=list(Precision), default="fp32", help="compute type (default fp32)")
+    of_checkpoint.add_argument("--seq-len", type=_at_least(16), default=128, help="tokens a row (default 128)")
+    of_checkpoint.add_argument("--microbatch", type=_at_least(1), default=1, help="rows a rank and step (default 1)")
+    of_checkpoint.add_argument(
+        "--saves", type=_at_least(1), default=5, help="saves of each kind, after one that does not count (default 5)"
+    )
+    of_checkpoint.add_argument("--every", type=_at_least(2), default=6, help="optimizer steps from save to save (default 6)")
+    of_checkpoint.add_argument(
+        "--folder", type=Path, help="where the checkpoints are written, and removed at the end (default: that of temporary files)"
+    )
+    of_checkpoint.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
+    of_checkpoint.set_defaults(command=checkpoint.run, error=of_checkpoint.error)
     of_engines = commands.add_parser(
         "engines", help="speed, memory and parity of engines on the same random model and rows; a rank a GPU, or gloo between CPU ranks"
     )
@@ -100,6 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     of_engine_rank = commands.add_parser("engine-rank")  # what `engines` starts
     of_engine_rank.add_argument("run_dir")
     of_engine_rank.set_defaults(command=engines.run_rank)
+    of_checkpoint_rank = commands.add_parser("checkpoint-rank")  # what `checkpoint` starts
+    of_checkpoint_rank.add_argument("run_dir")
+    of_checkpoint_rank.set_defaults(command=checkpoint.run_rank)
     of_rank = commands.add_parser("load-rank")  # what `load` starts
     for name in ("folder", "engine", "run_dir"):
         of_rank.add_argument(name)

@@ -10,9 +10,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ from trainers.config import (
 
 if TYPE_CHECKING:
     from trainers.data.table import TokenTable
+    from trainers.loop import Training
 
 
 PRESETS = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "engine").glob("*.yaml") if not file.stem.endswith("nvme"))
@@ -56,6 +57,10 @@ class Run:
     parameters: int
     device: str
     """Name of the GPU; empty on a CPU."""
+    saves: list[dict[str, Any]] = field(default_factory=list)
+    """What `tools.bench checkpoint` knows of each save."""
+    writing: list[bool] = field(default_factory=list)
+    """And of each step: whether a save was in flight at its end."""
 
     def median(self, figure: str) -> float | None:
         """Return a figure's median over the steps after the first; None where it is not known."""
@@ -78,15 +83,24 @@ class Run:
 
 def run(options: argparse.Namespace) -> int:
     """Print, and write to --out, what each engine makes of the same model and rows; 1 if one failed or none ran, 130 on Ctrl-C."""
+    return compare(options, "engine-rank", _section)
+
+
+Section = Callable[[argparse.Namespace, int, dict[str, "Run | str"]], str]
+"""Returns the Markdown of what engines made of their order on a number of ranks."""
+
+
+def compare(options: argparse.Namespace, command: str, section: Section, folder: Path | None = None) -> int:
+    """Let each engine's ranks run a sub-command, in a temporary directory in `folder`; print the section. Returns the exit code."""
     raise_on_signals()
     try:
-        return _compare(options)
+        return _compare(options, command, section, folder)
     except KeyboardInterrupt:
         print("stopped: no process and no temporary file is left", file=sys.stderr)
         return STOPPED
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace, command: str, section: Section, folder: Path | None) -> int:
     import torch
 
     gpus = torch.cuda.device_count()
@@ -97,31 +111,30 @@ def _compare(options: argparse.Namespace) -> int:
         options.error(f"--out {options.out}: there is no such directory")
     runs: dict[str, Run | str] = {}
     failed = False
-    with tempfile.TemporaryDirectory(prefix="fulltune-bench-") as folder:
-        for name in dict.fromkeys(options.engine):
-            try:
-                runs[name] = _train(options, name, ranks, Path(folder) / name, on_gpu=bool(gpus))
-            except RanksFailed as error:
-                failed = True
-                runs[name] = f"failed: {error.reason}"
-                print(f"{error.said}\n{name} failed: {error.reason}".strip(), file=sys.stderr)
-    text = _section(options, ranks, runs)
+    for name in dict.fromkeys(options.engine):
+        try:
+            with tempfile.TemporaryDirectory(prefix="fulltune-bench-", dir=folder) as run_dir:
+                runs[name] = _train(options, command, name, ranks, Path(run_dir), on_gpu=bool(gpus))
+        except RanksFailed as error:
+            failed = True
+            runs[name] = f"failed: {error.reason}"
+            print(f"{error.said}\n{name} failed: {error.reason}".strip(), file=sys.stderr)
+    text = section(options, ranks, runs)
     print(text, end="")
     if options.out is not None:
         put_section(options.out, text)
     return FAILED if failed or not any(isinstance(run, Run) for run in runs.values()) else 0
 
 
-def _train(options: argparse.Namespace, name: str, ranks: int, run_dir: Path, on_gpu: bool) -> Run | str:
+def _train(options: argparse.Namespace, command: str, name: str, ranks: int, run_dir: Path, on_gpu: bool) -> Run | str:
     """Train with an engine on ranks of its own; returns why not where it is not installed, and raises RanksFailed if it fails."""
     if engine_preset(name)["name"] is EngineName.zero3 and importlib.util.find_spec("deepspeed") is None:
         return "not installed: pip install deepspeed"
-    run_dir.mkdir()
-    kept = ("parameters", "precision", "seq_len", "microbatch", "steps", "checkpointing")
-    (run_dir / "order.json").write_text(json.dumps({"engine": name} | {key: getattr(options, key) for key in kept}))
+    kept = {key: value for key, value in vars(options).items() if isinstance(value, (bool, int, str))}
+    (run_dir / "order.json").write_text(json.dumps(kept | {"engine": name}))
     threads = 1 if ranks > 1 and not on_gpu else host.threads_per_rank(ranks)
     console = Console(stderr=True)
-    with console.status(f"{name}: starting") as status, start_ranks(["engine-rank", str(run_dir)], ranks, run_dir, threads) as children:
+    with console.status(f"{name}: starting") as status, start_ranks([command, str(run_dir)], ranks, run_dir, threads) as children:
         if not console.is_terminal:
             print(f"{name}: {ranks} rank(s)", file=sys.stderr)
         wait_for(children, run_dir, "done", lambda: status.update(f"{name}: {_progress(run_dir, options.steps)}"))
@@ -146,8 +159,18 @@ def engine_preset(name: str) -> dict[str, Any]:
 
 
 def run_rank(options: argparse.Namespace) -> None:
-    """Train as one rank: the preset's engine from random weights, our loop, rows that depend on nothing but their number."""
-    run_dir = Path(options.run_dir)
+    """Train as one rank."""
+    with training_rank(Path(options.run_dir)) as (training, _, _):
+        training.checkpointer.save = lambda *_, **__: None  # type: ignore[method-assign] # the loop ends with one, which nobody reads
+        training.run()
+
+
+@contextmanager
+def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dict[str, Any]]]:
+    """Give a rank its training, its order and a place for a Run's figures; leave these, or why there are none, in run_dir.
+
+    It trains with the preset's engine, from random weights, in our loop, on rows that depend on nothing but their number.
+    """
     with explaining(run_dir):
         order = json.loads((run_dir / "order.json").read_text())
 
@@ -160,7 +183,7 @@ def run_rank(options: argparse.Namespace) -> None:
         from trainers.data.loader import Loader
         from trainers.data.prepare import Prepared
         from trainers.engines.base import build_engine, require_parts
-        from trainers.loop import train as train_run
+        from trainers.loop import Training
         from trainers.model import flops_per_token, make_blueprint
         from trainers.status import Attempt
         from trainers.world import World, die_with_parent
@@ -177,23 +200,23 @@ def run_rank(options: argparse.Namespace) -> None:
         loader = Loader(table, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=0)
         world.barrier()
         started = time.perf_counter()
+        figures: dict[str, Any] = {}
         with closing(build_engine(config, world, blueprint)) as engine:
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds = world.max([time.perf_counter() - started])[0]
-            engine.save = lambda folder: None  # type: ignore[method-assign] # the loop ends with a checkpoint, which nobody reads
+            figures["build_seconds"] = world.max([time.perf_counter() - started])[0]
             flops = flops_per_token(engine.shapes(), blueprint.config, table.mean_attended())
-            train_run(config, world, Attempt(Path(config.run_dir)), engine, data, loader, flops)
-            parameters = sum(math.prod(shape) for shape in engine.shapes().values())
-        device = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
-        leave(run_dir, "done", json.dumps({"build_seconds": seconds, "parameters": parameters, "device": device}))
+            yield Training(config, world, Attempt(Path(config.run_dir)), engine, data, loader, flops), order, figures
+            figures["parameters"] = sum(math.prod(shape) for shape in engine.shapes().values())
+        figures["device"] = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
+        leave(run_dir, "done", json.dumps(figures))
         sys.stdin.readline()
 
 
 def _config(order: dict[str, Any], run_dir: Path, ranks: int) -> RunConfig:
     return RunConfig(
         run_dir=str(run_dir),
-        model=ModelConfig(architecture={"model_type": "llama"} | _llama_sizes(order["parameters"], order["seq_len"])),
+        model=ModelConfig(architecture={"model_type": "llama"} | llama_sizes(order["parameters"], order["seq_len"])),
         data=DataConfig(path="unused", seq_len=order["seq_len"]),
         objective=ObjectiveConfig(name=ObjectiveName.cpt),
         engine=EngineConfig(**engine_preset(order["engine"])),
@@ -209,7 +232,7 @@ def _config(order: dict[str, Any], run_dir: Path, ranks: int) -> RunConfig:
     )
 
 
-def _llama_sizes(parameters: int, seq_len: int) -> dict[str, int]:
+def llama_sizes(parameters: int, seq_len: int) -> dict[str, int]:
     """Return a Llama of about so many parameters: width / depth near 128, a quarter of the weights or less for the vocabulary."""
     width = 128 * max(1, round((parameters * 128 / 12) ** (1 / 3) / 128))
     inner = 64 * round(width * 8 / 3 / 64)
@@ -243,24 +266,30 @@ def _packed_rows(rows: int, seq_len: int, vocabulary: int) -> TokenTable:
 
 def _section(options: argparse.Namespace, ranks: int, runs: dict[str, Run | str]) -> str:
     """Return the Markdown of a comparison: command, machine, versions, table, and what the table's words mean."""
-    done = [(name, run) for name, run in runs.items() if isinstance(run, Run)]
+    done = done_of(runs)
+    extra = ", activation checkpointing" if options.checkpointing else ""
+    parts = [*head(options, ranks, done, extra), "\n".join(_table(runs, done)), *([_legend(done)] if done else [])]
+    return "\n\n".join(parts) + "\n"
+
+
+def done_of(runs: dict[str, Run | str]) -> list[tuple[str, Run]]:
+    """Return the engines that came to their end."""
+    return [(name, run) for name, run in runs.items() if isinstance(run, Run)]
+
+
+def head(options: argparse.Namespace, ranks: int, done: list[tuple[str, Run]], extra: str = "") -> list[str]:
+    """Return a section's heading, and what it was measured on."""
     machine = f"{ranks} of {gpu_words(done[0][1].device)}" if done and done[0][1].device else f"{host.cores()} cores, no GPU"
     model = f"{done[0][1].parameters:,}" if done else f"about {options.parameters:,}"
     what = f"{options.steps} steps of {ranks * options.microbatch} packed rows of {options.seq_len} tokens"
-    extra = ", activation checkpointing" if options.checkpointing else ""
     about = f"{ranks} rank(s), a Llama of {model} parameters from random weights in {options.precision}{extra}, {what}."
-    head = [
-        f"## `{options.line}`",
-        f"{time.strftime('%Y-%m-%d')}, {machine}; {versions('torch', 'transformers', 'deepspeed')}. {about}",
-        "\n".join(_table(runs, done)),
-    ]
-    return "\n\n".join([*head, *([_legend(done)] if done else [])]) + "\n"
+    return [f"## `{options.line}`", f"{time.strftime('%Y-%m-%d')}, {machine}; {versions('torch', 'transformers', 'deepspeed')}. {about}"]
 
 
 def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]:
     """Return the table's lines: a row for each engine, a column for what is known of one; times only of a GPU."""
     if not done:
-        return ["| engine | result |", "|---|---|", *(f"| {name} | {cell_of(str(why))} |" for name, why in runs.items())]
+        return table_lines(runs, {"result": lambda run: None})
     name, first = done[0]
     on_gpu = bool(first.device)
     columns: dict[str, Callable[[Run], str | None]] = {
@@ -274,7 +303,11 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
         f"loss from {name}": lambda run: _relative(run.difference(first, "loss")),
         f"gradient norm from {name}": lambda run: _relative(run.difference(first, "grad_norm")),
     }
-    columns = {title: cell for title, cell in columns.items() if any(cell(run) is not None for _, run in done)}
+    return table_lines(runs, {title: cell for title, cell in columns.items() if any(cell(run) is not None for _, run in done)})
+
+
+def table_lines(runs: dict[str, Run | str], columns: dict[str, Callable[[Run], str | None]]) -> list[str]:
+    """Return a table's lines: each engine's cells, or why it has none."""
     lines = [["engine", *columns], ["---"] * (1 + len(columns))]
     for engine, run in runs.items():
         cells = [cell(run) or "-" for cell in columns.values()] if isinstance(run, Run) else [cell_of(run), *[""] * (len(columns) - 1)]
