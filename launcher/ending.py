@@ -9,11 +9,12 @@ from launcher.config import is_plain
 from launcher.job import Job, mark_failed, read_status
 from launcher.report import print_summary
 from trainers.config import ConfigError
+from trainers.status import Attempt
 
 DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED, INTERRUPTED = 0, 1, 2, 75, 76, 130
 
 
-def settle(job: Job, code: int, signalled: int | None) -> int:
+def settle(job: Job, attempt: Attempt, code: int, signalled: int | None) -> int:
     """Print how the run ended and return the launcher's exit code; raises ConfigError where ranks refused a setting.
 
     `code` is the child's, `signalled` the signal that we passed on. status.json's `error` has a message, and where they are
@@ -21,7 +22,7 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
     """
     status = read_status(job.run_dir)
     state, interrupted = status.get("state"), signalled == signal.SIGINT
-    if code == SUPERSEDED:
+    if code == SUPERSEDED or (code != DONE and not attempt.is_current(at_once=True)):  # the status is a newer one's
         _say("a newer attempt of this run has started elsewhere: this one has ended, and wrote nothing since")
         return SUPERSEDED
     if state == "done":
@@ -37,7 +38,7 @@ def settle(job: Job, code: int, signalled: int | None) -> int:
     if state != "failed" and code == 0:
         return DONE  # on a machine without rank 0, which writes the status and may not have yet
     if state != "failed":
-        mark_failed(job, **_unsaid(job, code))
+        mark_failed(attempt, **_unsaid(job, code))
         status = read_status(job.run_dir)
     error = status["error"]
     if "setting" in error:

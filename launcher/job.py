@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
 from launcher.process import KILL_AFTER_S
 from trainers.config import ConfigError, RunConfig, check_world, plain, validate
+from trainers.status import Attempt, newest_attempt, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -250,18 +251,17 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 def mark_submitted(job: Job) -> None:
     """Forget how the last attempt ended, so that this one's end is not mistaken for it; step and attempt stay."""
     status = {key: value for key, value in read_status(job.run_dir).items() if key != "error"}
-    _write_status(job, {**status, "state": "submitted"})
+    write_json(job.run_dir / "status.json", {**status, "state": "submitted"})
 
 
-def mark_failed(job: Job, **error: object) -> None:
-    """Record a failure that no rank could, with a `message`: they were killed, or are stopped."""
-    _write_status(job, {**read_status(job.run_dir), "state": "failed", "error": error | {"time": time.time()}})
+def next_attempt(job: Job) -> Attempt:
+    """Return the attempt that ranks will be which are started now: what a launcher says of it must not be said of a newer one."""
+    return Attempt(job.run_dir, newest_attempt(job.run_dir) + 1)
 
 
-def _write_status(job: Job, status: dict[str, Any]) -> None:
-    temporary = job.run_dir / f".status.json.{socket.gethostname()}.{os.getpid()}"
-    temporary.write_text(json.dumps(status) + "\n", encoding="utf-8")
-    temporary.replace(job.run_dir / "status.json")
+def mark_failed(attempt: Attempt, **error: object) -> None:
+    """Record a failure that no rank could, with a `message`: they were killed, or are stopped. Not once a newer attempt has started."""
+    attempt.record_failure(dict(error), time.time())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher import process
 from launcher.config import is_plain, ranks_per_node, world_size
 from launcher.ending import settle
-from launcher.job import ROOT, Job, mark_submitted, only_launcher
+from launcher.job import ROOT, Job, mark_submitted, next_attempt, only_launcher
 from launcher.silence import Silence
 
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
@@ -40,9 +40,10 @@ def start(job: Job, line: list[str]) -> int:
     """Run one command of this machine to its end, under the run directory's lock; returns the launcher's exit code."""
     with only_launcher(job) as lock:
         mark_submitted(job)
+        attempt, shutdown_s = next_attempt(job), job.launch.shutdown_s
         sys.stdout.flush()
-        code, signalled = process.run(line, environment(job), job.launch.shutdown_s, keep_open=(lock,), is_lost=Silence(job).is_lost)
-    return settle(job, code, signalled)
+        code, signalled = process.run(line, environment(job), shutdown_s, keep_open=(lock,), is_lost=Silence(job, attempt).is_lost)
+    return settle(job, attempt, code, signalled)
 
 
 def torchrun(job: Job, meeting: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from launcher.job import Job, mark_failed, read_status
+from trainers.status import Attempt
 from trainers.watchdog import Beat, judge, read_beats, send
 
 LOOK_EVERY_S = 1.0
@@ -19,16 +20,19 @@ STACKS_S = 2.0
 class Silence:
     """How long the ranks of one attempt have written nothing about themselves."""
 
-    def __init__(self, job: Job, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, job: Job, attempt: Attempt, clock: Callable[[], float] = time.monotonic) -> None:
         """Take what is there for an older attempt's."""
-        self.job, self.clock = job, clock
+        self.job, self.attempt, self.clock = job, attempt, clock
         self.looked = clock()
         self.silent_s = 0.0
         self.old = {rank: beat.written for rank, beat in read_beats(job.run_dir).items()}
         self.beats: dict[int, Beat] = {}
 
     def is_lost(self) -> bool:
-        """Tell whether nothing was heard for longer than what the ranks do may take; the run is then marked failed."""
+        """Tell whether nothing was heard for longer than what the ranks do may take; the run is then marked failed.
+
+        Not once a newer attempt has started, whose silence is not for this launcher to judge.
+        """
         passed = self.clock() - self.looked
         if passed < LOOK_EVERY_S:
             return False
@@ -39,6 +43,8 @@ class Silence:
             self.beats |= beats
             self.silent_s = 0.0
         if self.silent_s <= self._limit_s() or read_status(self.job.run_dir).get("state") in ("done", "preempted"):
+            return False
+        if not self.attempt.is_current(at_once=True):
             return False
         self._record()
         return True
@@ -52,10 +58,10 @@ class Silence:
         if read_status(self.job.run_dir).get("state") == "failed":
             return
         if not self.beats:
-            mark_failed(self.job, message=f"no rank began in {self.silent_s:.0f} s (limits.prepare_s)")
+            mark_failed(self.attempt, message=f"no rank began in {self.silent_s:.0f} s (limits.prepare_s)")
             return
         verdict = judge(self.beats, self.beats)
         now = verdict.culprits[0].written + self.silent_s
-        mark_failed(self.job, **verdict.error(now, "no rank is left to speak; stacks in logs"))
+        mark_failed(self.attempt, **verdict.error(now, "no rank is left to speak; stacks in logs"))
         send(verdict.culprits, self.job.run_dir, signal.SIGUSR1, signal.SIGCONT)
         time.sleep(STACKS_S)

@@ -24,7 +24,7 @@ from launcher.job import ROOT, Job, mark_submitted, read_status
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config import ConfigError
-from trainers.status import read_json, write_json
+from trainers.status import Attempt, read_json, write_json
 
 ANSWER_S = 20.0
 """For squeue and scontrol to answer."""
@@ -211,7 +211,7 @@ def follow_all(jobs: list[Job]) -> int:
 
 def _follow(job: Job) -> int:
     """Print what rank 0 prints until the job has left the queue; returns the launcher's exit code."""
-    record, shown = record_of(job.run_dir), 0
+    record, attempt, shown = record_of(job.run_dir), Attempt(job.run_dir, sys.maxsize), 0
     log = Path(record["log"])
     try:
         while True:
@@ -224,7 +224,7 @@ def _follow(job: Job) -> int:
                 sys.stdout.write(text.decode(errors="replace"))
                 sys.stdout.flush()
             if ended:
-                return settle(job, DONE if read_status(job.run_dir).get("state") == "done" else FAILED, None)
+                return settle(job, attempt, DONE if read_status(job.run_dir).get("state") == "done" else FAILED, None)
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
         print(f"job {record['id']} goes on; scancel {record['id']} ends it", file=sys.stderr)

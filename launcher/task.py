@@ -6,17 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
 from launcher import local, process
 from launcher.ending import BAD_INPUT, FAILED, STOPPED
-from launcher.job import Job
+from launcher.job import Job, mark_failed, next_attempt
 from launcher.silence import Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config import ConfigError
-from trainers.status import newest_attempt, record_failure
 
 ANSWER_S = 60.0
 HELD = (signal.SIGUSR2, signal.SIGTERM)
@@ -35,7 +33,7 @@ class Task:
             code = run(self.job)
         except ConfigError as error:
             parts = {"path": error.path, "value": str(error.value), "reason": error.reason, "remedy": error.remedy}
-            record_failure(self.job.run_dir, {"message": str(error), "setting": parts, "exit_code": BAD_INPUT}, time.time())
+            mark_failed(next_attempt(self.job), message=str(error), setting=parts, exit_code=BAD_INPUT)
             print(error, file=sys.stderr, flush=True)
             code = BAD_INPUT
         if code:
@@ -53,8 +51,8 @@ def run(job: Job) -> int:
     from submitit.slurm.slurm import _parse_node_list
 
     place = from_slurm(os.environ, job.launch, _parse_node_list(os.environ.get("SLURM_JOB_NODELIST", "")))
-    known = newest_attempt(job.run_dir)
-    is_lost = Silence(job).is_lost if place.rank == 0 else lambda: False
+    attempt = next_attempt(job)
+    is_lost = Silence(job, attempt).is_lost if place.rank == 0 else lambda: False
     code, signalled = process.run(
         [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD
     )
@@ -62,9 +60,7 @@ def run(job: Job) -> int:
     if code < 0:
         name = signal.Signals(-code).name
         why = " (out of memory, or kill -9)" if code == -signal.SIGKILL else ""
-        if newest_attempt(job.run_dir) <= known + 1:  # else another attempt has started after ours
-            cause = {"rank": place.rank, "exit_code": code, "message": f"rank {place.rank} was killed by {name}{why}"}
-            record_failure(job.run_dir, cause, time.time())
+        mark_failed(attempt, rank=place.rank, exit_code=code, message=f"rank {place.rank} was killed by {name}{why}")
         return FAILED
     if code == STOPPED and place.rank == 0 and signalled == signal.SIGUSR2:
         requeue(job, place)

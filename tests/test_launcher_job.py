@@ -17,7 +17,7 @@ import pytest
 
 from launcher import ending, local, process
 from launcher.compose import CONF, compose
-from launcher.job import Job, freeze, make_job, mark_submitted, only_launcher, read_status
+from launcher.job import Job, freeze, make_job, mark_submitted, next_attempt, only_launcher, read_status
 from launcher.report import rows
 from trainers.config import ConfigError, load
 
@@ -155,7 +155,7 @@ def test_ends_are_told_apart(
     job = job_in(tmp_path)
     freeze(job)
     (job.run_dir / "status.json").write_text(json.dumps(status))
-    assert ending.settle(job, code, signalled) == exit_code
+    assert ending.settle(job, next_attempt(job), code, signalled) == exit_code
     assert words in capsys.readouterr().err
 
 
@@ -259,7 +259,7 @@ def test_a_setting_that_ranks_refuse_is_explained_like_any_other(tmp_path: Path)
     setting = {"path": "data.path", "value": "x", "reason": "has bad rows", "remedy": ""}
     (job.run_dir / "status.json").write_text(json.dumps({"state": "failed", "error": {"rank": 0, "message": "x", "setting": setting}}))
     with pytest.raises(ConfigError, match="has bad rows"):
-        ending.settle(job, 2, None)
+        ending.settle(job, next_attempt(job), 2, None)
 
 
 def test_settings_may_be_corrected_until_an_attempt_began(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from trainers.config import LogConfig, RunConfig, WandbMode
 from trainers.metrics import Metrics
-from trainers.status import Attempt, record_failure, set_status
+from trainers.status import Attempt
 
 ROOT = Path(__file__).parents[1]
 ROW = {"loss": 1.0, "tokens_per_second": 3.0, "step_seconds": 0.1}
@@ -42,12 +42,13 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_status_keeps_what_it_knew_and_forgets_an_old_error(tmp_path: Path) -> None:
-    set_status(tmp_path, "running", attempt=1, step=3)
-    record_failure(tmp_path, {"message": "x"}, at=1.0)
-    set_status(tmp_path, "preempted")
+    attempt = Attempt(tmp_path)
+    attempt.set_status("running", attempt=1, step=3)
+    attempt.record_failure({"message": "x"}, at=1.0)
+    attempt.set_status("preempted")
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
-    set_status(tmp_path, "submitted")
-    set_status(tmp_path, "running")
+    attempt.set_status("submitted")
+    attempt.set_status("running")
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["attempt"], status["step"]) == ("running", 1, 3)
     assert "error" not in status

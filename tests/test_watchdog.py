@@ -17,9 +17,10 @@ from command import ROOT, arguments, environment, launch, read_rows, wait_for_st
 from conftest import free_port
 
 from launcher.compose import compose
-from launcher.job import freeze, make_job
+from launcher.job import freeze, make_job, next_attempt
 from launcher.silence import LATER_S, Silence
 from trainers.config import ConfigError, load
+from trainers.status import Attempt
 from trainers.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge
 
 SOON_S = 60
@@ -364,14 +365,13 @@ def test_a_rank_that_is_waited_for_and_gets_on_is_not_held_up_to_it() -> None:
 
 
 def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:
-    from trainers.status import record_failure, set_status
-
-    assert record_failure(tmp_path, {"rank": 0}, at=20.0)
-    assert not record_failure(tmp_path, {"rank": 1}, at=21.0)
-    assert record_failure(tmp_path, {"rank": 2}, at=19.0)
-    assert not record_failure(tmp_path, {"rank": 3}, at=28.0, together_s=5.0)
-    assert record_failure(tmp_path, {"rank": 4}, at=22.0, together_s=5.0)
-    set_status(tmp_path, "running", attempt=3)
+    attempt = Attempt(tmp_path)
+    assert attempt.record_failure({"rank": 0}, at=20.0)
+    assert not attempt.record_failure({"rank": 1}, at=21.0)
+    assert attempt.record_failure({"rank": 2}, at=19.0)
+    assert not attempt.record_failure({"rank": 3}, at=28.0, together_s=5.0)
+    assert attempt.record_failure({"rank": 4}, at=22.0, together_s=5.0)
+    attempt.set_status("running", attempt=3)
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["error"]["rank"]) == ("failed", 4)
 
 
@@ -399,7 +399,7 @@ def test_the_agent_names_the_rank_that_was_killed_first(
         raise ChildFailedError("trainers", failures)
 
     monkeypatch.setattr(agent.run, "main", fail)
-    monkeypatch.setattr(agent, "_end_late_ranks", lambda run_dir: None)
+    monkeypatch.setattr(agent, "_end_late_ranks", lambda attempt: None)
     monkeypatch.delenv("FULLTUNE_AGENT", raising=False)
     code = agent.main([str(tmp_path / "config.yaml")])
     monkeypatch.delenv("FULLTUNE_AGENT")
@@ -412,7 +412,7 @@ def test_the_launcher_gives_up_when_no_rank_writes_any_more(tmp_path: Path) -> N
     (job.run_dir / "ranks").mkdir(parents=True)
     written = write_beat(job.run_dir, 0, 100.0)
     clock = Clock()
-    watch = Silence(job, clock)
+    watch = Silence(job, next_attempt(job), clock)
     assert not passes(watch, clock, 30 + LATER_S - 1), "nothing of this attempt yet, and all of limits.prepare_s to write it in"
     write_beat(job.run_dir, 0, written + 1)
     assert not passes(watch, clock, 6 + LATER_S), "10 s for a step, of which 4 had passed"

@@ -53,14 +53,14 @@ from trainers.world import World
 
 world = World.from_environment()
 world.watch_signals()
-told = status.record_failure
+told = status.Attempt.record_failure
 
 def told_while_stopped(*args, **fields):
     os.kill(os.getpid(), signal.SIGTERM)
     sum(range(1000))
     return told(*args, **fields)
 
-status.record_failure = told_while_stopped
+status.Attempt.record_failure = told_while_stopped
 print(rank._fail(status.Attempt(Path(sys.argv[1])), world, 2, {"message": "why"}))
 """
 

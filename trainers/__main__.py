@@ -34,7 +34,7 @@ from trainers.model import Blueprint, check_export, export, flops_per_token, mak
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.status import SUPERSEDED, Attempt, Superseded, read_json, write_json
+from trainers.status import SUPERSEDED, Attempt, Superseded, read_json
 from trainers.watchdog import Phase, watch
 from trainers.world import Stopped, World
 
@@ -85,12 +85,15 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
     """Keep the first failing rank's error in status.json, and return the exit code.
 
     Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
-    cleared that of an earlier attempt.
+    cleared that of an earlier attempt. Whatever an older attempt fails of, and be it that what it staged is gone, it is superseded.
     """
     at = time.time()
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, unwritten = True, ""
     try:
+        if not attempt.is_current(at_once=True):
+            log.error("rank %d: a newer attempt of this run has started since, and this one ends: %s", world.rank, error["message"])
+            return SUPERSEDED
         first = attempt.record_failure({"rank": world.rank, "exit_code": code} | error, at)
     except Exception as other:  # a full disk, no memory, a file that is no JSON
         unwritten = f"\n(status.json could not be written: {other})"
@@ -121,7 +124,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     watch.log_to(attempt.folder)
     if world.rank == 0:
         console.print(summary(data.report), soft_wrap=True, highlight=False)
-        _note_sources(run_dir, data, blueprint)
+        _note_sources(attempt, data, blueprint)
         attempt.set_status("running", attempt=attempt.number)
     watch.enter(Phase.loading)
     with contextlib.closing(build_engine(config, world, blueprint)) as engine:
@@ -194,11 +197,11 @@ def _require_same_data(run_dir: Path, data: Prepared) -> None:
         raise ConfigError("run_dir", str(run_dir), reason, "put the data back, or take a new run_dir")
 
 
-def _note_sources(run_dir: Path, data: Prepared, blueprint: Blueprint) -> None:
+def _note_sources(attempt: Attempt, data: Prepared, blueprint: Blueprint) -> None:
     """Add to manifest.json what only preparation knows: fingerprints of data, tokenizer, template, and the base's commit."""
-    manifest = read_json(run_dir / "manifest.json")
+    manifest = read_json(attempt.run_dir / "manifest.json")
     manifest |= {"data": data.report, "base_revision": blueprint.revision, "prepared": data.path.name}
-    write_json(run_dir / "manifest.json", manifest)
+    attempt.write_json(attempt.run_dir / "manifest.json", manifest)
 
 
 def finish(
@@ -218,10 +221,11 @@ def finish(
     run_dir = Path(config.run_dir)
     folder = run_dir / "export"
     is_adapter = engine.adaptation.library_config is not None
+    weights, first, mark = heedful(engine.weights(), world, attempt), world.rank == 0, f".attempt-{attempt.number}"
     if is_adapter:
-        export_adapter(heedful(engine.weights(), world, attempt), engine.adaptation, tokenizer, folder, write=world.rank == 0)
+        export_adapter(weights, engine.adaptation, tokenizer, folder, first, mark)
     else:
-        export(heedful(engine.weights(), world, attempt), blueprint, tokenizer, stop_ids(tokenizer), folder, write=world.rank == 0)
+        export(weights, blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
     check_export(folder, heedful(engine.weights(), world, attempt), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
@@ -243,8 +247,8 @@ def finish(
             "export": str(folder),
             "sample": sample,
         }
-        attempt.require_current()
-        write_json(run_dir / "summary.json", figures)
+        if not attempt.write_json(run_dir / "summary.json", figures):
+            attempt.require_current()
         attempt.set_status("done", step=outcome.progress.step)
 
 

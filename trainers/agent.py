@@ -17,7 +17,7 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.status import newest_attempt, read_json, record_failure
+from trainers.status import Attempt, newest_attempt, read_json
 from trainers.watchdog import read_beats, send
 
 FAILED = 1
@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ["FULLTUNE_AGENT"] = str(os.getpid())  # ranks end with this process, also where it ends before they could ask for that
     run_dir = Path(arguments[-1]).parent
-    before = newest_attempt(run_dir)
-    threading.Thread(target=_end_late_ranks, args=(run_dir,), daemon=True).start()
+    attempt = Attempt(run_dir, newest_attempt(run_dir) + 1)
+    threading.Thread(target=_end_late_ranks, args=(attempt,), daemon=True).start()
     try:
         run.main(arguments)
     except ChildFailedError as error:
@@ -48,18 +48,18 @@ def main(arguments: list[str]) -> int:
         name = signal.Signals(-failure.exitcode).name
         why = " (out of memory, or kill -9)" if name == "SIGKILL" else ""
         cause = {"rank": rank, "exit_code": failure.exitcode, "message": f"rank {rank} was killed by {name}{why}"}
-        if newest_attempt(run_dir) <= before + 1:  # else another attempt has started after ours
-            record_failure(run_dir, cause, at=failure.timestamp, together_s=TOGETHER_S)
+        attempt.record_failure(cause, at=failure.timestamp, together_s=TOGETHER_S)
         return FAILED
     except SignalException:
         return FAILED
     return 0
 
 
-def _end_late_ranks(run_dir: Path) -> None:
+def _end_late_ranks(attempt: Attempt) -> None:
     """Kill the ranks that are still there LATE_S after the run has failed: one that is stopped or hangs takes no signal."""
+    run_dir = attempt.run_dir
     known = {} if "FULLTUNE_LAUNCHER" in os.environ else read_json(run_dir / "status.json")
-    while True:
+    while attempt.is_current():  # what fails after that, and RUN_DIR/ranks, is a newer attempt's
         time.sleep(1)
         try:
             status = read_json(run_dir / "status.json")
@@ -68,6 +68,8 @@ def _end_late_ranks(run_dir: Path) -> None:
         if status.get("state") != "failed" or status.get("error") == known.get("error"):
             continue
         time.sleep(LATE_S)
+        if not attempt.is_current(at_once=True):
+            return
         send(read_beats(run_dir).values(), run_dir, signal.SIGKILL)
 
 

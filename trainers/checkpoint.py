@@ -303,7 +303,8 @@ class Checkpointer:
         return "" if path.name == f"step-{step:06d}" else f"it is the checkpoint of step {step} under another name"
 
     def _rotate(self) -> None:
-        """Delete this run's complete checkpoints that nothing keeps, and staging folders of dead saves."""
+        """Delete this run's complete checkpoints that nothing keeps, and staging folders of dead saves, not of a newer attempt's."""
+        self.attempt.require_current()
         complete, config = self._complete(), self.config
         kept = set(complete[-config.keep_last :])
         if config.keep_every is not None:
@@ -315,6 +316,8 @@ class Checkpointer:
             if path not in kept:
                 path.rename(path.with_name(f".{path.name}.tmp"))  # complete or absent, also when killed while deleting
         for path in self.folder.glob(".step-*.tmp"):
+            if (number := path.name.partition(".attempt-")[2].partition(".")[0]).isdigit() and int(number) > self.attempt.number:
+                continue
             shutil.rmtree(path)
 
     def restore(self, engine: Engine) -> Progress:

@@ -123,14 +123,19 @@ class Metrics:
         return kept
 
     def cut(self, step: int) -> list[dict[str, Any]]:
-        """Cut the record back to `step`, and to before a rollback to it; return the rows that stay, on rank 0."""
+        """Cut the record back to `step`, and to before a rollback to it; return the rows that stay, on rank 0.
+
+        It is a new file then, into which no row of an older attempt comes. Raises Superseded where this is the older one.
+        """
         kept: list[dict[str, Any]] = []
         if self.active:
             if self.path.is_file():
                 rows = [_parse(line) for line in self.path.read_text().splitlines()]
                 kept = [row for row in rows if row is not None and row["step"] + ("rollback_from" in row) <= step]
-            staging = self.path.with_suffix(".tmp")
+            staging = self.path.with_name(f"metrics.attempt-{self.attempt.number}.tmp")
             staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            self.file = staging.stat()
+            self.attempt.require_current()
             staging.rename(self.path)
         return kept
 
@@ -140,6 +145,8 @@ class Metrics:
             return
         row = finite(row)
         with self.path.open("a") as file:
+            if not os.path.samestat(os.fstat(file.fileno()), self.file) and not self.attempt.is_current(at_once=True):
+                return
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.mirror is not None:
             self.mirror.log(row)

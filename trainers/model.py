@@ -194,6 +194,7 @@ def export(
     folder: Path,
     write: bool,
     shard_bytes: int = SHARD_BYTES,
+    mark: str = "",
 ) -> None:
     """Write a Hugging Face directory, complete or absent. Every rank drains `weights`; the one with `write` writes.
 
@@ -203,7 +204,7 @@ def export(
     def configure(staging: Path) -> None:
         _write_configs(blueprint, tokenizer, stop_ids, staging)
 
-    write_folder(weights, lambda: export_plan(blueprint.build(), blueprint.saved_dtype), configure, folder, write, shard_bytes)
+    write_folder(weights, lambda: export_plan(blueprint.build(), blueprint.saved_dtype), configure, folder, write, shard_bytes, mark=mark)
 
 
 def write_folder(
@@ -214,24 +215,28 @@ def write_folder(
     write: bool,
     shard_bytes: int | None = None,
     file: str = "model.safetensors",
+    mark: str = "",
 ) -> None:
-    """Write the tensors of a plan, then what `configure` adds, to a folder that is complete or absent; without `write` drain them only.
+    """Write what `configure` adds and the tensors of a plan to a folder that is complete or absent; without `write` drain them only.
 
-    `file` names the one file that they are in; with `shard_bytes` there may be several.
+    `file` names the one file that they are in; with `shard_bytes` there may be several. `mark` tells the staging folder from that of
+    others who write the same at the same time. Nothing is put into place where the end of `weights` raises, the last thing that is done.
     """
     if not write:
         for _ in weights:
             pass
         return
-    staging = folder.with_name(folder.name + ".tmp")
+    staging = folder.with_name(f"{folder.name}{mark}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
+    older = folder.exists()
     staging.mkdir(parents=True)
     try:
         plan = plan_of()
         require_space(plan, staging)
-        _write_weights(weights, plan, staging, _shards(plan, shard_bytes) if shard_bytes else [plan], file)
         configure(staging)
-        shutil.rmtree(folder, ignore_errors=True)
+        _write_weights(weights, plan, staging, _shards(plan, shard_bytes) if shard_bytes else [plan], file)
+        if older:
+            shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -21,9 +22,13 @@ LOCK_WAIT_S = 3.0
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file that is never seen half-written."""
+    _staged(path, value).rename(path)
+
+
+def _staged(path: Path, value: object) -> Path:
     staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     staging.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    staging.rename(path)
+    return staging
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,29 +37,6 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     value: dict[str, Any] = json.loads(path.read_text())
     return value
-
-
-def set_status(run_dir: Path, state: str, **more: object) -> None:
-    """Update status.json: the state and whatever else is known; other keys stay.
-
-    A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
-    """
-    with _alone(run_dir):
-        known = read_json(run_dir / "status.json")
-        if known.get("state") == "failed" and state != "submitted":
-            return
-        known.pop("error", None)
-        write_json(run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
-
-
-def record_failure(run_dir: Path, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
-    """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was."""
-    with _alone(run_dir):
-        known = read_json(run_dir / "status.json")
-        if known.get("state") == "failed" and known.get("error", {}).get("time", 0.0) <= at - together_s:
-            return False
-        write_json(run_dir / "status.json", known | {"state": "failed", "time": time.time(), "error": error | {"time": at}})
-    return True
 
 
 @contextlib.contextmanager
@@ -93,18 +75,37 @@ def attempt_folder(run_dir: Path, number: int) -> Path:
     return run_dir / "logs" / f"attempt-{number}"
 
 
+def _discard(path: Path) -> None:
+    """Delete what was staged; renamed first, so that nobody puts into place what is half deleted."""
+    with contextlib.suppress(OSError):  # its attempt was quicker
+        gone = path.rename(path.with_name(f".gone-{os.getpid()}-{path.name.strip('.')}"))
+        if gone.is_dir():
+            shutil.rmtree(gone, ignore_errors=True)
+        else:
+            gone.unlink()
+
+
 @dataclass
 class Attempt:
-    """One life of a run. A cluster may restart a run while ranks of the last life go on, on a node that was cut off."""
+    """One life of a run. A cluster may restart a run while ranks of the last life go on, on a node that was cut off.
+
+    What it leaves is staged as *.tmp, then it looks whether it is current, then it renames. A newer one takes all that is staged away
+    as it begins: whenever the older was stopped, its look or its rename fails.
+    """
 
     run_dir: Path
     number: int = 0
-    """From 1; 0 before the ranks have met: what goes wrong until then may be written down."""
+    """From 1; 0 before the ranks have met: what goes wrong until then may be written down, if no other attempt has begun."""
     _looked_at: float = field(default=-LOOK_EVERY_S, repr=False)
     _newest: int = field(default=0, repr=False)
+    _before: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        """Note which attempt was the newest until now."""
+        self._before = newest_attempt(self.run_dir)
 
     def claim(self) -> int:
-        """Take the next number by making its log folder, and return it. One rank claims, and tells the others."""
+        """Take the next number by making its log folder, and what older attempts have staged; return it. One rank claims, for all."""
         logs = self.run_dir / "logs"
         logs.mkdir(exist_ok=True)
         number = newest_attempt(self.run_dir) + 1
@@ -115,6 +116,8 @@ class Attempt:
             except FileExistsError:
                 number += 1
         (logs / "attempt").write_text(f"{number}\n")
+        for path in [*self.run_dir.glob("*.tmp"), *self.run_dir.glob("checkpoints/.*.tmp")]:
+            _discard(path)
         return number
 
     def begin(self, number: int) -> None:
@@ -125,21 +128,47 @@ class Attempt:
         """Tell whether no newer attempt has started, as far as was seen within the last second, or now."""
         if at_once or time.monotonic() - self._looked_at > LOOK_EVERY_S:
             self._looked_at, self._newest = time.monotonic(), newest_attempt(self.run_dir)
-        return self.number == 0 or self._newest <= self.number
+        return self._newest <= (self.number or self._before)
 
     def require_current(self) -> None:
         """Raise Superseded if a newer attempt has started."""
         if not self.is_current(at_once=True):
             raise Superseded(f"attempt {self._newest} of this run has started since; attempt {self.number} writes nothing any more")
 
-    def set_status(self, state: str, **more: object) -> None:
-        """Update status.json, unless it is a newer attempt's."""
-        if self.is_current(at_once=True):
-            set_status(self.run_dir, state, **more)
+    def write_json(self, path: Path, value: object) -> bool:
+        """Write a JSON file of the run directory, unless a newer attempt has started; tell whether it was written.
 
-    def record_failure(self, error: dict[str, Any], at: float) -> bool:
-        """Mark the run failed, unless it is a newer attempt's or an earlier failure is known; tell whether this is the first."""
-        return self.is_current(at_once=True) and record_failure(self.run_dir, error, at)
+        The last look is behind the staging, which a newer attempt takes away: no moment is left to be stopped in between.
+        """
+        while True:
+            staging = _staged(path, value)
+            if not self.is_current(at_once=True):
+                staging.unlink(missing_ok=True)
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                staging.rename(path)
+                return True
+
+    def set_status(self, state: str, **more: object) -> None:
+        """Update status.json: the state and whatever else is known; other keys stay.
+
+        A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
+        """
+        with _alone(self.run_dir):
+            known = read_json(self.run_dir / "status.json")
+            if known.get("state") == "failed" and state != "submitted":
+                return
+            known.pop("error", None)
+            self.write_json(self.run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
+
+    def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
+        """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was."""
+        with _alone(self.run_dir):
+            known = read_json(self.run_dir / "status.json")
+            if known.get("state") == "failed" and known.get("error", {}).get("time", 0.0) <= at - together_s:
+                return False
+            failed = known | {"state": "failed", "time": time.time(), "error": error | {"time": at}}
+            return self.write_json(self.run_dir / "status.json", failed)
 
     @property
     def folder(self) -> Path:

@@ -83,7 +83,12 @@ class Continued:
 
 
 def export_adapter(
-    weights: Iterable[tuple[str, Tensor]], adaptation: Adaptation, tokenizer: PreTrainedTokenizerBase, folder: Path, write: bool
+    weights: Iterable[tuple[str, Tensor]],
+    adaptation: Adaptation,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    write: bool,
+    mark: str = "",
 ) -> None:
     """Write a PEFT adapter directory, complete or absent. Every rank drains `weights`; the one with `write` writes."""
 
@@ -91,7 +96,7 @@ def export_adapter(
         adaptation.library_config.save_pretrained(str(staging))
         tokenizer.save_pretrained(staging)
 
-    write_folder(weights, adaptation.plan, configure, folder, write, file=FILE)
+    write_folder(weights, adaptation.plan, configure, folder, write, file=FILE, mark=mark)
 
 
 def require_moved(folder: Path) -> None:
