@@ -24,6 +24,7 @@ STATE=/run/fulltune-slurm
 CONF=/etc/slurm/slurm.conf # beside SLURM_CONF, for programs that drop SLURM_* from the environment
 NETWORK=198.18.77          # a range set aside for trying networks: it collides with nobody's
 SELF=$(realpath "$0")
+export SLURM_CONF=$STATE/slurm.conf
 PACKAGES=(slurmctld slurmd slurm-client munge iproute2)
 
 refuse() { # THING REMEDY
@@ -34,12 +35,12 @@ refuse() { # THING REMEDY
 need_root() { [ "$(id -u)" = 0 ] || refuse "a virtual cluster needs root" "sudo $SELF $*"; }
 
 install() {
-    local name missing=
+    local name missing=''
     for name in slurmctld slurmd sbatch munged ip; do command -v "$name" >/dev/null || missing="$missing $name"; done
     [ -n "$missing" ] || return 0
     command -v apt-get >/dev/null || refuse "not installed:$missing" "install SLURM and munge; apt-get, which would do it, is not here"
     echo "installing ${PACKAGES[*]}"
-    local policy=/usr/sbin/policy-rc.d ours= # Debian's way to say that installing a service does not start it
+    local policy=/usr/sbin/policy-rc.d ours='' # Debian's way to say that installing a service does not start it
     [ -e "$policy" ] || { ours=1 && printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy"; }
     { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${PACKAGES[@]}"; } >/dev/null || missing=failed
     [ -z "$ours" ] || rm -f "$policy"
@@ -47,7 +48,7 @@ install() {
 }
 
 configure() { # NODES
-    local nodes=$1 gres= k
+    local nodes=$1 gres='' k
     mkdir "$STATE"/{log,controller}
     (umask 077 && head -c 128 /dev/urandom >"$STATE/munge.key")
     if [ "${GPUS:-0}" -gt 0 ]; then
@@ -102,8 +103,8 @@ END
         # Without a grace time the signal would meet the SIGTERM that ends the job.
         [ "${GRACE:-0}" = 0 ] || echo SlurmctldParameters=preempt_send_user_signal
         for ((k = 1; k <= nodes; k++)); do echo "NodeName=node$k NodeAddr=$NETWORK.$k"; done
-    } >"$STATE/slurm.conf"
-    echo "export SLURM_CONF=$STATE/slurm.conf" >"$STATE/env"
+    } >"$SLURM_CONF"
+    echo "export SLURM_CONF=$SLURM_CONF" >"$STATE/env"
 }
 
 up() {
@@ -116,18 +117,17 @@ up() {
     mkdir -p "$STATE"
     exec 9>>"$STATE/lock" # held by the cluster as long as one of its processes lives
     { flock -n 9 && [ "$STATE/lock" -ef /proc/self/fd/9 ]; } || refuse "a cluster is up already" "$SELF status shows it, $SELF down ends it"
-    sweep
-    [ ! -e "$CONF" ] || refuse "$CONF exists, this machine belongs to another cluster" "take another machine"
     trap 'exec 9>&-; down' EXIT
     trap 'exit 130' INT TERM HUP
+    sweep
+    [ ! -e "$CONF" ] || refuse "$CONF exists, this machine belongs to another cluster" "take another machine"
     configure "$nodes"
-    ln -s "$STATE/slurm.conf" "$CONF"
-    env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 SLURM_CONF="$STATE/slurm.conf" \
+    ln -s "$SLURM_CONF" "$CONF"
+    env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 SLURM_CONF="$SLURM_CONF" \
         setsid unshare --net --uts --ipc --pid --mount --fork --kill-child "$SELF" controller "$nodes" \
         </dev/null >"$STATE/log/start" 2>&1 8</proc/self/ns/net &
     exec 9>&-
-    . "$STATE/env"
-    until [ "$(timeout 5 sinfo -hN -p main -t idle -o %N 2>/dev/null | wc -l)" = "$nodes" ]; do
+    until [ "$(timeout 1 sinfo -hN -p main -t idle -o %N 2>/dev/null | wc -l)" = "$nodes" ]; do
         if ! is_up || [ "$SECONDS" -gt 90 ]; then
             tail -n 5 "$STATE"/log/* >&2
             echo "error: the cluster did not start; the last lines of its logs are above" >&2
@@ -156,7 +156,8 @@ controller() { # NODES
     mount --bind "$STATE/hosts" /etc/hosts # of the nodes too, which start from here
     mount --bind "$STATE/nsswitch.conf" /etc/nsswitch.conf
     ip link set lo up
-    ip link add name switch type bridge
+    # A bridge takes the lowest address of its links, and a node would get a new one each time: old ones are remembered for a minute.
+    ip link add name switch address 02:00:00:00:00:fe type bridge
     ip address add "$NETWORK.254/24" dev switch
     ip link set switch up
     ip link add name login type veth peer name fulltune-slurm netns /proc/self/fd/8
@@ -170,9 +171,10 @@ controller() { # NODES
     wait $!
 }
 
-boot() { # K: start a node, from the controller's namespaces
+boot() { # K: start a node from the controller's namespaces and wait for it: a controller that looks for absent nodes stalls
     { setsid unshare --net --uts --ipc --pid --mount --fork "$SELF" node "$1"; rm -f "$STATE/node$1"; } \
         </dev/null >"$STATE/log/start.node$1" 2>&1 8</proc/self/ns/net &
+    until [ -e "$STATE/node$1" ]; do kill -0 $! && sleep 0.02; done
 }
 
 # The first process of a node's namespaces, which collects orphans as slurmd would not; 8 is the controller's network.
@@ -183,7 +185,7 @@ node() { # K
     mount -t tmpfs tmpfs /dev/shm
     hostname "node$1"
     ip link set lo up
-    ip link add name eth0 type veth peer name "node$1" netns /proc/self/fd/8
+    ip link add name eth0 address "$(printf 02:00:00:00:00:%02x "$1")" type veth peer name "node$1" netns /proc/self/fd/8
     nsenter --net=/proc/self/fd/8 ip link set "node$1" master switch up
     ip address add "$NETWORK.$1/24" dev eth0
     ip link set eth0 up
@@ -213,11 +215,11 @@ heal() {
 cut() { on_controller ip link set "node$1" down; }
 freeze() { on_node "$1" bash -c 'kill -STOP -1'; } # all of the node but its first process, which only waits
 thaw() { on_node "$1" bash -c 'kill -CONT -1'; }
+# shellcheck disable=SC2016
 exec_on() { on_node "$1" sh -c 'cd "$0" && exec "$@"' "$PWD" "${@:2}"; }
 
 status() {
     is_up || { echo "no cluster is up" && exit 1; }
-    . "$STATE/env"
     timeout 10 sinfo -N -p main -o '%N %T %c CPUs %m MiB %G %E'
     timeout 10 squeue
 }
@@ -235,7 +237,7 @@ down() {
 }
 
 sweep() { # what a dead cluster left
-    [ "$(readlink "$CONF")" != "$STATE/slurm.conf" ] || rm -f "$CONF"
+    [ "$(readlink "$CONF")" != "$SLURM_CONF" ] || rm -f "$CONF"
     ip link delete fulltune-slurm 2>/dev/null || true # the kernel would, a little later
     find "$STATE" -mindepth 1 ! -name lock -delete
 }
@@ -243,7 +245,7 @@ sweep() { # what a dead cluster left
 of_node() { # COMMAND K ...: where a cluster with that node is up
     need_root "$@"
     is_up || refuse "no cluster is up" "$SELF up"
-    grep -q "^NodeName=node${2:-} " "$STATE/slurm.conf" || refuse "no node \`${2:-}\`" "the number of a node: $(grep -c 'NodeAddr' "$STATE/slurm.conf") are up"
+    grep -q "^NodeName=node${2:-} " "$SLURM_CONF" || refuse "no node \`${2:-}\`" "the number of a node: $(grep -c 'NodeAddr' "$SLURM_CONF") are up"
     [ "$1" = heal ] || [ -e "$STATE/node$2" ] || refuse "node$2 has crashed" "$SELF heal $2"
 }
 
