@@ -172,7 +172,7 @@ controller() { # NODES
 }
 
 boot() { # K: start a node from the controller's namespaces and wait for it: a controller that looks for absent nodes stalls
-    { setsid unshare --net --uts --ipc --pid --mount --fork "$SELF" node "$1"; rm -f "$STATE/node$1"; } \
+    { setsid unshare --net --uts --ipc --pid --mount --fork "$SELF" node "$1" || true; rm -f "$STATE/node$1"; } \
         </dev/null >"$STATE/log/start.node$1" 2>&1 8</proc/self/ns/net &
     until [ -e "$STATE/node$1" ]; do kill -0 $! && sleep 0.02; done
 }
@@ -200,7 +200,7 @@ on_node() { nsenter -t "$(cat "$STATE/node$1")" -m -u -i -n -p -- "${@:2}"; }
 crash() { # the link goes first: a machine without power closes no connection
     on_controller ip link delete "node$1"
     kill -9 "$(cat "$STATE/node$1")"
-    while [ -e "$STATE/node$1" ]; do sleep 0.05; done
+    while [ -e "$STATE/node$1" ] && is_up; do sleep 0.05; done
 }
 
 heal() {
