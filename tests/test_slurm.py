@@ -137,11 +137,11 @@ def test_what_slurm_refuses_is_said_in_its_words(submit: Any, tmp_path: Path) ->
     for number, (override, words) in enumerate(
         [
             ("launch.partition=absent", ["launch.partition", "invalid partition specified"]),
-            ("launch.nodes=9", ["launch.nodes", "SLURM refuses the job"]),
+            ("launch.memory=999G", ["launch.memory", "SLURM refuses the job: Memory specification"]),
             ("launch.cpus_per_gpu=999", ["launch.cpus_per_gpu", "SLURM refuses the job"]),
         ]
     ):
-        done = submit(tmp_path / str(number), override, "train.global_batch=18")
+        done = submit(tmp_path / str(number), override)
         assert done.returncode == 2, done.stdout + done.stderr
         assert all(word in done.stderr for word in words), done.stderr
         assert "Traceback" not in done.stderr
