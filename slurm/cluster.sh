@@ -20,11 +20,13 @@
 # The cluster is one PID namespace: when its first process ends, the kernel ends every other, and the links go with them.
 
 set -euo pipefail
+umask 022
 STATE=/run/fulltune-slurm
 CONF=/etc/slurm/slurm.conf # beside SLURM_CONF, for programs that drop SLURM_* from the environment
 NETWORK=198.18.77          # a range set aside for trying networks: it collides with nobody's
 SELF=$(realpath "$0")
 export SLURM_CONF=$STATE/slurm.conf
+: "${CPUS:=4}" "${MEMORY:=8000}" "${GPUS:=0}" "${GRACE:=0}"
 PACKAGES=(slurmctld slurmd slurm-client munge iproute2)
 
 refuse() { # THING REMEDY
@@ -51,7 +53,7 @@ configure() { # NODES
     local nodes=$1 gres='' k
     mkdir "$STATE"/{log,controller}
     (umask 077 && head -c 128 /dev/urandom >"$STATE/munge.key")
-    if [ "${GPUS:-0}" -gt 0 ]; then
+    if [ "$GPUS" -gt 0 ]; then
         # SLURM counts any file as a GPU, but sets CUDA_VISIBLE_DEVICES only for devices.
         for ((k = 0; k < GPUS; k++)); do ln -s /dev/null "$STATE/gpu$k"; done
         gres="Gres=gpu:$GPUS"
@@ -85,7 +87,7 @@ PropagateResourceLimits=NONE
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
-DefMemPerCPU=$((${MEMORY:-8000} / ${CPUS:-4}))
+DefMemPerCPU=$((MEMORY / CPUS))
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
@@ -95,13 +97,13 @@ MessageTimeout=5
 KillWait=5
 # Without accounting this is how long \`scontrol show job\` and \`squeue -t all\` tell how a job ended.
 MinJobAge=3600
-NodeName=DEFAULT CPUs=${CPUS:-4} RealMemory=${MEMORY:-8000} $gres
-PartitionName=main Nodes=ALL Default=YES DefaultTime=60 PriorityTier=1 GraceTime=${GRACE:-0}
+NodeName=DEFAULT CPUs=$CPUS RealMemory=$MEMORY $gres
+PartitionName=main Nodes=ALL Default=YES DefaultTime=60 PriorityTier=1 GraceTime=$GRACE
 PartitionName=high Nodes=ALL DefaultTime=60 PriorityTier=2 PreemptMode=OFF
 END
         [ -z "$gres" ] || echo GresTypes=gpu
         # Without a grace time the signal would meet the SIGTERM that ends the job.
-        [ "${GRACE:-0}" = 0 ] || echo SlurmctldParameters=preempt_send_user_signal
+        [ "$GRACE" = 0 ] || echo SlurmctldParameters=preempt_send_user_signal
         for ((k = 1; k <= nodes; k++)); do echo "NodeName=node$k NodeAddr=$NETWORK.$k"; done
     } >"$SLURM_CONF"
     echo "export SLURM_CONF=$SLURM_CONF" >"$STATE/env"
@@ -109,11 +111,13 @@ END
 
 up() {
     local nodes=${1:-3}
-    [[ "$nodes" =~ ^[0-9]+$ && "$nodes" -ge 1 && "$nodes" -le 200 ]] || refuse "NODES=$nodes" "a number from 1 to 200"
+    [[ "$nodes $CPUS $MEMORY" =~ ^[1-9][0-9]{0,2}( [1-9][0-9]*){2}$ && "$nodes" -le 200 ]] ||
+        refuse "NODES=$nodes CPUS=$CPUS MEMORY=$MEMORY" "whole numbers above 0, at most 200 nodes"
+    [[ "$GPUS $GRACE" =~ ^[0-9]+\ [0-9]+$ ]] || refuse "GPUS=$GPUS GRACE=$GRACE" "whole numbers"
     need_root up "$nodes"
     install
-    unshare --net --uts --ipc --pid --mount --fork true 2>/dev/null ||
-        refuse "no namespaces may be made here" "a virtual machine, or a container started with --privileged"
+    unshare --net --uts --ipc --pid --mount --fork sh -c 'ip link add type bridge && ip link add type veth' 2>/dev/null ||
+        refuse "no namespaces and links may be made here" "a virtual machine, or a container started with --privileged"
     mkdir -p "$STATE"
     exec 9>>"$STATE/lock" # held by the cluster as long as one of its processes lives
     { flock -n 9 && [ "$STATE/lock" -ef /proc/self/fd/9 ]; } || refuse "a cluster is up already" "$SELF status shows it, $SELF down ends it"
@@ -123,10 +127,11 @@ up() {
     [ ! -e "$CONF" ] || refuse "$CONF exists, this machine belongs to another cluster" "take another machine"
     configure "$nodes"
     ln -s "$SLURM_CONF" "$CONF"
-    env -i PATH="$PATH" HOME="$HOME" LANG=C.UTF-8 SLURM_CONF="$SLURM_CONF" \
+    env -i PATH="$PATH" HOME=/root LANG=C.UTF-8 SLURM_CONF="$SLURM_CONF" \
         setsid unshare --net --uts --ipc --pid --mount --fork --kill-child "$SELF" controller "$nodes" \
         </dev/null >"$STATE/log/start" 2>&1 8</proc/self/ns/net &
     exec 9>&-
+    SECONDS=0
     until [ "$(timeout 1 sinfo -hN -p main -t idle -o %N 2>/dev/null | wc -l)" = "$nodes" ]; do
         if ! is_up || [ "$SECONDS" -gt 90 ]; then
             tail -n 5 "$STATE"/log/* >&2
@@ -137,7 +142,7 @@ up() {
     done
     trap - EXIT
     cat <<END
-A cluster of $nodes nodes is up (node1 to node$nodes; ${CPUS:-4} CPUs, ${MEMORY:-8000} MiB, ${GPUS:-0} GPUs each). Partitions: main, and high, which preempts main.
+A cluster of $nodes nodes is up (node1 to node$nodes; $CPUS CPUs, $MEMORY MiB, $GPUS GPUs each). Partitions: main, and high, which preempts main.
     . $STATE/env                      # sets SLURM_CONF
     srun --nodes=$nodes hostname
     sbatch --nodes=2 slurm/train.sbatch +exp=quickstart_base launch=torchrun launch.processes=1
