@@ -36,11 +36,11 @@ HINTS = (
     ("account", "launch.account"),
     ("qos", "launch.qos"),
     ("time limit|timelimit", "launch.time"),
-    ("node count|more processors|configuration is not available", "launch.nodes, launch.gpus_per_node, launch.cpus_per_gpu, launch.memory"),
     ("memory", "launch.memory"),
     ("reservation", "launch.reservation"),
     ("feature|constraint", "launch.constraint"),
     ("gres|gpu", "launch.gpus_per_node"),
+    ("node count|more processors|configuration is not available", "launch.nodes, launch.gpus_per_node, launch.cpus_per_gpu, launch.memory"),
 )
 """Words in what sbatch says, and what to change."""
 
@@ -182,9 +182,9 @@ def _clean_environment() -> Iterator[None]:
 
 def _refused(job: Job, said: str) -> ConfigError:
     """Return SLURM's refusal in its own words, with what to change."""
-    words = [line.strip().removeprefix("sbatch: ") for line in said.splitlines() if "sbatch: error" in line] or said.strip().splitlines()[
-        -1:
-    ]
+    words = [
+        line.strip().removeprefix("sbatch: error: ") for line in said.splitlines() if "sbatch: error" in line
+    ] or said.strip().splitlines()[-1:]
     text = "; ".join(words) or "sbatch refused it"
     if "srun" in said and "detect" in said:
         return ConfigError(

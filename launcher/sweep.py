@@ -104,7 +104,7 @@ def worst(found: list[int]) -> int:
 
 def name_of(overrides: Sequence[str]) -> str:
     """Return a point's folder: its overrides, in characters that every shell and file system takes as they are."""
-    kept = ",".join(text.lstrip("+") for text in overrides) or "default"
+    kept = ",".join(sorted(text.lstrip("+") for text in overrides)) or "default"
     name = re.sub(r"[^A-Za-z0-9=.,_+-]", "_", kept)
     if name == kept and len(name) <= LONGEST_NAME:
         return name

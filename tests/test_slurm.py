@@ -138,7 +138,6 @@ def test_what_slurm_refuses_is_said_in_its_words(submit: Any, tmp_path: Path) ->
         [
             ("launch.partition=absent", ["launch.partition", "invalid partition specified"]),
             ("launch.memory=999G", ["launch.memory", "SLURM refuses the job: Memory specification"]),
-            ("launch.cpus_per_gpu=999", ["launch.cpus_per_gpu", "SLURM refuses the job"]),
         ]
     ):
         done = submit(tmp_path / str(number), override)
@@ -158,24 +157,33 @@ def test_a_contradiction_ends_the_job_in_seconds(cluster: Cluster, submit: Any, 
 
 
 def test_an_array_of_six_points(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
-    """One diverges, one is killed -9; four are done, and the same command again submits exactly these two."""
+    """One cannot save and one is killed -9; four are done, and the same command again submits exactly these two."""
     folder = tmp_path / "sweep"
-    points = ["peft=none,lora", "optim.lr=1e-2,3e-3,1e38", f"hydra.sweep.dir={folder}", "launch.array_parallelism=2"]
-    short = ["train.steps=6", "train.max_skipped=1", "train.eval_every=null", "data.eval_fraction=0"]
-    given = [*points, *short]
+    points = ["peft=none,lora", "optim.lr=1e-2,3e-3,1e-3", f"hydra.sweep.dir={folder}", "launch.array_parallelism=2"]
+    given = [*points, "train.steps=150", "checkpoint.every=50", "train.eval_every=null", "data.eval_fraction=0"]
     done = submit(None, *given, multirun=True)
     assert done.returncode == 0, done.stderr
     assert "6 to submit" in done.stdout
-    runs = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    runs = [path.parent for path in folder.glob("*/config.yaml")]
     assert len(runs) == 6
-    ended = ("done", "failed")
-    wait_for(lambda: all(status(run)["state"] in ended for run in runs), runs[0], timeout_s=200)
-    states = {run.name: status(run)["state"] for run in runs}
-    assert sorted(states.values()) == ["done"] * 4 + ["failed"] * 2, states
-    wait_for(lambda: not cluster.run("squeue", "-h", "-j", job_id(runs[0]).partition("_")[0]).strip(), runs[0], timeout_s=30)
+    raising, killed = folder / "optim.lr=0.001,peft=lora", folder / "optim.lr=0.003,peft=none"
+    (raising / "checkpoints").touch()
+    wait_for(lambda: steps_done(killed) >= 2, killed)
+    cluster.run("pkill", "-9", "-f", f"m trainers {killed}/")
+    wait_for(lambda: all(status(run)["state"] in ("done", "failed") for run in runs), killed, timeout_s=200)
+    assert {run for run in runs if status(run)["state"] == "failed"} == {raising, killed}
+    assert "was killed by SIGKILL" in status(killed)["error"]["message"]
+    ids = {run: job_id(run) for run in runs}
+    wait_for(lambda: not cluster.run("squeue", "-h", "-j", ids[killed].partition("_")[0]).strip(), killed, timeout_s=30)
+    assert {run for run in runs if cluster.job(ids[run])["JobState"] == "FAILED"} == {raising, killed}
+    listed = cluster.run(sys.executable, "-m", "tools.runs", str(folder), COLUMNS="250")
+    assert listed.count("failed") == 2
+    (raising / "checkpoints").unlink()
     again = submit(None, *given, multirun=True)
-    assert again.returncode == 0, again.stderr
-    assert "6 points: 4 done, 0 in the queue, 2 to submit" in again.stdout
+    assert "6 points: 4 done, 0 in the queue, 2 to submit" in again.stdout, again.stderr
+    wait_for(lambda: all(status(run)["state"] == "done" for run in runs), killed, timeout_s=100)
+    assert [run for run in runs if job_id(run) != ids[run]] == [run for run in runs if run in (raising, killed)]
+    assert "6 points: 6 done" in submit(None, *given, multirun=True).stdout
 
 
 def test_many_launches_at_once_make_as_many_runs(cluster: Cluster, submit: Any, tmp_path: Path) -> None:

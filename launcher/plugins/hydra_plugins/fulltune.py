@@ -20,7 +20,8 @@ class Points(Launcher):  # type: ignore[misc]
         """Keep what composes a point, and which settings the command line gives to all."""
         self.loader, self.config = hydra_context.config_loader, config
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-        self.constant = {override.key_or_group for override in parsed if not override.is_sweep_override()}
+        swept = {override.key_or_group: override.is_sweep_override() for override in parsed}  # the last one of a key counts
+        self.constant = {key for key, is_swept in swept.items() if not is_swept}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run or submit a batch of points; a sweeper that looks for the best gets their held-out losses."""
