@@ -186,6 +186,17 @@ def test_an_array_of_six_points(cluster: Cluster, submit: Any, tmp_path: Path) -
     assert "6 points: 6 done" in submit(None, *given, multirun=True).stdout
 
 
+def test_a_snapshot_is_what_runs_and_its_log_can_be_followed(submit: Any, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = submit(run_dir, "launch.snapshot=true", "launch.wait=true", "train.steps=2", "train.eval_every=null")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 2/2" in done.stdout
+    assert "peak host memory" in done.stdout, "the table of figures"
+    assert f"cd {run_dir / 'code'}" in next((run_dir / "slurm").glob("*_submission.sh")).read_text()
+    assert list((run_dir / "code" / "trainers" / "__pycache__").glob("loop.*")), "ranks import from there"
+    assert (run_dir / "code" / "trainers" / "loop.py").read_bytes() == (ROOT / "trainers" / "loop.py").read_bytes()
+
+
 def test_many_launches_at_once_make_as_many_runs(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
     assert sys.platform == "linux"
     runs = [tmp_path / str(number) for number in range(4)]
