@@ -12,10 +12,10 @@ from omegaconf import DictConfig
 
 from launcher import config as schema
 from launcher import help as help_text
-from launcher import local, torchrun
+from launcher import local, slurm, sweep, torchrun
 from launcher.compose import CONF, checked, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
-from launcher.ending import BAD_INPUT, DONE
+from launcher.ending import BAD_INPUT, DONE, INTERRUPTED
 from launcher.job import Job, freeze, frozen_text, make_job, read_status
 from launcher.report import print_summary
 from trainers.config import ConfigError
@@ -31,7 +31,7 @@ class Starter(Protocol):
         """Return what dry_run prints: the exact command of every rank."""
 
 
-BACKENDS: dict[Backend, Starter] = {Backend.local: local, Backend.torchrun: torchrun}
+BACKENDS: dict[Backend, Starter] = {Backend.local: local, Backend.torchrun: torchrun, Backend.slurm: slurm}
 WHAT_TO_TYPE = """Nothing to run yet. Try one of
   python -m launcher +exp=quickstart_base                                  a first run: minutes, no network, no GPU
   python -m launcher model=hf model.id=DIR data=files data.path=FILE run_dir=OUT
@@ -44,22 +44,23 @@ def main() -> int:
         print(WHAT_TO_TYPE, file=sys.stderr)
         return BAD_INPUT
     arguments = get_args_parser().parse_args()
-    if arguments.multirun:
-        print("error: --multirun: sweeps are not built yet\n  try     one command a point, each with its own run_dir", file=sys.stderr)
-        return BAD_INPUT
+    sweep.prepare_hydra()
     schema.register()
     help_text.register()
     with explained(arguments.overrides, arguments.config_dir):
-        composed = compose_command_line()
+        try:
+            composed = compose_command_line()
+        except KeyboardInterrupt:
+            return INTERRUPTED
         if composed is None:
-            return DONE
+            return sweep.worst(sweep.codes)
         config = checked(composed)
     with explained(arguments.overrides, arguments.config_dir, kinds=(ConfigError,)):
         return begin(config)
 
 
 def compose_command_line() -> DictConfig | None:
-    """Let Hydra read sys.argv; None where it only printed (--help, --cfg, --info)."""
+    """Let Hydra read sys.argv; None where it only printed (--help, --cfg, --info), or has run a sweep (--multirun)."""
     composed: list[DictConfig] = []
 
     @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
 from trainers.config import ConfigError, RunConfig
 
+EARLY_S = 60
+"""SLURM looks at time limits every half a minute, and may send a signal so much too early."""
+OWN_SBATCH = {"nodes", "ntasks", "ntasks-per-node", "output", "error", "array", "signal", "requeue", "open-mode", "job-name", "time"}
+"""Options of sbatch that the launcher must decide."""
+
 
 class Backend(StrEnum):
-    """How ranks are started: on this machine, or by torchrun, the same command on every node."""
+    """How ranks are started: on this machine, by torchrun with the same command on every node, or by SLURM."""
 
     local = "local"
     torchrun = "torchrun"
+    slurm = "slurm"
 
 
 class Mode(StrEnum):
@@ -32,17 +40,55 @@ class LaunchConfig:
     """Where ranks run and how they are started; not part of the frozen config, so a continued run may change it."""
 
     backend: Backend = Backend.local
-    """`local` is this machine alone; `torchrun` takes the same command on each of `nodes` machines."""
+    """`local` is this machine alone; `torchrun` takes the same command on each of `nodes` machines; `slurm` submits a job of them."""
     processes: int | None = None
     """Ranks on each machine; empty is one a GPU, and 1 without GPUs."""
     nodes: int = 1
-    """Machines of the run; more than 1 needs launch=torchrun."""
+    """Machines of the run; more than 1 needs launch=torchrun or launch=slurm."""
     gpus_per_node: int | None = None
-    """GPUs of a machine; empty counts this machine's; 0 hides them and runs on CPUs."""
+    """GPUs of a machine; empty counts this machine's (with launch=slurm it must be given); 0 hides them and runs on CPUs."""
     rdzv_endpoint: str | None = None
     """HOST:PORT where the nodes of a torchrun meet: one of them, reachable from all, the same on each; one node needs none."""
     shutdown_s: int = 300
     """Seconds that ranks get to save after a signal before they are killed; raise it for large checkpoints."""
+    partition: str | None = None
+    """SLURM's partition; empty is the cluster's default."""
+    account: str | None = None
+    """SLURM's account that pays."""
+    qos: str | None = None
+    """SLURM's quality of service."""
+    time: str | None = None
+    """SLURM's time limit of the job, as MINUTES, HH:MM:SS or DAYS-HH:MM:SS; it is saved before that and queued again."""
+    cpus_per_gpu: int | None = None
+    """CPU cores of a rank in a SLURM job; empty is the cluster's default."""
+    memory: str | None = None
+    """Memory of a node in a SLURM job, as 64G; 0 is all of it, empty the cluster's default."""
+    constraint: str | None = None
+    """Features that SLURM's nodes must have."""
+    exclude: str | None = None
+    """Nodes that SLURM must not take."""
+    reservation: str | None = None
+    """SLURM's reservation to run in."""
+    container: str | None = None
+    """Image in which pyxis runs the ranks, as srun --container-image."""
+    container_mounts: str | None = None
+    """Directories that the container sees, as srun --container-mounts; run_dir, checkout and data must be among them."""
+    env_file: str | None = None
+    """Shell file that a SLURM job reads before its ranks start, such as slurm/env.sh."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines that a SLURM job runs before its ranks start, after env_file."""
+    sbatch: dict[str, Any] = field(default_factory=dict)
+    """More of sbatch's options by their long names, as +launch.sbatch.mail-type=END."""
+    grace_s: int = 300
+    """Seconds before its time limit at which a SLURM job saves and queues itself again."""
+    max_requeues: int = 100
+    """Times that a SLURM job may queue itself again."""
+    snapshot: bool = False
+    """Copy the code into the run directory and run that: later edits do not reach a job that waits or is queued again."""
+    array_parallelism: int = 32
+    """Points of a sweep that run at once on SLURM."""
+    wait: bool = False
+    """Follow a SLURM job's log until it ends, instead of returning once it is submitted; Ctrl-C leaves the job alone."""
 
 
 @dataclass(kw_only=True)
@@ -61,7 +107,9 @@ def run_config(job: JobConfig) -> RunConfig:
 
 def register() -> None:
     """Put the schema where conf/config.yaml finds it; nested groups inherit their types from it."""
-    ConfigStore.instance().store(name="base_config", node=JobConfig, provider="launcher")
+    store = ConfigStore.instance()
+    store.store(name="base_config", node=JobConfig, provider="launcher")
+    store.store(group="hydra/launcher", name="fulltune", node={"_target_": "hydra_plugins.fulltune.Points"}, provider="launcher")
 
 
 def count_gpus() -> int:
@@ -91,14 +139,16 @@ def is_plain(launch: LaunchConfig) -> bool:
 
 def validate_launch(launch: LaunchConfig) -> None:
     """Check what can be known before starting, on any machine; raises ConfigError."""
-    for name in ("processes", "nodes", "shutdown_s"):
+    for name in ("processes", "nodes", "shutdown_s", "cpus_per_gpu", "grace_s", "array_parallelism"):
         value = getattr(launch, name)
         if value is not None and value < 1:
             raise ConfigError(f"launch.{name}", value, "must be 1 or greater")
     if launch.gpus_per_node is not None and launch.gpus_per_node < 0:
         raise ConfigError("launch.gpus_per_node", launch.gpus_per_node, "must be 0 or greater")
     if launch.nodes > 1 and launch.backend is Backend.local:
-        raise ConfigError("launch.nodes", launch.nodes, "launch=local runs on this machine alone", "launch=torchrun")
+        raise ConfigError("launch.nodes", launch.nodes, "launch=local runs on this machine alone", "launch=slurm or launch=torchrun")
+    if launch.backend is Backend.slurm:
+        _validate_slurm(launch)
     gpus = count_gpus() if launch.gpus_per_node is None else launch.gpus_per_node
     if launch.processes is not None and 0 < gpus < launch.processes:
         remedy = f"launch.processes={gpus}, or launch.gpus_per_node=0 for CPU ranks"
@@ -109,8 +159,38 @@ def validate_launch(launch: LaunchConfig) -> None:
             raise ConfigError("launch.rdzv_endpoint", launch.rdzv_endpoint, "must be HOST:PORT", "launch.rdzv_endpoint=node1:29500")
 
 
+def _validate_slurm(launch: LaunchConfig) -> None:
+    if launch.gpus_per_node is None:
+        remedy = "launch.gpus_per_node=8, or launch.gpus_per_node=0 launch.processes=2 for CPU nodes"
+        raise ConfigError("launch.gpus_per_node", None, "must be given: this machine's GPUs say nothing of the job's nodes", remedy)
+    if launch.time is not None and minutes(launch.time) * 60 <= launch.grace_s + EARLY_S:
+        reason = f"leaves no time to train: {launch.grace_s} s before it the job saves, and SLURM may be {EARLY_S} s early"
+        raise ConfigError("launch.time", launch.time, reason, "a longer launch.time, or a smaller launch.grace_s")
+    if launch.max_requeues < 0:
+        raise ConfigError("launch.max_requeues", launch.max_requeues, "must be 0 or greater")
+    if launch.env_file is not None and not Path(launch.env_file).expanduser().is_file():
+        raise ConfigError("launch.env_file", launch.env_file, "there is no such file")
+    if launch.container_mounts is not None and launch.container is None:
+        raise ConfigError("launch.container_mounts", launch.container_mounts, "mounts are of a container", "launch.container=IMAGE")
+    for name in sorted(OWN_SBATCH & {name.replace("_", "-") for name in launch.sbatch}):
+        raise ConfigError(f"launch.sbatch.{name}", launch.sbatch.get(name), "the launcher sets this itself", "the field of launch for it")
+
+
+def minutes(time: str) -> int:
+    """Return a time limit as SLURM takes it in whole minutes, rounded up; raises ConfigError."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d\d?))?(?::(\d\d?))?", time.strip())
+    if found is None:
+        forms = "MINUTES, MINUTES:SECONDS, HH:MM:SS, DAYS-HH, DAYS-HH:MM or DAYS-HH:MM:SS"
+        raise ConfigError("launch.time", time, "is no time limit", forms)
+    days, *parts = (int(part or 0) for part in found.groups())
+    first, second = (3600, 60) if found[1] is not None or found[4] is not None else (60, 1)
+    return -(-(86_400 * days + first * parts[0] + second * parts[1] + parts[2]) // 60)
+
+
 def validate_machine(launch: LaunchConfig) -> None:
     """Check a launch against the machine it is about to use; raises ConfigError."""
+    if launch.backend is Backend.slurm:
+        return  # other machines are used
     wanted, found = launch.gpus_per_node, count_gpus()
     if wanted is not None and wanted > found:
         remedy = "launch.gpus_per_node=null takes what is there, or start it on a machine that has them"

@@ -49,7 +49,7 @@ PACKAGES = (
 )
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
 CHANGEABLE = ("train.step_timeout_s:", "limits.")
-OURS = {"config.yaml", "manifest.json", "status.json"}
+OURS = {"config.yaml", "manifest.json", "status.json", "slurm.json", "slurm", "code"}
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
 
 

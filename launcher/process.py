@@ -21,11 +21,13 @@ def run(
     shutdown_s: int,
     keep_open: tuple[int, ...] = (),
     is_lost: Callable[[], bool] = lambda: False,
+    hold: tuple[signal.Signals, ...] = (),
 ) -> tuple[int, int | None]:
     """Run a command in its own session; returns its exit code and the first signal that we got, or None.
 
     A signal is passed on once; then the child has `shutdown_s` to save and end by itself before its session is killed, as it is
-    at once where `is_lost` says so, which is asked all the time.
+    at once where `is_lost` says so, which is asked all the time. Signals in `hold` wait until the child, which may be too young to
+    take them, unblocks them.
     The child gets SIGTERM when this process dies, even by kill -9.
     """
     received: list[int] = []
@@ -38,7 +40,7 @@ def run(
             command,
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and ranks once, through us
-            preexec_fn=_end_with_parent(),
+            preexec_fn=_prepare_child(hold),
             pass_fds=keep_open,
         )
         return _wait(child, received, shutdown_s, is_lost), received[0] if received else None
@@ -47,18 +49,19 @@ def run(
             signal.signal(number, handler)
 
 
-def _end_with_parent() -> Callable[[], None] | None:
+def _prepare_child(hold: tuple[signal.Signals, ...]) -> Callable[[], None] | None:
     """Return what the child calls before its program starts; None where the system has no prctl."""
     if sys.platform != "linux":
         return None
     libc, parent = ctypes.CDLL(None), os.getpid()  # loaded before the fork
 
-    def ask_for_signal() -> None:
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, hold)
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # died before we could ask
             os._exit(1)
 
-    return ask_for_signal
+    return prepare
 
 
 def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int, is_lost: Callable[[], bool]) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import Cluster
 from command import ROOT, arguments, launch
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -259,3 +260,20 @@ def finished(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.Temp
     said = launch(cache, arguments(base, chats, run_dir, "log.wandb=offline", "checkpoint.every=4"))
     assert "held-out loss" in said
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    """A virtual cluster of three nodes, kept for the whole session."""
+    cluster = Cluster()
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(slurm: Cluster) -> Iterator[Cluster]:
+    """The session's virtual cluster, idle and whole; for tests marked `slurm`."""
+    yield slurm
+    slurm.reset()

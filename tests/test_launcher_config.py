@@ -58,7 +58,8 @@ def test_every_experiment_composes(name: str, model: Path) -> None:
 def test_every_preset_composes(file: Path, model: Path) -> None:
     scratch = ["model.tokenizer=null"] if file.stem == "scratch" else [f"model.id={model}"]
     packs_not = ["data.packing=false"]
-    more = {"files": ["data.path=org/rows"], "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
+    slurm = ["launch.gpus_per_node=8", "train.global_batch=8"]
+    more = {"files": ["data.path=org/rows"], "slurm": slurm, "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
     job = compose(["data=python_docs", *scratch, f"{file.parent.name}={file.stem}", *more.get(file.stem, [])])
     assert job.seed == 0
     assert file.stem in presets()

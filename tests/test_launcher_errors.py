@@ -168,13 +168,10 @@ def test_full_error_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_no_arguments_and_sweeps_say_what_to_type(tmp_path: Path) -> None:
+def test_no_arguments_says_what_to_type(tmp_path: Path) -> None:
     done = run(cwd=tmp_path)
     assert done.returncode == 2
     assert "--help" in done.stderr
-    sweep = run("-m", "+exp=quickstart_base", "optim.lr=1,2", cwd=tmp_path)
-    assert sweep.returncode == 2
-    assert "sweeps" in sweep.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -71,6 +71,7 @@ class World:
         for number in STOP_SIGNALS:
             signal.signal(number, self._flag)
         signal.signal(signal.SIGALRM, self._raise_again)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that came while this process was starting
         sys.unraisablehook = self._when_swallowed
 
     def _flag(self, number: int, _frame: object) -> None:

@@ -1,0 +1,29 @@
+"""What Hydra's sweepers start their points through. Hydra takes such a class from a module of `hydra_plugins` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from launcher import sweep
+
+
+class Points(Launcher):  # type: ignore[misc]
+    """Hands every batch of a sweeper to launcher/sweep.py."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keep what composes a point, and which settings the command line gives to all."""
+        self.loader, self.config = hydra_context.config_loader, config
+        parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        swept = {override.key_or_group: override.is_sweep_override() for override in parsed}  # the last one of a key counts
+        self.constant = {key for key, is_swept in swept.items() if not is_swept}
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run or submit a batch of points; a sweeper that looks for the best gets their held-out losses."""
+        composed = [(list(given), self.loader.load_sweep_config(self.config, list(given))) for given in job_overrides]
+        return sweep.launch(composed, self.constant)

@@ -1,0 +1,146 @@
+"""A sweep: every point a run of its own in `hydra.sweep.dir`; one after another on this machine, or one SLURM array."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, open_dict, read_write
+
+from launcher import local, slurm
+from launcher.compose import checked
+from launcher.config import Backend, Mode
+from launcher.ending import DONE, FAILED, INTERRUPTED
+from launcher.job import Job, freeze, make_job, read_status
+from trainers.config import ConfigError
+
+PLUGINS = Path(__file__).parent / "plugins"
+LONGEST_NAME = 120
+
+codes: list[int] = []
+"""Exit codes of the points that were run or submitted, over all batches of the sweeper."""
+
+
+def prepare_hydra() -> None:
+    """Let Hydra find our plug-in: it looks into each folder of sys.path for a package of this name."""
+    if str(PLUGINS) not in sys.path:
+        sys.path.append(str(PLUGINS))
+
+
+def launch(composed: Sequence[tuple[list[str], DictConfig]], constant: set[str]) -> list[JobReturn]:
+    """Check all points, then run or submit those that are neither done nor under way; raises ConfigError before any has started.
+
+    Each is named by those of its overrides whose keys are not `constant`.
+    Returns each with its held-out loss (training loss where nothing is held out), once it is known.
+    """
+    points = [_point(given, config, constant) for given, config in composed]
+    jobs = [job for job, _ in points]
+    _refuse_collisions(jobs, [given for given, _ in composed])
+    _require_one_launch(jobs)
+    if points[0][1] is Mode.dry_run:
+        for job in jobs:
+            print(f"# {job.run_dir}\n{chr(10).join(slurm.commands(job) if _on_slurm(job) else local.commands(job))}\n")
+        return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
+    for job in jobs:
+        freeze(job)
+    (slurm_array if _on_slurm(jobs[0]) else one_by_one)(jobs)
+    return [
+        JobReturn(overrides=given, _return_value=figure(job.run_dir), status=JobStatus.COMPLETED)
+        for job, (given, _) in zip(jobs, composed, strict=True)
+    ]
+
+
+def one_by_one(jobs: list[Job]) -> None:
+    """Run points on this machine; one that fails stops no other, Ctrl-C stops all."""
+    for number, job in enumerate(jobs, 1):
+        print(f"point {number} of {len(jobs)}: {job.run_dir}", flush=True)
+        if read_status(job.run_dir).get("state") == "done":
+            print("is done already", flush=True)
+            codes.append(DONE)
+            continue
+        try:
+            codes.append(local.submit(job))
+        except ConfigError as error:  # what only the ranks can find
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            codes.append(FAILED)
+        if codes[-1] == INTERRUPTED:
+            raise KeyboardInterrupt
+
+
+def slurm_array(jobs: list[Job]) -> None:
+    """Submit the points that are neither done nor in SLURM's queue as one array."""
+    done = [job for job in jobs if read_status(job.run_dir).get("state") == "done"]
+    under_way = [job for job in jobs if job not in done and slurm.state_of(job)]
+    missing = [job for job in jobs if job not in done and job not in under_way]
+    print(f"{len(jobs)} points: {len(done)} done, {len(under_way)} in the queue, {len(missing)} to submit", flush=True)
+    if missing:
+        slurm.submit_array(missing, Path(missing[0].run_dir).parent)
+    codes.append(slurm.follow_all(jobs) if jobs[0].launch.wait else DONE)
+
+
+def figure(run_dir: Path) -> float | None:
+    """Return what a sweeper minimises: the held-out loss at the end, else the training loss; None where a run is not done."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    losses = [summary.get("eval_loss_after"), summary.get("train_loss")]
+    return next((float(loss) for loss in losses if loss is not None), None)
+
+
+def worst(found: list[int]) -> int:
+    """Return the exit code of a sweep: that of a failed point where there is one."""
+    return max(found, key=lambda code: (code != DONE, code == FAILED), default=DONE)
+
+
+def name_of(overrides: Sequence[str]) -> str:
+    """Return a point's folder: its overrides, in characters that every shell and file system takes as they are."""
+    kept = ",".join(sorted(text.lstrip("+") for text in overrides)) or "default"
+    name = re.sub(r"[^A-Za-z0-9=.,_+-]", "_", kept)
+    if name == kept and len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(kept.encode()).hexdigest()[:8]}"
+
+
+def _point(overrides: list[str], config: DictConfig, constant: set[str]) -> tuple[Job, Mode]:
+    """Return a point's job: in its own folder, in the sweep's W&B group."""
+    folder = Path(os.path.abspath(Path(str(config.hydra.sweep.dir)).expanduser()))
+    if given := [text for text in overrides if text.startswith("run_dir=")]:
+        raise ConfigError("run_dir", given[0].partition("=")[2], "each point of a sweep has its own", "hydra.sweep.dir=DIR for all of them")
+    own = [text for text in overrides if text.partition("=")[0].lstrip("+~") not in constant]
+    plain = copy.deepcopy(config)
+    with read_write(plain), open_dict(plain):
+        del plain["hydra"]
+    job = checked(plain)
+    job = dataclasses.replace(job, run_dir=str(folder / name_of(own)), log=dataclasses.replace(job.log, group=job.log.group or folder.name))
+    return make_job(job), job.mode
+
+
+def _on_slurm(job: Job) -> bool:
+    return job.launch.backend is Backend.slurm
+
+
+def _refuse_collisions(jobs: list[Job], overrides: list[list[str]]) -> None:
+    known: dict[Any, list[str]] = {}
+    for job, given in zip(jobs, overrides, strict=True):
+        if job.run_dir in known:
+            reason = f"two points have this folder: {' '.join(known[job.run_dir])} and {' '.join(given)}"
+            raise ConfigError("hydra.sweep.dir", str(job.run_dir), reason, "sweep over settings that change the run")
+        known[job.run_dir] = given
+
+
+def _require_one_launch(jobs: list[Job]) -> None:
+    for job in jobs:
+        if job.launch.backend is Backend.torchrun:
+            raise ConfigError("launch.backend", "torchrun", "a sweep runs on one machine, or on SLURM", "launch=local or launch=slurm")
+        if job.launch != jobs[0].launch:
+            raise ConfigError("launch", str(job.run_dir.name), "the points of an array are jobs of one size", "one sweep for each launch")

@@ -1,0 +1,97 @@
+"""One task of a SLURM job: it finds its place, runs its rank to the end, and the first one queues the job again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from launcher import local, process
+from launcher.ending import BAD_INPUT, FAILED, STOPPED
+from launcher.job import Job, mark_failed, next_attempt
+from launcher.silence import Silence
+from launcher.topology import Topology, from_slurm
+from trainers.config import ConfigError
+
+ANSWER_S = 60.0
+HELD = (signal.SIGUSR2, signal.SIGTERM)
+"""SLURM signals every process of a job, also a rank that has just begun."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What submitit sends to every task of a job."""
+
+    job: Job
+
+    def __call__(self) -> None:
+        """Run this task's rank; exits with its code, which SLURM shows as the job's."""
+        try:
+            code = run(self.job)
+        except ConfigError as error:
+            parts = {"path": error.path, "value": str(error.value), "reason": error.reason, "remedy": error.remedy}
+            mark_failed(next_attempt(self.job), message=str(error), setting=parts, exit_code=BAD_INPUT)
+            print(error, file=sys.stderr, flush=True)
+            code = BAD_INPUT
+        if code:
+            sys.exit(code)  # submitit would make an exception of its own of a result, and a job that is done of both
+
+    def checkpoint(self) -> Any:
+        """Let submitit queue the job again where its signal comes before the rank has started."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def run(job: Job) -> int:
+    """Run this task's rank to its end; returns its exit code. Raises ConfigError where the job is not as the settings say."""
+    from submitit.slurm.slurm import _parse_node_list
+
+    place = from_slurm(os.environ, job.launch, _parse_node_list(os.environ.get("SLURM_JOB_NODELIST", "")))
+    attempt = next_attempt(job)
+    is_lost = Silence(job, attempt).is_lost if place.rank == 0 else lambda: False
+    code, signalled = process.run(
+        [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD
+    )
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would queue the job again once more
+    if code < 0:
+        name = signal.Signals(-code).name
+        why = " (out of memory, or kill -9)" if code == -signal.SIGKILL else ""
+        mark_failed(attempt, rank=place.rank, exit_code=code, message=f"rank {place.rank} was killed by {name}{why}")
+        return FAILED
+    if code == STOPPED and place.rank == 0 and signalled == signal.SIGUSR2:
+        requeue(job, place)
+    return code
+
+
+def _environment(job: Job, place: Topology) -> dict[str, str]:
+    """Return the environment of a rank; without FULLTUNE_LAUNCHER it prints its own errors, as nobody else waits for it."""
+    additions = local.additions(job) | place.environment() | {"FULLTUNE_GRACE_S": str(job.launch.grace_s)}
+    del additions["FULLTUNE_LAUNCHER"]
+    if (cores := os.environ.get("SLURM_CPUS_PER_TASK")) and "OMP_NUM_THREADS" not in os.environ:
+        additions["OMP_NUM_THREADS"] = cores
+    return {**os.environ, **additions}
+
+
+def requeue(job: Job, place: Topology) -> None:
+    """Put the job back into SLURM's queue, unless it has been there often enough."""
+    if place.restarts >= job.launch.max_requeues:
+        print(f"stopped with a checkpoint; not queued again: it was {place.restarts} times (launch.max_requeues)", flush=True)
+        return
+    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    name = f"{array}_{index}" if array and index else str(place.job_id)
+    print(f"stopped with a checkpoint: job {name} goes back into the queue", flush=True)
+    try:
+        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, timeout=ANSWER_S, check=False)
+        said = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    if said:
+        print(
+            f"error: job {name} could not be queued again: {said}\n  the same launcher command submits it anew, and continues",
+            file=sys.stderr,
+            flush=True,
+        )

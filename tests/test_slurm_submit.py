@@ -1,0 +1,158 @@
+"""What a SLURM job is made of, without a cluster: the text that sbatch gets, and which rank a task is. Real jobs: tests/test_slurm.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.compose import CONF
+from launcher.config import Backend, LaunchConfig, minutes, validate_launch
+from launcher.topology import from_slurm
+from trainers.config import ConfigError
+
+ROOT = CONF.parent
+GOLDEN = Path(__file__).parent / "golden" / "slurm"
+ALLOCATED = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "SLURM_JOB_ID": "4711"}
+HOSTS = ["node2", "node3"]
+
+
+def settings(**more: Any) -> LaunchConfig:
+    return LaunchConfig(**{"backend": Backend.slurm, "nodes": 2, "processes": 2, "gpus_per_node": 0} | more)
+
+
+def test_a_task_is_the_rank_that_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = from_slurm(ALLOCATED | {"SLURM_RESTART_COUNT": "2", "RANK": "3", "MASTER_ADDR": "node2"}, settings(), HOSTS)
+    expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node2", "MASTER_PORT": "24711"}
+    assert (place.environment(), place.restarts) == (expected, 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert from_slurm(ALLOCATED, settings(gpus_per_node=2, processes=None), HOSTS) == from_slurm(ALLOCATED, settings(), HOSTS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "launch", "hosts", "sources"),
+    [
+        ({}, {"nodes": 3}, HOSTS, ["SLURM_NNODES is 2", "launch.nodes is 3"]),
+        ({}, {"processes": 1}, HOSTS, ["SLURM_NTASKS is 4", "launch.nodes x ranks of a node is 2"]),
+        ({"SLURM_NTASKS": "2"}, {}, HOSTS, ["SLURM_NTASKS is 2", "launch.nodes x ranks of a node is 4"]),
+        ({}, {}, ["node2"], ["SLURM_NNODES is 2", "SLURM_JOB_NODELIST (node2) is 1"]),
+        ({"RANK": "0"}, {}, HOSTS, ["RANK is 0", "SLURM_PROCID is 3"]),
+        ({"LOCAL_RANK": "0"}, {}, HOSTS, ["LOCAL_RANK is 0", "SLURM_LOCALID is 1"]),
+        ({"WORLD_SIZE": "1"}, {}, HOSTS, ["WORLD_SIZE is 1", "SLURM_NTASKS is 4"]),
+        ({"MASTER_ADDR": "localhost"}, {}, HOSTS, ["MASTER_ADDR is localhost", "first node is node2"]),
+        ({"MASTER_PORT": "29500"}, {}, HOSTS, ["MASTER_PORT is 29500", "port of this job is 24711"]),
+        ({"SLURM_PROCID": "4"}, {}, HOSTS, ["4, 1", "4, 2"]),
+        ({}, {"gpus_per_node": 2}, HOSTS, ["launch.gpus_per_node is 2", "CUDA_VISIBLE_DEVICES, /dev/nvidia*) is 1"]),
+        ({"SLURM_PROCID": "a"}, {}, HOSTS, ["SLURM_PROCID is 'a', no number"]),
+        ({"SLURM_JOB_ID": None}, {}, HOSTS, ["SLURM_JOB_ID is not set"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) and " is " in value[0] else "",
+)
+def test_contradictions_name_both_sources(
+    changed: dict[str, str | None], launch: dict[str, Any], hosts: list[str], sources: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    environment = {name: value for name, value in (ALLOCATED | changed).items() if value is not None}
+    with pytest.raises(ConfigError) as refused:
+        from_slurm(environment, settings(**launch), hosts)
+    assert all(source in str(refused.value) for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ({"gpus_per_node": None}, "launch.gpus_per_node=8"),
+        ({"time": "6"}, "leaves no time to train"),
+        ({"time": "an hour"}, "DAYS-HH:MM:SS"),
+        ({"container_mounts": "/data"}, "launch.container=IMAGE"),
+        ({"env_file": "absent.sh"}, "there is no such file"),
+        ({"sbatch": {"array": "0-3"}}, "the launcher sets this itself"),
+        ({"sbatch": {"ntasks_per_node": 3}}, "the launcher sets this itself"),
+        ({"max_requeues": -1}, "must be 0 or greater"),
+        ({"cpus_per_gpu": 0}, "must be 1 or greater"),
+    ],
+)
+def test_wrong_settings_are_refused_before_submission(launch: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        validate_launch(settings(**launch))
+
+
+def test_time_limits_are_read_as_slurm_reads_them() -> None:
+    """sbatch(1), --time."""
+    limits = {"90": 90, "90:30": 91, "1:30:00": 90, "2-0": 2880, "1-02:30": 1590, "1-02:30:01": 1591}
+    assert {limit: minutes(limit) for limit in limits} == limits
+
+
+CASES = {
+    "gpus": [
+        "launch.nodes=8",
+        "launch.gpus_per_node=8",
+        "launch.time=1-0",
+        "launch.partition=h100",
+        "launch.account=lab",
+        "launch.qos=high",
+    ],
+    "cpus": ["launch.nodes=2", "launch.gpus_per_node=0", "launch.processes=2", "launch.cpus_per_gpu=4", "launch.memory=64G"],
+    "all": [
+        *("launch.gpus_per_node=2", "launch.constraint=a100|h100", "launch.exclude='node[3-4],node9'", "launch.reservation=course"),
+        *("launch.container=/images/fulltune.sqsh", "launch.container_mounts='/data:/data,/runs'", "launch.env_file=slurm/env.sh"),
+        *(
+            'launch.setup=["module load cuda/12.4","export NCCL_DEBUG=INFO"]',
+            "+launch.sbatch.mail-type=END",
+            "+launch.sbatch.exclusive=true",
+        ),
+        *("launch.grace_s=120", "launch.snapshot=true", "launch.time=2:00:00"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dry_run_prints_the_text_that_sbatch_gets(name: str) -> None:
+    """GOLDEN=write makes the files anew; they were read by eye, and each parsed by sbatch on the virtual cluster."""
+    line = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "+exp=quickstart_base",
+        "run_dir=/runs/one",
+        "launch=slurm",
+        "launch.processes=null",
+        "mode=dry_run",
+        *CASES[name],
+    ]
+    rows = ["train.global_batch=64", "train.microbatch=1"]
+    done = subprocess.run(
+        [*line, *rows], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = "#!/bin/bash" + done.stdout.partition("#!/bin/bash")[2]
+    text = text.replace(sys.executable, "PYTHON").replace(str(ROOT), "CHECKOUT")
+    text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("RANK=")).rstrip() + "\n"
+    assert done.stdout.count("\nRANK=") == int(re.findall(r"# (\d+) rank", done.stdout)[0])
+    if os.environ.get("GOLDEN") == "write":
+        (GOLDEN / f"{name}.sbatch").write_text(text)
+    assert text == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def test_without_slurm_it_says_so(tmp_path: Path) -> None:
+    """And imports no torch, so that it costs a second."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules |= dict.fromkeys(['torch', 'transformers', 'datasets'])\n")
+    line = [
+        sys.executable,
+        "-m",
+        "launcher",
+        "+exp=quickstart_base",
+        f"run_dir={tmp_path / 'run'}",
+        "launch=slurm",
+        "launch.gpus_per_node=0",
+    ]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/nowhere"}
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no SLURM cluster" in done.stderr
+    assert "Traceback" not in done.stderr

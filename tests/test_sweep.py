@@ -1,0 +1,88 @@
+"""Sweeps on this machine: every point a run of its own; the same command again runs what is missing or has failed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from command import ROOT, arguments, environment, launch, read_rows, wait_for_step, wait_until_gone
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {path.parent.name: json.loads(path.read_text())["state"] for path in sorted(folder.glob("*/status.json"))}
+
+
+def command(base: Path, chats: Path, folder: Path, *more: str) -> list[str]:
+    line = [word for word in arguments(base, chats, folder) if not word.startswith(("run_dir=", "optim.lr=", "launch.processes="))]
+    return [*line[:3], "-m", *line[3:], f"hydra.sweep.dir={folder}", "launch.processes=1", "train.eval_every=null", *more]
+
+
+def test_a_failing_point_stops_no_other(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """The middle one diverges; the same command again starts that alone, and single runs of the others have the same figures."""
+    folder = tmp_path / "sweep"
+    line = command(base, chats, folder, "optim.lr=1e-2,1e38,3e-3", "train.max_skipped=1", "train.steps=3", "data.eval_fraction=0")
+    said = launch(cache, line, expect=1)
+    assert states(folder) == {"optim.lr=0.003": "done", "optim.lr=0.01": "done", "optim.lr=1e+38": "failed"}
+    assert said.index("point 1 of 3") < said.index("point 2 of 3") < said.index("point 3 of 3")
+    assert said.count("/export") >= 2
+    again = launch(cache, line, expect=1)
+    assert again.count("is done already") == 2
+    alone = [word for word in line if word not in ("-m", f"hydra.sweep.dir={folder}") and not word.startswith("optim.lr=")]
+    launch(cache, [*alone, "optim.lr=3e-3", f"run_dir={tmp_path / 'alone'}"])
+    figures = [[(row["loss"], row["grad_norm"]) for row in read_rows(run)] for run in (tmp_path / "alone", folder / "optim.lr=0.003")]
+    assert figures[0] == figures[1]
+    assert json.loads((folder / "optim.lr=0.003" / "manifest.json").read_text())["wandb_id"]
+
+
+def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    line = command(base, chats, folder, "seed=1,2", "train.steps=60", "checkpoint.every=60", "data.eval_fraction=0")
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for_step(folder / "seed=1", 3, process)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert "Traceback" not in error
+    wait_until_gone(folder / "seed=1")
+    assert states(folder)["seed=1"] == "preempted"
+    launch(cache, line)
+    assert states(folder) == {"seed=1": "done", "seed=2": "done"}
+    assert [row["step"] for row in read_rows(folder / "seed=1")] == list(range(1, 61))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["optim.lr=1e-2,-1"], ["optim.lr", "greater than 0"]),
+        (["run_dir=runs/a,runs/b"], ["run_dir", "hydra.sweep.dir=DIR"]),
+        (["optim.lr=1e-2,0.01"], ["two points have this folder"]),
+        (["launch.shutdown_s=1,2"], ["one sweep for each launch"]),
+        (["optim.lr=1e-2,1e-3", "launch=torchrun"], ["launch=local or launch=slurm"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_wrong_points_are_refused_before_any_has_started(
+    more: list[str], words: list[str], base: Path, chats: Path, cache: Path, tmp_path: Path
+) -> None:
+    said = launch(cache, command(base, chats, tmp_path / "sweep", *more), expect=2)
+    assert all(word in said for word in words)
+    assert "Traceback" not in said
+    assert states(tmp_path / "sweep") == {}
+
+
+def test_values_arrive_unchanged(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Spaces, =, %, |, #, quotes and Korean letters; each value has a folder whose name any shell takes."""
+    folder, values = tmp_path / "sweep", ["a b=c", "50%|x#y", "d'e", "한글"]
+    quoted = ",".join('"' + value + '"' for value in values)
+    launch(cache, command(base, chats, folder, f"name={quoted}", "train.steps=1", "data.eval_fraction=0"))
+    import yaml
+
+    found = {path.parent.name: yaml.safe_load(path.read_text())["name"] for path in folder.glob("*/config.yaml")}
+    assert sorted(found.values()) == sorted(values)
+    assert all(name.isascii() and not set(name) & set(" %|#'\"") for name in found)

@@ -1,0 +1,268 @@
+"""Look after runs: what each does, how far it is, its log; end one or queue it again.
+
+python -m tools.runs                    the runs and points of sweeps below runs/
+python -m tools.runs DIR --watch        those below DIR, again every two seconds
+python -m tools.runs logs RUN -f        what rank 0 logs, as it comes; --rank R another one's
+python -m tools.runs cancel RUN...      save at the next step and end: by scancel where SLURM has it, else by RUN/stop
+python -m tools.runs requeue RUN...     put a SLURM job back into the queue, also one that has ended
+
+State comes from RUN/status.json, how lately its ranks wrote, and squeue where there is one; no accounting is needed.
+Exit codes: 0 done, 1 SLURM refuses, 2 bad arguments, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from launcher.job import read_status
+from launcher.slurm import record_of
+from trainers.status import newest_attempt
+from trainers.watchdog import read_beats
+
+REFUSED, BAD_INPUT, STOPPED = 1, 2, 130
+WATCH_S, FOLLOW_S, ANSWER_S = 2.0, 0.5, 20.0
+SILENT_S = 60.0
+"""A run that says it is running and of which nothing was heard for so long is shown as silent."""
+TAIL_BYTES = 1 << 16
+LATELY = 20
+"""Steps that the time left is estimated from."""
+STYLES = {"done": "green", "running": "cyan", "failed": "red", "silent": "red", "lost": "red", "preempted": "yellow"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """What is shown of a run."""
+
+    run_dir: Path
+    state: str
+    step: int = 0
+    num_steps: int | None = None
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    left_s: float | None = None
+    job: str = ""
+    note: str = ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    kind = words[0] if words and words[0] in ("logs", "cancel", "requeue") else "list"
+    parser = argparse.ArgumentParser(prog="python -m tools.runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if kind == "list":
+        parser.add_argument("dir", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="where to look (default runs)")
+        parser.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
+    elif kind == "logs":
+        parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+        parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+        parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose log (default 0)")
+    else:
+        parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
+    options = parser.parse_args(words if kind == "list" else words[1:])
+    given = [options.dir] if kind == "list" else [options.run] if kind == "logs" else options.runs
+    for path in given:
+        if not path.is_dir() or (kind != "list" and not is_run(path)):
+            print(f"error: {path}: is no {'directory' if kind == 'list' else 'run directory'}", file=sys.stderr)
+            return BAD_INPUT
+    try:
+        if kind == "list":
+            return show(options.dir, options.watch)
+        if kind == "logs":
+            return print_log(options.run, options.rank, options.follow)
+        return max([(cancel if kind == "cancel" else requeue)(run) for run in options.runs])
+    except KeyboardInterrupt:
+        return STOPPED
+
+
+def show(folder: Path, watch: bool) -> int:
+    """Print the table of all runs below a folder, or keep it on the screen."""
+    console = Console()
+    if not watch:
+        console.print(table_of(folder))
+        return 0
+    with Live(table_of(folder), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_S)
+            live.update(table_of(folder), refresh=True)
+
+
+def table_of(folder: Path) -> Table:
+    """Return the table of all runs below a folder."""
+    queue = in_queue()
+    lines = [line_of(run_dir, queue) for run_dir in runs_below(folder)]
+    table = Table(title=f"{len(lines)} runs below {folder}", title_justify="left")
+    for name in ("run", "state", "step", "loss", "tokens/s", "left", "job", ""):
+        table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "left") else "left", overflow="fold")
+    for line in lines:
+        steps = f"{line.step:,}" + (f"/{line.num_steps:,}" if line.num_steps else "")
+        style = STYLES.get(line.state, "")
+        state = f"[{style}]{line.state}[/]" if style else line.state
+        rate = "" if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}"
+        loss = "" if line.loss is None else f"{line.loss:.4f}"
+        name = escape(str(line.run_dir.relative_to(folder)))
+        table.add_row(name, state, steps, loss, rate, _duration(line.left_s), line.job, escape(line.note))
+    return table
+
+
+def runs_below(folder: Path) -> Iterator[Path]:
+    """Yield run directories, by name; nothing is looked for inside of one."""
+    if is_run(folder):
+        yield folder
+        return
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        yield from runs_below(path)
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run directory."""
+    return (folder / "config.yaml").is_file() and (folder / "status.json").is_file()
+
+
+def line_of(run_dir: Path, queue: dict[str, str] | None) -> Line:
+    """Return what is known of a run; `queue` has SLURM's word for each job, None where squeue does not answer."""
+    status, job = read_status(run_dir), str(record_of(run_dir).get("id", ""))
+    rows = [row for row in last_rows(run_dir) if "loss" in row]
+    step = max([int(status.get("step") or 0), *(row["step"] for row in rows[-1:])])
+    num_steps = status.get("num_steps")
+    seconds = [row["step_seconds"] for row in rows[-LATELY:]]
+    state, note = state_of(run_dir, status, job, queue)
+    left = (num_steps - step) * statistics.median(seconds) if num_steps and seconds and state == "running" else None
+    newest = rows[-1] if rows else {}
+    return Line(
+        run_dir=run_dir,
+        state=state,
+        step=step,
+        num_steps=num_steps,
+        loss=newest.get("loss"),
+        tokens_per_second=newest.get("tokens_per_second") if state == "running" else None,
+        left_s=left,
+        job=job,
+        note=note,
+    )
+
+
+def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, str] | None) -> tuple[str, str]:
+    """Return the state of a run in a word, and what else is to be said of it."""
+    state = str(status.get("state", "unknown"))
+    if state == "failed":
+        return state, str(status.get("error", {}).get("message", "")).partition("\n")[0]
+    word = (queue or {}).get(job, "")
+    if word and not (state == "running" and word == "RUNNING"):
+        return ("running" if word == "RUNNING" else word.lower()), f"{state} before" if state == "preempted" else ""
+    if state in ("running", "submitted") and job and queue is not None and not word:
+        return "lost", "SLURM has no such job any more: the same command continues the run"
+    if state == "running":
+        silent = time.time() - max((beat.written for beat in read_beats(run_dir).values()), default=status.get("time", 0.0))
+        return ("running", "") if silent < SILENT_S else ("silent", f"no rank wrote for {_duration(silent)}")
+    return state, ""
+
+
+def in_queue() -> dict[str, str] | None:
+    """Return SLURM's word for each job and element of an array that waits or runs; None where squeue does not answer."""
+    try:
+        line = ["squeue", "--noheader", "--array", "--format=%i|%T"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return None
+    return dict(row.strip().split("|", 1) for row in done.stdout.splitlines() if "|" in row)
+
+
+def last_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the last rows of metrics.jsonl; the first and the last line that are read may be parts."""
+    rows = []
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def print_log(run_dir: Path, rank: int, follow: bool) -> int:
+    """Print a rank's log of the newest attempt, and what comes; the next attempt's too."""
+    attempt = newest_attempt(run_dir)
+    path, shown = run_dir / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log", 0
+    if not path.is_file() and not follow:
+        print(f"error: {path}: there is no such log yet", file=sys.stderr)
+        return BAD_INPUT
+    while True:
+        if path.is_file():
+            with path.open("rb") as file:
+                file.seek(shown)
+                text = file.read()
+            shown += len(text)
+            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.flush()
+        if not follow:
+            return 0
+        time.sleep(FOLLOW_S)
+        if (newer := newest_attempt(run_dir)) != attempt:
+            attempt, shown = newer, 0
+            path = run_dir / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log"
+
+
+def cancel(run_dir: Path) -> int:
+    """End a run: a job that SLURM has, by scancel; another one by the file that its ranks look for."""
+    job = str(record_of(run_dir).get("id", ""))
+    if job and job in (in_queue() or {}):
+        return _ask_slurm(["scancel", job], f"{run_dir}: job {job} is ended; the same command continues the run")
+    if read_status(run_dir).get("state") != "running":
+        print(f"{run_dir}: is not running", file=sys.stderr)
+        return 0
+    (run_dir / "stop").touch()
+    print(f"{run_dir}: saves at its next step, and ends; the same command continues it")
+    return 0
+
+
+def requeue(run_dir: Path) -> int:
+    """Put a run's SLURM job back into the queue."""
+    job = str(record_of(run_dir).get("id", ""))
+    if not job:
+        line = " ".join(json.loads((run_dir / "manifest.json").read_text())["command"])
+        print(f"error: {run_dir}: was not submitted to SLURM; its command continues it: {line}", file=sys.stderr)
+        return BAD_INPUT
+    return _ask_slurm(["scontrol", "requeue", job], f"{run_dir}: job {job} is in the queue again")
+
+
+def _ask_slurm(line: Sequence[str], said: str) -> int:
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+        error = done.stderr.strip() if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as failed:
+        error = str(failed)
+    print(f"error: {error}" if error else said, file=sys.stderr if error else sys.stdout)
+    return REFUSED if error else 0
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes = int(seconds // 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{seconds:.0f} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
