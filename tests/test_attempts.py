@@ -184,6 +184,7 @@ def test_an_older_attempt_that_is_alive_gives_way_by_itself(
         require_exact(run_dir, whole)
 
 
+@pytest.mark.slow
 def test_how_an_older_attempt_ends_is_not_said_of_the_newer(base: Path, chats: Path, cache: Path, tmp_path: Path, whole: Path) -> None:
     """Its ranks are killed while the newer one runs: neither its agent nor its launcher marks the run failed, which would end it."""
     run_dir = tmp_path / "run"
@@ -265,9 +266,8 @@ def wandb_rows(run_dir: Path) -> tuple[set[str], list[dict[str, Any]]]:
     return ids, rows
 
 
-@pytest.mark.parametrize(
-    ("processes", "killed"), [(1, False), pytest.param(2, True, marks=pytest.mark.slow)], ids=["preempted", "and killed"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "killed"), [(1, False), (2, True)], ids=["preempted", "and killed"])
 def test_wandb_has_one_run_and_each_step_once_across_lives(
     base: Path, chats: Path, cache: Path, tmp_path: Path, processes: int, killed: bool
 ) -> None:

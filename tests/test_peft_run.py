@@ -63,6 +63,7 @@ def test_a_stopped_run_continues_exactly(base: Path, chats: Path, cache: Path, t
     assert same[0] == same[1]
 
 
+@pytest.mark.slow
 def test_another_runs_adapter_is_trained_further(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path) -> None:
     adapter = f"peft.adapter={finished}/export"
     launch(cache, arguments(base, chats, tmp_path / "run", "peft=lora", *RUN, adapter, "engine=zero3"))

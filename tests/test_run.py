@@ -135,7 +135,7 @@ def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)],
+    [signal.SIGTERM, signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, signal.SIGUSR2))],
     ids=lambda how: how.name,
 )
 def test_a_stopped_run_continues_to_the_same_figures(base: Path, chats: Path, cache: Path, tmp_path: Path, how: signal.Signals) -> None:
@@ -292,6 +292,7 @@ def test_documents_longer_than_learned_positions_are_refused(base: Path, chats: 
     assert "command line: data.seq_len=64" in said
 
 
+@pytest.mark.slow
 def test_an_unreadable_checkpoint_is_passed_over_for_an_older_one(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     more = ["train.steps=60", "checkpoint.every=3", "checkpoint.keep_last=20", "train.eval_every=20"]
     launch(cache, arguments(base, chats, tmp_path / "whole", *more))
