@@ -84,8 +84,13 @@ def test_files_in_the_run_directory_save_and_stop(base: Path, chats: Path, cache
     assert not (run_dir / "stop").exists()
 
 
+def beat_of(run_dir: Path, rank: int) -> str:
+    file = run_dir / "ranks" / f"rank-{rank}.json"
+    return file.read_text() if file.is_file() else ""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["evaluating", "exporting"])
+@pytest.mark.parametrize("phase", ["loading", "saving", "evaluating", "exporting"])
 def test_a_signal_to_one_rank_is_heeded_in_every_phase(base: Path, chats: Path, cache: Path, tmp_path: Path, phase: str) -> None:
     """SIGUSR2 to rank 1 alone; preparing and training are in test_run.py. The evaluation that was left is made up for."""
     run_dir = tmp_path / "run"
@@ -93,13 +98,18 @@ def test_a_signal_to_one_rank_is_heeded_in_every_phase(base: Path, chats: Path, 
     many.write_text(chats.read_text() * 40)  # an evaluation of seconds, against steps of milliseconds
     settings = ("train.steps=4", "train.global_batch=2", "data.eval_fraction=0.5", "train.eval_every=null", "data.packing=false")
     big = ("model.id=null", "model.tokenizer=" + str(base), "+model.architecture={model_type: llama, hidden_size: 512, "
-           "intermediate_size: 2048, num_hidden_layers: 24, num_attention_heads: 8}")  # fmt: skip
+           f"intermediate_size: 2048, num_hidden_layers: {24 if phase == 'exporting' else 6}, num_attention_heads: 8}}")  # fmt: skip
     more = settings if phase == "evaluating" else (*settings[:2], "data.eval_fraction=0", "train.eval_every=null", *big)
+    more = (*more, "checkpoint.every=1", "checkpoint.asynchronous=false") if phase == "saving" else more
     line = arguments(base, many, run_dir, *more)
     process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         if phase == "exporting":
             wait_for(lambda: (run_dir / "export.attempt-1.tmp").is_dir(), 90)
+        elif phase == "saving":
+            wait_for(lambda: list(run_dir.glob("checkpoints/.step-*.tmp")), 90)
+        elif phase == "loading":
+            wait_for(lambda: '"phase": "loading"' in beat_of(run_dir, 1), 90)
         else:
             wait_for(lambda: (run_dir / "status.json").is_file() and "the model on each rank" in (process.stdout.readline() or ""), 90)
         os.kill(rank_processes(run_dir)[-1], signal.SIGUSR2)
