@@ -61,7 +61,7 @@ MOMENTS = {
     "writing status.json": r"rename:/\.status\.json\.[^/]*$:2:",
     "exporting": r"rename:/export[^/]*\.tmp$:1:",
 }
-SOON = ("committing a checkpoint", "writing a row")
+SOON = ("writing a row",)
 
 
 def hooked(cache: Path, folder: Path, at: str) -> dict[str, str]:

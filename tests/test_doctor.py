@@ -218,6 +218,7 @@ def test_a_lock_is_removed_only_where_nobody_can_be_building(tmp_path: Path, mon
     assert not lock.exists()
 
 
+@pytest.mark.slow
 def test_a_build_has_a_limit_and_leaves_nothing(tmp_path: Path, folder: Path) -> None:
     slow = compiler_that(tmp_path, "sleep 600")
     with start_require(folder, limit_s=12, CXX=slow) as process:
@@ -229,6 +230,7 @@ def test_a_build_has_a_limit_and_leaves_nothing(tmp_path: Path, folder: Path) ->
     assert not (folder / "fulltune.building").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_doctor_leaves_nothing(tmp_path: Path, folder: Path) -> None:
     variables = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder), "CXX": compiler_that(tmp_path, "sleep 600")}
     process = subprocess.Popen([sys.executable, "-m", "tools.doctor", "--only", "deepspeed"], cwd=ROOT, env=variables)
@@ -242,6 +244,7 @@ def test_ctrl_c_on_the_doctor_leaves_nothing(tmp_path: Path, folder: Path) -> No
     assert not (folder / "cpu_adam" / "lock").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_build_takes_its_compilers_along_and_the_next_goes_on(tmp_path: Path, folder: Path) -> None:
     slow = compiler_that(tmp_path, "sleep 600")
     with start_require(folder, CXX=slow) as first:
@@ -255,6 +258,7 @@ def test_a_killed_build_takes_its_compilers_along_and_the_next_goes_on(tmp_path:
     assert "no space left" in said
 
 
+@pytest.mark.slow
 def test_one_builds_and_the_others_wait(tmp_path: Path, folder: Path) -> None:
     slow = compiler_that(tmp_path, "sleep 600")
     with start_require(folder, limit_s=60, CXX=slow) as first:

@@ -20,6 +20,7 @@ from trainers.engines.fsdp import find_blocks, require_small_groups
 OFFLOADS = ["zero3", "zero3_offload", "fsdp_offload"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", OFFLOADS)
 def test_another_engine_gives_the_same_curve(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path, engine: str) -> None:

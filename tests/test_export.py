@@ -108,7 +108,7 @@ def require_same_files(one: Path, other: Path) -> None:
         assert path.read_bytes() == (other / path.name).read_bytes(), path.name
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if "bf16" in kind else []) for kind in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind != "fsdp" else []) for kind in KINDS])
 def test_the_last_checkpoint_gives_the_run_s_own_export_byte_for_byte(run_of: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
     run_dir = run_of(kind)
     said = call(checkpoint_of(run_dir, 4), tmp_path / "out")

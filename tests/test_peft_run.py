@@ -52,6 +52,7 @@ def test_a_run_beside_four_bits(base: Path, chats: Path, cache: Path, tmp_path: 
     assert config["base_model_name_or_path"] == str(base)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_exactly(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     more = ["peft=lora", "peft.rank=4", "train.steps=20", "checkpoint.every=3", "train.eval_every=10"]
     launch(cache, arguments(base, chats, tmp_path / "whole", *more))

@@ -48,6 +48,7 @@ def test_three_kills_leave_no_trace(base: Path, chats: Path, cache: Path, tmp_pa
     assert len(list((tmp_path / "parts" / "logs").glob("attempt-*"))) == 4
 
 
+@pytest.mark.slow
 def test_fewer_ranks_take_the_same_stream(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Saved by three ranks, continued by two and by one: the same rows, losses within 1e-5."""
     more = ("train.steps=12", "train.global_batch=6", "checkpoint.every=2", "data.packing=false")

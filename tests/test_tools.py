@@ -49,6 +49,7 @@ def test_show_batch_explains_bad_input_like_the_launcher() -> None:
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_engines_are_compared_with_torch_and_transformers_alone(tmp_path: Path) -> None:
     """As on a GPU machine that has no more: what is blocked here can neither be found nor imported, by the ranks either."""
     absent = ["hydra", "omegaconf", "submitit", "wandb", "datasets", "pyarrow", "deepspeed", "launcher"]

@@ -187,6 +187,7 @@ def test_a_rank_that_fails_in_a_step_is_named(base: Path, chats: Path, cache: Pa
     goes_on(cache, line, run_dir)
 
 
+@pytest.mark.slow
 def test_kill_9_of_torchrun_or_launcher_leaves_nothing_and_the_same_command_goes_on(
     base: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:
