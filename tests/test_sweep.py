@@ -78,7 +78,7 @@ def test_wrong_points_are_refused_before_any_has_started(
 
 def test_values_arrive_unchanged(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Spaces, =, %, |, #, quotes and Korean letters; each value has a folder whose name any shell takes."""
-    folder, values = tmp_path / "sweep", ["a b=c", "50%|x#y", "d'e", "한글"]
+    folder, values = tmp_path / "sweep", ["a b=c 50%|x#y d'e 한글", "plain"]
     quoted = ",".join('"' + value + '"' for value in values)
     launch(cache, command(base, chats, folder, f"name={quoted}", "train.steps=1", "data.eval_fraction=0"))
     import yaml

@@ -374,6 +374,9 @@ def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:
     assert attempt.record_failure({"rank": 4}, at=22.0, together_s=5.0)
     attempt.set_status("running", attempt=3)
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["error"]["rank"]) == ("failed", 4)
+    assert attempt.record_failure({"rank": 5, "ranks": [5]}, at=18.5), "a watchdog's"
+    assert not attempt.record_failure({"rank": 6, "message": "was killed"}, at=18.0, together_s=10.0), "as it was ended"
+    assert attempt.record_failure({"rank": 7}, at=12.0)
 
 
 @pytest.mark.parametrize(

@@ -162,10 +162,15 @@ class Attempt:
             self.write_json(self.run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
 
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
-        """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was."""
+        """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was.
+
+        What a watchdog has found, an error with `ranks`, stays: it ends ranks, and they may die of it (torch's times are whole seconds).
+        """
         with _alone(self.run_dir):
             known = read_json(self.run_dir / "status.json")
-            if known.get("state") == "failed" and known.get("error", {}).get("time", 0.0) <= at - together_s:
+            error_before = known.get("error", {})
+            before = at + 1.0 if "ranks" in error_before else at - together_s
+            if known.get("state") == "failed" and error_before.get("time", 0.0) <= before:
                 return False
             failed = known | {"state": "failed", "time": time.time(), "error": error | {"time": at}}
             return self.write_json(self.run_dir / "status.json", failed)
