@@ -6,11 +6,12 @@ STAMP := $(VENV)/.installed
 RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo venv check format test test-all clean
+.PHONY: help demo venv check format test test-all test-soak clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make test      the tests'
 	@echo 'make test-all  the tests, the slow and the SLURM suites'
+	@echo 'make test-soak more cases of what these sample, before a release'
 	@echo 'make check     format, lint, types, layers'
 	@echo 'make format    mend what ruff can mend'
 	@echo 'make venv      the set-up alone: $(VENV) with the pinned packages'
@@ -41,10 +42,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not slurm'
+	$(BIN)/python -m pytest -m 'not slow and not slurm and not soak'
 
 test-all: test
-	$(BIN)/python -m pytest -m 'slow or slurm'
+	$(BIN)/python -m pytest -m '(slow or slurm) and not soak'
+
+test-soak: $(STAMP)
+	$(BIN)/python -m pytest -m soak
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

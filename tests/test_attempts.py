@@ -61,7 +61,7 @@ MOMENTS = {
     "writing status.json": r"rename:/\.status\.json\.[^/]*$:2:",
     "exporting": r"rename:/export[^/]*\.tmp$:1:",
 }
-SOON = ("writing a row",)
+SUITES = {"writing a row": [], "writing a checkpoint": pytest.mark.soak, "writing status.json": pytest.mark.soak}
 
 
 def hooked(cache: Path, folder: Path, at: str) -> dict[str, str]:
@@ -142,7 +142,7 @@ def require_exact(run_dir: Path, whole: Path) -> None:
     assert exports[0].read_bytes() == exports[1].read_bytes()
 
 
-@pytest.mark.parametrize("moment", [pytest.param(name, marks=[] if name in SOON else pytest.mark.slow) for name in MOMENTS])
+@pytest.mark.parametrize("moment", [pytest.param(name, marks=SUITES.get(name, pytest.mark.slow)) for name in MOMENTS])
 def test_an_older_attempt_that_was_stopped_leaves_nothing(
     base: Path, chats: Path, cache: Path, tmp_path: Path, whole: Path, moment: str
 ) -> None:
@@ -267,7 +267,9 @@ def wandb_rows(run_dir: Path) -> tuple[set[str], list[dict[str, Any]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "killed"), [(1, False), (2, True)], ids=["preempted", "and killed"])
+@pytest.mark.parametrize(
+    ("processes", "killed"), [pytest.param(1, False, marks=pytest.mark.soak), (2, True)], ids=["preempted", "and killed"]
+)
 def test_wandb_has_one_run_and_each_step_once_across_lives(
     base: Path, chats: Path, cache: Path, tmp_path: Path, processes: int, killed: bool
 ) -> None:

@@ -38,7 +38,7 @@ def test_another_engine_gives_the_same_curve(base: Path, chats: Path, cache: Pat
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_adam")
-@pytest.mark.parametrize("engine", ["zero3_offload", "fsdp_offload"])
+@pytest.mark.parametrize("engine", ["zero3_offload", pytest.param("fsdp_offload", marks=pytest.mark.soak)])
 def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str) -> None:
     whole = arguments(base, chats, tmp_path / "whole", f"engine={engine}", "train.steps=10")
     launch(cache, whole)

@@ -15,6 +15,7 @@ from test_run import rank_processes, wait_for
 
 COMMON = ("train.steps=24", "checkpoint.every=3", "train.microbatch=1", "train.eval_every=8", "data.packing=false")
 CASES = [(engine, method) for engine in ("fsdp", "fsdp_offload", "zero3_offload") for method in ("none", "lora")]
+MORE = [("fsdp_offload", "none"), ("zero3_offload", "none")]
 
 
 def kill_a_rank_at(line: list[str], cache: Path, run_dir: Path, step: int, rng: random.Random) -> None:
@@ -31,7 +32,9 @@ def kill_a_rank_at(line: list[str], cache: Path, run_dir: Path, step: int, rng: 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cpu_adam")
-@pytest.mark.parametrize(("engine", "method"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(
+    ("engine", "method"), [pytest.param(*case, marks=pytest.mark.soak if case in MORE else [], id="-".join(case)) for case in CASES]
+)
 def test_three_kills_leave_no_trace(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str, method: str) -> None:
     """kill -9 of one rank at random steps of both epochs, in the midst of accumulation: two microbatches of one row a rank and step."""
     more = (*COMMON, f"engine={engine}", f"peft={method}", *(() if method == "none" else ("peft.rank=4",)))

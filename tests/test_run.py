@@ -135,7 +135,11 @@ def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [signal.SIGTERM, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, signal.SIGKILL, signal.SIGUSR2))],
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        *(pytest.param(how, marks=pytest.mark.soak) for how in (signal.SIGINT, signal.SIGUSR2)),
+    ],
     ids=lambda how: how.name,
 )
 def test_a_stopped_run_continues_to_the_same_figures(base: Path, chats: Path, cache: Path, tmp_path: Path, how: signal.Signals) -> None:

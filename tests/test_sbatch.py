@@ -47,6 +47,7 @@ def test_a_signal_saves_and_the_job_goes_on_after_it(cluster: Cluster, base: Pat
     assert "back into the queue" in (tmp_path / "out").read_text()
 
 
+@pytest.mark.soak
 def test_a_crashed_node_costs_the_steps_since_the_checkpoint(
     cluster: Cluster, base: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:

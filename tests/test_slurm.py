@@ -61,7 +61,7 @@ def steps_done(run_dir: Path) -> int:
     return max((row["step"] for row in read_rows(run_dir) if "loss" in row), default=0) if file.is_file() else 0
 
 
-@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("nodes", "ranks"), [pytest.param(1, 2, marks=pytest.mark.soak), (2, 1), (3, 1), (2, 2)])
 def test_nodes_and_ranks_make_the_losses_of_a_local_run(
     nodes: int, ranks: int, submit: Any, base: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:

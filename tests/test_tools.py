@@ -149,7 +149,7 @@ def test_saves_of_both_kinds_are_measured_and_proved(tmp_path: Path) -> None:
         assert first > 0
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_measurement_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "tools.bench", "checkpoint", "--parameters", "5e5", "--folder", str(tmp_path), "--every", "1000"]
     child = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -165,7 +165,7 @@ def test_a_stopped_rank_is_named_by_the_others(base: Path, chats: Path, cache: P
         ("raise", ["ValueError: the fault of this test", "Traceback"]),
         pytest.param("memory", ["MemoryError", "Traceback"], marks=pytest.mark.slow),
         pytest.param("kill", ["rank 1 was killed by SIGKILL (out of memory, or kill -9)"], marks=pytest.mark.slow),
-        pytest.param("sleep", ["rank 1 did not arrive: it is in step 8, at trainers/loop.py", "sitecustomize.py"], marks=pytest.mark.slow),
+        pytest.param("sleep", ["rank 1 did not arrive: it is in step 8, at trainers/loop.py", "sitecustomize.py"], marks=pytest.mark.soak),
         pytest.param("gil", ["rank 1 has not been heard of for", "is alive", "rank 0 waits in step 8"], marks=pytest.mark.slow),
     ],
 )
@@ -208,7 +208,7 @@ def test_kill_9_of_torchrun_or_launcher_leaves_nothing_and_the_same_command_goes
     wait_until_gone(run_dir, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_kill_9_of_torchrun_takes_ranks_that_have_only_just_begun(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """They still import torch, and cannot have asked the kernel to end with their parent."""
     run_dir = tmp_path / "run"
@@ -268,7 +268,7 @@ def test_a_stopped_rank_does_not_hold_up_a_run_that_is_asked_to_end(base: Path, 
     assert "rank 0 has not been heard of for" in said.splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_rank_that_comes_back_in_time_is_left_alone(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Stopped longer than the limit as well, where all are: a job that is suspended and resumed."""
     run_dir = tmp_path / "run"
