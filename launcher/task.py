@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from launcher.job import Job, mark_failed, next_attempt
 from launcher.silence import Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config import ConfigError
+from trainers.status import TOGETHER_S
 
 ANSWER_S = 60.0
 HELD = (signal.SIGUSR2, signal.SIGTERM)
@@ -60,7 +62,8 @@ def run(job: Job) -> int:
     if code < 0:
         name = signal.Signals(-code).name
         why = " (out of memory, or kill -9)" if code == -signal.SIGKILL else ""
-        mark_failed(attempt, rank=place.rank, exit_code=code, message=f"rank {place.rank} was killed by {name}{why}")
+        cause = {"rank": place.rank, "exit_code": code, "message": f"rank {place.rank} was killed by {name}{why}"}
+        attempt.record_failure(cause, time.time(), together_s=TOGETHER_S)  # others have failed of it, and may have said so first
         return FAILED
     if code == STOPPED and place.rank == 0 and signalled == signal.SIGUSR2:
         requeue(job, place)

@@ -17,12 +17,10 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.status import Attempt, newest_attempt, read_json
+from trainers.status import TOGETHER_S, Attempt, newest_attempt, read_json
 from trainers.watchdog import read_beats, send
 
 FAILED = 1
-TOGETHER_S = 10
-"""A rank that fails so shortly before another one is found killed has most likely failed because of that."""
 LATE_S = 15
 """For ranks to end by themselves once the run has failed: those that save get longer only while it has not."""
 

@@ -18,6 +18,8 @@ SUPERSEDED = 76
 """Exit code of a rank that a newer attempt has taken the place of."""
 LOOK_EVERY_S = 1.0
 LOCK_WAIT_S = 3.0
+TOGETHER_S = 10
+"""A rank that fails so shortly before another one is found killed has most likely failed because of that."""
 
 
 def write_json(path: Path, value: object) -> None:
