@@ -166,7 +166,8 @@ class Attempt:
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
         """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was.
 
-        What a watchdog has found, an error with `ranks`, stays: it ends ranks, and they may die of it (torch's times are whole seconds).
+        What a watchdog has found, an error with `ranks`, stays: it ends ranks, which may die as they write
+        their stacks: Python reads threads that run meanwhile (torch's times are whole seconds).
         """
         with _alone(self.run_dir):
             known = read_json(self.run_dir / "status.json")

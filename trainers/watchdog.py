@@ -258,7 +258,7 @@ class Watchdog:
         self.old_error = None if "FULLTUNE_LAUNCHER" in os.environ else self._status().get("error")  # the launcher has cleared it
         self.log_file = attempt.folder / f"rank-{rank}.log"
         (self.run_dir / "ranks").mkdir(exist_ok=True)
-        faulthandler.register(signal.SIGUSR1, all_threads=False)  # reading a thread that runs meanwhile crashes Python
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
         self.first_written = self._write()
         self.ticked = self.wrote = self.clock()
         self.beat()
@@ -270,7 +270,7 @@ class Watchdog:
         self._write()
         self.log_file = folder / f"rank-{self.rank}.log"
         self.opened = self.log_file.open("a")
-        faulthandler.register(signal.SIGUSR1, file=self.opened, all_threads=False)
+        faulthandler.register(signal.SIGUSR1, file=self.opened, all_threads=True)
 
     def stop(self) -> None:
         """Watch no more: this rank has done its part, and nobody waits for it."""
