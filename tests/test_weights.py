@@ -400,7 +400,7 @@ def test_ranks_together_hold_what_one_process_builds(
 def test_loading_never_holds_much_more_than_the_weights(tmp_path: Path) -> None:
     total = 4 * bench_load.write_checkpoint(tmp_path / "model", 0.6)
     peak, _ = bench_load.measure_loading(tmp_path, "fsdp", 4)
-    assert 0.5 * total < peak < 1.4 * total  # on a busy machine the last sample may be taken before the last block
+    assert 0.5 * total < peak < 1.3 * total, f"{peak / total:.3f}"  # on a busy machine the last sample may be taken before the last block
 
 
 def tokenizer_in(folder: Path, num_tokens: int) -> None:

@@ -76,27 +76,27 @@ def _llama(sizes: dict[str, int]) -> Blueprint:
 
 def measure_loading(folder: Path, engine: str, ranks: int) -> tuple[float, float]:
     """Start ranks, let them load together, and return bytes at the peak above the start, and seconds of the slowest."""
-    samples: list[tuple[float, int]] = []
+    samples: list[tuple[float, list[int]]] = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
         run_dir = Path(name)
         with start_ranks(["load-rank", str(folder), engine, name], ranks, run_dir) as children:
             wait_for(children, run_dir, "ready", lambda: None, LIMIT_S)
-            baseline = _memory(children)
+            baseline = sum(_memory(children))
             for child in children:
                 write_line(child)
             wait_for(children, run_dir, "done", lambda: samples.append((time.monotonic(), _memory(children))), LIMIT_S)
         figures = [json.loads((run_dir / f"{rank}.done").read_text()) for rank in range(ranks)]
-    last = max(figure["last_read"] for figure in figures)
-    return max(memory for at, memory in samples if at <= last) - baseline, max(figure["seconds"] for figure in figures)
+    peak, held = 0, samples[0][1]
+    for at, memory in samples:  # a rank that has read its last block goes on to other things, and counts as it was then
+        held = [now if at <= figure["last_read"] else before for now, before, figure in zip(memory, held, figures, strict=True)]
+        peak = max(peak, sum(held))
+    return peak - baseline, max(figure["seconds"] for figure in figures)
 
 
-def _memory(children: list[subprocess.Popen[bytes]]) -> int:
-    """Return the bytes of all children, a page that n of them share counted as 1/n in each."""
-    total = 0
-    for child in children:
-        lines = Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+def _memory(children: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Return the bytes of each child, a page that n of them share counted as 1/n in each."""
+    lines = [Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines() for child in children]
+    return [sum(int(line.split()[1]) * 1024 for line in those if line.startswith("Pss:")) for those in lines]
 
 
 def run_rank(options: argparse.Namespace) -> None:
