@@ -15,10 +15,11 @@ from launcher import help as help_text
 from launcher import local, slurm, sweep, torchrun
 from launcher.compose import CONF, checked, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
-from launcher.ending import BAD_INPUT, DONE, INTERRUPTED
-from launcher.job import Job, freeze, frozen_text, make_job, read_status
+from launcher.ending import INTERRUPTED
+from launcher.job import Job, freeze, frozen_text, make_job
 from launcher.report import print_summary
 from trainers.config import ConfigError
+from trainers.status import BAD_INPUT, DONE, read_status
 
 
 class Starter(Protocol):

@@ -6,12 +6,12 @@ import signal
 import sys
 
 from launcher.config import is_plain
-from launcher.job import Job, mark_failed, read_status
+from launcher.job import Job, mark_failed
 from launcher.report import print_summary
 from trainers.config import ConfigError
-from trainers.status import Attempt
+from trainers.status import DONE, FAILED, STOPPED, SUPERSEDED, Attempt, killed_by, read_status
 
-DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED, INTERRUPTED = 0, 1, 2, 75, 76, 130
+INTERRUPTED = 130
 
 
 def settle(job: Job, attempt: Attempt, code: int, signalled: int | None) -> int:
@@ -52,10 +52,9 @@ def _unsaid(job: Job, code: int) -> dict[str, object]:
     """Return the error of ranks that left none."""
     if code >= 0:
         return {"message": f"the ranks ended with exit code {code} and left no reason"}
-    by = f"was killed by {signal.Signals(-code).name}" + (" (out of memory, or kill -9)" if code == -signal.SIGKILL else "")
     if is_plain(job.launch):
-        return {"rank": 0, "message": f"rank 0 {by}"}
-    return {"message": f"torchrun's agent {by}, and its ranks with it"}
+        return {"rank": 0, "message": f"rank 0 {killed_by(code)}"}
+    return {"message": f"torchrun's agent {killed_by(code)}, and its ranks with it"}
 
 
 def _say(text: str) -> None:

@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
 from launcher.process import KILL_AFTER_S
 from trainers.config import ConfigError, RunConfig, check_world, plain, validate
-from trainers.status import Attempt, newest_attempt, write_json
+from trainers.status import Attempt, newest_attempt, read_status, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -239,19 +239,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return status.json; empty where there is none that can be read."""
-    try:
-        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}
-
-
 def mark_submitted(job: Job) -> None:
     """Forget how the last attempt ended, so that this one's end is not mistaken for it; step and attempt stay."""
     status = {key: value for key, value in read_status(job.run_dir).items() if key != "error"}
-    write_json(job.run_dir / "status.json", {**status, "state": "submitted"})
+    write_json(job.run_dir / "status.json", {**status, "state": "submitted", "time": time.time()})
 
 
 def next_attempt(job: Job) -> Attempt:

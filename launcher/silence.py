@@ -6,8 +6,8 @@ import signal
 import time
 from collections.abc import Callable
 
-from launcher.job import Job, mark_failed, read_status
-from trainers.status import Attempt
+from launcher.job import Job, mark_failed
+from trainers.status import Attempt, read_status
 from trainers.watchdog import Beat, judge, read_beats, send
 
 LOOK_EVERY_S = 1.0

@@ -19,12 +19,12 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from launcher import local
 from launcher.config import minutes, ranks_per_node, world_size
-from launcher.ending import DONE, FAILED, INTERRUPTED, settle
-from launcher.job import ROOT, Job, mark_submitted, read_status
+from launcher.ending import INTERRUPTED, settle
+from launcher.job import ROOT, Job, mark_submitted
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config import ConfigError
-from trainers.status import Attempt, read_json, write_json
+from trainers.status import DONE, FAILED, Attempt, read_json, read_status, write_json
 
 ANSWER_S = 20.0
 """For squeue and scontrol to answer."""

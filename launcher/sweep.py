@@ -19,9 +19,10 @@ from omegaconf import DictConfig, open_dict, read_write
 from launcher import local, slurm
 from launcher.compose import checked
 from launcher.config import Backend, Mode
-from launcher.ending import DONE, FAILED, INTERRUPTED
-from launcher.job import Job, freeze, make_job, read_status
+from launcher.ending import INTERRUPTED
+from launcher.job import Job, freeze, make_job
 from trainers.config import ConfigError
+from trainers.status import DONE, FAILED, read_status
 
 PLUGINS = Path(__file__).parent / "plugins"
 LONGEST_NAME = 120

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher import local, process
-from launcher.ending import BAD_INPUT, FAILED, STOPPED
 from launcher.job import Job, mark_failed, next_attempt
 from launcher.silence import Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config import ConfigError
-from trainers.status import TOGETHER_S
+from trainers.status import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, killed_by
 
 ANSWER_S = 60.0
 HELD = (signal.SIGUSR2, signal.SIGTERM)
@@ -34,8 +33,7 @@ class Task:
         try:
             code = run(self.job)
         except ConfigError as error:
-            parts = {"path": error.path, "value": str(error.value), "reason": error.reason, "remedy": error.remedy}
-            mark_failed(next_attempt(self.job), message=str(error), setting=parts, exit_code=BAD_INPUT)
+            mark_failed(next_attempt(self.job), message=str(error), setting=error.parts(), exit_code=BAD_INPUT)
             print(error, file=sys.stderr, flush=True)
             code = BAD_INPUT
         if code:
@@ -60,9 +58,7 @@ def run(job: Job) -> int:
     )
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would queue the job again once more
     if code < 0:
-        name = signal.Signals(-code).name
-        why = " (out of memory, or kill -9)" if code == -signal.SIGKILL else ""
-        cause = {"rank": place.rank, "exit_code": code, "message": f"rank {place.rank} was killed by {name}{why}"}
+        cause = {"rank": place.rank, "exit_code": code, "message": f"rank {place.rank} {killed_by(code)}"}
         attempt.record_failure(cause, time.time(), together_s=TOGETHER_S)  # others have failed of it, and may have said so first
         return FAILED
     if code == STOPPED and place.rank == 0 and signalled == signal.SIGUSR2:

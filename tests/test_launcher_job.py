@@ -17,9 +17,10 @@ import pytest
 
 from launcher import ending, local, process
 from launcher.compose import CONF, compose
-from launcher.job import Job, freeze, make_job, mark_submitted, next_attempt, only_launcher, read_status
+from launcher.job import Job, freeze, make_job, mark_submitted, next_attempt, only_launcher
 from launcher.report import rows
 from trainers.config import ConfigError, load
+from trainers.status import read_status
 
 ROOT = CONF.parent
 
@@ -164,7 +165,9 @@ def test_an_old_end_is_not_mistaken_for_the_new_one(tmp_path: Path, monkeypatch:
     freeze(job)
     (job.run_dir / "status.json").write_text('{"state": "preempted", "step": 7, "attempt": 2, "error": "x"}')
     mark_submitted(job)
-    assert read_status(job.run_dir) == {"state": "submitted", "step": 7, "attempt": 2}
+    status = read_status(job.run_dir)
+    assert time.time() - status.pop("time") < 60
+    assert status == {"state": "submitted", "step": 7, "attempt": 2}
     monkeypatch.setattr(local, "command", lambda job: [sys.executable, "-c", "raise SystemExit(3)"])
     assert local.submit(job) == 1
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from command import ROOT, arguments, environment, launch, read_rows, wait_for_step, wait_until_gone
 from conftest import free_port
+from test_run import wait_for
 
 from launcher.compose import compose
 from launcher.job import freeze, make_job, next_attempt
 from launcher.silence import LATER_S, Silence
 from trainers.config import ConfigError, load
 from trainers.status import Attempt
-from trainers.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge
+from trainers.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge, read_beats
 
 SOON_S = 60
 FAULTS = """
@@ -50,7 +51,7 @@ def strike():
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name not in ("trainers.loop", "trainers.data.prepare"):
+        if name not in ("trainers.loop", "trainers.data.loader", "trainers.data.prepare"):
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -65,9 +66,10 @@ class Finder(importlib.abc.MetaPathFinder):
                         self.engine.backward = lambda *arguments, **options: strike()
                     return step(self, progress)
                 module.Training._step = faulty
-            elif STEP == "-1":
-                prepare = module.prepare
-                module.prepare = lambda *a, **k: (None if os.path.exists(ONCE) else strike(), prepare(*a, **k))[1]
+            elif (STEP, name) in (("-1", "trainers.data.prepare"), ("0", "trainers.data.loader")):
+                what = name.rpartition(".")[2].replace("loader", "Loader")
+                first = getattr(module, what)
+                setattr(module, what, lambda *a, **k: (None if os.path.exists(ONCE) else strike(), first(*a, **k))[1])
         spec.loader.exec_module = exec_module
         return spec
 
@@ -77,7 +79,7 @@ if os.environ.get("RANK", "0") == RANK:
 
 
 def with_fault(cache: Path, folder: Path, rank: int, step: int, what: str) -> dict[str, str]:
-    """The environment of a run of which one rank strikes once; step -1 is while data are prepared."""
+    """The environment of a run of which one rank strikes once; step -1 is while data are prepared, 0 as the model has been loaded."""
     (folder / "faults").mkdir()
     (folder / "faults" / "sitecustomize.py").write_text(FAULTS)
     return environment(cache) | {
@@ -252,6 +254,25 @@ def test_a_rank_that_hangs_while_it_prepares_is_named(base: Path, chats: Path, c
     assert "limits.prepare_s" in said.splitlines()[-1]
     assert "in strike" in stacks_of(run_dir, 1)
     goes_on(cache, [*line, "limits.prepare_s=100"], run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "others"), [(-1, "connecting"), (0, "loading")])
+def test_a_rank_that_stops_before_the_first_step_takes_the_others_along(
+    base: Path, chats: Path, cache: Path, tmp_path: Path, step: int, others: str
+) -> None:
+    """Rank 0 waits for it where no signal reaches it: to be connected, or for the first agreement."""
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS)
+    with started(line, with_fault(cache, tmp_path, rank=1, step=step, what="sleep")) as process:
+        wait_for(lambda: (tmp_path / "struck").is_dir() and 0 in (beats := read_beats(run_dir)) and beats[0].phase == others)
+        os.kill(pids_of(run_dir, rank=1)[0], signal.SIGUSR2)
+        began = time.monotonic()
+        said = finish(process, run_dir, expect=75)
+    assert time.monotonic() - began < 20, "torch's agent kills what is left after 30 s"
+    assert "stopped before the first step" in said
+    assert status_of(run_dir)["state"] == "preempted"
+    goes_on(cache, line, run_dir)
 
 
 @pytest.mark.slow

@@ -29,9 +29,8 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.job import read_status
 from launcher.slurm import record_of
-from trainers.status import newest_attempt
+from trainers.status import newest_attempt, read_status
 from trainers.watchdog import read_beats
 
 REFUSED, BAD_INPUT, STOPPED = 1, 2, 130

@@ -7,7 +7,6 @@ import hashlib
 import logging
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -34,13 +33,12 @@ from trainers.model import Blueprint, check_export, export, flops_per_token, mak
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.status import SUPERSEDED, Attempt, Superseded, read_json
-from trainers.watchdog import Phase, watch
+from trainers.status import BAD_INPUT, DONE, FAILED, STOPPED, SUPERSEDED, Attempt, Superseded, read_json
+from trainers.watchdog import Phase, exit_after, watch
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
 STARTED = time.monotonic()
-DONE, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
 """What torch lets a collective wait: with a watchdog, which ends hung runs and names the rank, longer than any work."""
 REOPEN_BELOW = 2 << 30
@@ -73,8 +71,7 @@ def main(path: str) -> int:
         log.error("rank %d: %s", world.rank, error)
         return SUPERSEDED
     except ConfigError as error:
-        parts = {"path": error.path, "value": str(error.value), "reason": error.reason, "remedy": error.remedy}
-        return _fail(attempt, world, BAD_INPUT, {"message": str(error), "setting": parts})
+        return _fail(attempt, world, BAD_INPUT, {"message": str(error), "setting": error.parts()})
     except (TrainingFailed, NoCheckpoint) as error:
         return _fail(attempt, world, FAILED, {"message": str(error)})
     except Exception as error:
@@ -85,21 +82,23 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
     """Keep the first failing rank's error in status.json, and return the exit code.
 
     Ranks that fail because of it come later and only write their log. A launcher that waits shows the error, and has
-    cleared that of an earlier attempt. Whatever an older attempt fails of, and be it that what it staged is gone, it is superseded.
+    cleared that of an earlier attempt. Whatever an older attempt fails of, and be it that what it staged is gone, it is superseded;
+    and what fails once a rank has stopped, fails because it has.
     """
     at = time.time()
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
-    first, unwritten = True, ""
+    first, stopped, unwritten = True, False, ""
     try:
         if not attempt.is_current(at_once=True):
             log.error("rank %d: a newer attempt of this run has started since, and this one ends: %s", world.rank, error["message"])
             return SUPERSEDED
         first = attempt.record_failure({"rank": world.rank, "exit_code": code} | error, at)
+        stopped = not first and attempt.has_ended("preempted")
     except Exception as other:  # a full disk, no memory, a file that is no JSON
         unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
     log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s%s", world.rank, error.get("traceback") or error["message"], unwritten)
-    return code
+    return STOPPED if stopped else code
 
 
 def run(config: RunConfig, world: World, attempt: Attempt) -> int:
@@ -147,7 +146,7 @@ def train_and_export(
     if config.data.packing:
         require_isolation(engine, world, blueprint.config.get_text_config().vocab_size, config.train.microbatch)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
-    world.interruptible = False
+    world.begin_steps()
     shapes = engine.shapes()
     flops = flops_per_token(shapes, blueprint.config, data.train.mean_attended(), shapes.keys() - engine.adaptation.trained)
     outcome = train(config, world, attempt, engine, data, loader, flops)
@@ -165,16 +164,9 @@ def train_and_export(
         log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
     watch.stop()
     code = STOPPED if stopped else DONE
-    _exit_after(ENDING_S, code)
+    exit_after(ENDING_S, code)
     world.disconnect()
     return code
-
-
-def _exit_after(seconds: float, code: int) -> None:
-    """End this process with `code` if it is still there then."""
-    timer = threading.Timer(seconds, os._exit, (code,))
-    timer.daemon = True
-    timer.start()
 
 
 def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) -> None:

@@ -10,3 +10,7 @@ class ConfigError(Exception):
         """Keep the parts; the launcher adds where the value was set."""
         self.path, self.value, self.reason, self.remedy = path, value, reason, remedy
         super().__init__(f"`{path}` = {value!r}: {reason}" + (f"\n  remedy: {remedy}" if remedy else ""))
+
+    def parts(self) -> dict[str, str]:
+        """Return what another process makes the same error of: ConfigError(**parts)."""
+        return {"path": self.path, "value": str(self.value), "reason": self.reason, "remedy": self.remedy}

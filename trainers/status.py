@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -14,12 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SUPERSEDED = 76
-"""Exit code of a rank that a newer attempt has taken the place of."""
+DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED = 0, 1, 2, 75, 76
+"""Exit codes of ranks and of the launcher; 75: stopped, the same command continues; 76: a newer attempt has taken the place."""
 LOOK_EVERY_S = 1.0
 LOCK_WAIT_S = 3.0
 TOGETHER_S = 10
 """A rank that fails so shortly before another one is found killed has most likely failed because of that."""
+
+
+def killed_by(code: int) -> str:
+    """Say how a process ended, by its negative exit code."""
+    return f"was killed by {signal.Signals(-code).name}" + (" (out of memory, or kill -9)" if code == -signal.SIGKILL else "")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -39,6 +45,14 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     value: dict[str, Any] = json.loads(path.read_text())
     return value
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Return status.json; empty where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        status = read_json(run_dir / "status.json")
+        return status if isinstance(status, dict) else {}
+    return {}
 
 
 @contextlib.contextmanager
@@ -101,10 +115,14 @@ class Attempt:
     _looked_at: float = field(default=-LOOK_EVERY_S, repr=False)
     _newest: int = field(default=0, repr=False)
     _before: int = field(default=0, repr=False)
+    _status_before: float | None = field(default=None, repr=False)
+    """Time of a status.json that an older attempt may have left; None where a launcher has begun a new one."""
 
     def __post_init__(self) -> None:
-        """Note which attempt was the newest until now."""
+        """Note which attempt was the newest until now, and what was said of it."""
         self._before = newest_attempt(self.run_dir)
+        if "FULLTUNE_LAUNCHER" not in os.environ:
+            self._status_before = read_status(self.run_dir).get("time")
 
     def claim(self) -> int:
         """Take the next number by making its log folder, and what older attempts have staged; return it. One rank claims, for all."""
@@ -166,17 +184,27 @@ class Attempt:
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
         """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was.
 
+        Nor where a rank has stopped as it was asked to, and said so: others fail because it is gone.
         What a watchdog has found, an error with `ranks`, stays: it ends ranks, which may die as they write
         their stacks: Python reads threads that run meanwhile (torch's times are whole seconds).
         """
         with _alone(self.run_dir):
             known = read_json(self.run_dir / "status.json")
+            if self._has_ended(known, "preempted"):
+                return False
             error_before = known.get("error", {})
             before = at + 1.0 if "ranks" in error_before else at - together_s
             if known.get("state") == "failed" and error_before.get("time", 0.0) <= before:
                 return False
             failed = known | {"state": "failed", "time": time.time(), "error": error | {"time": at}}
             return self.write_json(self.run_dir / "status.json", failed)
+
+    def has_ended(self, state: str) -> bool:
+        """Tell whether status.json says so of this attempt; False where it cannot be read."""
+        return self._has_ended(read_status(self.run_dir), state)
+
+    def _has_ended(self, status: dict[str, Any], state: str) -> bool:
+        return status.get("state") == state and status.get("time") != self._status_before
 
     @property
     def folder(self) -> Path:

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import IO, Any, TypeVar
 
 from trainers.config import RunConfig, value_at
-from trainers.status import SUPERSEDED, Attempt, read_json, write_json
+from trainers.status import FAILED, STOPPED, SUPERSEDED, Attempt, write_json
 
 T = TypeVar("T")
 log = logging.getLogger("fulltune")
@@ -67,6 +67,10 @@ FIELDS = {
     Phase.saving: "limits.save_s",
     Phase.exporting: "limits.export_s",
 }
+
+
+BEFORE_STEPS = (Phase.preparing, Phase.connecting, Phase.loading)
+"""In these a rank that is asked to stop ends at once, and others may wait for it where no signal reaches them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +202,13 @@ def send(beats: Iterable[Beat], run_dir: Path, *numbers: signal.Signals) -> None
                     os.kill(beat.pid, number)
 
 
+def exit_after(seconds: float, code: int) -> None:
+    """End this process with `code` if it is still there then."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
 class Watchdog:
     """What this rank does, since when, and the thread that ends it if it does so for too long."""
 
@@ -255,7 +266,6 @@ class Watchdog:
         self.run_dir, self.attempt, self.rank, self.size, self.fail = attempt.run_dir, attempt, rank, size, fail
         self.limits = {phase: value_at(config, path) for phase, path in FIELDS.items()}
         self.beat_s = max(TICK_S, size / 50)  # whatever the number of ranks, at most 50 small files a second
-        self.old_error = None if "FULLTUNE_LAUNCHER" in os.environ else self._status().get("error")  # the launcher has cleared it
         self.log_file = attempt.folder / f"rank-{rank}.log"
         (self.run_dir / "ranks").mkdir(exist_ok=True)
         faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -304,8 +314,7 @@ class Watchdog:
             if not self.attempt.is_current():
                 self._give_way()
             self._write()
-            if self._failed_elsewhere():
-                self._follow()
+            self._follow()
         if self._is_overdue():
             self._ask_around()
 
@@ -348,23 +357,18 @@ class Watchdog:
         write_json(self._file, fields)
         return self._file.stat().st_mtime
 
-    def _status(self) -> dict[str, Any]:
-        try:
-            return read_json(self.run_dir / "status.json")
-        except (OSError, ValueError):
-            return {}
-
-    def _failed_elsewhere(self) -> bool:
-        status = self._status()
-        return status.get("state") == "failed" and status.get("error") != self.old_error
-
     def _follow(self) -> None:
-        """End this rank because the run has failed, unless it ends by itself."""
-        self._arm_last_resort()
-        if self.ended.wait(GRACE_S):
+        """End this rank where the run has failed, or was stopped before its first step, unless it ends by itself."""
+        if self.attempt.has_ended("failed"):
+            how, code = "failed", FAILED
+        elif self.phase in BEFORE_STEPS and self.attempt.has_ended("preempted"):
+            how, code = "been stopped", STOPPED
+        else:
             return
-        self._dump("the run has failed, and this rank goes on")
-        os._exit(1)
+        exit_after(LAST_RESORT_S, code)
+        if not self.ended.wait(GRACE_S):
+            self._dump(f"the run has {how}, and this rank goes on")
+            os._exit(code)
 
     def _give_way(self) -> None:
         """End this rank, whose place in RUN_DIR/ranks a newer attempt's has taken, unless its loop sees that soon and ends by itself."""
@@ -381,8 +385,7 @@ class Watchdog:
                 break
             self.ticked = self.wrote = self.clock()
             self._write()
-            if self._failed_elsewhere():
-                self._follow()
+            self._follow()
         if self.began != began or self.ended.is_set():
             return
         now, beats = self._write(), self._beats()
@@ -404,7 +407,7 @@ class Watchdog:
 
     def _end(self, verdict: Verdict, now: float) -> None:
         """Mark the run failed, let every rank write its stacks, and end."""
-        self._arm_last_resort()
+        exit_after(LAST_RESORT_S, FAILED)
         assert self.log_file is not None
         limit, field = self.limit_s(), FIELDS[self.phase]
         error = verdict.error(now, f"nothing for {limit:g} s: {field}; stacks in {self.log_file.parent}")
@@ -413,13 +416,7 @@ class Watchdog:
         if verdict.silent:
             send(verdict.culprits, self.run_dir, signal.SIGUSR1, signal.SIGCONT)
         time.sleep(2 * self.beat_s + GRACE_S)
-        os._exit(1)
-
-    @staticmethod
-    def _arm_last_resort() -> None:
-        timer = threading.Timer(LAST_RESORT_S, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
+        os._exit(FAILED)
 
     def _dump(self, why: str) -> None:
         """Append the stacks of all threads to this rank's log, and write NCCL's flight record beside it."""

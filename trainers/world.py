@@ -103,6 +103,16 @@ class World:
         else:
             dist.init_process_group(backend, rank=self.rank, world_size=self.size, timeout=limit)
 
+    def begin_steps(self) -> None:
+        """Let signals wait for the end of a step from now on, on all ranks or none; collective.
+
+        Raises Stopped, on every rank, where one was signalled by now. A rank that had stopped earlier ends this here: what waits for
+        ranks without being connected to them yet, such as a new process group, would not notice.
+        """
+        self.interruptible = False
+        if self.any(self.signalled is not None)[0]:
+            raise Stopped(signal.Signals(self.signalled).name if self.signalled is not None else "a signal to another rank")
+
     def beside(self) -> World:
         """Return a World of the same ranks with a process group of its own, for a thread; collective."""
         limit = datetime.timedelta(seconds=self.collective_s)
