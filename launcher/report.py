@@ -1,17 +1,38 @@
-"""The table at the end of a run: the main figures of RUN_DIR/summary.json."""
+"""What is shown of a run: its log as it grows, and at its end the main figures of RUN_DIR/summary.json."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import sys
 from pathlib import Path
 from typing import Any
+
+from trainers.status import read_json
+
+
+def print_new(log: Path, shown: int) -> int:
+    """Print what stands behind the first `shown` bytes of a log; returns how many there are now."""
+    if not log.is_file():
+        return shown
+    with log.open("rb") as file:
+        file.seek(shown)
+        text = file.read()
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    return shown + len(text)
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """Return summary.json; empty where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(run_dir / "summary.json")
+    return {}
 
 
 def print_summary(run_dir: Path) -> None:
     """Print the figures of a run that is done; says so where there are none."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    summary = read_summary(run_dir)
+    if not summary:
         print(f"{run_dir}: done, but summary.json cannot be read")
         return
     from rich.console import Console

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,17 +16,16 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-from launcher import local
+from launcher import local, queue
 from launcher.config import minutes, ranks_per_node, world_size
 from launcher.ending import INTERRUPTED, settle
 from launcher.job import ROOT, Job, mark_submitted
+from launcher.report import print_new
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config import ConfigError
-from trainers.status import DONE, FAILED, Attempt, read_json, read_status, write_json
+from trainers.status import DONE, FAILED, Attempt, read_status, write_json
 
-ANSWER_S = 20.0
-"""For squeue and scontrol to answer."""
 LOOK_EVERY_S = 1.0
 OTHERS_S = 60
 """Ranks that still run so long after the first has ended are ended: their own watchdogs have had the time to."""
@@ -50,12 +48,11 @@ def submit(job: Job) -> int:
 
     Raises ConfigError with SLURM's own words where it refuses.
     """
-    if state := state_of(job):
-        known = record_of(job.run_dir)["id"]
-        print(f"job {known} of this run is {state}: nothing to submit\n  stop     scancel {known}")
+    if state := states([job])[0]:
+        record = queue.record_of(job.run_dir)
+        print(f"job {record['id']} of this run is {state}: nothing to submit\n  stop     scancel {record['id']}")
     else:
-        hand_over([job], job.run_dir / "slurm")
-        record = record_of(job.run_dir)
+        (record,) = hand_over([job], job.run_dir / "slurm")
         print(
             f"submitted as job {record['id']} ({job.launch.nodes} node(s), {world_size(job.launch)} rank(s)): {job.run_dir}\n"
             f"  queue    squeue -j {record['id']}\n"
@@ -64,13 +61,12 @@ def submit(job: Job) -> int:
             f"  stop     scancel {record['id']}; scancel --signal=USR2 {record['id']} saves and queues it again",
             flush=True,
         )
-    return _follow(job) if job.launch.wait else 0
+    return _follow(job, record) if job.launch.wait else DONE
 
 
 def submit_array(jobs: list[Job], folder: Path) -> None:
     """Hand frozen jobs to SLURM as one array, with what submitit sends in `folder`/slurm; raises ConfigError where it refuses."""
-    hand_over(jobs, folder / "slurm")
-    first = str(record_of(jobs[0].run_dir)["id"]).partition("_")[0]
+    first = str(hand_over(jobs, folder / "slurm")[0]["id"]).partition("_")[0]
     print(
         f"submitted as array {first} ({len(jobs)} points, {min(len(jobs), jobs[0].launch.array_parallelism)} at once)\n"
         f"  queue    squeue -j {first}\n"
@@ -81,8 +77,17 @@ def submit_array(jobs: list[Job], folder: Path) -> None:
     )
 
 
-def hand_over(jobs: list[Job], folder: Path) -> None:
-    """Submit one job, or several as an array, and note in each run directory which it is."""
+def states(jobs: list[Job]) -> list[str]:
+    """Return SLURM's word for each run's job, empty where it neither waits nor runs; raises ConfigError where squeue does not answer."""
+    found = queue.states(jobs)
+    if found is None:
+        reason = "squeue does not answer, and jobs of this run may be waiting or running"
+        raise ConfigError("launch.backend", "slurm", reason, "a login node of the cluster, or the same command later")
+    return found
+
+
+def hand_over(jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
+    """Submit one job, or several as an array; returns what is noted in each run directory: `id`, `log` and `time`."""
     if "%" in str(folder):
         raise ConfigError("run_dir", str(folder.parent), "SLURM would take the % for its own in names of logs", "a directory without %")
     root = take(folder.parent) if jobs[0].launch.snapshot else ROOT
@@ -99,9 +104,10 @@ def hand_over(jobs: list[Job], folder: Path) -> None:
                     submitted = [executor.submit(Task(job)) for job in jobs]
     except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
         raise _refused(jobs[0], str(error)) from error
-    for job, handed in zip(jobs, submitted, strict=True):
-        record = {"id": handed.job_id, "log": str(folder / f"{handed.job_id}_0_log.out"), "time": time.time()}
+    records = [{"id": done.job_id, "log": str(folder / f"{done.job_id}_0_log.out"), "time": time.time()} for done in submitted]
+    for job, record in zip(jobs, records, strict=True):
         write_json(job.run_dir / "slurm.json", record)
+    return records
 
 
 def commands(job: Job) -> list[str]:
@@ -148,29 +154,6 @@ def parameters(job: Job, root: Path) -> dict[str, Any]:
     return kept | {"additional_parameters": additional, "srun_args": srun, "setup": setup, "stderr_to_stdout": True}
 
 
-def record_of(run_dir: Path) -> dict[str, Any]:
-    """Return `id`, `log` and `time` of the job that was last submitted for a run; empty where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return read_json(run_dir / "slurm.json")
-    return {}
-
-
-def state_of(job: Job) -> str:
-    """Return SLURM's word for the state of a run's job that waits or runs; empty where there is none."""
-    known = record_of(job.run_dir)
-    return queue_state(known["id"]) if known else ""
-
-
-def queue_state(job_id: str) -> str:
-    """Return SLURM's word for the state of a job that waits or runs; empty where it does not, or squeue cannot tell."""
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"], capture_output=True, text=True, timeout=ANSWER_S, check=False
-        )
-        return done.stdout.strip().partition("\n")[0]
-    return ""
-
-
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
     """Hide an outer job's variables from the one that is submitted; where SLURM's configuration is must stay known."""
@@ -200,8 +183,10 @@ def follow_all(jobs: list[Job]) -> int:
     """Wait until all jobs have left the queue; returns the exit code of a sweep."""
     waiting, codes = list(jobs), [DONE]
     while waiting:
-        for job in [job for job in waiting if not state_of(job)]:
-            waiting.remove(job)
+        words = queue.states(waiting) or ["unknown"] * len(waiting)  # squeue may be busy: who follows, waits
+        ended = [job for job, word in zip(waiting, words, strict=True) if not word]
+        waiting = [job for job in waiting if job not in ended]
+        for job in ended:
             state = read_status(job.run_dir).get("state", "not begun")
             codes.append(DONE if state == "done" else FAILED)
             print(f"{state:>10}  {job.run_dir.name}", flush=True)
@@ -209,20 +194,13 @@ def follow_all(jobs: list[Job]) -> int:
     return max(codes)
 
 
-def _follow(job: Job) -> int:
+def _follow(job: Job, record: dict[str, Any]) -> int:
     """Print what rank 0 prints until the job has left the queue; returns the launcher's exit code."""
-    record, attempt, shown = record_of(job.run_dir), Attempt(job.run_dir, sys.maxsize), 0
-    log = Path(record["log"])
+    attempt, shown = Attempt(job.run_dir, sys.maxsize), 0
     try:
         while True:
-            ended = not queue_state(record["id"])
-            if log.is_file():
-                with log.open("rb") as file:
-                    file.seek(shown)
-                    text = file.read()
-                shown += len(text)
-                sys.stdout.write(text.decode(errors="replace"))
-                sys.stdout.flush()
+            ended = queue.states([job]) == [""]
+            shown = print_new(Path(record["log"]), shown)
             if ended:
                 return settle(job, attempt, DONE if read_status(job.run_dir).get("state") == "done" else FAILED, None)
             time.sleep(LOOK_EVERY_S)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from launcher.compose import checked
 from launcher.config import Backend, Mode
 from launcher.ending import INTERRUPTED
 from launcher.job import Job, freeze, make_job
+from launcher.report import read_summary
 from trainers.config import ConfigError
 from trainers.status import DONE, FAILED, read_status
 
@@ -80,20 +80,19 @@ def one_by_one(jobs: list[Job]) -> None:
 def slurm_array(jobs: list[Job]) -> None:
     """Submit the points that are neither done nor in SLURM's queue as one array."""
     done = [job for job in jobs if read_status(job.run_dir).get("state") == "done"]
-    under_way = [job for job in jobs if job not in done and slurm.state_of(job)]
-    missing = [job for job in jobs if job not in done and job not in under_way]
+    rest = [job for job in jobs if job not in done]
+    words = slurm.states(rest)
+    under_way = [job for job, word in zip(rest, words, strict=True) if word]
+    missing = [job for job, word in zip(rest, words, strict=True) if not word]
     print(f"{len(jobs)} points: {len(done)} done, {len(under_way)} in the queue, {len(missing)} to submit", flush=True)
     if missing:
-        slurm.submit_array(missing, Path(missing[0].run_dir).parent)
+        slurm.submit_array(missing, missing[0].run_dir.parent)
     codes.append(slurm.follow_all(jobs) if jobs[0].launch.wait else DONE)
 
 
 def figure(run_dir: Path) -> float | None:
     """Return what a sweeper minimises: the held-out loss at the end, else the training loss; None where a run is not done."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    summary = read_summary(run_dir)
     losses = [summary.get("eval_loss_after"), summary.get("train_loss")]
     return next((float(loss) for loss in losses if loss is not None), None)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from launcher import local, process
 from launcher.job import Job, mark_failed, next_attempt
+from launcher.queue import ask
 from launcher.silence import Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config import ConfigError
@@ -83,12 +83,7 @@ def requeue(job: Job, place: Topology) -> None:
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{index}" if array and index else str(place.job_id)
     print(f"stopped with a checkpoint: job {name} goes back into the queue", flush=True)
-    try:
-        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, timeout=ANSWER_S, check=False)
-        said = done.stderr.strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        said = str(error)
-    if said:
+    if said := ask("scontrol", "requeue", name, timeout_s=ANSWER_S):
         print(
             f"error: job {name} could not be queued again: {said}\n  the same launcher command submits it anew, and continues",
             file=sys.stderr,

@@ -16,10 +16,9 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,13 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.slurm import record_of
-from trainers.status import newest_attempt, read_status
+from launcher.queue import ask, in_queue, record_of
+from launcher.report import print_new
+from trainers.status import attempt_folder, newest_attempt, read_status
 from trainers.watchdog import read_beats
 
 REFUSED, BAD_INPUT, STOPPED = 1, 2, 130
-WATCH_S, FOLLOW_S, ANSWER_S = 2.0, 0.5, 20.0
+WATCH_S, FOLLOW_S = 2.0, 0.5
 SILENT_S = 60.0
 """A run that says it is running and of which nothing was heard for so long is shown as silent."""
 TAIL_BYTES = 1 << 16
@@ -171,18 +171,6 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
     return state, ""
 
 
-def in_queue() -> dict[str, str] | None:
-    """Return SLURM's word for each job and element of an array that waits or runs; None where squeue does not answer."""
-    try:
-        line = ["squeue", "--noheader", "--array", "--format=%i|%T"]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode:
-        return None
-    return dict(row.strip().split("|", 1) for row in done.stdout.splitlines() if "|" in row)
-
-
 def last_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the last rows of metrics.jsonl; the first and the last line that are read may be parts."""
     rows = []
@@ -203,31 +191,25 @@ def last_rows(run_dir: Path) -> list[dict[str, Any]]:
 def print_log(run_dir: Path, rank: int, follow: bool) -> int:
     """Print a rank's log of the newest attempt, and what comes; the next attempt's too."""
     attempt = newest_attempt(run_dir)
-    path, shown = run_dir / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log", 0
+    path, shown = attempt_folder(run_dir, attempt) / f"rank-{rank}.log", 0
     if not path.is_file() and not follow:
         print(f"error: {path}: there is no such log yet", file=sys.stderr)
         return BAD_INPUT
     while True:
-        if path.is_file():
-            with path.open("rb") as file:
-                file.seek(shown)
-                text = file.read()
-            shown += len(text)
-            sys.stdout.write(text.decode(errors="replace"))
-            sys.stdout.flush()
+        shown = print_new(path, shown)
         if not follow:
             return 0
         time.sleep(FOLLOW_S)
         if (newer := newest_attempt(run_dir)) != attempt:
             attempt, shown = newer, 0
-            path = run_dir / "logs" / f"attempt-{attempt}" / f"rank-{rank}.log"
+            path = attempt_folder(run_dir, attempt) / f"rank-{rank}.log"
 
 
 def cancel(run_dir: Path) -> int:
     """End a run: a job that SLURM has, by scancel; another one by the file that its ranks look for."""
     job = str(record_of(run_dir).get("id", ""))
-    if job and job in (in_queue() or {}):
-        return _ask_slurm(["scancel", job], f"{run_dir}: job {job} is ended; the same command continues the run")
+    if job and job in (in_queue(job) or {}):
+        return _tell(ask("scancel", job), f"{run_dir}: job {job} is ended; the same command continues the run")
     if read_status(run_dir).get("state") != "running":
         print(f"{run_dir}: is not running", file=sys.stderr)
         return 0
@@ -243,16 +225,11 @@ def requeue(run_dir: Path) -> int:
         line = " ".join(json.loads((run_dir / "manifest.json").read_text())["command"])
         print(f"error: {run_dir}: was not submitted to SLURM; its command continues it: {line}", file=sys.stderr)
         return BAD_INPUT
-    return _ask_slurm(["scontrol", "requeue", job], f"{run_dir}: job {job} is in the queue again")
+    return _tell(ask("scontrol", "requeue", job), f"{run_dir}: job {job} is in the queue again")
 
 
-def _ask_slurm(line: Sequence[str], said: str) -> int:
-    try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
-        error = done.stderr.strip() if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as failed:
-        error = str(failed)
-    print(f"error: {error}" if error else said, file=sys.stderr if error else sys.stdout)
+def _tell(error: str, done: str) -> int:
+    print(f"error: {error}" if error else done, file=sys.stderr if error else sys.stdout)
     return REFUSED if error else 0
 
 

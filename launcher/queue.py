@@ -1,0 +1,51 @@
+"""SLURM's queue: which of our jobs are there, and asking for changes."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.job import Job
+from trainers.status import read_json
+
+ANSWER_S = 20.0
+"""For squeue, scancel and scontrol to answer."""
+
+
+def record_of(run_dir: Path) -> dict[str, Any]:
+    """Return `id`, `log` and `time` of the job that was last submitted for a run; empty where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(run_dir / "slurm.json")
+    return {}
+
+
+def in_queue(*ids: str) -> dict[str, str] | None:
+    """Return SLURM's word for each job and element of an array that waits or runs, of all or of some; None where squeue does not answer."""
+    only = [f"--jobs={','.join(ids)}"] if ids else []
+    try:
+        line = ["squeue", "--noheader", "--array", "--format=%i|%T", *only]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode and "Invalid job id" not in done.stderr:  # SLURM has forgotten all of them
+        return None
+    return dict(row.strip().split("|", 1) for row in done.stdout.splitlines() if "|" in row)
+
+
+def states(jobs: Sequence[Job]) -> list[str] | None:
+    """Return SLURM's word for each run's job, empty where it neither waits nor runs; None where squeue does not answer."""
+    ids = [str(record_of(job.run_dir).get("id", "")) for job in jobs]
+    queue = in_queue(*filter(None, ids)) if any(ids) else {}
+    return None if queue is None else [queue.get(name, "") for name in ids]
+
+
+def ask(*line: str, timeout_s: float = ANSWER_S) -> str:
+    """Run a command of SLURM's; returns what it says against it, empty where it was done."""
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stderr.strip() or f"{line[0]} ended with {done.returncode}") if done.returncode else ""
