@@ -49,7 +49,7 @@ PACKAGES = (
 )
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
 CHANGEABLE = ("train.step_timeout_s:", "limits.")
-OURS = {"config.yaml", "manifest.json", "status.json", "slurm.json", "slurm", "code"}
+OURS = {"config.yaml", "manifest.json", "code.diff", "status.json", "slurm.json", "slurm", "code"}
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
 
 
@@ -114,16 +114,19 @@ def _freeze(job: Job) -> None:
     if job.config_path.exists() or not publish(job.config_path, frozen_text(job.run)):
         _refuse_other_settings(job)
     if not (job.run_dir / "manifest.json").exists():
-        publish(job.run_dir / "manifest.json", json.dumps(manifest(), indent=2) + "\n")
+        version, diff = code_version()
+        if diff:
+            publish(job.run_dir / "code.diff", diff)
+        publish(job.run_dir / "manifest.json", json.dumps(manifest(version), indent=2) + "\n")
     publish(job.run_dir / "status.json", json.dumps({"state": "submitted", "step": 0, "attempt": 0}) + "\n")
 
 
-def publish(path: Path, text: str) -> bool:
+def publish(path: Path, content: str | bytes) -> bool:
     """Write a file that appears complete or not at all; False where one was there, which stays as it is."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.link(temporary, path)  # unlike rename, refuses to replace
@@ -191,15 +194,15 @@ def _yaml(value: Any) -> str:
     return "null" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def manifest() -> dict[str, Any]:
-    """Return where a run comes from: command, code, packages, machine, scheduler, and the W&B id of all its attempts."""
+def manifest(code: dict[str, Any]) -> dict[str, Any]:
+    """Return where a run comes from: command, version of the code, packages, machine, scheduler, and the W&B id of all its attempts."""
     return {
         "command": [sys.executable, "-m", "launcher", *sys.argv[1:]],
         "directory": os.getcwd(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "user": _user(),
-        "code": code_version(),
+        "code": code,
         "python": platform.python_version(),
         "packages": _versions(),
         "scheduler": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SLURM_") and "JOB" in name},
@@ -207,13 +210,18 @@ def manifest() -> dict[str, Any]:
     }
 
 
-def code_version() -> dict[str, str | None]:
-    """Return the git commit of the code and the sha256 of its uncommitted changes; None outside a checkout."""
-    sha, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD")
-    return {
+def code_version() -> tuple[dict[str, Any], bytes]:
+    """Return the code's git commit, the sha256 of its uncommitted changes, the names of files that git does not know, and the changes.
+
+    All are None or empty outside a checkout; `git apply` on that commit takes the changes.
+    """
+    sha, diff, others = _git("rev-parse", "HEAD"), _git("diff", "--binary", "HEAD"), _git("ls-files", "--others", "--exclude-standard")
+    version = {
         "git_sha": sha.decode().strip() if sha is not None else None,
         "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
+        "untracked": (others or b"").decode(errors="replace").splitlines(),
     }
+    return version, diff or b""
 
 
 def _git(*arguments: str) -> bytes | None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launcher import ending, local, process
+from launcher import job as job_module
 from launcher.compose import CONF, compose
 from launcher.job import Job, freeze, make_job, mark_submitted, next_attempt, only_launcher
 from launcher.report import rows
@@ -29,16 +30,47 @@ def job_in(folder: Path, *overrides: str) -> Job:
     return make_job(compose(["+exp=quickstart_base", f"run_dir={folder}/out", *overrides]))
 
 
+def files_in(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in run_dir.iterdir() if path.name != "code.diff")  # there while this checkout has changes
+
+
 def test_freeze_makes_the_three_files(tmp_path: Path) -> None:
     job = job_in(tmp_path)
     freeze(job)
-    assert sorted(path.name for path in job.run_dir.iterdir()) == ["config.yaml", "manifest.json", "status.json"]
+    assert files_in(job.run_dir) == ["config.yaml", "manifest.json", "status.json"]
     assert load(job.config_path) == job.run
     manifest = json.loads((job.run_dir / "manifest.json").read_text())
     assert set(manifest) >= {"command", "code", "python", "packages", "host", "user", "time", "scheduler", "wandb_id"}
     assert len(manifest["wandb_id"]) == 8
     assert manifest["packages"]["hydra-core"]
     assert read_status(job.run_dir)["state"] == "submitted"
+
+
+def test_the_code_that_ran_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the commit and the saved changes, whatever bytes they have; files that git does not know are named."""
+
+    def git(*words: str) -> bytes:
+        return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, timeout=20, check=True).stdout
+
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    git("init", "-q")
+    (checkout / "code.py").write_text("before\n")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a")
+    changed = b"after \xff\x00\n"
+    (checkout / "code.py").write_bytes(changed)
+    (checkout / "new.py").touch()
+    monkeypatch.setattr(job_module, "ROOT", checkout)
+    job = job_in(tmp_path)
+    freeze(job)
+    code = json.loads((job.run_dir / "manifest.json").read_text())["code"]
+    assert code["untracked"] == ["new.py"]
+    assert code["git_sha"] == git("rev-parse", "HEAD").decode().strip()
+    git("checkout", "-q", "--force", code["git_sha"])
+    assert (checkout / "code.py").read_text() == "before\n"
+    git("apply", str(job.run_dir / "code.diff"))
+    assert (checkout / "code.py").read_bytes() == changed
 
 
 def _freeze_and_report(folder: str, lr: str, results: Any) -> None:
@@ -66,7 +98,7 @@ def test_eight_at_once_make_one_run(tmp_path: Path) -> None:
     said = race(tmp_path, ["1e-3"] * 8)
     assert len(set(said)) == 1
     assert len(said[0]) == 8
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.yaml", "manifest.json", "status.json"]
+    assert files_in(tmp_path / "out") == ["config.yaml", "manifest.json", "status.json"]
 
 
 def test_eight_at_once_with_two_settings_make_one_run_and_refuse_the_other(tmp_path: Path) -> None:
