@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,11 @@ from trainers.status import read_json
 
 ANSWER_S = 20.0
 """For squeue, scancel and scontrol to answer."""
+STUCK = re.compile(
+    "Partition(Config|NodeLimit|TimeLimit|Down|Inactive)|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
+    "|JobHeld(Admin|User)|ReservationDeleted|DependencyNeverSatisfied|(QOS|Assoc)Max.*Per(Job|Node).*"
+)
+"""Reasons for which a job waits until somebody changes it or the cluster: SLURM's "Job Reason Codes"."""
 
 
 def record_of(run_dir: Path) -> dict[str, Any]:
@@ -22,17 +28,21 @@ def record_of(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def in_queue(*ids: str) -> dict[str, str] | None:
-    """Return SLURM's word for each job and element of an array that waits or runs, of all or of some; None where squeue does not answer."""
+def in_queue(*ids: str, timeout_s: float = ANSWER_S) -> dict[str, str] | None:
+    """Return SLURM's word for each job and element of an array that waits or runs, of all or of some; None where squeue does not answer.
+
+    That of a job that does not start as it is has the reason with it: `PENDING (PartitionConfig)`.
+    """
     only = [f"--jobs={','.join(ids)}"] if ids else []
     try:
-        line = ["squeue", "--noheader", "--array", "--format=%i|%T", *only]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+        line = ["squeue", "--noheader", "--array", "--format=%i|%T|%r", *only]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode and "Invalid job id" not in done.stderr:  # SLURM has forgotten all of them
         return None
-    return dict(row.strip().split("|", 1) for row in done.stdout.splitlines() if "|" in row)
+    rows = [row.strip().split("|", 2) for row in done.stdout.splitlines() if row.count("|") >= 2]
+    return {name: f"{state} ({reason})" if state == "PENDING" and STUCK.fullmatch(reason) else state for name, state, reason in rows}
 
 
 def states(jobs: Sequence[Job]) -> list[str] | None:
@@ -40,6 +50,19 @@ def states(jobs: Sequence[Job]) -> list[str] | None:
     ids = [str(record_of(job.run_dir).get("id", "")) for job in jobs]
     queue = in_queue(*filter(None, ids)) if any(ids) else {}
     return None if queue is None else [queue.get(name, "") for name in ids]
+
+
+def ended_as(name: str) -> str:
+    """Return SLURM's word for how a job ended, such as OUT_OF_MEMORY; empty where neither scontrol nor accounting knows it any more."""
+    for line, pattern in (
+        (["scontrol", "--oneliner", "show", "job", name], r"\bJobState=(\w+)"),
+        (["sacct", "--noheader", "--allocations", "--format=State%20", f"--jobs={name}"], r"^\s*(\w+)"),
+    ):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+            if done.returncode == 0 and (found := re.search(pattern, done.stdout)):
+                return found[1]
+    return ""
 
 
 def ask(*line: str, timeout_s: float = ANSWER_S) -> str:

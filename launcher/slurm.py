@@ -27,6 +27,8 @@ from trainers.config import ConfigError
 from trainers.status import DONE, FAILED, Attempt, read_status, write_json
 
 LOOK_EVERY_S = 1.0
+LOOK_S = 3.0
+"""For squeue to say how a job that has just been submitted stands."""
 OTHERS_S = 60
 """Ranks that still run so long after the first has ended are ended: their own watchdogs have had the time to."""
 HINTS = (
@@ -61,6 +63,7 @@ def submit(job: Job) -> int:
             f"  stop     scancel {record['id']}; scancel --signal=USR2 {record['id']} saves and queues it again",
             flush=True,
         )
+        _warn_where_stuck(str(record["id"]))
     return _follow(job, record) if job.launch.wait else DONE
 
 
@@ -75,6 +78,19 @@ def submit_array(jobs: list[Job], folder: Path) -> None:
         "  again    the same command submits what is missing, has failed or was stopped",
         flush=True,
     )
+    _warn_where_stuck(first)
+
+
+def _warn_where_stuck(job_id: str) -> None:
+    """Say so where SLURM has taken a job that it will not start: more nodes than there are, or for longer than they may be had."""
+    reasons = {word.partition("(")[2].strip(")") for word in (queue.in_queue(job_id, timeout_s=LOOK_S) or {}).values() if "(" in word}
+    for reason in sorted(reasons):
+        print(
+            f"warning: SLURM does not start job {job_id} as it is: {reason}\n"
+            f"  remedy: scancel {job_id}, and change launch.nodes, launch.time or launch.partition (sinfo lists what there is)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def states(jobs: list[Job]) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,7 @@ def launch(composed: Sequence[tuple[list[str], DictConfig]], constant: set[str])
     if points[0][1] is Mode.dry_run:
         for job in jobs:
             print(f"# {job.run_dir}\n{chr(10).join(slurm.commands(job) if _on_slurm(job) else local.commands(job))}\n")
+        _forget_sweep(jobs[0].run_dir.parent)
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
     for job in jobs:
         freeze(job)
@@ -58,6 +60,12 @@ def launch(composed: Sequence[tuple[list[str], DictConfig]], constant: set[str])
         JobReturn(overrides=given, _return_value=figure(job.run_dir), status=JobStatus.COMPLETED)
         for job, (given, _) in zip(jobs, composed, strict=True)
     ]
+
+
+def _forget_sweep(folder: Path) -> None:
+    """Remove the folder that Hydra has made before it asked us, and its multirun.yaml in there, where there is nothing else."""
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
+        shutil.rmtree(folder)
 
 
 def one_by_one(jobs: list[Job]) -> None:

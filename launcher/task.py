@@ -6,18 +6,20 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launcher import local, process
 from launcher.job import Job, mark_failed, next_attempt
-from launcher.queue import ask
+from launcher.queue import ask, record_of
 from launcher.silence import Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config import ConfigError
-from trainers.status import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, killed_by
+from trainers.status import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, killed_by, read_status, write_json
 
 ANSWER_S = 60.0
+FRUITLESS = 3
 HELD = (signal.SIGUSR2, signal.SIGTERM)
 """SLURM signals every process of a job, also a rank that has just begun."""
 
@@ -60,9 +62,11 @@ def run(job: Job) -> int:
     if code < 0:
         cause = {"rank": place.rank, "exit_code": code, "message": f"rank {place.rank} {killed_by(code)}"}
         attempt.record_failure(cause, time.time(), together_s=TOGETHER_S)  # others have failed of it, and may have said so first
-        return FAILED
-    if code == STOPPED and place.rank == 0 and signalled == signal.SIGUSR2:
-        requeue(job, place)
+        code = FAILED
+    if place.rank == 0 and code == STOPPED and signalled == signal.SIGUSR2:
+        requeue(job, place, "stopped with a checkpoint")
+    if place.rank == 0 and code == FAILED and job.launch.requeue_on_failure and attempt.has_ended("failed"):
+        requeue_elsewhere(job, place)
     return code
 
 
@@ -75,17 +79,47 @@ def _environment(job: Job, place: Topology) -> dict[str, str]:
     return {**os.environ, **additions}
 
 
-def requeue(job: Job, place: Topology) -> None:
-    """Put the job back into SLURM's queue, unless it has been there often enough."""
+def requeue(job: Job, place: Topology, why: str, exclude: Sequence[str] = ()) -> None:
+    """Put the job back into SLURM's queue, unless it has been there often enough; nodes in `exclude` are not for it any more."""
     if place.restarts >= job.launch.max_requeues:
-        print(f"stopped with a checkpoint; not queued again: it was {place.restarts} times (launch.max_requeues)", flush=True)
+        print(f"{why}; not queued again: it was {place.restarts} times (launch.max_requeues)", flush=True)
         return
     array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     name = f"{array}_{index}" if array and index else str(place.job_id)
-    print(f"stopped with a checkpoint: job {name} goes back into the queue", flush=True)
-    if said := ask("scontrol", "requeue", name, timeout_s=ANSWER_S):
-        print(
-            f"error: job {name} could not be queued again: {said}\n  the same launcher command submits it anew, and continues",
-            file=sys.stderr,
-            flush=True,
-        )
+    print(f"{why}: job {name} goes back into the queue" + (f", without {','.join(exclude)}" if exclude else ""), flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM ends a job's processes before it queues the job again; KillWait is ours
+    said = ask("scontrol", "requeue", name, timeout_s=ANSWER_S)
+    if said:
+        _complain(f"job {name} could not be queued again: {said}")
+    elif exclude:  # SLURM takes this of a job that waits only
+        kept = [job.launch.exclude] if job.launch.exclude else []
+        if said := ask("scontrol", "update", f"JobId={name}", f"ExcNodeList={','.join([*kept, *exclude])}", timeout_s=ANSWER_S):
+            _complain(f"job {name} may start on the same nodes again: {said}")
+
+
+def requeue_elsewhere(job: Job, place: Topology) -> None:
+    """Queue a job again whose run has failed, without the nodes of ranks that failed first, now and before.
+
+    Not where it would fail for ever: at wrong settings, and after FRUITLESS failures in a row without a new checkpoint.
+    """
+    error, record = read_status(job.run_dir).get("error", {}), record_of(job.run_dir)
+    if "setting" in error:
+        return
+    node = place.hosts[error["rank"] // (place.world_size // len(place.hosts))] if "rank" in error else ""
+    failures = [*record.get("failures", []), {"step": _newest_step(job), "node": node, "message": error.get("message", "")}]
+    write_json(job.run_dir / "slurm.json", record | {"failures": failures})
+    last = [failure["step"] for failure in failures[-FRUITLESS:]]
+    if last == [last[0]] * FRUITLESS:
+        print(f"failed {FRUITLESS} times in a row without a new checkpoint: not queued again", flush=True)
+        return
+    nodes = sorted({failure["node"] for failure in failures} - {""})
+    requeue(job, place, f"failed ({f'first on {node}' if node else 'no rank is known to be the first'})", nodes)
+
+
+def _newest_step(job: Job) -> int:
+    names = [path.name.removeprefix("step-") for path in (job.run_dir / "checkpoints").glob("step-*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def _complain(what: str) -> None:
+    print(f"error: {what}\n  the same launcher command submits it anew, and continues", file=sys.stderr, flush=True)

@@ -22,6 +22,8 @@ class Topology:
     master: str
     port: int
     job_id: int
+    hosts: tuple[str, ...]
+    """SLURM's names of the job's nodes, in the order of their ranks."""
     restarts: int
     """Times that the job was queued again."""
 
@@ -66,7 +68,16 @@ def from_slurm(environment: Mapping[str, str], launch: LaunchConfig, hosts: Sequ
     if launch.gpus_per_node and gpus < ranks_per_node(launch):
         _refuse("launch.gpus_per_node", launch.gpus_per_node, "GPUs that this task sees (CUDA_VISIBLE_DEVICES, /dev/nvidia*)", gpus)
     restarts = _number(environment, "SLURM_RESTART_COUNT") if "SLURM_RESTART_COUNT" in environment else 0
-    return Topology(rank=rank, local_rank=local_rank, world_size=tasks, master=hosts[0], port=port, job_id=job_id, restarts=restarts)
+    return Topology(
+        rank=rank,
+        local_rank=local_rank,
+        world_size=tasks,
+        master=hosts[0],
+        port=port,
+        job_id=job_id,
+        hosts=tuple(hosts),
+        restarts=restarts,
+    )
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

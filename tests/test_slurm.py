@@ -78,37 +78,133 @@ def test_nodes_and_ranks_make_the_losses_of_a_local_run(
     assert len(hosts) in (0, nodes)  # removed by ranks that are done
 
 
-def test_a_signal_saves_and_queues_again_once(cluster: Cluster, submit: Any, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    """To all processes of the job, as before a time limit; twice; the whole trace is that of a run that nobody disturbed."""
-    long = ["train.steps=60", "checkpoint.every=100", "train.eval_every=30", "log.wandb=disabled"]
+LONG = ("train.steps=80", "checkpoint.every=5", "train.eval_every=40")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    """The trace of the run that the tests below disturb."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    local(run_dir, base, chats, cache, "launch.processes=2", *LONG)
+    return trace(run_dir)
+
+
+def test_a_signal_saves_and_queues_again_once(cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """To all processes of the job, as before a time limit; twice; W&B has one run."""
     run_dir = tmp_path / "run"
-    assert submit(run_dir, "launch.nodes=2", *long).returncode == 0
+    given = ["launch.nodes=2", *LONG, "checkpoint.every=100", "log.wandb=offline"]
+    assert submit(run_dir, *given).returncode == 0
     job = job_id(run_dir)
     for attempt in (1, 2):
         wait_for(lambda: status(run_dir).get("attempt") == attempt and steps_done(run_dir) >= 5 * attempt, run_dir)  # noqa: B023
         cluster.run("scancel", "--signal=USR2", job)
         wait_for(lambda: status(run_dir).get("attempt") == attempt + 1, run_dir)  # noqa: B023
-    again = submit(run_dir, "launch.nodes=2", *long)
+    again = submit(run_dir, *given)
     assert (again.returncode, "nothing to submit" in again.stdout) == (0, True)
     wait_for(lambda: status(run_dir)["state"] == "done", run_dir)
     assert status(run_dir)["attempt"] == 3
     assert said(run_dir).count("goes back into the queue") == 2
-    local(tmp_path / "local", base, chats, cache, "launch.processes=2", *long)
-    assert trace(run_dir) == trace(tmp_path / "local")
+    assert trace(run_dir) == undisturbed
+    recorded = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
+    assert recorded == {json.loads((run_dir / "manifest.json").read_text())["wandb_id"]}
 
 
-def test_a_crashed_node_costs_what_was_not_saved(
-    cluster: Cluster, submit: Any, base: Path, chats: Path, cache: Path, tmp_path: Path
+def preempt(cluster: Cluster, job: str) -> None:
+    cluster.run("srun", "--partition=high", "-N3", "--exclusive", "hostname", timeout_s=60)
+
+
+def set_down(cluster: Cluster, job: str) -> None:
+    cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    cluster.harmed.add(2)
+
+
+def end_slurmd(cluster: Cluster, job: str) -> None:
+    """And the node's ranks go on."""
+    cluster.harmed.add(2)
+    cluster.on(2, "pkill", "-9", "-x", "slurmd")
+
+
+HARM: dict[str, Callable[[Cluster, str], object]] = {
+    "crash": lambda cluster, job: cluster.crash(2),
+    "preempt": preempt,
+    "requeue": lambda cluster, job: cluster.run("scontrol", "requeue", job),
+    "cut": lambda cluster, job: cluster.cut(2),
+    "freeze": lambda cluster, job: cluster.freeze(2),
+    "set down": set_down,
+    "slurmd ends": end_slurmd,
+}
+
+
+@pytest.mark.parametrize("how", [name if name in ("crash", "preempt") else pytest.param(name, marks=pytest.mark.soak) for name in HARM])
+def test_what_befalls_a_job_changes_no_figure(
+    how: str, cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    long = ["train.steps=80", "checkpoint.every=5", "train.eval_every=40"]
+    """SLURM itself queues it again, once."""
     run_dir = tmp_path / "run"
-    assert submit(run_dir, "launch.nodes=2", *long).returncode == 0
+    assert submit(run_dir, "launch.nodes=2", *LONG).returncode == 0
     wait_for(lambda: steps_done(run_dir) >= 8, run_dir)
-    cluster.crash(2)
+    assert "node2" in cluster.run("scontrol", "show", "hostnames", cluster.job(job_id(run_dir))["NodeList"])
+    HARM[how](cluster, job_id(run_dir))
     wait_for(lambda: status(run_dir)["state"] == "done", run_dir, timeout_s=150)
-    assert status(run_dir)["attempt"] >= 2
+    assert status(run_dir)["attempt"] == 2
+    assert trace(run_dir) == undisturbed
+    wait_for(lambda: not cluster.run("squeue", "-h", "-j", job_id(run_dir)).strip(), run_dir, timeout_s=30)
+    assert cluster.job(job_id(run_dir))["Restarts"] == "1"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_time_limit_is_come_before(cluster: Cluster, submit: Any, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Of two minutes 50 seconds are for saving: SLURM's own signal, which it may send half a minute early."""
+    long = ["train.steps=1500", "train.eval_every=null", "checkpoint.every=10000"]
+    run_dir = tmp_path / "run"
+    assert submit(run_dir, "launch.nodes=2", "launch.time=2", "launch.grace_s=50", *long).returncode == 0
+    wait_for(lambda: status(run_dir)["state"] in ("done", "failed"), run_dir, timeout_s=700)
+    requeues = said(run_dir).count("goes back into the queue")
+    assert requeues >= 1
+    assert (status(run_dir)["state"], status(run_dir)["attempt"]) == ("done", requeues + 1)
     local(tmp_path / "local", base, chats, cache, "launch.processes=2", *long)
     assert trace(run_dir) == trace(tmp_path / "local")
+
+
+def test_a_failed_job_goes_on_without_the_node_that_failed(
+    cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert submit(run_dir, "launch.nodes=2", "launch.requeue_on_failure=true", *LONG).returncode == 0
+    wait_for(lambda: steps_done(run_dir) >= 8, run_dir)
+    cluster.on(2, "pkill", "-9", "-f", f"m trainers {run_dir}/")
+    wait_for(lambda: status(run_dir)["state"] == "done", run_dir, timeout_s=150)
+    job = cluster.job(job_id(run_dir))
+    assert (job["ExcNodeList"], job["NodeList"], job["Restarts"]) == ("node2", "node[1,3]", "1")
+    assert trace(run_dir) == undisturbed
+
+
+def test_a_job_that_always_fails_is_not_queued_again_for_ever(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
+    """Three failures without a new checkpoint are enough; wrong settings are not tried twice."""
+    run_dir = tmp_path / "run"
+    assert submit(run_dir, "launch.requeue_on_failure=true", "train.steps=4", "checkpoint.every=2").returncode == 0
+    (run_dir / "checkpoints").touch()
+    wait_for(lambda: not cluster.run("squeue", "-h", "-j", job_id(run_dir)).strip(), run_dir, timeout_s=150)
+    assert status(run_dir)["state"] == "failed"
+    assert cluster.job(job_id(run_dir))["Restarts"] == "2"
+    assert "failed 3 times in a row without a new checkpoint" in said(run_dir)
+    assert cluster.job(job_id(run_dir))["ExcNodeList"] == "node1,node2"
+
+
+def test_a_job_that_slurm_takes_and_does_not_start_is_told_of(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
+    """SLURM 22.05 accepts more nodes than there are."""
+    done = submit(tmp_path / "run", "launch.nodes=9", "train.global_batch=9")
+    assert done.returncode == 0, done.stderr
+    assert "as it is: Partition" in done.stderr
+
+    def listed() -> str:
+        return cluster.run(sys.executable, "-m", "tools.runs", str(tmp_path), COLUMNS="250")
+
+    assert "pending" in listed()
+    assert "does not start as it is: Partition" in listed()
+    cluster.run("scancel", job_id(tmp_path / "run"))
+    assert "the job ended as CANCELLED: the same command continues the run" in listed()
 
 
 def test_no_more_requeues_than_allowed(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
@@ -198,11 +294,16 @@ def test_a_snapshot_is_what_runs_and_its_log_can_be_followed(submit: Any, tmp_pa
     assert (run_dir / "code" / "trainers" / "loop.py").read_bytes() == (ROOT / "trainers" / "loop.py").read_bytes()
 
 
-def test_many_launches_at_once_make_as_many_runs(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
-    assert sys.platform == "linux"
-    runs = [tmp_path / str(number) for number in range(4)]
-    for run_dir in runs:
-        assert submit(run_dir, "train.steps=2", "train.eval_every=null").returncode == 0
-    assert len({job_id(run_dir) for run_dir in runs}) == 4
-    for run_dir in runs:
-        wait_for(lambda: status(run_dir)["state"] == "done", run_dir)  # noqa: B023
+def test_many_launches_at_once_make_as_many_runs(cluster: Cluster, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Twenty in one second, none waiting for another."""
+    where = environment(cache) | cluster.environment
+    more = ["launch=slurm", "launch.gpus_per_node=0", "launch.processes=1", "+launch.sbatch.hold=true"]
+    lines = [arguments(base, chats, tmp_path / str(number), *more) for number in range(20)]
+    began = time.monotonic()
+    started = [subprocess.Popen(line, cwd=ROOT, env=where, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for line in lines]
+    assert time.monotonic() - began < 1
+    for process in started:
+        said = process.communicate(timeout=100)[1]
+        assert process.returncode == 0, said
+        assert "JobHeldUser" in said
+    assert len({job_id(tmp_path / str(number)) for number in range(20)}) == 20

@@ -37,6 +37,12 @@ def test_a_failing_point_stops_no_other(base: Path, chats: Path, cache: Path, tm
     assert json.loads((folder / "optim.lr=0.003" / "manifest.json").read_text())["wandb_id"]
 
 
+def test_a_dry_run_prints_every_point_and_leaves_nothing(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    said = launch(cache, command(base, chats, tmp_path / "sweep", "optim.lr=1e-2,1e-3", "mode=dry_run"))
+    assert said.count("-m trainers ") == 2
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     line = command(base, chats, folder, "seed=1,2", "train.steps=60", "checkpoint.every=60", "data.eval_fraction=0")

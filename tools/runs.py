@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.queue import ask, in_queue, record_of
+from launcher.queue import ask, ended_as, in_queue, record_of
 from launcher.report import print_new
 from trainers.status import attempt_folder, newest_attempt, read_status
 from trainers.watchdog import read_beats
@@ -162,9 +162,13 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
         return state, str(status.get("error", {}).get("message", "")).partition("\n")[0]
     word = (queue or {}).get(job, "")
     if word and not (state == "running" and word == "RUNNING"):
-        return ("running" if word == "RUNNING" else word.lower()), f"{state} before" if state == "preempted" else ""
+        waits, _, reason = word.partition(" ")
+        notes = [f"{state} before"] if state == "preempted" else []
+        notes += [f"does not start as it is: {reason.strip('()')}"] if reason else []
+        return waits.lower(), "; ".join(notes)
     if state in ("running", "submitted") and job and queue is not None and not word:
-        return "lost", "SLURM has no such job any more: the same command continues the run"
+        end = ended_as(job)
+        return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}: the same command continues the run"
     if state == "running":
         silent = time.time() - max((beat.written for beat in read_beats(run_dir).values()), default=status.get("time", 0.0))
         return ("running", "") if silent < SILENT_S else ("silent", f"no rank wrote for {_duration(silent)}")
