@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make test      the tests'
-	@echo 'make test-all  the tests, the slow and the SLURM suites'
+	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
 	@echo 'make check     format, lint, types, layers'
 	@echo 'make format    mend what ruff can mend'
@@ -42,10 +42,10 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not slurm and not soak'
+	$(BIN)/python -m pytest -m 'not slow and not soak'
 
 test-all: test
-	$(BIN)/python -m pytest -m '(slow or slurm) and not soak'
+	$(BIN)/python -m pytest -m 'slow and not soak'
 
 test-soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak

@@ -46,6 +46,7 @@ def test_high_preempts_main(cluster: Cluster) -> None:
     cluster.wait_for_state(low, "PENDING", restarts=1)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_crashed_and_of_a_cut_node_run_again(cluster: Cluster, tmp_path: Path) -> None:
     taken = cluster.sbatch("--exclusive", "--nodelist=node1", "--output=/dev/null", "--wrap", "sleep 100")
     cluster.wait_for_state(taken, "RUNNING")
@@ -85,6 +86,7 @@ def test_a_frozen_node_goes_on(cluster: Cluster, tmp_path: Path) -> None:
     assert cluster.job(job)["Restarts"] == "0"
 
 
+@pytest.mark.slow
 def test_down_leaves_nothing_and_the_next_cluster_uses_other_job_ids(cluster: Cluster) -> None:
     job = cluster.sbatch("--nodes=3", "--output=/dev/null", "--wrap", "srun sleep 100")
     cluster.wait_for_state(job, "RUNNING")
@@ -99,6 +101,7 @@ def test_down_leaves_nothing_and_the_next_cluster_uses_other_job_ids(cluster: Cl
     assert cluster.sbatch("--output=/dev/null", "--wrap", "true") != job
 
 
+@pytest.mark.slow
 def test_a_cluster_whose_start_was_killed_is_ended(cluster: Cluster) -> None:
     cluster.stop()
     for seconds in (0.1, 0.4):

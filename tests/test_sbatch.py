@@ -8,7 +8,7 @@ import pytest
 from cluster import Cluster
 from command import arguments, environment, read_rows
 
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 STEPS = 100
 

@@ -33,7 +33,7 @@ def submit(cluster: Cluster, base: Path, chats: Path, cache: Path) -> Callable[.
 
 def local(run_dir: Path, base: Path, chats: Path, cache: Path, *more: str) -> None:
     line = arguments(base, chats, run_dir, *more)
-    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=150, check=False)
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -61,7 +61,15 @@ def steps_done(run_dir: Path) -> int:
     return max((row["step"] for row in read_rows(run_dir) if "loss" in row), default=0) if file.is_file() else 0
 
 
-@pytest.mark.parametrize(("nodes", "ranks"), [pytest.param(1, 2, marks=pytest.mark.soak), (2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("nodes", "ranks"),
+    [
+        pytest.param(1, 2, marks=pytest.mark.soak),
+        (2, 1),
+        pytest.param(3, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_nodes_and_ranks_make_the_losses_of_a_local_run(
     nodes: int, ranks: int, submit: Any, base: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +97,7 @@ def undisturbed(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.T
     return trace(run_dir)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_queues_again_once(cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
     """To all processes of the job, as before a time limit; twice; W&B has one run."""
     run_dir = tmp_path / "run"
@@ -135,7 +144,9 @@ HARM: dict[str, Callable[[Cluster, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("how", [name if name in ("crash", "preempt") else pytest.param(name, marks=pytest.mark.soak) for name in HARM])
+@pytest.mark.parametrize(
+    "how", [pytest.param(name, marks=pytest.mark.slow if name in ("crash", "preempt") else pytest.mark.soak) for name in HARM]
+)
 def test_what_befalls_a_job_changes_no_figure(
     how: str, cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -167,6 +178,7 @@ def test_a_time_limit_is_come_before(cluster: Cluster, submit: Any, base: Path, 
     assert trace(run_dir) == trace(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_a_failed_job_goes_on_without_the_node_that_failed(
     cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -180,6 +192,7 @@ def test_a_failed_job_goes_on_without_the_node_that_failed(
     assert trace(run_dir) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_job_that_always_fails_is_not_queued_again_for_ever(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
     """Three failures without a new checkpoint are enough; wrong settings are not tried twice."""
     run_dir = tmp_path / "run"
@@ -207,6 +220,7 @@ def test_a_job_that_slurm_takes_and_does_not_start_is_told_of(cluster: Cluster, 
     assert "the job ended as CANCELLED: the same command continues the run" in listed()
 
 
+@pytest.mark.slow
 def test_no_more_requeues_than_allowed(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert submit(run_dir, "launch.max_requeues=0", "train.steps=500", "checkpoint.every=500", "train.eval_every=null").returncode == 0
@@ -216,6 +230,7 @@ def test_no_more_requeues_than_allowed(cluster: Cluster, submit: Any, tmp_path: 
     assert "launch.max_requeues" in said(run_dir)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_from_outside_is_named(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
     """And the job ends as failed, soon, with no rank left."""
     run_dir = tmp_path / "run"
@@ -252,6 +267,7 @@ def test_a_contradiction_ends_the_job_in_seconds(cluster: Cluster, submit: Any, 
     wait_for(lambda: not cluster.run("squeue", "-h", "-j", job_id(run_dir)).strip(), run_dir, timeout_s=30)
 
 
+@pytest.mark.slow
 def test_an_array_of_six_points(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
     """One cannot save and one is killed -9; four are done, and the same command again submits exactly these two."""
     folder = tmp_path / "sweep"
@@ -282,6 +298,7 @@ def test_an_array_of_six_points(cluster: Cluster, submit: Any, tmp_path: Path) -
     assert "6 points: 6 done" in submit(None, *given, multirun=True).stdout
 
 
+@pytest.mark.slow
 def test_a_snapshot_is_what_runs_and_its_log_can_be_followed(submit: Any, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     mark = f"""launch.setup=["echo 'print(\\"from the copy\\")' >> {run_dir}/code/trainers/__init__.py"]"""
@@ -294,6 +311,7 @@ def test_a_snapshot_is_what_runs_and_its_log_can_be_followed(submit: Any, tmp_pa
     assert (run_dir / "code" / "trainers" / "loop.py").read_bytes() == (ROOT / "trainers" / "loop.py").read_bytes()
 
 
+@pytest.mark.slow
 def test_many_launches_at_once_make_as_many_runs(cluster: Cluster, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Twenty in one second, none waiting for another."""
     where = environment(cache) | cluster.environment
