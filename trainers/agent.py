@@ -62,4 +62,7 @@ def _end_late_ranks(attempt: Attempt) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking torch apart takes half a second, and its ranks have ended
