@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing as mp
 import os
@@ -26,10 +27,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
+gc.disable()  # until all is imported
+
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background, and we send it
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real models and data is not here")
+
+
+def pytest_collection_finish() -> None:
+    keep_what_is_there()
+    gc.enable()
+
+
+def keep_what_is_there() -> None:
+    """Let later collections pass over modules and caches: looking through them takes a fifth of the time of small steps."""
+    gc.collect()
+    gc.freeze()
 
 
 def free_port() -> int:
@@ -53,12 +67,14 @@ def _serve(rank: int, size: int, port: int, pipe: Any) -> None:
 
     world = World.from_environment()
     world.connect(timeout_s=150)
+    gc.enable()
     while (order := pipe.recv()) is not None:
         function, args = order
         try:
             pipe.send((True, function(world, *args)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+        keep_what_is_there()
     world.disconnect()
 
 
