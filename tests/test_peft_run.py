@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from command import ROOT, arguments, launch, stop_at_step, trace
 
-RUN = ["peft.rank=4", "peft.alpha=8", "checkpoint.every=4"]
+RUN = ["peft.rank=4", "peft.alpha=8", "train.steps=20", "checkpoint.every=3", "train.eval_every=10"]
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,12 @@ def test_a_run_beside_four_bits(base: Path, chats: Path, cache: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_stopped_run_continues_exactly(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    more = ["peft=lora", "peft.rank=4", "train.steps=20", "checkpoint.every=3", "train.eval_every=10"]
-    launch(cache, arguments(base, chats, tmp_path / "whole", *more))
-    line = arguments(base, chats, tmp_path / "parts", *more)
+def test_a_stopped_run_continues_exactly(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path) -> None:
+    line = arguments(base, chats, tmp_path / "parts", "peft=lora", *RUN)
     stop_at_step(cache, line, tmp_path / "parts", 5)
     assert "continuing from" in launch(cache, line)
-    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
-    same = [(tmp_path / name / "export" / "adapter_model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert trace(tmp_path / "parts") == trace(finished)
+    same = [(run_dir / "export" / "adapter_model.safetensors").read_bytes() for run_dir in (tmp_path / "parts", finished)]
     assert same[0] == same[1]
 
 
