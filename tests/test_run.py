@@ -133,6 +133,17 @@ def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
     assert {"full", "fsdp"} <= set(tags)
 
 
+LONGER = ["train.steps=60", "checkpoint.every=3", "train.eval_every=20"]
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    launch(cache, arguments(base, chats, run_dir, *LONGER))
+    return run_dir
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -142,11 +153,10 @@ def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
     ],
     ids=lambda how: how.name,
 )
-def test_a_stopped_run_continues_to_the_same_figures(base: Path, chats: Path, cache: Path, tmp_path: Path, how: signal.Signals) -> None:
-    more = ["train.steps=60", "checkpoint.every=3", "train.eval_every=20"]
-    whole = arguments(base, chats, tmp_path / "whole", *more)
-    launch(cache, whole)
-    line = arguments(base, chats, tmp_path / "parts", *more)
+def test_a_stopped_run_continues_to_the_same_figures(
+    base: Path, chats: Path, cache: Path, tmp_path: Path, whole: Path, how: signal.Signals
+) -> None:
+    line = arguments(base, chats, tmp_path / "parts", *LONGER)
     process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         wait_for_step(tmp_path / "parts", 10, process)
@@ -162,7 +172,7 @@ def test_a_stopped_run_continues_to_the_same_figures(base: Path, chats: Path, ca
         assert (tmp_path / "parts" / "checkpoints" / f"step-{status['step']:06d}").is_dir()
     wait_until_gone(tmp_path / "parts")
     launch(cache, line)
-    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    assert trace(tmp_path / "parts") == trace(whole)
     assert (tmp_path / "parts" / "logs" / "attempt-2").is_dir()
 
 
@@ -297,10 +307,10 @@ def test_documents_longer_than_learned_positions_are_refused(base: Path, chats: 
 
 
 @pytest.mark.slow
-def test_an_unreadable_checkpoint_is_passed_over_for_an_older_one(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    more = ["train.steps=60", "checkpoint.every=3", "checkpoint.keep_last=20", "train.eval_every=20"]
-    launch(cache, arguments(base, chats, tmp_path / "whole", *more))
-    line = arguments(base, chats, tmp_path / "parts", *more)
+def test_an_unreadable_checkpoint_is_passed_over_for_an_older_one(
+    base: Path, chats: Path, cache: Path, tmp_path: Path, whole: Path
+) -> None:
+    line = arguments(base, chats, tmp_path / "parts", *LONGER, "checkpoint.keep_last=20")
     stop_at_step(cache, line, tmp_path / "parts", 10)
     newest, older = sorted((tmp_path / "parts" / "checkpoints").glob("step-*"))[:-3:-1]
     for file in newest.glob("*.distcp"):
@@ -308,7 +318,7 @@ def test_an_unreadable_checkpoint_is_passed_over_for_an_older_one(base: Path, ch
     said = launch(cache, line)
     assert f"skipping {newest}" in said
     assert f"continuing from {older}" in said
-    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    assert trace(tmp_path / "parts") == trace(whole)
 
 
 def test_one_rank_alone_equals_two(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path) -> None:
