@@ -166,7 +166,7 @@ ENDLESS_STEP = r"open:/metrics\.jsonl$:6:200"
 @pytest.mark.parametrize(
     ("at", "soon_s"),
     [
-        pytest.param(LONG_STEPS, 10, id="between steps"),
+        pytest.param(LONG_STEPS, 10, marks=pytest.mark.slow, id="between steps"),
         pytest.param(ENDLESS_STEP, LAST_RESORT_S + 30, marks=pytest.mark.slow, id="by its watchdog"),
     ],
 )

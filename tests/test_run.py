@@ -204,6 +204,7 @@ def test_a_sharded_bf16_base_is_exported_in_bf16_with_its_generation_settings(ba
     assert len(generation["eos_token_id"]) == 2
 
 
+@pytest.mark.slow
 def test_changed_data_does_not_continue_a_run(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     rows = chats.read_text().splitlines(keepends=True)
     data = tmp_path / "rows.jsonl"

@@ -49,7 +49,7 @@ SETTINGS = ("data.eval_fraction=0", "train.eval_every=null", "train.steps=100", 
 MORE = ("checkpoint.every=10", "optim.lr=3e-3", "train.spike_threshold=20")
 
 
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("engine", [pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.soak)])
 def test_a_spike_is_skipped_or_left_behind(base: Path, poisoned: Path, cache: Path, tmp_path: Path, engine: str) -> None:
     said = {}
     for policy in ("none", "skip", "rollback"):
