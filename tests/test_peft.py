@@ -354,7 +354,7 @@ SUITES = {
     (1, "fsdp"): pytest.mark.slow,
     (3, "fsdp"): pytest.mark.slow,
     (1, "zero3"): pytest.mark.soak,
-    (3, "zero3"): pytest.mark.soak,
+    (3, "zero3"): pytest.mark.slow,
 }
 
 
