@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -60,7 +61,8 @@ def run(job: Job) -> int:
     )
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would queue the job again once more
     if code < 0:
-        cause = {"rank": place.rank, "exit_code": code, "message": f"rank {place.rank} {killed_by(code)}"}
+        cause = {"rank": place.rank, "host": socket.gethostname(), "message": f"rank {place.rank} {killed_by(code)}"}
+        cause["exit_code"] = code
         attempt.record_failure(cause, time.time(), together_s=TOGETHER_S)  # others have failed of it, and may have said so first
         code = FAILED
     if place.rank == 0 and code == STOPPED and signalled == signal.SIGUSR2:

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -26,6 +27,7 @@ import transformers
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
+from trainers import preflight
 from trainers.batch import IGNORE, Batch, token_logps
 from trainers.checkpoint import NoCheckpoint
 from trainers.config import ConfigError, PeftMethod, Precision, RunConfig, check_world, load
@@ -80,6 +82,8 @@ def main(path: str) -> int:
         return SUPERSEDED
     except ConfigError as error:
         return _fail(attempt, world, BAD_INPUT, {"message": str(error), "setting": error.parts()})
+    except preflight.BadNode as error:
+        return _fail(attempt, world, FAILED, error.parts())
     except (TrainingFailed, NoCheckpoint) as error:
         return _fail(attempt, world, FAILED, {"message": str(error)})
     except Exception as error:
@@ -100,7 +104,7 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
         if not attempt.is_current(at_once=True):
             log.error("rank %d: a newer attempt of this run has started since, and this one ends: %s", world.rank, error["message"])
             return SUPERSEDED
-        first = attempt.record_failure({"rank": world.rank, "exit_code": code} | error, at)
+        first = attempt.record_failure({"rank": world.rank, "host": socket.gethostname(), "exit_code": code} | error, at)
         stopped = not first and attempt.has_ended("preempted")
     except Exception as other:  # a full disk, no memory, a file that is no JSON
         unwritten = f"\n(status.json could not be written: {other})"
@@ -121,15 +125,19 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     tokenizer = load_tokenizer(config)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
     watch.enter(Phase.connecting)
+    preflight.require_gpu(world)
     world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest())
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
     _require_same_data(run_dir, data)
     attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
+    watch.enter(Phase.checking)
+    readings, findings = preflight.check(world, attempt.folder, data.path, config.limits.slow_node)
     log_to(attempt.folder, world.rank, world.size)
     watch.log_to(attempt.folder)
     if world.rank == 0:
+        preflight.say(readings, findings)
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(attempt, data, blueprint)
         attempt.set_status("running", attempt=attempt.number)

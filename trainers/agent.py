@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -43,8 +44,8 @@ def main(arguments: list[str]) -> int:
         if not killed:
             return int(said[0].exitcode)
         rank, failure = killed[0]
-        cause = {"rank": rank, "exit_code": failure.exitcode, "message": f"rank {rank} {killed_by(failure.exitcode)}"}
-        attempt.record_failure(cause, at=failure.timestamp, together_s=TOGETHER_S)
+        cause = {"rank": rank, "host": socket.gethostname(), "message": f"rank {rank} {killed_by(failure.exitcode)}"}
+        attempt.record_failure(cause | {"exit_code": failure.exitcode}, at=failure.timestamp, together_s=TOGETHER_S)
         return FAILED
     except SignalException:
         return FAILED

@@ -409,7 +409,10 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class LimitsConfig:
-    """Seconds without progress outside of steps after which a run is ended as hung; empty is for ever. A continued run may change them."""
+    """When a run is ended as hung, in seconds without progress outside of steps (empty is for ever), and what is slow.
+
+    A continued run may change them.
+    """
 
     prepare_s: float | None = 3600.0
     """Preparing data and meeting the other ranks: begins anew with each 512 rows, and each 64 MiB downloaded, read or written."""
@@ -421,6 +424,8 @@ class LimitsConfig:
     """Saving a checkpoint: begins anew with each 64 MiB that a rank writes."""
     export_s: float | None = 3600.0
     """Exporting and checking the export: begins anew with each tensor, and each 64 MiB read or written."""
+    slow_node: float = 1.5
+    """A rank is named slow above so many times the median of all: its device, link or data. Healthy GPUs of a kind differ by under 1.1."""
 
 
 @dataclass(kw_only=True)
@@ -556,6 +561,7 @@ RANGES = {
     "optim.min_lr_fraction": (0.0, 1.0),
     "optim.decay_fraction": (0.0, 1.0),
     "optim.warmup_fraction": (0.0, 1.0),
+    "limits.slow_node": (1.05, 100.0),
 }
 NOT_EMPTY = (
     "name",

@@ -22,6 +22,7 @@ from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak
 from trainers.objectives import CHOICES, Objective
 from trainers.spikes import Spikes
 from trainers.status import Attempt, Superseded
+from trainers.stragglers import Stragglers
 from trainers.watchdog import Phase, watch
 from trainers.world import World, seed_step
 
@@ -158,6 +159,7 @@ class Training:
         self.outcome = Outcome(progress=Progress())
         self.skipped_in_a_row, self.status_at, self.evaluated_at = 0, 0.0, -1
         self.spikes, self.rollbacks, self.back_at = Spikes(config.train.spike_threshold), 0, 0
+        self.stragglers = Stragglers(world, config.limits.slow_node)
         warmup_steps(config.optim, loader.num_steps)
         engine.adaptation.at(0, loader.num_steps)
 
@@ -215,6 +217,8 @@ class Training:
         """Take one optimizer step over the rows that (seed, step) names."""
         watch.enter(Phase.step, progress.step + 1)
         started = time.perf_counter()
+        self.stragglers.probe()
+        began = time.perf_counter()
         seed_step(self.config.seed, progress.step, self.world.rank)
         row_ids = self.loader.row_ids(progress.step, progress.ahead)
         microbatches = self.loader.batches(row_ids)
@@ -223,6 +227,7 @@ class Training:
             sum(b.num_rows for b in microbatches),
             sum(b.num_tokens for b in microbatches),
         ]
+        data_seconds = time.perf_counter() - began
         weight, rows, inputs = (int(count) for count in self.world.sum(counts))
         lr = learning_rate(self.config.optim, progress.step, self.loader.num_steps)
         local_loss = torch.zeros((), device=self.world.device)
@@ -249,7 +254,8 @@ class Training:
             seconds=progress.seconds + seconds,
             device_seconds=progress.device_seconds + seconds * self.world.size,
         )
-        self._record(progress, mean, lr, grad_norm, weight, inputs, seconds, row_ids)
+        named = self.stragglers.gather(progress.step, data_seconds, seconds)
+        self._record(progress, mean, lr, grad_norm, weight, inputs, seconds, row_ids, named)
         return progress
 
     def _judge(self, loss: float, most_loss: float, grad_norm: float, most_norm: float) -> str:
@@ -304,7 +310,16 @@ class Training:
         return 1
 
     def _record(
-        self, progress: Progress, loss: float, lr: float, grad_norm: float, weight: int, inputs: int, seconds: float, row_ids: Ints
+        self,
+        progress: Progress,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        weight: int,
+        inputs: int,
+        seconds: float,
+        row_ids: Ints,
+        named: dict[str, Any],
     ) -> None:
         peaks = [float(device_bytes_peak() or 0), float(host_bytes_peak())]
         norms = [grad_norm, -grad_norm] if math.isfinite(grad_norm) else [0.0, 0.0]
@@ -334,10 +349,11 @@ class Training:
                 "skipped": progress.skipped,
                 "rows_hash": f"{zlib.crc32(row_ids.tobytes()):08x}",
             }
+            | named
         )
         if self.world.rank == 0 and time.monotonic() - self.status_at > STATUS_EVERY_S:
             self.status_at = time.monotonic()
-            self.attempt.set_status("running", step=progress.step, num_steps=self.loader.num_steps)
+            self.attempt.set_status("running", step=progress.step, num_steps=self.loader.num_steps, **self.stragglers.entry())
 
     def _eval_due(self, step: int) -> bool:
         every = self.config.train.eval_every

@@ -170,7 +170,7 @@ class Attempt:
                 return True
 
     def set_status(self, state: str, **more: object) -> None:
-        """Update status.json: the state and whatever else is known; other keys stay.
+        """Update status.json: the state and whatever else is known; other keys stay, but for an error and stragglers, which pass.
 
         A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
         """
@@ -178,7 +178,8 @@ class Attempt:
             known = read_json(self.run_dir / "status.json")
             if known.get("state") == "failed" and state != "submitted":
                 return
-            known.pop("error", None)
+            for passing in ("error", "stragglers"):
+                known.pop(passing, None)
             self.write_json(self.run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
 
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:

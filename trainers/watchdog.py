@@ -42,6 +42,8 @@ LAST_RESORT_S = 45.0
 """For a rank that has given up, before it ends without having said so: the disk that it writes to may be what hangs."""
 FIRST_STEP = 5.0
 """Times train.step_timeout_s for the first step of an attempt, which compiles, warms up and connects the devices."""
+CHECKING_S = 600.0
+"""At most for nodes to try their devices and links, which takes seconds, and minutes to connect thousands: a broken link hangs."""
 PROGRESS_BYTES = 64 << 20
 """Read or written, these count as progress outside of steps: downloads, weights, checkpoints."""
 
@@ -51,6 +53,7 @@ class Phase(StrEnum):
 
     preparing = "preparing data"
     connecting = "connecting"
+    checking = "checking nodes"
     loading = "loading"
     step = "step"
     evaluating = "evaluating"
@@ -61,6 +64,7 @@ class Phase(StrEnum):
 FIELDS = {
     Phase.preparing: "limits.prepare_s",
     Phase.connecting: "limits.prepare_s",
+    Phase.checking: "limits.prepare_s",
     Phase.loading: "limits.load_s",
     Phase.step: "train.step_timeout_s",
     Phase.evaluating: "limits.evaluate_s",
@@ -69,7 +73,7 @@ FIELDS = {
 }
 
 
-BEFORE_STEPS = (Phase.preparing, Phase.connecting, Phase.loading)
+BEFORE_STEPS = (Phase.preparing, Phase.connecting, Phase.checking, Phase.loading)
 """In these a rank that is asked to stop ends at once, and others may wait for it where no signal reaches them."""
 
 
@@ -159,11 +163,12 @@ class Verdict:
         return "".join([said, *waits, f" ({rule})"])
 
     def error(self, now: float, rule: str) -> dict[str, Any]:
-        """Return what status.json says of it: the first of them by number, all of them, where it was, and its stack."""
+        """Return what status.json says of it: the first of them by number and its host, all of them, where it was, and its stack."""
         first, message = self.culprits[0], self.message(now, rule)
         lines = [f"rank {first.rank}, most recent call last:", *(f"  {frame}" for frame in first.stack), message]
         said = {"message": message} | ({"traceback": "\n".join(lines)} if first.stack else {})
-        return {"rank": first.rank, "ranks": [beat.rank for beat in self.culprits], "phase": first.phase, "step": first.step} | said
+        where = {"rank": first.rank, "host": first.host or None, "ranks": [beat.rank for beat in self.culprits]}
+        return where | {"phase": first.phase, "step": first.step} | said
 
 
 def judge(beats: Mapping[int, Beat], silent: Iterable[int]) -> Verdict:
@@ -265,6 +270,7 @@ class Watchdog:
         """Begin to watch this rank; `fail` gets the error when the run is to end."""
         self.run_dir, self.attempt, self.rank, self.size, self.fail = attempt.run_dir, attempt, rank, size, fail
         self.limits = {phase: value_at(config, path) for phase, path in FIELDS.items()}
+        self.limits[Phase.checking] = min(config.limits.prepare_s, CHECKING_S) if config.limits.prepare_s is not None else None
         self.beat_s = max(TICK_S, size / 50)  # whatever the number of ranks, at most 50 small files a second
         self.log_file = attempt.folder / f"rank-{rank}.log"
         (self.run_dir / "ranks").mkdir(exist_ok=True)
