@@ -251,8 +251,8 @@ def step(world: World, steps: int, slow: str) -> list[dict[str, Any]]:
     with mock.patch.object(Product, "seconds", return_value=0.02 if is_slow and slow == "device" else 1e-3):
         for number in range(1, steps + 1):
             stragglers.probe()
-            stragglers.gather(number, 0.4 if is_slow and slow == "data" else 0.1, step_s=1.0)
-            rows.append(stragglers.entry())
+            said = stragglers.gather(number, 0.4 if is_slow and slow == "data" else 0.1, step_s=1.0)
+            rows.append(said or {"status": stragglers.entry()})
     stragglers.probe()
     assert torch.equal(state, torch.random.get_rng_state())
     return rows
@@ -261,10 +261,11 @@ def step(world: World, steps: int, slow: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("slow", "factor"), [("device", 20.0), ("data", 4.0)])
 def test_real_ranks_name_the_slow_one(ranks: Callable[[int], Any], slow: str, factor: float) -> None:
     rows, *others = ranks(3).call(step, 45, slow)
-    assert others == [[{}] * 45] * 2, "rank 0 alone writes"
-    assert [bool(row) for row in rows] == [number >= 30 for number in range(1, 46)]
-    assert rows[30]["stragglers"] == {"ranks": [2], "hosts": [HOST], "what": [slow], "factors": [factor]}
-    assert not any(ranks(3).call(step, 45, "nothing")[0])
+    nobody, entry = {"status": {}}, {"stragglers": {"ranks": [2], "hosts": [HOST], "what": [slow], "factors": [factor]}}
+    assert others == [[nobody] * 45] * 2, "rank 0 alone writes"
+    for number, row in enumerate(rows, 1):
+        assert row == (nobody if number < 30 else {"status": entry} if number % EVERY else entry)
+    assert ranks(3).call(step, 45, "nothing")[0] == [nobody] * 45
 
 
 def test_probes_take_a_hundredth_of_the_time_however_short_steps_are(ranks: Callable[[int], Any]) -> None:

@@ -228,7 +228,7 @@ def _try_links(world: World) -> dict[str, Any]:
 
 
 def judge(readings: Sequence[Reading], slow: float) -> list[Finding]:
-    """Name what is wrong or slow, by rank; `slow` is times the median of all. What is of a node is said once, of its first rank."""
+    """Name what is wrong, then what is slow, which is `slow` x the median of all. What is of a node is said once, of its first rank."""
     kind = "cuda" if any(reading.kind == "cuda" for reading in readings) else "cpu"
     findings = [Finding(reading.rank, reading.host, what, fatal=True) for reading in readings for what in _faults(reading, kind)]
     products = {reading.rank: reading.product_s for reading in readings if reading.product_s is not None}
@@ -238,7 +238,7 @@ def judge(readings: Sequence[Reading], slow: float) -> list[Finding]:
     findings += _slow_links(readings, slow, SLICE_S[kind])
     for reading in _first_of_nodes(readings):
         findings += [Finding(reading.rank, reading.host, what) for what in _shortages(reading, readings[0])]
-    return sorted(findings, key=lambda finding: finding.rank)
+    return sorted(findings, key=lambda finding: (not finding.fatal, finding.rank))
 
 
 def _faults(reading: Reading, kind: str) -> list[str]:
