@@ -29,6 +29,7 @@ from trainers.config import ConfigError, validate
 from trainers.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, judge
 from trainers.status import Attempt
 from trainers.stragglers import EVERY, IN_A_ROW, Named, Slow, Stragglers, slow_ranks
+from trainers.watchdog import Beat, Verdict
 from trainers.world import World
 
 HOST = socket.gethostname()
@@ -292,6 +293,13 @@ def test_stragglers_pass_from_the_status_and_stay_in_a_failure(tmp_path: Path) -
     attempt.set_status("running", step=5, stragglers={"ranks": [1]})
     attempt.record_failure({"rank": 0}, at=1.0)
     assert status_of(tmp_path)["stragglers"] == {"ranks": [1]}
+
+
+def test_a_watchdog_names_the_host_of_whom_it_names() -> None:
+    """Not its own; none where the rank never began."""
+    for beat, host in ((Beat(rank=1, host="node7", limit_s=1.0), "node7"), (Beat(rank=1, limit_s=1.0), None)):
+        error = {"rank": 0, "host": HOST} | Verdict([beat], False, []).error(9.0, "why")
+        assert (error["rank"], error["host"]) == (1, host)
 
 
 def test_a_factor_that_names_everybody_is_refused(tmp_path: Path) -> None:
