@@ -61,9 +61,8 @@ def run(job: Job) -> int:
     )
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would queue the job again once more
     if code < 0:
-        cause = {"rank": place.rank, "host": socket.gethostname(), "message": f"rank {place.rank} {killed_by(code)}"}
-        cause["exit_code"] = code
-        attempt.record_failure(cause, time.time(), together_s=TOGETHER_S)  # others have failed of it, and may have said so first
+        who, message = {"rank": place.rank, "host": socket.gethostname(), "exit_code": code}, f"rank {place.rank} {killed_by(code)}"
+        attempt.record_failure(who | {"message": message}, time.time(), together_s=TOGETHER_S)  # others may have failed of it first
         code = FAILED
     if place.rank == 0 and code == STOPPED and signalled == signal.SIGUSR2:
         requeue(job, place, "stopped with a checkpoint")

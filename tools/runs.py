@@ -171,8 +171,17 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
         return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}: the same command continues the run"
     if state == "running":
         silent = time.time() - max((beat.written for beat in read_beats(run_dir).values()), default=status.get("time", 0.0))
-        return ("running", "") if silent < SILENT_S else ("silent", f"no rank wrote for {_duration(silent)}")
+        return ("running", _slow_ranks(status)) if silent < SILENT_S else ("silent", f"no rank wrote for {_duration(silent)}")
     return state, ""
+
+
+def _slow_ranks(status: dict[str, Any]) -> str:
+    """Say which ranks hold all up, where the run has found any."""
+    found = status.get("stragglers")
+    if not found:
+        return ""
+    rows = zip(found["ranks"], found["hosts"], found["what"], found["factors"], strict=True)
+    return "slow: " + ", ".join(f"rank {rank} on {host} ({what}, {factor:.1f} x the median)" for rank, host, what, factor in rows)
 
 
 def last_rows(run_dir: Path) -> list[dict[str, Any]]:
