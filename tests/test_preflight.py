@@ -363,7 +363,7 @@ def test_every_attempt_begins_with_it(finished: Path) -> None:
 DISTURB = """
 import os, signal, sys, time
 while True:
-    for number, seconds in ((signal.SIGSTOP, 0.009), (signal.SIGCONT, 0.001)):
+    for number, seconds in ((signal.SIGSTOP, 0.02), (signal.SIGCONT, 0.001)):
         for pid in sys.argv[1:]:
             os.kill(int(pid), number)
         time.sleep(seconds)
@@ -372,7 +372,7 @@ while True:
 
 @contextmanager
 def slowed(run_dir: Path, rank: int) -> Iterator[None]:
-    """Let a rank run a millisecond in ten, as another job on its node might."""
+    """Let a rank run now and then only, as another job on its node might."""
     pids = pids_of(run_dir, rank)
     process = subprocess.Popen([sys.executable, "-c", DISTURB, *map(str, pids)])
     try:
@@ -386,7 +386,7 @@ def slowed(run_dir: Path, rank: int) -> Iterator[None]:
 
 def wait(condition: Callable[[], bool]) -> None:
     """Look now and then only: two ranks are all that two cores can bear."""
-    until = time.monotonic() + 90
+    until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.5)
@@ -398,9 +398,9 @@ def gatherings(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_rank_that_is_slow_for_a_while_is_named_meanwhile(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    """A factor of 3, since the cores that these ranks run on may be shared; the rank is ten times as slow."""
+    """A factor of 2, since the cores that these ranks run on may be shared; the rank runs a millisecond in twenty, or a few of them."""
     run_dir = tmp_path / "run"
-    line = arguments(base, chats, run_dir, "train.steps=100000", "train.eval_every=null", "limits.slow_node=3")
+    line = arguments(base, chats, run_dir, "train.steps=100000", "train.eval_every=null", "limits.slow_node=2")
     with started(line, environment(cache)) as process:
         wait_for_step(run_dir, 100, process)
         assert not any("stragglers" in row for row in read_rows(run_dir))
@@ -410,7 +410,7 @@ def test_a_rank_that_is_slow_for_a_while_is_named_meanwhile(base: Path, chats: P
             wait(lambda: "stragglers" in status_of(run_dir))
             named = [status_of(run_dir)["stragglers"], gatherings(run_dir)[-1]["stragglers"]]
         assert [(said["ranks"], said["hosts"], said["what"]) for said in named] == [([1], [HOST], ["device"])] * 2
-        assert all(said["factors"][0] > 3 for said in named)
+        assert all(said["factors"][0] > 2 for said in named)
         wait(lambda: "stragglers" not in gatherings(run_dir)[-1])
         wait(lambda: "stragglers" not in status_of(run_dir))
         process.terminate()
