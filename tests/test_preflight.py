@@ -396,7 +396,7 @@ def gatherings(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in read_rows(run_dir) if row["step"] % EVERY == 0]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_rank_that_is_slow_for_a_while_is_named_meanwhile(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """A factor of 2, since the cores that these ranks run on may be shared; the rank runs a millisecond in twenty, or a few of them."""
     run_dir = tmp_path / "run"
