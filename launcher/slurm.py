@@ -32,8 +32,8 @@ LOOK_S = 3.0
 OTHERS_S = 60
 """Ranks that still run so long after the first has ended are ended: their own watchdogs have had the time to."""
 HINTS = (
-    ("partition", "launch.partition"),
     ("account", "launch.account"),
+    ("partition", "launch.partition"),
     ("qos", "launch.qos"),
     ("time limit|timelimit", "launch.time"),
     ("memory", "launch.memory"),

@@ -86,7 +86,7 @@ def test_nodes_and_ranks_make_the_losses_of_a_local_run(
     assert len(hosts) in (0, nodes)  # removed by ranks that are done
 
 
-LONG = ("train.steps=80", "checkpoint.every=5", "train.eval_every=40")
+LONG = ("train.steps=80", "checkpoint.every=5", "train.eval_every=40", "log.wandb=offline")
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,9 @@ def undisturbed(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.T
 
 @pytest.mark.slow
 def test_a_signal_saves_and_queues_again_once(cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path) -> None:
-    """To all processes of the job, as before a time limit; twice; W&B has one run."""
+    """To all processes of the job, as before a time limit; twice."""
     run_dir = tmp_path / "run"
-    given = ["launch.nodes=2", *LONG, "checkpoint.every=100", "log.wandb=offline"]
+    given = ["launch.nodes=2", *LONG, "checkpoint.every=100"]
     assert submit(run_dir, *given).returncode == 0
     job = job_id(run_dir)
     for attempt in (1, 2):
@@ -114,8 +114,12 @@ def test_a_signal_saves_and_queues_again_once(cluster: Cluster, submit: Any, und
     assert status(run_dir)["attempt"] == 3
     assert said(run_dir).count("goes back into the queue") == 2
     assert trace(run_dir) == undisturbed
-    recorded = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
-    assert recorded == {json.loads((run_dir / "manifest.json").read_text())["wandb_id"]}
+    assert wandb_ids(run_dir) == [json.loads((run_dir / "manifest.json").read_text())["wandb_id"]] * 3
+
+
+def wandb_ids(run_dir: Path) -> list[str]:
+    """The W&B run of each attempt."""
+    return [path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")]
 
 
 def preempt(cluster: Cluster, job: str) -> None:
@@ -150,7 +154,7 @@ HARM: dict[str, Callable[[Cluster, str], object]] = {
 def test_what_befalls_a_job_changes_no_figure(
     how: str, cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
-    """SLURM itself queues it again, once."""
+    """SLURM itself queues it again, once; W&B has one run."""
     run_dir = tmp_path / "run"
     assert submit(run_dir, "launch.nodes=2", *LONG).returncode == 0
     wait_for(lambda: steps_done(run_dir) >= 8, run_dir)
@@ -159,6 +163,7 @@ def test_what_befalls_a_job_changes_no_figure(
     wait_for(lambda: status(run_dir)["state"] == "done", run_dir, timeout_s=150)
     assert status(run_dir)["attempt"] == 2
     assert trace(run_dir) == undisturbed
+    assert wandb_ids(run_dir) == [json.loads((run_dir / "manifest.json").read_text())["wandb_id"]] * 2
     wait_for(lambda: not cluster.run("squeue", "-h", "-j", job_id(run_dir)).strip(), run_dir, timeout_s=30)
     assert cluster.job(job_id(run_dir))["Restarts"] == "1"
 
@@ -309,6 +314,19 @@ def test_a_snapshot_is_what_runs_and_its_log_can_be_followed(submit: Any, tmp_pa
     assert f"cd {run_dir / 'code'}" in next((run_dir / "slurm").glob("*_submission.sh")).read_text()
     assert "from the copy" in done.stdout
     assert (run_dir / "code" / "trainers" / "loop.py").read_bytes() == (ROOT / "trainers" / "loop.py").read_bytes()
+
+
+@pytest.mark.slow
+def test_two_jobs_on_one_node_keep_out_of_each_other_s_way(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
+    """At the same time: each has a port of its own, and the other's figures."""
+    runs = [tmp_path / name for name in ("one", "two")]
+    given = ["launch.processes=2", "+launch.sbatch.nodelist=node1", "train.steps=100", "train.eval_every=null", "checkpoint.every=100"]
+    for run_dir in runs:
+        assert submit(run_dir, *given).returncode == 0
+    wait_for(lambda: all(steps_done(run_dir) for run_dir in runs), runs[0])
+    assert [status(run_dir)["state"] for run_dir in runs] == ["running"] * 2
+    wait_for(lambda: all(status(run_dir)["state"] == "done" for run_dir in runs), runs[1])
+    assert trace(runs[0]) == trace(runs[1])
 
 
 @pytest.mark.slow

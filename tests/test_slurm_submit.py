@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
-from launcher.compose import CONF
+from launcher import slurm, task
+from launcher.compose import CONF, compose
 from launcher.config import Backend, LaunchConfig, minutes, validate_launch
+from launcher.job import Job, make_job
 from launcher.topology import from_slurm
 from trainers.config import ConfigError
 
@@ -137,6 +139,46 @@ def test_dry_run_prints_the_text_that_sbatch_gets(name: str) -> None:
     if os.environ.get("GOLDEN") == "write":
         (GOLDEN / f"{name}.sbatch").write_text(text)
     assert text == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def job_in(folder: Path) -> Job:
+    given = ["launch=slurm", "launch.gpus_per_node=0", "launch.nodes=2", "launch.processes=2", "train.global_batch=32"]
+    return make_job(compose(["+exp=quickstart_base", f"run_dir={folder / 'run'}", *given]))
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [
+        ("Invalid account or account/partition combination specified", "launch.account"),
+        ("Invalid qos specification", "launch.qos"),
+        ("Requested time limit is invalid (missing or exceeds some limit)", "launch.time"),
+        ("invalid partition specified: absent", "launch.partition"),
+        ("Memory specification can not be satisfied", "launch.memory"),
+        ("Invalid feature specification", "launch.constraint"),
+        ("Invalid generic resource (gres) specification", "launch.gpus_per_node"),
+        ("The reservation is not available", "launch.reservation"),
+        ("Node count specification invalid", "launch.nodes"),
+    ],
+)
+def test_sbatch_s_words_name_the_field_to_change(said: str, field: str, tmp_path: Path) -> None:
+    """Its own words, from slurm_errno.c: a cluster without accounting refuses no account."""
+    error = slurm._refused(job_in(tmp_path), f"sbatch: error: Batch job submission failed: {said}\nsubmitit: more\n")
+    assert error.path == field
+    assert said in str(error)
+
+
+def test_a_job_that_cannot_be_queued_again_says_so(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """On a node without scontrol: the checkpoint is there, and what to do is said."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(task.signal, "signal", lambda *given: None)  # this process goes on
+    job = job_in(tmp_path)
+    task.requeue(job, from_slurm(ALLOCATED, job.launch, HOSTS), "stopped with a checkpoint")
+    said = capfd.readouterr().err
+    assert "could not be queued again" in said
+    assert "scontrol" in said
+    assert "the same launcher command submits it anew" in said
 
 
 def test_without_slurm_it_says_so(tmp_path: Path) -> None:
