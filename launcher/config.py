@@ -84,7 +84,7 @@ class LaunchConfig:
     max_requeues: int = 100
     """Times that a SLURM job may queue itself again."""
     requeue_on_failure: bool = False
-    """A SLURM job whose run fails queues itself again too, without the node of the rank that failed first; not for wrong settings."""
+    """A SLURM job whose run fails queues itself again too, without the node that failed; not for wrong settings or failing training."""
     snapshot: bool = False
     """Copy the code into the run directory and run that: later edits do not reach a job that waits or is queued again."""
     array_parallelism: int = 32

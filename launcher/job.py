@@ -50,6 +50,8 @@ PACKAGES = (
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
 CHANGEABLE = ("train.step_timeout_s:", "limits.")
 OURS = {"config.yaml", "manifest.json", "code.diff", "status.json", "slurm.json", "slurm", "code"}
+DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
+"""Changes as `git apply` takes them, whatever the user has configured."""
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
 
 
@@ -215,7 +217,7 @@ def code_version() -> tuple[dict[str, Any], bytes]:
 
     All are None or empty outside a checkout; `git apply` on that commit takes the changes.
     """
-    sha, diff, others = _git("rev-parse", "HEAD"), _git("diff", "--binary", "HEAD"), _git("ls-files", "--others", "--exclude-standard")
+    sha, diff, others = _git("rev-parse", "HEAD"), _git(*DIFF), _git("ls-files", "--others", "--exclude-standard", "--directory")
     version = {
         "git_sha": sha.decode().strip() if sha is not None else None,
         "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,

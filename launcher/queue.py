@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ def states(jobs: Sequence[Job]) -> list[str] | None:
     return None if queue is None else [queue.get(name, "") for name in ids]
 
 
+@functools.cache
 def ended_as(name: str) -> str:
     """Return SLURM's word for how a job ended, such as OUT_OF_MEMORY; empty where neither scontrol nor accounting knows it any more."""
     for line, pattern in (

@@ -215,7 +215,7 @@ def _follow(job: Job, record: dict[str, Any]) -> int:
     attempt, shown = Attempt(job.run_dir, sys.maxsize), 0
     try:
         while True:
-            ended = queue.states([job]) == [""]
+            ended = queue.in_queue(str(record["id"])) == {}
             shown = print_new(Path(record["log"]), shown)
             if ended:
                 return settle(job, attempt, DONE if read_status(job.run_dir).get("state") == "done" else FAILED, None)

@@ -7,20 +7,24 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from launcher import local, process
 from launcher.job import Job, mark_failed, next_attempt
 from launcher.queue import ask, record_of
-from launcher.silence import Silence
+from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config import ConfigError
-from trainers.status import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, killed_by, read_status, write_json
+from trainers.status import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, Attempt, killed_by, read_status, write_json
 
 ANSWER_S = 60.0
 FRUITLESS = 3
+EXCLUDED = 4
+"""Nodes that failed last and are not taken again: over weeks more of them would leave none to start on."""
+LATE_S = 15.0
+"""For rank 0 to end once the run has failed: one that is stopped does not, and the others' tasks queue nothing again."""
 HELD = (signal.SIGUSR2, signal.SIGTERM)
 """SLURM signals every process of a job, also a rank that has just begun."""
 
@@ -33,10 +37,11 @@ class Task:
 
     def __call__(self) -> None:
         """Run this task's rank; exits with its code, which SLURM shows as the job's."""
+        os.environ["FULLTUNE_LIFE"] = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
         try:
             code = run(self.job)
         except ConfigError as error:
-            mark_failed(next_attempt(self.job), message=str(error), setting=error.parts(), exit_code=BAD_INPUT)
+            mark_failed(next_attempt(self.job), message=str(error), setting=error.parts(), exit_code=BAD_INPUT, host=socket.gethostname())
             print(error, file=sys.stderr, flush=True)
             code = BAD_INPUT
         if code:
@@ -55,7 +60,7 @@ def run(job: Job) -> int:
 
     place = from_slurm(os.environ, job.launch, _parse_node_list(os.environ.get("SLURM_JOB_NODELIST", "")))
     attempt = next_attempt(job)
-    is_lost = Silence(job, attempt).is_lost if place.rank == 0 else lambda: False
+    is_lost = is_beyond_help(job, attempt) if place.rank == 0 else lambda: False
     code, signalled = process.run(
         [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD
     )
@@ -64,11 +69,29 @@ def run(job: Job) -> int:
         who, message = {"rank": place.rank, "host": socket.gethostname(), "exit_code": code}, f"rank {place.rank} {killed_by(code)}"
         attempt.record_failure(who | {"message": message}, time.time(), together_s=TOGETHER_S)  # others may have failed of it first
         code = FAILED
-    if place.rank == 0 and code == STOPPED and signalled == signal.SIGUSR2:
+    if place.rank != 0:
+        return code
+    asked = signalled == signal.SIGUSR2 or (signalled is None and read_status(job.run_dir).get("signal") == "SIGUSR2")
+    if code == STOPPED and asked:  # perhaps of another rank, which got the signal a moment earlier
         requeue(job, place, "stopped with a checkpoint")
-    if place.rank == 0 and code == FAILED and job.launch.requeue_on_failure and attempt.has_ended("failed"):
+    if code == FAILED and job.launch.requeue_on_failure and attempt.has_ended("failed") and signalled in (None, signal.SIGUSR2):
         requeue_elsewhere(job, place)
     return code
+
+
+def is_beyond_help(job: Job, attempt: Attempt) -> Callable[[], bool]:
+    """Return what tells whether rank 0 is to be killed: it is silent for too long, or still there LATE_S after the run has failed."""
+    silence, looked, failed = Silence(job, attempt), time.monotonic(), float("inf")
+
+    def is_lost() -> bool:
+        nonlocal looked, failed
+        now = time.monotonic()
+        if now - looked >= LOOK_EVERY_S:
+            looked = now
+            failed = min(failed, now) if attempt.has_ended("failed") else float("inf")
+        return now - failed > LATE_S or silence.is_lost()
+
+    return is_lost
 
 
 def _environment(job: Job, place: Topology) -> dict[str, str]:
@@ -99,22 +122,30 @@ def requeue(job: Job, place: Topology, why: str, exclude: Sequence[str] = ()) ->
 
 
 def requeue_elsewhere(job: Job, place: Topology) -> None:
-    """Queue a job again whose run has failed, without the nodes of ranks that failed first, now and before.
+    """Queue a job again whose run has failed, without the nodes that failed lately, where it is known that a node did.
 
-    Not where it would fail for ever: at wrong settings, and after FRUITLESS failures in a row without a new checkpoint.
+    Not where it would fail again: of wrong settings, of the training itself, FRUITLESS times in a row without a new checkpoint.
     """
     error, record = read_status(job.run_dir).get("error", {}), record_of(job.run_dir)
-    if "setting" in error:
+    if "setting" in error or not error.get("of_node", True):
         return
-    node = place.hosts[error["rank"] // (place.world_size // len(place.hosts))] if "rank" in error else ""
+    node = failed_node(error, place.hosts)
     failures = [*record.get("failures", []), {"step": _newest_step(job), "node": node, "message": error.get("message", "")}]
     write_json(job.run_dir / "slurm.json", record | {"failures": failures})
     last = [failure["step"] for failure in failures[-FRUITLESS:]]
     if last == [last[0]] * FRUITLESS:
         print(f"failed {FRUITLESS} times in a row without a new checkpoint: not queued again", flush=True)
         return
-    nodes = sorted({failure["node"] for failure in failures} - {""})
-    requeue(job, place, f"failed ({f'first on {node}' if node else 'no rank is known to be the first'})", nodes)
+    nodes = sorted({failure["node"] for failure in failures[-EXCLUDED:]} - {""})
+    requeue(job, place, f"failed ({f'first on {node}' if node else 'on no node in particular'})", nodes)
+
+
+def failed_node(error: dict[str, Any], hosts: Sequence[str]) -> str:
+    """Return SLURM's name of the node that an error is of; empty where it names none, or ranks that may be of several."""
+    if len(error.get("ranks", [])) > 1:
+        return ""
+    host = str(error.get("host") or "").partition(".")[0]
+    return next((name for name in hosts if name.partition(".")[0] == host), "")
 
 
 def _newest_step(job: Job) -> int:

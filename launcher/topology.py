@@ -33,6 +33,7 @@ class Topology:
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
             "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size // len(self.hosts)),
             "MASTER_ADDR": self.master,
             "MASTER_PORT": str(self.port),
         }

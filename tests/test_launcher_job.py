@@ -61,6 +61,8 @@ def test_the_code_that_ran_can_be_made_again(tmp_path: Path, monkeypatch: pytest
     changed = b"after \xff\x00\n"
     (checkout / "code.py").write_bytes(changed)
     (checkout / "new.py").touch()
+    for setting in ("color.diff=always", "diff.noprefix=true", "diff.external=false"):
+        git("config", *setting.split("="))
     monkeypatch.setattr(job_module, "ROOT", checkout)
     job = job_in(tmp_path)
     freeze(job)

@@ -37,7 +37,7 @@ SLOW = 1.5
 CLOCKS = ((1000.0, 2e-4), (1001.0, 1e-4), (1002.0, 9.0))
 
 
-def nodes(num_ranks: int = 4, kind: str = "cuda", **more: Any) -> list[Reading]:
+def nodes(num_ranks: int = 6, kind: str = "cuda", **more: Any) -> list[Reading]:
     """Readings of healthy nodes of two ranks each: 1 ms for a product, 20 GB/s within a node and 5 GB/s between nodes."""
     link_s = [LINK_BYTES[kind] / (20e9 if rank % 2 else 5e9) for rank in range(num_ranks)]
     fields = {"kind": kind, "product_s": 1e-3, "clocks": CLOCKS, "local_size": 2} | more
@@ -63,8 +63,8 @@ def late(seconds: float) -> tuple[tuple[float, float], ...]:
         (1, {"write_fault": "/runs cannot be written: Read-only file system"}, True, ["Read-only"]),
         (1, {"link_fault": "it gets a wrong sum over all ranks"}, True, ["wrong sum"]),
         (3, {"product_s": 2e-3}, False, ["2.0 x the median", "2 ms"]),
-        (3, {"link_s": LINK_BYTES["cuda"] / 5e9}, False, ["receives 5 GB/s from rank 2 on node1, 4.0 x slower", "within nodes"]),
-        (2, {"link_s": LINK_BYTES["cuda"] / 1e9}, False, ["receives 1 GB/s from rank 1 on node0, 5.0 x slower", "between nodes"]),
+        (3, {"link_s": LINK_BYTES["cuda"] / 5e9}, False, ["receives 5 GB/s from rank 2 on node1, 4.0 x the time", "link 1 within nodes"]),
+        (2, {"link_s": LINK_BYTES["cuda"] / 1e9}, False, ["receives 1 GB/s from rank 1 on node0, 5.0 x the time", "between nodes"]),
         (2, {"clocks": late(-63.0)}, False, ["63.0 s behind that of rank 0 on node0"]),
         (2, {"memory_free_bytes": 1 << 30}, False, ["1.0 GiB of host memory are free for 2 ranks"]),
         (2, {"run_dir_free_bytes": DISK_BYTES // 2}, False, ["1.0 GiB are free on the disk of run_dir"]),
@@ -92,17 +92,28 @@ def test_nobody_is_named_where_all_is_well(readings: list[Reading]) -> None:
     assert judge(readings, SLOW) == []
 
 
+@pytest.mark.parametrize("num_nodes", [1, 2, 4])
+def test_links_that_differ_by_design_are_not_slow(num_nodes: int) -> None:
+    """Four GPUs a node, bridged in pairs: every other link goes over PCIe, ten times as slow, and nodes are slower still."""
+    speeds = [5e9, 200e9, 20e9, 200e9] * num_nodes
+    readings = [
+        Reading(rank=rank, host=f"node{rank // 4}", kind="cuda", product_s=1e-3, clocks=CLOCKS, link_s=LINK_BYTES["cuda"] / speed)
+        for rank, speed in enumerate(speeds)
+    ]
+    assert judge(readings, SLOW) == []
+
+
 def test_a_node_without_most_of_its_gpus_is_the_one_that_is_named() -> None:
     """Though the CPU's figures are of another kind, and there are more of them."""
     readings = [replace(reading, kind="cpu") if reading.rank else reading for reading in nodes()]
-    assert [finding.rank for finding in judge(readings, SLOW)] == [1, 2, 3]
+    assert [finding.rank for finding in judge(readings, SLOW)] == [1, 2, 3, 4, 5]
 
 
 def test_of_two_ranks_the_faster_counts_and_what_is_of_a_node_is_said_once() -> None:
     slower = [replace(reading, product_s=1e-3 * (1 + reading.rank), link_s=None) for reading in nodes(2)]
     assert [finding.rank for finding in judge(slower, SLOW)] == [1]
     full = judge([replace(reading, run_dir_free_bytes=0) for reading in nodes()], SLOW)
-    assert [finding.rank for finding in full] == [0, 2]
+    assert [finding.rank for finding in full] == [0, 2, 4]
 
 
 def test_a_clock_is_only_as_far_off_as_the_shortest_barrier_allows() -> None:
@@ -251,10 +262,10 @@ def step(world: World, steps: int, slow: str) -> list[dict[str, Any]]:
     rows, is_slow = [], world.rank == 2
     with mock.patch.object(Product, "seconds", return_value=0.02 if is_slow and slow == "device" else 1e-3):
         for number in range(1, steps + 1):
-            stragglers.probe()
+            stragglers.probe(number - 1)
             said = stragglers.gather(number, 0.4 if is_slow and slow == "data" else 0.1, step_s=1.0)
             rows.append(said or {"status": stragglers.entry()})
-    stragglers.probe()
+    stragglers.probe(steps)
     assert torch.equal(state, torch.random.get_rng_state())
     return rows
 
@@ -270,18 +281,23 @@ def test_real_ranks_name_the_slow_one(ranks: Callable[[int], Any], slow: str, fa
 
 
 def test_probes_take_a_hundredth_of_the_time_however_short_steps_are(ranks: Callable[[int], Any]) -> None:
-    """One of 10 ms a second, then."""
-    assert all(probes in (1, 2) for probes in ranks(3).call(count_probes))
+    """10 ms in steps of 20 ms: after the first steps one in fifty, by all ranks in the same step; they would wait for each other."""
+    probed = ranks(3).call(steps_with_probes)
+    assert probed[0] == probed[1] == probed[2]
+    assert probed[0][:EVERY] == list(range(EVERY))
+    assert set(probed[0][EVERY:]) == {50, 100, 150, 200, 250, 300}
 
 
-def count_probes(world: World) -> int:
-    stragglers = Stragglers(world, SLOW)
-    with mock.patch.object(Product, "seconds", side_effect=lambda: time.sleep(0.01)) as seconds:
-        until = time.perf_counter() + 1.5
-        while time.perf_counter() < until:
-            stragglers.probe()
-            time.sleep(0.002)
-    return seconds.call_count
+def steps_with_probes(world: World) -> list[int]:
+    stragglers, probed = Stragglers(world, SLOW), []
+    with mock.patch.object(Product, "seconds", side_effect=lambda: 0.01):
+        for step in range(301):
+            before = stragglers.product.seconds.call_count  # type: ignore[attr-defined]
+            stragglers.probe(step)
+            if stragglers.product.seconds.call_count > before:  # type: ignore[attr-defined]
+                probed.append(step)
+            stragglers.gather(step + 1, 0.0, 0.02 * (1 + 0.1 * (world.rank - 1)))
+    return probed
 
 
 def test_stragglers_pass_from_the_status_and_stay_in_a_failure(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from launcher.config import Backend, LaunchConfig, minutes, validate_launch
 from launcher.job import Job, make_job
 from launcher.topology import from_slurm
 from trainers.config import ConfigError
+from trainers.status import Attempt
 
 ROOT = CONF.parent
 GOLDEN = Path(__file__).parent / "golden" / "slurm"
@@ -30,7 +31,7 @@ def settings(**more: Any) -> LaunchConfig:
 
 def test_a_task_is_the_rank_that_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
     place = from_slurm(ALLOCATED | {"SLURM_RESTART_COUNT": "2", "RANK": "3", "MASTER_ADDR": "node2"}, settings(), HOSTS)
-    expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node2", "MASTER_PORT": "24711"}
+    expected = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node2", "MASTER_PORT": "24711"}
     assert (place.environment(), place.restarts) == (expected, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert from_slurm(ALLOCATED, settings(gpus_per_node=2, processes=None), HOSTS) == from_slurm(ALLOCATED, settings(), HOSTS)
@@ -165,6 +166,54 @@ def test_sbatch_s_words_name_the_field_to_change(said: str, field: str, tmp_path
     error = slurm._refused(job_in(tmp_path), f"sbatch: error: Batch job submission failed: {said}\nsubmitit: more\n")
     assert error.path == field
     assert said in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "node"),
+    [
+        ({"rank": 3, "host": "node3"}, "node3"),
+        ({"rank": 3, "host": "node3.cluster.example"}, "node3"),
+        ({"rank": 1, "host": "node3"}, "node3"),  # ranks may be dealt out in turns
+        ({"rank": 0, "host": "node2", "ranks": [0, 1, 2, 3]}, ""),  # a hang that nobody in particular is to blame for
+        ({"rank": 3, "host": "node3", "ranks": [3]}, "node3"),
+        ({"rank": 3, "host": None, "ranks": [3]}, ""),
+        ({"message": "no rank began"}, ""),
+    ],
+)
+def test_the_node_that_failed_is_the_one_that_the_error_names(error: dict[str, Any], node: str) -> None:
+    assert task.failed_node(error, HOSTS) == node
+
+
+@pytest.mark.parametrize(
+    ("error", "requeues"),
+    [
+        ([{"message": "x"}] * 3, 2),  # the third time without a new checkpoint
+        ([{"message": "x", "setting": {}}], 0),
+        ([{"message": "x", "of_node": False}], 0),
+    ],
+)
+def test_what_would_fail_again_is_not_queued_again(
+    error: list[dict[str, Any]], requeues: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job, asked = job_in(tmp_path), []
+    job.run_dir.mkdir(parents=True)
+    monkeypatch.setattr(task, "requeue", lambda *given: asked.append(given))
+    for one in error:
+        Attempt(job.run_dir).record_failure(one, 1.0)
+        task.requeue_elsewhere(job, from_slurm(ALLOCATED, job.launch, HOSTS))
+    assert len(asked) == requeues
+
+
+def test_a_rank_0_that_does_not_end_with_its_run_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It may be stopped; SLURM would end its task, which then could not queue the job again."""
+    job, now = job_in(tmp_path), [100.0]
+    job.run_dir.mkdir(parents=True)
+    attempt = Attempt(job.run_dir)
+    monkeypatch.setattr(task.time, "monotonic", lambda: now[0])
+    is_lost = task.is_beyond_help(job, attempt)
+    attempt.record_failure({"message": "x"}, 1.0)
+    for now[0], lost in ((102.0, False), (116.0, False), (118.0, True)):
+        assert is_lost() is lost, now
 
 
 def test_a_job_that_cannot_be_queued_again_says_so(

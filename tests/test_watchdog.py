@@ -21,7 +21,7 @@ from launcher.compose import compose
 from launcher.job import freeze, make_job, next_attempt
 from launcher.silence import LATER_S, Silence
 from trainers.config import ConfigError, load
-from trainers.status import Attempt
+from trainers.status import Attempt, read_status
 from trainers.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge, read_beats
 
 SOON_S = 60
@@ -404,6 +404,9 @@ def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("codes", "named"),
     [
+        ([(1, -9), (0, 75)], 1),  # rank 0 was asked to stop because rank 1 was gone
+        ([(1, -11), (0, 75)], 1),
+        ([(1, 75), (0, -9)], None),  # rank 0 did not heed rank 1's stop in time
         ([(0, 1), (1, -9)], 1),  # rank 0 failed because rank 1 was gone
         ([(1, -9), (0, -9)], 1),  # rank 0 had to be killed
         ([(1, 1), (0, -6)], None),  # NCCL aborts where another rank ended
@@ -418,10 +421,12 @@ def test_the_agent_names_the_rank_that_was_killed_first(
 
     from trainers import agent
 
-    (tmp_path / "status.json").write_text("{}")
     failures = {rank: ProcessFailure(rank, 1, code, "no file") for rank, code in codes}
+    stopped = 75 in dict(codes).values()
 
     def fail(_arguments: list[str]) -> None:
+        if stopped:
+            Attempt(tmp_path).set_status("preempted")
         raise ChildFailedError("trainers", failures)
 
     monkeypatch.setattr(agent.run, "main", fail)
@@ -429,8 +434,26 @@ def test_the_agent_names_the_rank_that_was_killed_first(
     monkeypatch.delenv("FULLTUNE_AGENT", raising=False)
     code = agent.main([str(tmp_path / "config.yaml")])
     monkeypatch.delenv("FULLTUNE_AGENT")
-    assert code == (1 if named is not None else codes[0][1])
-    assert status_of(tmp_path).get("error", {}).get("rank") == named
+    if not stopped:
+        assert code == (1 if named is not None else codes[0][1])
+    assert read_status(tmp_path).get("error", {}).get("rank") == named
+    assert read_status(tmp_path).get("state") == ("failed" if named is not None else "preempted" if stopped else None)
+
+
+def test_tasks_of_one_slurm_job_tell_its_failure_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may fail before another has started, whose attempt then finds that status."""
+    monkeypatch.setenv("FULLTUNE_LIFE", "7.0")
+    Attempt(tmp_path).record_failure({"rank": 1}, at=1.0)
+    late = Attempt(tmp_path)
+    assert late.has_ended("failed")
+    late.set_status("preempted")
+    assert not late.record_failure({"rank": 0}, at=2.0)
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["error"]["rank"]) == ("failed", 1)
+    monkeypatch.setenv("FULLTUNE_LIFE", "7.1")
+    again = Attempt(tmp_path)
+    assert not again.has_ended("failed")
+    assert again.record_failure({"rank": 2}, at=3.0)
+    assert status_of(tmp_path)["error"]["rank"] == 2
 
 
 def test_the_launcher_gives_up_when_no_rank_writes_any_more(tmp_path: Path) -> None:

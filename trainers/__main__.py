@@ -68,14 +68,15 @@ def main(path: str) -> int:
         world.watch_signals()
         config = load(path)
         check_world(config, world.size)
-        if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ:
+        if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ and not attempt.has_ended("failed", "preempted"):
             attempt.set_status("submitted")  # forget how an earlier attempt ended, as the launcher does
         watch.collectives, watch.flight_record = world.collectives, world.flight_record
         watch.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, FAILED))
         return run(config, world, attempt)
     except Stopped as signal_name:
         log.info("%s before the first step: nothing to save", signal_name)
-        attempt.set_status("preempted")
+        if world.signalled is not None or not attempt.has_ended("preempted"):
+            attempt.set_status("preempted", signal=str(signal_name))
         return STOPPED
     except Superseded as error:
         log.error("rank %d: %s", world.rank, error)
@@ -84,7 +85,9 @@ def main(path: str) -> int:
         return _fail(attempt, world, BAD_INPUT, {"message": str(error), "setting": error.parts()})
     except preflight.BadNode as error:
         return _fail(attempt, world, FAILED, error.parts())
-    except (TrainingFailed, NoCheckpoint) as error:
+    except TrainingFailed as error:
+        return _fail(attempt, world, FAILED, {"message": str(error), "of_node": False})
+    except NoCheckpoint as error:
         return _fail(attempt, world, FAILED, {"message": str(error)})
     except Exception as error:
         return _fail(attempt, world, FAILED, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})

@@ -45,7 +45,9 @@ def main(arguments: list[str]) -> int:
             return int(said[0].exitcode)
         rank, failure = killed[0]
         cause = {"rank": rank, "host": socket.gethostname(), "message": f"rank {rank} {killed_by(failure.exitcode)}"}
-        attempt.record_failure(cause | {"exit_code": failure.exitcode}, at=failure.timestamp, together_s=TOGETHER_S)
+        first = failures[0][1].exitcode  # of a death the others are told by SIGTERM, and may say that they stopped
+        died = first < 0 and first != -signal.SIGTERM
+        attempt.record_failure(cause | {"exit_code": failure.exitcode}, at=failure.timestamp, together_s=TOGETHER_S, over_stop=died)
         return FAILED
     except SignalException:
         return FAILED

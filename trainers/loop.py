@@ -217,7 +217,7 @@ class Training:
         """Take one optimizer step over the rows that (seed, step) names."""
         watch.enter(Phase.step, progress.step + 1)
         started = time.perf_counter()
-        self.stragglers.probe()
+        self.stragglers.probe(progress.step)
         began = time.perf_counter()
         seed_step(self.config.seed, progress.step, self.world.rank)
         row_ids = self.loader.row_ids(progress.step, progress.ahead)

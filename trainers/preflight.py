@@ -7,6 +7,7 @@ import shutil
 import socket
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ LINK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
 """Sent to the next rank: a millisecond and more on a GPU's links, where starting the transfer takes tens of microseconds."""
 SLICE_S = {"cuda": 0.0, "cpu": 0.005}
 """What the scheduler of a busy host may add to what a CPU does: less than that says nothing about the node."""
+WARM_UP_S = {"cuda": 0.2, "cpu": 0.0}
+"""For a GPU to leave its idle clocks, which GPUs do not do at one speed."""
 CLOCK_S = 2.0
 """Clocks further apart put failures of different nodes in the wrong order; NTP keeps them within 0.1 s."""
 DISK_BYTES = 2 * GIB
@@ -156,7 +159,9 @@ def inspect(world: World, folder: Path, cache: Path) -> Reading:
     """Try this rank's device and look at its host: memory, and the disks of the run and of the prepared data."""
     cuda, seconds, fault = world.device.type == "cuda", None, ""
     try:
-        product = Product(world.device)
+        product, warm = Product(world.device), time.monotonic() + WARM_UP_S[world.device.type]
+        while time.monotonic() < warm:
+            product.seconds()
         seconds = min(product.seconds() for _ in range(TRIES))
         fault = "" if product.is_right() else "multiplies two matrices wrongly"
     except RuntimeError as error:  # whatever CUDA says of a device that is lost
@@ -249,15 +254,24 @@ def _faults(reading: Reading, kind: str) -> list[str]:
 
 
 def _slow_links(readings: Sequence[Reading], slow: float, least_s: float) -> list[Finding]:
-    """Compare links within nodes with each other, and links between nodes, which are slower, with each other."""
-    links = {reading.rank: reading.link_s for reading in readings if reading.link_s is not None}
+    """Compare links between nodes with each other, and one within a node with those in the same place of other nodes.
+
+    Links within a node differ by design: GPUs bridged in pairs, or behind two sockets. So two nodes are too few to say which is slow.
+    """
+    groups: dict[str, dict[int, float]] = {}
+    seen: Counter[str] = Counter()
+    for reading in readings:
+        place, seen[reading.host] = seen[reading.host], seen[reading.host] + 1
+        if reading.link_s is not None:
+            within = readings[reading.rank - 1].host == reading.host
+            where = f"of link {place} within nodes" if within else "of links between nodes"
+            groups.setdefault(where, {})[reading.rank] = reading.link_s
     findings = []
-    for within, where in ((True, "within nodes"), (False, "between nodes")):
-        alike = {rank: seconds for rank, seconds in links.items() if (readings[rank - 1].host == readings[rank].host) is within}
-        for rank, factor in outliers(alike, slow, least_s).items():
+    for where, alike in groups.items():
+        for rank, factor in outliers(alike, slow, least_s).items() if "between" in where or len(alike) > 2 else ():
             sender = readings[rank - 1]
             speed = LINK_BYTES[readings[rank].kind] / alike[rank] / 1e9
-            what = f"receives {speed:.2g} GB/s from rank {sender.rank} on {sender.host}, {factor:.1f} x slower than the median {where}"
+            what = f"receives {speed:.2g} GB/s from rank {sender.rank} on {sender.host}, {factor:.1f} x the time of the median {where}"
             findings.append(Finding(rank, readings[rank].host, what))
     return findings
 

@@ -115,8 +115,10 @@ class Attempt:
     _looked_at: float = field(default=-LOOK_EVERY_S, repr=False)
     _newest: int = field(default=0, repr=False)
     _before: int = field(default=0, repr=False)
+    _life: str | None = field(default_factory=lambda: os.environ.get("FULLTUNE_LIFE"), repr=False)
+    """Of a SLURM job, each of whose tasks may be the first to say something: job and how often it was queued again."""
     _status_before: float | None = field(default=None, repr=False)
-    """Time of a status.json that an older attempt may have left; None where a launcher has begun a new one."""
+    """Elsewhere: time of a status.json that an older attempt may have left; None where a launcher has begun a new one."""
 
     def __post_init__(self) -> None:
         """Note which attempt was the newest until now, and what was said of it."""
@@ -176,36 +178,41 @@ class Attempt:
         """
         with _alone(self.run_dir):
             known = read_json(self.run_dir / "status.json")
-            if known.get("state") == "failed" and state != "submitted":
+            if self._has_ended(known, "failed") and state != "submitted":
                 return
-            for passing in ("error", "stragglers"):
+            for passing in ("error", "stragglers", "signal"):
                 known.pop(passing, None)
-            self.write_json(self.run_dir / "status.json", known | {"state": state, "time": time.time()} | more)
+            self.write_json(self.run_dir / "status.json", known | {"state": state, "time": time.time()} | self._lived() | more)
 
-    def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0) -> bool:
+    def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0, over_stop: bool = False) -> bool:
         """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was.
 
-        Nor where a rank has stopped as it was asked to, and said so: others fail because it is gone.
+        Nor where a rank has stopped as it was asked to, and said so: others fail because it is gone. Unless it was asked to only
+        because of this failure: `over_stop`.
         What a watchdog has found, an error with `ranks`, stays: it ends ranks, which may die as they write
         their stacks: Python reads threads that run meanwhile (torch's times are whole seconds).
         """
         with _alone(self.run_dir):
             known = read_json(self.run_dir / "status.json")
-            if self._has_ended(known, "preempted"):
+            if not over_stop and self._has_ended(known, "preempted"):
                 return False
             error_before = known.get("error", {})
             before = at + 1.0 if "ranks" in error_before else at - together_s
-            if known.get("state") == "failed" and error_before.get("time", 0.0) <= before:
+            if self._has_ended(known, "failed") and error_before.get("time", 0.0) <= before:
                 return False
-            failed = known | {"state": "failed", "time": time.time(), "error": error | {"time": at}}
+            failed = known | {"state": "failed", "time": time.time(), "error": error | {"time": at}} | self._lived()
             return self.write_json(self.run_dir / "status.json", failed)
 
-    def has_ended(self, state: str) -> bool:
+    def has_ended(self, *states: str) -> bool:
         """Tell whether status.json says so of this attempt; False where it cannot be read."""
-        return self._has_ended(read_status(self.run_dir), state)
+        return self._has_ended(read_status(self.run_dir), *states)
 
-    def _has_ended(self, status: dict[str, Any], state: str) -> bool:
-        return status.get("state") == state and status.get("time") != self._status_before
+    def _has_ended(self, status: dict[str, Any], *states: str) -> bool:
+        new = status.get("time") != self._status_before if self._life is None else status.get("life") == self._life
+        return status.get("state") in states and new
+
+    def _lived(self) -> dict[str, str]:
+        return {} if self._life is None else {"life": self._life}
 
     @property
     def folder(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import statistics
-import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ WINDOW = 3
 IN_A_ROW = 3
 """Gatherings that have to agree before a rank is named, or no longer."""
 PROBE_SHARE = 0.01
-"""Of a rank's time that probes may take at most: short steps are probed more rarely."""
+"""Of all ranks' time that probes may take: all probe in the same steps, short ones more rarely, or each would wait for another's."""
 DATA_SHARE = 0.05
 """Of a step that a rank's data must keep the others waiting to count: three times nothing is nothing."""
 
@@ -73,31 +72,31 @@ class Stragglers:
         self.world, self.slow, self.named = world, slow, Named()
         self.data_s: deque[float] = deque(maxlen=WINDOW)
         self.product_s: deque[float] = deque(maxlen=WINDOW)
-        self.not_before = 0.0
+        self.probe_every, self.gathered_at = 1, 0
         if world.size > 1:
             self.product = Product(world.device)
             self.hosts = world.gather(socket.gethostname())
 
-    def probe(self) -> None:
-        """Time a small product on this rank's device, unless the last one was too lately."""
-        began = time.perf_counter()
-        if self.world.size > 1 and began >= self.not_before:
+    def probe(self, step: int) -> None:
+        """Time a small product on this rank's device, in the steps in which all ranks do."""
+        if self.world.size > 1 and (not self.product_s or step % self.probe_every == 0):
             self.product_s.append(self.product.seconds())
-            now = time.perf_counter()
-            self.not_before = now + (now - began) / PROBE_SHARE
 
     def gather(self, step: int, data_s: float, step_s: float) -> dict[str, Any]:
         """Take the seconds of a step until its first collective, and of the whole; every EVERY steps, judge. Collective.
 
-        Returns, on rank 0 after a gathering, the ranks that are named.
+        Not before there are WINDOW new probes. Returns, on rank 0 after a gathering, the ranks that are named.
         """
         self.data_s.append(data_s)
-        if self.world.size == 1 or step % EVERY:
+        if self.world.size == 1 or step % EVERY or step - self.gathered_at < WINDOW * self.probe_every:
             return {}
-        size, figures = self.world.size, [0.0] * 2 * self.world.size
+        size, figures = self.world.size, [0.0] * (2 * self.world.size + 1)
         figures[self.world.rank] = statistics.median(self.data_s)
         figures[size + self.world.rank] = statistics.median(self.product_s)
-        figures = self.world.sum(figures)
+        figures[-1] = step_s / size
+        *figures, mean_step_s = self.world.sum(figures)
+        self.gathered_at = step
+        self.probe_every = max(1, round(statistics.median(figures[size:]) / (PROBE_SHARE * max(mean_step_s, 1e-6))))
         if self.world.rank != 0:
             return {}
         slice_s = SLICE_S[self.world.device.type]

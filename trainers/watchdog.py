@@ -416,6 +416,8 @@ class Watchdog:
         exit_after(LAST_RESORT_S, FAILED)
         assert self.log_file is not None
         limit, field = self.limit_s(), FIELDS[self.phase]
+        if self.phase is Phase.checking and limit == CHECKING_S:
+            field = "more than nodes need to try their devices and links"
         error = verdict.error(now, f"nothing for {limit:g} s: {field}; stacks in {self.log_file.parent}")
         self.fail(error)
         self._dump(error["message"])
