@@ -14,6 +14,7 @@ from launcher.ending import settle
 from launcher.job import ROOT, Job, mark_submitted, next_attempt, only_launcher
 from launcher.silence import Silence
 
+OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_LIFE")
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
 
 
@@ -78,8 +79,8 @@ def additions(job: Job) -> dict[str, str]:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Return the whole environment of the ranks."""
-    return {**os.environ, **additions(job)}
+    """Return the whole environment of the ranks; what belongs to a run that this launcher was started in is left out."""
+    return {name: value for name, value in os.environ.items() if name not in OF_A_RUN} | additions(job)
 
 
 def rank_lines(job: Job, master: str) -> list[str]:

@@ -100,7 +100,7 @@ def _environment(job: Job, place: Topology) -> dict[str, str]:
     del additions["FULLTUNE_LAUNCHER"]
     if (cores := os.environ.get("SLURM_CPUS_PER_TASK")) and "OMP_NUM_THREADS" not in os.environ:
         additions["OMP_NUM_THREADS"] = cores
-    return {**os.environ, **additions}
+    return {name: value for name, value in os.environ.items() if name != "FULLTUNE_AGENT"} | additions
 
 
 def requeue(job: Job, place: Topology, why: str, exclude: Sequence[str] = ()) -> None:
