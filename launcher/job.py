@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
 from launcher.process import KILL_AFTER_S
 from trainers.config import ConfigError, RunConfig, check_world, plain, validate
-from trainers.status import Attempt, newest_attempt, read_status, write_json
+from trainers.status import PASSING, Attempt, newest_attempt, read_status, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -251,7 +251,7 @@ def _versions() -> dict[str, str]:
 
 def mark_submitted(job: Job) -> None:
     """Forget how the last attempt ended, so that this one's end is not mistaken for it; step and attempt stay."""
-    status = {key: value for key, value in read_status(job.run_dir).items() if key != "error"}
+    status = {key: value for key, value in read_status(job.run_dir).items() if key not in PASSING}
     write_json(job.run_dir / "status.json", {**status, "state": "submitted", "time": time.time()})
 
 

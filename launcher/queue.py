@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import subprocess
@@ -11,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job import Job
-from trainers.status import read_json
+from trainers.status import try_json
 
 ANSWER_S = 20.0
 """For squeue, scancel and scontrol to answer."""
+NOT_RUN = 127
+"""A shell's exit code for what it cannot find."""
 STUCK = re.compile(
     "Partition(Config|NodeLimit|TimeLimit|Down|Inactive)|BadConstraints|InvalidAccount|InvalidQOS|AccountNotAllowed|QOSNotAllowed"
     "|JobHeld(Admin|User)|ReservationDeleted|DependencyNeverSatisfied|(QOS|Assoc)Max.*Per(Job|Node).*"
@@ -24,9 +25,15 @@ STUCK = re.compile(
 
 def record_of(run_dir: Path) -> dict[str, Any]:
     """Return `id`, `log` and `time` of the job that was last submitted for a run; empty where there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return read_json(run_dir / "slurm.json")
-    return {}
+    return try_json(run_dir / "slurm.json")
+
+
+def _run(*line: str, timeout_s: float = ANSWER_S) -> subprocess.CompletedProcess[str]:
+    """Run a command of SLURM's; one that is not there or does not answer has failed with those words."""
+    try:
+        return subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(line, NOT_RUN, "", str(error))
 
 
 def in_queue(*ids: str, timeout_s: float = ANSWER_S) -> dict[str, str] | None:
@@ -35,15 +42,16 @@ def in_queue(*ids: str, timeout_s: float = ANSWER_S) -> dict[str, str] | None:
     That of a job that does not start as it is has the reason with it: `PENDING (PartitionConfig)`.
     """
     only = [f"--jobs={','.join(ids)}"] if ids else []
-    try:
-        line = ["squeue", "--noheader", "--array", "--format=%i|%T|%r", *only]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    done = _run("squeue", "--noheader", "--array", "--format=%i|%T|%r", *only, timeout_s=timeout_s)
     if done.returncode and "Invalid job id" not in done.stderr:  # SLURM has forgotten all of them
         return None
     rows = [row.strip().split("|", 2) for row in done.stdout.splitlines() if row.count("|") >= 2]
     return {name: f"{state} ({reason})" if state == "PENDING" and STUCK.fullmatch(reason) else state for name, state, reason in rows}
+
+
+def reason_in(word: str) -> str:
+    """Return why a job does not start as it is, of SLURM's word for it; empty where nothing is in its way."""
+    return word.partition(" (")[2].removesuffix(")")
 
 
 def states(jobs: Sequence[Job]) -> list[str] | None:
@@ -60,17 +68,13 @@ def ended_as(name: str) -> str:
         (["scontrol", "--oneliner", "show", "job", name], r"\bJobState=(\w+)"),
         (["sacct", "--noheader", "--allocations", "--format=State%20", f"--jobs={name}"], r"^\s*(\w+)"),
     ):
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(line, capture_output=True, text=True, timeout=ANSWER_S, check=False)
-            if done.returncode == 0 and (found := re.search(pattern, done.stdout)):
-                return found[1]
+        done = _run(*line)
+        if done.returncode == 0 and (found := re.search(pattern, done.stdout)):
+            return found[1]
     return ""
 
 
 def ask(*line: str, timeout_s: float = ANSWER_S) -> str:
     """Run a command of SLURM's; returns what it says against it, empty where it was done."""
-    try:
-        done = subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
+    done = _run(*line, timeout_s=timeout_s)
     return (done.stderr.strip() or f"{line[0]} ended with {done.returncode}") if done.returncode else ""

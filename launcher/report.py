@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from trainers.status import read_json
+from trainers.status import try_json
 
 
 def print_new(log: Path, shown: int) -> int:
@@ -24,9 +23,7 @@ def print_new(log: Path, shown: int) -> int:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """Return summary.json; empty where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        return read_json(run_dir / "summary.json")
-    return {}
+    return try_json(run_dir / "summary.json")
 
 
 def print_summary(run_dir: Path) -> None:

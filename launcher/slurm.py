@@ -83,8 +83,8 @@ def submit_array(jobs: list[Job], folder: Path) -> None:
 
 def _warn_where_stuck(job_id: str) -> None:
     """Say so where SLURM has taken a job that it will not start: more nodes than there are, or for longer than they may be had."""
-    reasons = {word.partition("(")[2].strip(")") for word in (queue.in_queue(job_id, timeout_s=LOOK_S) or {}).values() if "(" in word}
-    for reason in sorted(reasons):
+    words = queue.in_queue(job_id, timeout_s=LOOK_S) or {}
+    for reason in sorted({queue.reason_in(word) for word in words.values()} - {""}):
         print(
             f"warning: SLURM does not start job {job_id} as it is: {reason}\n"
             f"  remedy: scancel {job_id}, and change launch.nodes, launch.time or launch.partition (sinfo lists what there is)",

@@ -96,11 +96,12 @@ def is_beyond_help(job: Job, attempt: Attempt) -> Callable[[], bool]:
 
 def _environment(job: Job, place: Topology) -> dict[str, str]:
     """Return the environment of a rank; without FULLTUNE_LAUNCHER it prints its own errors, as nobody else waits for it."""
-    additions = local.additions(job) | place.environment() | {"FULLTUNE_GRACE_S": str(job.launch.grace_s)}
-    del additions["FULLTUNE_LAUNCHER"]
+    ours = {"FULLTUNE_GRACE_S": str(job.launch.grace_s), "FULLTUNE_LIFE": os.environ["FULLTUNE_LIFE"]}
+    environment = local.environment(job) | place.environment() | ours
+    del environment["FULLTUNE_LAUNCHER"]
     if (cores := os.environ.get("SLURM_CPUS_PER_TASK")) and "OMP_NUM_THREADS" not in os.environ:
-        additions["OMP_NUM_THREADS"] = cores
-    return {name: value for name, value in os.environ.items() if name != "FULLTUNE_AGENT"} | additions
+        environment["OMP_NUM_THREADS"] = cores
+    return environment
 
 
 def requeue(job: Job, place: Topology, why: str, exclude: Sequence[str] = ()) -> None:

@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.queue import ask, ended_as, in_queue, record_of
+from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
 from trainers.status import attempt_folder, newest_attempt, read_status
 from trainers.watchdog import read_beats
@@ -162,10 +162,9 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
         return state, str(status.get("error", {}).get("message", "")).partition("\n")[0]
     word = (queue or {}).get(job, "")
     if word and not (state == "running" and word == "RUNNING"):
-        waits, _, reason = word.partition(" ")
         notes = [f"{state} before"] if state == "preempted" else []
-        notes += [f"does not start as it is: {reason.strip('()')}"] if reason else []
-        return waits.lower(), "; ".join(notes)
+        notes += [f"does not start as it is: {reason}"] if (reason := reason_in(word)) else []
+        return word.partition(" ")[0].lower(), "; ".join(notes)
     if state in ("running", "submitted") and job and queue is not None and not word:
         end = ended_as(job)
         return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}: the same command continues the run"

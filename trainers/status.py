@@ -17,6 +17,8 @@ from typing import Any
 
 DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED = 0, 1, 2, 75, 76
 """Exit codes of ranks and of the launcher; 75: stopped, the same command continues; 76: a newer attempt has taken the place."""
+PASSING = ("error", "stragglers", "signal")
+"""Keys of status.json that belong to what it said last, and to nothing that it says next."""
 LOOK_EVERY_S = 1.0
 LOCK_WAIT_S = 3.0
 TOGETHER_S = 10
@@ -47,12 +49,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def try_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, empty where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        value = read_json(path)
+        return value if isinstance(value, dict) else {}
+    return {}
+
+
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Return status.json; empty where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        status = read_json(run_dir / "status.json")
-        return status if isinstance(status, dict) else {}
-    return {}
+    return try_json(run_dir / "status.json")
 
 
 @contextlib.contextmanager
@@ -172,7 +179,7 @@ class Attempt:
                 return True
 
     def set_status(self, state: str, **more: object) -> None:
-        """Update status.json: the state and whatever else is known; other keys stay, but for an error and stragglers, which pass.
+        """Update status.json: the state and whatever else is known; other keys stay, but for those that are PASSING.
 
         A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
         """
@@ -180,9 +187,8 @@ class Attempt:
             known = read_json(self.run_dir / "status.json")
             if self._has_ended(known, "failed") and state != "submitted":
                 return
-            for passing in ("error", "stragglers", "signal"):
-                known.pop(passing, None)
-            self.write_json(self.run_dir / "status.json", known | {"state": state, "time": time.time()} | self._lived() | more)
+            kept = {key: value for key, value in known.items() if key not in PASSING}
+            self.write_json(self.run_dir / "status.json", kept | {"state": state, "time": time.time()} | self._lived() | more)
 
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0, over_stop: bool = False) -> bool:
         """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was.
