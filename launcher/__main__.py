@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from launcher import config as schema
 from launcher import help as help_text
-from launcher import local, slurm, sweep, torchrun
-from launcher.compose import CONF, checked, explained
+from launcher import local, plan, slurm, sweep, torchrun
+from launcher.compose import CONF, checked, compose_with, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
 from launcher.ending import INTERRUPTED
 from launcher.job import Job, freeze, frozen_text, make_job
@@ -57,7 +57,7 @@ def main() -> int:
             return sweep.worst(sweep.codes)
         config = checked(composed)
     with explained(arguments.overrides, arguments.config_dir, kinds=(ConfigError,)):
-        return begin(config)
+        return begin(config, lambda more: compose_with(arguments.overrides, more, arguments.config_dir))
 
 
 def compose_command_line() -> DictConfig | None:
@@ -79,13 +79,17 @@ def compose_command_line() -> DictConfig | None:
     return composed[0] if composed else None
 
 
-def begin(config: JobConfig) -> int:
+def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
     """Start a checked job, continue it, or say what starting it would do; returns the exit code."""
     job, backend = make_job(config), BACKENDS[config.launch.backend]
     if config.mode is Mode.dry_run:
         print(dry_run(job, backend.commands(job)))
         return DONE
+    if config.mode is Mode.plan:
+        return plan.plan([job], compose)
     validate_machine(job.launch)
+    if config.launch.backend is Backend.slurm and read_status(job.run_dir).get("state") != "done":
+        plan.require_fit([job], compose)
     freeze(job)
     if read_status(job.run_dir).get("state") == "done":
         print(f"{job.run_dir} is done already: nothing to start")

@@ -13,13 +13,15 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from launcher import config as schema
 from launcher.config import JobConfig, run_config, validate_launch, world_size
 from launcher.errors import BAD_INPUT, explain, unknown
 from launcher.fields import all_fields, names_at
-from trainers.config import check_world, validate
+from trainers.config import ConfigError, check_world, validate
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 BAD_INPUT_EXIT = 2
@@ -36,6 +38,18 @@ def compose(overrides: list[str]) -> JobConfig:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides)
         return checked(composed)
+
+
+def compose_with(overrides: list[str], more: list[str], config_dir: str | None = None) -> JobConfig | None:
+    """Return the checked job of a command line with more overrides in the place of its own; None where they do not go together."""
+    keys = {text.partition("=")[0] for text in more}
+    kept = [text for text in overrides if text.partition("=")[0].lstrip("+~") not in keys]
+    searched = [f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"] if config_dir else []
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return checked(hydra.compose("config", [*kept, *more, *searched]))
+    except (HydraException, OmegaConfBaseException, ConfigError, UnknownSettingError):
+        return None
 
 
 def checked(composed: DictConfig) -> JobConfig:

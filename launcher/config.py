@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 from trainers.config import ConfigError, RunConfig
+from trainers.plan.request import HardwareConfig, PlanConfig
 
 EARLY_S = 60
 """SLURM looks at time limits every half a minute, and may send a signal so much too early."""
@@ -29,10 +30,11 @@ class Backend(StrEnum):
 
 
 class Mode(StrEnum):
-    """Start the run, or print its frozen config and every rank's command and start nothing."""
+    """Start the run, or print its frozen config and every rank's command, or what it needs and costs, and start nothing."""
 
     run = "run"
     dry_run = "dry_run"
+    plan = "plan"
 
 
 @dataclass(kw_only=True)
@@ -89,6 +91,8 @@ class LaunchConfig:
     """Copy the code into the run directory and run that: later edits do not reach a job that waits or is queued again."""
     array_parallelism: int = 32
     """Points of a sweep that run at once on SLURM."""
+    force: bool = False
+    """Submit to SLURM without looking first whether the run fits the GPUs; mode=plan says more."""
     wait: bool = False
     """Follow a SLURM job's log until it ends, instead of returning once it is submitted; Ctrl-C leaves the job alone."""
 
@@ -98,8 +102,10 @@ class JobConfig(RunConfig):
     """All that the command line can set: the run's own fields at top level, `mode` and `launch`."""
 
     mode: Mode = Mode.run
-    """`run` starts the ranks; `dry_run` prints what would be started and writes nothing."""
+    """`run` starts the ranks; `dry_run` prints what would be started and writes nothing; `plan` tells memory, time and cost."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
 
 def run_config(job: JobConfig) -> RunConfig:

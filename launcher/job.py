@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
 from launcher.process import KILL_AFTER_S
 from trainers.config import ConfigError, RunConfig, check_world, plain, validate
+from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.status import PASSING, Attempt, newest_attempt, read_status, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ PACKAGES = (
 )
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
 CHANGEABLE = ("train.step_timeout_s:", "limits.")
-OURS = {"config.yaml", "manifest.json", "code.diff", "status.json", "slurm.json", "slurm", "code"}
+OURS = {"config.yaml", "plan.json", "plan.svg", "manifest.json", "code.diff", "status.json", "slurm.json", "slurm", "code"}
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
 """Changes as `git apply` takes them, whatever the user has configured."""
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
@@ -62,6 +63,8 @@ class Job:
     run: RunConfig
     launch: LaunchConfig
     run_dir: Path
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @property
     def config_path(self) -> Path:
@@ -72,7 +75,7 @@ class Job:
 def make_job(config: JobConfig) -> Job:
     """Split a composed config into a job; `run_dir` becomes absolute, so that ranks find it from any directory."""
     run_dir = Path(os.path.abspath(Path(config.run_dir).expanduser()))
-    return Job(dataclasses.replace(run_config(config), run_dir=str(run_dir)), config.launch, run_dir)
+    return Job(dataclasses.replace(run_config(config), run_dir=str(run_dir)), config.launch, run_dir, config.hardware, config.plan)
 
 
 def frozen_text(run: RunConfig) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, open_dict, read_write
 
-from launcher import local, slurm
+from launcher import local, plan, slurm
 from launcher.compose import checked
 from launcher.config import Backend, Mode
 from launcher.ending import INTERRUPTED
@@ -53,6 +53,11 @@ def launch(composed: Sequence[tuple[list[str], DictConfig]], constant: set[str])
             print(f"# {job.run_dir}\n{chr(10).join(slurm.commands(job) if _on_slurm(job) else local.commands(job))}\n")
         _forget_sweep(jobs[0].run_dir.parent)
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
+    if points[0][1] is Mode.plan:
+        codes.append(plan.plan(jobs))
+        return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
+    if _on_slurm(jobs[0]):
+        plan.require_fit([job for job in jobs if read_status(job.run_dir).get("state") != "done"])
     for job in jobs:
         freeze(job)
     (slurm_array if _on_slurm(jobs[0]) else one_by_one)(jobs)

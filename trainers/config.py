@@ -491,6 +491,19 @@ def read(path: Path | str) -> RunConfig:
     return config
 
 
+def parse(values: dict[str, Any]) -> RunConfig:
+    """Return the config that `plain` has made plain; raises ConfigError on what is none."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(values, flags={"readonly": True})))
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error.full_key or "config"), None, str(error.msg or error).splitlines()[0]) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
 def plain(config: object) -> Any:
     """Return a dataclass as plain dicts, lists and strings, as config.yaml and W&B hold it."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):

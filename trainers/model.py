@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -78,12 +78,19 @@ def make_blueprint(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizer
     """Resolve a hub id or directory, or random weights, into a Blueprint; raises ConfigError naming the field."""
     if model.id is None:
         folder, revision = None, None
-        config = _architecture(model.architecture, tokenizer)
+        config = from_architecture(model.architecture, tokenizer)
     else:
         folder, revision = _fetch(model)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    vocab_on_disk = _grow(model, config, len(tokenizer))
-    saved_dtype = config.dtype if folder is not None and isinstance(config.dtype, torch.dtype) else torch.float32
+    return blueprint_of(model, seed, config, len(tokenizer), folder, revision)
+
+
+def blueprint_of(
+    model: ModelConfig, seed: int, config: PreTrainedConfig, num_tokens: int, folder: Path | None = None, revision: str | None = None
+) -> Blueprint:
+    """Return the Blueprint of a transformers config for a tokenizer of `num_tokens`; without a folder, one that has no values to read."""
+    vocab_on_disk = _grow(model, config, num_tokens)
+    saved_dtype = config.dtype if model.id is not None and isinstance(config.dtype, torch.dtype) else torch.float32
     config._attn_implementation = _attention(model.attention, config)
     return Blueprint(
         config=config,
@@ -115,7 +122,19 @@ def _grow(model: ModelConfig, config: PreTrainedConfig, num_tokens: int) -> int 
     return vocab_size
 
 
-def _architecture(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+class Vocabulary(Protocol):
+    """What a model must know of its tokenizer."""
+
+    bos_token_id: Any
+    eos_token_id: Any
+    pad_token_id: Any
+
+    def __len__(self) -> int:
+        """Return the number of tokens."""
+        ...
+
+
+def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary) -> PreTrainedConfig:
     """Return a transformers config for random weights; raises ConfigError for a field its class does not have."""
     fields = dict(fields)
     kind = fields.pop("model_type")

@@ -450,6 +450,14 @@ def load_parts(origin: Origin, parts: Mapping[str, tuple[Tensor, Sequence[int]]]
     require_written({name: part for name, (part, _) in parts.items()}, names)
 
 
+def forget(origin: Any) -> None:
+    """Free what an origin, and those behind it, hold of what was read last: with a large vocabulary gigabytes of host memory."""
+    while origin is not None:
+        if hasattr(origin, "held"):
+            origin.held = {} if isinstance(origin.held, dict) else (None, {})
+        origin = getattr(origin, "origin", None)
+
+
 def require_written(parts: Mapping[str, Tensor], written: Collection[str]) -> None:
     """Raise RuntimeError that names the parts which were not written, or hold NaN still. `parts` are this rank's, by name."""
     left = [name for name, part in parts.items() if name not in written or not is_finite(part)]

@@ -18,6 +18,8 @@ T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 RAISE_AGAIN_S = 0.02
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""Where a user sets torch's allocator up; ours is to leave no gaps in a device's memory that nothing fits into."""
 
 
 class Stopped(BaseException):
@@ -60,6 +62,8 @@ class World:
             raise RuntimeError(f"{', '.join(missing)} is not set though {', '.join(set(names) - set(missing))} is: start through torchrun")
         rank, local_rank, size = (0, 0, 1) if missing else (int(os.environ[name]) for name in names)
         cuda = torch.cuda.is_available()
+        if cuda and not ALLOCATOR & os.environ.keys():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read with the first allocation; trainers/plan counts on it
         device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         return cls(rank=rank, local_rank=local_rank, size=size, device=device, local_size=local_size)

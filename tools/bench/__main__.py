@@ -7,6 +7,7 @@ python -m tools.bench load --ranks 2 4
 python -m tools.bench checkpoint --engine fsdp zero3
 python -m tools.bench engines --parameters 1e9 --precision bf16 --out FILE.md
 python -m tools.bench methods --model DIR --data FILE --out FILE.md
+python -m tools.bench plan
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools.bench import checkpoint, data, engines, load, methods, train
+from tools.bench import checkpoint, data, engines, load, methods, plan, train
 from trainers.config import EngineName, Precision
 
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="data|train|load|checkpoint|engines|methods")
+    commands = parser.add_subparsers(required=True, metavar="data|train|load|checkpoint|engines|methods|plan")
     of_data = commands.add_parser("data", help="preparation speed and packing efficiency, beside the best public packer's on GSM8K")
     of_data.add_argument("--path", help="rows (default: the documentation of this Python, as conversations)")
     of_data.add_argument("--tokenizer", help="tokenizer directory or hub id (default: one trained on the rows)")
@@ -120,6 +121,14 @@ def main(arguments: list[str] | None = None) -> int:
     of_methods.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the runs are kept (default runs/methods)")
     of_methods.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
     of_methods.set_defaults(command=methods.run, error=of_methods.error)
+    of_plan = commands.add_parser("plan", help="a plan's bytes beside those of real runs on CPU ranks; minutes; state must be equal")
+    of_plan.add_argument("--ranks", type=_at_least(1), nargs="+", default=[1, 2, 3, 4], help="numbers of ranks (default 1 2 3 4)")
+    of_plan.add_argument("--sizes", nargs="+", choices=plan.SIZES, default=list(plan.SIZES), help="sizes of models (default all of these)")
+    of_plan.set_defaults(command=plan.run)
+    of_plan_rank = commands.add_parser("plan-rank")  # what `plan` starts
+    of_plan_rank.add_argument("folder")
+    of_plan_rank.add_argument("cases", type=int, nargs="+")
+    of_plan_rank.set_defaults(command=plan.run_rank)
     of_engine_rank = commands.add_parser("engine-rank")  # what `engines` starts
     of_engine_rank.add_argument("run_dir")
     of_engine_rank.set_defaults(command=engines.run_rank)

@@ -27,7 +27,7 @@ from trainers.data.formats import BadRow
 from trainers.data.pack import one_each, pack
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
-from trainers.data.tokenizer import load_tokenizer, template_hash, tokenizer_hash
+from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
 from trainers.watchdog import watch
 from trainers.world import STOP_SIGNALS, die_with_parent
 
@@ -67,6 +67,21 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     name = f"data-{data_key(config, tokenizer)}"
     root = cache_root(config.data.prepared_dir)
     folder, reused = build_once(root, name, lambda partial: _build(config, tokenizer, partial, progress), "the prepared data")
+    return _open(folder, reused)
+
+
+def find_prepared(config: RunConfig) -> Prepared | None:
+    """Return the run's data where they are prepared already, None where they are not, or that cannot be known without making something.
+
+    Raises ConfigError as `prepare` does where tokenizer or data cannot be had.
+    """
+    if config.model.train_tokenizer and not is_trained(config):
+        return None
+    folder = cache_root(config.data.prepared_dir) / f"data-{data_key(config, load_tokenizer(config))}"
+    return _open(folder, reused=True) if folder.is_dir() else None
+
+
+def _open(folder: Path, reused: bool) -> Prepared:
     has_eval = (folder / "eval").is_dir()
     return Prepared(
         path=folder,

@@ -94,11 +94,19 @@ def _open(config: RunConfig, name: str) -> Any:
 
 
 def _trained(config: RunConfig) -> Path:
-    path = sources.data_path(config.data)
-    marks = sources.fingerprint(config.data, path, config.objective.name)
+    folder = _trained_folder(config)
+    return build_once(folder.parent, folder.name, lambda folder: _train(config, folder), "the tokenizer")[0]
+
+
+def is_trained(config: RunConfig) -> bool:
+    """Tell whether the tokenizer that the run trains is there already."""
+    return _trained_folder(config).is_dir()
+
+
+def _trained_folder(config: RunConfig) -> Path:
+    marks = sources.fingerprint(config.data, sources.data_path(config.data), config.objective.name)
     key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, *marks)
-    root = cache_root(config.data.prepared_dir)
-    return build_once(root, f"tokenizer-{key}", lambda folder: _train(config, folder), "the tokenizer")[0]
+    return cache_root(config.data.prepared_dir) / f"tokenizer-{key}"
 
 
 def _train(config: RunConfig, folder: Path) -> None:

@@ -110,6 +110,13 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Bring a model's buffers to a device; its parameters stay where they are."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+
+
 def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
     """Refuse an offloading run, before weights are read, where host memory cannot hold it; say what it takes of the host."""
     engine = config.engine

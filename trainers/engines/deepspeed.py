@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
 from trainers.batch import Batch, token_logps
 from trainers.config import ConfigError, Offload, OptimizerName, RunConfig
@@ -33,6 +34,7 @@ from trainers.engines.base import (
     decay_groups,
     frozen_statement,
     in_short,
+    move_buffers,
     require_host,
     set_lr,
     statement,
@@ -42,7 +44,8 @@ from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model import Blueprint
 from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
-from trainers.weights import Origin, origin_of, read_elements, require_tied, tied_names
+from trainers.peft.base import Adaptation
+from trainers.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -51,48 +54,59 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class ZeRO3Engine:
     """The Engine over DeepSpeed ZeRO-3; master weights, reduced gradients and AdamW's state are float32."""
 
+    model: PreTrainedModel
+    adaptation: Adaptation
+    nvme: Path | None
+
     def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
         """Build on meta, partition parameter by parameter with this rank's elements read from disk, then the optimizer."""
-        self.world, self.blueprint, self.config = world, blueprint, config
-        self.compute = COMPUTE[config.train.precision]
-        self.model = blueprint.build()
-        self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
-        origin = self.adaptation.origin
+        self.outline(config, world, blueprint)
         require_host(config, world, self.model)
-        numels = [p.numel() for p in self.model.parameters()]
-        self.nvme = begin_nvme(config, world, sum(numels))
+        self.nvme = begin_nvme(config, world, sum(p.numel() for p in self.model.parameters()))
         try:
-            self._build(origin, -(-max(numels) // world.size))
+            self.fill(self.adaptation.origin)
         except BaseException:
             self.close()
             raise
 
-    def _build(self, origin: Origin, largest_part: int) -> None:
-        config, world = self.config, self.world
-        self.settings = settings(config, self.blueprint.config.get_text_config().hidden_size, largest_part, self.nvme, world)
-        if world.rank == 0:
-            (Path(config.run_dir) / "deepspeed.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+    def outline(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
+        """Build on meta and adapt: all that needs neither values nor memory for them."""
+        self.world, self.blueprint, self.config = world, blueprint, config
+        self.compute = COMPUTE[config.train.precision]
+        self.nvme = None
+        self.model = blueprint.build()
+        self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
+        if config.train.activation_checkpointing:
+            checkpoint_activations(self.model)
         library = import_deepspeed()
         for collective in ("reduce_scatter_tensor", "all_gather_into_tensor"):
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even of a process that is alone
         library.init_distributed(verbose=False, auto_mpi_discovery=False)
         self.mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
-        if config.train.activation_checkpointing:
-            checkpoint_activations(self.model)
+
+    def fill(self, origin: Origin | None) -> None:
+        """Give this rank's partitions memory, with the values of `origin` where there is one, and make the optimizer."""
+        largest = max(p.numel() for p in self.model.parameters())
+        hidden_size = self.blueprint.config.get_text_config().hidden_size
+        self.settings = settings(self.config, hidden_size, -(-largest // self.world.size), self.nvme, self.world)
+        if self.world.rank == 0 and origin is not None:
+            (Path(self.config.run_dir) / "deepspeed.json").write_text(json.dumps(self.settings, indent=1) + "\n")
         self._partition(origin)
-        self.engine, self.optimizer = library.initialize(
-            model=self.model, optimizer=self._make_optimizer(), config=copy.deepcopy(self.settings)
+        self.engine, self.optimizer = import_deepspeed().initialize(
+            model=self.model, optimizer=self._make_optimizer(native=origin is not None), config=copy.deepcopy(self.settings)
         )[:2]
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
         self.norm, self.limit = 0.0, math.inf
         self.optimizer._get_norm_groups = self._norm_groups
-        if not origin.is_exact_in(self.compute):
-            self._set_master(origin)
+        if origin is not None:
+            if not origin.is_exact_in(self.compute):
+                self._set_master(origin)
+            forget(origin)
         self._begin_state()
         self.engine.train()
 
-    def _partition(self, origin: Origin) -> None:
+    def _partition(self, origin: Origin | None) -> None:
         """Give each meta parameter its partition, read from `origin`; no rank ever fills more than its own elements.
 
         What zero.Init does at birth, without making, initialising and broadcasting whole values first.
@@ -102,31 +116,41 @@ class ZeRO3Engine:
         init = Init(module=nn.Module(), config_dict_or_path=copy.deepcopy(self.settings))  # `dtype` would be ignored on some machines
         made: dict[str, Any] = {}
         for name, meta in list(self.model.named_parameters()):
-            whole = _untouched(meta.shape, self.compute if meta.is_floating_point() else meta.dtype, self.world.device)
-            start, end = part_of(meta.numel(), self.world)
-            whole.view(-1)[start:end].copy_(read_elements(origin, name, tuple(meta.shape), start, end))
+            dtype = self.compute if meta.is_floating_point() else meta.dtype
+            if origin is None:
+                whole = torch.empty(meta.shape, dtype=dtype, device=self.world.device)
+            else:
+                whole = _untouched(meta.shape, dtype, self.world.device)
+                start, end = part_of(meta.numel(), self.world)
+                whole.view(-1)[start:end].copy_(read_elements(origin, name, tuple(meta.shape), start, end))
             made[name] = nn.Parameter(whole, requires_grad=meta.requires_grad)
             init._convert_to_deepspeed_param(made[name])
             made[name].partition()
             _replace(self.model, name, made[name])
         for alias, name in tied_names(self.model).items():
             _replace(self.model, alias, made[name])
+        if origin is not None:
+            self._read_buffers(origin, made)
+        move_buffers(self.model, self.world.device)
+        require_tied(self.model)
+
+    def _read_buffers(self, origin: Origin, made: dict[str, Any]) -> None:
+        """Read what is no parameter; raises RuntimeError if anything of the model stays unwritten."""
         names, buffers = set(origin.names()), dict(self.model.named_buffers())
         for name in names - set(made):
             buffers[name].copy_(origin.read(name, (0,) * buffers[name].ndim, tuple(buffers[name].shape)))
-        nn.Module.to(self.model, self.world.device)
-        require_tied(self.model)
         left = [name for name, tensor in self.model.state_dict(keep_vars=True).items() if tensor.is_meta]
         left += [name for name in made if name not in names]
         if left:
             raise RuntimeError(f"not all of the model was loaded: {', '.join(left[:5])} stayed unwritten")
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def _make_optimizer(self, native: bool) -> torch.optim.Optimizer:
+        """Return torch's optimizer, or DeepSpeed's own for the host where the state is there; `native` allows its compiled code."""
         optim = self.config.optim
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         scale = self.adaptation.lr_scale
         groups = decay_groups(((p, len(p.ds_shape), scale(name)) for name, p in parameters.items()), optim.weight_decay)
-        if optim.name is OptimizerName.sgd or self.config.engine.offload_optimizer is Offload.none:
+        if optim.name is OptimizerName.sgd or self.config.engine.offload_optimizer is Offload.none or not native:
             return torch_optimizer(groups, optim)
         require_op("cpu_adam", "engine.offload_optimizer", str(self.config.engine.offload_optimizer))
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -139,11 +163,11 @@ class ZeRO3Engine:
         """Make AdamW's state at step 0, sub-group by sub-group: memory is short at the start, and a checkpoint can be read into it."""
         if self.config.optim.name is OptimizerName.sgd:
             return
-        on_host = self.config.engine.offload_optimizer is not Offload.none
+        native = hasattr(self.optimizer.optimizer, "ds_opt_adam")
         for number, master in enumerate(self.optimizer.fp32_partitioned_groups_flat):
             with self._present(number):
                 moments = {name: torch.zeros_like(master, requires_grad=False) for name in MOMENTS}
-                self.optimizer.optimizer.state[master] = {"step": 0 if on_host else torch.zeros((), device=master.device), **moments}
+                self.optimizer.optimizer.state[master] = {"step": 0 if native else torch.zeros((), device=master.device), **moments}
 
     @contextmanager
     def _present(self, number: int) -> Iterator[None]:
@@ -372,6 +396,10 @@ class ZeRO3Engine:
         masters = self.optimizer.fp32_partitioned_groups_flat
         return [self.optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
 
+    def reduce_buffers(self) -> list[Tensor]:
+        """Return what gradients are collected in before they are reduced."""
+        return [bucket.buffer for bucket in self.optimizer.ipg_buckets.values() if bucket.buffer is not None]
+
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         (parameters, frozen), size = self._trained_and_frozen(), self.state_bytes()
@@ -401,6 +429,20 @@ class ZeRO3Engine:
         """Remove this node's files on NVMe."""
         if self.nvme is not None and self.world.local_rank == 0:
             shutil.rmtree(self.nvme, ignore_errors=True)
+
+
+def believe_ranks() -> None:
+    """Let DeepSpeed not compare what ranks have with what it reads of rank 0: of ranks that are not there no value can be read."""
+    import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
+
+    coordinator.assert_ints_same_as_other_ranks = lambda *_, **__: None
+
+
+def end_groups() -> None:
+    """End torch's process groups with those that DeepSpeed remembers, so that others can be begun."""
+    comm = import_deepspeed().comm
+    if comm.is_initialized():
+        comm.destroy_process_group()
 
 
 def settings(config: RunConfig, hidden_size: int, largest_part: int, nvme: Path | None, world: World) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from trainers.engines.base import (
     decay_groups,
     frozen_statement,
     in_short,
+    move_buffers,
     require_host,
     require_type,
     set_lr,
@@ -38,7 +39,7 @@ from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.tokens import ENCODER
-from trainers.weights import Origin, load_parts, materialise, origin_of, require_tied, tied_names
+from trainers.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.world import World
 
 STRAY_SHARE = 0.1
@@ -50,6 +51,12 @@ class FSDPEngine:
 
     def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
         """Build on meta, shard, materialise, read this rank's slices, make the optimizer: in this order."""
+        self.outline(config, world, blueprint)
+        require_host(config, world, self.model)
+        self.fill(self.adaptation.origin)
+
+    def outline(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
+        """Build on meta, adapt and shard: all that needs neither values nor memory for them."""
         self.world, self.blueprint, self.config = world, blueprint, config
         self.compute, engine = COMPUTE[config.train.precision], config.engine
         self.offloaded = engine.offload_param is Offload.cpu
@@ -57,21 +64,23 @@ class FSDPEngine:
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.model = blueprint.build()
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
-        require_host(config, world, self.model)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
         self.blocks = find_blocks(self.model)
         require_small_groups(self.model, self.blocks)
         self._shard()
-        materialise(self.model, torch.device("cpu") if self.offloaded else world.device)
-        _load(self.model, self.adaptation.origin)
-        for module in self.model.modules():  # an offloaded model's parameters visit the device, its buffers live there
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else buffer.to(world.device)
-        self.optimizer = make_optimizer(self.model, config.optim, self.adaptation)
+        self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
+
+    def fill(self, origin: Origin | None) -> None:
+        """Give this rank's slices memory, with the values of `origin` where there is one, and make the optimizer."""
+        materialise(self.model, torch.device("cpu") if self.offloaded else self.world.device)
+        if origin is not None:
+            _load(self.model, origin)
+            forget(origin)
+        move_buffers(self.model, self.world.device)  # an offloaded model's parameters visit the device, its buffers live there
+        self.optimizer = make_optimizer(self.model, self.config.optim, self.adaptation)
         _begin_state(self.optimizer)
         self._send_home()
-        self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
         self.model.train()
 
     def _shard(self) -> None:

@@ -8,7 +8,7 @@ quantises its own rows alone; torchao's tensor splits only where blocks divide b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,12 @@ def quantise(values: Tensor, blocks: int) -> Tensor:
     return torch.cat([pairs, stored.view(torch.uint8), torch.cat([factor, mean], 1).view(torch.uint8)], 1)
 
 
+def chunks_of(packed: Tensor, step: int) -> Iterable[Tensor]:
+    """Return the groups of a matrix, `step` at a time."""
+    parts: Sequence[Tensor] = packed.split(step)
+    return parts
+
+
 def dequantise(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the values of (groups, bytes) uint8 in a shape and type, calculated in float32 a chunk at a time."""
     numel = math.prod(shape)
@@ -64,7 +70,7 @@ def dequantise(packed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tens
     levels = torch.tensor(LEVELS, device=packed.device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], -1)
     step = max(1, CHUNK // (blocks * BLOCK))
-    for number, part in enumerate(packed.split(step)):
+    for number, part in enumerate(chunks_of(packed, step)):
         codes, stored, ends = part.split([blocks * BLOCK // 2, blocks, 8], 1)
         factor, mean = ends.clone(memory_format=torch.contiguous_format).view(torch.float32).split(1, 1)
         scales = stored.contiguous().view(torch.int8) / factor + mean

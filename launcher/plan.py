@@ -1,0 +1,177 @@
+"""mode=plan, and the gate before SLURM: what runs need and cost, told by trainers.plan in a process of its own, which may load torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.config import Backend, JobConfig, LaunchConfig, count_gpus, ranks_per_node
+from launcher.ending import INTERRUPTED
+from launcher.job import ROOT, Job, make_job
+from trainers.config import ConfigError, EngineName, Offload, PeftMethod, Quantisation, plain
+from trainers.plan.request import HardwareConfig, Place, Request, Variant
+from trainers.status import BAD_INPUT, DONE, FAILED, try_json
+
+HARDWARE = ROOT / "conf" / "hardware"
+OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+UNREACHABLE = ("model.id", "model.tokenizer")
+"""Fields whose files the compute nodes may reach where this machine does not."""
+SIZES = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
+
+Compose = Callable[[list[str]], JobConfig | None]
+"""Composes the command line with more overrides; None where they do not go together."""
+
+
+def plan(jobs: Sequence[Job], compose: Compose | None = None) -> int:
+    """Print what runs need and cost, and write plan.json and plan.svg into their directories; returns 0 where all fit, 1 where not.
+
+    With `compose`, changes that would make a single run fit are looked for. Raises ConfigError for what cannot be planned.
+    """
+    requests = [request_of(job) for job in jobs]
+    code = _ask("plan", requests)
+    if code == FAILED and compose is not None and len(jobs) == 1 and jobs[0].plan.changes:
+        requests[0].changes = _variants(jobs[0], compose)
+        if _ask("changes", requests) == INTERRUPTED:
+            return INTERRUPTED
+    return code
+
+
+def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
+    """Raise ConfigError where a run does not fit the GPUs that it would be submitted to; what cannot be known stops nothing.
+
+    A plan that stands in the run directory already, of the same settings, is not made again.
+    """
+    jobs = [job for job in jobs if not job.launch.force and _place(job.launch).gpus]
+    requests = [request_of(job) for job in jobs]
+    new = [request for job, request in zip(jobs, requests, strict=True) if _known(job).get("asked") != asdict(request)]
+    if new:
+        print(f"planning {len(new)} run(s) before they are submitted; launch.force=true leaves this out", file=sys.stderr, flush=True)
+        try:
+            if _ask("gate", new) == INTERRUPTED:
+                raise KeyboardInterrupt
+        except ConfigError as error:
+            if error.path not in UNREACHABLE:
+                raise
+            print(f"warning: not planned: {error}", file=sys.stderr, flush=True)
+            return
+    for job in jobs:
+        found = _known(job)
+        if found.get("verdict") == "does not fit":
+            if compose is not None and len(jobs) == 1 and job.plan.changes:
+                request = request_of(job)
+                request.changes = _variants(job, compose)
+                _ask("changes", [request])
+            raise ConfigError("run_dir", str(job.run_dir), _reason(found), "a change as above, another hardware=NAME, or launch.force=true")
+    for job in jobs[:1]:
+        _say_fitting(_known(job))
+
+
+def _reason(found: dict[str, Any]) -> str:
+    devices = [f"{name} has {found['capacity'][name] / 2**30:,.1f}" for name in found["verdicts"]]
+    needed = max(found["needed"].values()) / 2**30
+    note = next((f"; {note}" for note in found["notes"] if "host memory" in note), "")
+    return f"the run does not fit: a rank needs {needed:,.1f} GiB of its GPU, and {', '.join(devices)}{note}"
+
+
+def _say_fitting(found: dict[str, Any]) -> None:
+    fits = [name for name, verdict in found.get("verdicts", {}).items() if verdict != "does not fit"]
+    if fits:
+        print(f"planned: a rank needs {max(found['needed'].values()) / 2**30:,.1f} GiB of its GPU: fits {', '.join(fits)}", flush=True)
+
+
+def _known(job: Job) -> dict[str, Any]:
+    return try_json(job.run_dir / "plan.json")
+
+
+def request_of(job: Job) -> Request:
+    """Return what is asked about a job: its settings, place, and the device that is named, or all that are known."""
+    hardware = [job.hardware] if job.hardware.name != "any" else known_hardware()
+    return Request(base=_variant(job), hardware=hardware, plan=job.plan)
+
+
+def known_hardware() -> list[HardwareConfig]:
+    """Return the devices of conf/hardware, the smallest first."""
+    found = [HardwareConfig(**yaml.safe_load(file.read_text("utf-8"))) for file in sorted(HARDWARE.glob("*.yaml"))]
+    return sorted((item for item in found if item.name != "any"), key=lambda item: (item.memory_gib, item.name))
+
+
+def _variant(job: Job, overrides: Sequence[str] = ()) -> Variant:
+    return Variant(run=plain(job.run), place=_place(job.launch), overrides=list(overrides))
+
+
+def _place(launch: LaunchConfig) -> Place:
+    gpus = count_gpus() if launch.gpus_per_node is None else launch.gpus_per_node
+    save_s = launch.grace_s if launch.backend is Backend.slurm else launch.shutdown_s
+    memory = re.fullmatch(r"(\d+)([KMGT]?)B?", (launch.memory or "0").upper())
+    gib = int(memory[1]) * SIZES[memory[2] or "M"] if memory else 0.0
+    return Place(nodes=launch.nodes, ranks_per_node=ranks_per_node(launch), gpus=gpus > 0, save_s=save_s, memory_gib=gib)
+
+
+def _ask(command: str, requests: list[Request]) -> int:
+    """Let trainers.plan answer on our standard output; returns its exit code, and raises the ConfigError that it found."""
+    with tempfile.TemporaryDirectory() as folder:
+        error = Path(folder) / "error.json"
+        asked = {"command": command, "error": str(error), "requests": [asdict(request) for request in requests]}
+        sys.stdout.flush()
+        line = [sys.executable, "-m", "trainers.plan"]
+        child = subprocess.Popen(line, stdin=subprocess.PIPE, text=True, env=_environment(), start_new_session=True)
+        try:
+            child.communicate(json.dumps(asked))
+        except KeyboardInterrupt:
+            child.kill()
+            child.wait()
+            return INTERRUPTED
+        if child.returncode == BAD_INPUT and error.exists():
+            raise ConfigError(**json.loads(error.read_text("utf-8")))
+    if child.returncode not in (DONE, FAILED):
+        raise ConfigError("mode", "plan", f"the plan was not made: its process ended with {child.returncode}, as it says above")
+    return child.returncode
+
+
+def _environment() -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def _variants(job: Job, compose: Compose) -> list[Variant]:
+    """Return the changes that go together with the command line."""
+    made = []
+    for overrides in changes_of(job):
+        config = compose(overrides)
+        if config is not None:
+            made.append(_variant(make_job(config), overrides))
+    return made
+
+
+def changes_of(job: Job) -> list[list[str]]:
+    """Return overrides that need less memory, the cheapest first: what costs time, then what costs GPUs, then what trains less."""
+    train, engine, peft, nodes = job.run.train, job.run.engine, job.run.peft, job.launch.nodes
+    half = [f"train.microbatch={train.microbatch // 2}"] if train.microbatch > 2 else []
+    one = ["train.microbatch=1"] if train.microbatch > 1 else []
+    again = [] if train.activation_checkpointing or peft.method is PeftMethod.prefix else ["train.activation_checkpointing=true"]
+    lean = one + again
+    found = [half, one, again, half + again, lean]
+    if engine.replicate > 1:
+        found.append([*lean, "engine.replicate=1", "engine.shard=null"])
+    if engine.name is EngineName.fsdp and engine.offload_optimizer is Offload.none:
+        found.append([*lean, "engine.offload_optimizer=cpu"])
+    if engine.offload_param is Offload.none:
+        found.append([*lean, f"engine={engine.name}_offload"])
+    if job.launch.backend is not Backend.local:
+        found += [[*lean, f"launch.nodes={nodes * more}"] for more in (2, 4, 8)]
+    if peft.method is PeftMethod.none:
+        found += [["peft=lora"], [*lean, "peft=lora"]]
+    if peft.method in (PeftMethod.none, PeftMethod.lora) and peft.quantise is Quantisation.none:
+        found.append([*lean, "peft=qlora"])
+    return [list(item) for item in dict.fromkeys(map(tuple, found)) if item]

@@ -1,0 +1,283 @@
+"""A plan's bytes beside those of real runs on this machine's CPU: state to the byte, and the peak of tensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.bench.ranks import explaining, leave, start_ranks, wait_for
+from trainers.config import (
+    DataConfig,
+    EngineConfig,
+    EngineName,
+    ModelConfig,
+    PeftConfig,
+    PeftMethod,
+    Precision,
+    Quantisation,
+    RunConfig,
+    TrainConfig,
+)
+
+if TYPE_CHECKING:
+    from trainers.model import Blueprint
+    from trainers.plan.trace import Trace
+
+LIMIT_S = 900.0
+COLLECTIVES = ("reduce_scatter_tensor", "reduce_scatter_single", "all_reduce")
+TOLERANCE = 0.05
+"""Of the traced peak."""
+
+
+def _llama(hidden: int, intermediate: int, blocks: int, heads: int, vocab: int) -> dict[str, int]:
+    attention = {"num_attention_heads": heads, "num_key_value_heads": heads // 2}
+    return {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": blocks, "vocab_size": vocab, **attention}
+
+
+SIZES = {
+    "tiny": _llama(64, 176, 5, 4, 33),
+    "9M": _llama(256, 704, 8, 8, 8192),
+    "60M": _llama(512, 1536, 14, 8, 16384),
+    "300M": _llama(1024, 2816, 22, 16, 16384),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: a Llama of one of SIZES, `more` of it changed."""
+
+    ranks: int
+    size: str
+    engine: EngineName = EngineName.fsdp
+    method: PeftMethod = PeftMethod.none
+    quantise: Quantisation = Quantisation.none
+    precision: Precision = Precision.bf16
+    checkpointing: bool = False
+    microbatches: int = 1
+    replicate: int = 1
+    seq_len: int = 128
+
+    @property
+    def name(self) -> str:
+        """Say what it is."""
+        words = [
+            self.size,
+            "qlora" if self.quantise is Quantisation.nf4 else "full" if self.method is PeftMethod.none else str(self.method),
+        ]
+        words += [str(self.engine), str(self.precision)]
+        words += ["checkpointing"] if self.checkpointing else []
+        words += [f"{self.microbatches} microbatches"] if self.microbatches > 1 else []
+        words += [f"{self.replicate} copies"] if self.replicate > 1 else []
+        return " ".join(words)
+
+    def config(self, run_dir: str) -> RunConfig:
+        """Return its settings."""
+        engine = EngineConfig(name=self.engine)
+        return RunConfig(
+            run_dir=run_dir,
+            model=ModelConfig(architecture={"model_type": "llama", **SIZES[self.size]}),
+            data=DataConfig(seq_len=self.seq_len),
+            peft=PeftConfig(method=self.method, quantise=self.quantise),
+            engine=replace(engine, replicate=self.replicate) if self.replicate > 1 else engine,
+            train=TrainConfig(
+                steps=1,
+                global_batch=2 * self.ranks * self.microbatches,
+                microbatch=2,
+                precision=self.precision,
+                activation_checkpointing=self.checkpointing,
+            ),
+        )
+
+
+FP32, ZERO3, LORA, NF4 = Precision.fp32, EngineName.zero3, PeftMethod.lora, Quantisation.nf4
+CASES = [
+    Case(1, "tiny"),
+    Case(1, "9M", precision=FP32, checkpointing=True),
+    Case(1, "60M", method=LORA, quantise=NF4),
+    Case(1, "9M", engine=ZERO3),
+    Case(2, "tiny", precision=FP32),
+    Case(2, "9M", checkpointing=True, microbatches=2),
+    Case(2, "9M", method=LORA),
+    Case(2, "60M", method=LORA, quantise=NF4, checkpointing=True),
+    Case(2, "9M", engine=ZERO3, checkpointing=True),
+    Case(2, "9M", engine=ZERO3, method=LORA),
+    Case(2, "tiny", engine=ZERO3, method=LORA, quantise=NF4, precision=FP32),
+    Case(2, "300M", checkpointing=True),
+    Case(2, "300M", engine=ZERO3, checkpointing=True),
+    Case(3, "tiny"),
+    Case(3, "tiny", engine=ZERO3, microbatches=2),
+    Case(4, "9M"),
+    Case(4, "9M", replicate=2),
+    Case(4, "60M", engine=ZERO3, precision=FP32, checkpointing=True),
+]
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print predicted and measured bytes of each case; raises RuntimeError where state differs or a peak is further off than promised."""
+    cases = [case for case in CASES if case.ranks in options.ranks and case.size in options.sizes]
+    table = Table("ranks", "run", "parameters", "state bytes", title="a plan beside real runs")
+    for column in ("peak: predicted", "traced", "ratio", "torch's allocator, with gloo's copies", "ratio"):
+        table.add_column(column, justify="right")
+    wrong = []
+    for ranks in sorted({case.ranks for case in cases}):
+        chosen = [case for case in cases if case.ranks == ranks]
+        for case, found, predicted in zip(chosen, measure(ranks, chosen), map(predict, chosen), strict=True):
+            ratio = predicted["peak"] / found["peak"]
+            same = predicted["state"] == found["state"]
+            if not same or abs(ratio - 1) > TOLERANCE:
+                wrong.append(f"{ranks} ranks, {case.name}: predicted {predicted}, found {found}")
+            allocated = found.get("allocated")
+            beside = ("", "") if allocated is None else (_mib(allocated), f"{predicted['peak'] / allocated:.3f}")
+            figures = (
+                f"{predicted['parameters']:,}",
+                "equal" if same else "differ",
+                _mib(predicted["peak"]),
+                _mib(found["peak"]),
+                f"{ratio:.4f}",
+            )
+            table.add_row(str(ranks), case.name, *figures, *beside)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if wrong:
+        raise RuntimeError("\n".join(wrong))
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.2f} MiB"
+
+
+def blueprint_of_case(case: Case) -> Blueprint:
+    """Return its model, with random values."""
+    from transformers import AutoConfig
+
+    from trainers.model import Blueprint
+
+    config = AutoConfig.for_model("llama", tie_word_embeddings=False, **SIZES[case.size])
+    config._attn_implementation = "sdpa"
+    return Blueprint(config=config, folder=None, revision=None, seed=0, trust_remote_code=False)
+
+
+def predict(case: Case) -> dict[str, Any]:
+    """Return `state` bytes by class, `peak` bytes and `parameters`, as a plan has them."""
+    from trainers.plan.simulate import ranks, simulate
+
+    with ranks(case.ranks, case.ranks) as world:
+        found = simulate(case.config("."), blueprint_of_case(case), world, case.seq_len)
+    return {"state": found.state_bytes, "peak": found.peak.total, "parameters": found.parameters}
+
+
+def measure(ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
+    """Return the same of real runs with so many ranks, and `allocated` where torch's profiler sees every allocation."""
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = [str(CASES.index(case)) for case in cases]
+        with start_ranks(["plan-rank", folder, *chosen], ranks, Path(folder)) as children:
+            wait_for(children, Path(folder), "done", lambda: None, LIMIT_S)
+        found: list[dict[str, Any]] = json.loads((Path(folder) / "0.done").read_text())
+        return found
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """Be one rank of `measure`."""
+    import torch
+
+    from trainers.world import World
+
+    folder = Path(options.folder)
+    torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    with explaining(folder):
+        world = World.from_environment()
+        world.connect()
+        found = []
+        for number in options.cases:
+            case = CASES[number]
+            figures = _traced(case, world, folder)
+            if case.engine is EngineName.fsdp:  # DeepSpeed frees where the profiler does not look
+                figures["allocated"] = _allocated(case, world, folder)
+            found.append(figures)
+        world.barrier()
+        leave(folder, "done", json.dumps(found))
+        world.disconnect()
+
+
+def _traced(case: Case, world: Any, folder: Path) -> dict[str, Any]:
+    """Take real steps, with every operator's allocations noted."""
+    from trainers.plan.trace import Trace
+
+    trace = Trace(SIZES[case.size]["vocab_size"])
+    with trace, _without_copies_of_gloo(trace):
+        engine = _take_steps(case, world, folder, trace)
+    return {"state": engine.state_bytes(), "peak": max(moment.total for moment in trace.moments())}
+
+
+def _take_steps(case: Case, world: Any, folder: Path, trace: Trace) -> Any:
+    from trainers.engines.base import build_engine
+    from trainers.plan.simulate import take_step, whole_batch
+
+    engine: Any = build_engine(case.config(str(folder)), world, blueprint_of_case(case))
+    for _ in range(2):
+        trace.restart()
+        take_step(engine, trace, [whole_batch(2, case.seq_len) for _ in range(case.microbatches)])
+    return engine
+
+
+@contextmanager
+def _without_copies_of_gloo(trace: Trace) -> Iterator[None]:
+    """Leave out what gloo allocates to reduce: NCCL, and a rank that is alone, do not."""
+    import torch.distributed as dist
+
+    plain = {name: getattr(dist, name) for name in COLLECTIVES if hasattr(dist, name)}
+
+    def quietly(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with trace.paused():
+                return function(*args, **kwargs)
+
+        return call
+
+    for name, function in plain.items():
+        setattr(dist, name, quietly(function))
+    try:
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(dist, name, function)
+
+
+def _allocated(case: Case, world: Any, folder: Path) -> int:
+    """Return the peak of what torch's CPU allocator hands out in the same steps, from its own reports to torch's profiler."""
+    from torch._C._profiler import _EventType
+    from torch.profiler import ProfilerActivity, profile
+
+    from trainers.plan.trace import Trace
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _take_steps(case, world, folder, Trace(0))
+    events: list[tuple[int, int, int]] = []
+
+    def collect(nodes: Any) -> None:
+        for node in nodes:
+            if node.tag == _EventType.Allocation:
+                events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+            collect(node.children)
+
+    assert profiler.profiler is not None
+    collect(profiler.profiler.kineto_results.experimental_event_tree())
+    live: dict[int, int] = {}
+    now = peak = 0
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        now += size - live.pop(address, 0) if size > 0 else -live.pop(address, 0)
+        if size > 0:
+            live[address] = size
+        peak = max(peak, now)
+    return peak

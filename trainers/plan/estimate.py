@@ -1,0 +1,93 @@
+"""Seconds of a step on a kind of device, as a range between two sets of assumptions; and what a run costs with them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from trainers.config import Offload, OptimizerName, Precision, RunConfig
+from trainers.plan.request import HardwareConfig, Place
+from trainers.plan.trace import Moment
+
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a device's peaks a step reaches."""
+
+    products: float
+    """Of the peak of matrix products."""
+    memory: float
+    """Of the bandwidth of memory."""
+    wires: float
+    """Of the bandwidth between devices."""
+    host: float
+    """GB/s at which a rank's part of the host's cores reads and writes state that is offloaded."""
+
+
+FAST = Share(products=0.80, memory=0.90, wires=0.85, host=20.0)
+SLOW = Share(products=0.55, memory=0.60, wires=0.50, host=5.0)
+ASSUMPTIONS = (
+    f"fast: {FAST.products:.0%} of the matrix peak, {FAST.memory:.0%} of the memory's bandwidth, {FAST.wires:.0%} of that between "
+    "devices, which work while the step computes",
+    f"slow: {SLOW.products:.0%}, {SLOW.memory:.0%}, {SLOW.wires:.0%}, one after another",
+    "each operator other than a matrix product reads and writes its tensors once, as it does without a compiler",
+    "all ranks of a node share its network; loading data, evaluation and checkpoints are left out",
+)
+
+
+def repeats(microbatches: int) -> dict[int | None, int]:
+    """Return how often a step has the moments of each microbatch that was simulated: the second stands for all that follow."""
+    return {None: 1, 0: 1, 1: microbatches - 1}
+
+
+def totals(moments: Iterable[Moment], microbatches: int) -> tuple[float, float, dict[str, float]]:
+    """Return a rank's FLOPs, bytes moved and bytes sent of a whole step."""
+    times = repeats(microbatches)
+    flops = moved = 0.0
+    sent: dict[str, float] = defaultdict(float)
+    for moment in moments:
+        if moment.name not in ("evaluation", "export"):
+            count = times[moment.microbatch]
+            flops += count * moment.flops
+            moved += count * moment.moved
+            for key, size in moment.sent.items():
+                sent[key] += count * size
+    return flops, moved, sent
+
+
+def spans_nodes(group: str, place: Place) -> bool:
+    """Tell whether the ranks of `FIRST:END:COUNT` stand on several nodes."""
+    first, end, _ = map(int, group.split(":"))
+    return first // place.ranks_per_node != (end - 1) // place.ranks_per_node
+
+
+def bandwidth(group: str, place: Place, hardware: HardwareConfig) -> float:
+    """Return GB/s at which each rank of a group sends: its link, or between nodes the network of the group's ranks on a node."""
+    if not spans_nodes(group, place):
+        return hardware.link_gb_s
+    first, end, count = map(int, group.split(":"))
+    nodes = (end - 1) // place.ranks_per_node - first // place.ranks_per_node + 1
+    return min(hardware.link_gb_s, hardware.network_gb_s * max(1, count // nodes))
+
+
+def step_seconds(
+    config: RunConfig, place: Place, hardware: HardwareConfig, moments: list[Moment], microbatches: int, share: Share, trained: float
+) -> float:
+    """Return the seconds of an optimizer step; `trained` is a rank's trainable parameters."""
+    flops, moved, sent = totals(moments, microbatches)
+    peak = hardware.tflops if config.train.precision is Precision.bf16 else hardware.tflops_fp32
+    compute = flops / (1e12 * peak * share.products) + moved / (GIGA * hardware.memory_gb_s * share.memory)
+    wires = sum(size / (GIGA * bandwidth(key.split()[1], place, hardware) * share.wires) for key, size in sent.items())
+    moments_each = 0 if config.optim.name is OptimizerName.sgd else 2
+    engine, host = config.engine, 0.0
+    if engine.offload_optimizer is not Offload.none:  # state is read and written, and the gradient read
+        host += trained * 4 * (2 * (1 + moments_each) + 1) / (GIGA * share.host)
+        wires += (
+            trained * 4 * (2 + 2 * moments_each * (engine.offload_param is Offload.none)) / (GIGA * hardware.host_link_gb_s * share.wires)
+        )
+    if engine.offload_param is not Offload.none:  # forward and backward fetch what a rank holds
+        wires += 2 * microbatches * trained * 4 / (GIGA * hardware.host_link_gb_s * share.wires)
+    return host + (max(compute, wires) if share is FAST else compute + wires)

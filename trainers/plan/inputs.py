@@ -1,0 +1,136 @@
+"""What is known of a run's model and data on a machine that has neither weights nor, perhaps, the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from trainers.config import Attention, ConfigError, DataSource, ModelConfig, RunConfig, looks_local
+from trainers.data.loader import LENGTH_MULTIPLE
+from trainers.data.prepare import find_prepared
+from trainers.data.tokenizer import load_tokenizer
+from trainers.model import Blueprint, blueprint_of, from_architecture
+from trainers.plan.request import PlanConfig
+from trainers.plan.shapes import SHAPES
+
+log = logging.getLogger("fulltune")
+
+
+@dataclass
+class _Tokens:
+    """A vocabulary of which only the size is known."""
+
+    size: int
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __len__(self) -> int:
+        return self.size
+
+
+@dataclass(kw_only=True)
+class Data:
+    """How much there is to train on."""
+
+    source: str
+    """Where the numbers come from, in words."""
+    seq_len: int
+    """Tokens of the longest row that a microbatch can have."""
+    rows: float | None
+    """Rows of one pass; None where nobody knows."""
+    tokens: float | None
+    """Tokens of one pass, without padding."""
+
+    def steps(self, config: RunConfig) -> int | None:
+        """Return the run's optimizer steps."""
+        if config.train.steps is not None:
+            return config.train.steps
+        if self.rows is None:
+            return None
+        return math.ceil(max(1, round((config.train.epochs or 1.0) * self.rows)) / config.train.global_batch)
+
+
+def read_model(config: RunConfig) -> tuple[Blueprint, list[str]]:
+    """Return the model without values, and what a reader should know of it; raises ConfigError naming the field."""
+    model, notes = config.model, []
+    if model.attention is Attention.flash_attention_2:
+        model = dataclasses.replace(model, attention=Attention.sdpa)
+        notes.append("model.attention=flash_attention_2 is planned as sdpa, which keeps as much for backward and a mask besides")
+    if model.id is None:
+        config_of = _from_architecture(config)
+    elif model.id in SHAPES and not Path(model.id).exists():
+        fields = dict(SHAPES[model.id])
+        config_of = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        notes.append(f"the architecture of {model.id} is the one that ships with fulltune")
+    else:
+        config_of = _fetch(model)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # from here on only what is on this machine
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    return blueprint_of(model, config.seed, config_of, _vocabulary(config)), notes
+
+
+def _from_architecture(config: RunConfig) -> PreTrainedConfig:
+    size = config.model.architecture.get("vocab_size") or _vocabulary(config)
+    return from_architecture(config.model.architecture, _Tokens(size))
+
+
+def _vocabulary(config: RunConfig) -> int:
+    """Return the tokenizer's tokens; what it is asked to train, or 0 where it is not on this machine: no model grows for that."""
+    if config.model.train_tokenizer:
+        return config.model.train_tokenizer + len(config.model.add_tokens)
+    try:
+        return len(load_tokenizer(config))
+    except ConfigError:
+        if config.model.id is None:
+            raise
+        return 0
+
+
+def _fetch(model: ModelConfig) -> PreTrainedConfig:
+    assert model.id is not None
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
+            model.id, revision=None if looks_local(model.id) else model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # whatever transformers or the hub client raises
+        reason = f"its config.json cannot be had: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        remedy = "hf auth login where it is gated; without a network model.id=DIR, a directory with its config.json"
+        raise ConfigError("model.id", model.id, reason, remedy) from error
+    return found
+
+
+def read_data(config: RunConfig, plan: PlanConfig) -> Data:
+    """Return how much there is to train on: from the prepared data, else `plan.tokens`, else nothing but `train.steps`."""
+    seq_len, batch = config.data.seq_len, config.train.global_batch
+    try:
+        prepared = find_prepared(config)
+    except ConfigError as error:
+        log.debug("no prepared data: %s", error)
+        prepared = None
+    if prepared is not None:
+        lengths = prepared.train.row_lengths()
+        longest = seq_len if config.data.packing else min(seq_len, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+        words = f"the prepared data ({prepared.path.name})"
+        return Data(source=words, seq_len=longest, rows=float(len(lengths)), tokens=float(lengths.sum()))
+    if plan.tokens is not None:
+        words = f"plan.tokens={plan.tokens:g}, in full rows: the data are not prepared on this machine"
+        return Data(source=words, seq_len=seq_len, rows=math.ceil(plan.tokens / seq_len), tokens=plan.tokens)
+    if config.train.steps is not None:
+        words = f"train.steps={config.train.steps} of {batch} full rows: the data are not prepared on this machine"
+        return Data(source=words, seq_len=seq_len, rows=None, tokens=None)
+    how = "python -m tools.show_batch prepares them" if config.data.source is DataSource.python_docs or _is_here(config) else ""
+    words = f"unknown: the data are not prepared on this machine{'; ' if how else ''}{how}; plan.tokens=N says how many tokens one pass has"
+    return Data(source=words, seq_len=seq_len, rows=None, tokens=None)
+
+
+def _is_here(config: RunConfig) -> bool:
+    return config.data.path is not None and Path(config.data.path).exists()

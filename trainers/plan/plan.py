@@ -1,0 +1,276 @@
+"""A plan: whether a run fits, where its memory goes, what it sends, saves and costs. Plain figures, as plan.json holds them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from trainers import host
+from trainers.config import CheckpointConfig, DataConfig, EngineName, Offload, OptimizerName, PeftMethod, RunConfig, parse, plain
+from trainers.engines.base import COMPUTE
+from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
+from trainers.plan.inputs import Data, read_data, read_model
+from trainers.plan.request import HardwareConfig, Place, PlanConfig, Variant
+from trainers.plan.simulate import Simulation, ranks, simulate
+from trainers.plan.trace import Kind, Moment
+
+VERSION = 1
+TIGHT = 0.9
+"""Share of a device's memory above which a run that fits is tight: a longer row than expected, or another NCCL, ends it."""
+WORDS = {
+    Kind.parameters: "parameters",
+    Kind.gradients: "gradients",
+    Kind.optimizer: "optimizer state",
+    Kind.activations: "activations",
+    Kind.logits: "logits",
+    Kind.buffers: "all-gather and reduce buffers",
+}
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What plan.json holds. Bytes are of one rank unless they say otherwise."""
+
+    name: str
+    run_dir: str
+    version: int = VERSION
+    verdicts: dict[str, str]
+    """By device: `fits`, `tight` or `does not fit`."""
+    capacity: dict[str, float]
+    """Bytes by device."""
+    needed: dict[str, float]
+    """Bytes of the device by device: the tensors, the allocator's slack, and what stands outside of it."""
+    peak: dict[str, float]
+    """Bytes by kind where tensors stand highest."""
+    peak_at: str
+    slack: int
+    state: dict[str, int]
+    """Bytes of what a rank keeps between steps, by class, wherever it is kept."""
+    parameters: int
+    trainable: int
+    model: str
+    engine: str
+    method: str
+    precision: str
+    place: Place
+    data: Data
+    microbatch: int
+    global_batch: int
+    steps: int | None
+    flops: float
+    """Of a step, over all ranks, with what activation checkpointing computes again."""
+    sent: dict[str, float]
+    """Bytes that a rank sends in a step, by collective and whether between nodes."""
+    host: dict[str, int]
+    """Bytes of a node's memory by part."""
+    host_limit: float
+    """Bytes of a node's memory; 0 where it is not known."""
+    checkpoint_bytes: int
+    """Of all ranks together."""
+    export_bytes: int
+    save_seconds: float | None = None
+    step_seconds: tuple[float, float] | None = None
+    """With the fast and the slow set of assumptions; None where no device is named."""
+    price: float | None = None
+    notes: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
+    moments: list[dict[str, Any]] = field(default_factory=list)
+    """The step, moment by moment: `name`, `microbatch`, `block`, and bytes by kind where memory stands highest in each."""
+    overrides: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """Return the verdict of the named device, or the best of all."""
+        return next((word for word in ("fits", "tight") if word in self.verdicts.values()), "does not fit")
+
+    @property
+    def most_needed(self) -> float:
+        """Return the bytes that a device must have."""
+        return max(self.needed.values())
+
+    def run_seconds(self) -> tuple[float, float] | None:
+        """Return the seconds of all steps, fast and slow; None where steps or devices are not known."""
+        if self.step_seconds is None or self.steps is None:
+            return None
+        return self.steps * self.step_seconds[0], self.steps * self.step_seconds[1]
+
+
+Simulations = dict[str, Simulation]
+
+
+def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanConfig, known: Simulations) -> Plan:
+    """Plan one run; `known` holds the simulations so far, and takes this one's.
+
+    Raises ConfigError for what cannot be planned as it is: the model's config cannot be had, or the engine refuses.
+    """
+    began = time.monotonic()
+    config, place = parse(variant.run), variant.place
+    blueprint, notes = read_model(config)
+    data = read_data(config, settings)
+    key = _key(config, place, data.seq_len)
+    if key not in known:
+        with ranks(place.size, place.ranks_per_node) as world:
+            known[key] = simulate(config, blueprint, world, data.seq_len)
+    simulation = known[key]
+    saved = blueprint.saved_dtype.itemsize
+    moments = [*simulation.moments, *_export(config, simulation, saved)]
+    peak = max(moments, key=lambda moment: moment.total)
+    microbatches = config.train.global_batch // (place.size * config.train.microbatch)
+    flops, _, sent = totals(simulation.moments, microbatches)
+    adapter = config.peft.method not in (PeftMethod.none, PeftMethod.freeze)
+    checkpoint = simulation.trainable * (4 if config.optim.name is OptimizerName.sgd else 12)
+    one = hardware[0] if len(hardware) == 1 else None
+    plan = Plan(
+        name=config.name,
+        run_dir=config.run_dir,
+        verdicts={},
+        capacity={},
+        needed={},
+        peak={str(kind): size for kind, size in peak.peak.items() if kind is not Kind.host},
+        peak_at=words_of(peak, _depth(moments)),
+        slack=simulation.slack if place.gpus else 0,
+        state=simulation.state_bytes,
+        parameters=simulation.parameters,
+        trainable=simulation.trainable,
+        model=config.model.id or str(config.model.architecture.get("model_type")),
+        engine=_engine_words(config),
+        method=_method_words(config),
+        precision=str(config.train.precision),
+        place=place,
+        data=data,
+        microbatch=config.train.microbatch,
+        global_batch=config.train.global_batch,
+        steps=data.steps(config),
+        flops=flops * place.size,
+        sent=_by_collective(sent, place),
+        host=_host(config, place, simulation, checkpoint),
+        host_limit=_host_limit(place, one),
+        checkpoint_bytes=checkpoint,
+        export_bytes=simulation.trainable * 4 if adapter else simulation.parameters * saved,
+        notes=notes,
+        overrides=variant.overrides,
+        moments=[
+            {
+                "name": moment.name,
+                "microbatch": moment.microbatch,
+                "block": moment.block,
+                "bytes": {str(k): v for k, v in moment.peak.items()},
+            }
+            for moment in moments
+        ],
+    )
+    _judge(plan, place, hardware, peak)
+    if one is not None and place.gpus:
+        trained = simulation.trainable / place.size * config.engine.replicate
+        fast, slow = (step_seconds(config, place, one, moments, microbatches, share, trained) for share in (FAST, SLOW))
+        plan.step_seconds, plan.price, plan.assumptions = (fast, slow), one.price, list(ASSUMPTIONS)
+        plan.save_seconds = checkpoint / (1e9 * one.storage_gb_s)
+    plan.seconds = time.monotonic() - began
+    return plan
+
+
+def _key(config: RunConfig, place: Place, seq_len: int) -> str:
+    """Return what two runs must share to need the same memory."""
+    kept = replace(config, name="", run_dir="", data=DataConfig(), checkpoint=CheckpointConfig(), log=type(config.log)(), seed=0)
+    settings = plain(kept)
+    settings["optim"] = {"name": settings["optim"]["name"]}
+    for name in ("steps", "epochs", "eval_every", "patience"):
+        settings["train"].pop(name)
+    return json.dumps([settings, asdict(place), seq_len], sort_keys=True)
+
+
+def _judge(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Moment) -> None:
+    """Compare what is needed with what each device has; ranks without a GPU share this machine's memory."""
+    if not place.gpus:
+        limit = _host_limit(place, None) / place.ranks_per_node
+        plan.capacity["cpu"], plan.needed["cpu"] = limit, peak.total + host.PROCESS_BYTES
+        plan.verdicts["cpu"] = _verdict(plan.needed["cpu"], limit) if limit else "fits"
+        return
+    for device in hardware:
+        capacity, needed = device.memory_gib * host.GIB, peak.total + plan.slack + device.overhead_gib * host.GIB
+        plan.capacity[device.name], plan.needed[device.name] = capacity, needed
+        plan.verdicts[device.name] = _verdict(needed, capacity)
+        on_host = sum(plan.host.values())
+        if plan.host_limit and on_host > plan.host_limit:
+            plan.verdicts[device.name] = "does not fit"
+            if not any("host memory" in note for note in plan.notes):
+                plan.notes.append(f"a node needs {host.gib(on_host)} of host memory and has {host.gib(plan.host_limit)}")
+
+
+def _verdict(needed: float, capacity: float) -> str:
+    return "fits" if needed <= TIGHT * capacity else "tight" if needed <= capacity else "does not fit"
+
+
+def _host_limit(place: Place, device: HardwareConfig | None) -> float:
+    if place.memory_gib:
+        return place.memory_gib * host.GIB
+    if not place.gpus:
+        return float(host.memory_limit(place.ranks_per_node).bytes) if place.nodes == 1 else 0.0
+    return device.host_memory_gib * host.GIB if device is not None else 0.0
+
+
+def _host(config: RunConfig, place: Place, simulation: Simulation, checkpoint: int) -> dict[str, int]:
+    """Return bytes of a node's memory by part; those of offloaded state by the rules by which a run is refused."""
+    engine, compute = config.engine, COMPUTE[config.train.precision].itemsize
+    optimizer, parameters = engine.offload_optimizer is Offload.cpu, engine.offload_param is Offload.cpu
+    moments = 0 if config.optim.name is OptimizerName.sgd else 2
+    if engine.name is EngineName.fsdp:
+        on_host = host.fsdp_on_host(optimizer=optimizer, parameters=parameters, moments=moments)
+    else:
+        swapped = engine.offload_optimizer is Offload.nvme
+        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
+    needed = host.host_bytes_needed(
+        parameters=simulation.trainable,
+        local_ranks=place.ranks_per_node,
+        world_size=place.size // engine.replicate,
+        on_host=on_host,
+        frozen_bytes=simulation.state_bytes["frozen"] * place.size // engine.replicate if parameters else 0,
+    )
+    staged = checkpoint * place.ranks_per_node // place.size if config.checkpoint.asynchronous else 0
+    return needed.parts | ({"a copy of the state while it is saved": staged} if staged else {})
+
+
+def _export(config: RunConfig, simulation: Simulation, saved: int) -> list[Moment]:
+    """Return the moment in which the largest tensor stands whole on a device to be written."""
+    if config.engine.offload_param is not Offload.none:
+        return []
+    end = simulation.moments[-1]
+    largest = simulation.largest * (4 + saved)
+    return [Moment("export", None, None, {**end.end, Kind.buffers: end.end.get(Kind.buffers, 0.0) + largest})]
+
+
+def _by_collective(sent: dict[str, float], place: Place) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, size in sent.items():
+        word, group = key.split()
+        name = f"{word}, {'between nodes' if spans_nodes(group, place) else 'inside a node'}"
+        found[name] = found.get(name, 0.0) + size
+    return {name: size for name, size in found.items() if size}
+
+
+def _depth(moments: list[Moment]) -> int:
+    return max((moment.block for moment in moments if moment.block is not None), default=-1) + 1
+
+
+def words_of(moment: Moment, depth: int) -> str:
+    """Say which part of a step a moment is."""
+    words = moment.name if moment.block is None else f"{moment.name} of block {moment.block + 1} of {depth}"
+    return words + (", second microbatch" if moment.microbatch else "")
+
+
+def _engine_words(config: RunConfig) -> str:
+    engine = config.engine
+    words = [str(engine.name)]
+    words += [f"parameters on {engine.offload_param}"] if engine.offload_param is not Offload.none else []
+    words += [f"optimizer on {engine.offload_optimizer}"] if engine.offload_optimizer is not Offload.none else []
+    words += [f"{engine.replicate} copies"] if engine.replicate > 1 else []
+    words += ["activation checkpointing"] if config.train.activation_checkpointing else []
+    return ", ".join(words)
+
+
+def _method_words(config: RunConfig) -> str:
+    peft = config.peft
+    return str(peft.method) + (f" on {peft.quantise}" if str(peft.quantise) != "none" else "")

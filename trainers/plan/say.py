@@ -1,0 +1,151 @@
+"""A plan in words: one run in full, or a table of many."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from trainers.host import gib
+from trainers.plan.plan import WORDS, Plan
+
+DAY_S = 86_400
+COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+
+
+def say(plan: Plan, console: Console) -> None:
+    """Print one plan."""
+    place = plan.place
+    kind = "GPU" if place.gpus else "CPU rank"
+    console.print(
+        f"[bold]{plan.name}[/]: {plan.model}, {plan.method}, {plan.engine}, {plan.precision}, on {place.nodes} node(s) of "
+        f"{place.ranks_per_node} {kind}(s)",
+        soft_wrap=True,
+    )
+    for name, verdict in plan.verdicts.items():
+        of = f"{gib(plan.needed[name])} of {gib(plan.capacity[name])}" if plan.capacity[name] else gib(plan.needed[name])
+        console.print(f"  [{COLOURS[verdict]}]{verdict:<12}[/] {name:<8} {of} a rank")
+    console.print()
+    console.print(_memory(plan))
+    rows = Table.grid(padding=(0, 2))
+    for row in (*_size(plan), *_host(plan), *_saving(plan), *_work(plan), *_cost(plan)):
+        rows.add_row(*row)
+    console.print(rows)
+    for note in plan.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False)
+    if plan.assumptions:
+        console.print("\nassumptions of the time: " + "; ".join(plan.assumptions), soft_wrap=True, highlight=False, style="dim")
+
+
+def _memory(plan: Plan) -> Table:
+    table = Table("memory of a rank where it stands highest", "bytes", title=plan.peak_at, title_justify="left", box=None, padding=(0, 2))
+    table.columns[1].justify = "right"
+    for kind, words in WORDS.items():
+        table.add_row(words, gib(plan.peak.get(str(kind), 0.0)))
+    table.add_row("tensors together", gib(sum(plan.peak.values())))
+    name = next(iter(plan.needed))
+    outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack
+    if plan.place.gpus:
+        table.add_row("slack of torch's allocator (its rules, replayed for this step)", gib(plan.slack))
+        table.add_row("outside of it: CUDA context and NCCL (conf/hardware)", gib(outside))
+    else:
+        table.add_row("the process itself", gib(outside))
+    return table
+
+
+def _size(plan: Plan) -> list[tuple[str, str]]:
+    trained = "all trained" if plan.trainable == plan.parameters else f"{plan.trainable:,} trained ({plan.trainable / plan.parameters:.3%})"
+    return [("parameters", f"{plan.parameters:,}, {trained}")]
+
+
+def _host(plan: Plan) -> list[tuple[str, str]]:
+    total = sum(plan.host.values())
+    limit = f" of {gib(plan.host_limit)}" if plan.host_limit else ""
+    parts = " + ".join(f"{gib(size)} {name}" for name, size in plan.host.items())
+    return [("host memory of a node", f"{gib(total)}{limit} ({parts})")] if plan.place.gpus else []
+
+
+def _saving(plan: Plan) -> list[tuple[str, str]]:
+    words = gib(plan.checkpoint_bytes)
+    if plan.save_seconds is not None:
+        late = plan.save_seconds > plan.place.save_s
+        words += f", {plan.save_seconds:,.0f} s to write"
+        words += (
+            f": longer than the {plan.place.save_s:,.0f} s before a kill" if late else f" (of {plan.place.save_s:,.0f} s before a kill)"
+        )
+    return [("a checkpoint", words), ("the export", gib(plan.export_bytes))]
+
+
+def _work(plan: Plan) -> list[tuple[str, str]]:
+    tokens = plan.global_batch * plan.data.seq_len
+    rows = [("a step", f"{plan.global_batch} rows, {tokens:,} tokens where all are full, {plan.flops:.3g} FLOPs over all ranks")]
+    sent = "; ".join(f"{gib(size)} by {name}" for name, size in plan.sent.items())
+    return [*rows, ("sent by a rank in a step", sent or "nothing")]
+
+
+def _cost(plan: Plan) -> list[tuple[str, str]]:
+    rows = [("training data", _data(plan))]
+    if plan.steps is not None:
+        rows.append(("steps", f"{plan.steps:,}"))
+    if plan.step_seconds is None:
+        return [*rows, ("time", "name a device: hardware=h100")] if plan.place.gpus else rows
+    fast, slow = plan.step_seconds
+    tokens = plan.global_batch * plan.data.seq_len * DAY_S
+    rows += [("seconds a step", f"{fast:.3g} to {slow:.3g}"), ("tokens a day", f"{_short(tokens / slow)} to {_short(tokens / fast)}")]
+    if (seconds := plan.run_seconds()) is not None:
+        hours = [second / 3600 for second in seconds]
+        rows += [("the whole run", f"{_hours(hours[0])} to {_hours(hours[1])}, {_spent(plan, hours)}")]
+    return rows
+
+
+def _spent(plan: Plan, hours: list[float]) -> str:
+    low, high = (hour * plan.place.size for hour in hours)
+    price = "" if plan.price is None else f", {low * plan.price:,.0f} to {high * plan.price:,.0f} at {plan.price:g} a GPU-hour"
+    return f"{low:,.3g} to {high:,.3g} GPU-hours{price}" if high < 1000 else f"{low:,.0f} to {high:,.0f} GPU-hours{price}"
+
+
+def _data(plan: Plan) -> str:
+    data = plan.data
+    tokens = "" if data.tokens is None else f"{data.tokens:,.0f} tokens in {data.rows:,.0f} rows a pass: "
+    return f"{tokens}{data.source}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+
+
+def _short(count: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:,.0f}"
+
+
+def say_all(plans: list[Plan], console: Console) -> None:
+    """Print one row a plan."""
+    table = Table("run", "verdict", "GiB a rank", "highest in", "trained", "s a step", "GPU-hours")
+    for column in (2, 4, 5, 6):
+        table.columns[column].justify = "right"
+    for plan in plans:
+        name = plan.run_dir.rpartition("/")[2]
+        seconds, whole = plan.step_seconds, plan.run_seconds()
+        fits = [device for device, verdict in plan.verdicts.items() if verdict != "does not fit"]
+        verdict = plan.verdict if len(plan.verdicts) == 1 else (", ".join(fits) or "does not fit")
+        table.add_row(
+            name,
+            f"[{COLOURS[plan.verdict]}]{verdict}[/]",
+            f"{plan.most_needed / 2**30:,.1f}",
+            plan.peak_at,
+            f"{plan.trainable:,}",
+            "" if seconds is None else f"{seconds[0]:.3g} to {seconds[1]:.3g}",
+            "" if whole is None else f"{whole[0] * plan.place.size / 3600:,.3g} to {whole[1] * plan.place.size / 3600:,.3g}",
+        )
+    console.print(table)
+
+
+def say_change(plan: Plan, base: Plan, console: Console) -> None:
+    """Print a change that was tried, as overrides to paste, with what it needs and how a step's time changes."""
+    slower = ""
+    if plan.step_seconds is not None and base.step_seconds is not None:
+        slower = f", {plan.step_seconds[1] * plan.place.size / (base.step_seconds[1] * base.place.size):.2f} x the GPU-hours a step"
+    verdict = plan.verdict
+    console.print(f"  [{COLOURS[verdict]}]{verdict:<12}[/] {gib(plan.most_needed)}{slower}: {' '.join(plan.overrides)}", soft_wrap=True)

@@ -1,0 +1,14 @@
+"""Architectures of gated hub models, as their config.json gives them: a plan needs neither a token nor a network for these."""
+
+from typing import Any
+
+_LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "dtype": "bfloat16"}
+_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+_405B = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    f"meta-llama/{name}{kind}": _LLAMA3 | sizes
+    for name, sizes in {"Llama-3.1-8B": _8B, "Llama-3.1-70B": _70B, "Llama-3.1-405B": _405B}.items()
+    for kind in ("", "-Instruct")
+} | {"meta-llama/Llama-3.3-70B-Instruct": _LLAMA3 | _70B}

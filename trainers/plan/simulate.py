@@ -1,0 +1,370 @@
+"""The real engine's step on tensors without values, as one rank of any number: what is allocated when, computed and sent."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from trainers.batch import Batch
+from trainers.config import EngineName, Offload, PeftMethod, RunConfig
+from trainers.engines.fsdp import FSDPEngine, find_blocks
+from trainers.model import Blueprint
+from trainers.peft import nf4
+from trainers.plan.allocator import replay
+from trainers.plan.trace import Kind, Moment, Trace, combine
+from trainers.world import World
+
+EDGE = 2
+"""Blocks at either end of a model that differ from those between them, for what is gathered ahead stands out there."""
+REUSED = 1_000_000_000
+"""Elements up to which DeepSpeed keeps what it will need again, and gathers at most; its own defaults of both."""
+
+
+class Alone(World):
+    """Rank 0 of many that are not there."""
+
+    def _reduce(self, values: Sequence[float], how: object) -> list[float]:
+        return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value, once for each rank."""
+        return [value] * self.size
+
+    def from_first(self, value: Any) -> Any:
+        """Return the value."""
+        return value
+
+
+@dataclass(kw_only=True)
+class Simulation:
+    """A step of rank 0, moment by moment; no rank has more."""
+
+    moments: list[Moment]
+    state_bytes: dict[str, int]
+    """By class, as an engine's `state_bytes`; on the device or not."""
+    parameters: int
+    trainable: int
+    largest: int
+    """Elements of the largest tensor, which an export gathers whole."""
+    slack: int
+    """Bytes that torch's allocator needs beyond those of tensors where these stand highest."""
+    reserved: int | None
+    """Bytes that it takes where the device has them; None where two depths tell of all, for it grows with gaps and not in a line."""
+
+    @property
+    def peak(self) -> Moment:
+        """Return the moment in which the device's memory stands highest."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+@contextmanager
+def ranks(size: int, local_size: int) -> Iterator[World]:
+    """Be rank 0 of `size` ranks without the others."""
+    before, hook = os.environ.get("LOCAL_RANK"), sys.excepthook  # DeepSpeed wants the one to be set, and torch puts ranks into the other
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield Alone(rank=0, local_rank=0, size=size, local_size=local_size, device=torch.device("cpu"))
+    finally:
+        if "deepspeed" in sys.modules:
+            from trainers.engines.deepspeed import end_groups
+
+            end_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.excepthook = hook
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+
+
+def simulate(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int) -> Simulation:
+    """Take a step of rows of `seq_len` tokens with the config's engine.
+
+    Where blocks repeat themselves, two depths are simulated and all figures continued from there in a straight line.
+    Raises ConfigError for what the engine or the method refuses.
+    """
+    depths = _two_depths(config, blueprint, world)
+    if depths is None:
+        return _take(config, blueprint, world, seq_len)
+    full, few, more = depths
+    simulations = [_take(config, shortened(blueprint, depth), world, seq_len) for depth in (few, more)]
+    return _continued(simulations[0], simulations[1], few, more, full)
+
+
+def _two_depths(config: RunConfig, blueprint: Blueprint, world: World) -> tuple[int, int, int] | None:
+    """Return the model's blocks, and two smaller numbers of them that tell the rest; None where there are too few, or they differ."""
+    if config.peft.method is PeftMethod.freeze or any(part.isdigit() for name in config.peft.targets for part in name.split(".")):
+        return None
+    blocks = find_blocks(blueprint.build())
+    kinds = [_signature(block) for block in blocks]
+    full = len(kinds)
+    edge = EDGE + config.engine.prefetch
+    if config.engine.name is EngineName.zero3:
+        edge = EDGE + -(-REUSED // max(1, sum(p.numel() for p in blocks[-1].parameters())))
+    for period in range(1, 9):
+        few = 2 * edge + (full - 2 * edge) % period
+        differ = next((n for n in range(full - period - 1, -1, -1) if kinds[n] != kinds[n + period]), -1)
+        while few < edge + differ + 1 + period:
+            few += period
+        if few + period >= full:
+            continue
+        if [_signature(block) for block in find_blocks(shortened(blueprint, few + period).build())] == kinds[: few + period]:
+            return full, few, few + period
+    return None
+
+
+def _signature(block: nn.Module) -> str:
+    parameters = [(name, tuple(p.shape)) for name, p in block.named_parameters()]
+    kinds = [
+        (type(module).__name__, getattr(module, "is_sliding", None), getattr(module, "layer_type", None)) for module in block.modules()
+    ]
+    return repr((parameters, kinds))
+
+
+def shortened(blueprint: Blueprint, depth: int) -> Blueprint:
+    """Return a Blueprint of the first `depth` blocks."""
+    config = copy.deepcopy(blueprint.config)
+    text = config.get_text_config()
+    full, text.num_hidden_layers = text.num_hidden_layers, depth
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == full:
+            setattr(text, name, value[:depth])
+    return dataclasses.replace(blueprint, config=config)
+
+
+def _continued(few: Simulation, more: Simulation, shallow: int, deep: int, full: int) -> Simulation:
+    """Continue each figure of two depths to the full one: blocks at the ends as they are there, those between in a straight line."""
+    slope = (full - shallow) / (deep - shallow)
+
+    def line(a: float, b: float) -> float:
+        return a + (b - a) * slope
+
+    edge = shallow // 2
+    known = {}
+    deeper = {_place(moment, deep, edge): moment for moment in more.moments}
+    for moment in few.moments:
+        place = _place(moment, shallow, edge)
+        known[place] = combine([moment, deeper[place]], lambda values: line(values[0], values[1]))
+    moments: list[Moment] = []
+    for moment in few.moments:
+        name, microbatch, block = place = _place(moment, shallow, edge)
+        made = known[place]
+        made.block = None if block is None else block % full
+        first, last = (edge - 1, edge - shallow) if moment.name == "forward" else (edge - shallow, edge - 1)
+        if block != last or block is None:
+            moments.append(made)
+            continue
+        start, end = known[name, microbatch, first], made
+        between = full - shallow
+        for number in range(1, between + 1):
+            share = number / (between + 1)
+            inner = combine([start, end], lambda values, share=share: values[0] + (values[1] - values[0]) * share)  # type: ignore[misc]
+            step = 1 if moment.name == "forward" else -1
+            inner.block = (first % full) + step * number
+            moments.append(inner)
+        moments.append(made)
+    return Simulation(
+        moments=moments,
+        state_bytes={name: round(line(value, more.state_bytes[name])) for name, value in few.state_bytes.items()},
+        parameters=round(line(few.parameters, more.parameters)),
+        trainable=round(line(few.trainable, more.trainable)),
+        largest=max(few.largest, more.largest),
+        slack=max(few.slack, more.slack),
+        reserved=None,
+    )
+
+
+def _place(moment: Moment, depth: int, edge: int) -> tuple[str, int | None, int | None]:
+    """Return a moment's name, microbatch and block; from the end, below 0, for those behind the first `edge` blocks."""
+    block = moment.block if moment.block is None or moment.block < edge else moment.block - depth
+    return moment.name, moment.microbatch, block
+
+
+def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int) -> Simulation:
+    """Take one step, or with ZeRO-3, which learns in the first what to gather ahead, two of which the second counts."""
+    config = _in_memory(config)
+    zero3 = config.engine.name is EngineName.zero3
+    engine = _outlined(config, world, blueprint)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
+    several = config.train.global_batch > world.size * config.train.microbatch
+    batches = [whole_batch(config.train.microbatch, seq_len) for _ in range(2 if several else 1)]
+    rows = config.train.eval_microbatch or 0
+    evaluated = whole_batch(rows, seq_len) if rows > config.train.microbatch else None
+    stepping: Callable[[], AbstractContextManager[Any]] = nullcontext if zero3 else unset_fake_temporarily  # DTensor has a mode of its own
+    with warnings.catch_warnings(), _few_chunks(trace), fake, trace:
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        engine.fill(None)
+        for _ in range(2 if zero3 else 1):
+            trace.restart()
+            take_step(engine, trace, [_without_values(batch, fake) for batch in batches], stepping)
+        if evaluated is not None:
+            trace.mark("evaluation")
+            engine.train(False)
+            with torch.no_grad():
+                engine.token_logps(_without_values(evaluated, fake))
+        size = engine.state_bytes()
+    shapes = engine.shapes()
+    trained = engine.adaptation.trained
+    replayed = replay(trace)
+    numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    return Simulation(
+        moments=trace.moments(),
+        state_bytes=size,
+        parameters=sum(numels.values()),
+        trainable=sum(numel for name, numel in numels.items() if name in trained),
+        largest=max(numels.values()),
+        slack=replayed.slack,
+        reserved=replayed.reserved,
+    )
+
+
+@contextmanager
+def _few_chunks(trace: Trace) -> Iterator[None]:
+    """Unpack two chunks of each 4-bit matrix and count them for all: there are dozens in one, and nothing of one outlives the next."""
+
+    def first(packed: Tensor, step: int) -> Iterator[Tensor]:
+        parts = packed.split(step)
+        with trace.repeated(len(parts) / min(2, len(parts))):
+            yield from parts[:2]
+
+    plain = nf4.chunks_of
+    nf4.chunks_of = first
+    try:
+        yield
+    finally:
+        nf4.chunks_of = plain
+
+
+def _in_memory(config: RunConfig) -> RunConfig:
+    """Return a config with host memory in the place of NVMe: what is on its way to files has no values to write."""
+    engine = config.engine
+    swapped: dict[str, Any] = {
+        name: Offload.cpu for name in ("offload_param", "offload_optimizer") if getattr(engine, name) is Offload.nvme
+    }
+    return dataclasses.replace(config, engine=dataclasses.replace(engine, nvme_path=None, **swapped)) if swapped else config
+
+
+def _outlined(config: RunConfig, world: World, blueprint: Blueprint) -> Any:
+    if config.engine.name is EngineName.fsdp:
+        engine: Any = FSDPEngine.__new__(FSDPEngine)
+        engine.outline(config, world, blueprint)
+        return engine
+    from trainers.engines.deepspeed import ZeRO3Engine, believe_ranks
+
+    engine = ZeRO3Engine.__new__(ZeRO3Engine)
+    engine.outline(config, world, blueprint)
+    believe_ranks()
+    return engine
+
+
+def take_step(
+    engine: Any, trace: Trace, batches: Sequence[Batch], stepping: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> None:
+    """Take an optimizer step and mark its moments, on tensors with or without values; by what a loss is divided is no matter here."""
+    marks = _Marks(trace, find_blocks(engine.model))
+    _label(engine, trace)
+    for number, batch in enumerate(batches):
+        marks.begin_microbatch(number)
+        logps = engine.token_logps(batch)
+        loss = -logps.sum()
+        marks.turn()
+        engine.backward(loss, last=number == len(batches) - 1)
+        del logps, loss
+        _label(engine, trace)
+    trace.mark("optimizer step")
+    with stepping():
+        engine.step(1e-3)
+    _label(engine, trace)
+    trace.mark("after the step")
+    marks.remove()
+
+
+def _label(engine: Any, trace: Trace) -> None:
+    """Say which of the storages that are there hold state, and which of them a GPU run has in host memory."""
+    settings = engine.config.engine
+    weights = Kind.parameters if settings.offload_param is Offload.none else Kind.host
+    state = Kind.optimizer if settings.offload_optimizer is Offload.none else Kind.host
+    trace.label(engine.model.buffers(), Kind.parameters)
+    trace.label(engine._moments(), state)
+    if isinstance(engine, FSDPEngine):
+        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
+        trace.label(engine.model.parameters(), weights)
+        trace.label(gradients, Kind.gradients if weights is Kind.parameters else Kind.host)
+        return
+    trace.label((p.ds_tensor for p in engine.parameters.values()), weights)
+    trace.label(engine.optimizer.fp32_partitioned_groups_flat, Kind.parameters if state is Kind.optimizer else Kind.host)
+    trace.label(engine._gradients(), Kind.gradients if state is Kind.optimizer else Kind.host)
+    trace.label(engine.reduce_buffers(), Kind.buffers)
+
+
+class _Marks:
+    """Hooks that mark where each block begins, forward and backward."""
+
+    def __init__(self, trace: Trace, blocks: Sequence[nn.Module]) -> None:
+        self.trace, self.blocks, self.forward, self.microbatch = trace, blocks, True, 0
+        self.hooks = [block.register_forward_pre_hook(self._before(number), prepend=True) for number, block in enumerate(blocks)]
+        self.hooks += [block.register_forward_hook(self._after(number)) for number, block in enumerate(blocks)]
+
+    def begin_microbatch(self, number: int) -> None:
+        self.forward, self.microbatch = True, number
+        self._mark("embedding")
+
+    def turn(self) -> None:
+        """Go from forward to backward."""
+        self.forward = False
+        self._mark("backward of the loss")
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _mark(self, name: str, block: int | None = None) -> None:
+        self.trace.mark(name, self.microbatch, block)
+
+    def _before(self, number: int) -> Any:
+        def mark(*_: Any) -> None:
+            if self.forward:
+                self._mark("forward", number)
+
+        return mark
+
+    def _after(self, number: int) -> Any:
+        def mark(_module: nn.Module, _given: Any, output: Any) -> None:
+            if not self.forward:
+                return  # computed again
+            made = output[0] if isinstance(output, tuple) else output
+            if made.requires_grad:
+                made.register_hook(lambda _: self._mark("backward", number))
+            if number == len(self.blocks) - 1:
+                self._mark("logits and loss")
+
+        return mark
+
+
+def whole_batch(rows: int, seq_len: int) -> Batch:
+    """Return rows of two documents each without a gap, every token trained: the most that a microbatch takes."""
+    ids = torch.zeros(rows, seq_len, dtype=torch.int64)
+    positions = torch.arange(seq_len) % max(1, seq_len // 2)
+    return Batch(input_ids=ids, labels=ids.clone(), position_ids=positions.repeat(rows, 1), num_rows=rows, num_tokens=rows * seq_len)
+
+
+def _without_values(batch: Batch, fake: FakeTensorMode) -> Batch:
+    made = copy.copy(batch)
+    for item in dataclasses.fields(Batch):
+        value = getattr(batch, item.name)
+        if isinstance(value, Tensor):
+            setattr(made, item.name, fake.from_tensor(value))
+    return made
