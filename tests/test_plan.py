@@ -24,7 +24,7 @@ from launcher import plan as gate
 from launcher.compose import compose
 from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
-from tools.bench.plan import CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
+from tools.bench.plan import CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
 from trainers.config import DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.engines import fsdp
 from trainers.model import Blueprint
@@ -34,11 +34,12 @@ from trainers.plan.inputs import read_model
 from trainers.plan.plan import make_plan
 from trainers.plan.request import Place, PlanConfig, Variant
 from trainers.plan.shapes import SHAPES
-from trainers.plan.simulate import _take, ranks, simulate
+from trainers.plan.simulate import _take, _two_depths, ranks, simulate
 from trainers.plan.trace import Kind, Moment
 from trainers.world import World
 
 GIB = 1 << 30
+EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 H100 = next(item for item in gate.known_hardware() if item.name == "h100")
 GPU_RUN = ("model.id=meta-llama/Llama-3.1-8B", "data.path=absent/set", "launch.gpus_per_node=8", "train.steps=10", "train.global_batch=64")
 
@@ -55,15 +56,25 @@ def test_bytes_are_those_of_real_runs(size: int) -> None:
             assert predicted["peak"] == pytest.approx(found.get("allocated", found["peak"]), rel=0.05), case.name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: would compare a predicted peak with torch.cuda's, within 5 %")
+def test_a_gpu_takes_what_was_planned() -> None:
+    case = next(case for case in GPU_CASES if case.size == "1B")
+    [found], predicted = measure(1, [case]), predict(case)
+    assert predicted["state"] == found["state"]
+    assert predicted["peak"] == pytest.approx(found["peak"], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("case", "more"),
     [
         (Case(4, "tiny", checkpointing=True), {}),
-        (Case(2, "tiny"), {"model_type": "gemma3_text", "num_hidden_layers": 18, "head_dim": 16}),
+        (Case(2, "tiny"), {"model_type": "qwen3_moe", "num_hidden_layers": 18, "decoder_sparse_step": 2, **EXPERTS}),
+        pytest.param(Case(2, "tiny"), {"model_type": "gemma3_text", "num_hidden_layers": 30, "head_dim": 16}, marks=pytest.mark.slow),
         pytest.param(Case(4, "tiny", method=LORA, quantise=NF4, microbatches=2), {}, marks=pytest.mark.slow),
         pytest.param(Case(2, "tiny"), {"model_type": "qwen3", "num_hidden_layers": 11, "head_dim": 16}, marks=pytest.mark.slow),
     ],
-    ids=["full", "gemma3", "qlora", "qwen3"],
+    ids=["full", "every second block has experts", "gemma3", "qlora", "qwen3"],
 )
 def test_two_depths_tell_of_all(case: Case, more: dict[str, Any]) -> None:
     blueprint = blueprint_of_case(case)
@@ -75,11 +86,13 @@ def test_two_depths_tell_of_all(case: Case, more: dict[str, Any]) -> None:
     else:
         blueprint.config.num_hidden_layers = 13
     with ranks(case.ranks, case.ranks) as world:
+        assert _two_depths(case.config("."), blueprint, world) is not None
         told, whole = simulate(case.config("."), blueprint, world, 32), _take(case.config("."), blueprint, world, 32)
     names = [(moment.name, moment.microbatch, moment.block) for moment in whole.moments]
     assert [(moment.name, moment.microbatch, moment.block) for moment in told.moments] == names
     for ours, theirs in zip(told.moments, whole.moments, strict=True):
-        assert ours.peak == pytest.approx(theirs.peak), (ours.name, ours.block)
+        assert ours.total == pytest.approx(theirs.total, rel=1e-4), (ours.name, ours.block)
+        assert ours.peak == pytest.approx(theirs.peak, rel=1e-3), (ours.name, ours.block)  # two points may be equally high
         assert (ours.flops, ours.moved) == pytest.approx((theirs.flops, theirs.moved))
         assert ours.sent == pytest.approx(theirs.sent)
     assert (told.state_bytes, told.parameters, told.trainable) == (whole.state_bytes, whole.parameters, whole.trainable)

@@ -8,6 +8,7 @@ python -m tools.bench checkpoint --engine fsdp zero3
 python -m tools.bench engines --parameters 1e9 --precision bf16 --out FILE.md
 python -m tools.bench methods --model DIR --data FILE --out FILE.md
 python -m tools.bench plan
+python -m tools.bench plan --gpu --out benchmarks/gpu.md
 """
 
 from __future__ import annotations
@@ -124,7 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
     of_plan = commands.add_parser("plan", help="a plan's bytes beside those of real runs on CPU ranks; minutes; state must be equal")
     of_plan.add_argument("--ranks", type=_at_least(1), nargs="+", default=[1, 2, 3, 4], help="numbers of ranks (default 1 2 3 4)")
     of_plan.add_argument("--sizes", nargs="+", choices=plan.SIZES, default=list(plan.SIZES), help="sizes of models (default all of these)")
-    of_plan.set_defaults(command=plan.run)
+    of_plan.add_argument("--gpu", action="store_true", help="models of 1B to 8B on one GPU with 139 GiB, against torch.cuda's peak")
+    of_plan.add_argument("--out", type=Path, help="with --gpu: Markdown file in which this command's section is replaced, or appended")
+    of_plan.set_defaults(command=plan.run, error=of_plan.error)
     of_plan_rank = commands.add_parser("plan-rank")  # what `plan` starts
     of_plan_rank.add_argument("folder")
     of_plan_rank.add_argument("cases", type=int, nargs="+")

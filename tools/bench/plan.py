@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.bench.ranks import explaining, leave, start_ranks, wait_for
+from tools.bench.section import gpu_words, put_section, versions
 from trainers.config import (
     DataConfig,
     EngineConfig,
     EngineName,
     ModelConfig,
+    OptimConfig,
+    OptimizerName,
     PeftConfig,
     PeftMethod,
     Precision,
@@ -50,7 +53,11 @@ SIZES = {
     "9M": _llama(256, 704, 8, 8, 8192),
     "60M": _llama(512, 1536, 14, 8, 16384),
     "300M": _llama(1024, 2816, 22, 16, 16384),
+    "1B": _llama(2048, 8192, 16, 32, 128256) | {"num_key_value_heads": 8},
+    "3B": _llama(3072, 8192, 28, 24, 128256) | {"num_key_value_heads": 8},
+    "8B": _llama(4096, 14336, 32, 32, 128256) | {"num_key_value_heads": 8},
 }
+"""Those from 1B on are Llama 3's, with heads of their own."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ class Case:
     microbatches: int = 1
     replicate: int = 1
     seq_len: int = 128
+    microbatch: int = 2
+    optimizer: OptimizerName = OptimizerName.adamw
 
     @property
     def name(self) -> str:
@@ -79,6 +88,8 @@ class Case:
         words += ["checkpointing"] if self.checkpointing else []
         words += [f"{self.microbatches} microbatches"] if self.microbatches > 1 else []
         words += [f"{self.replicate} copies"] if self.replicate > 1 else []
+        words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
+        words += [f"{self.microbatch} x {self.seq_len}"] if self.seq_len > 128 else []
         return " ".join(words)
 
     def config(self, run_dir: str) -> RunConfig:
@@ -90,10 +101,11 @@ class Case:
             data=DataConfig(seq_len=self.seq_len),
             peft=PeftConfig(method=self.method, quantise=self.quantise),
             engine=replace(engine, replicate=self.replicate) if self.replicate > 1 else engine,
+            optim=OptimConfig(name=self.optimizer),
             train=TrainConfig(
                 steps=1,
-                global_batch=2 * self.ranks * self.microbatches,
-                microbatch=2,
+                global_batch=self.microbatch * self.ranks * self.microbatches,
+                microbatch=self.microbatch,
                 precision=self.precision,
                 activation_checkpointing=self.checkpointing,
             ),
@@ -121,10 +133,50 @@ CASES = [
     Case(4, "9M", replicate=2),
     Case(4, "60M", engine=ZERO3, precision=FP32, checkpointing=True),
 ]
+GPU_CASES = [
+    Case(1, "1B", seq_len=2048),
+    Case(1, "1B", seq_len=8192, microbatch=1, checkpointing=True),
+    Case(1, "1B", seq_len=1024, precision=FP32, microbatches=2),
+    Case(1, "3B", seq_len=4096, microbatch=1, checkpointing=True),
+    Case(1, "3B", seq_len=2048, method=LORA),
+    Case(1, "3B", seq_len=4096, method=LORA, quantise=NF4, checkpointing=True),
+    Case(1, "8B", seq_len=4096, method=LORA, checkpointing=True),
+    Case(1, "8B", seq_len=2048, microbatch=1, method=LORA),
+    Case(1, "8B", seq_len=4096, method=LORA, quantise=NF4, checkpointing=True),
+    Case(1, "8B", seq_len=2048, microbatch=1, checkpointing=True, optimizer=OptimizerName.sgd),
+]
+"""One GPU each, with 139 GiB."""
+
+
+def run_gpu(options: argparse.Namespace) -> None:
+    """Print, and write to `--out`, predicted peaks beside torch.cuda.max_memory_allocated; raises RuntimeError where one is further off."""
+    import torch
+
+    if not torch.cuda.is_available():
+        options.error("--gpu needs a GPU: this machine has none that torch can use")
+    head = "| run | parameters | predicted, GiB | torch.cuda.max_memory_allocated, GiB | ratio | reserved, GiB |"
+    lines, wrong = [head, "|---|---|---|---|---|---|"], []
+    for case in GPU_CASES:
+        if case.size in options.sizes:
+            [found], predicted = measure(1, [case]), predict(case)
+            ratio = predicted["peak"] / found["peak"]
+            peaks = f"{predicted['peak'] / 2**30:.2f} | {found['peak'] / 2**30:.2f} | {ratio:.3f} | {found['reserved'] / 2**30:.2f}"
+            lines.append(f"| {case.name} | {predicted['parameters']:,} | {peaks} |")
+            print(lines[-1], flush=True)
+            if abs(ratio - 1) > TOLERANCE or predicted["state"] != found["state"]:
+                wrong.append(lines[-1])
+    if options.out is not None:
+        machine = f"{gpu_words(torch.cuda.get_device_name())}, {versions('torch', 'transformers', 'peft')}, {date.today().isoformat()}"
+        put_section(options.out, "\n".join(["## A plan beside real runs", "", f"`{options.line}` ({machine})", "", *lines]))
+    if wrong:
+        raise RuntimeError("\n".join(wrong))
 
 
 def run(options: argparse.Namespace) -> None:
     """Print predicted and measured bytes of each case; raises RuntimeError where state differs or a peak is further off than promised."""
+    if options.gpu:
+        run_gpu(options)
+        return
     cases = [case for case in CASES if case.ranks in options.ranks and case.size in options.sizes]
     table = Table("ranks", "run", "parameters", "state bytes", title="a plan beside real runs")
     for column in ("peak: predicted", "traced", "ratio", "torch's allocator, with gloo's copies", "ratio"):
@@ -179,7 +231,7 @@ def predict(case: Case) -> dict[str, Any]:
 def measure(ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
     """Return the same of real runs with so many ranks, and `allocated` where torch's profiler sees every allocation."""
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [str(CASES.index(case)) for case in cases]
+        chosen = [str((CASES + GPU_CASES).index(case)) for case in cases]
         with start_ranks(["plan-rank", folder, *chosen], ranks, Path(folder)) as children:
             wait_for(children, Path(folder), "done", lambda: None, LIMIT_S)
         found: list[dict[str, Any]] = json.loads((Path(folder) / "0.done").read_text())
@@ -194,15 +246,14 @@ def run_rank(options: argparse.Namespace) -> None:
 
     folder = Path(options.folder)
     torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
     with explaining(folder):
         world = World.from_environment()
         world.connect()
         found = []
         for number in options.cases:
-            case = CASES[number]
-            figures = _traced(case, world, folder)
-            if case.engine is EngineName.fsdp:  # DeepSpeed frees where the profiler does not look
+            case = (CASES + GPU_CASES)[number]
+            figures = _on_gpu(case, world, folder) if case in GPU_CASES else _traced(case, world, folder)
+            if case in CASES and case.engine is EngineName.fsdp:  # DeepSpeed frees where the profiler does not look
                 figures["allocated"] = _allocated(case, world, folder)
             found.append(figures)
         world.barrier()
@@ -220,14 +271,26 @@ def _traced(case: Case, world: Any, folder: Path) -> dict[str, Any]:
     return {"state": engine.state_bytes(), "peak": max(moment.total for moment in trace.moments())}
 
 
-def _take_steps(case: Case, world: Any, folder: Path, trace: Trace) -> Any:
+def _on_gpu(case: Case, world: Any, folder: Path) -> dict[str, Any]:
+    """Take the same steps on the GPU, and ask torch for its peak."""
+    import torch
+
+    from trainers.plan.trace import Trace
+
+    engine = _take_steps(case, world, folder, Trace(0), built=torch.cuda.reset_peak_memory_stats)
+    return {"state": engine.state_bytes(), "peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+def _take_steps(case: Case, world: Any, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> Any:
     from trainers.engines.base import build_engine
     from trainers.plan.simulate import take_step, whole_batch
 
     engine: Any = build_engine(case.config(str(folder)), world, blueprint_of_case(case))
+    built()
     for _ in range(2):
         trace.restart()
-        take_step(engine, trace, [whole_batch(2, case.seq_len) for _ in range(case.microbatches)])
+        batches = [whole_batch(case.microbatch, case.seq_len) for _ in range(case.microbatches)]
+        take_step(engine, trace, [batch.to(world.device) for batch in batches])
     return engine
 
 

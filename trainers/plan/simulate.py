@@ -27,8 +27,6 @@ from trainers.plan.allocator import replay
 from trainers.plan.trace import Kind, Moment, Trace, combine
 from trainers.world import World
 
-EDGE = 2
-"""Blocks at either end of a model that differ from those between them, for what is gathered ahead stands out there."""
 REUSED = 1_000_000_000
 """Elements up to which DeepSpeed keeps what it will need again, and gathers at most; its own defaults of both."""
 
@@ -98,30 +96,45 @@ def simulate(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int
     depths = _two_depths(config, blueprint, world)
     if depths is None:
         return _take(config, blueprint, world, seq_len)
-    full, few, more = depths
-    simulations = [_take(config, shortened(blueprint, depth), world, seq_len) for depth in (few, more)]
-    return _continued(simulations[0], simulations[1], few, more, full)
+    few, more = (_take(config, shortened(blueprint, depth), world, seq_len) for depth in (depths.few, depths.few + depths.period))
+    return _continued(few, more, depths)
 
 
-def _two_depths(config: RunConfig, blueprint: Blueprint, world: World) -> tuple[int, int, int] | None:
-    """Return the model's blocks, and two smaller numbers of them that tell the rest; None where there are too few, or they differ."""
+@dataclass(frozen=True)
+class _Depths:
+    """How a model's blocks repeat themselves: each `period`, in all `full` of them, of which `few` are enough to tell the rest."""
+
+    full: int
+    few: int
+    period: int
+
+    @property
+    def edge(self) -> int:
+        """Return how many blocks are taken as they stand at the beginning; the others of `few` are at the end."""
+        return self.few // 2
+
+
+def _two_depths(config: RunConfig, blueprint: Blueprint, world: World) -> _Depths | None:
+    """Find two smaller numbers of blocks that tell of all; None where there are too few blocks, or they do not repeat themselves.
+
+    A block at either end differs from those between, and so does each that gathers ahead, or that is kept for backward.
+    """
     if config.peft.method is PeftMethod.freeze or any(part.isdigit() for name in config.peft.targets for part in name.split(".")):
         return None
     blocks = find_blocks(blueprint.build())
     kinds = [_signature(block) for block in blocks]
     full = len(kinds)
-    edge = EDGE + config.engine.prefetch
+    edge = 1 + config.engine.prefetch
     if config.engine.name is EngineName.zero3:
-        edge = EDGE + -(-REUSED // max(1, sum(p.numel() for p in blocks[-1].parameters())))
+        edge = 1 + -(-REUSED // max(1, sum(p.numel() for p in blocks[-1].parameters())))
     for period in range(1, 9):
-        few = 2 * edge + (full - 2 * edge) % period
-        differ = next((n for n in range(full - period - 1, -1, -1) if kinds[n] != kinds[n + period]), -1)
-        while few < edge + differ + 1 + period:
-            few += period
+        alone = next((n + 1 for n in range(full - period - 1, -1, -1) if kinds[n] != kinds[n + period]), 0)  # those at the front
+        few = 2 * (max(edge, alone) + period)
+        few += (full - few) % period
         if few + period >= full:
             continue
         if [_signature(block) for block in find_blocks(shortened(blueprint, few + period).build())] == kinds[: few + period]:
-            return full, few, few + period
+            return _Depths(full, few, period)
     return None
 
 
@@ -144,37 +157,25 @@ def shortened(blueprint: Blueprint, depth: int) -> Blueprint:
     return dataclasses.replace(blueprint, config=config)
 
 
-def _continued(few: Simulation, more: Simulation, shallow: int, deep: int, full: int) -> Simulation:
+def _continued(few: Simulation, more: Simulation, depths: _Depths) -> Simulation:
     """Continue each figure of two depths to the full one: blocks at the ends as they are there, those between in a straight line."""
-    slope = (full - shallow) / (deep - shallow)
+    slope = (depths.full - depths.few) / depths.period
 
     def line(a: float, b: float) -> float:
         return a + (b - a) * slope
 
-    edge = shallow // 2
-    known = {}
-    deeper = {_place(moment, deep, edge): moment for moment in more.moments}
-    for moment in few.moments:
-        place = _place(moment, shallow, edge)
-        known[place] = combine([moment, deeper[place]], lambda values: line(values[0], values[1]))
+    deeper = {_place(moment, depths.few + depths.period, depths.edge): moment for moment in more.moments}
     moments: list[Moment] = []
-    for moment in few.moments:
-        name, microbatch, block = place = _place(moment, shallow, edge)
-        made = known[place]
-        made.block = None if block is None else block % full
-        first, last = (edge - 1, edge - shallow) if moment.name == "forward" else (edge - shallow, edge - 1)
-        if block != last or block is None:
-            moments.append(made)
-            continue
-        start, end = known[name, microbatch, first], made
-        between = full - shallow
-        for number in range(1, between + 1):
-            share = number / (between + 1)
-            inner = combine([start, end], lambda values, share=share: values[0] + (values[1] - values[0]) * share)  # type: ignore[misc]
-            step = 1 if moment.name == "forward" else -1
-            inner.block = (first % full) + step * number
-            moments.append(inner)
-        moments.append(made)
+    group: list[Moment] = []
+    for moment in [*few.moments, None]:
+        if group and (moment is None or (moment.name, moment.microbatch) != (group[0].name, group[0].microbatch)):
+            moments += _all_blocks(group, depths)
+            group = []
+        if moment is not None:
+            made = combine([moment, deeper[_place(moment, depths.few, depths.edge)]], lambda values: line(values[0], values[1]))
+            if moment.block is not None and moment.block >= depths.edge:
+                made.block = moment.block + depths.full - depths.few
+            group.append(made)
     return Simulation(
         moments=moments,
         state_bytes={name: round(line(value, more.state_bytes[name])) for name, value in few.state_bytes.items()},
@@ -184,6 +185,21 @@ def _continued(few: Simulation, more: Simulation, shallow: int, deep: int, full:
         slack=max(few.slack, more.slack),
         reserved=None,
     )
+
+
+def _all_blocks(group: list[Moment], depths: _Depths) -> list[Moment]:
+    """Fill in the blocks between those at the ends, each on the line between the nearest two of its kind; in the order of the group."""
+    known = {moment.block: moment for moment in group if moment.block is not None}
+    if not known:
+        return group
+    for block in range(depths.edge, depths.full - depths.few + depths.edge):
+        begin = depths.edge - 1 - (depths.edge - 1 - block) % depths.period
+        end = next(n for n in range(depths.full - depths.few + depths.edge, depths.full) if (n - block) % depths.period == 0)
+        share = (block - begin) / (end - begin)
+        made = combine([known[begin], known[end]], lambda values, share=share: values[0] + (values[1] - values[0]) * share)  # type: ignore[misc]
+        made.block = block
+        known[block] = made
+    return [known[block] for block in sorted(known, reverse=group[0].block != 0)]
 
 
 def _place(moment: Moment, depth: int, edge: int) -> tuple[str, int | None, int | None]:

@@ -196,6 +196,8 @@ class Trace(TorchDispatchMode):
             flops += _sdpa(*(tensor.shape for tensor in args[:3]))
         elif packet is BACKWARD:
             flops += _sdpa_backward(*(tensor.shape for tensor in args[:4]))
+        elif packet is aten._grouped_mm:  # rows by expert, which torch's counter leaves out, too
+            flops += 2.0 * args[0].numel() * args[1].shape[-1]
         elif packet in flop_registry:
             flops += flop_registry[packet](*args, **kwargs, out_val=out)
         elif found and not func.is_view and func.namespace == "aten":
