@@ -57,7 +57,10 @@ def main() -> int:
             return sweep.worst(sweep.codes)
         config = checked(composed)
     with explained(arguments.overrides, arguments.config_dir, kinds=(ConfigError,)):
-        return begin(config, lambda more: compose_with(arguments.overrides, more, arguments.config_dir))
+        try:
+            return begin(config, lambda more: compose_with(arguments.overrides, more, arguments.config_dir))
+        except KeyboardInterrupt:
+            return INTERRUPTED
 
 
 def compose_command_line() -> DictConfig | None:
@@ -88,7 +91,8 @@ def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
     if config.mode is Mode.plan:
         return plan.plan([job], compose)
     validate_machine(job.launch)
-    if config.launch.backend is Backend.slurm and read_status(job.run_dir).get("state") != "done":
+    is_done = read_status(job.run_dir).get("state") == "done"
+    if config.launch.backend is Backend.slurm and not is_done and not slurm.states([job])[0]:
         plan.require_fit([job], compose)
     freeze(job)
     if read_status(job.run_dir).get("state") == "done":

@@ -12,7 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import secrets
 import socket
 import subprocess
@@ -30,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
 from launcher.process import KILL_AFTER_S
-from trainers.config import ConfigError, RunConfig, check_world, plain, validate
+from trainers.config import ConfigError, RunConfig, check_world, escaped, plain, validate
 from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.status import PASSING, Attempt, newest_attempt, read_status, write_json
 
@@ -80,16 +79,7 @@ def make_job(config: JobConfig) -> Job:
 
 def frozen_text(run: RunConfig) -> str:
     """Return a run as config.yaml holds it."""
-    return HEADER + str(yaml.safe_dump(_escaped(plain(run)), sort_keys=False, allow_unicode=True, width=120))
-
-
-def _escaped(value: Any) -> Any:
-    """Return settings with each `${` in a text escaped: all are resolved, and reading them must not resolve again."""
-    if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item) for item in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    return HEADER + str(yaml.safe_dump(escaped(plain(run)), sort_keys=False, allow_unicode=True, width=120))
 
 
 def freeze(job: Job) -> None:
@@ -106,6 +96,21 @@ def freeze(job: Job) -> None:
     except OSError as error:
         reason = f"cannot be written: {error.strerror or error} ({error.filename or job.run_dir})"
         raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that you may write") from error
+
+
+def require_joinable(job: Job) -> None:
+    """Raise ConfigError where `freeze` would: the directory holds other files, or a run with other settings. Writes nothing."""
+    try:
+        if job.run_dir.exists():
+            _refuse_other_files(job.run_dir)
+        if job.config_path.exists() and not _never_began(job.run_dir):
+            changed = _changed(job)
+            if changed:
+                raise _other_settings(job, changed)
+    except OSError as error:
+        raise ConfigError(
+            "run_dir", str(job.run_dir), f"cannot be read: {error.strerror or error}", "run_dir=DIR that you may write"
+        ) from error
 
 
 def _freeze(job: Job) -> None:
@@ -162,15 +167,23 @@ def _never_began(run_dir: Path) -> bool:
 
 def _refuse_other_settings(job: Job) -> None:
     """Take a continued run's new limits, which change nothing of what is trained; raise ConfigError for any other setting that differs."""
-    found = differences(frozen_settings(job), plain(job.run))
-    changed = [line for line in found if not line.startswith(CHANGEABLE)]
+    found, changed = differences(frozen_settings(job), plain(job.run)), _changed(job)
     if found and not changed:
         temporary = job.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
         temporary.write_text(frozen_text(job.run), encoding="utf-8")
         temporary.replace(job.config_path)
     if changed:
-        reason = "is a run with other settings\n" + "\n".join(f"    {line}" for line in changed)
-        raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new, or the settings of this run")
+        raise _other_settings(job, changed)
+
+
+def _changed(job: Job) -> list[str]:
+    """Return the settings that differ from those of the run in the directory, but for limits, which a continued run may change."""
+    return [line for line in differences(frozen_settings(job), plain(job.run)) if not line.startswith(CHANGEABLE)]
+
+
+def _other_settings(job: Job, changed: list[str]) -> ConfigError:
+    reason = "is a run with other settings\n" + "\n".join(f"    {line}" for line in changed)
+    return ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new, or the settings of this run")
 
 
 def frozen_settings(job: Job) -> dict[str, Any]:

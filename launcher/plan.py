@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from launcher.config import Backend, JobConfig, LaunchConfig, count_gpus, ranks_per_node
-from launcher.ending import INTERRUPTED
-from launcher.job import ROOT, Job, make_job
+from launcher.job import ROOT, Job, make_job, require_joinable
+from launcher.process import prepare_child
 from trainers.config import ConfigError, EngineName, Offload, PeftMethod, Quantisation, plain
-from trainers.plan.request import HardwareConfig, Place, Request, Variant
+from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
 from trainers.status import BAD_INPUT, DONE, FAILED, try_json
 
 HARDWARE = ROOT / "conf" / "hardware"
@@ -32,55 +32,77 @@ Compose = Callable[[list[str]], JobConfig | None]
 """Composes the command line with more overrides; None where they do not go together."""
 
 
+class NotPlanned(Exception):
+    """The planner failed, or was interrupted: nothing is known of the run."""
+
+
 def plan(jobs: Sequence[Job], compose: Compose | None = None) -> int:
     """Print what runs need and cost, and write plan.json and plan.svg into their directories; returns 0 where all fit, 1 where not.
 
-    With `compose`, changes that would make a single run fit are looked for. Raises ConfigError for what cannot be planned.
+    With `compose`, changes that would make a single run fit are looked for. Raises ConfigError for what cannot be planned. A
+    directory that holds something else stays as it is.
     """
-    requests = [request_of(job) for job in jobs]
-    code = _ask("plan", requests)
-    if code == FAILED and compose is not None and len(jobs) == 1 and jobs[0].plan.changes:
-        requests[0].changes = _variants(jobs[0], compose)
-        if _ask("changes", requests) == INTERRUPTED:
-            return INTERRUPTED
-    return code
+    requests = []
+    for job in jobs:
+        requests.append(request_of(job))
+        try:
+            require_joinable(job)
+        except ConfigError as error:
+            requests[-1].write = False
+            print(f"no plan.json is written: {error.path} {error.reason.splitlines()[0]}", file=sys.stderr, flush=True)
+    try:
+        fits = _ask("plan", requests)
+        if not fits and compose is not None and len(jobs) == 1 and jobs[0].plan.changes:
+            requests[0].changes = _variants(jobs[0], compose)
+            _ask("changes", requests)
+    except NotPlanned as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    return DONE if fits else FAILED
 
 
 def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
     """Raise ConfigError where a run does not fit the GPUs that it would be submitted to; what cannot be known stops nothing.
 
-    A plan that stands in the run directory already, of the same settings, is not made again.
+    A run that has begun is not planned, nor is one whose plan stands in its directory already, of the same settings and code.
     """
-    jobs = [job for job in jobs if not job.launch.force and _place(job.launch).gpus]
-    requests = [request_of(job) for job in jobs]
-    new = [request for job, request in zip(jobs, requests, strict=True) if _known(job).get("asked") != asdict(request)]
+    for job in jobs:
+        require_joinable(job)
+    jobs = [job for job in jobs if not job.launch.force and _place(job.launch).gpus and not (job.run_dir / "logs").exists()]
+    wanted = [(job, request_of(job)) for job in jobs]
+    new = [request for job, request in wanted if not _known(job, request)]
     if new:
         print(f"planning {len(new)} run(s) before they are submitted; launch.force=true leaves this out", file=sys.stderr, flush=True)
+    for request in new:
         try:
-            if _ask("gate", new) == INTERRUPTED:
-                raise KeyboardInterrupt
+            _ask("gate", [request])
+        except NotPlanned as error:
+            print(f"warning: {error}", file=sys.stderr, flush=True)
         except ConfigError as error:
             if error.path not in UNREACHABLE:
                 raise
             print(f"warning: not planned: {error}", file=sys.stderr, flush=True)
-            return
-    for job in jobs:
-        found = _known(job)
+    for job, request in wanted:
+        found = _known(job, request)
         if found.get("verdict") == "does not fit":
-            if compose is not None and len(jobs) == 1 and job.plan.changes:
-                request = request_of(job)
+            if compose is not None and job.plan.changes:
                 request.changes = _variants(job, compose)
                 _ask("changes", [request])
-            raise ConfigError("run_dir", str(job.run_dir), _reason(found), "a change as above, another hardware=NAME, or launch.force=true")
-    for job in jobs[:1]:
-        _say_fitting(_known(job))
+            raise _refused(job, found)
+    if wanted:
+        _say_fitting(_known(*wanted[0]))
 
 
-def _reason(found: dict[str, Any]) -> str:
+def _refused(job: Job, found: dict[str, Any]) -> ConfigError:
+    """Return what stands against a run: its host memory, or that of its GPUs."""
+    force = "python -m launcher ... mode=plan says what would make it fit; launch.force=true submits it all the same"
+    if found["host_short"]:
+        memory = job.launch.memory
+        return ConfigError("launch.memory", memory, f"{job.run_dir.name} does not fit: {found['host_short']}", force)
     devices = [f"{name} has {found['capacity'][name] / 2**30:,.1f}" for name in found["verdicts"]]
     needed = max(found["needed"].values()) / 2**30
-    note = next((f"; {note}" for note in found["notes"] if "host memory" in note), "")
-    return f"the run does not fit: a rank needs {needed:,.1f} GiB of its GPU, and {', '.join(devices)}{note}"
+    reason = f"{job.run_dir.name} does not fit: a rank needs {needed:,.1f} GiB of its GPU, and {', '.join(devices)}"
+    return ConfigError("hardware", job.hardware.name, reason, force)
 
 
 def _say_fitting(found: dict[str, Any]) -> None:
@@ -89,12 +111,18 @@ def _say_fitting(found: dict[str, Any]) -> None:
         print(f"planned: a rank needs {max(found['needed'].values()) / 2**30:,.1f} GiB of its GPU: fits {', '.join(fits)}", flush=True)
 
 
-def _known(job: Job) -> dict[str, Any]:
-    return try_json(job.run_dir / "plan.json")
+def _known(job: Job, request: Request) -> dict[str, Any]:
+    """Return the plan in a run directory if it answers this request; empty where it does not."""
+    found = try_json(job.run_dir / "plan.json")
+    return found if found.get("asked") == asdict(request) and found.get("version") == VERSION else {}
 
 
 def request_of(job: Job) -> Request:
-    """Return what is asked about a job: its settings, place, and the device that is named, or all that are known."""
+    """Return what is asked about a job: its settings, place, and the device that is named, or all that are known; raises ConfigError."""
+    validate_hardware(job.hardware, job.plan)
+    if job.hardware.name != "any" and not _place(job.launch).gpus:
+        reason = "no rank has a GPU: launch.gpus_per_node is empty or 0, and this machine has none"
+        raise ConfigError("hardware", job.hardware.name, reason, "launch.gpus_per_node=8")
     hardware = [job.hardware] if job.hardware.name != "any" else known_hardware()
     return Request(base=_variant(job), hardware=hardware, plan=job.plan)
 
@@ -114,28 +142,33 @@ def _place(launch: LaunchConfig) -> Place:
     save_s = launch.grace_s if launch.backend is Backend.slurm else launch.shutdown_s
     memory = re.fullmatch(r"(\d+)([KMGT]?)B?", (launch.memory or "0").upper())
     gib = int(memory[1]) * SIZES[memory[2] or "M"] if memory else 0.0
-    return Place(nodes=launch.nodes, ranks_per_node=ranks_per_node(launch), gpus=gpus > 0, save_s=save_s, memory_gib=gib)
+    here = launch.nodes == 1 and launch.backend is not Backend.slurm
+    return Place(nodes=launch.nodes, ranks_per_node=ranks_per_node(launch), gpus=gpus > 0, save_s=save_s, is_here=here, memory_gib=gib)
 
 
-def _ask(command: str, requests: list[Request]) -> int:
-    """Let trainers.plan answer on our standard output; returns its exit code, and raises the ConfigError that it found."""
+def _ask(command: str, requests: list[Request]) -> bool:
+    """Let trainers.plan answer on our standard output; tells whether all fit, or a change was found.
+
+    Raises the ConfigError that it found, KeyboardInterrupt once it is gone, and NotPlanned where it failed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         error = Path(folder) / "error.json"
         asked = {"command": command, "error": str(error), "requests": [asdict(request) for request in requests]}
         sys.stdout.flush()
         line = [sys.executable, "-m", "trainers.plan"]
-        child = subprocess.Popen(line, stdin=subprocess.PIPE, text=True, env=_environment(), start_new_session=True)
+        child = subprocess.Popen(
+            line, stdin=subprocess.PIPE, text=True, env=_environment(), start_new_session=True, preexec_fn=prepare_child(())
+        )
         try:
             child.communicate(json.dumps(asked))
-        except KeyboardInterrupt:
+        finally:
             child.kill()
             child.wait()
-            return INTERRUPTED
         if child.returncode == BAD_INPUT and error.exists():
             raise ConfigError(**json.loads(error.read_text("utf-8")))
-    if child.returncode not in (DONE, FAILED):
-        raise ConfigError("mode", "plan", f"the plan was not made: its process ended with {child.returncode}, as it says above")
-    return child.returncode
+    if child.returncode not in (DONE, UNFIT):
+        raise NotPlanned(f"the planner failed (exit code {child.returncode}), as it says above: nothing is known of the run")
+    return child.returncode == DONE
 
 
 def _environment() -> dict[str, str]:

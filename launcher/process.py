@@ -40,7 +40,7 @@ def run(
             command,
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal reaches us alone, and ranks once, through us
-            preexec_fn=_prepare_child(hold),
+            preexec_fn=prepare_child(hold),
             pass_fds=keep_open,
         )
         return _wait(child, received, shutdown_s, is_lost), received[0] if received else None
@@ -49,7 +49,7 @@ def run(
             signal.signal(number, handler)
 
 
-def _prepare_child(hold: tuple[signal.Signals, ...]) -> Callable[[], None] | None:
+def prepare_child(hold: tuple[signal.Signals, ...]) -> Callable[[], None] | None:
     """Return what the child calls before its program starts; None where the system has no prctl."""
     if sys.platform != "linux":
         return None

@@ -57,7 +57,8 @@ def launch(composed: Sequence[tuple[list[str], DictConfig]], constant: set[str])
         codes.append(plan.plan(jobs))
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
     if _on_slurm(jobs[0]):
-        plan.require_fit([job for job in jobs if read_status(job.run_dir).get("state") != "done"])
+        rest = [job for job in jobs if read_status(job.run_dir).get("state") != "done"]
+        plan.require_fit([job for job, word in zip(rest, slurm.states(rest), strict=True) if not word])
     for job in jobs:
         freeze(job)
     (slurm_array if _on_slurm(jobs[0]) else one_by_one)(jobs)

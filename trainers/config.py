@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -497,11 +498,20 @@ def parse(values: dict[str, Any]) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(values, flags={"readonly": True})))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(escaped(values))))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error.full_key or "config"), None, str(error.msg or error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def escaped(value: Any) -> Any:
+    """Return settings with each `${` in a text escaped: all are resolved, and reading them must not resolve again."""
+    if isinstance(value, dict):
+        return {key: escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def plain(config: object) -> Any:

@@ -138,7 +138,7 @@ def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
         world_size=world.size,
         on_host=on_host,
         frozen_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad) if parameters else 0,
-        buffers=_nvme_buffers(config, world, numels),
+        buffers=nvme_buffers(config, world.size, numels),
     )
     refused = None
     try:
@@ -151,13 +151,13 @@ def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
     log.info("host memory: about %s a node (%s)", host.gib(needed.total), needed)
 
 
-def _nvme_buffers(config: RunConfig, world: World, numels: list[int]) -> int:
+def nvme_buffers(config: RunConfig, world_size: int, numels: list[int]) -> int:
     """Return the bytes of a rank's buffers between NVMe and the device: parameters, and four tensors of the largest sub-group."""
     engine, parameters, optimizer = config.engine, 0, 0
     if engine.offload_param is Offload.nvme:
-        parameters = NVME_BUFFERS * COMPUTE[config.train.precision].itemsize * -(-max(numels) // world.size)
+        parameters = NVME_BUFFERS * COMPUTE[config.train.precision].itemsize * -(-max(numels) // world_size)
     if engine.offload_optimizer is Offload.nvme:
-        optimizer = 4 * 4 * min(engine.sub_group_size + max(numels) // world.size, sum(numels) // world.size)
+        optimizer = 4 * 4 * min(engine.sub_group_size + max(numels) // world_size, sum(numels) // world_size)
     return parameters + optimizer
 
 

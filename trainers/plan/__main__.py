@@ -25,10 +25,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trainers.config import ConfigError
 from trainers.plan.plan import Plan, Simulations, make_plan
-from trainers.plan.request import Request, from_dict
+from trainers.plan.request import UNFIT, Request, from_dict
 from trainers.plan.say import say, say_all, say_change
-from trainers.status import BAD_INPUT, DONE, FAILED, write_json
-from trainers.world import die_with_parent
+from trainers.status import BAD_INPUT, DONE, write_json
 
 gc.enable()
 
@@ -37,8 +36,7 @@ ENOUGH = 4
 
 
 def main() -> int:
-    """Plan, print and write; returns 0 where every run fits, 1 where one does not, 2 for bad input."""
-    die_with_parent()
+    """Plan, print and write; returns 0 where every run fits, 3 where one does not, 2 for bad input."""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     asked = json.load(sys.stdin)
@@ -54,7 +52,7 @@ def main() -> int:
     unfit = [plan for plan in plans if plan.verdict == "does not fit"]
     if asked["command"] == "plan" or unfit:
         say(plans[0], out) if len(plans) == 1 else say_all(plans, out)
-    return FAILED if unfit else DONE
+    return UNFIT if unfit else DONE
 
 
 def plan_all(requests: list[Request]) -> list[Plan]:
@@ -78,8 +76,14 @@ def write(plan: Plan, asked: dict[str, Any]) -> None:
     from trainers.plan.picture import draw
 
     folder = Path(plan.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "plan.json", asdict(plan) | {"verdict": plan.verdict, "asked": asked})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("run_dir", plan.run_dir, f"cannot be made: {error.strerror}", "run_dir=DIR that you may write") from error
+    seconds = plan.run_seconds()
+    hours = None if seconds is None else [second * plan.place.size / 3600 for second in seconds]
+    told = {"verdict": plan.verdict, "tokens_per_day": plan.tokens_per_day(), "run_seconds": seconds, "gpu_hours": hours}
+    write_json(folder / "plan.json", asdict(plan) | told | {"asked": asked})
     draw(plan, folder / "plan.svg")
 
 
@@ -104,7 +108,7 @@ def try_changes(request: Request, out: Console) -> int:
                 break
     if not fitting:
         out.print(f"none of {len(request.changes)} changes that were tried makes it fit: more nodes, or a smaller model")
-        return FAILED
+        return UNFIT
     out.print("changes that make it fit, each tried in the same way; add one to the command:")
     for plan in sorted(fitting, key=_cost):
         say_change(plan, base, out)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainers.config import Offload, OptimizerName, Precision, RunConfig
+from trainers.config import EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.plan.request import HardwareConfig, Place
 from trainers.plan.trace import Moment
 
@@ -39,8 +39,8 @@ ASSUMPTIONS = (
 
 
 def repeats(microbatches: int) -> dict[int | None, int]:
-    """Return how often a step has the moments of each microbatch that was simulated: the second stands for all that follow."""
-    return {None: 1, 0: 1, 1: microbatches - 1}
+    """Return how often a step has the moments of each microbatch that was simulated: of three the middle one stands for all between."""
+    return {None: 1, 0: 1, 1: max(1, microbatches - 2), 2: 1}
 
 
 def totals(moments: Iterable[Moment], microbatches: int) -> tuple[float, float, dict[str, float]]:
@@ -74,20 +74,29 @@ def bandwidth(group: str, place: Place, hardware: HardwareConfig) -> float:
 
 
 def step_seconds(
-    config: RunConfig, place: Place, hardware: HardwareConfig, moments: list[Moment], microbatches: int, share: Share, trained: float
+    config: RunConfig,
+    place: Place,
+    hardware: HardwareConfig,
+    moments: list[Moment],
+    microbatches: int,
+    share: Share,
+    trained: float,
+    frozen_bytes: float = 0.0,
 ) -> float:
-    """Return the seconds of an optimizer step; `trained` is a rank's trainable parameters."""
+    """Return the seconds of an optimizer step; `trained` and `frozen_bytes` are a rank's own."""
     flops, moved, sent = totals(moments, microbatches)
     peak = hardware.tflops if config.train.precision is Precision.bf16 else hardware.tflops_fp32
     compute = flops / (1e12 * peak * share.products) + moved / (GIGA * hardware.memory_gb_s * share.memory)
     wires = sum(size / (GIGA * bandwidth(key.split()[1], place, hardware) * share.wires) for key, size in sent.items())
-    moments_each = 0 if config.optim.name is OptimizerName.sgd else 2
-    engine, host = config.engine, 0.0
-    if engine.offload_optimizer is not Offload.none:  # state is read and written, and the gradient read
-        host += trained * 4 * (2 * (1 + moments_each) + 1) / (GIGA * share.host)
-        wires += (
-            trained * 4 * (2 + 2 * moments_each * (engine.offload_param is Offload.none)) / (GIGA * hardware.host_link_gb_s * share.wires)
-        )
+    engine, host, fetched = config.engine, 0.0, 0.0
+    numbers = 0 if config.optim.name is OptimizerName.sgd else 2
+    visits = engine.name is EngineName.fsdp and engine.offload_param is Offload.none
+    if engine.offload_optimizer is not Offload.none and visits:  # moments come to the device and go back
+        fetched += trained * 4 * 2 * numbers
+    elif engine.offload_optimizer is not Offload.none:  # the host reads gradient and state and writes state; weights come back
+        host = trained * 4 * (2 * (1 + numbers) + 1) / (GIGA * share.host)
+        fetched += trained * 4 * 2
     if engine.offload_param is not Offload.none:  # forward and backward fetch what a rank holds
-        wires += 2 * microbatches * trained * 4 / (GIGA * hardware.host_link_gb_s * share.wires)
+        fetched += 2 * microbatches * (trained * 4 + frozen_bytes)
+    wires += fetched / (GIGA * hardware.host_link_gb_s * share.wires)
     return host + (max(compute, wires) if share is FAST else compute + wires)

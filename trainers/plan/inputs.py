@@ -6,6 +6,8 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,11 +73,24 @@ def read_model(config: RunConfig) -> tuple[Blueprint, list[str]]:
         notes.append(f"the architecture of {model.id} is the one that ships with fulltune")
     else:
         config_of = _fetch(model)
-    os.environ["HF_HUB_OFFLINE"] = "1"  # from here on only what is on this machine
-    import huggingface_hub.constants
+    with _offline():
+        tokens = _vocabulary(config)
+    return blueprint_of(model, config.seed, config_of, tokens), notes
 
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    return blueprint_of(model, config.seed, config_of, _vocabulary(config)), notes
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Look only at what is on this machine: a plan downloads no tokenizer and no data."""
+    import huggingface_hub.constants as hub
+
+    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
+    variable, os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE"), "1"
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+        os.environ.pop("HF_HUB_OFFLINE")
+        os.environ.update({} if variable is None else {"HF_HUB_OFFLINE": variable})
 
 
 def _from_architecture(config: RunConfig) -> PreTrainedConfig:
@@ -96,11 +111,15 @@ def _vocabulary(config: RunConfig) -> int:
 
 
 def _fetch(model: ModelConfig) -> PreTrainedConfig:
+    """Return a model's config, and have its code where it brings some, of the revision that is named; no weights."""
     assert model.id is not None
     try:
-        found: PreTrainedConfig = AutoConfig.from_pretrained(
-            model.id, revision=None if looks_local(model.id) else model.revision, trust_remote_code=model.trust_remote_code
-        )
+        folder = model.id
+        if not looks_local(model.id):
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(model.id, revision=model.revision, allow_patterns=["config.json", "*.py"])
+        found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever transformers or the hub client raises
         reason = f"its config.json cannot be had: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         remedy = "hf auth login where it is gated; without a network model.id=DIR, a directory with its config.json"
@@ -112,7 +131,8 @@ def read_data(config: RunConfig, plan: PlanConfig) -> Data:
     """Return how much there is to train on: from the prepared data, else `plan.tokens`, else nothing but `train.steps`."""
     seq_len, batch = config.data.seq_len, config.train.global_batch
     try:
-        prepared = find_prepared(config)
+        with _offline():
+            prepared = find_prepared(config)
     except ConfigError as error:
         log.debug("no prepared data: %s", error)
         prepared = None

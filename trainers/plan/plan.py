@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trainers import host
-from trainers.config import CheckpointConfig, DataConfig, EngineName, Offload, OptimizerName, PeftMethod, RunConfig, parse, plain
-from trainers.engines.base import COMPUTE
+from trainers.config import CheckpointConfig, DataConfig, EngineName, Offload, OptimizerName, RunConfig, parse, plain
+from trainers.engines.base import COMPUTE, nvme_buffers
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
-from trainers.plan.request import HardwareConfig, Place, PlanConfig, Variant
+from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
 from trainers.plan.simulate import Simulation, ranks, simulate
 from trainers.plan.trace import Kind, Moment
 
-VERSION = 1
 TIGHT = 0.9
 """Share of a device's memory above which a run that fits is tight: a longer row than expected, or another NCCL, ends it."""
 WORDS = {
@@ -37,7 +36,7 @@ class Plan:
     run_dir: str
     version: int = VERSION
     verdicts: dict[str, str]
-    """By device: `fits`, `tight` or `does not fit`."""
+    """By device: `fits`, `tight`, `does not fit`, or `unknown` where nobody says how much memory there is."""
     capacity: dict[str, float]
     """Bytes by device."""
     needed: dict[str, float]
@@ -65,6 +64,8 @@ class Plan:
     """Bytes that a rank sends in a step, by collective and whether between nodes."""
     host: dict[str, int]
     """Bytes of a node's memory by part."""
+    staged: int
+    """Bytes of a node's memory that copies of the state take while they are saved, where there is room for them."""
     host_limit: float
     """Bytes of a node's memory; 0 where it is not known."""
     checkpoint_bytes: int
@@ -74,6 +75,8 @@ class Plan:
     step_seconds: tuple[float, float] | None = None
     """With the fast and the slow set of assumptions; None where no device is named."""
     price: float | None = None
+    host_short: str = ""
+    """What host memory lacks, in words."""
     notes: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
     moments: list[dict[str, Any]] = field(default_factory=list)
@@ -84,12 +87,19 @@ class Plan:
     @property
     def verdict(self) -> str:
         """Return the verdict of the named device, or the best of all."""
-        return next((word for word in ("fits", "tight") if word in self.verdicts.values()), "does not fit")
+        return next((word for word in ("fits", "tight", "unknown") if word in self.verdicts.values()), "does not fit")
 
     @property
     def most_needed(self) -> float:
         """Return the bytes that a device must have."""
         return max(self.needed.values())
+
+    def tokens_per_day(self) -> tuple[float, float] | None:
+        """Return the tokens of a day where all rows are full, slow and fast."""
+        if self.step_seconds is None:
+            return None
+        tokens = self.global_batch * self.data.seq_len * 86_400.0
+        return tokens / self.step_seconds[1], tokens / self.step_seconds[0]
 
     def run_seconds(self) -> tuple[float, float] | None:
         """Return the seconds of all steps, fast and slow; None where steps or devices are not known."""
@@ -113,15 +123,14 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     key = _key(config, place, data.seq_len)
     if key not in known:
         with ranks(place.size, place.ranks_per_node) as world:
-            known[key] = simulate(config, blueprint, world, data.seq_len)
+            known[key] = simulate(config, blueprint, world, data.seq_len, place.gpus)
     simulation = known[key]
     saved = blueprint.saved_dtype.itemsize
     moments = [*simulation.moments, *_export(config, simulation, saved)]
     peak = max(moments, key=lambda moment: moment.total)
     microbatches = config.train.global_batch // (place.size * config.train.microbatch)
     flops, _, sent = totals(simulation.moments, microbatches)
-    adapter = config.peft.method not in (PeftMethod.none, PeftMethod.freeze)
-    checkpoint = simulation.trainable * (4 if config.optim.name is OptimizerName.sgd else 12)
+    checkpoint = simulation.trainable * (4 if config.optim.name is OptimizerName.sgd else 12) + 8 * simulation.importance
     one = hardware[0] if len(hardware) == 1 else None
     plan = Plan(
         name=config.name,
@@ -146,10 +155,11 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         steps=data.steps(config),
         flops=flops * place.size,
         sent=_by_collective(sent, place),
-        host=_host(config, place, simulation, checkpoint),
+        host=_host(config, place, simulation),
+        staged=checkpoint * place.ranks_per_node * config.engine.replicate // place.size if config.checkpoint.asynchronous else 0,
         host_limit=_host_limit(place, one),
         checkpoint_bytes=checkpoint,
-        export_bytes=simulation.trainable * 4 if adapter else simulation.parameters * saved,
+        export_bytes=simulation.adapter_bytes or simulation.parameters * saved,
         notes=notes,
         overrides=variant.overrides,
         moments=[
@@ -164,10 +174,14 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     )
     _judge(plan, place, hardware, peak)
     if one is not None and place.gpus:
-        trained = simulation.trainable / place.size * config.engine.replicate
-        fast, slow = (step_seconds(config, place, one, moments, microbatches, share, trained) for share in (FAST, SLOW))
-        plan.step_seconds, plan.price, plan.assumptions = (fast, slow), one.price, list(ASSUMPTIONS)
         plan.save_seconds = checkpoint / (1e9 * one.storage_gb_s)
+    if Offload.nvme in (config.engine.offload_param, config.engine.offload_optimizer):
+        plan.notes.append("no time is estimated: how fast NVMe is read and written is not known")
+    elif one is not None and place.gpus:
+        own = config.engine.replicate / place.size
+        rank = (simulation.trainable * own, float(simulation.state_bytes["frozen"]))
+        fast, slow = (step_seconds(config, place, one, moments, microbatches, share, *rank) for share in (FAST, SLOW))
+        plan.step_seconds, plan.price, plan.assumptions = (fast, slow), one.price, list(ASSUMPTIONS)
     plan.seconds = time.monotonic() - began
     return plan
 
@@ -187,17 +201,19 @@ def _judge(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Momen
     if not place.gpus:
         limit = _host_limit(place, None) / place.ranks_per_node
         plan.capacity["cpu"], plan.needed["cpu"] = limit, peak.total + host.PROCESS_BYTES
-        plan.verdicts["cpu"] = _verdict(plan.needed["cpu"], limit) if limit else "fits"
+        plan.verdicts["cpu"] = _verdict(plan.needed["cpu"], limit) if limit else "unknown"
         return
     for device in hardware:
         capacity, needed = device.memory_gib * host.GIB, peak.total + plan.slack + device.overhead_gib * host.GIB
         plan.capacity[device.name], plan.needed[device.name] = capacity, needed
         plan.verdicts[device.name] = _verdict(needed, capacity)
-        on_host = sum(plan.host.values())
-        if plan.host_limit and on_host > plan.host_limit:
+        if plan.host_limit and sum(plan.host.values()) > plan.host_limit:
             plan.verdicts[device.name] = "does not fit"
-            if not any("host memory" in note for note in plan.notes):
-                plan.notes.append(f"a node needs {host.gib(on_host)} of host memory and has {host.gib(plan.host_limit)}")
+    on_host = sum(plan.host.values())
+    if plan.host_limit and on_host > plan.host_limit:
+        plan.host_short = f"a node needs {host.gib(on_host)} of host memory and has {host.gib(plan.host_limit)}"
+    elif plan.host_limit and on_host + plan.staged > plan.host_limit / 2 and plan.staged:
+        plan.notes.append(f"checkpoints wait for the disk: a node has no room for a copy of the state ({host.gib(plan.staged)})")
 
 
 def _verdict(needed: float, capacity: float) -> str:
@@ -208,11 +224,11 @@ def _host_limit(place: Place, device: HardwareConfig | None) -> float:
     if place.memory_gib:
         return place.memory_gib * host.GIB
     if not place.gpus:
-        return float(host.memory_limit(place.ranks_per_node).bytes) if place.nodes == 1 else 0.0
+        return float(host.memory_limit(place.ranks_per_node).bytes) if place.is_here else 0.0
     return device.host_memory_gib * host.GIB if device is not None else 0.0
 
 
-def _host(config: RunConfig, place: Place, simulation: Simulation, checkpoint: int) -> dict[str, int]:
+def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, int]:
     """Return bytes of a node's memory by part; those of offloaded state by the rules by which a run is refused."""
     engine, compute = config.engine, COMPUTE[config.train.precision].itemsize
     optimizer, parameters = engine.offload_optimizer is Offload.cpu, engine.offload_param is Offload.cpu
@@ -222,20 +238,21 @@ def _host(config: RunConfig, place: Place, simulation: Simulation, checkpoint: i
     else:
         swapped = engine.offload_optimizer is Offload.nvme
         on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
+    sizes = [simulation.largest, simulation.parameters - simulation.largest]
     needed = host.host_bytes_needed(
         parameters=simulation.trainable,
         local_ranks=place.ranks_per_node,
         world_size=place.size // engine.replicate,
         on_host=on_host,
         frozen_bytes=simulation.state_bytes["frozen"] * place.size // engine.replicate if parameters else 0,
+        buffers=nvme_buffers(config, place.size, sizes),
     )
-    staged = checkpoint * place.ranks_per_node // place.size if config.checkpoint.asynchronous else 0
-    return needed.parts | ({"a copy of the state while it is saved": staged} if staged else {})
+    return needed.parts
 
 
 def _export(config: RunConfig, simulation: Simulation, saved: int) -> list[Moment]:
-    """Return the moment in which the largest tensor stands whole on a device to be written."""
-    if config.engine.offload_param is not Offload.none:
+    """Return the moment in which the largest tensor stands whole on a device to be written; those of adapters are small."""
+    if config.engine.offload_param is not Offload.none or simulation.adapter_bytes:
         return []
     end = simulation.moments[-1]
     largest = simulation.largest * (4 + saved)

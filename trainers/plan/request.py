@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+from trainers.config import ConfigError
+
+VERSION = 1
+"""Of plan.json and what its figures mean: raise it when either changes."""
+UNFIT = 3
+"""Exit code of trainers.plan where a run does not fit; 1 is that of a process that failed."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +54,24 @@ class PlanConfig:
     """Look for changes that make a run fit that does not, each tried in the same way."""
 
 
+def validate_hardware(hardware: HardwareConfig, plan: PlanConfig) -> None:
+    """Raise ConfigError for figures that nothing can be made of."""
+    if plan.tokens is not None and not 0 < plan.tokens < math.inf:
+        raise ConfigError("plan.tokens", plan.tokens, "must be a number greater than 0")
+    for item in fields(HardwareConfig):
+        value = getattr(hardware, item.name)
+        if item.name == "name" or value is None:
+            continue
+        may_be_zero = hardware.name == "any" or item.name in ("overhead_gib", "host_memory_gib", "price")
+        if not (0 <= value < math.inf) or (value == 0 and not may_be_zero):
+            remedy = "hardware=NAME of conf/hardware, and what differs from it" if value == 0 else ""
+            raise ConfigError(f"hardware.{item.name}", value, f"must be a number greater than 0 for hardware.name={hardware.name}", remedy)
+        if hardware.name == "any" and value != item.default:
+            raise ConfigError(
+                f"hardware.{item.name}", value, "is of a device, and none is named", f"hardware=h100 hardware.{item.name}={value}"
+            )
+
+
 @dataclass(kw_only=True)
 class Place:
     """Where a run would be started."""
@@ -56,6 +82,8 @@ class Place:
     """Ranks have a GPU each; otherwise they share the node's processors and memory."""
     save_s: float
     """Seconds between the signal to stop and the kill."""
+    is_here: bool = True
+    """Ranks run on this machine."""
     memory_gib: float = 0.0
     """Host memory of a node that the job asks for, in GiB; 0 where it names none."""
 

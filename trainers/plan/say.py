@@ -8,8 +8,7 @@ from rich.table import Table
 from trainers.host import gib
 from trainers.plan.plan import WORDS, Plan
 
-DAY_S = 86_400
-COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+COLOURS = {"fits": "green", "tight": "yellow", "unknown": "yellow", "does not fit": "red"}
 
 
 def say(plan: Plan, console: Console) -> None:
@@ -30,7 +29,7 @@ def say(plan: Plan, console: Console) -> None:
     for row in (*_size(plan), *_host(plan), *_saving(plan), *_work(plan), *_cost(plan)):
         rows.add_row(*row)
     console.print(rows)
-    for note in plan.notes:
+    for note in (*filter(None, [plan.host_short]), *plan.notes):
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
     if plan.assumptions:
         console.print("\nassumptions of the time: " + "; ".join(plan.assumptions), soft_wrap=True, highlight=False, style="dim")
@@ -61,7 +60,8 @@ def _host(plan: Plan) -> list[tuple[str, str]]:
     total = sum(plan.host.values())
     limit = f" of {gib(plan.host_limit)}" if plan.host_limit else ""
     parts = " + ".join(f"{gib(size)} {name}" for name, size in plan.host.items())
-    return [("host memory of a node", f"{gib(total)}{limit} ({parts})")] if plan.place.gpus else []
+    staged = f", and {gib(plan.staged)} for a copy of the state while it is saved" if plan.staged else ""
+    return [("host memory of a node", f"{gib(total)}{limit} ({parts}{staged})")] if plan.place.gpus else []
 
 
 def _saving(plan: Plan) -> list[tuple[str, str]]:
@@ -87,10 +87,11 @@ def _cost(plan: Plan) -> list[tuple[str, str]]:
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}"))
     if plan.step_seconds is None:
-        return [*rows, ("time", "name a device: hardware=h100")] if plan.place.gpus else rows
+        return [*rows, ("time", "name a device: hardware=h100")] if plan.place.gpus and len(plan.verdicts) > 1 else rows
     fast, slow = plan.step_seconds
-    tokens = plan.global_batch * plan.data.seq_len * DAY_S
-    rows += [("seconds a step", f"{fast:.3g} to {slow:.3g}"), ("tokens a day", f"{_short(tokens / slow)} to {_short(tokens / fast)}")]
+    rows.append(("seconds a step", f"{fast:.3g} to {slow:.3g}"))
+    if (day := plan.tokens_per_day()) is not None:
+        rows.append(("tokens a day", " to ".join(map(_short, day))))
     if (seconds := plan.run_seconds()) is not None:
         hours = [second / 3600 for second in seconds]
         rows += [("the whole run", f"{_hours(hours[0])} to {_hours(hours[1])}, {_spent(plan, hours)}")]

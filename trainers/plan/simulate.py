@@ -23,10 +23,13 @@ from trainers.config import EngineName, Offload, PeftMethod, RunConfig
 from trainers.engines.fsdp import FSDPEngine, find_blocks
 from trainers.model import Blueprint
 from trainers.peft import nf4
+from trainers.peft.base import Adaptation
 from trainers.plan.allocator import replay
 from trainers.plan.trace import Kind, Moment, Trace, combine
 from trainers.world import World
 
+MICROBATCHES = 3
+"""The first, which finds no gradients, the last, which may reduce them, and one that stands for all between."""
 REUSED = 1_000_000_000
 """Elements up to which DeepSpeed keeps what it will need again, and gathers at most; its own defaults of both."""
 
@@ -57,6 +60,10 @@ class Simulation:
     trainable: int
     largest: int
     """Elements of the largest tensor, which an export gathers whole."""
+    adapter_bytes: int
+    """Bytes of the adapter that is exported; 0 where that is a whole model."""
+    importance: int
+    """Elements whose importance AdaLoRA keeps, twice, in float32."""
     slack: int
     """Bytes that torch's allocator needs beyond those of tensors where these stand highest."""
     reserved: int | None
@@ -87,16 +94,16 @@ def ranks(size: int, local_size: int) -> Iterator[World]:
             os.environ.pop("LOCAL_RANK", None)
 
 
-def simulate(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int) -> Simulation:
-    """Take a step of rows of `seq_len` tokens with the config's engine.
+def simulate(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, gpus: bool = False) -> Simulation:
+    """Take a step of rows of `seq_len` tokens with the config's engine; with `gpus` what is offloaded is not counted on the device.
 
     Where blocks repeat themselves, two depths are simulated and all figures continued from there in a straight line.
     Raises ConfigError for what the engine or the method refuses.
     """
     depths = _two_depths(config, blueprint, world)
     if depths is None:
-        return _take(config, blueprint, world, seq_len)
-    few, more = (_take(config, shortened(blueprint, depth), world, seq_len) for depth in (depths.few, depths.few + depths.period))
+        return _take(config, blueprint, world, seq_len, gpus)
+    few, more = (_take(config, shortened(blueprint, depth), world, seq_len, gpus) for depth in (depths.few, depths.few + depths.period))
     return _continued(few, more, depths)
 
 
@@ -129,7 +136,7 @@ def _two_depths(config: RunConfig, blueprint: Blueprint, world: World) -> _Depth
         edge = 1 + -(-REUSED // max(1, sum(p.numel() for p in blocks[-1].parameters())))
     for period in range(1, 9):
         alone = next((n + 1 for n in range(full - period - 1, -1, -1) if kinds[n] != kinds[n + period]), 0)  # those at the front
-        few = 2 * (max(edge, alone) + period)
+        few = 2 * (edge + alone + period)
         few += (full - few) % period
         if few + period >= full:
             continue
@@ -182,6 +189,8 @@ def _continued(few: Simulation, more: Simulation, depths: _Depths) -> Simulation
         parameters=round(line(few.parameters, more.parameters)),
         trainable=round(line(few.trainable, more.trainable)),
         largest=max(few.largest, more.largest),
+        adapter_bytes=round(line(few.adapter_bytes, more.adapter_bytes)),
+        importance=round(line(few.importance, more.importance)),
         slack=max(few.slack, more.slack),
         reserved=None,
     )
@@ -208,15 +217,15 @@ def _place(moment: Moment, depth: int, edge: int) -> tuple[str, int | None, int 
     return moment.name, moment.microbatch, block
 
 
-def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int) -> Simulation:
+def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, gpus: bool = False) -> Simulation:
     """Take one step, or with ZeRO-3, which learns in the first what to gather ahead, two of which the second counts."""
     config = _in_memory(config)
     zero3 = config.engine.name is EngineName.zero3
     engine = _outlined(config, world, blueprint)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
-    several = config.train.global_batch > world.size * config.train.microbatch
-    batches = [whole_batch(config.train.microbatch, seq_len) for _ in range(2 if several else 1)]
+    count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
+    batches = [whole_batch(config.train.microbatch, seq_len) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
     evaluated = whole_batch(rows, seq_len) if rows > config.train.microbatch else None
     stepping: Callable[[], AbstractContextManager[Any]] = nullcontext if zero3 else unset_fake_temporarily  # DTensor has a mode of its own
@@ -225,7 +234,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int) -
         engine.fill(None)
         for _ in range(2 if zero3 else 1):
             trace.restart()
-            take_step(engine, trace, [_without_values(batch, fake) for batch in batches], stepping)
+            take_step(engine, trace, [_without_values(batch, fake) for batch in batches], stepping, gpus)
         if evaluated is not None:
             trace.mark("evaluation")
             engine.train(False)
@@ -234,7 +243,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int) -
         size = engine.state_bytes()
     shapes = engine.shapes()
     trained = engine.adaptation.trained
-    replayed = replay(trace)
+    replayed, allocator = replay(trace), engine.adaptation.allocator
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     return Simulation(
         moments=trace.moments(),
@@ -242,9 +251,23 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int) -
         parameters=sum(numels.values()),
         trainable=sum(numel for name, numel in numels.items() if name in trained),
         largest=max(numels.values()),
+        adapter_bytes=_adapter_bytes(engine.adaptation, shapes),
+        importance=sum(torch.Size(shape).numel() for shape in allocator.shapes.values()) if allocator is not None else 0,
         slack=replayed.slack,
         reserved=replayed.reserved,
     )
+
+
+def _adapter_bytes(adaptation: Adaptation, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Return the bytes of the adapter that is exported; 0 where that is a whole model."""
+    if adaptation.library_config is None:
+        return 0
+    if adaptation.made_of_all is not None:  # a prompt of what an encoder makes
+        with torch.no_grad():
+            made = adaptation.made_of_all({name: torch.zeros(shapes[name]) for name in sorted(adaptation.trained)})
+        return sum(tensor.nbytes for tensor in made.values())
+    planned = adaptation.plan() or {name: torch.empty(shapes[name], device="meta") for name in adaptation.names}
+    return sum(tensor.nbytes for tensor in planned.values())
 
 
 @contextmanager
@@ -287,11 +310,18 @@ def _outlined(config: RunConfig, world: World, blueprint: Blueprint) -> Any:
 
 
 def take_step(
-    engine: Any, trace: Trace, batches: Sequence[Batch], stepping: Callable[[], AbstractContextManager[Any]] = nullcontext
+    engine: Any,
+    trace: Trace,
+    batches: Sequence[Batch],
+    stepping: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    gpus: bool = False,
 ) -> None:
-    """Take an optimizer step and mark its moments, on tensors with or without values; by what a loss is divided is no matter here."""
-    marks = _Marks(trace, find_blocks(engine.model))
-    _label(engine, trace)
+    """Take an optimizer step and mark its moments, on tensors with or without values; by what a loss is divided is no matter here.
+
+    `gpus` says that what is offloaded stands elsewhere than the rest.
+    """
+    marks = _Marks(trace, engine.blocks if isinstance(engine, FSDPEngine) else find_blocks(engine.model))  # which fully_shard renames
+    _label(engine, trace, gpus)
     for number, batch in enumerate(batches):
         marks.begin_microbatch(number)
         logps = engine.token_logps(batch)
@@ -299,20 +329,20 @@ def take_step(
         marks.turn()
         engine.backward(loss, last=number == len(batches) - 1)
         del logps, loss
-        _label(engine, trace)
+        _label(engine, trace, gpus)
     trace.mark("optimizer step")
     with stepping():
         engine.step(1e-3)
-    _label(engine, trace)
+    _label(engine, trace, gpus)
     trace.mark("after the step")
     marks.remove()
 
 
-def _label(engine: Any, trace: Trace) -> None:
+def _label(engine: Any, trace: Trace, gpus: bool) -> None:
     """Say which of the storages that are there hold state, and which of them a GPU run has in host memory."""
     settings = engine.config.engine
-    weights = Kind.parameters if settings.offload_param is Offload.none else Kind.host
-    state = Kind.optimizer if settings.offload_optimizer is Offload.none else Kind.host
+    weights = Kind.host if gpus and settings.offload_param is not Offload.none else Kind.parameters
+    state = Kind.host if gpus and settings.offload_optimizer is not Offload.none else Kind.optimizer
     trace.label(engine.model.buffers(), Kind.parameters)
     trace.label(engine._moments(), state)
     if isinstance(engine, FSDPEngine):
