@@ -129,10 +129,14 @@ def count_gpus() -> int:
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[len("nvidia") :].isdigit()])
 
 
+def gpus_per_node(launch: LaunchConfig) -> int:
+    """Return the GPUs of one machine: this one's where none are named."""
+    return count_gpus() if launch.gpus_per_node is None else launch.gpus_per_node
+
+
 def ranks_per_node(launch: LaunchConfig) -> int:
     """Return the ranks of one machine."""
-    gpus = count_gpus() if launch.gpus_per_node is None else launch.gpus_per_node
-    return launch.processes or max(gpus, 1)
+    return launch.processes or max(gpus_per_node(launch), 1)
 
 
 def world_size(launch: LaunchConfig) -> int:
@@ -157,7 +161,7 @@ def validate_launch(launch: LaunchConfig) -> None:
         raise ConfigError("launch.nodes", launch.nodes, "launch=local runs on this machine alone", "launch=slurm or launch=torchrun")
     if launch.backend is Backend.slurm:
         _validate_slurm(launch)
-    gpus = count_gpus() if launch.gpus_per_node is None else launch.gpus_per_node
+    gpus = gpus_per_node(launch)
     if launch.processes is not None and 0 < gpus < launch.processes:
         remedy = f"launch.processes={gpus}, or launch.gpus_per_node=0 for CPU ranks"
         raise ConfigError("launch.processes", launch.processes, f"a machine has {gpus} GPU(s), and each rank needs its own", remedy)

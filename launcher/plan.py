@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from launcher.config import Backend, JobConfig, LaunchConfig, count_gpus, ranks_per_node
+from launcher.config import Backend, JobConfig, LaunchConfig, gpus_per_node, ranks_per_node
 from launcher.job import ROOT, Job, make_job, require_joinable
 from launcher.process import prepare_child
 from trainers.config import ConfigError, EngineName, Offload, PeftMethod, Quantisation, plain
@@ -33,7 +33,7 @@ Compose = Callable[[list[str]], JobConfig | None]
 
 
 class NotPlanned(Exception):
-    """The planner failed, or was interrupted: nothing is known of the run."""
+    """The planner failed: nothing is known of the run."""
 
 
 def plan(jobs: Sequence[Job], compose: Compose | None = None) -> int:
@@ -73,15 +73,7 @@ def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
     new = [request for job, request in wanted if not _known(job, request)]
     if new:
         print(f"planning {len(new)} run(s) before they are submitted; launch.force=true leaves this out", file=sys.stderr, flush=True)
-    for request in new:
-        try:
-            _ask("gate", [request])
-        except NotPlanned as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
-        except ConfigError as error:
-            if error.path not in UNREACHABLE:
-                raise
-            print(f"warning: not planned: {error}", file=sys.stderr, flush=True)
+        _plan_what_can_be(new)
     for job, request in wanted:
         found = _known(job, request)
         if found.get("verdict") == "does not fit":
@@ -91,6 +83,22 @@ def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
             raise _refused(job, found)
     if wanted:
         _say_fitting(_known(*wanted[0]))
+
+
+def _plan_what_can_be(requests: list[Request]) -> None:
+    """Plan all in one process, which makes the same simulation once; where that fails each alone: one keeps no other from it."""
+    try:
+        _ask("gate", requests)
+    except (NotPlanned, ConfigError) as error:
+        if len(requests) > 1:
+            for request in requests:
+                _plan_what_can_be([request])
+        elif isinstance(error, NotPlanned):
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+        elif error.path in UNREACHABLE:
+            print(f"warning: not planned: {error}", file=sys.stderr, flush=True)
+        else:
+            raise
 
 
 def _refused(job: Job, found: dict[str, Any]) -> ConfigError:
@@ -138,12 +146,18 @@ def _variant(job: Job, overrides: Sequence[str] = ()) -> Variant:
 
 
 def _place(launch: LaunchConfig) -> Place:
-    gpus = count_gpus() if launch.gpus_per_node is None else launch.gpus_per_node
     save_s = launch.grace_s if launch.backend is Backend.slurm else launch.shutdown_s
     memory = re.fullmatch(r"(\d+)([KMGT]?)B?", (launch.memory or "0").upper())
     gib = int(memory[1]) * SIZES[memory[2] or "M"] if memory else 0.0
     here = launch.nodes == 1 and launch.backend is not Backend.slurm
-    return Place(nodes=launch.nodes, ranks_per_node=ranks_per_node(launch), gpus=gpus > 0, save_s=save_s, is_here=here, memory_gib=gib)
+    return Place(
+        nodes=launch.nodes,
+        ranks_per_node=ranks_per_node(launch),
+        gpus=gpus_per_node(launch) > 0,
+        save_s=save_s,
+        is_here=here,
+        memory_gib=gib,
+    )
 
 
 def _ask(command: str, requests: list[Request]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -479,28 +480,30 @@ def load(path: Path | str) -> RunConfig:
 def read(path: Path | str) -> RunConfig:
     """Read a frozen config.yaml of a run that is over, whose data may be gone; raises ConfigError on what is no config."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or path), None, str(error.msg or error).splitlines()[0]) from error
+        return _typed(lambda: OmegaConf.load(path), str(path))
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("config.yaml", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, RunConfig)
-    return config
 
 
 def parse(values: dict[str, Any]) -> RunConfig:
     """Return the config that `plain` has made plain; raises ConfigError on what is none."""
     from omegaconf import OmegaConf
+
+    return _typed(lambda: OmegaConf.create(escaped(values)), "config")
+
+
+def _typed(load: Callable[[], Any], name: str) -> RunConfig:
+    """Return what is loaded as a RunConfig; raises ConfigError, which names the field or what was loaded, for an unknown field or type."""
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.create(escaped(values))))
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), load()))
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error.full_key or "config"), None, str(error.msg or error).splitlines()[0]) from error
+        raise ConfigError(str(error.full_key or name), None, str(error.msg or error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)
     return config
 

@@ -203,17 +203,15 @@ def _judge(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Momen
         plan.capacity["cpu"], plan.needed["cpu"] = limit, peak.total + host.PROCESS_BYTES
         plan.verdicts["cpu"] = _verdict(plan.needed["cpu"], limit) if limit else "unknown"
         return
-    for device in hardware:
-        capacity, needed = device.memory_gib * host.GIB, peak.total + plan.slack + device.overhead_gib * host.GIB
-        plan.capacity[device.name], plan.needed[device.name] = capacity, needed
-        plan.verdicts[device.name] = _verdict(needed, capacity)
-        if plan.host_limit and sum(plan.host.values()) > plan.host_limit:
-            plan.verdicts[device.name] = "does not fit"
     on_host = sum(plan.host.values())
     if plan.host_limit and on_host > plan.host_limit:
         plan.host_short = f"a node needs {host.gib(on_host)} of host memory and has {host.gib(plan.host_limit)}"
     elif plan.host_limit and on_host + plan.staged > plan.host_limit / 2 and plan.staged:
         plan.notes.append(f"checkpoints wait for the disk: a node has no room for a copy of the state ({host.gib(plan.staged)})")
+    for device in hardware:
+        capacity, needed = device.memory_gib * host.GIB, peak.total + plan.slack + device.overhead_gib * host.GIB
+        plan.capacity[device.name], plan.needed[device.name] = capacity, needed
+        plan.verdicts[device.name] = "does not fit" if plan.host_short else _verdict(needed, capacity)
 
 
 def _verdict(needed: float, capacity: float) -> str:
