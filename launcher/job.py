@@ -29,7 +29,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
 from launcher.process import KILL_AFTER_S
-from trainers.config import ConfigError, RunConfig, check_world, escaped, plain, validate
+from trainers.checks import check_world, validate
+from trainers.config import ConfigError, RunConfig, escaped, plain
 from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.status import PASSING, Attempt, newest_attempt, read_status, write_json
 

@@ -15,7 +15,8 @@ import yaml
 
 from launcher.compose import CONF, compose
 from trainers import deepspeed_keys
-from trainers.config import ConfigError, RunConfig, check_world
+from trainers.checks import check_world
+from trainers.config import ConfigError, RunConfig
 from trainers.deepspeed_keys import check_overrides
 
 SCRATCH = ["model=scratch", "data=python_docs", "train.precision=fp32"]

@@ -20,17 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
-from trainers.config import (
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    Offload,
-    OptimConfig,
-    OptimizerName,
-    Precision,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config import DataConfig, EngineConfig, ModelConfig, Offload, OptimConfig, OptimizerName, Precision, RunConfig, TrainConfig
 from trainers.engines.base import build_engine
 from trainers.engines.fsdp import sum_of_squares
 from trainers.model import Blueprint

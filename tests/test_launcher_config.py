@@ -17,7 +17,8 @@ from launcher.config import LaunchConfig, count_gpus, ranks_per_node, run_config
 from launcher.fields import all_fields
 from launcher.help import experiments, fields, presets
 from launcher.job import frozen_text, make_job
-from trainers.config import load, plain
+from trainers.checks import load
+from trainers.config import plain
 
 ROOT = CONF.parent
 EXPERIMENTS = sorted(file.stem for file in (CONF / "exp").glob("*.yaml"))

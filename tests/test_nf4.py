@@ -13,7 +13,8 @@ from conftest import Ranks, save_tiny
 from test_peft import blueprint_for, config_for, locals_of
 from transformers import AutoModelForCausalLM
 
-from trainers.config import AdapterInit, ConfigError, DataConfig, DataSource, PeftConfig, PeftMethod, Precision, Quantisation, validate
+from trainers.checks import validate
+from trainers.config import AdapterInit, ConfigError, DataConfig, DataSource, PeftConfig, PeftMethod, Precision, Quantisation
 from trainers.engines.base import build_engine
 from trainers.peft.nf4 import dequantise, packed_shape, quantise, round_trip
 from trainers.world import World

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM
 
 from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
+from trainers.checks import UNAVAILABLE, validate
 from trainers.config import (
-    UNAVAILABLE,
     AdapterBias,
     AdapterInit,
     ConfigError,
@@ -44,7 +44,6 @@ from trainers.config import (
     Quantisation,
     RunConfig,
     TrainConfig,
-    validate,
 )
 from trainers.engines.base import build_engine
 from trainers.model import export

@@ -25,7 +25,8 @@ from test_watchdog import finish, pids_of, started, status_of
 from launcher.compose import compose
 from launcher.job import make_job
 from trainers import preflight
-from trainers.config import ConfigError, validate
+from trainers.checks import validate
+from trainers.config import ConfigError
 from trainers.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, judge
 from trainers.status import Attempt
 from trainers.stragglers import EVERY, IN_A_ROW, Named, Slow, Stragglers, slow_ranks

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trainers.config import Attention, ConfigError, PeftMethod, RunConfig, read, require_model_directory
+from trainers.checks import require_model_directory
+from trainers.config import Attention, ConfigError, PeftMethod, RunConfig, read
 
 if TYPE_CHECKING:
     from torch import Tensor

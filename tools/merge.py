@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.export import DTYPES, Damaged, Refused, require_absent, require_space, with_bar
-from trainers.config import ConfigError, ModelConfig, looks_local
+from trainers.checks import looks_local
+from trainers.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,7 +30,8 @@ from transformers import PreTrainedTokenizerFast
 from trainers import preflight
 from trainers.batch import IGNORE, Batch, token_logps
 from trainers.checkpoint import NoCheckpoint
-from trainers.config import ConfigError, PeftMethod, Precision, RunConfig, check_world, load
+from trainers.checks import check_world, load
+from trainers.config import ConfigError, PeftMethod, Precision, RunConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids

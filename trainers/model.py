@@ -26,7 +26,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trainers.config import Attention, ConfigError, ModelConfig, looks_local
+from trainers.checks import looks_local
+from trainers.config import Attention, ConfigError, ModelConfig
 from trainers.stored import INDEX, TYPES, Weights, listed
 from trainers.weights import is_finite, load_parts, materialise, origin_of, tied_names
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
 
-from trainers.config import RunConfig, value_at
+from trainers.checks import value_at
+from trainers.config import RunConfig
 from trainers.status import FAILED, STOPPED, SUPERSEDED, Attempt, write_json
 
 T = TypeVar("T")

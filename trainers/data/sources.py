@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.config import FILE_TYPES, ConfigError, DataConfig, DataSource, ObjectiveName
+from trainers.checks import FILE_TYPES
+from trainers.config import ConfigError, DataConfig, DataSource, ObjectiveName
 from trainers.data.formats import BadRow
 
 TEXT_TYPES = (".txt", ".md")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainers.config import VIRTUAL, ConfigError, PeftConfig, PeftMethod, Quantisation, RunConfig
+from trainers.checks import VIRTUAL
+from trainers.config import ConfigError, PeftConfig, PeftMethod, Quantisation, RunConfig
 from trainers.model import Blueprint
 from trainers.peft.base import Adaptation, near
 from trainers.peft.layers import inject

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.config import RunConfig, looks_local
+from trainers.checks import looks_local
+from trainers.config import RunConfig
 from trainers.peft.adalora import Allocator
 from trainers.weights import Origin
 

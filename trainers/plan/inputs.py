@@ -13,7 +13,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from trainers.config import Attention, ConfigError, DataSource, ModelConfig, RunConfig, looks_local
+from trainers.checks import looks_local
+from trainers.config import Attention, ConfigError, DataSource, ModelConfig, RunConfig
 from trainers.data.loader import LENGTH_MULTIPLE
 from trainers.data.prepare import find_prepared
 from trainers.data.tokenizer import load_tokenizer
