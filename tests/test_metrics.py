@@ -101,3 +101,14 @@ def test_wandb_never_stops_prompts_or_slows(tmp_path: Path, server: str) -> None
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
     assert "W&B" in done.stderr  # says what became of it
     assert bool(list(tmp_path.glob("wandb/offline-run-*"))) is (server != "broken package")
+
+
+def test_a_key_that_wandb_login_has_stored_is_found(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path), "https_proxy": "", "no_proxy": "*"}
+    login = [sys.executable, "-m", "wandb", "login", "--no-verify", "0" * 40]
+    subprocess.run(login, env=environment, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True)
+    line = [sys.executable, "-c", MIRROR, str(tmp_path), "online"]
+    done = subprocess.run(line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "there is no W&B key" not in done.stderr

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.markup import escape
@@ -246,11 +247,16 @@ def _slurm() -> Check:
     return Check("SLURM", NOTE, (", ".join(there) or "not on this machine") + inside)
 
 
+WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Under which `wandb login` stores keys, by its version."""
+
+
 def _wandb() -> Check:
     if os.environ.get("WANDB_MODE", "online") != "online":
         return Check("W&B", NOTE, f"{os.environ['WANDB_MODE']}, by WANDB_MODE")
     with contextlib.suppress(OSError, netrc.NetrcParseError):
-        if "WANDB_API_KEY" in os.environ or netrc.netrc().authenticators("api.wandb.ai"):
+        own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname
+        if "WANDB_API_KEY" in os.environ or netrc.netrc().hosts.keys() & {*WANDB_HOSTS, own}:
             return Check("W&B", OK, "there is a key")
     return Check("W&B", NOTE, "no key: runs are recorded offline", "wandb login, to see them there")
 

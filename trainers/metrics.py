@@ -43,6 +43,8 @@ PEAK_TFLOPS = {
 """Dense bf16 matrix peaks from the vendors' data sheets, by a part of the device's name; the first match counts."""
 LINE_EVERY_S = 10.0
 WANDB_WAIT_S = 20.0
+OLD_HOST = "api.wandb.ai"
+"""Under which earlier versions of wandb have stored a key; newer ones still take it."""
 
 
 def finite(figures: dict[str, Any]) -> dict[str, Any]:
@@ -248,9 +250,11 @@ class Mirror:
         """Tell whether to go online: asked for or left open, a key is at hand, and the server takes a connection."""
         if self.config.log.wandb is WandbMode.offline or os.environ.get("WANDB_MODE", "online") != "online":
             return False
-        url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-        host = url.hostname or "api.wandb.ai"
-        if not ("WANDB_API_KEY" in os.environ or _has_netrc(host)):
+        import wandb
+
+        url = urlparse(wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url)  # which `wandb login --host` may have set
+        host = url.hostname or OLD_HOST
+        if not ("WANDB_API_KEY" in os.environ or any(map(_has_netrc, (host, OLD_HOST)))):
             if self.config.log.wandb is WandbMode.online:
                 log.warning("log.wandb=online, but there is no W&B key: recorded offline; `wandb login` stores a key")
             return False
