@@ -71,6 +71,7 @@ def make_paths_absolute(job: JobConfig) -> None:
         (job.model, "id"),
         (job.model, "tokenizer"),
         *((job.data, name) for name in ("path", "eval_path", "template", "prepared_dir")),
+        *((job.evaluation, name) for name in ("path", "general")),
     ):
         value = getattr(part, name)
         if value and (Path(value).expanduser().exists() or value.startswith("~")):

@@ -49,7 +49,7 @@ PACKAGES = (
     "numpy",
 )
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
-CHANGEABLE = ("train.step_timeout_s:", "limits.")
+CHANGEABLE = ("train.step_timeout_s:", "limits.", "evaluation.")
 OURS = {"config.yaml", "plan.json", "plan.svg", "manifest.json", "code.diff", "status.json", "slurm.json", "slurm", "code"}
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
 """Changes as `git apply` takes them, whatever the user has configured."""
@@ -167,7 +167,7 @@ def _never_began(run_dir: Path) -> bool:
 
 
 def _refuse_other_settings(job: Job) -> None:
-    """Take a continued run's new limits, which change nothing of what is trained; raise ConfigError for any other setting that differs."""
+    """Take a continued run's new limits and evaluation, which change nothing of what is trained; raise ConfigError for other changes."""
     found, changed = differences(frozen_settings(job), plain(job.run)), _changed(job)
     if found and not changed:
         temporary = job.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
@@ -178,7 +178,7 @@ def _refuse_other_settings(job: Job) -> None:
 
 
 def _changed(job: Job) -> list[str]:
-    """Return the settings that differ from those of the run in the directory, but for limits, which a continued run may change."""
+    """Return the settings that differ from those of the run in the directory, but for those that a continued run may change."""
     return [line for line in differences(frozen_settings(job), plain(job.run)) if not line.startswith(CHANGEABLE)]
 
 

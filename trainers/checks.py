@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainers.config import (
     DataSource,
     EngineConfig,
     EngineName,
+    EvaluationConfig,
     ModelConfig,
     ObjectiveName,
     Offload,
@@ -40,6 +42,7 @@ POSITIVE = (
     "data.seq_len",
     "data.processes",
     "optim.lr",
+    "optim.lr_factor",
     "optim.eps",
     "optim.clip",
     "engine.replicate",
@@ -75,6 +78,8 @@ POSITIVE = (
     "limits.evaluate_s",
     "limits.save_s",
     "limits.export_s",
+    "evaluation.max_new_tokens",
+    "evaluation.general_rows",
     "log.peak_tflops",
 )
 NOT_NEGATIVE = (
@@ -85,6 +90,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "train.min_improvement",
     "train.sample_tokens",
+    "evaluation.rows",
     "checkpoint.keep_best",
     "peft.tinit",
     "peft.orth_reg_weight",
@@ -107,6 +113,9 @@ NOT_EMPTY = (
     "data.template",
     "engine.nvme_path",
     "peft.adapter",
+    "evaluation.path",
+    "evaluation.general",
+    "evaluation.extract",
 )
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md")
 
@@ -139,6 +148,7 @@ def validate(config: RunConfig) -> None:
     _validate_spikes(config)
     _validate_engine(config.engine)
     _validate_training(config)
+    validate_evaluation(config.evaluation)
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -229,6 +239,33 @@ def _validate_training(config: RunConfig) -> None:
             )
     if train.patience is not None and train.eval_every is None:
         raise ConfigError("train.patience", train.patience, "train.eval_every is not set", "train.eval_every=100")
+
+
+EXTRACTS = ("auto", "hashes", "number", "whole")
+"""Named ways to what exact_match compares; anything else is a regular expression."""
+SAMPLED = "sampled"
+"""The value of `evaluation.general` that lets the base write its own text."""
+
+
+def validate_evaluation(evaluation: EvaluationConfig) -> None:
+    """Refuse files that are not there, an expression that is none, and answers that nothing measures."""
+    for name in ("path", "general"):
+        value = getattr(evaluation, name)
+        if value not in (None, SAMPLED) and looks_local(value) and not Path(value).exists():
+            raise ConfigError(f"evaluation.{name}", value, "no such file or directory")
+    if evaluation.rows and not evaluation.metrics:
+        raise ConfigError(
+            "evaluation.metrics", [], "nothing would measure the answers", "evaluation.rows=0, which lets the model answer none"
+        )
+    if evaluation.extract in EXTRACTS:
+        return
+    try:
+        groups = re.compile(evaluation.extract).groups
+    except re.error as error:
+        known = ", ".join(EXTRACTS)
+        raise ConfigError("evaluation.extract", evaluation.extract, f"is no regular expression: {error}", f"one of {known}") from error
+    if groups != 1:
+        raise ConfigError("evaluation.extract", evaluation.extract, f"has {groups} groups, and one says what is compared", "'A: (.*)'")
 
 
 LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")

@@ -145,6 +145,14 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Metric(StrEnum):
+    """What an answer is measured by: what is extracted equals the reference's, ROUGE-L's F with the reference, or it is JSON."""
+
+    exact_match = "exact_match"
+    rouge_l = "rouge_l"
+    json = "json"
+
+
 class OnSpike(StrEnum):
     """What follows a step whose loss or gradient norm is far above the last ones'; in each case it updates nothing, but for `none`."""
 
@@ -329,6 +337,8 @@ class OptimConfig:
     """`adamw`, or `sgd` without momentum."""
     lr: float = 1e-5
     """Peak learning rate."""
+    lr_factor: float = 1.0
+    """Multiplies `lr`: a sweep around rates that differ by method, or one step from those of large models to those of a small one."""
     schedule: Schedule = Schedule.cosine
     """Shape after warm-up."""
     warmup_steps: int = 0
@@ -429,6 +439,26 @@ class LimitsConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluationConfig:
+    """What `python -m tools.evaluate` measures of a run that is done; training looks at none of it, and it may be changed later."""
+
+    path: str | None = None
+    """Rows to evaluate on, like `data.path`; empty takes the held-out rows, by which rates may have been chosen."""
+    rows: int = 200
+    """Rows that the model answers, evenly spread over them; 0 lets it answer none."""
+    metrics: list[Metric] = field(default_factory=lambda: [Metric.exact_match, Metric.rouge_l])
+    """What answers are measured by; the first is the task's score."""
+    extract: str = "auto"
+    """What exact_match compares: `hashes` (the number behind ####), `number` (the last), `whole`, or a regular expression's first group."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens; one that does not end by then counts as unfinished."""
+    general: str | None = None
+    """Text of the base's own domain, to measure forgetting: a file, directory or hub id, a run whose held-out rows it is, or `sampled`."""
+    general_rows: int = 200
+    """Rows of it that count, evenly spread."""
+
+
+@dataclass(kw_only=True)
 class LogConfig:
     """Figures: metrics.jsonl is always written; W&B mirrors it."""
 
@@ -465,6 +495,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

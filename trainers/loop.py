@@ -63,9 +63,9 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
 
     Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
     """
-    warmup = warmup_steps(optim, num_steps)
+    warmup, peak = warmup_steps(optim, num_steps), optim.lr * optim.lr_factor
     if step < warmup:
-        return optim.lr * (step + 1) / warmup
+        return peak * (step + 1) / warmup
     done = (step - warmup) / (num_steps - warmup)
     if optim.schedule is Schedule.cosine:
         shape = (1 + math.cos(math.pi * done)) / 2
@@ -74,8 +74,8 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     elif optim.schedule is Schedule.wsd:
         shape = min(1.0, (num_steps - step) / max(1, round(optim.decay_fraction * num_steps)))
     else:
-        return optim.lr
-    return optim.lr * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * shape)
+        return peak
+    return peak * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * shape)
 
 
 def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
