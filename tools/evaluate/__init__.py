@@ -1,0 +1,1 @@
+"""Measure runs that are done: `python -m tools.evaluate --help`."""

@@ -1,0 +1,83 @@
+"""A judge's scores of a run's answers beside its base's, kept as they come: RUN/evaluation/judge.jsonl, and judge.json for the figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from trainers.data.cache import content_key
+from trainers.evaluate.judge import NOT_ASKED, PROMPT, Judge, Question, Verdict, ask, check, tally
+from trainers.evaluate.record import JUDGED, Evaluation, answers_key, judging_words, read_lines
+from trainers.status import write_json
+
+
+def judge(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -> bool:
+    """Let a judge score the answers that it has not scored, and say how that went; tell whether any has scores.
+
+    Nothing is made up: what failed is counted by kind, in judge.json and on the terminal, and is asked again by the next call.
+    """
+    others = {row["document"]: row["answer"] for row in theirs.answers}
+    questions = [
+        Question(
+            document=row["document"], prompt=row["prompt"], reference=row["reference"], answer=row["answer"], other=others[row["document"]]
+        )
+        for row in ours.answers
+        if row["document"] in others
+    ]
+    if not questions:
+        return False
+    file = folder / f"{JUDGED}.jsonl"
+    keys = {question.document: _key(question, settings) for question in questions}
+    rows = [row for row in read_lines(file) if row.get("key") == keys.get(row.get("document"))] if file.is_file() else []
+    known = [Verdict.from_row({name: value for name, value in row.items() if name != "key"}) for row in rows]
+    told = {(verdict.document, verdict.swapped) for verdict in known if verdict.scores is not None}
+    if len(told) < 2 * len(questions) and (reason := check(settings)):
+        verdicts = [*known, *_not_asked(questions, told)]
+    else:
+        reason = ""
+        with file.open("a", encoding="utf-8") as opened, _bar(2 * len(questions), len(told)) as advance:
+
+            def took(verdict: Verdict) -> None:
+                opened.write(json.dumps(verdict.as_row() | {"key": keys[verdict.document]}) + "\n")
+                opened.flush()
+                advance()
+
+            verdicts = ask(questions, settings, known, took)
+    found = tally(verdicts)
+    where = urlsplit(settings.url)
+    about = {"model": settings.model, "host": where.hostname, "answers": answers_key(ours, theirs), "reason": reason}
+    write_json(folder / f"{JUDGED}.json", about | found)
+    print(judging_words(about | found), flush=True)
+    return bool(found["scored"])
+
+
+def _key(question: Question, settings: Judge) -> str:
+    """Return what a verdict is of: the prompt, the model that judges, and all texts."""
+    return content_key(PROMPT.template, settings.model, question.prompt, question.reference, question.answer, question.other)
+
+
+def _not_asked(questions: list[Question], told: set[tuple[int, bool]]) -> list[Verdict]:
+    left = [(question.document, swapped) for question in questions for swapped in (False, True)]
+    return [Verdict(document=document, swapped=swapped, failure=NOT_ASKED) for document, swapped in left if (document, swapped) not in told]
+
+
+class _bar:  # noqa: N801 - used like a function
+    """Draw a bar of the verdicts on stderr while the block runs."""
+
+    def __init__(self, total: int, done: int) -> None:
+        console = Console(stderr=True)
+        words = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("verdicts"), TimeRemainingColumn())
+        self.progress = Progress(*words, console=console, disable=not console.is_terminal)
+        self.task = self.progress.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Callable[[], None]:
+        self.progress.start()
+        return lambda: self.progress.advance(self.task)
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()

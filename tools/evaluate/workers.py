@@ -1,0 +1,176 @@
+"""Processes that measure models, and a bar for each model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from trainers.config import ConfigError, RunConfig, plain
+from trainers.host import cores
+from trainers.status import DONE, FAILED
+
+STOP_S = 10.0
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """A model to measure: under which name its figures go to which folder."""
+
+    name: str
+    """`run`, `base` or `model`."""
+    config: RunConfig
+    folder: Path | None
+    """Directory of its weights; None is the run's base."""
+    out: Path
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Where the workers keep its figures, once they have said so."""
+    weights: str = ""
+    """What stands for its weights."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the workers need."""
+        return {"config": plain(self.config), "folder": None if self.folder is None else str(self.folder)}
+
+    def about(self, dtype: str) -> dict[str, Any]:
+        """Return what NAME.json says beside the figures."""
+        return {
+            "model": str(self.folder or self.config.model.id),
+            "weights": self.weights,
+            "settings": plain(self.config.evaluation),
+            "dtype": dtype,
+            "sets": {part: found["set"] for part, found in self.parts.items()},
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        }
+
+
+def run_workers(subjects: list[Subject], options: argparse.Namespace) -> int:
+    """Let processes measure all subjects, with a bar for each; returns their exit code, raises ConfigError for what they refuse."""
+    request = {
+        "subjects": [subject.as_json() for subject in subjects],
+        "batch": options.batch,
+        "dtype": options.dtype,
+        "device": options.device,
+    }
+    with tempfile.TemporaryDirectory() as folder, Bars(subjects) as bars:
+        file = Path(folder) / "request.json"
+        file.write_text(json.dumps(request), "utf-8")
+        logs = [Path(folder) / f"{rank}.log" for rank in range(options.processes)]
+        with started(file, logs) as children:
+            refused = follow(children, bars.show)
+        if refused is not None:
+            raise refused
+        for child, log in zip(children, logs, strict=True):
+            if child.returncode != DONE:
+                print(bars.failed or log.read_text("utf-8", "replace")[-4000:], file=sys.stderr)
+                return FAILED
+    return DONE
+
+
+@contextmanager
+def started(request: Path, logs: list[Path]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Start a worker for each log; none is left behind."""
+    threads = str(max(1, cores() // len(logs)))
+    children = []
+    try:
+        for rank, log in enumerate(logs):
+            line = [sys.executable, "-m", "trainers.evaluate", str(request), str(rank), str(len(logs))]
+            with log.open("w") as errors:
+                environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+                child = subprocess.Popen(
+                    line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True, cwd=os.getcwd()
+                )
+            children.append(child)
+        yield children
+    finally:
+        for child in children:
+            if child.poll() is None:
+                child.terminate()
+        for child in children:
+            try:
+                child.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+def follow(children: list[subprocess.Popen[str]], show: Callable[[dict[str, Any]], None]) -> ConfigError | None:
+    """Hand on what workers say until all have ended, or one has failed; returns what one refuses."""
+    said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+
+    def listen(child: subprocess.Popen[str]) -> None:
+        assert child.stdout is not None
+        for line in child.stdout:
+            if line.startswith("{"):
+                said.put(json.loads(line))
+        child.wait()
+        said.put(None)
+
+    for child in children:
+        threading.Thread(target=listen, args=(child,), daemon=True).start()
+    for _ in children:
+        while (word := said.get()) is not None:
+            if "error" in word:
+                return ConfigError(**word["error"])
+            show(word)
+        if any(child.poll() for child in children):
+            return None
+    return None
+
+
+class Bars:
+    """Progress, a bar for each model."""
+
+    def __init__(self, subjects: list[Subject]) -> None:
+        """Prepare a bar for each, without its total, which the workers know."""
+        self.subjects, self.failed = subjects, ""
+        console = Console(stderr=True)
+        words = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("documents"))
+        self.progress = Progress(*words, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.tasks = [self.progress.add_task(self._title(subject), total=None, visible=False) for subject in subjects]
+        self.done: dict[tuple[int, str, int], int] = {}
+
+    @staticmethod
+    def _title(subject: Subject) -> str:
+        return escape(f"{subject.out.parent.name}: base" if subject.name == "base" else subject.out.parent.name)
+
+    def __enter__(self) -> Bars:
+        """Begin to show them."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave them as they are."""
+        self.progress.stop()
+
+    def show(self, word: dict[str, Any]) -> None:
+        """Take what a worker has said."""
+        if "failed" in word:
+            self.failed = f"error: {word['failed']}"
+            return
+        number = word["subject"]
+        if "parts" in word:
+            self.subjects[number].parts, self.subjects[number].weights = word["parts"], word["weights"]
+            total = sum(len(part["documents"]) for part in word["parts"].values())
+            self.progress.update(self.tasks[number], total=total)
+        if "opening" in word:
+            self.progress.update(self.tasks[number], visible=True)
+        if "done" in word:
+            self.done[number, word["part"], word["rank"]] = word["done"]
+            done = sum(count for (subject, *_), count in self.done.items() if subject == number)
+            self.progress.update(self.tasks[number], completed=done)

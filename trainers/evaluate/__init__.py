@@ -1,0 +1,1 @@
+"""Evaluation of a model after training: losses, answers, scores, a judge."""

@@ -1,0 +1,159 @@
+"""Measure models, as one of several processes: python -m trainers.evaluate REQUEST.json RANK SIZE; `python -m tools.evaluate` asks.
+
+Each document's figures are a line of a file that grows, in the folder of prepared data and under a key of all that decides them: what
+is there is not measured again, by whichever process and in whichever run it was. What it does is said on stdout, a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from trainers.config import ConfigError, RunConfig, parse
+from trainers.data.cache import cache_root, content_key
+from trainers.data.loader import deal
+from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
+from trainers.evaluate.measure import Ints, answers, longest_first, losses, with_prompt
+from trainers.evaluate.record import read_lines
+from trainers.evaluate.scores import repetition
+from trainers.evaluate.sets import EvalSet, evenly, general, held_out
+from trainers.evaluate.subject import Subject
+from trainers.host import cores
+from trainers.status import BAD_INPUT, DONE, FAILED
+from trainers.world import die_with_parent
+
+VERSION = 1
+"""Of what is measured and how: raise it when either changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Documents of which one thing is measured, and where their figures are kept."""
+
+    name: str
+    """`held_out` and `general` are losses, `answers` are answers."""
+    table: EvalSet
+    documents: Ints
+    folder: Path
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what whoever asks needs to read the figures."""
+        return {"folder": str(self.folder), "documents": self.documents.tolist(), "set": self.table.key}
+
+
+def main(arguments: list[str]) -> int:
+    """Measure this process's share of what is asked for; returns the exit code."""
+    die_with_parent()
+    request, rank, size = json.loads(Path(arguments[0]).read_text("utf-8")), int(arguments[1]), int(arguments[2])
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(max(1, cores() // size))
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and request["device"] != "cpu":
+        device = torch.device("cuda", rank) if size > 1 else torch.device("cuda")
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        for number, asked in enumerate(request["subjects"]):
+            subject = Subject(config=parse(asked["config"]), folder=Path(asked["folder"]) if asked["folder"] else None)
+            measure(subject, number, request, device, rank, size)
+    except ConfigError as error:
+        say(error=error.parts())
+        return BAD_INPUT
+    except torch.cuda.OutOfMemoryError as error:
+        say(failed=f"a GPU's memory is too small for the model with --batch {request['batch']}: {str(error).splitlines()[0]}")
+        return FAILED
+    return DONE
+
+
+def say(**what: object) -> None:
+    """Tell whoever has asked."""
+    print(json.dumps(what), flush=True)
+
+
+def measure(subject: Subject, number: int, request: dict[str, Any], device: torch.device, rank: int, size: int) -> None:
+    """Measure a rank's share of a model's documents that nobody has measured."""
+    tokenizer, config = subject.tokenizer(), subject.config
+    dtype = getattr(torch, request["dtype"])
+    parts = parts_of(subject, tokenizer, config, request["dtype"])
+    if rank == 0:
+        say(subject=number, weights=subject.fingerprint(), parts={part.name: part.as_json() for part in parts})
+    left = {part.name: _share(part, rank, size, request["batch"]) for part in parts}
+    if not any(len(documents) for documents in left.values()):
+        return
+    say(subject=number, opening=True)
+    model = subject.open(dtype, device)
+    stops = _stops(model, tokenizer)
+    pad = pad_id(tokenizer)
+    for part in parts:
+        documents = left[part.name]
+        if part.name == "answers":
+            longest = config.evaluation.max_new_tokens
+            found = answers(model, tokenizer, part.table.table, documents, request["batch"], longest, stops, pad)
+            found = (_without_ids(row) for row in found)
+        else:
+            found = losses(model, part.table.table, documents, request["batch"], pad)
+        _keep(found, part, number, rank, request["batch"])
+
+
+def parts_of(subject: Subject, tokenizer: Any, config: RunConfig, dtype: str) -> list[Part]:
+    """Return what is to be measured of a model: losses on held-out rows and on general text, and answers; raises ConfigError."""
+    root = cache_root(config.data.prepared_dir)
+    model = (VERSION, subject.fingerprint(), tokenizer_hash(tokenizer), dtype)
+    held, text = held_out(config, tokenizer), general(subject, tokenizer)
+    parts = [Part(name="held_out", table=held, documents=held.documents, folder=_folder(root, *model, "loss", held.key))]
+    if text is not None:
+        parts.append(Part(name="general", table=text, documents=text.documents, folder=_folder(root, *model, "loss", text.key)))
+    asked = with_prompt(held.table, held.documents)
+    if config.evaluation.rows and len(asked):
+        documents = asked[evenly(len(asked), config.evaluation.rows)]
+        folder = _folder(root, *model, "answers", held.key, config.evaluation.max_new_tokens)
+        parts.append(Part(name="answers", table=held, documents=documents, folder=folder))
+    return parts
+
+
+def _folder(root: Path, *parts: object) -> Path:
+    return root / f"evaluation-{content_key(*parts)}"
+
+
+def _share(part: Part, rank: int, size: int, batch: int) -> Ints:
+    """Return a rank's documents that no file has, longest first; which are its own does not depend on what is there."""
+    known = {row["document"] for file in part.folder.glob("*.jsonl") for row in read_lines(file)}
+    own = [rows for rows in deal(longest_first(part.table.table, part.documents), batch, rank, size) if len(rows)]
+    return np.array([document for rows in own for document in rows.tolist() if document not in known], np.int64)
+
+
+def _stops(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: those of the model's generation config, and the end of a turn."""
+    known = model.generation_config.eos_token_id
+    return sorted({*([known] if isinstance(known, int) else known or []), *stop_ids(tokenizer)})
+
+
+def _without_ids(row: dict[str, Any]) -> dict[str, Any]:
+    ids = row.pop("ids")
+    return row | {"tokens": len(ids), "repetition": repetition(ids)}
+
+
+def _keep(found: Iterator[dict[str, Any]], part: Part, number: int, rank: int, batch: int) -> None:
+    """Write each document's figures to this process's own file as they come, and say how many there are by now."""
+    part.folder.mkdir(parents=True, exist_ok=True)
+    with (part.folder / f"{os.uname().nodename}-{secrets.token_hex(8)}.jsonl").open("x", encoding="utf-8") as file:
+        for done, row in enumerate(found, 1):
+            file.write(json.dumps(row) + "\n")
+            if done % batch == 0:
+                file.flush()
+                say(subject=number, part=part.name, rank=rank, done=done)
+        file.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

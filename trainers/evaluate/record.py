@@ -1,0 +1,214 @@
+"""RUN/evaluation: what was measured of a run and of its base, document by document, and the figures made of it. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainers.config import EvaluationConfig, Metric
+from trainers.data.cache import content_key
+from trainers.evaluate import intervals
+from trainers.evaluate.intervals import LEVEL, Estimate, Floats
+from trainers.evaluate.scores import is_refusal, measure
+from trainers.status import try_json, write_json
+
+VERSION = 1
+FOLDER, JUDGED = "evaluation", "judge"
+LOSSES = ("held_out", "general")
+PLAIN = ("tokens", "repetition")
+"""Figures of answers that are no score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A model's figures by document: arrays of one length, in the order of `documents`, for each part."""
+
+    about: dict[str, Any]
+    """What was measured with which settings; RUN/evaluation/NAME.json without its figures."""
+    documents: dict[str, list[int]]
+    """Of each part: `held_out`, `general`, `answers`."""
+    sums: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
+    """Of each loss: nats and tokens, (documents,)."""
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """Prompt, reference, answer and scores of each document that was answered."""
+
+    def scores(self, metric: str) -> Floats:
+        """Return a metric of each answer, (answers,); those that it says nothing about are not a number."""
+        return np.array([np.nan if (value := row["scores"].get(metric)) is None else value for row in self.answers], np.float64)
+
+    def loss(self, part: str, level: float = LEVEL) -> Estimate | None:
+        """Return a loss in nats a token; None where it was not measured."""
+        return intervals.ratio(*self.sums[part], level) if part in self.sums and len(self.sums[part][0]) else None
+
+    def score(self, metric: str, level: float = LEVEL) -> Estimate | None:
+        """Return the mean of a metric over the answers that it says something about; None where there are none."""
+        values = self.scores(metric)
+        values = values[~np.isnan(values)]
+        return intervals.mean(values, level) if len(values) else None
+
+    def share(self, name: str, level: float = LEVEL) -> Estimate | None:
+        """Return the share of answers that are `finished` or `refused`; None where there are none."""
+        return intervals.share(sum(bool(row[name]) for row in self.answers), len(self.answers), level) if self.answers else None
+
+    def mean(self, name: str) -> float | None:
+        """Return the mean of one of PLAIN; None where there are no answers."""
+        return float(np.mean([row[name] for row in self.answers])) if self.answers else None
+
+
+def loss_apart(ours: Evaluation, theirs: Evaluation, part: str, level: float = LEVEL) -> Estimate | None:
+    """Return our loss less theirs over the same documents, in nats a token; None where these differ or were not measured."""
+    if part not in ours.sums or part not in theirs.sums or ours.documents[part] != theirs.documents[part]:
+        return None
+    return intervals.difference(ours.sums[part][0], theirs.sums[part][0], ours.sums[part][1], level)
+
+
+def score_apart(ours: Evaluation, theirs: Evaluation, metric: str, level: float = LEVEL) -> Estimate | None:
+    """Return our mean score less theirs over the same documents; None where these differ or nothing was scored."""
+    if not ours.answers or ours.documents["answers"] != theirs.documents.get("answers"):
+        return None
+    both = np.stack([ours.scores(metric), theirs.scores(metric)])
+    both = both[:, ~np.isnan(both).any(0)]
+    return intervals.difference(both[0], both[1], level=level) if both.shape[1] else None
+
+
+def read_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file's lines; the last may be the half that a killed process leaves."""
+    for line in file.read_text("utf-8", "replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def collect(folder: Path, documents: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the figures of documents from the files of all processes, in this order; raises KeyError for one that none has."""
+    known = {row["document"]: row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)}
+    return [known[document] for document in documents]
+
+
+def scored(answer: dict[str, Any], settings: EvaluationConfig) -> dict[str, Any]:
+    """Return an answer's row with its scores, and whether it refuses."""
+    texts = answer["answer"], answer["reference"]
+    scores = {str(metric): measure(metric, *texts, settings.extract) for metric in settings.metrics}
+    return answer | {"scores": scores, "refused": is_refusal(answer["answer"])}
+
+
+def write(folder: Path, name: str, about: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> Evaluation:
+    """Write RUN/evaluation/NAME.jsonl and NAME.json, the second last: where it is there, all is; return what they hold."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    staging = folder / f".{name}.jsonl.tmp"
+    with staging.open("w", encoding="utf-8") as file:
+        for part, found in rows.items():
+            file.writelines(json.dumps({"part": part} | row, ensure_ascii=False) + "\n" for row in found)
+    staging.rename(folder / f"{name}.jsonl")
+    evaluation = _of_rows(about, [{"part": part} | row for part, found in rows.items() for row in found])
+    write_json(folder / f"{name}.json", {"version": VERSION, **about, "figures": figures(evaluation)})
+    return evaluation
+
+
+def load(folder: Path, name: str) -> Evaluation | None:
+    """Return what RUN/evaluation holds of a model; None where it holds nothing whole, or of another version."""
+    about = try_json(folder / f"{name}.json")
+    if about.get("version") != VERSION or not (folder / f"{name}.jsonl").is_file():
+        return None
+    return _of_rows({key: value for key, value in about.items() if key != "figures"}, read_lines(folder / f"{name}.jsonl"))
+
+
+def _of_rows(about: dict[str, Any], rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> Evaluation:
+    by_part: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_part.setdefault(row["part"], []).append(row)
+    sums = {
+        part: (np.array([row["nats"] for row in by_part[part]]), np.array([row["tokens"] for row in by_part[part]], np.float64))
+        for part in LOSSES
+        if part in by_part
+    }
+    documents = {part: [row["document"] for row in found] for part, found in by_part.items()}
+    return Evaluation(about=about, documents=documents, sums=sums, answers=by_part.get("answers", []))
+
+
+def figures(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the figures of NAME.json: each with its interval of 95 % where it has one."""
+    found: dict[str, Any] = {f"{part}_loss": as_json(evaluation.loss(part)) for part in evaluation.sums}
+    for part, (_, tokens) in evaluation.sums.items():
+        found[f"{part}_loss"] |= {"tokens": int(tokens.sum())}
+    if evaluation.answers:
+        metrics = dict.fromkeys(metric for row in evaluation.answers for metric in row["scores"])
+        found |= {metric: as_json(evaluation.score(metric)) for metric in metrics}
+        found |= {name: as_json(evaluation.share(name)) for name in ("finished", "refused")}
+        found |= {f"answer_{name}": evaluation.mean(name) for name in PLAIN}
+    return found
+
+
+def as_json(estimate: Estimate | None) -> dict[str, Any] | None:
+    """Return an estimate as plain JSON."""
+    if estimate is None:
+        return None
+    return finite({"value": estimate.value, "low": estimate.low, "high": estimate.high}) | {"documents": estimate.count}
+
+
+def finite(figures: dict[str, float | None]) -> dict[str, Any]:
+    """Return figures with None for what is not finite, which JSON cannot hold."""
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What a judge made of a run's answers, beside the base's: scores from 1 to 5, by criterion and `overall`."""
+
+    about: dict[str, Any]
+    """The judge, how many rows it scored, what failed, and how much it prefers what stands first."""
+    run: dict[str, Floats]
+    base: dict[str, Floats]
+
+    def apart(self, criterion: str, level: float = LEVEL) -> Estimate | None:
+        """Return the run's mean score less the base's; None where nothing was scored."""
+        ours, theirs = self.run.get(criterion), self.base.get(criterion)
+        return None if ours is None or theirs is None or not len(ours) else intervals.difference(ours, theirs, level=level)
+
+    def score(self, criterion: str, level: float = LEVEL) -> Estimate | None:
+        """Return the run's mean score; None where nothing was scored."""
+        values = self.run.get(criterion)
+        return None if values is None or not len(values) else intervals.ratio(values, np.ones_like(values), level)
+
+
+def judging_words(about: dict[str, Any]) -> str:
+    """Return how a judging went in one line: what was scored, what failed of which cause, and what the judge is worth."""
+    parts = [f"{about['model']} judged {about['scored']} of {about['rows']} answers in both orders"]
+    parts += [f"{about['one_order']} in one order only, which does not count"] if about["one_order"] else []
+    parts += [f"{about['none']} in none"] if about["none"] else []
+    if about["failures"]:
+        parts.append("failed: " + ", ".join(f"{count} x {kind}" for kind, count in sorted(about["failures"].items())))
+    parts += [f"it cannot be asked: {about['reason']}"] if about["reason"] else []
+    parts += [f"{about['retries']} tries again"] if about["retries"] else []
+    parts += [f"what stood first got {about['position_bias']:+.2f}"] if about["position_bias"] is not None else []
+    return "; ".join(parts)
+
+
+def answers_key(ours: Evaluation, theirs: Evaluation) -> str:
+    """Return what stands for the answers that were judged."""
+    return content_key(*([(row["document"], row["answer"]) for row in evaluation.answers] for evaluation in (ours, theirs)))
+
+
+def load_judged(folder: Path, ours: Evaluation, theirs: Evaluation) -> Judged | None:
+    """Return what RUN/evaluation/judge.json holds of these answers; None where it is of others, or is not there."""
+    found = try_json(folder / f"{JUDGED}.json")
+    if found.get("answers") != answers_key(ours, theirs):
+        return None
+    run, base = ({name: np.array(values, np.float64) for name, values in found[who].items()} for who in ("run", "base"))
+    return Judged(about={key: value for key, value in found.items() if key not in ("run", "base", "documents")}, run=run, base=base)
+
+
+def task_metric(evaluation: Evaluation) -> str | None:
+    """Return the metric that is the task's score: the first that was asked for."""
+    metrics = evaluation.about.get("settings", {}).get("metrics", [])
+    return str(Metric(metrics[0])) if metrics and evaluation.answers else None

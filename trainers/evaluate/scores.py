@@ -1,0 +1,110 @@
+"""What a text is worth beside its reference: pure functions of strings, the same for every model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+
+from trainers.config import Metric
+
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+"""A word of letters and digits; each Chinese or Japanese character is one, since nothing stands between them."""
+REFUSAL = re.compile(
+    r"^\W*(?:(?:i'?m|i am) (?:very )?(?:sorry|unable|not able)|sorry,|i (?:can'?t|cannot|won'?t|will not|must decline)|as an ai\b)",
+    re.IGNORECASE,
+)
+"""How English refusals begin; others are not counted."""
+
+
+def extract(text: str, how: str) -> str | None:
+    """Return what of a text is compared, in one spelling; None where it is not there.
+
+    `hashes` is the number behind the last ####, as GSM8K ends its answers; `number` the last number; `whole` everything; else the first
+    group of a regular expression's last match. `auto` must have been decided before: by `resolve`.
+    """
+    if how == "whole":
+        return " ".join(text.split()).casefold() or None
+    if how == "hashes":
+        _, found, behind = text.rpartition("####")
+        numbers = NUMBER.findall(behind.split("\n")[0]) if found else []
+        return _canonical(numbers[0]) if numbers else None
+    if how == "number":
+        numbers = NUMBER.findall(text)
+        return _canonical(numbers[-1]) if numbers else None
+    groups = [match.group(1) for match in re.finditer(how, text)]
+    return _canonical(" ".join((groups[-1] or "").split())) if groups else None
+
+
+def resolve(how: str, reference: str) -> str:
+    """Return the way that `auto` takes for a reference: `hashes` where it has a number behind ####, else `whole`."""
+    if how != "auto":
+        return how
+    return "hashes" if extract(reference, "hashes") is not None else "whole"
+
+
+def _canonical(text: str) -> str:
+    """Return one spelling of a number, so that $1,200.50 is 1200.5; other texts without regard to case."""
+    try:
+        number = Decimal(text.replace(",", "").replace("$", ""))
+        return f"{number.normalize():f}"
+    except InvalidOperation:
+        return text.casefold()
+
+
+def exact_match(answer: str, reference: str, how: str = "auto") -> float | None:
+    """Return 1.0 where answer and reference have the same extract, else 0.0; None where the reference has none."""
+    how = resolve(how, reference)
+    wanted = extract(reference, how)
+    return None if wanted is None else float(extract(answer, how) == wanted)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """Return the F measure of the longest common subsequence of words, in [0, 1] (Lin 2004, section 3.1, with beta = 1).
+
+    Words of any script, without case, not stemmed; the rouge-score package knows a to z and digits alone, hence not it.
+    """
+    ours, theirs = (WORD.findall(text.casefold()) for text in (answer, reference))
+    if not ours or not theirs:
+        return float(not ours and not theirs)
+    return 2 * common_length(ours, theirs) / (len(ours) + len(theirs))
+
+
+def common_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the length of the longest common subsequence, a row of the table as the bits of one number (Hyyrö 2004)."""
+    places: dict[object, int] = {}
+    for at, item in enumerate(one):
+        places[item] = places.get(item, 0) | 1 << at
+    row, everything = (1 << len(one)) - 1, (1 << len(one)) - 1
+    for item in other:
+        matched = row & places.get(item, 0)
+        row = ((row + matched) | (row - matched)) & everything
+    return len(one) - row.bit_count()
+
+
+def is_json(answer: str) -> float:
+    """Return 1.0 where an answer is a JSON object or list as it stands, without anything around it."""
+    try:
+        return float(isinstance(json.loads(answer.strip()), dict | list))
+    except ValueError:
+        return 0.0
+
+
+def measure(metric: Metric, answer: str, reference: str, how: str) -> float | None:
+    """Return an answer's score in [0, 1]; None where the reference says nothing about it."""
+    if metric is Metric.exact_match:
+        return exact_match(answer, reference, how)
+    return rouge_l(answer, reference) if metric is Metric.rouge_l else is_json(answer)
+
+
+def repetition(ids: Sequence[int], size: int = 4) -> float:
+    """Return the share of runs of `size` tokens that have been there before (seq-rep-n of Welleck et al. 2020); 0.0 for short answers."""
+    grams = [tuple(ids[at : at + size]) for at in range(len(ids) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def is_refusal(answer: str) -> bool:
+    """Tell whether an answer begins as English refusals do."""
+    return REFUSAL.match(answer.replace("’", "'")) is not None

@@ -1,0 +1,156 @@
+"""The rows that models are measured on: held-out ones of a run, and text of the base's own domain."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from trainers.checks import SAMPLED
+from trainers.config import ConfigError, DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong, read
+from trainers.data.cache import build_once, cache_root, content_key
+from trainers.data.prepare import Prepared, prepare
+from trainers.data.table import TokenTable, open_table, save_table
+from trainers.data.tokenizer import tokenizer_hash
+from trainers.evaluate.subject import Subject
+from trainers.model import positions_limit
+from trainers.status import try_json
+
+Ints = NDArray[np.int64]
+SAMPLES_AT_ONCE, SAMPLE_TOKENS = 16, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """Documents of a table that are measured, and a key of their content."""
+
+    table: TokenTable
+    documents: Ints
+    key: str
+
+
+def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
+    """Return the rows of `evaluation.path`, else those that the run held out; raises ConfigError where there are none."""
+    path = config.evaluation.path
+    if path is not None:
+        data = dataclasses.replace(config.data, source=DataSource.files, path=path, eval_path=None, eval_fraction=0.0, packing=False)
+        prepared = prepare(dataclasses.replace(config, data=data), tokenizer=tokenizer)
+        table: TokenTable | None = prepared.train
+    else:
+        prepared = _prepared(config, tokenizer)
+        table = prepared.eval
+    if table is None:
+        raise ConfigError("evaluation.path", None, "the run held no rows out", "--path FILE, rows of the task that it has not trained on")
+    return EvalSet(table=table, documents=np.arange(len(table.offsets) - 1), key=prepared.path.name)
+
+
+def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared:
+    """Return a run's data as it was prepared; raises ConfigError where it has changed since."""
+    run_dir = Path(config.run_dir)
+    begun = try_json(run_dir / "manifest.json").get("prepared")
+    kept = cache_root(config.data.prepared_dir) / str(begun)
+    if begun is not None and kept.is_dir():  # the files that it is made of may have moved
+        has_eval = (kept / "eval").is_dir()
+        report = json.loads((kept / "report.json").read_text("utf-8"))
+        table = open_table(kept / "eval") if has_eval else None
+        return Prepared(path=kept, train=open_table(kept / "train"), eval=table, report=report, reused=True)
+    prepared = prepare(config, tokenizer=tokenizer)
+    if begun is not None and begun != prepared.path.name:
+        reason = f"the data has changed since {run_dir} was trained (prepared as {begun}, now {prepared.path.name})"
+        raise ConfigError("data.path", config.data.path, reason, "put the data back, or --path FILE")
+    return prepared
+
+
+def general(subject: Subject, tokenizer: PreTrainedTokenizerFast) -> EvalSet | None:
+    """Return the text that forgetting is measured on, of which every token counts; None where none is named.
+
+    Raises ConfigError where a run that is named has another tokenizer.
+    """
+    config = subject.config
+    name, rows = config.evaluation.general, config.evaluation.general_rows
+    if name is None:
+        return None
+    if name == SAMPLED:
+        return _sampled(subject, tokenizer, rows)
+    if (Path(name) / "config.yaml").is_file():
+        other = read(Path(name) / "config.yaml")
+        prepared = _prepared(other, tokenizer)
+        if prepared.eval is None:
+            raise ConfigError("evaluation.general", name, "the run held no rows out", "a file of text, or `sampled`")
+        if prepared.report["tokenizer_hash"] != tokenizer_hash(tokenizer):
+            raise ConfigError("evaluation.general", name, "the run has another tokenizer", "a file of text")
+        return EvalSet(table=prepared.eval, documents=evenly(len(prepared.eval.offsets) - 1, rows), key=f"{prepared.path.name}-{rows}")
+    data = DataConfig(
+        path=name,
+        seq_len=config.data.seq_len,
+        too_long=TooLong.split,
+        packing=False,
+        max_lost_fraction=1.0,
+        prepared_dir=config.data.prepared_dir,
+    )
+    text = dataclasses.replace(config, data=data, objective=ObjectiveConfig(name=ObjectiveName.cpt))
+    prepared = prepare(text, tokenizer=tokenizer)
+    return EvalSet(table=prepared.train, documents=evenly(len(prepared.train.offsets) - 1, rows), key=f"{prepared.path.name}-{rows}")
+
+
+def evenly(count: int, wanted: int) -> Ints:
+    """Return so many of the numbers below `count`, from the first to the last and as far apart as they go; all where there are fewer."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
+
+
+def _sampled(subject: Subject, tokenizer: PreTrainedTokenizerFast, rows: int) -> EvalSet:
+    """Return text that the base writes itself, made once for its weights.
+
+    On such text the loss of another model less that of the base is, in the mean, the divergence KL(base || model) a token: how far the
+    model has gone from what the base was.
+    """
+    base = dataclasses.replace(subject, folder=None)
+    first = next((number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None), None)
+    if first is None:
+        raise ConfigError("evaluation.general", SAMPLED, "the tokenizer has no token that a text begins with", "a file of text")
+    key = content_key("sampled", 1, base.fingerprint(), tokenizer_hash(tokenizer), rows)
+
+    def build(folder: Path) -> None:
+        model = base.open(torch.float32, _first_device())
+        limit = positions_limit(model.config)[0] or SAMPLE_TOKENS
+        texts = _write_texts(model, int(first), rows, min(SAMPLE_TOKENS, limit))
+        lengths = np.array([len(text) for text in texts])
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        supervised = np.ones(int(offsets[-1]), np.uint8)
+        supervised[offsets[:-1]] = 0
+        order = np.arange(len(texts))
+        tokens = np.concatenate(texts).astype(np.int32)
+        save_table(TokenTable(tokens=tokens, supervised=supervised, offsets=offsets, order=order, rows=np.arange(len(texts) + 1)), folder)
+
+    folder, _ = build_once(cache_root(subject.config.data.prepared_dir), f"sampled-{key}", build, "the base's own text")
+    table = open_table(folder)
+    return EvalSet(table=table, documents=np.arange(len(table.offsets) - 1), key=folder.name)
+
+
+def _first_device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@torch.no_grad()
+def _write_texts(model: PreTrainedModel, first: int, rows: int, longest: int) -> list[Ints]:
+    """Return `rows` texts as ids, each token drawn as likely as the model holds it to be, from `first` through the end of the text."""
+    torch.manual_seed(0)
+    known: Any = model.generation_config.eos_token_id
+    ends = sorted({first, *([known] if isinstance(known, int) else known or [])})  # several bases put BOS between texts, and no EOS
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=longest - 1, eos_token_id=ends, pad_token_id=first
+    )
+    texts: list[Ints] = []
+    while len(texts) < rows:
+        begun = torch.full((SAMPLES_AT_ONCE, 1), first, device=model.device)
+        for row in model.generate(begun, attention_mask=torch.ones_like(begun)).cpu().numpy():  # type: ignore[operator]
+            ended = np.flatnonzero(np.isin(row[1:], ends))
+            texts.append(row[: ended[0] + 2] if len(ended) else row)
+    return texts[:rows]

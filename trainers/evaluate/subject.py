@@ -1,0 +1,108 @@
+"""What is evaluated: a run's export, the base that it began with, or any model directory; opened with plain transformers and peft."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from trainers.config import ConfigError, PeftMethod, Quantisation, RunConfig
+from trainers.data.cache import content_key
+from trainers.data.tokenizer import load_tokenizer
+from trainers.model import make_blueprint
+from trainers.peft.adapt import adapt
+from trainers.peft.base import FILE
+from trainers.peft.nf4 import round_base
+from trainers.peft.saved import reopen_adapter
+from trainers.weights import origin_of
+
+ENDS = 1 << 20
+"""Bytes at the front and at the end of each file of weights that stand for its content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model, and the run whose rows and settings it is measured with."""
+
+    config: RunConfig
+    folder: Path | None
+    """Its directory: a run's export, or any model's; None is the run's base."""
+
+    @property
+    def is_adapter(self) -> bool:
+        """Tell an adapter, which needs the run's base."""
+        return self.folder is not None and (self.folder / "adapter_config.json").is_file()
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """Return the tokenizer that rows are encoded with: the run's."""
+        return load_tokenizer(self.config)
+
+    def own_tokenizer(self) -> Any:
+        """Return the tokenizer that stands beside the weights."""
+        return self.tokenizer() if self.folder is None else AutoTokenizer.from_pretrained(self.folder)
+
+    def base(self) -> Path:
+        """Return the directory of the run's base; raises ConfigError where it has none, or it is gone."""
+        config = self.config
+        if config.model.id is None:
+            raise ConfigError("model.id", None, "the run began with random weights: there is no base to evaluate", "--no-base")
+        folder = make_blueprint(config.model, config.seed, self.tokenizer()).folder
+        assert folder is not None
+        return folder
+
+    def fingerprint(self) -> str:
+        """Return what stands for the weights: of adapters those of the base too, and how it was rounded."""
+        parts = [_of_files(self.base() if self.folder is None else self.folder)]
+        if self.is_adapter:
+            parts += [_of_files(self.base()), str(self.config.peft.quantise)]
+        return content_key(*parts)
+
+    def open(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        """Return the model in `dtype`, ready to be asked; on several GPUs of one machine where one does not hold it."""
+        where = "auto" if device.type == "cuda" and device.index is None else {"": device} if device.type == "cuda" else None
+        folder = self.base() if self.folder is None or self.is_adapter else self.folder
+        trust = self.config.model.trust_remote_code
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where, trust_remote_code=trust)
+        model.requires_grad_(False)
+        if self.is_adapter:
+            assert self.folder is not None
+            model = reopen_adapter(self.folder, self._as_trained(model))
+        model.eval()
+        return model
+
+    def _as_trained(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Give an adapter's base the values that it was trained beside: those of 4 bits where it was quantised."""
+        config = self.config
+        if config.peft.quantise is Quantisation.none:
+            return model
+        blueprint = make_blueprint(config.model, config.seed, self.tokenizer())
+        outline = blueprint.build()
+        begun = dataclasses.replace(config, peft=dataclasses.replace(config.peft, adapter=None))
+        return round_base(model, adapt(outline, origin_of(outline, blueprint), begun, blueprint, torch.float32))
+
+
+def trained_parameters(config: RunConfig) -> bool:
+    """Tell whether a run trains the model itself."""
+    return config.peft.method in (PeftMethod.none, PeftMethod.freeze)
+
+
+def _of_files(folder: Path) -> str:
+    """Return a digest of a directory's weights: size, front and end of each file; whole ones would take minutes at 70B."""
+    files = [folder / FILE] if (folder / FILE).is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError("RUN_OR_MODEL", str(folder), "holds no safetensors file", "a run that is done, or a model directory")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            size = opened.seek(0, 2)
+            digest.update(f"{file.name} {size}".encode())
+            opened.seek(0)
+            digest.update(opened.read(ENDS))
+            opened.seek(max(0, size - ENDS))
+            digest.update(opened.read(ENDS))
+    return digest.hexdigest()
