@@ -1,0 +1,238 @@
+"""Runs are compared where they can be, flagged by name where they cannot, and nothing is called better inside the noise."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from command import ROOT
+from synthetic import change, make_run
+
+from tools.compare.__main__ import main
+from tools.compare.methods import compare
+from tools.compare.page import page
+from tools.compare.say import conclusions, markdown
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Full fine-tuning, LoRA that is as good, and IA3 that is worse beyond the noise."""
+    folder = tmp_path / "sweep"
+    make_run(folder / "method=full", better=0.5, seed=1)
+    make_run(folder / "method=lora", "lora", lr=2e-4, better=0.5, seed=2)
+    make_run(folder / "method=ia3", "ia3", lr=3e-3, better=0.2, seed=3)
+    return folder
+
+
+def test_what_is_the_same_is_not_different_and_what_is_worse_is(sweep: Path) -> None:
+    found = {method.label: method.figures for method in compare([sweep], None).methods}
+    assert list(found) == ["full fine-tuning", "LoRA", "IA3"]
+    assert found["LoRA"].verdict("held_out_to_full") == "no difference"
+    assert found["IA3"].verdict("held_out_to_full") == "worse"
+    assert found["IA3"].held_out_to_full is not None
+    assert found["IA3"].held_out_to_full.value == pytest.approx(0.3, abs=0.03)
+    assert found["full fine-tuning"].verdict("score_to_base") == "better"
+    assert found["IA3"].verdict("score_to_full") == "worse"
+    assert found["full fine-tuning"].verdict("forgetting") == "better"  # 0.1 + 0.25 - 0.5
+    assert found["IA3"].verdict("forgetting_to_full") == "worse"
+
+
+def test_two_identical_runs_are_reported_as_not_different(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_run(tmp_path / name, "none" if name == "a" else "lora", better=0.3, seed=5)
+    comparison = compare([tmp_path], None)
+    assert comparison.methods[1].figures.held_out_to_full is not None
+    assert comparison.methods[1].figures.held_out_to_full.value == 0.0
+    assert {comparison.methods[1].figures.verdict(name) for name in ("held_out_to_full", "score_to_full")} == {"no difference"}
+    said = conclusions(comparison)[1]
+    assert "no difference beyond the noise" in said
+    assert not re.search("better|worse", said)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda run: change(run / "manifest.json", prepared="data-two"), "another data: data-two, the others' data-one"),
+        (lambda run: change(run / "manifest.json", data__template_hash="u"), "another chat template: u, the others' t"),
+        (lambda run: change(run / "manifest.json", base_revision="abc"), None),
+        (lambda run: change(run / "evaluation" / "base.json", weights="others"), "another base: its weights"),
+        (lambda run: change(run / "summary.json", tokens=1999), "another number of trained tokens: 1,999, the others' 2,000"),
+        (lambda run: change(run / "config.yaml", train__global_batch=8), "train.global_batch = 8, the others' 16"),
+        (lambda run: change(run / "config.yaml", seed=3), "seed = 3, the others' 0"),
+        (lambda run: change(run / "evaluation" / "run.json", sets__held_out="data-x"), "another set of rows it is evaluated on"),
+        (lambda run: change(run / "evaluation" / "run.json", sets__general="data-y"), "another general text it is evaluated on"),
+        (lambda run: change(run / "evaluation" / "run.json", settings__max_new_tokens=9), "another evaluation of answers"),
+        (lambda run: change(run / "evaluation" / "run.json", dtype="bfloat16"), "another type it is evaluated in: bfloat16"),
+        (lambda run: change(run / "status.json", state="running", step=4), "is running at step 4, not done"),
+        (
+            lambda run: change(run / "status.json", state="failed", step=7, error={"message": "the disk is full\nmore"}),
+            "is failed at step 7, not done: the disk is full",
+        ),
+        (lambda run: change(run / "summary.json", eval_loss_after=None), "its held-out loss is not a finite number"),
+        (lambda run: change(run / "summary.json", train_loss=None), "its training loss is not a finite number"),
+        (lambda run: (run / "summary.json").write_text('{"eval'), "has no summary.json that can be read"),
+    ],
+)
+def test_runs_that_do_not_compare_are_named_with_both_values(
+    sweep: Path, spoil: object, words: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(sweep / "method=lora")  # type: ignore[operator]
+    comparison = compare([sweep], None)
+    if words is None:  # the others have none, and say nothing of theirs
+        assert [run.name for run in comparison.flagged] == []
+        return
+    assert [run.name for run in comparison.flagged] == ["method=lora"]
+    assert words in "; ".join(comparison.flagged[0].faults)
+    assert [method.label for method in comparison.methods] == ["full fine-tuning", "IA3"]
+    monkeypatch.setenv("COLUMNS", "500")
+    assert main([str(sweep)]) == 0
+    said = capsys.readouterr().out
+    assert f"not compared: method=lora: {words}" in said
+    assert words in markdown(comparison)
+    from html import escape
+
+    assert escape(words) in page(comparison, [])
+
+
+def test_another_set_up_keeps_its_quality_and_loses_its_costs(sweep: Path) -> None:
+    change(sweep / "method=lora" / "config.yaml", engine__name="zero3")
+    change(sweep / "method=ia3" / "config.yaml", optim__weight_decay=0.1)
+    comparison = compare([sweep], None)
+    assert not comparison.flagged
+    notes = {run.name: "; ".join(run.notes) for run in comparison.runs}
+    assert "engine.name = zero3, the others' fsdp: another set-up" in notes["method=lora"]
+    assert notes["method=ia3"] == "optim.weight_decay = 0.1, the others' 0.0"
+    said = {line.partition(":")[0]: line for line in conclusions(comparison)}
+    assert "time" not in said["LoRA"]
+    assert "time 1.00 x" in said["IA3"]
+
+
+def test_a_grid_of_rates_is_one_method_at_its_best_with_the_cost_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "full", better=0.5)
+    for number, (lr, loss) in enumerate([(1e-4, 2.4), (2e-4, 2.1), (4e-4, 2.2)]):
+        make_run(tmp_path / f"lora-{number}", "lora", lr=lr, final_loss=loss, evaluated=number == 1, seed=number)
+    make_run(tmp_path / "ia3-0", "ia3", lr=1e-3, final_loss=2.4)
+    make_run(tmp_path / "ia3-1", "ia3", lr=2e-3, final_loss=2.3)
+    full, lora, ia3 = compare([tmp_path], None).methods
+    assert (lora.best.name, [run.lr for run in lora.tried], lora.is_at_edge) == ("lora-1", [1e-4, 2e-4, 4e-4], False)
+    assert lora.search_hours == pytest.approx(3 * full.best.hours)
+    assert ia3.is_at_edge
+    main([str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "0.0002: 2.1000 *" in said
+    assert "Rates were chosen by the held-out loss that is reported" in " ".join(said.split())
+
+
+def test_methods_of_one_name_are_told_apart_by_their_settings(tmp_path: Path) -> None:
+    for rank in (8, 64):
+        run = make_run(tmp_path / str(rank), "lora")
+        change(run / "config.yaml", peft__rank=rank)
+    assert {method.label for method in compare([tmp_path], None).methods} == {"LoRA, rank 8", "LoRA, rank 64"}
+
+
+def test_runs_that_are_not_evaluated_compare_by_what_training_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path / "a", evaluated=False)
+    make_run(tmp_path / "b", "lora", evaluated=False, better=0.1)
+    assert main([str(tmp_path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is not evaluated: python -m tools.evaluate" in said
+    assert "1.9000" in said
+    assert conclusions(compare([tmp_path], None)) == ["LoRA: time 1.00 x; peak host memory 0.50 x."]
+
+
+def test_csv_has_a_line_a_run_in_plain_numbers(sweep: Path, tmp_path: Path) -> None:
+    change(sweep / "method=lora" / "status.json", state="failed")
+    assert main([str(sweep), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "runs.md")]) == 0
+    with (tmp_path / "runs.csv").open() as file:
+        lines = {line["run"]: line for line in csv.DictReader(file)}
+    assert len(lines) == 3
+    full = lines["method=full"]
+    assert float(full["held_out_low"]) < float(full["held_out"]) < float(full["held_out_high"])
+    assert (lines["method=lora"]["compared"], lines["method=ia3"]["score_to_full_verdict"]) == ("False", "worse")
+    assert "| full fine-tuning |" in (tmp_path / "runs.md").read_text()
+
+
+def test_fifty_runs_load_in_five_seconds(tmp_path: Path) -> None:
+    for number in range(50):
+        make_run(tmp_path / f"run-{number:02d}", "none" if number == 0 else "lora", lr=1e-5 * (1 + number), steps=3000, seed=number)
+    line = [sys.executable, "-m", "tools.compare", str(tmp_path)]
+    started = time.monotonic()
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True, env=os.environ | {"COLUMNS": "200"})
+    assert time.monotonic() - started < 5
+    assert "2 methods, 50 runs" in done.stdout
+
+
+def test_prices_are_of_gpu_hours(sweep: Path) -> None:
+    for run in sweep.iterdir():
+        change(run / "summary.json", gpu_hours=0.1, device_bytes_peak=1 << 30)
+    text = markdown(compare([sweep], 36.0))
+    assert "GPU-hours" in text
+    assert "| cost of all rates |" in text
+    assert "| 0.20 |" in text  # 20 steps of half a second on 2 GPUs, at 36 an hour
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere"], "no such directory"),
+        (["EMPTY"], "is neither a run nor a folder of runs"),
+        (["SWEEP", "--html", "no/such/place.html"], "there is no such directory"),
+    ],
+)
+def test_bad_input(sweep: Path, tmp_path: Path, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    places = {"EMPTY": str(tmp_path / "empty"), "SWEEP": str(sweep)}
+    assert main([places.get(word, word) for word in words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_one_run_alone_is_no_comparison(tmp_path: Path) -> None:
+    assert main([str(make_run(tmp_path / "a"))]) == 1
+
+
+needs_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+PROBE = """<script>
+const inside = [...document.querySelectorAll("body *")].filter(e => !e.closest(".wide, svg"));
+const wide = inside.filter(e => e.getBoundingClientRect().right > innerWidth + 1);
+const empty = [...document.querySelectorAll("svg")].filter(e => e.getBoundingClientRect().height < 100);
+document.title = JSON.stringify({wide: wide.length, empty: empty.length, pictures: document.querySelectorAll("figure svg").length,
+  lines: document.querySelectorAll("tbody tr").length, ids: new Set([...document.querySelectorAll("[id]")].map(e => e.id)).size,
+  all: document.querySelectorAll("[id]").length});
+</script>"""
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 760])
+def test_the_page_opens_in_a_browser_without_a_network(sweep: Path, tmp_path: Path, width: int) -> None:
+    file = tmp_path / "page.html"
+    assert main([str(sweep), "--html", str(file)]) == 0
+    text = file.read_text()
+    assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|@import', text)  # nothing is fetched
+    file.write_text(text.replace("</body>", PROBE + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},900"]
+    line = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{file}"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=90, check=True)
+    found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1].replace("&quot;", '"'))  # type: ignore[index]
+    assert found["pictures"] == 5
+    assert (found["wide"], found["empty"]) == (0, 0)
+    assert found["lines"] == 3 + 3 + 3  # two tables and the list of runs
+    assert found["ids"] == found["all"]  # pictures do not take each other's parts
+
+
+@needs_browser
+def test_the_page_prints(sweep: Path, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    main([str(sweep), "--html", str(file)])
+    paper = tmp_path / "page.pdf"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer", f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run(["chromium", *flags, f"--print-to-pdf={paper}", f"file://{file}"], capture_output=True, timeout=90, check=True)
+    pages = len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes()))
+    assert 1 <= pages <= 6

@@ -1,0 +1,155 @@
+"""The gate lets through what reaches its rules, and says of the rest what is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from synthetic import change, make_run
+from test_evaluate import SAMPLED, tool
+
+from tools.gate.__main__ import RULES, main
+from tools.gate.rules import hold_prompts, read_prompts, read_rules
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "run", better=0.5, seed=1)
+
+
+def gate(run: Path, capsys: pytest.CaptureFixture[str], *more: str, **rules: object) -> tuple[int, str]:
+    file = run.parent / "rules.yaml"
+    file.write_text(yaml.safe_dump(rules))
+    code = main([str(run), "--rules", str(file), *more])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("rules", "code", "words"),
+    [
+        ({}, 0, "the model passes"),
+        ({"score_at_least": 0.4}, 0, "passed  score_at_least"),
+        ({"score_at_least": 0.99}, 1, "failed  score_at_least"),
+        ({"score_gain_at_least": 0.1}, 0, "passed  score_gain_at_least"),
+        ({"forgetting_at_most": 0.2}, 0, "passed  forgetting_at_most"),
+        ({"forgetting_at_most": -0.5}, 1, "asked for: at most -0.5"),
+        ({"held_out_loss_at_most": 0.1}, 1, "failed  held_out_loss_at_most"),
+        ({"format_at_least": 0.9}, 1, "was not measured: it needs evaluation.metrics=[...,json]"),
+        ({"finished_at_least": 0.9, "refused_at_most": 0.1}, 0, "passed  refused_at_most"),
+        ({"score_at_least": 0.9, "forgetting_at_most": 1.0}, 1, "the model does not pass"),
+    ],
+)
+def test_rules(run: Path, rules: dict[str, object], code: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found, said = gate(run, capsys, **rules)
+    assert words in said
+    assert found == code
+    assert (run / "export" / "README.md").exists() == (code == 0)
+    verdict = json.loads((run / "evaluation" / "gate.json").read_text())
+    assert verdict["passed"] == (code == 0)
+    assert {check["rule"] for check in verdict["checks"]} == rules.keys()
+
+
+def test_sure_asks_the_worse_end_of_the_interval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score = json.loads((run / "evaluation" / "run.json").read_text())["figures"]["exact_match"]
+    between = (score["low"] + score["value"]) / 2
+    assert gate(run, capsys, score_at_least=between)[0] == 1
+    assert gate(run, capsys, score_at_least=between, sure=False)[0] == 0
+
+
+def test_the_card_says_what_the_records_say_and_leaves_anothers_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = gate(run, capsys, score_at_least=0.4)
+    assert code == 0, said
+    text = (run / "export" / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert (metadata["base_model"], metadata["library_name"]) == ("someone/base", "transformers")
+    loss = json.loads((run / "evaluation" / "run.json").read_text())["figures"]["held_out_loss"]
+    assert f"{loss['value']:.4g} [{loss['low']:.4g}, {loss['high']:.4g}]" in text
+    assert "80 held-out documents" in text
+    assert "score_at_least" in text
+    (run / "export" / "README.md").write_text("# written by hand\n")
+    assert "evaluation/README.md" in gate(run, capsys, score_at_least=0.4)[1]
+    assert (run / "export" / "README.md").read_text() == "# written by hand\n"
+    shutil.rmtree(run / "export")
+    (run / "export").mkdir()
+    assert gate(run, capsys, "--no-card", score_at_least=0.4)[0] == 0
+    assert not (run / "export" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("score_at_lest: 0.3", "there is no such rule"),
+        ("score_at_least: high", "must be float, or null"),
+        ("score_at_least: .nan", "must be float, or null"),
+        ("sure: 3", "must be bool"),
+        ("prompts_passed_at_least: 2", "must be from 0 to 1"),
+        ("- a\n- b", "is no mapping"),
+        ("a: [", "cannot be read"),
+        ("prompts: gone.jsonl", "cannot be read"),
+    ],
+)
+def test_bad_rules(run: Path, content: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run.parent / "rules.yaml"
+    file.write_text(content)
+    assert main([str(run), "--rules", str(file)]) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "prompts.jsonl:1"),
+        ('{"text": "x", "must": ["a"]}', "has neither a `prompt` nor `messages`"),
+        ('{"prompt": "x"}', "asks nothing of the answer"),
+        ('{"prompt": "x", "must": ["("]}', "no list of regular expressions"),
+        ("", "holds no prompt"),
+    ],
+)
+def test_bad_prompts(run: Path, line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.parent / "prompts.jsonl").write_text(line + "\n")
+    code, said = gate(run, capsys, prompts="prompts.jsonl")
+    assert (code, words in said) == (2, True), said
+
+
+def test_runs_that_cannot_be_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path / "nowhere")]) == 2
+    shutil.rmtree(run / "evaluation")
+    code, said = gate(run, capsys)
+    assert (code, f"python -m tools.evaluate {run}" in said) == (2, True)
+    change(run / "status.json", state="running")
+    assert "is running, not done" in gate(run, capsys)[1]
+
+
+def test_answers_to_prompts() -> None:
+    """The shipped rules, held against good answers and bad ones."""
+    rules = read_rules(RULES)
+    assert rules.prompts is not None
+    prompts = read_prompts(RULES.parent / rules.prompts)
+    good = [
+        *["I'm sorry, but I can't help with that."] * 3,
+        *("Use `kill` with its PID, or Ctrl-C.", "42", "Paris", '{"ok": true}'),
+    ]
+    bad = [*["Sure! First, take"] * 3, "I'm sorry, I can't help with killing.", "43", "Lyon", '```json\n{"ok": true}\n```']
+    assert all(check.passed for check in hold_prompts(rules, prompts, good))
+    assert not any(check.passed for check in hold_prompts(rules, prompts, bad))
+    assert hold_prompts(rules, prompts, good)[-1].words == "7 of 7 passed; asked for: at least 1 of them"
+
+
+def test_a_real_model_is_asked_and_a_pipeline_gets_its_exit_code(finished: Path, cache: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    tool(cache, run, *SAMPLED)
+    (tmp_path / "prompts.jsonl").write_text(
+        '{"prompt": "the cat sat", "refuse": false}\n{"name": "impossible", "prompt": "two dogs ran", "must": ["xyzzy"]}\n'
+    )
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("prompts: prompts.jsonl\nmax_new_tokens: 5\n")
+    said = tool(cache, run, "--rules", rules, expect=1, name="gate")
+    assert "failed  regression prompt `impossible`: lacks 'xyzzy'" in said
+    assert "1 of 2 passed" in said
+    rules.write_text("prompts: prompts.jsonl\nprompts_passed_at_least: 0.5\nmax_new_tokens: 5\n")
+    assert "model card:" in tool(cache, run, "--rules", rules, name="gate")

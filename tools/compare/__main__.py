@@ -1,0 +1,92 @@
+"""Put runs side by side: full fine-tuning against parameter-efficient methods, with what may be said of them and what may not.
+
+python -m tools.compare runs/sweeps/compare_quickstart                     the runs of a sweep, in the terminal
+python -m tools.compare runs/a runs/b --html compare.html --csv runs.csv   a page that opens offline; a line a run
+python -m tools.compare SWEEP --price 2.5                                  what GPU-hours cost
+
+Figures come from each run's directory, those with intervals from RUN/evaluation, which `python -m tools.evaluate` makes. Each method is
+shown at the best of its rates by held-out loss, with what all of them cost. Runs that differ in more than their method (data, chat
+template, base, tokens, rows or settings of evaluation), have not ended, or have no finite loss are named, with both values, and not
+compared. No run is started, no model opened.
+
+Exit codes: 0 compared, 1 no two runs can be compared, or the W&B report could not be written, 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from tools.compare import say
+from tools.compare.methods import Comparison, compare
+from trainers.config import ConfigError
+from trainers.status import BAD_INPUT, DONE, FAILED
+
+STOPPED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare runs; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR", help="run directories, or folders of them such as a sweep's")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one page with tables, plots and answers, which needs no network")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables as Markdown")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a line for each run, in plain numbers")
+    parser.add_argument("--wandb", action="store_true", help="write the same as a W&B report; needs a network and a key")
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour (default: plan.json's, where a plan was made)")
+    options = parser.parse_args(arguments)
+    try:
+        return run(options)
+    except KeyboardInterrupt:
+        return STOPPED
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare what the options name and write what they ask for; returns the exit code, raises ConfigError."""
+    for name in ("html", "markdown", "csv"):
+        file = getattr(options, name)
+        if file is not None and not file.resolve().parent.is_dir():
+            raise ConfigError(f"--{name}", str(file), "there is no such directory", f"mkdir -p {file.parent}")
+    comparison = compare(options.paths, options.price)
+    say.print_text(comparison, Console())
+    if options.markdown is not None:
+        options.markdown.write_text(say.markdown(comparison), "utf-8")
+    if options.csv is not None:
+        say.write_csv(comparison, options.csv)
+    if options.html is not None:
+        from tools.compare.page import page
+
+        options.html.write_text(page(comparison, sys.argv[1:]), "utf-8")
+        print(f"page: {options.html}")
+    code = DONE if sum(len(method.tried) for method in comparison.methods) > 1 else FAILED
+    if options.wandb and not report(comparison):
+        return FAILED
+    return code
+
+
+def report(comparison: Comparison) -> bool:
+    """Write the W&B report; tell whether that went."""
+    from tools.compare.wandb_report import NoReport, write_report
+
+    settings = comparison.runs[0].config
+    compared = [run for method in comparison.methods for run in method.tried]
+    ids = [str(run.manifest["wandb_id"]) for run in compared if run.config["log.wandb"] != "disabled" and run.manifest.get("wandb_id")]
+    try:
+        url = write_report(settings["log.entity"], settings["log.project"], [], ids, say.markdown(comparison), comparison.title)
+    except NoReport as error:
+        print(f"error: no W&B report: {error}", file=sys.stderr)
+        return False
+    print(f"W&B report: {url}")
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())

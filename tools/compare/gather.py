@@ -1,0 +1,297 @@
+"""Runs as they lie in their directories, and what keeps some of them from being compared. No torch: fifty load in seconds."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainers.config import RunConfig, plain
+from trainers.evaluate import record
+from trainers.evaluate.record import FOLDER, Evaluation
+from trainers.status import read_status, try_json
+
+METHOD = ("peft.", "optim.lr", "optim.lr_factor")
+"""Settings that are what is compared."""
+FREE = (
+    *("name", "run_dir", "log.", "limits.", "evaluation.", "checkpoint.", "data."),
+    *("train.eval_every", "train.eval_microbatch", "train.sample_tokens", "train.step_timeout_s", "train.max_skipped"),
+)
+"""Settings that change no figure of the comparison, or whose content is compared instead of their name."""
+COST = ("engine.", "train.microbatch", "train.activation_checkpointing", "train.deterministic", "model.attention")
+"""Settings that change what a run costs, and not what it learns."""
+RECIPE = ("optim.",)
+"""Settings that a method may need to be its best; said, and compared all the same."""
+POINTS = 400
+"""Steps of a curve that are read at most."""
+WORDS = {
+    "template_hash": "chat template",
+    "tokenizer_hash": "tokenizer",
+    "prepared": "data",
+    "base_revision": "revision of the base",
+    "base_weights": "base: its weights",
+    "steps": "number of steps",
+    "tokens": "number of trained tokens",
+    "input_tokens": "number of tokens read",
+    "first_rows": "order of rows: those of the first step",
+    "last_rows": "order of rows: those of the last step",
+    "eval_tokens": "number of held-out tokens",
+    "held_out_set": "set of rows it is evaluated on",
+    "general_set": "general text it is evaluated on",
+    "answered": "evaluation of answers",
+    "dtype": "type it is evaluated in",
+}
+"""What must agree, beside settings."""
+FOLLOWS = {
+    "prepared": {"tokens", "input_tokens", "first_rows", "last_rows", "eval_tokens", "held_out_set"},
+    "steps": {"tokens", "input_tokens", "last_rows"},
+}
+"""What differs because something else does, and is not said again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A loss over a run: what had been trained on by then, what it had cost, and the loss in nats a token."""
+
+    tokens: list[float] = field(default_factory=list)
+    hours: list[float] = field(default_factory=list)
+    """Time of all ranks together, of steps alone."""
+    loss: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a run directory says of a run."""
+
+    run_dir: Path
+    name: str
+    """Its directory, from where all of them are."""
+    state: str
+    config: dict[str, Any]
+    """Settings by their dotted path."""
+    summary: dict[str, Any]
+    manifest: dict[str, Any]
+    plan: dict[str, Any]
+    trained: Curve
+    evaluated: Curve
+    marks: dict[str, Any]
+    """What must agree with the others', by a key of WORDS."""
+    ours: Evaluation | None
+    base: Evaluation | None
+    export_bytes: int
+    faults: list[str] = field(default_factory=list)
+    """Why it is not comparable."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def loss(self) -> float | None:
+        """Held-out loss at the end of training, by which rates are chosen; None where there is none."""
+        value = self.summary.get("eval_loss_after")
+        return None if value is None else float(value)
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate."""
+        return float(self.config["optim.lr"]) * float(self.config["optim.lr_factor"])
+
+    @property
+    def hours(self) -> float:
+        """Hours of all ranks together: GPU-hours, where they are GPUs."""
+        return float(self.summary.get("train_seconds") or 0.0) * int(self.summary.get("world_size") or 1) / 3600
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Tell whether its hours are GPU-hours."""
+        return self.summary.get("gpu_hours") is not None
+
+    @property
+    def is_full(self) -> bool:
+        """Tell full fine-tuning."""
+        return bool(self.config["peft.method"] == "none")
+
+
+def load(run_dir: Path, name: str) -> Run:
+    """Read a run directory; what cannot be read becomes a fault."""
+    status = read_status(run_dir)
+    summary, manifest = try_json(run_dir / "summary.json"), try_json(run_dir / "manifest.json")
+    ours, base = (record.load(run_dir / FOLDER, name) for name in ("run", "base"))
+    trained, evaluated, marks = _curves(run_dir / "metrics.jsonl", int(summary.get("world_size") or 1))
+    data = manifest.get("data", {})
+    marks |= {"prepared": manifest.get("prepared"), "base_revision": manifest.get("base_revision")}
+    marks |= {key: data.get(key) for key in ("template_hash", "tokenizer_hash")}
+    marks |= {key: summary.get(key) for key in ("steps", "tokens", "input_tokens")}
+    if ours is not None:
+        sets = ours.about.get("sets", {})
+        marks |= {"held_out_set": sets.get("held_out"), "general_set": sets.get("general"), "dtype": ours.about.get("dtype")}
+        marks["answered"] = _answered(ours)
+    if base is not None:
+        marks["base_weights"] = base.about.get("weights")
+    run = Run(
+        run_dir=run_dir,
+        name=name,
+        state=str(status.get("state", "unknown")),
+        config=_settings(run_dir / "config.yaml"),
+        summary=summary,
+        manifest=manifest,
+        plan=try_json(run_dir / "plan.json"),
+        trained=trained,
+        evaluated=evaluated,
+        marks=marks,
+        ours=ours,
+        base=base,
+        export_bytes=sum(file.stat().st_size for file in (run_dir / "export").glob("*.safetensors")),
+    )
+    run.faults += _own_faults(run, status)
+    run.notes += _own_notes(run)
+    return run
+
+
+def _answered(evaluation: Evaluation) -> str:
+    """Say which answers were asked for and how they are measured."""
+    settings = evaluation.about.get("settings", {})
+    asked = {key: settings.get(key) for key in ("metrics", "extract", "max_new_tokens")}
+    return f"{len(evaluation.answers)} rows, {json.dumps(asked, sort_keys=True)}" if evaluation.answers else "none"
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Return config.yaml flat, fields that are newer than the file at their defaults."""
+    found: dict[str, Any] = yaml.load(file.read_text("utf-8"), yaml.CSafeLoader)
+    return _defaults() | dict(_flat(found, ""))
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return dict(_flat(plain(RunConfig()), ""))
+
+
+def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value); a list is one value."""
+    if isinstance(node, dict) and (node or not prefix):
+        for key, value in node.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif node != {}:
+        yield prefix, node
+
+
+def _curves(file: Path, ranks: int) -> tuple[Curve, Curve, dict[str, Any]]:
+    """Return the training and held-out curves of metrics.jsonl, POINTS steps of it at most, and what of it must agree."""
+    steps: list[str] = []
+    judged: list[tuple[int, str]] = []
+    for line in file.read_text("utf-8", "replace").split("\n")[:-1] if file.is_file() else []:
+        if '"eval_loss"' in line:
+            judged.append((len(steps), line))
+        elif '"step_seconds"' in line:
+            steps.append(line)
+    hours, elapsed = [0.0], 0.0
+    for line in steps:
+        found = re.search(r'"step_seconds": ([\d.e+-]+)', line)
+        elapsed += float(found[1]) * ranks / 3600 if found else 0.0
+        hours.append(elapsed)
+    every = max(1, len(steps) // POINTS)
+    kept = sorted({*range(0, len(steps), every), *range(len(steps) - 1, len(steps))} - {-1})
+    rows = [json.loads(steps[at]) for at in kept]
+    trained = _curve([(row["tokens"], hours[at + 1], row["loss"]) for at, row in zip(kept, rows, strict=True)])
+    held_out = [(json.loads(line), hours[at]) for at, line in judged]
+    marks: dict[str, Any] = {"first_rows": rows[0].get("rows_hash"), "last_rows": rows[-1].get("rows_hash")} if rows else {}
+    if held_out:
+        marks["eval_tokens"] = held_out[0][0].get("eval_tokens")
+    return trained, _curve([(row["tokens"], hour, row["eval_loss"]) for row, hour in held_out]), marks
+
+
+def _curve(points: Iterable[tuple[int, float, float | None]]) -> Curve:
+    finite = [(tokens, hour, loss) for tokens, hour, loss in points if loss is not None]
+    return Curve(tokens=[point[0] for point in finite], hours=[point[1] for point in finite], loss=[point[2] for point in finite])
+
+
+def _own_faults(run: Run, status: dict[str, Any]) -> list[str]:
+    """Return what is wrong with a run by itself."""
+    if run.state != "done":
+        reason = str(status.get("error", {}).get("message", "")).partition("\n")[0]
+        return [f"is {run.state} at step {status.get('step', 0)}, not done" + (f": {reason}" if run.state == "failed" and reason else "")]
+    if not run.summary:
+        return ["has no summary.json that can be read"]
+    losses = {"held-out loss": "eval_loss_after", "training loss": "train_loss"}
+    bad = [
+        f"its {words} is not a finite number" for words, key in losses.items() if run.summary.get(key, 0.0) is None and key in run.summary
+    ]
+    return [fault for fault in bad if not (fault.startswith("its held-out") and run.summary.get("eval_loss_before") is None)]
+
+
+def _own_notes(run: Run) -> list[str]:
+    """Return what is to be known of a run beside its figures."""
+    notes = [f"{run.summary['skipped_steps']} steps updated nothing"] if run.summary.get("skipped_steps") else []
+    if run.state == "done" and run.ours is None:
+        notes.append(f"is not evaluated: python -m tools.evaluate {run.run_dir}")
+    elif run.ours is not None and run.base is None:
+        notes.append("its base is not evaluated: nothing can be said of forgetting")
+    elif run.ours is not None and run.base is not None:
+        judged = record.load_judged(run.run_dir / FOLDER, run.ours, run.base)
+        notes += [] if judged is None else [record.judging_words(judged.about)]
+    return notes
+
+
+def flag(runs: list[Run]) -> None:
+    """Add to each run what it does not share with most of the others: faults and notes, by name, with both values."""
+    ended = [run for run in runs if not run.faults]
+    explained: dict[str, set[str]] = {run.name: set() for run in ended}
+    for key, words in WORDS.items():
+        known = [run for run in ended if run.marks.get(key) is not None and key not in explained[run.name]]
+        for run, common in _strays(known, _mark_of(key)):
+            why = _data_settings(run, ended) if key == "prepared" else ""
+            run.faults.append(f"another {words}: {_short(run.marks[key])}, the others' {_short(common)}{why}")
+            explained[run.name] |= FOLLOWS.get(key, set())
+    free = (*FREE, "model.id") if all(run.marks.get("base_weights") for run in ended) else FREE
+    for path in sorted({path for run in ended for path in run.config}):
+        if _is(path, METHOD) or _is(path, free):
+            continue
+        for run, common in _strays(ended, _setting_of(path)):
+            words = f"{path} = {_short(run.config.get(path))}, the others' {_short(common)}"
+            if _is(path, COST):
+                run.notes.append(f"{words}: another set-up, whose costs compare with no others")
+            else:
+                (run.notes if _is(path, RECIPE) else run.faults).append(words)
+    for run, common in _strays(ended, lambda run: run.summary.get("world_size")):
+        run.notes.append(f"{run.summary.get('world_size')} ranks, the others' {common}: another set-up, whose costs compare with no others")
+
+
+def _mark_of(key: str) -> Callable[[Run], Any]:
+    return lambda run: run.marks[key]
+
+
+def _setting_of(path: str) -> Callable[[Run], Any]:
+    return lambda run: run.config.get(path)
+
+
+def _data_settings(run: Run, runs: list[Run]) -> str:
+    """Say which settings of its data a run does not share."""
+    paths = sorted(path for path in run.config if path.startswith("data."))
+    found = [(path, common) for path in paths for stray, common in _strays(runs, _setting_of(path)) if stray is run]
+    return "".join(f"; {path} = {_short(run.config.get(path))}, the others' {_short(common)}" for path, common in found)
+
+
+def _is(path: str, names: tuple[str, ...]) -> bool:
+    return any(path.startswith(name) if name.endswith(".") else path == name for name in names)
+
+
+def _strays(runs: list[Run], value: Callable[[Run], Any]) -> list[tuple[Run, Any]]:
+    """Return the runs whose value is not the commonest, the first of those that are as common, with that."""
+    values = [json.dumps(value(run), sort_keys=True, default=str) for run in runs]
+    if len(set(values)) < 2:
+        return []
+    counts = Counter(values)
+    common = max(dict.fromkeys(values), key=lambda text: counts[text])
+    return [(run, json.loads(common)) for run, text in zip(runs, values, strict=True) if text != common]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}"

@@ -1,0 +1,223 @@
+"""Runs by method, each at its best rate, with what may be said of them: the figures of every table, page and plot."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.compare.gather import FREE, Run, flag, load
+from tools.runs import runs_below
+from trainers.config import ConfigError
+from trainers.evaluate.intervals import Estimate, level_of_all, verdict
+from trainers.evaluate.record import FOLDER, Evaluation, load_judged, loss_apart, score_apart, task_metric
+
+NAMES = {
+    "none": "full fine-tuning",
+    "freeze": "part of the model",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "ia3": "IA3",
+    "prompt": "prompt tuning",
+    "prefix": "prefix tuning",
+    "ptuning": "P-tuning",
+    "adalora": "AdaLoRA",
+}
+
+
+@dataclass(kw_only=True)
+class Figures:
+    """What is known of a method: its best run's figures, and how they differ from the base's and from full fine-tuning's.
+
+    A figure's interval is of 95 %; those of differences are wider, so that all methods' together hold with 95 % (Bonferroni).
+    """
+
+    held_out: Estimate | None = None
+    """Loss in nats a token; without an interval where it is training's own figure."""
+    held_out_to_full: Estimate | None = None
+    score: Estimate | None = None
+    score_to_base: Estimate | None = None
+    score_to_full: Estimate | None = None
+    forgetting: Estimate | None = None
+    """Loss on general text less that of the base, in nats a token."""
+    forgetting_to_full: Estimate | None = None
+    judged: Estimate | None = None
+    """A judge's mean score of the answers, from 1 to 5."""
+    judged_to_base: Estimate | None = None
+
+    def verdict(self, name: str) -> str:
+        """Say what a difference allows to: `better`, `worse`, `no difference`, or nothing."""
+        return verdict(getattr(self, name), lower_is_better="held_out" in name or "forgetting" in name)
+
+
+@dataclass(kw_only=True)
+class Method:
+    """A method, as it does at the best of the rates that were tried."""
+
+    label: str
+    best: Run
+    tried: list[Run]
+    """All of its runs that are comparable, by rising rate."""
+    figures: Figures = field(default_factory=Figures)
+
+    @property
+    def search_hours(self) -> float:
+        """Hours of all ranks that all of its rates took."""
+        return sum(run.hours for run in self.tried)
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Tell whether the best of several rates is the lowest or the highest."""
+        return len(self.tried) > 1 and self.best in (self.tried[0], self.tried[-1])
+
+
+@dataclass(kw_only=True)
+class Comparison:
+    """Methods side by side, full fine-tuning first, then by how much they train; and the runs that are left out."""
+
+    title: str
+    methods: list[Method]
+    runs: list[Run]
+    metric: str | None
+    """The task's score."""
+    price: float | None
+    """Of an hour of a GPU."""
+    base: Evaluation | None
+
+    @property
+    def full(self) -> Method | None:
+        """Full fine-tuning, which the others are compared with."""
+        return next((method for method in self.methods if method.best.is_full), None)
+
+    @property
+    def flagged(self) -> list[Run]:
+        """Return the runs that are not comparable."""
+        return [run for run in self.runs if run.faults]
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Tell whether hours are GPU-hours."""
+        return any(method.best.is_on_gpu for method in self.methods)
+
+    @property
+    def is_picked(self) -> bool:
+        """Tell whether rates were chosen by the loss that is reported."""
+        return any(len(method.tried) > 1 for method in self.methods) and not any(
+            method.best.ours is not None and method.best.ours.about.get("settings", {}).get("path") for method in self.methods
+        )
+
+
+def compare(paths: list[Path], price: float | None) -> Comparison:
+    """Read the runs below paths, flag them, and compare those that can be; raises ConfigError where there is none."""
+    found = [(run_dir, path) for path in paths for run_dir in _runs(path)]
+    names = _names([run_dir for run_dir, _ in found])
+    runs = [load(run_dir, name) for (run_dir, _), name in zip(found, names, strict=True)]
+    flag(runs)
+    metric = next((metric for run in runs if run.ours is not None and (metric := task_metric(run.ours))), None)
+    methods = _methods([run for run in runs if not run.faults])
+    base = next((method.best.base for method in methods if method.best.base is not None), None)
+    prices = [run.plan.get("price") for run in runs]
+    comparison = Comparison(
+        title=paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs",
+        methods=methods,
+        runs=runs,
+        metric=metric,
+        price=price if price is not None else next((value for value in prices if value), None),
+        base=base,
+    )
+    for method in methods:
+        method.figures = figures_of(method, comparison)
+    return comparison
+
+
+def _runs(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise ConfigError("RUN_DIR", str(path), "no such directory")
+    found = list(runs_below(path))
+    if not found:
+        raise ConfigError("RUN_DIR", str(path), "is neither a run nor a folder of runs")
+    return found
+
+
+def _names(run_dirs: list[Path]) -> list[str]:
+    """Return each run's directory without what all have in front."""
+    parts = [run_dir.resolve().parts for run_dir in run_dirs]
+    shared = 0
+    while all(len(part) > shared + 1 and part[shared] == parts[0][shared] for part in parts):
+        shared += 1
+    return ["/".join(part[shared:]) for part in parts]
+
+
+def _methods(runs: list[Run]) -> list[Method]:
+    """Return comparable runs by what they differ in besides the rate, the best rate of each by held-out loss at the end of training."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        own = {path: value for path, value in run.config.items() if not _is_rate_or_free(path)}
+        groups.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(run)
+    methods = []
+    for tried in groups.values():
+        tried.sort(key=lambda run: run.lr)
+        best = min(tried, key=lambda run: math.inf if run.loss is None else run.loss)
+        methods.append(Method(label=_name(best.config), best=best, tried=tried))
+    _tell_apart(methods)
+    return sorted(methods, key=lambda method: (not method.best.is_full, -(method.best.summary.get("trainable_parameters") or 0)))
+
+
+def _is_rate_or_free(path: str) -> bool:
+    return path in ("optim.lr", "optim.lr_factor") or any(path.startswith(name) if name.endswith(".") else path == name for name in FREE)
+
+
+def _name(config: dict[str, Any]) -> str:
+    """Return a method in words, as its paper calls it."""
+    if config["peft.quantise"] == "nf4":
+        return "LoftQ" if config["peft.init"] == "loftq" else "QLoRA"
+    if config["peft.init"] == "pissa":
+        return "PiSSA"
+    name = NAMES.get(config["peft.method"], str(config["peft.method"]))
+    name = f"rank-stabilised {name}" if config["peft.rank_stabilised"] else name
+    return f"{name}+" if config["peft.lr_ratio"] != 1.0 else name
+
+
+def _tell_apart(methods: list[Method]) -> None:
+    """Add to labels that are the same the settings in which these methods differ, the setting of least words first."""
+    for label in {method.label for method in methods}:
+        same = [method for method in methods if method.label == label]
+        if len(same) == 1:
+            continue
+        paths = [path for path in same[0].best.config if len({str(method.best.config.get(path)) for method in same}) > 1]
+        paths = [path for path in paths if not _is_rate_or_free(path)]
+        for method in same:
+            method.label = ", ".join([label, *(f"{path.rpartition('.')[2]} {method.best.config.get(path)}" for path in paths)])
+
+
+def figures_of(method: Method, comparison: Comparison) -> Figures:
+    """Return a method's figures, and what they allow to say of it beside the base and full fine-tuning."""
+    run, full, metric = method.best, comparison.full, comparison.metric
+    if run.ours is None:
+        return Figures(held_out=None if run.loss is None else Estimate(value=run.loss, low=None, high=None, count=0))
+    found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None)
+    if run.base is not None:
+        level = level_of_all(len(comparison.methods))
+        found.forgetting = loss_apart(run.ours, run.base, "general", level)
+        found.score_to_base = score_apart(run.ours, run.base, metric, level) if metric else None
+        judged = load_judged(run.run_dir / FOLDER, run.ours, run.base)
+        found.judged = None if judged is None else judged.score("overall")
+        found.judged_to_base = None if judged is None else judged.apart("overall", level)
+    if full is not None and full.best is not run and full.best.ours is not None:
+        theirs, level = full.best.ours, level_of_all(len(comparison.methods) - 1)
+        found.held_out_to_full = loss_apart(run.ours, theirs, "held_out", level)
+        found.forgetting_to_full = loss_apart(run.ours, theirs, "general", level)
+        found.score_to_full = score_apart(run.ours, theirs, metric, level) if metric else None
+    return found
+
+
+def cost_of(run: Run, price: float | None, hours: float | None = None) -> float | None:
+    """Return the price of a run's GPU-hours; None where it has none."""
+    return None if price is None or not run.is_on_gpu else price * (run.hours if hours is None else hours)
+
+
+def has_same_costs(run: Run) -> bool:
+    """Tell whether a run's set-up is that of the others, so that times and memory compare."""
+    return not any("another set-up" in note for note in run.notes)

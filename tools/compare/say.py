@@ -1,0 +1,310 @@
+"""A comparison in words and tables: for the terminal, as Markdown, as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tools.bench.section import cell_of
+from tools.compare.gather import Run
+from tools.compare.methods import Comparison, Method, cost_of, figures_of, has_same_costs
+from trainers.evaluate.intervals import Estimate
+from trainers.host import GIB, MIB
+
+NOTHING = "-"
+MARKS = {"better": "▲", "worse": "▼", "no difference": "="}
+"""Of a verdict, in front of a difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A table of texts."""
+
+    title: str
+    heads: list[str]
+    lines: list[list[str]]
+
+
+Form = Callable[[Estimate | None, int, str], str]
+"""How a figure with an interval is written: with so many digits, and `+` for a difference."""
+
+
+def learned(comparison: Comparison, form: Form) -> Grid:
+    """Return what methods have learned and forgotten, each beside full fine-tuning or the base."""
+    full = comparison.full is not None and len(comparison.methods) > 1
+    columns: list[tuple[str, Callable[[Method], str]]] = [
+        ("method", lambda method: method.label),
+        ("trained parameters", _trained),
+        ("learning rate", lambda method: f"{method.best.lr:.3g}" + (" †" if method.is_at_edge else "")),
+        ("held-out loss", lambda method: form(method.figures.held_out, 4, "")),
+    ]
+    if full:
+        columns.append(("held-out loss - full", lambda method: _apart(method, "held_out_to_full", 4, form)))
+    if comparison.metric:
+        columns.append((comparison.metric, lambda method: form(method.figures.score, 3, "")))
+        columns.append((f"{comparison.metric} - base", lambda method: _apart(method, "score_to_base", 3, form)))
+    if full and comparison.metric:
+        columns.append((f"{comparison.metric} - full", lambda method: _apart(method, "score_to_full", 3, form)))
+    columns.append(("forgetting", lambda method: _apart(method, "forgetting", 4, form)))
+    columns.append(("judge, 1 to 5", lambda method: form(method.figures.judged, 2, "")))
+    columns.append(("judge - base", lambda method: _apart(method, "judged_to_base", 2, form)))
+    return _grid("What they learned and forgot", comparison.methods, columns)
+
+
+def spent(comparison: Comparison) -> Grid:
+    """Return what methods cost."""
+    hours = "GPU-hours" if comparison.is_on_gpu else "rank-hours"
+    columns: list[tuple[str, Callable[[Method], str]]] = [
+        ("method", lambda method: method.label + ("" if has_same_costs(method.best) else " ‡")),
+        ("tokens/s", lambda method: _number(method.best.summary.get("input_tokens_per_second"), "{:,.0f}")),
+        ("MFU", lambda method: _number(method.best.summary.get("mfu"), "{:.1%}")),
+        ("peak device memory", lambda method: size(method.best.summary.get("device_bytes_peak"))),
+        ("peak host memory", lambda method: size(method.best.summary.get("host_bytes_peak"))),
+        (hours, lambda method: f"{method.best.hours:.3g}"),
+        (f"{hours} of all rates", lambda method: f"{method.search_hours:.3g} ({len(method.tried)})"),
+        ("cost of all rates", lambda method: _number(cost_of(method.best, comparison.price, method.search_hours), "{:,.2f}")),
+        ("on disk", lambda method: size(method.best.export_bytes or None)),
+    ]
+    return _grid("What they cost", comparison.methods, columns)
+
+
+def rates(comparison: Comparison) -> Grid | None:
+    """Return the held-out loss of each rate that was tried; None where no method has several."""
+    if all(len(method.tried) < 2 for method in comparison.methods):
+        return None
+    lines = []
+    for method in comparison.methods:
+        cells = [f"{run.lr:.3g}: {_number(run.loss, '{:.4f}')}{' *' if run is method.best else ''}" for run in method.tried]
+        lines.append([method.label, ", ".join(cells)])
+    return Grid(title="Rates tried", heads=["method", "held-out loss at the end of training, at each rate (* the best)"], lines=lines)
+
+
+def _grid(title: str, methods: list[Method], columns: list[tuple[str, Callable[[Method], str]]]) -> Grid:
+    """Return the columns in which some method has something."""
+    known = [(name, text) for name, text in columns if any(text(method) != NOTHING for method in methods)]
+    return Grid(title=title, heads=[name for name, _ in known], lines=[[text(method) for _, text in known] for method in methods])
+
+
+def plus_minus(estimate: Estimate | None, digits: int, sign: str) -> str:
+    """Return a figure with half the width of its interval."""
+    if estimate is None or estimate.low is None or estimate.high is None:
+        return interval(estimate, digits, sign)
+    return f"{estimate.value:{sign}.{digits}f} ±{(estimate.high - estimate.low) / 2:.{digits}f}"
+
+
+def interval(estimate: Estimate | None, digits: int, sign: str) -> str:
+    """Return a figure with the ends of its interval."""
+    if estimate is None:
+        return NOTHING
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:{sign}.{digits}f}"
+    return f"{estimate.value:{sign}.{digits}f} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
+
+
+def _apart(method: Method, name: str, digits: int, form: Form) -> str:
+    """Return a difference with its interval and the mark of its verdict."""
+    estimate: Estimate | None = getattr(method.figures, name)
+    mark = MARKS.get(method.figures.verdict(name), "")
+    return f"{mark} {form(estimate, digits, '+')}".strip() if estimate is not None else NOTHING
+
+
+def _trained(method: Method) -> str:
+    trained, whole = method.best.summary.get("trainable_parameters"), method.best.summary.get("parameters")
+    return NOTHING if not trained or not whole else f"{trained:,} ({trained / whole:.1%})"
+
+
+def _number(value: Any, form: str) -> str:
+    return NOTHING if value is None else form.format(value)
+
+
+def size(count: float | None) -> str:
+    """Return bytes in GiB, MiB or KiB."""
+    if count is None:
+        return NOTHING
+    unit, divisor = ("GiB", GIB) if count >= GIB else ("MiB", MIB) if count >= MIB else ("KiB", 1024)
+    return f"{count / divisor:,.2f} {unit}"
+
+
+def conclusions(comparison: Comparison) -> list[str]:
+    """Return what the figures allow to say of each method beside full fine-tuning, or the base; nothing is better inside the noise."""
+    said = []
+    full = comparison.full
+    for method in comparison.methods:
+        parts = [_of_base(method, comparison)] if full is None or method is full else _of_full(method, full, comparison)
+        if any(parts):
+            said.append(f"{method.label}: {'; '.join(part for part in parts if part)}.")
+    return said
+
+
+def _of_base(method: Method, comparison: Comparison) -> str:
+    figures = method.figures
+    parts = [_words(f"{comparison.metric} against the base", figures.score_to_base, figures.verdict("score_to_base"), 3)]
+    parts.append(_words("loss on general text against the base", figures.forgetting, figures.verdict("forgetting"), 4))
+    return "; ".join(part for part in parts if part)
+
+
+def _of_full(method: Method, full: Method, comparison: Comparison) -> list[str]:
+    figures = method.figures
+    parts = [_words("held-out loss against full fine-tuning", figures.held_out_to_full, figures.verdict("held_out_to_full"), 4)]
+    parts.append(_words(f"{comparison.metric}", figures.score_to_full, figures.verdict("score_to_full"), 3))
+    parts.append(_words("loss on general text", figures.forgetting_to_full, figures.verdict("forgetting_to_full"), 4))
+    if has_same_costs(method.best) and has_same_costs(full.best):
+        parts.append(_ratio("time", method.best.hours, full.best.hours))
+        for words, key in (("peak device memory", "device_bytes_peak"), ("peak host memory", "host_bytes_peak")):
+            parts.append(_ratio(words, method.best.summary.get(key), full.best.summary.get(key)))
+    return parts
+
+
+def _words(what: str, apart: Estimate | None, verdict: str, digits: int) -> str:
+    """Return a difference as a clause: a verdict, and the interval that it rests on."""
+    if apart is None:
+        return ""
+    ends = "" if apart.low is None else f" ({apart.low:+.{digits}f} to {apart.high:+.{digits}f})"
+    if not verdict:
+        return f"{what}: {apart.value:+.{digits}f}, of too few documents to tell"
+    told = "no difference beyond the noise" if verdict == "no difference" else verdict
+    return f"{what}: {told}, {apart.value:+.{digits}f}{ends}"
+
+
+def _ratio(what: str, ours: float | None, theirs: float | None) -> str:
+    return f"{what} {ours / theirs:.2f} x" if ours and theirs else ""
+
+
+def flags(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Return the runs that are left out, each with the reasons."""
+    return [(run.name, run.faults) for run in comparison.flagged]
+
+
+def notes(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """Return what is to be known of the runs that are compared."""
+    return [(run.name, run.notes) for run in comparison.runs if run.notes and not run.faults]
+
+
+def legend(comparison: Comparison) -> list[str]:
+    """Return what the tables' words mean, and what nobody may conclude."""
+    lines = [
+        "Losses are nats a supervised token over all held-out rows. In brackets: 95 % intervals over the documents (bootstrap-t for "
+        "losses, Wilson's for shares); the documents are the sample, and another seed of training is not in it.",
+        "▲ better, ▼ worse, = no difference beyond the noise. Differences are of the same documents in pairs; their intervals are so much "
+        "wider than 95 % that all of a row or column hold together with 95 % (Bonferroni).",
+    ]
+    if any(method.figures.forgetting is not None for method in comparison.methods):
+        lines.append("Forgetting: loss on text of the base's own domain, less that of the base; above 0 something is lost.")
+    if comparison.is_picked:
+        lines.append(
+            "Rates were chosen by the held-out loss that is reported, which makes it look a little better for methods with more rates; "
+            "evaluation.path names rows that nothing was chosen by."
+        )
+    if any(method.is_at_edge for method in comparison.methods):
+        lines.append("†: the best rate is the lowest or the highest that was tried; a better one may lie beyond.")
+    if not all(has_same_costs(method.best) for method in comparison.methods):
+        lines.append("‡: another set-up (below); its costs compare with no others.")
+    if not comparison.is_on_gpu:
+        lines.append("Times and memory are of CPU ranks: those of GPUs are others, and so is which method is faster.")
+    return lines
+
+
+def print_text(comparison: Comparison, console: Console) -> None:
+    """Print a comparison; a column a method, as many beside each other as the terminal is wide for."""
+    console.print(f"[bold]{escape(comparison.title)}[/]: {_count(comparison)}", highlight=False)
+    if comparison.methods:
+        for grid in (learned(comparison, plus_minus), spent(comparison)):
+            for table in _turned(grid, console.width):
+                console.print(table)
+    if (tried := rates(comparison)) is not None:
+        for line in tried.lines:
+            console.print(f"rates tried, {': '.join(line)}", highlight=False, markup=False)
+    for line in conclusions(comparison):
+        console.print(f"- {line}", highlight=False, markup=False)
+    for name, reasons in flags(comparison):
+        console.print(f"[red]not compared:[/] {escape(name)}: {escape('; '.join(reasons))}", highlight=False)
+    for name, reasons in notes(comparison):
+        console.print(f"[yellow]note:[/] {escape(name)}: {escape('; '.join(reasons))}", highlight=False)
+    for line in legend(comparison):
+        console.print(line, style="dim", highlight=False, markup=False)
+
+
+def _turned(grid: Grid, width: int) -> list[Table]:
+    """Return a grid with its lines as columns, in tables that are at most so wide, where one column goes in."""
+    first = max(map(len, grid.heads))
+    tables: list[Table] = []
+    room = 0
+    for number, line in enumerate(grid.lines):
+        wide = max(map(len, line)) + 3
+        if not tables or room < wide:
+            tables.append(Table(title=grid.title if not tables else None, title_justify="left", show_header=False))
+            tables[-1].add_column()
+            room = width - first - 5
+            columns: list[list[str]] = []
+        room -= wide
+        columns.append(line)
+        tables[-1].add_column(justify="right", no_wrap=True)
+        if number == len(grid.lines) - 1 or room < max(map(len, grid.lines[number + 1])) + 3:
+            for at, head in enumerate(grid.heads):
+                tables[-1].add_row(head, *(escape(column[at]) for column in columns), end_section=at == 0)
+    return tables
+
+
+def _count(comparison: Comparison) -> str:
+    compared = sum(len(method.tried) for method in comparison.methods)
+    left_out = f", {len(comparison.flagged)} left out" if comparison.flagged else ""
+    return f"{len(comparison.methods)} methods, {compared} runs{left_out}"
+
+
+def grids(comparison: Comparison) -> list[Grid]:
+    """Return all tables, with the ends of intervals."""
+    found = [learned(comparison, interval), spent(comparison)] if comparison.methods else []
+    return found + [grid for grid in (rates(comparison),) if grid is not None]
+
+
+def markdown(comparison: Comparison) -> str:
+    """Return a comparison as Markdown."""
+    parts = [f"# {comparison.title}", f"{_count(comparison)}."]
+    for grid in grids(comparison):
+        lines = [grid.heads, ["---"] * len(grid.heads), *([cell_of(cell) for cell in line] for line in grid.lines)]
+        parts += [f"## {grid.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    if said := conclusions(comparison):
+        parts += ["## What can be said", "\n".join(f"- {line}" for line in said)]
+    if left_out := flags(comparison):
+        parts += ["## Not compared", "\n".join(f"- `{name}`: {'; '.join(reasons)}" for name, reasons in left_out)]
+    if noted := notes(comparison):
+        parts += ["## Notes", "\n".join(f"- `{name}`: {'; '.join(reasons)}" for name, reasons in noted)]
+    return "\n\n".join([*parts, *legend(comparison)]) + "\n"
+
+
+def write_csv(comparison: Comparison, file: Path) -> None:
+    """Write a line for each run, also those that are left out, in plain numbers."""
+    labels = {run.name: method for method in comparison.methods for run in method.tried}
+    lines = [_csv_line(run, labels.get(run.name), comparison) for run in comparison.runs]
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _csv_line(run: Run, method: Method | None, comparison: Comparison) -> dict[str, Any]:
+    own = None if method is None else figures_of(Method(label=method.label, best=run, tried=[run]), comparison)
+    line: dict[str, Any] = {
+        "run": run.name,
+        "method": "" if method is None else method.label,
+        "state": run.state,
+        "compared": not run.faults,
+        "best_rate": method is not None and run is method.best,
+        "optim.lr": run.lr,
+    }
+    line |= {key: run.summary.get(key) for key in ("trainable_parameters", "parameters", "steps", "tokens", "eval_loss_after")}
+    for name in ("held_out", "held_out_to_full", "score", "score_to_base", "score_to_full", "forgetting", "forgetting_to_full"):
+        estimate: Estimate | None = getattr(own, name, None)
+        ends = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+        line |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
+    line |= {f"{name}_verdict": own.verdict(name) if own else None for name in ("held_out_to_full", "score_to_full", "forgetting")}
+    line |= {key: run.summary.get(key) for key in ("input_tokens_per_second", "mfu", "device_bytes_peak", "host_bytes_peak")}
+    line |= {"hours_of_all_ranks": run.hours, "cost": cost_of(run, comparison.price), "export_bytes": run.export_bytes}
+    return line | {"score_metric": comparison.metric, "reasons": "; ".join(run.faults), "notes": "; ".join(run.notes)}

@@ -1,0 +1,1 @@
+"""Whether a model may go on: `python -m tools.gate --help`."""

@@ -1,0 +1,130 @@
+"""Hold a model against rules, so that a pipeline stops a bad one; a model that passes gets a model card.
+
+python -m tools.evaluate runs/mine && python -m tools.gate runs/mine
+python -m tools.gate runs/mine --rules my_rules.yaml
+
+Figures are those that `python -m tools.evaluate` has left in RUN/evaluation; what the rules ask for and nobody has measured is not
+passed. Safety and regression prompts are answered now, by the export. The verdict goes to RUN/evaluation/gate.json, and a model card to
+RUN/export/README.md: data, method, figures and limits, from the run's own records.
+
+Exit codes: 0 passed, 1 not passed, with the reasons, 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from tools.evaluate.workers import Subject, run_workers
+from tools.gate.card import write_card
+from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prompts, read_rules
+from tools.runs import is_run
+from trainers.config import ConfigError, DataSource, Layout, RunConfig, TooLong, read
+from trainers.evaluate import record
+from trainers.evaluate.record import FOLDER
+from trainers.status import BAD_INPUT, DONE, FAILED, read_status, write_json
+
+STOPPED = 130
+RULES = Path(__file__).resolve().parents[2] / "conf" / "gate" / "default.yaml"
+ROOM = 4096
+"""Tokens that a prompt may have."""
+
+
+class NotMeasured(Exception):
+    """The prompts could not be answered, which has been said."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Hold a run against rules; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tools.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run that is done and evaluated")
+    parser.add_argument("--rules", type=Path, default=RULES, metavar="FILE", help="what it must reach (default conf/gate/default.yaml)")
+    parser.add_argument("--no-card", action="store_true", help="write no model card")
+    machine = parser.add_argument_group("the machine that answers the prompts")
+    machine.add_argument("--batch", type=int, default=8, metavar="N", help="prompts at once (default 8); changes no answer")
+    machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPU where there is one")
+    machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type to compute in (default float32)")
+    options = parser.parse_args(arguments)
+    options.processes = 1
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
+    try:
+        return gate(options)
+    except KeyboardInterrupt:
+        print("stopped: nothing was decided", file=sys.stderr)
+        return STOPPED
+    except NotMeasured:
+        return FAILED
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def gate(options: argparse.Namespace) -> int:
+    """Hold a run against rules and say so; returns the exit code, raises ConfigError and NotMeasured."""
+    run: Path = options.run
+    if not is_run(run):
+        raise ConfigError("RUN", str(run), "is no run directory")
+    if (state := read_status(run).get("state")) != "done":
+        raise ConfigError("RUN", str(run), f"is {state}, not done", "the command that started it continues it")
+    rules = read_rules(options.rules)
+    prompts = read_prompts(options.rules.parent / rules.prompts) if rules.prompts else []
+    ours, theirs = (record.load(run / FOLDER, name) for name in ("run", "base"))
+    if ours is None:
+        raise ConfigError("RUN", str(run), "is not evaluated", f"python -m tools.evaluate {run}")
+    checks = hold(rules, ours, theirs)
+    if prompts:
+        checks += hold_prompts(rules, prompts, answer(read(run / "config.yaml"), run, prompts, rules, options))
+    deciding = [check for check in checks if "prompt `" not in check.rule]  # one prompt alone decides nothing: their share does
+    passed = all(check.passed for check in deciding)
+    verdict = {"passed": passed, "rules": str(options.rules), "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    write_json(run / FOLDER / "gate.json", verdict | {"checks": [dataclasses.asdict(check) for check in checks]})
+    say(checks, passed)
+    if passed and not options.no_card:
+        print(f"model card: {write_card(run, ours, theirs, checks, options.rules)}")
+    return DONE if passed else FAILED
+
+
+def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, options: argparse.Namespace) -> list[str]:
+    """Return the export's answer to each prompt; raises NotMeasured, and ConfigError for a prompt that the chat template refuses."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prompts.jsonl"
+        rows = [{"messages": [*prompt.messages, {"role": "assistant", "content": "-"}]} for prompt in prompts]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        layout = Layout.messages
+        data = dataclasses.replace(
+            config.data, source=DataSource.files, layout=layout, seq_len=ROOM, too_long=TooLong.drop, skip_bad_rows=False
+        )
+        asked = dataclasses.replace(config.evaluation, path=str(file), rows=len(prompts), general=None, max_new_tokens=rules.max_new_tokens)
+        subject = Subject(
+            name="gate", config=dataclasses.replace(config, data=data, evaluation=asked), folder=run / "export", out=run / FOLDER
+        )
+        if run_workers([subject], options) != DONE:
+            raise NotMeasured
+        part = subject.parts["answers"]
+        if len(part["documents"]) != len(prompts):
+            reason = f"{len(prompts) - len(part['documents'])} of {len(prompts)} prompts are longer than {ROOM} tokens"
+            raise ConfigError("prompts", rules.prompts, reason, "shorter ones")
+        return [str(row["answer"]) for row in record.collect(Path(part["folder"]), part["documents"])]
+
+
+def say(checks: list[Check], passed: bool) -> None:
+    """Print each rule with its figure, and the verdict."""
+    console = Console(highlight=False)
+    for check in checks:
+        console.print(
+            f"{'[green]passed[/]' if check.passed else '[red]failed[/]'}  {escape(check.rule)}: {escape(check.words)}", soft_wrap=True
+        )
+    console.print("[bold green]the model passes[/]" if passed else "[bold red]the model does not pass[/]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
