@@ -6,9 +6,10 @@ STAMP := $(VENV)/.installed
 RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo venv check format test test-all test-soak clean
+.PHONY: help demo compare-demo venv check format test test-all test-soak clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
+	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
 	@echo 'make test      the tests'
 	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
@@ -30,6 +31,12 @@ venv: $(STAMP)
 demo: $(STAMP)
 	$(RUN) +exp=quickstart_base
 	$(RUN) +exp=quickstart
+
+compare-demo: $(STAMP)
+	$(RUN) +exp=quickstart_base
+	$(RUN) -m +exp=compare_quickstart
+	$(BIN)/python -m tools.evaluate runs/sweeps/compare_quickstart
+	$(BIN)/python -m tools.compare runs/sweeps/compare_quickstart --html runs/sweeps/compare_quickstart/compare.html
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ def register() -> None:
 
 def presets() -> str:
     """Return one line a group."""
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name != "exp")
+    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate"))
     return "\n".join(f"  {group.name:<10} {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups)
 
 

@@ -15,7 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(cache: Path) -> dict[str, str]:
-    return {**os.environ, "FULLTUNE_CACHE": str(cache), "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+    return {
+        **os.environ,
+        "FULLTUNE_CACHE": str(cache),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "WANDB_MODE": "offline",
+        "HF_HUB_OFFLINE": "1",
+    }
 
 
 def arguments(base: Path, chats: Path, run_dir: Path, *more: str) -> list[str]:

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from command import ROOT
+from command import ROOT, launch
 from synthetic import change, make_run
+from test_evaluate import tool
 
 from tools.compare.__main__ import main
 from tools.compare.methods import compare
@@ -236,3 +237,48 @@ def test_the_page_prints(sweep: Path, tmp_path: Path) -> None:
     subprocess.run(["chromium", *flags, f"--print-to-pdf={paper}", f"file://{file}"], capture_output=True, timeout=90, check=True)
     pages = len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes()))
     assert 1 <= pages <= 6
+
+
+@pytest.mark.slow
+def test_a_sweep_from_one_line_to_its_page(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """What `make compare-demo` does, on a smaller model: comparable by construction, measured, compared, and passed on."""
+    folder = tmp_path / "sweep"
+    line = [sys.executable, "-m", "launcher", "-m", "+exp=compare_quickstart", f"model.id={base}", "data=files", f"data.path={chats}"]
+    line += ["data.seq_len=64", "data.eval_fraction=0.3", "train.steps=8", "train.eval_every=4", "evaluation.general=sampled"]
+    line += [
+        "evaluation.rows=20",
+        "evaluation.max_new_tokens=12",
+        "evaluation.general_rows=20",
+        "optim.warmup_steps=1",
+        "train.global_batch=4",
+    ]
+    launch(
+        cache,
+        [
+            *line,
+            "optim.warmup_steps=1",
+            "train.global_batch=4",
+            "train.microbatch=2",
+            "method=full,ia3",
+            "optim.lr_factor=30,300",
+            f"hydra.sweep.dir={folder}",
+        ],
+    )
+    tool(cache, folder)
+    said = tool(cache, folder, "--html", folder / "compare.html", name="compare")
+    assert "2 methods, 4 runs" in said
+    assert "not compared" not in said
+    text = (folder / "compare.html").read_text()
+    assert text.count("<figure>") == 5
+    comparison = compare([folder], None)
+    for method in comparison.methods:
+        losses = {run.lr: run.loss for run in method.tried}
+        assert len(losses) == 2
+        assert method.best.loss == min(losses.values())  # type: ignore[type-var]
+        summary = json.loads((method.best.run_dir / "summary.json").read_text())
+        assert method.figures.held_out is not None
+        assert method.figures.held_out.value == pytest.approx(summary["eval_loss_after"], abs=1e-6)
+    assert comparison.full is not None
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("forgetting_at_most: 100.0\nsure: false\n")
+    assert "the model passes" in tool(cache, comparison.full.best.run_dir, "--rules", rules, name="gate")

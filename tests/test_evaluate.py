@@ -61,7 +61,7 @@ def request_of(folder: Path, run: Path, batch: int, dtype: str = "float32", **ev
         setattr(config.evaluation, name, value)
     subject = {"config": plain(config), "folder": str(run / "export")}
     file = folder / "request.json"
-    file.write_text(json.dumps({"subjects": [subject], "batch": batch, "dtype": dtype, "device": "cpu"}))
+    file.write_text(json.dumps({"subjects": [subject], "batch": batch, "dtype": dtype, "device": "cpu", "tasks": [], "tasks_dir": None}))
     return file
 
 

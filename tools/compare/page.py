@@ -12,6 +12,7 @@ from tools.compare import say
 from tools.compare.gather import Run
 from tools.compare.methods import Comparison, Method
 from tools.compare.plots import look, pictures
+from tools.evaluate.say import MARKS
 
 SHOWN, OPEN = 12, 2
 """Prompts whose answers are put side by side, and those of them that are unfolded, on paper too."""
@@ -90,7 +91,7 @@ def _table(grid: say.Grid, comparison: Comparison) -> str:
 
 def _cell(text: str) -> str:
     figure, bracket, ends = text.partition(" [")
-    kind = {say.MARKS["better"]: "good", say.MARKS["worse"]: "bad"}.get(figure[:1], "")
+    kind = {MARKS["better"]: "good", MARKS["worse"]: "bad"}.get(figure[:1], "")
     small = f"<small>[{escape(ends)}</small>" if bracket else ""
     return f'<td class="{kind}">{escape(figure)}{small}</td>' if kind else f"<td>{escape(figure)}{small}</td>"
 

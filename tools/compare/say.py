@@ -15,12 +15,10 @@ from rich.table import Table
 from tools.bench.section import cell_of
 from tools.compare.gather import Run
 from tools.compare.methods import Comparison, Method, cost_of, figures_of, has_same_costs
+from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
 from trainers.evaluate.intervals import Estimate
+from trainers.evaluate.record import of_json
 from trainers.host import GIB, MIB
-
-NOTHING = "-"
-MARKS = {"better": "▲", "worse": "▼", "no difference": "="}
-"""Of a verdict, in front of a difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +28,6 @@ class Grid:
     title: str
     heads: list[str]
     lines: list[list[str]]
-
-
-Form = Callable[[Estimate | None, int, str], str]
-"""How a figure with an interval is written: with so many digits, and `+` for a difference."""
 
 
 def learned(comparison: Comparison, form: Form) -> Grid:
@@ -55,7 +49,19 @@ def learned(comparison: Comparison, form: Form) -> Grid:
     columns.append(("forgetting", lambda method: _apart(method, "forgetting", 4, form)))
     columns.append(("judge, 1 to 5", lambda method: form(method.figures.judged, 2, "")))
     columns.append(("judge - base", lambda method: _apart(method, "judged_to_base", 2, form)))
+    for task, metric in _benchmarks(comparison):
+        columns.append((f"{task}, {metric}", lambda method, task=task, metric=metric: form(_benchmark(method, task, metric), 3, "")))  # type: ignore[misc]
     return _grid("What they learned and forgot", comparison.methods, columns)
+
+
+def _benchmarks(comparison: Comparison) -> list[tuple[str, str]]:
+    """Return the standard benchmarks that any method was held against, with their metrics."""
+    found = [method.best.ours.about.get("lm_eval", {}) for method in comparison.methods if method.best.ours is not None]
+    return list(dict.fromkeys((task, metric) for tasks in found for task, metrics in tasks.items() for metric in metrics))
+
+
+def _benchmark(method: Method, task: str, metric: str) -> Estimate | None:
+    return None if method.best.ours is None else of_json(method.best.ours.about.get("lm_eval", {}).get(task, {}).get(metric))
 
 
 def spent(comparison: Comparison) -> Grid:
@@ -92,27 +98,9 @@ def _grid(title: str, methods: list[Method], columns: list[tuple[str, Callable[[
     return Grid(title=title, heads=[name for name, _ in known], lines=[[text(method) for _, text in known] for method in methods])
 
 
-def plus_minus(estimate: Estimate | None, digits: int, sign: str) -> str:
-    """Return a figure with half the width of its interval."""
-    if estimate is None or estimate.low is None or estimate.high is None:
-        return interval(estimate, digits, sign)
-    return f"{estimate.value:{sign}.{digits}f} ±{(estimate.high - estimate.low) / 2:.{digits}f}"
-
-
-def interval(estimate: Estimate | None, digits: int, sign: str) -> str:
-    """Return a figure with the ends of its interval."""
-    if estimate is None:
-        return NOTHING
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:{sign}.{digits}f}"
-    return f"{estimate.value:{sign}.{digits}f} [{estimate.low:{sign}.{digits}f}, {estimate.high:{sign}.{digits}f}]"
-
-
 def _apart(method: Method, name: str, digits: int, form: Form) -> str:
     """Return a difference with its interval and the mark of its verdict."""
-    estimate: Estimate | None = getattr(method.figures, name)
-    mark = MARKS.get(method.figures.verdict(name), "")
-    return f"{mark} {form(estimate, digits, '+')}".strip() if estimate is not None else NOTHING
+    return marked(getattr(method.figures, name), method.figures.verdict(name), digits, form)
 
 
 def _trained(method: Method) -> str:

@@ -86,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--judge-model", metavar="NAME", help="the model that judges; its key is read from FULLTUNE_JUDGE_KEY")
     judge.add_argument("--judge-timeout", type=float, default=60.0, metavar="S", help="seconds for one reply (default 60)")
     judge.add_argument("--judge-attempts", type=int, default=3, metavar="N", help="tries for one reply (default 3)")
+    benchmarks = parser.add_argument_group("standard benchmarks, by the lm-eval package (pip install lm-eval)")
+    benchmarks.add_argument("--lm-eval", type=lambda text: text.split(","), metavar="A,B", help="its tasks, as arc_easy,hellaswag")
+    benchmarks.add_argument("--lm-eval-dir", metavar="DIR", help="a directory of task files of your own")
     return parser
 
 
@@ -96,6 +99,8 @@ def evaluate(options: argparse.Namespace) -> int:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
     if options.judge and not options.judge_model:
         raise ConfigError("--judge-model", None, "nothing says which model of the endpoint judges", "--judge-model NAME")
+    if options.lm_eval_dir is not None and not Path(options.lm_eval_dir).is_dir():
+        raise ConfigError("--lm-eval-dir", options.lm_eval_dir, "no such directory")
     if options.judge and options.no_base:
         raise ConfigError("--no-base", True, "answers are judged beside the base's", "leave one of the two out")
     subjects, skipped = subjects_of(options)

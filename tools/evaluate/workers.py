@@ -42,6 +42,8 @@ class Subject:
     """Where the workers keep its figures, once they have said so."""
     weights: str = ""
     """What stands for its weights."""
+    lm_eval: dict[str, Any] | None = None
+    """Figures of standard benchmarks."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what the workers need."""
@@ -56,7 +58,7 @@ class Subject:
             "dtype": dtype,
             "sets": {part: found["set"] for part, found in self.parts.items()},
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        }
+        } | ({} if self.lm_eval is None else {"lm_eval": self.lm_eval})
 
 
 def run_workers(subjects: list[Subject], options: argparse.Namespace) -> int:
@@ -66,6 +68,8 @@ def run_workers(subjects: list[Subject], options: argparse.Namespace) -> int:
         "batch": options.batch,
         "dtype": options.dtype,
         "device": options.device,
+        "tasks": options.lm_eval or [],
+        "tasks_dir": options.lm_eval_dir,
     }
     with tempfile.TemporaryDirectory() as folder, Bars(subjects) as bars:
         file = Path(folder) / "request.json"
@@ -170,6 +174,8 @@ class Bars:
             self.progress.update(self.tasks[number], total=total)
         if "opening" in word:
             self.progress.update(self.tasks[number], visible=True)
+        if "lm_eval" in word:
+            self.subjects[number].lm_eval = word["lm_eval"]
         if "done" in word:
             self.done[number, word["part"], word["rank"]] = word["done"]
             done = sum(count for (subject, *_), count in self.done.items() if subject == number)

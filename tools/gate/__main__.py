@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPU where there is one")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type to compute in (default float32)")
     options = parser.parse_args(arguments)
-    options.processes = 1
+    options.processes, options.lm_eval, options.lm_eval_dir = 1, None, None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
         return gate(options)

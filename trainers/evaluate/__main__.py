@@ -23,13 +23,14 @@ from trainers.config import ConfigError, RunConfig, parse
 from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
+from trainers.evaluate.harness import benchmark
 from trainers.evaluate.measure import Ints, answers, longest_first, losses, with_prompt
 from trainers.evaluate.record import read_lines
 from trainers.evaluate.scores import repetition
 from trainers.evaluate.sets import EvalSet, evenly, general, held_out
 from trainers.evaluate.subject import Subject
 from trainers.host import cores
-from trainers.status import BAD_INPUT, DONE, FAILED
+from trainers.status import BAD_INPUT, DONE, FAILED, read_json, write_json
 from trainers.world import die_with_parent
 
 VERSION = 1
@@ -88,7 +89,11 @@ def measure(subject: Subject, number: int, request: dict[str, Any], device: torc
     if rank == 0:
         say(subject=number, weights=subject.fingerprint(), parts={part.name: part.as_json() for part in parts})
     left = {part.name: _share(part, rank, size, request["batch"]) for part in parts}
-    if not any(len(documents) for documents in left.values()):
+    benchmarks = _benchmarks_file(subject, tokenizer, request) if request["tasks"] and rank == 0 else None
+    if benchmarks is not None and benchmarks.is_file():
+        say(subject=number, lm_eval=read_json(benchmarks))
+        benchmarks = None
+    if not any(len(documents) for documents in left.values()) and benchmarks is None:
         return
     say(subject=number, opening=True)
     model = subject.open(dtype, device)
@@ -103,6 +108,19 @@ def measure(subject: Subject, number: int, request: dict[str, Any], device: torc
         else:
             found = losses(model, part.table.table, documents, request["batch"], pad)
         _keep(found, part, number, rank, request["batch"])
+    if benchmarks is not None:
+        figures = benchmark(model, tokenizer, request["tasks"], request["tasks_dir"], request["batch"])
+        write_json(benchmarks, figures)
+        say(subject=number, lm_eval=figures)
+
+
+def _benchmarks_file(subject: Subject, tokenizer: Any, request: dict[str, Any]) -> Path:
+    """Return where a model's figures of these tasks are kept."""
+    own = sorted((file.name, file.read_text("utf-8")) for file in Path(request["tasks_dir"] or os.devnull).glob("*.yaml"))
+    root = cache_root(subject.config.data.prepared_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    model = (VERSION, subject.fingerprint(), tokenizer_hash(tokenizer), request["dtype"])
+    return root / f"lm-eval-{content_key(*model, sorted(request['tasks']), own)}.json"
 
 
 def parts_of(subject: Subject, tokenizer: Any, config: RunConfig, dtype: str) -> list[Part]:

@@ -156,6 +156,13 @@ def as_json(estimate: Estimate | None) -> dict[str, Any] | None:
     return finite({"value": estimate.value, "low": estimate.low, "high": estimate.high}) | {"documents": estimate.count}
 
 
+def of_json(figure: dict[str, Any] | None) -> Estimate | None:
+    """Return what `as_json` has made plain."""
+    if figure is None:
+        return None
+    return Estimate(value=figure["value"], low=figure["low"], high=figure["high"], count=figure["documents"] or 0)
+
+
 def finite(figures: dict[str, float | None]) -> dict[str, Any]:
     """Return figures with None for what is not finite, which JSON cannot hold."""
     return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
