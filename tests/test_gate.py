@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,9 @@ import yaml
 from synthetic import change, make_run
 from test_evaluate import SAMPLED, tool
 
-from tools.gate.__main__ import RULES, main
+from tools.gate.__main__ import RULES, main, rows_of
 from tools.gate.rules import hold_prompts, read_prompts, read_rules
+from trainers.config import ConfigError
 
 
 @pytest.fixture
@@ -137,6 +139,16 @@ def test_answers_to_prompts() -> None:
     assert all(check.passed for check in hold_prompts(rules, prompts, good))
     assert not any(check.passed for check in hold_prompts(rules, prompts, bad))
     assert hold_prompts(rules, prompts, good)[-1].words == "7 of 7 passed; asked for: at least 1 of them"
+
+
+def test_prompts_are_put_as_the_run_saw_its_rows() -> None:
+    rules = read_rules(RULES)
+    prompts = read_prompts(RULES.parent / str(rules.prompts))
+    layouts = [rows_of(prompts, {"template_hash": mark, "layout": layout})[0] for mark, layout in (("t", "sharegpt"), (None, "alpaca"))]
+    assert layouts == ["messages", "question_answer"]
+    assert rows_of(prompts, {"template_hash": None, "layout": "prompt_completion"})[1][0].keys() == {"prompt", "completion"}
+    with pytest.raises(ConfigError, match="several turns"):
+        rows_of([dataclasses.replace(prompts[0], messages=prompts[0].messages * 3)], {"template_hash": None})
 
 
 def test_a_real_model_is_asked_and_a_pipeline_gets_its_exit_code(finished: Path, cache: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,10 +80,10 @@ def run_workers(subjects: list[Subject], options: argparse.Namespace) -> int:
             refused = follow(children, bars.show)
         if refused is not None:
             raise refused
-        for child, log in zip(children, logs, strict=True):
-            if child.returncode != DONE:
-                print(bars.failed or log.read_text("utf-8", "replace")[-4000:], file=sys.stderr)
-                return FAILED
+        broken = [(child.returncode == -signal.SIGTERM, log) for child, log in zip(children, logs, strict=True) if child.returncode != DONE]
+        if broken:  # those that were ended because of another come last
+            print(bars.failed or min(broken)[1].read_text("utf-8", "replace")[-4000:], file=sys.stderr)
+            return FAILED
     return DONE
 
 
@@ -96,9 +97,7 @@ def started(request: Path, logs: list[Path]) -> Iterator[list[subprocess.Popen[s
             line = [sys.executable, "-m", "trainers.evaluate", str(request), str(rank), str(len(logs))]
             with log.open("w") as errors:
                 environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-                child = subprocess.Popen(
-                    line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True, cwd=os.getcwd()
-                )
+                child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True)
             children.append(child)
         yield children
     finally:

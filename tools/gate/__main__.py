@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -31,12 +32,14 @@ from tools.runs import is_run
 from trainers.config import ConfigError, DataSource, Layout, RunConfig, TooLong, read
 from trainers.evaluate import record
 from trainers.evaluate.record import FOLDER
-from trainers.status import BAD_INPUT, DONE, FAILED, read_status, write_json
+from trainers.status import BAD_INPUT, DONE, FAILED, read_status, try_json, write_json
 
 STOPPED = 130
 RULES = Path(__file__).resolve().parents[2] / "conf" / "gate" / "default.yaml"
 ROOM = 4096
 """Tokens that a prompt may have."""
+NOTHING = "-"
+"""Stands where a row has its answer, which is not looked at."""
 
 
 class NotMeasured(Exception):
@@ -95,25 +98,36 @@ def gate(options: argparse.Namespace) -> int:
 
 def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, options: argparse.Namespace) -> list[str]:
     """Return the export's answer to each prompt; raises NotMeasured, and ConfigError for a prompt that the chat template refuses."""
+    layout, rows = rows_of(prompts, try_json(run / "manifest.json").get("data", {}))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.jsonl"
-        rows = [{"messages": [*prompt.messages, {"role": "assistant", "content": "-"}]} for prompt in prompts]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        layout = Layout.messages
-        data = dataclasses.replace(
-            config.data, source=DataSource.files, layout=layout, seq_len=ROOM, too_long=TooLong.drop, skip_bad_rows=False
-        )
+        data = dataclasses.replace(config.data, source=DataSource.files, layout=layout, seq_len=ROOM, too_long=TooLong.drop)
+        data = dataclasses.replace(data, max_lost_fraction=1.0, skip_bad_rows=False)
         asked = dataclasses.replace(config.evaluation, path=str(file), rows=len(prompts), general=None, max_new_tokens=rules.max_new_tokens)
-        subject = Subject(
-            name="gate", config=dataclasses.replace(config, data=data, evaluation=asked), folder=run / "export", out=run / FOLDER
-        )
+        config = dataclasses.replace(config, data=data, evaluation=asked)
+        subject = Subject(name="gate", config=config, folder=run / "export", out=run / FOLDER)
         if run_workers([subject], options) != DONE:
             raise NotMeasured
-        part = subject.parts["answers"]
+        part = subject.parts.get("answers", {"documents": []})
         if len(part["documents"]) != len(prompts):
             reason = f"{len(prompts) - len(part['documents'])} of {len(prompts)} prompts are longer than {ROOM} tokens"
             raise ConfigError("prompts", rules.prompts, reason, "shorter ones")
         return [str(row["answer"]) for row in record.collect(Path(part["folder"]), part["documents"])]
+
+
+def rows_of(prompts: list[Prompt], trained_on: dict[str, Any]) -> tuple[Layout, list[dict[str, Any]]]:
+    """Return prompts as rows like those that the run was trained on: conversations where it has a chat template, else plain pairs.
+
+    Raises ConfigError for a conversation without a template.
+    """
+    if trained_on.get("template_hash") is not None:
+        return Layout.messages, [{"messages": [*prompt.messages, {"role": "assistant", "content": NOTHING}]} for prompt in prompts]
+    if long := [prompt.name for prompt in prompts if len(prompt.messages) > 1]:
+        raise ConfigError("prompts", long[0], "has several turns, and the run's tokenizer has no chat template", "one `prompt`")
+    if trained_on.get("layout") == Layout.prompt_completion:
+        return Layout.prompt_completion, [{"prompt": prompt.messages[0]["content"], "completion": NOTHING} for prompt in prompts]
+    return Layout.question_answer, [{"question": prompt.messages[0]["content"], "answer": NOTHING} for prompt in prompts]
 
 
 def say(checks: list[Check], passed: bool) -> None:

@@ -6,12 +6,11 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainers.config import ConfigError, PeftMethod, Quantisation, RunConfig
+from trainers.config import ConfigError, Quantisation, RunConfig
 from trainers.data.cache import content_key
 from trainers.data.tokenizer import load_tokenizer
 from trainers.model import make_blueprint
@@ -41,10 +40,6 @@ class Subject:
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer that rows are encoded with: the run's."""
         return load_tokenizer(self.config)
-
-    def own_tokenizer(self) -> Any:
-        """Return the tokenizer that stands beside the weights."""
-        return self.tokenizer() if self.folder is None else AutoTokenizer.from_pretrained(self.folder)
 
     def base(self) -> Path:
         """Return the directory of the run's base; raises ConfigError where it has none, or it is gone."""
@@ -84,11 +79,6 @@ class Subject:
         outline = blueprint.build()
         begun = dataclasses.replace(config, peft=dataclasses.replace(config.peft, adapter=None))
         return round_base(model, adapt(outline, origin_of(outline, blueprint), begun, blueprint, torch.float32))
-
-
-def trained_parameters(config: RunConfig) -> bool:
-    """Tell whether a run trains the model itself."""
-    return config.peft.method in (PeftMethod.none, PeftMethod.freeze)
 
 
 def _of_files(folder: Path) -> str:
