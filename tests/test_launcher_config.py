@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from trainers.checks import load
 from trainers.config import plain
 
 ROOT = CONF.parent
+METHODS = ("full", "lora", "dora", "ia3")
 EXPERIMENTS = sorted(file.stem for file in (CONF / "exp").glob("*.yaml"))
 
 
@@ -46,7 +48,8 @@ def launch(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes(name: str, model: Path) -> None:
-    extra = [f"model.id={model}"] if name == "quickstart" else []
+    extra = [f"model.id={model}"] if name.endswith("quickstart") else []
+    extra += ["evaluation.general=null"] if name == "compare_quickstart" else []  # a run that has not been made
     job = compose([f"+exp={name}", *extra])
     assert job.name == name
     assert job.run_dir == f"runs/{name}"
@@ -55,15 +58,43 @@ def test_every_experiment_composes(name: str, model: Path) -> None:
     assert first[2:] in experiments()
 
 
-@pytest.mark.parametrize("file", sorted(CONF.glob("[!e]*/*.yaml")), ids=lambda file: f"{file.parent.name}={file.stem}")
+PRESETS = sorted(file for file in CONF.glob("*/*.yaml") if file.parent.name not in ("exp", "engine", "gate"))
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: f"{file.parent.name}={file.stem}")
 def test_every_preset_composes(file: Path, model: Path) -> None:
     scratch = ["model.tokenizer=null"] if file.stem == "scratch" else [f"model.id={model}"]
     packs_not = ["data.packing=false"]
     slurm = ["launch.gpus_per_node=8", "train.global_batch=8"]
     more = {"files": ["data.path=org/rows"], "slurm": slurm, "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
-    job = compose(["data=python_docs", *scratch, f"{file.parent.name}={file.stem}", *more.get(file.stem, [])])
+    group = "+method" if file.parent.name == "method" else file.parent.name
+    job = compose(["data=python_docs", *scratch, f"{group}={file.stem}", *more.get(file.stem, [])])
     assert job.seed == 0
     assert file.stem in presets()
+
+
+@pytest.mark.parametrize("file", sorted((CONF / "method").glob("*.yaml")), ids=lambda file: file.stem)
+def test_a_method_has_the_rate_that_its_preset_names(file: Path, model: Path) -> None:
+    job = compose(["data=python_docs", f"model.id={model}", f"+method={file.stem}"])
+    preset = CONF / "peft" / f"{file.stem}.yaml" if file.stem != "full" else CONF / "optim" / "adamw.yaml"
+    named = re.findall(r"(?:optim\.)?lr[:=]\s*([\d.]+(?:e-?\d+)?)", preset.read_text())
+    assert job.optim.lr == float(named[0])
+    assert job.optim.lr_factor == 1.0
+
+
+def test_a_comparison_is_comparable_by_construction(model: Path) -> None:
+    """Its points differ in the method and its rate alone."""
+    points = {
+        name: plain(compose(["+exp=compare_quickstart", f"model.id={model}", "evaluation.general=null", f"method={name}"]))
+        for name in METHODS
+    }
+    for name, point in points.items():
+        for group, settings in point.items():
+            if group == "optim":
+                settings = settings | {"lr": points["full"]["optim"]["lr"]}
+            assert group == "peft" or settings == points["full"][group], (name, group)
+    assert len({point["optim"]["lr"] for point in points.values()}) == 3  # LoRA's and DoRA's are the same
+    assert {point["peft"]["method"] for point in points.values()} == {"none", "lora", "dora", "ia3"}
 
 
 def test_a_run_needs_no_experiment(model: Path, tmp_path: Path) -> None:

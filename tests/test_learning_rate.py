@@ -17,6 +17,13 @@ def test_warm_up_rises_linearly_to_the_peak(schedule: Schedule) -> None:
     assert learning_rate(optim, 4, 20) == 2.0
 
 
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_a_factor_multiplies_every_rate(schedule: Schedule) -> None:
+    plain, tripled = (OptimConfig(lr=2.0, lr_factor=factor, warmup_steps=4, schedule=schedule, min_lr_fraction=0.1) for factor in (1, 3))
+    for step in range(20):
+        assert learning_rate(tripled, step, 20) == pytest.approx(3 * learning_rate(plain, step, 20))
+
+
 def test_cosine_is_half_way_down_in_the_middle_and_ends_at_its_floor() -> None:
     optim = OptimConfig(lr=1.0, schedule=Schedule.cosine, min_lr_fraction=0.1)
     rates = [learning_rate(optim, step, 100) for step in range(101)]
