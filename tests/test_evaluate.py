@@ -174,6 +174,24 @@ def test_answers_do_not_depend_on_batches_where_tokens_are_as_likely(finished: P
         assert any(ids_by_document(batch) != found[0] for batch in (3, 8, 24))  # what it is for
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_answers_of_virtual_tokens_do_not_depend_on_batches(finished: Path, table: Any, method: str) -> None:
+    """peft counts positions of prompt tuning from the front of the padding, so that rows are put together by length."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    model, tokenizer = (kind.from_pretrained(finished / "export") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    kind = peft.PromptTuningConfig if method == "prompt" else peft.PrefixTuningConfig
+    adapted = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    found = [
+        {row["document"]: row["ids"] for row in answers(adapted, tokenizer, table, np.arange(12), batch, 10, [99], 0)}
+        for batch in (1, 3, 12)
+    ]
+    assert found[0] == found[1] == found[2]
+    assert len({len(table.prompt(document)) for document in range(12)}) > 3
+
+
 def test_a_prompt_without_room_is_answered_as_far_as_positions_go(finished: Path, table: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

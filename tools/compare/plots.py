@@ -112,7 +112,7 @@ def _of_curves(
         axes.set_xlabel(unit)
         axes.set_ylabel("nats a token")
         axes.xaxis.set_major_formatter(lambda value, _place: _short(value))
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
     return Picture(title=title, words=words, svg=_draw(title, plot))
 
@@ -216,7 +216,7 @@ def _reach(estimate: Estimate) -> list[list[float]] | None:
 
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, frameon=False, fontsize=8, loc="best")
+    axes.legend(handles, labels, fontsize=8, loc="best", framealpha=0.85, edgecolor="none")
 
 
 def _memory(comparison: Comparison) -> Callable[[Method], float | None]:

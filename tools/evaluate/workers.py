@@ -172,6 +172,8 @@ class Bars:
             total = sum(len(part["documents"]) for part in word["parts"].values())
             self.progress.update(self.tasks[number], total=total)
         if "opening" in word:
+            if self.progress.disable and not self.progress.tasks[number].visible:
+                print(f"measuring {self._title(self.subjects[number])}", file=sys.stderr, flush=True)
             self.progress.update(self.tasks[number], visible=True)
         if "lm_eval" in word:
             self.subjects[number].lm_eval = word["lm_eval"]

@@ -79,11 +79,13 @@ def answers(
     The same for any batch. A prompt that leaves no room for so many tokens in the model's positions is answered alone, as far as they go.
     """
     limit = positions_limit(model.config)[0] or 1 << 60
-    model.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=pad_id, do_sample=False)
+    for module in model.modules():  # peft reads it from one of the models that it is made of, by method
+        if hasattr(module, "generation_config"):
+            module.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=pad_id, do_sample=False)  # type: ignore[assignment]
     prompts = {int(document): np.asarray(table.prompt(int(document)), np.int64) for document in documents}
-    roomy = [document for document, ids in prompts.items() if len(ids) + max_new_tokens <= limit]
-    cramped = [[document] for document, ids in prompts.items() if len(ids) + max_new_tokens > limit]
-    for chunk in [*(roomy[at : at + batch] for at in range(0, len(roomy), batch)), *cramped]:
+    roomy = {document: ids for document, ids in prompts.items() if len(ids) + max_new_tokens <= limit}
+    cramped = [[document] for document in prompts if document not in roomy]
+    for chunk in [*_chunks(model, roomy, batch, pad_id), *cramped]:
         room = min(max_new_tokens, limit - max(len(prompts[document]) for document in chunk))
         found = _continue(model, [prompts[document] for document in chunk], room, stops, pad_id) if room > 0 else [[]]
         for document, ids in zip(chunk, found, strict=True):
@@ -99,6 +101,43 @@ def answers(
             }
 
 
+def _chunks(model: PreTrainedModel, prompts: dict[int, Ints], batch: int, pad_id: int) -> list[list[int]]:
+    """Return documents to answer at once: any, or where padding in front of a prompt changes its answer, those of one length."""
+    by_length: dict[int, list[int]] = {}
+    for document, ids in prompts.items():
+        by_length.setdefault(len(ids), []).append(document)
+    groups = list(by_length.values())
+    if batch > 1 and len(groups) > 1:
+        ends = [prompts[by_length[length][0]] for length in (min(by_length), max(by_length))]
+        groups = [list(prompts)] if _ignores_padding(model, ends, pad_id) else groups
+    return [group[at : at + batch] for group in groups for at in range(0, len(group), batch)]
+
+
+def _ignores_padding(model: PreTrainedModel, prompts: list[Ints], pad_id: int) -> bool:
+    """Tell whether a short prompt's next token is as likely beside a long one as alone: not so with peft's prompt tuning, which counts
+    positions from the padding's front, and with models that have no attention mask to obey.
+    """
+    together, alone = (_padded(model, some, pad_id) for some in (prompts, prompts[:1]))
+    first, other = (_next_logits(model, *inputs)[0] for inputs in (together, alone))
+    return bool((first - other).abs().max() < CLOSE[model.dtype])
+
+
+def _next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    output: Any = model.generate(  # type: ignore[operator]
+        ids, attention_mask=mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+    )
+    logits: Tensor = output.logits[0].float()
+    return logits
+
+
+def _padded(model: PreTrainedModel, prompts: list[Ints], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return prompts as one tensor, filled up in front, and its attention mask; both (B, S)."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt.tolist() for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    return ids, mask
+
+
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Any, special: bool = False) -> str:
     return str(tokenizer.decode(list(map(int, ids)), skip_special_tokens=not special)).strip()
 
@@ -106,8 +145,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Any, special: bool = False) -
 def _continue(model: PreTrainedModel, prompts: list[Ints], room: int, stops: Sequence[int], pad_id: int) -> list[list[int]]:
     """Return what the model puts behind each prompt, through its first stop."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + prompt.tolist() for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ids, mask = _padded(model, prompts, pad_id)
     alone = LogitsProcessorList([Alone(model, [longest - len(prompt) for prompt in prompts], longest, stops)])
     output: Any = model.generate(ids, attention_mask=mask, max_new_tokens=room, logits_processor=alone)  # type: ignore[operator]
     return [_through_stop(row, stops) for row in output[:, longest:].tolist()]
