@@ -68,6 +68,7 @@ def test_two_identical_runs_are_reported_as_not_different(tmp_path: Path) -> Non
         (lambda run: change(run / "summary.json", tokens=1999), "another number of trained tokens: 1,999, the others' 2,000"),
         (lambda run: change(run / "config.yaml", train__global_batch=8), "train.global_batch = 8, the others' 16"),
         (lambda run: change(run / "config.yaml", seed=3), "seed = 3, the others' 0"),
+        (lambda run: change(run / "config.yaml", peft__adapter="/earlier/export"), "peft.adapter = /earlier/export, the others' None"),
         (lambda run: change(run / "evaluation" / "run.json", sets__held_out="data-x"), "another set of rows it is evaluated on"),
         (lambda run: change(run / "evaluation" / "run.json", sets__general="data-y"), "another general text it is evaluated on"),
         (lambda run: change(run / "evaluation" / "run.json", settings__max_new_tokens=9), "another evaluation of answers"),
@@ -101,6 +102,62 @@ def test_runs_that_do_not_compare_are_named_with_both_values(
     from html import escape
 
     assert escape(words) in page(comparison, [])
+
+
+def test_a_base_that_is_measured_on_other_text_tells_nothing(sweep: Path) -> None:
+    change(sweep / "method=lora" / "evaluation" / "base.json", sets__general="data-other")
+    comparison = compare([sweep], None)
+    lora = comparison.methods[1]
+    assert lora.figures.forgetting is None
+    assert lora.figures.score_to_base is not None
+    assert "its base is evaluated on other rows or in another type" in "; ".join(lora.best.notes)
+
+
+def test_runs_that_are_named_twice_count_once(sweep: Path) -> None:
+    comparison = compare([sweep, sweep / "method=lora", sweep / "method=full" / ".." / "method=lora"], None)
+    assert [(method.label, len(method.tried)) for method in comparison.methods] == [("full fine-tuning", 1), ("LoRA", 1), ("IA3", 1)]
+
+
+def test_a_run_that_is_left_out_decides_nothing(sweep: Path) -> None:
+    run = sweep / "method=full"
+    change(run / "config.yaml", seed=4)
+    change(run / "evaluation" / "run.json", settings__metrics=["json"])
+    comparison = compare([sweep], None)
+    assert comparison.metric == "exact_match"
+    assert [run.name for run in comparison.flagged] == ["method=full"]
+
+
+def test_training_s_own_loss_does_not_stand_among_those_of_other_rows(sweep: Path) -> None:
+    for name in ("full", "ia3"):
+        change(sweep / f"method={name}" / "evaluation" / "run.json", settings__path="/test/rows.jsonl")
+    shutil.rmtree(sweep / "method=lora" / "evaluation")
+    assert {method.label: method.figures.held_out is None for method in compare([sweep], None).methods} == {
+        "full fine-tuning": False,
+        "LoRA": True,
+        "IA3": False,
+    }
+
+
+def test_without_held_out_losses_no_rate_is_the_best(tmp_path: Path) -> None:
+    for lr in (1e-3, 1e-1):
+        run = make_run(tmp_path / str(lr), lr=lr, final_loss=None, evaluated=False)
+        change(run / "summary.json", eval_loss_before=None)
+    comparison = compare([tmp_path], None)
+    assert {method.label for method in comparison.methods} == {"full fine-tuning, lr 0.001", "full fine-tuning, lr 0.1"}
+    assert not comparison.is_picked
+
+
+def test_broken_records_are_no_traceback(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = sweep / "method=lora" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('{"step": 5,', '{"step": 5, "step_seconds": 1 broken', 1))
+    rows = sweep / "method=ia3" / "evaluation" / "run.jsonl"
+    rows.write_text(rows.read_text().replace('"part"', '"pa', 3))
+    comparison = compare([sweep], None)
+    assert not comparison.flagged
+    assert comparison.methods[2].best.ours is None or len(comparison.methods[2].best.ours.answers) <= 80
+    (sweep / "method=lora" / "config.yaml").write_text("a: [")
+    assert main([str(sweep)]) == 2
+    assert "config.yaml': cannot be read" in capsys.readouterr().err
 
 
 def test_another_set_up_keeps_its_quality_and_loses_its_costs(sweep: Path) -> None:

@@ -259,6 +259,39 @@ def test_adapters_are_measured_with_the_base_that_they_were_trained_beside(base:
     assert load(run / "evaluation", "run") is not None
 
 
+def test_a_run_is_measured_on_its_own_rows_wherever_it_is(
+    finished: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was, another run may stand by now."""
+    from tools.evaluate.__main__ import at_its_place
+    from trainers.data.tokenizer import load_tokenizer
+    from trainers.evaluate.sets import held_out
+
+    monkeypatch.setenv("FULLTUNE_CACHE", str(cache))
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    config = at_its_place(moved)
+    own = json.loads((moved / "manifest.json").read_text())["prepared"]
+    assert held_out(config, load_tokenizer(config)).key == own
+    shutil.copytree(cache / "prepared" / own, cache / "prepared" / "data-of-another")
+    manifest = json.loads((moved / "manifest.json").read_text()) | {"prepared": "data-of-another"}
+    (moved / "manifest.json").write_text(json.dumps(manifest))
+    assert held_out(config, load_tokenizer(config)).key == "data-of-another"
+    shutil.rmtree(cache / "prepared" / "data-of-another")
+
+
+def test_weights_are_told_apart_wherever_they_differ(finished: Path, tmp_path: Path) -> None:
+    from trainers.evaluate.record import digest_of
+
+    shutil.copytree(finished / "export", tmp_path / "export")
+    assert digest_of(tmp_path / "export") == digest_of(finished / "export")
+    file = tmp_path / "export" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert digest_of(tmp_path / "export") != digest_of(finished / "export")
+
+
 def test_any_model_directory_can_be_measured(evaluated: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     tool(cache, evaluated / "export", "--like", evaluated, "--rows", "0", "--out", tmp_path / "like")
     same = json.loads((tmp_path / "like" / "model.json").read_text())["figures"]["held_out_loss"]["value"]

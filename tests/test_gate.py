@@ -33,7 +33,6 @@ def gate(run: Path, capsys: pytest.CaptureFixture[str], *more: str, **rules: obj
 @pytest.mark.parametrize(
     ("rules", "code", "words"),
     [
-        ({}, 0, "the model passes"),
         ({"score_at_least": 0.4}, 0, "passed  score_at_least"),
         ({"score_at_least": 0.99}, 1, "failed  score_at_least"),
         ({"score_gain_at_least": 0.1}, 0, "passed  score_gain_at_least"),
@@ -53,6 +52,30 @@ def test_rules(run: Path, rules: dict[str, object], code: int, words: str, capsy
     verdict = json.loads((run / "evaluation" / "gate.json").read_text())
     assert verdict["passed"] == (code == 0)
     assert {check["rule"] for check in verdict["checks"]} == rules.keys()
+
+
+def test_rules_that_ask_nothing_let_nothing_through(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gate(run, capsys) == (2, gate(run, capsys, sure=False)[1])
+    assert "asks nothing, so that any model would pass" in gate(run, capsys)[1]
+    assert not (run / "export" / "README.md").exists()
+
+
+def test_an_export_that_was_changed_since_is_not_the_one_that_was_evaluated(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run / "export" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    code, said = gate(run, capsys, score_at_least=0.1)
+    assert (code, "its export is not the one that was evaluated" in said) == (2, True)
+
+
+def test_figures_of_other_text_are_no_difference(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base was measured on other general text, as many documents of it."""
+    change(run / "evaluation" / "base.json", sets__general="data-other")
+    code, said = gate(run, capsys, forgetting_at_most=9.0)
+    assert (code, "was not measured" in said) == (1, True)
+    change(run / "evaluation" / "base.json", settings__max_new_tokens=7)
+    assert "was not measured" in gate(run, capsys, score_gain_at_least=-9.0)[1]
 
 
 def test_sure_asks_the_worse_end_of_the_interval(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,8 +98,7 @@ def test_the_card_says_what_the_records_say_and_leaves_anothers_alone(run: Path,
     (run / "export" / "README.md").write_text("# written by hand\n")
     assert "evaluation/README.md" in gate(run, capsys, score_at_least=0.4)[1]
     assert (run / "export" / "README.md").read_text() == "# written by hand\n"
-    shutil.rmtree(run / "export")
-    (run / "export").mkdir()
+    (run / "export" / "README.md").unlink()
     assert gate(run, capsys, "--no-card", score_at_least=0.4)[0] == 0
     assert not (run / "export" / "README.md").exists()
 
@@ -107,7 +129,14 @@ def test_bad_rules(run: Path, content: str, words: str, capsys: pytest.CaptureFi
         ("{", "prompts.jsonl:1"),
         ('{"text": "x", "must": ["a"]}', "has neither a `prompt` nor `messages`"),
         ('{"prompt": "x"}', "asks nothing of the answer"),
-        ('{"prompt": "x", "must": ["("]}', "no list of regular expressions"),
+        ('{"prompt": "x", "must": ["("]}', "is no regular expression"),
+        ('{"prompt": "x", "must": "Paris"}', "`must` is no list of regular expressions"),
+        ('{"prompt": "x", "must": []}', "asks nothing of the answer"),
+        ('{"prompt": "x", "refuse": null}', "asks nothing of the answer"),
+        ('{"prompt": "x", "refuse": "yes"}', "must be true or false"),
+        ('{"prompt": "x", "must_nott": ["a"]}', "has an unknown field: must_nott"),
+        ('{"prompt": 5, "must": ["a"]}', "has a turn that is no text"),
+        ('{"messages": [{"content": "x"}], "must": ["a"]}', "of no known role"),
         ("", "holds no prompt"),
     ],
 )
@@ -120,7 +149,7 @@ def test_bad_prompts(run: Path, line: str, words: str, capsys: pytest.CaptureFix
 def test_runs_that_cannot_be_judged(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "nowhere")]) == 2
     shutil.rmtree(run / "evaluation")
-    code, said = gate(run, capsys)
+    code, said = gate(run, capsys, score_at_least=0.1)
     assert (code, f"python -m tools.evaluate {run}" in said) == (2, True)
     change(run / "status.json", state="running")
     assert "is running, not done" in gate(run, capsys)[1]

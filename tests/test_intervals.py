@@ -81,6 +81,19 @@ def test_nothing_is_found_where_nothing_is_more_often_than_the_level_says() -> N
     assert false / trials < 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
 
 
+@pytest.mark.parametrize("share_of_different", [0.015, 0.03, 0.05, 0.1, 0.2])
+def test_a_few_documents_that_differ_among_many_that_do_not_prove_nothing(share_of_different: float) -> None:
+    rng, false = np.random.default_rng(17), 0
+    for _ in range(TRIALS):
+        apart = rng.choice([-1.0, 1.0], 200) * rng.random(200) * (rng.random(200) < share_of_different)
+        false += difference(0.4 + apart, np.full(200, 0.4)).excludes(0.0)
+    assert false / TRIALS < 0.05 + WITHIN
+    three = np.zeros(200)
+    three[:3] = 0.5
+    assert difference(three, np.zeros(200) + 0.0).low is None
+    assert ratio(0.3 + three, np.ones(200)).low is None
+
+
 def test_identical_models_are_not_different() -> None:
     rng = np.random.default_rng(1)
     tokens = rng.geometric(0.05, 50).astype(float)

@@ -494,5 +494,12 @@ def test_the_report_says_what_the_judge_was_worth(endpoint: Endpoint, tmp_path: 
     assert figures.judged_to_base is not None
     assert figures.score_to_base is not None
     assert figures.judged_to_base.value == pytest.approx(4 * figures.score_to_base.value)  # what the rule makes of right and wrong
+    others = [make_run(tmp_path / name, "lora", better=0.3) for name in ("a", "b")]
+    for other in others:
+        assert judged(other, endpoint.judge(model="another/judge"))
+    runs = {found.name: found for found in compare([run, *others], None).runs}
+    assert runs["run"].judged is None
+    assert "another judge, or other answers" in "; ".join(runs["run"].notes)
+    assert runs["a"].judged is not None
     change(run / "evaluation" / "judge.json", answers="of others")
     assert compare([run], None).methods[0].figures.judged is None

@@ -35,6 +35,11 @@ def test_gsm8k_answers_are_the_number_behind_the_marks(answer: str, score: float
     [
         ("#### 1,234,567", "hashes", "1234567"),
         ("#### -3.50", "hashes", "-3.5"),
+        ("#### .5", "hashes", "0.5"),
+        ("#### -0", "hashes", "0"),
+        ("#### -$5", "hashes", "-5"),
+        ("so 3-2", "number", "2"),
+        ("x = -3", "number", "-3"),
         ("from 3 to 4,000.25 dollars", "number", "4000.25"),
         ("none here", "number", None),
         ("  Paris \n is  It", "whole", "paris is it"),
@@ -84,6 +89,7 @@ def test_common_subsequences_are_the_textbooks() -> None:
 def test_json_is_json_and_nothing_around_it() -> None:
     assert is_json(' {"a": [1, 2]}\n') == 1.0
     assert is_json("[]") == 1.0
+    assert is_json("[" * 100_000) == 0.0
     for text in ('```json\n{"a": 1}\n```', '{"a": 1', "3", '"text"', "{'a': 1}", ""):
         assert is_json(text) == 0.0
     assert measure(Metric.json, "[]", "", "auto") == 1.0

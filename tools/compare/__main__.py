@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
     """Compare what the options name and write what they ask for; returns the exit code, raises ConfigError."""
     for name in ("html", "markdown", "csv"):
         file = getattr(options, name)
+        if file is not None and file.is_dir():
+            raise ConfigError(f"--{name}", str(file), "is a directory", f"--{name} {file}/compare.{name}")
         if file is not None and not file.resolve().parent.is_dir():
             raise ConfigError(f"--{name}", str(file), "there is no such directory", f"mkdir -p {file.parent}")
     comparison = compare(options.paths, options.price)

@@ -6,20 +6,22 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainers.config import RunConfig, plain
+from trainers.config import ConfigError, RunConfig, plain
 from trainers.evaluate import record
-from trainers.evaluate.record import FOLDER, Evaluation
+from trainers.evaluate.record import FOLDER, Evaluation, Judged
 from trainers.status import read_status, try_json
 
 METHOD = ("peft.", "optim.lr", "optim.lr_factor")
 """Settings that are what is compared."""
+BEGUN = ("peft.adapter",)
+"""Of those, what a run began with beside its base: what that had seen, it has seen too."""
 FREE = (
     *("name", "run_dir", "log.", "limits.", "evaluation.", "checkpoint.", "data."),
     *("train.eval_every", "train.eval_microbatch", "train.sample_tokens", "train.step_timeout_s", "train.max_skipped"),
@@ -86,6 +88,8 @@ class Run:
     ours: Evaluation | None
     base: Evaluation | None
     export_bytes: int
+    judged: Judged | None = None
+    """A judge's scores; None where another judge, or of other rows, has scored most runs."""
     faults: list[str] = field(default_factory=list)
     """Why it is not comparable."""
     notes: list[str] = field(default_factory=list)
@@ -148,6 +152,9 @@ def load(run_dir: Path, name: str) -> Run:
         base=base,
         export_bytes=sum(file.stat().st_size for file in (run_dir / "export").glob("*.safetensors")),
     )
+    if ours is not None and base is not None:
+        run.judged = record.load_judged(run_dir / FOLDER, ours, base)
+        marks |= {} if run.judged is None else {"judge": f"{run.judged.about['model']}, {run.judged.about['scored']} answers"}
     run.faults += _own_faults(run, status)
     run.notes += _own_notes(run)
     return run
@@ -162,8 +169,11 @@ def _answered(evaluation: Evaluation) -> str:
 
 def _settings(file: Path) -> dict[str, Any]:
     """Return config.yaml flat, fields that are newer than the file at their defaults."""
-    found: dict[str, Any] = yaml.load(file.read_text("utf-8"), yaml.CSafeLoader)
-    return _defaults() | dict(_flat(found, ""))
+    try:
+        found: dict[str, Any] = yaml.load(file.read_text("utf-8"), yaml.CSafeLoader)
+        return _defaults() | dict(_flat(dict(found), ""))
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ConfigError("RUN_DIR", str(file), f"cannot be read: {str(error).splitlines()[0]}", "leave that run out") from error
 
 
 @functools.cache
@@ -196,17 +206,25 @@ def _curves(file: Path, ranks: int) -> tuple[Curve, Curve, dict[str, Any]]:
         hours.append(elapsed)
     every = max(1, len(steps) // POINTS)
     kept = sorted({*range(0, len(steps), every), *range(len(steps) - 1, len(steps))} - {-1})
-    rows = [json.loads(steps[at]) for at in kept]
-    trained = _curve([(row["tokens"], hours[at + 1], row["loss"]) for at, row in zip(kept, rows, strict=True)])
-    held_out = [(json.loads(line), hours[at]) for at, line in judged]
-    marks: dict[str, Any] = {"first_rows": rows[0].get("rows_hash"), "last_rows": rows[-1].get("rows_hash")} if rows else {}
+    rows = [(_row(steps[at]), hours[at + 1]) for at in kept]
+    held_out = [(_row(line), hours[at]) for at, line in judged]
+    marks: dict[str, Any] = {"first_rows": rows[0][0].get("rows_hash"), "last_rows": rows[-1][0].get("rows_hash")} if rows else {}
     if held_out:
         marks["eval_tokens"] = held_out[0][0].get("eval_tokens")
-    return trained, _curve([(row["tokens"], hour, row["eval_loss"]) for row, hour in held_out]), marks
+    return _curve(rows, "loss"), _curve(held_out, "eval_loss"), marks
 
 
-def _curve(points: Iterable[tuple[int, float, float | None]]) -> Curve:
-    finite = [(tokens, hour, loss) for tokens, hour, loss in points if loss is not None]
+def _row(line: str) -> dict[str, Any]:
+    """Return a line's row; an empty one where it is broken."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+def _curve(rows: list[tuple[dict[str, Any], float]], key: str) -> Curve:
+    finite = [(row["tokens"], hour, row[key]) for row, hour in rows if row.get(key) is not None and "tokens" in row]
     return Curve(tokens=[point[0] for point in finite], hours=[point[1] for point in finite], loss=[point[2] for point in finite])
 
 
@@ -232,8 +250,9 @@ def _own_notes(run: Run) -> list[str]:
     elif run.ours is not None and run.base is None:
         notes.append("its base is not evaluated: nothing can be said of forgetting")
     elif run.ours is not None and run.base is not None:
-        judged = record.load_judged(run.run_dir / FOLDER, run.ours, run.base)
-        notes += [] if judged is None else [record.judging_words(judged.about)]
+        notes += [] if run.judged is None else [record.judging_words(run.judged.about)]
+        if run.base.about.get("sets") != run.ours.about.get("sets") or run.base.about.get("dtype") != run.ours.about.get("dtype"):
+            notes.append(f"its base is evaluated on other rows or in another type: python -m tools.evaluate {run.run_dir}")
     return notes
 
 
@@ -247,9 +266,12 @@ def flag(runs: list[Run]) -> None:
             why = _data_settings(run, ended) if key == "prepared" else ""
             run.faults.append(f"another {words}: {_short(run.marks[key])}, the others' {_short(common)}{why}")
             explained[run.name] |= FOLLOWS.get(key, set())
+    for run, common in _strays([run for run in ended if run.judged is not None], _mark_of("judge")):
+        run.notes.append(f"another judge, or other answers: {run.marks['judge']}, the others' {common}: its scores are not shown")
+        run.judged = None
     free = (*FREE, "model.id") if all(run.marks.get("base_weights") for run in ended) else FREE
     for path in sorted({path for run in ended for path in run.config}):
-        if _is(path, METHOD) or _is(path, free):
+        if (_is(path, METHOD) and not _is(path, BEGUN)) or _is(path, free):
             continue
         for run, common in _strays(ended, _setting_of(path)):
             words = f"{path} = {_short(run.config.get(path))}, the others' {_short(common)}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from tools.compare.gather import FREE, Run, flag, load
 from tools.runs import runs_below
 from trainers.config import ConfigError
 from trainers.evaluate.intervals import Estimate, level_of_all, verdict
-from trainers.evaluate.record import FOLDER, Evaluation, load_judged, loss_apart, score_apart, task_metric
+from trainers.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 
 NAMES = {
     "none": "full fine-tuning",
@@ -104,18 +103,22 @@ class Comparison:
     @property
     def is_picked(self) -> bool:
         """Tell whether rates were chosen by the loss that is reported."""
-        return any(len(method.tried) > 1 for method in self.methods) and not any(
-            method.best.ours is not None and method.best.ours.about.get("settings", {}).get("path") for method in self.methods
-        )
+        return any(len(method.tried) > 1 for method in self.methods) and not self.has_own_rows
+
+    @property
+    def has_own_rows(self) -> bool:
+        """Tell whether runs are evaluated on rows that training never looked at, not even to choose a rate."""
+        found = [method.best.ours for method in self.methods if method.best.ours is not None]
+        return any(evaluation.about.get("settings", {}).get("path") for evaluation in found)
 
 
 def compare(paths: list[Path], price: float | None) -> Comparison:
     """Read the runs below paths, flag them, and compare those that can be; raises ConfigError where there is none."""
-    found = [(run_dir, path) for path in paths for run_dir in _runs(path)]
-    names = _names([run_dir for run_dir, _ in found])
-    runs = [load(run_dir, name) for (run_dir, _), name in zip(found, names, strict=True)]
+    found = list({run_dir.resolve(): run_dir for path in paths for run_dir in _runs(path)}.values())
+    runs = [load(run_dir, name) for run_dir, name in zip(found, _names(found), strict=True)]
     flag(runs)
-    metric = next((metric for run in runs if run.ours is not None and (metric := task_metric(run.ours))), None)
+    metrics = [task_metric(run.ours) for run in runs if run.ours is not None and not run.faults]
+    metric = next((metric for metric in metrics if metric is not None), None)
     methods = _methods([run for run in runs if not run.faults])
     base = next((method.best.base for method in methods if method.best.base is not None), None)
     prices = [run.plan.get("price") for run in runs]
@@ -159,7 +162,10 @@ def _methods(runs: list[Run]) -> list[Method]:
     methods = []
     for tried in groups.values():
         tried.sort(key=lambda run: run.lr)
-        best = min(tried, key=lambda run: math.inf if run.loss is None else run.loss)
+        if any(run.loss is None for run in tried):  # nothing to choose a rate by: each stands for itself
+            methods += [Method(label=_name(run.config), best=run, tried=[run]) for run in tried]
+            continue
+        best = min(tried, key=lambda run: run.loss or 0.0)
         methods.append(Method(label=_name(best.config), best=best, tried=tried))
     _tell_apart(methods)
     return sorted(methods, key=lambda method: (not method.best.is_full, -(method.best.summary.get("trainable_parameters") or 0)))
@@ -189,22 +195,23 @@ def _tell_apart(methods: list[Method]) -> None:
         paths = [path for path in same[0].best.config if len({str(method.best.config.get(path)) for method in same}) > 1]
         paths = [path for path in paths if not _is_rate_or_free(path)]
         for method in same:
-            method.label = ", ".join([label, *(f"{path.rpartition('.')[2]} {method.best.config.get(path)}" for path in paths)])
+            words = [f"{path.rpartition('.')[2]} {method.best.config.get(path)}" for path in paths]
+            method.label = ", ".join([label, *(words or [f"lr {method.best.lr:.3g}"])])
 
 
 def figures_of(method: Method, comparison: Comparison) -> Figures:
     """Return a method's figures, and what they allow to say of it beside the base and full fine-tuning."""
     run, full, metric = method.best, comparison.full, comparison.metric
     if run.ours is None:
-        return Figures(held_out=None if run.loss is None else Estimate(value=run.loss, low=None, high=None, count=0))
+        known = run.loss is not None and not comparison.has_own_rows  # training's own figure is of the rows that it held out
+        return Figures(held_out=Estimate(value=run.loss or 0.0, low=None, high=None, count=0) if known else None)
     found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None)
     if run.base is not None:
         level = level_of_all(len(comparison.methods))
         found.forgetting = loss_apart(run.ours, run.base, "general", level)
         found.score_to_base = score_apart(run.ours, run.base, metric, level) if metric else None
-        judged = load_judged(run.run_dir / FOLDER, run.ours, run.base)
-        found.judged = None if judged is None else judged.score("overall")
-        found.judged_to_base = None if judged is None else judged.apart("overall", level)
+        found.judged = None if run.judged is None else run.judged.score("overall")
+        found.judged_to_base = None if run.judged is None else run.judged.apart("overall", level)
     if full is not None and full.best is not run and full.best.ours is not None:
         theirs, level = full.best.ours, level_of_all(len(comparison.methods) - 1)
         found.held_out_to_full = loss_apart(run.ours, theirs, "held_out", level)

@@ -27,7 +27,7 @@ def page(comparison: Comparison, arguments: list[str]) -> str:
         f"<h1>{escape(comparison.title)}</h1>",
         f'<p class="sub">{escape(_about(comparison))}</p>',
         _conclusions(comparison),
-        *(_table(grid, comparison) for grid in say.grids(comparison)),
+        *(_table(grid) for grid in say.grids(comparison)),
         _plots(comparison),
         _answers(comparison),
         _listed("Not compared", "flag", say.flags(comparison)),
@@ -52,7 +52,7 @@ def _about(comparison: Comparison) -> str:
     held_out = data.get("splits", {}).get("eval", {})
     parts = [
         _base(str(run.config.get("model.id") or "random weights")),
-        f"{run.summary.get('steps', 0):,} steps",
+        f"{run.summary.get('steps') or 0:,} steps",
         f"{run.summary.get('tokens') or 0:,} trained tokens each",
         f"{run.summary.get('world_size')} {'GPUs' if run.is_on_gpu else 'CPU ranks'}",
     ]
@@ -76,13 +76,12 @@ def _item(line: str) -> str:
     return f"<li><b>{label}</b>{colon}{rest}</li>"
 
 
-def _table(grid: say.Grid, comparison: Comparison) -> str:
+def _table(grid: say.Grid) -> str:
     """Return a table; intervals stand small below their figure."""
-    labels = [method.label for method in comparison.methods]
     heads = "".join(f"<th>{escape(name)}</th>" for name in grid.heads)
     lines = []
-    for line in grid.lines:
-        colour = look(next(at for at, label in enumerate(labels) if line[0].startswith(label)))[0]
+    for number, line in enumerate(grid.lines):  # a line a method, in their order
+        colour = look(number)[0]
         first = f'<td><span class="key" style="background:{colour}"></span>{escape(line[0])}</td>'
         lines.append(f"<tr>{first}{''.join(map(_cell, line[1:]))}</tr>")
     body = f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>"

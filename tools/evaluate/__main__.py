@@ -126,7 +126,7 @@ def evaluate(options: argparse.Namespace) -> int:
 def subjects_of(options: argparse.Namespace) -> tuple[list[Subject], list[str]]:
     """Return the models that paths name, bases first, and why others are left out; raises ConfigError."""
     found, skipped = [], []
-    for path in options.paths:
+    for path in {path.resolve(): path for path in options.paths}.values():
         if not path.is_dir():
             raise ConfigError("RUN_OR_MODEL", str(path), "no such directory")
         if (path / "adapter_config.json").is_file() or ((path / "config.json").is_file() and not is_run(path)):
@@ -140,8 +140,10 @@ def subjects_of(options: argparse.Namespace) -> tuple[list[Subject], list[str]]:
             if state != "done" or not (run / "export").is_dir():
                 skipped.append(f"{run} is {state}, not done")
                 continue
-            config = with_options(read(run / "config.yaml"), options)
+            config = with_options(at_its_place(run), options)
             found.append(Subject(name="run", config=config, folder=run / "export", out=run / FOLDER))
+    if sum(subject.name == "model" for subject in found) > 1:
+        raise ConfigError("--out", str(options.out or FOLDER), "several models have one place for their figures", "one model at a time")
     with_base = (
         [] if options.no_base else [subject for subject in found if subject.config.model.id is not None and subject.folder is not None]
     )
@@ -154,13 +156,18 @@ def _model(path: Path, options: argparse.Namespace) -> Subject:
     if options.like is not None:
         if not is_run(options.like):
             raise ConfigError("--like", str(options.like), "is no run directory")
-        config = read(options.like / "config.yaml")
+        config = at_its_place(options.like)
     elif options.path is not None and not (path / "adapter_config.json").is_file():
         config = RunConfig(model=ModelConfig(id=str(path)), data=DataConfig(path=options.path))
         options.no_base = True
     else:
         raise ConfigError("RUN_OR_MODEL", str(path), "is a model, and nothing says what to measure it on", "--like RUN, or --path FILE")
     return Subject(name="model", config=with_options(config, options), folder=path, out=options.out or Path(FOLDER))
+
+
+def at_its_place(run: Path) -> RunConfig:
+    """Return a run's config with the directory that it is in now."""
+    return dataclasses.replace(read(run / "config.yaml"), run_dir=str(run.resolve()))
 
 
 def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:

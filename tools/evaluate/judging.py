@@ -30,6 +30,7 @@ def judge(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -
         if row["document"] in others
     ]
     if not questions:
+        print("there are no answers to judge: --rows N", flush=True)
         return False
     file = folder / f"{JUDGED}.jsonl"
     keys = {question.document: _key(question, settings) for question in questions}

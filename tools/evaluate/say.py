@@ -22,7 +22,8 @@ NAMES = {"held_out": "held-out loss", "general": "loss on general text"}
 def table_of(folder: Path, ours: Evaluation, theirs: Evaluation | None) -> Table:
     """Return a run's figures beside its base's."""
     caption = "losses in nats a token; ± of 95 %; ▲ better, ▼ worse, = no difference beyond the noise"
-    table = Table(title=escape(str(folder.parent)), title_justify="left", caption=caption, caption_justify="left")
+    title = str(folder.parent) if ours.about.get("name") != "model" else str(ours.about.get("model"))
+    table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column()
     for name in ("base", "run", "run - base"):
         table.add_column(name, justify="right", no_wrap=True)

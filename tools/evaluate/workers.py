@@ -42,7 +42,9 @@ class Subject:
     parts: dict[str, Any] = field(default_factory=dict)
     """Where the workers keep its figures, once they have said so."""
     weights: str = ""
-    """What stands for its weights."""
+    """What stands for its weights, an adapter's base included."""
+    files: str = ""
+    """What stands for its own files."""
     lm_eval: dict[str, Any] | None = None
     """Figures of standard benchmarks."""
 
@@ -53,8 +55,10 @@ class Subject:
     def about(self, dtype: str) -> dict[str, Any]:
         """Return what NAME.json says beside the figures."""
         return {
+            "name": self.name,
             "model": str(self.folder or self.config.model.id),
             "weights": self.weights,
+            "files": self.files,
             "settings": plain(self.config.evaluation),
             "dtype": dtype,
             "sets": {part: found["set"] for part, found in self.parts.items()},
@@ -168,7 +172,8 @@ class Bars:
             return
         number = word["subject"]
         if "parts" in word:
-            self.subjects[number].parts, self.subjects[number].weights = word["parts"], word["weights"]
+            subject = self.subjects[number]
+            subject.parts, subject.weights, subject.files = word["parts"], word["weights"], word["files"]
             total = sum(len(part["documents"]) for part in word["parts"].values())
             self.progress.update(self.tasks[number], total=total)
         if "opening" in word:

@@ -25,11 +25,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from tools.evaluate.__main__ import at_its_place
 from tools.evaluate.workers import Subject, run_workers
 from tools.gate.card import write_card
 from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prompts, read_rules
 from tools.runs import is_run
-from trainers.config import ConfigError, DataSource, Layout, RunConfig, TooLong, read
+from trainers.config import ConfigError, DataSource, Layout, ObjectiveName, RunConfig, TooLong
 from trainers.evaluate import record
 from trainers.evaluate.record import FOLDER
 from trainers.status import BAD_INPUT, DONE, FAILED, read_status, try_json, write_json
@@ -83,9 +84,13 @@ def gate(options: argparse.Namespace) -> int:
     ours, theirs = (record.load(run / FOLDER, name) for name in ("run", "base"))
     if ours is None:
         raise ConfigError("RUN", str(run), "is not evaluated", f"python -m tools.evaluate {run}")
+    if ours.about.get("files") != record.digest_of(run / "export"):
+        raise ConfigError("RUN", str(run), "its export is not the one that was evaluated", f"python -m tools.evaluate {run}")
     checks = hold(rules, ours, theirs)
+    if not checks and not prompts:
+        raise ConfigError("--rules", str(options.rules), "asks nothing, so that any model would pass", "a rule, or prompts")
     if prompts:
-        checks += hold_prompts(rules, prompts, answer(read(run / "config.yaml"), run, prompts, rules, options))
+        checks += hold_prompts(rules, prompts, answer(at_its_place(run), run, prompts, rules, options))
     deciding = [check for check in checks if "prompt `" not in check.rule]  # one prompt alone decides nothing: their share does
     passed = all(check.passed for check in deciding)
     verdict = {"passed": passed, "rules": str(options.rules), "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
@@ -98,6 +103,8 @@ def gate(options: argparse.Namespace) -> int:
 
 def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, options: argparse.Namespace) -> list[str]:
     """Return the export's answer to each prompt; raises NotMeasured, and ConfigError for a prompt that the chat template refuses."""
+    if config.objective.name is ObjectiveName.cpt:
+        raise ConfigError("prompts", rules.prompts, "the run was trained on plain text, which has no prompts", "prompts: null")
     layout, rows = rows_of(prompts, try_json(run / "manifest.json").get("data", {}))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.jsonl"

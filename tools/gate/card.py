@@ -90,7 +90,7 @@ def _training(config: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     optim, train, peft = config["optim"], config["train"], config["peft"]
     lines = [
         f"method: {peft['method'] if peft['method'] != 'none' else 'full fine-tuning'}",
-        f"{summary.get('steps', 0):,} steps of {train['global_batch']} rows, {summary.get('tokens') or 0:,} supervised tokens",
+        f"{summary.get('steps') or 0:,} steps of {train['global_batch']} rows, {summary.get('tokens') or 0:,} supervised tokens",
         f"{optim['name']}, peak learning rate {optim['lr'] * optim['lr_factor']:g}, {optim['schedule']}",
         f"compute in {train['precision']}, {config['engine']['name']}, {summary.get('world_size')} rank(s), seed {config['seed']}",
     ]

@@ -14,9 +14,12 @@ from typing import Any
 import yaml
 
 from trainers.config import ConfigError, Metric
+from trainers.data.formats import ROLES
 from trainers.evaluate.intervals import Estimate
 from trainers.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from trainers.evaluate.scores import is_refusal
+
+PROMPT_KEYS = {"name", "kind", "prompt", "messages", "must", "must_not", "refuse"}
 
 
 @dataclass(kw_only=True)
@@ -122,12 +125,21 @@ def _prompt(line: str, place: str) -> Prompt:
     messages = row.get("messages") if isinstance(row, dict) and asked is None else [{"role": "user", "content": asked}]
     if not isinstance(messages, list) or not messages or not all(isinstance(turn, dict) and turn.get("content") for turn in messages):
         raise ConfigError("prompts", place, "has neither a `prompt` nor `messages`", '{"prompt": "...", "must": ["..."]}')
-    if not any(key in row for key in ("must", "must_not", "refuse")):
+    if unknown := sorted(row.keys() - PROMPT_KEYS):
+        raise ConfigError("prompts", place, f"has an unknown field: {unknown[0]}", f"of {', '.join(sorted(PROMPT_KEYS))}")
+    if not all(isinstance(turn["content"], str) and turn.get("role") in ROLES for turn in messages):
+        raise ConfigError("prompts", place, "has a turn that is no text, or of no known role", '{"role": "user", "content": "..."}')
+    for key in ("must", "must_not"):
+        if not isinstance(row.get(key, []), list) or not all(isinstance(text, str) and text for text in row.get(key, [])):
+            raise ConfigError("prompts", place, f"`{key}` is no list of regular expressions", f'"{key}": ["..."]')
+    if row.get("refuse") not in (None, True, False):
+        raise ConfigError("prompts", place, f"`refuse` = {row['refuse']!r}: must be true or false")
+    if not row.get("must") and not row.get("must_not") and row.get("refuse") is None:
         raise ConfigError("prompts", place, "asks nothing of the answer", "must, must_not (lists of regular expressions), or refuse")
     try:
         patterns = {key: [re.compile(text) for text in row.get(key, [])] for key in ("must", "must_not")}
-    except (re.error, TypeError) as error:
-        raise ConfigError("prompts", place, f"has no list of regular expressions: {error}") from error
+    except re.error as error:
+        raise ConfigError("prompts", place, f"is no regular expression: {error}") from error
     name = str(row.get("name") or str(messages[-1]["content"])[:40])
     return Prompt(name=name, kind=str(row.get("kind", "regression")), messages=messages, refuse=row.get("refuse"), **patterns)
 

@@ -66,7 +66,7 @@ def fingerprint(data: DataConfig, path: str | None, objective: ObjectiveName) ->
     if path is None:
         return ["python_docs", sys.version, str(objective)]
     if Path(path).exists():
-        return [f"{file.suffix}:{_digest(file)}" for file in files(path)]
+        return [f"{file.suffix}:{digest(file)}" for file in files(path)]
     return [path, data.split, _hub(data, path)._fingerprint]
 
 
@@ -85,7 +85,7 @@ def files(path: str) -> list[Path]:
     return found
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
     """Return the sha256 of a file's content; that of a large file is kept with its size and time, as every rank asks for it."""
     size = file.stat().st_size
     if size < LARGE_FILE:

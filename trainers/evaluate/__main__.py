@@ -87,7 +87,7 @@ def measure(subject: Subject, number: int, request: dict[str, Any], device: torc
     dtype = getattr(torch, request["dtype"])
     parts = parts_of(subject, tokenizer, config, request["dtype"])
     if rank == 0:
-        say(subject=number, weights=subject.fingerprint(), parts={part.name: part.as_json() for part in parts})
+        say(subject=number, weights=subject.fingerprint(), files=subject.files(), parts={part.name: part.as_json() for part in parts})
     left = {part.name: _share(part, rank, size, request["batch"]) for part in parts}
     benchmarks = _benchmarks_file(subject, tokenizer, request) if request["tasks"] and rank == 0 else None
     if benchmarks is not None and benchmarks.is_file():

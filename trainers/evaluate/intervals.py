@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 LEVEL = 0.95
 RESAMPLES, CHUNK = 2000, 200
+SPARSE = 20
+"""Documents that are not like the commonest of several, below which nothing is told: draws that hold none of them mislead."""
 FEWEST = 20
 """Draws that must lie beyond a quantile for it to mean something."""
 FEW, MANY = 8, 10_000
@@ -49,6 +51,9 @@ def ratio(sums: Floats, weights: Floats, level: float = LEVEL) -> Estimate:
         return Estimate(value=value, low=None, high=None, count=count)
     if error == 0:
         return Estimate(value=value, low=value, high=value, count=count)
+    alike = int(np.unique(sums / weights, return_counts=True)[1].max())
+    if alike > 1 and count - alike < SPARSE:
+        return Estimate(value=value, low=None, high=None, count=count)
     if count >= MANY:
         reach = NormalDist().inv_cdf((1 + level) / 2)
         return Estimate(value=value, low=value - reach * error, high=value + reach * error, count=count)

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from trainers.config import EvaluationConfig, Metric
+from trainers.config import ConfigError, EvaluationConfig, Metric
 from trainers.data.cache import content_key
+from trainers.data.sources import digest
 from trainers.evaluate import intervals
 from trainers.evaluate.intervals import LEVEL, Estimate, Floats
 from trainers.evaluate.scores import is_refusal, measure
@@ -63,18 +64,38 @@ class Evaluation:
 
 def loss_apart(ours: Evaluation, theirs: Evaluation, part: str, level: float = LEVEL) -> Estimate | None:
     """Return our loss less theirs over the same documents, in nats a token; None where these differ or were not measured."""
-    if part not in ours.sums or part not in theirs.sums or ours.documents[part] != theirs.documents[part]:
+    if part not in ours.sums or part not in theirs.sums or not _are_of_the_same(ours, theirs, part):
+        return None
+    if not np.array_equal(ours.sums[part][1], theirs.sums[part][1]):
         return None
     return intervals.difference(ours.sums[part][0], theirs.sums[part][0], ours.sums[part][1], level)
 
 
 def score_apart(ours: Evaluation, theirs: Evaluation, metric: str, level: float = LEVEL) -> Estimate | None:
     """Return our mean score less theirs over the same documents; None where these differ or nothing was scored."""
-    if not ours.answers or ours.documents["answers"] != theirs.documents.get("answers"):
+    settings = [[evaluation.about.get("settings", {}).get(name) for name in ("max_new_tokens", "extract")] for evaluation in (ours, theirs)]
+    if not ours.answers or not _are_of_the_same(ours, theirs, "answers") or settings[0] != settings[1]:
         return None
     both = np.stack([ours.scores(metric), theirs.scores(metric)])
     both = both[:, ~np.isnan(both).any(0)]
     return intervals.difference(both[0], both[1], level=level) if both.shape[1] else None
+
+
+def _are_of_the_same(ours: Evaluation, theirs: Evaluation, part: str) -> bool:
+    """Tell whether two models were measured on the same documents of the same rows, in the same type."""
+    marks = [(one.about.get("sets", {}).get(part), one.about.get("dtype"), one.documents.get(part)) for one in (ours, theirs)]
+    return marks[0] == marks[1]
+
+
+def digest_of(folder: Path) -> str:
+    """Return what stands for the weights of a model or adapter directory: a digest of its files, kept for large ones while they stay.
+
+    Raises ConfigError where there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError("RUN_OR_MODEL", str(folder), "holds no safetensors file", "a run that is done, or a model directory")
+    return content_key(*((file.name, digest(file)) for file in files))
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -120,7 +141,10 @@ def load(folder: Path, name: str) -> Evaluation | None:
     about = try_json(folder / f"{name}.json")
     if about.get("version") != VERSION or not (folder / f"{name}.jsonl").is_file():
         return None
-    return _of_rows({key: value for key, value in about.items() if key != "figures"}, read_lines(folder / f"{name}.jsonl"))
+    try:
+        return _of_rows({key: value for key, value in about.items() if key != "figures"}, read_lines(folder / f"{name}.jsonl"))
+    except (KeyError, TypeError):  # somebody has been at it
+        return None
 
 
 def _of_rows(about: dict[str, Any], rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> Evaluation:

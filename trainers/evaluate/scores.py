@@ -9,7 +9,8 @@ from decimal import Decimal, InvalidOperation
 
 from trainers.config import Metric
 
-NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w.])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+"""A minus belongs to a number unless it stands behind another one."""
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 """A word of letters and digits; each Chinese or Japanese character is one, since nothing stands between them."""
 REFUSAL = re.compile(
@@ -49,7 +50,7 @@ def _canonical(text: str) -> str:
     """Return one spelling of a number, so that $1,200.50 is 1200.5; other texts without regard to case."""
     try:
         number = Decimal(text.replace(",", "").replace("$", ""))
-        return f"{number.normalize():f}"
+        return f"{number.normalize() + 0:f}"  # + 0: there is a -0
     except InvalidOperation:
         return text.casefold()
 
@@ -88,7 +89,7 @@ def is_json(answer: str) -> float:
     """Return 1.0 where an answer is a JSON object or list as it stands, without anything around it."""
     try:
         return float(isinstance(json.loads(answer.strip()), dict | list))
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0.0
 
 

@@ -80,7 +80,7 @@ def general(subject: Subject, tokenizer: PreTrainedTokenizerFast) -> EvalSet | N
     if name == SAMPLED:
         return _sampled(subject, tokenizer, rows)
     if (Path(name) / "config.yaml").is_file():
-        other = read(Path(name) / "config.yaml")
+        other = dataclasses.replace(read(Path(name) / "config.yaml"), run_dir=name)
         prepared = _prepared(other, tokenizer)
         if prepared.eval is None:
             raise ConfigError("evaluation.general", name, "the run held no rows out", "a file of text, or `sampled`")
@@ -111,6 +111,8 @@ def _sampled(subject: Subject, tokenizer: PreTrainedTokenizerFast, rows: int) ->
     On such text the loss of another model less that of the base is, in the mean, the divergence KL(base || model) a token: how far the
     model has gone from what the base was.
     """
+    if subject.config.model.id is None:
+        raise ConfigError("evaluation.general", SAMPLED, "the run began with random weights: no base could write a text", "a file of text")
     base = dataclasses.replace(subject, folder=None)
     first = next((number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None), None)
     if first is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trainers.config import ConfigError, Quantisation, RunConfig
 from trainers.data.cache import content_key
 from trainers.data.tokenizer import load_tokenizer
+from trainers.evaluate.record import digest_of
 from trainers.model import make_blueprint
 from trainers.peft.adapt import adapt
-from trainers.peft.base import FILE
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import reopen_adapter
 from trainers.weights import origin_of
-
-ENDS = 1 << 20
-"""Bytes at the front and at the end of each file of weights that stand for its content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +46,15 @@ class Subject:
         assert folder is not None
         return folder
 
+    def files(self) -> str:
+        """Return what stands for its own files."""
+        return digest_of(self.base() if self.folder is None else self.folder)
+
     def fingerprint(self) -> str:
         """Return what stands for the weights: of adapters those of the base too, and how it was rounded."""
-        parts = [_of_files(self.base() if self.folder is None else self.folder)]
+        parts = [self.files()]
         if self.is_adapter:
-            parts += [_of_files(self.base()), str(self.config.peft.quantise)]
+            parts += [digest_of(self.base()), str(self.config.peft.quantise)]
         return content_key(*parts)
 
     def open(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -79,20 +79,3 @@ class Subject:
         outline = blueprint.build()
         begun = dataclasses.replace(config, peft=dataclasses.replace(config.peft, adapter=None))
         return round_base(model, adapt(outline, origin_of(outline, blueprint), begun, blueprint, torch.float32))
-
-
-def _of_files(folder: Path) -> str:
-    """Return a digest of a directory's weights: size, front and end of each file; whole ones would take minutes at 70B."""
-    files = [folder / FILE] if (folder / FILE).is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ConfigError("RUN_OR_MODEL", str(folder), "holds no safetensors file", "a run that is done, or a model directory")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            size = opened.seek(0, 2)
-            digest.update(f"{file.name} {size}".encode())
-            opened.seek(0)
-            digest.update(opened.read(ENDS))
-            opened.seek(max(0, size - ENDS))
-            digest.update(opened.read(ENDS))
-    return digest.hexdigest()
