@@ -100,6 +100,20 @@ def test_no_figure_depends_on_ranks_or_batches(
         assert (tokens, texts) == found[0][1:]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: would compare losses and answers with the CPU's")
+def test_a_gpu_says_what_the_cpu_says(finished: Path, tmp_path: Path) -> None:
+    found = []
+    for device in ("cpu", "auto"):
+        run = tmp_path / device
+        shutil.copytree(finished, run)
+        tool(tmp_path / f"cache-{device}", run, "--device", device, "--rows", "6", "--max-new-tokens", "12", "--no-base")
+        rows = [json.loads(line) for line in (run / "evaluation" / "run.jsonl").read_text().splitlines()]
+        found.append((figures(run, "run")["held_out_loss"]["value"], [row.get("answer") for row in rows]))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
+    assert found[0][1] == found[1][1]
+
+
 @pytest.fixture(scope="module")
 def table(finished: Path, cache: Path) -> Any:
     from trainers.data.table import open_table

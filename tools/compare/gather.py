@@ -108,6 +108,8 @@ class Run:
     @property
     def hours(self) -> float:
         """Hours of all ranks together: GPU-hours, where they are GPUs."""
+        if (hours := self.summary.get("gpu_hours")) is not None:
+            return float(hours)
         return float(self.summary.get("train_seconds") or 0.0) * int(self.summary.get("world_size") or 1) / 3600
 
     @property
@@ -122,21 +124,12 @@ class Run:
 
 
 def load(run_dir: Path, name: str) -> Run:
-    """Read a run directory; what cannot be read becomes a fault."""
+    """Read a run directory, as far as it can be read; raises ConfigError where its config.yaml cannot."""
     status = read_status(run_dir)
     summary, manifest = try_json(run_dir / "summary.json"), try_json(run_dir / "manifest.json")
-    ours, base = (record.load(run_dir / FOLDER, name) for name in ("run", "base"))
+    ours, base = (record.load(run_dir / FOLDER, subject) for subject in ("run", "base"))
+    judged = None if ours is None or base is None else record.load_judged(run_dir / FOLDER, ours, base)
     trained, evaluated, marks = _curves(run_dir / "metrics.jsonl", int(summary.get("world_size") or 1))
-    data = manifest.get("data", {})
-    marks |= {"prepared": manifest.get("prepared"), "base_revision": manifest.get("base_revision")}
-    marks |= {key: data.get(key) for key in ("template_hash", "tokenizer_hash")}
-    marks |= {key: summary.get(key) for key in ("steps", "tokens", "input_tokens")}
-    if ours is not None:
-        sets = ours.about.get("sets", {})
-        marks |= {"held_out_set": sets.get("held_out"), "general_set": sets.get("general"), "dtype": ours.about.get("dtype")}
-        marks["answered"] = _answered(ours)
-    if base is not None:
-        marks["base_weights"] = base.about.get("weights")
     run = Run(
         run_dir=run_dir,
         name=name,
@@ -147,17 +140,31 @@ def load(run_dir: Path, name: str) -> Run:
         plan=try_json(run_dir / "plan.json"),
         trained=trained,
         evaluated=evaluated,
-        marks=marks,
+        marks=marks | _marks(summary, manifest, ours, base, judged),
         ours=ours,
         base=base,
         export_bytes=sum(file.stat().st_size for file in (run_dir / "export").glob("*.safetensors")),
+        judged=judged,
     )
-    if ours is not None and base is not None:
-        run.judged = record.load_judged(run_dir / FOLDER, ours, base)
-        marks |= {} if run.judged is None else {"judge": f"{run.judged.about['model']}, {run.judged.about['scored']} answers"}
     run.faults += _own_faults(run, status)
     run.notes += _own_notes(run)
     return run
+
+
+def _marks(
+    summary: dict[str, Any], manifest: dict[str, Any], ours: Evaluation | None, base: Evaluation | None, judged: Judged | None
+) -> dict[str, Any]:
+    """Return what must agree between runs, by a key of WORDS; what is not known is None, or not there."""
+    data = manifest.get("data", {})
+    marks = {"prepared": manifest.get("prepared"), "base_revision": manifest.get("base_revision")}
+    marks |= {key: data.get(key) for key in ("template_hash", "tokenizer_hash")}
+    marks |= {key: summary.get(key) for key in ("steps", "tokens", "input_tokens")}
+    if ours is not None:
+        sets = ours.about.get("sets", {})
+        marks |= {"held_out_set": sets.get("held_out"), "general_set": sets.get("general"), "dtype": ours.about.get("dtype")}
+        marks |= {"answered": _answered(ours)}
+    marks |= {} if base is None else {"base_weights": base.about.get("weights")}
+    return marks | ({} if judged is None else {"judge": f"{judged.about['model']}, {judged.about['scored']} answers"})
 
 
 def _answered(evaluation: Evaluation) -> str:
@@ -235,11 +242,9 @@ def _own_faults(run: Run, status: dict[str, Any]) -> list[str]:
         return [f"is {run.state} at step {status.get('step', 0)}, not done" + (f": {reason}" if run.state == "failed" and reason else "")]
     if not run.summary:
         return ["has no summary.json that can be read"]
-    losses = {"held-out loss": "eval_loss_after", "training loss": "train_loss"}
-    bad = [
-        f"its {words} is not a finite number" for words, key in losses.items() if run.summary.get(key, 0.0) is None and key in run.summary
-    ]
-    return [fault for fault in bad if not (fault.startswith("its held-out") and run.summary.get("eval_loss_before") is None)]
+    faults = ["its training loss is not a finite number"] if run.summary.get("train_loss") is None else []
+    has_rows = run.marks.get("eval_tokens") is not None
+    return faults + (["its held-out loss is not a finite number"] if has_rows and run.loss is None else [])
 
 
 def _own_notes(run: Run) -> list[str]:

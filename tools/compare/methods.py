@@ -121,13 +121,13 @@ def compare(paths: list[Path], price: float | None) -> Comparison:
     metric = next((metric for metric in metrics if metric is not None), None)
     methods = _methods([run for run in runs if not run.faults])
     base = next((method.best.base for method in methods if method.best.base is not None), None)
-    prices = [run.plan.get("price") for run in runs]
+    prices = {run.plan["price"] for run in runs if run.plan.get("price")}
     comparison = Comparison(
         title=paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs",
         methods=methods,
         runs=runs,
         metric=metric,
-        price=price if price is not None else next((value for value in prices if value), None),
+        price=prices.pop() if price is None and len(prices) == 1 else price,
         base=base,
     )
     for method in methods:

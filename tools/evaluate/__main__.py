@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--batch", type=int, default=8, metavar="N", help="documents at once (default 8)")
     machine.add_argument("--processes", type=int, default=1, metavar="N", help="processes that share the documents, a GPU each (default 1)")
     machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPU where there is one")
-    machine.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="type to compute in (default float32)")
+    dtype = "type to compute in (default float32); bfloat16 takes half the memory, and more time for answers"
+    machine.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype)
     judge = parser.add_argument_group("a judge of the answers, beside the base's, on five criteria from 1 to 5")
     judge.add_argument("--judge", metavar="URL", help="an OpenAI-compatible endpoint up to its version, as http://host:8000/v1")
     judge.add_argument("--judge-model", metavar="NAME", help="the model that judges; its key is read from FULLTUNE_JUDGE_KEY")
