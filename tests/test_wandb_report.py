@@ -30,7 +30,6 @@ except NoReport as error:
 REPORT = {
     "entity": None,
     "project": "fulltune",
-    "groups": ["rank 8", 'it\'s "full", 1'],
     "run_ids": ["abc12345", "def12345"],
     "markdown": "| method | loss |\n|---|---|\n| full | 1.0 |",
     "title": "Full against LoRA",
@@ -123,13 +122,9 @@ def test_a_report_reaches_wandb(server: Server, tmp_path: Path) -> None:
     grid = blocks["panel-grid"]["metadata"]
     (runs,) = grid["runSets"]
     assert [(one["key"]["name"], one["op"], one["value"]) for one in runs["filters"]["filters"]] == [("name", "IN", REPORT["run_ids"])]
-    assert [key["name"] for key in runs["grouping"]] == ["group"]
     shown = [(panel["config"].get("xAxis"), panel["config"]["metrics"]) for panel in grid["panelBankSectionConfig"]["panels"]]
     lines = [("tokens", ["eval_loss"]), ("tokens", ["loss"]), ("tokens", ["tokens_per_second"])]
     assert shown == [*lines, (None, ["device_bytes_peak"])]
-    write(tmp_path, key, run_ids=[])
-    (runs,) = json.loads(server.views[1]["spec"])["blocks"][4]["metadata"]["runSets"]
-    assert [(one["key"]["name"], one["value"]) for one in runs["filters"]["filters"]] == [("group", REPORT["groups"])]
 
 
 def test_why_there_is_no_report(server: Server, tmp_path: Path) -> None:
@@ -138,7 +133,7 @@ def test_why_there_is_no_report(server: Server, tmp_path: Path) -> None:
     assert "wandb login" in write(tmp_path, {})[1]
     assert "40+ characters" in write(tmp_path, key | {"WANDB_API_KEY": "short"})[1]
     assert "`wandb sync RUN_DIR/wandb`" in write(tmp_path, key, project="other")[1]
-    assert "needs runs" in write(tmp_path, key, groups=[], run_ids=[])[1]
+    assert "needs runs" in write(tmp_path, key, run_ids=[])[1]
     assert not server.views
 
 

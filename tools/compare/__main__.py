@@ -82,7 +82,7 @@ def report(comparison: Comparison) -> bool:
     compared = [run for method in comparison.methods for run in method.tried]
     ids = [str(run.manifest["wandb_id"]) for run in compared if run.config["log.wandb"] != "disabled" and run.manifest.get("wandb_id")]
     try:
-        url = write_report(settings["log.entity"], settings["log.project"], [], ids, say.markdown(comparison), comparison.title)
+        url = write_report(settings["log.entity"], settings["log.project"], ids, say.markdown(comparison), comparison.title)
     except NoReport as error:
         print(f"error: no W&B report: {error}", file=sys.stderr)
         return False

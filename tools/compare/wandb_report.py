@@ -20,19 +20,19 @@ class NoReport(Exception):
     """No report was written; the message says why, and what would help."""
 
 
-def write_report(entity: str | None, project: str, groups: Sequence[str], run_ids: Sequence[str], markdown: str, title: str) -> str:
+def write_report(entity: str | None, project: str, run_ids: Sequence[str], markdown: str, title: str) -> str:
     """Write a report on these runs to W&B, and return its URL.
 
-    The panels show the runs of `run_ids`, or all of `groups` where there are none; where there are groups, one line for each group.
+    The panels show each of these runs.
     Raises NoReport within LIMIT_S where W&B cannot be reached or refuses, and never prompts for a key.
     """
-    if not groups and not run_ids:
-        raise NoReport("a W&B report needs runs that W&B has: none of these has an id or a group (log.wandb=disabled?)")
+    if not run_ids:
+        raise NoReport("a W&B report needs runs that W&B has: none of these has an id (log.wandb=disabled?)")
     answers: queue.SimpleQueue[str | NoReport] = queue.SimpleQueue()
 
     def work() -> None:
         try:
-            answers.put(_write(entity, project, groups, run_ids, markdown, title))
+            answers.put(_write(entity, project, run_ids, markdown, title))
         except NoReport as error:
             answers.put(error)
         except Exception as error:  # whatever W&B raises, the comparison stands
@@ -50,10 +50,10 @@ def write_report(entity: str | None, project: str, groups: Sequence[str], run_id
     return answer
 
 
-def _write(entity: str | None, project: str, groups: Sequence[str], run_ids: Sequence[str], markdown: str, title: str) -> str:
+def _write(entity: str | None, project: str, run_ids: Sequence[str], markdown: str, title: str) -> str:
     reports, entity = _reports(), _entity(entity)
     try:
-        runs = _runs(reports, entity, project, groups, run_ids)
+        runs = _runs(reports, entity, project, run_ids)
         blocks = [
             reports.H1(text="Comparison"),
             reports.MarkdownBlock(text=markdown),
@@ -95,9 +95,8 @@ def _entity(entity: str | None) -> str:
     return str(found)
 
 
-def _runs(reports: Any, entity: str, project: str, groups: Sequence[str], run_ids: Sequence[str]) -> Any:
-    chosen = f"ID in {list(run_ids)!r}" if run_ids else f"Group in {list(groups)!r}"
-    return reports.Runset(entity=entity, project=project, name="Compared", filters=chosen, groupby=["Group"] if groups else [])
+def _runs(reports: Any, entity: str, project: str, run_ids: Sequence[str]) -> Any:
+    return reports.Runset(entity=entity, project=project, name="Compared", filters=f"ID in {list(run_ids)!r}")
 
 
 def _panels(reports: Any) -> list[Any]:
