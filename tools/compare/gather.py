@@ -280,6 +280,7 @@ def flag(runs: list[Run]) -> None:
             continue
         for run, common in _strays(ended, _setting_of(path)):
             words = f"{path} = {_short(run.config.get(path))}, the others' {_short(common)}"
+            words += "; runs of one seed compare with each other: name those alone" if path == "seed" else ""
             if _is(path, COST):
                 run.notes.append(f"{words}: another set-up, whose costs compare with no others")
             else:
