@@ -84,7 +84,7 @@ def nearest(path: str) -> list[str]:
     parent, _, name = path.rpartition(".")
     prefix = f"{parent}." if parent else ""
     level = [prefix + match for match in difflib.get_close_matches(name, names_at(parent), n=2, cutoff=0.55)]
-    whole = difflib.get_close_matches(path, list(all_fields()), n=2, cutoff=0.75)
+    whole = difflib.get_close_matches(path, list(all_fields()), n=2, cutoff=0.78)
     same_name = [known for known in all_fields() if _close(name, known.rpartition(".")[2])]
     other = [OTHER_NAMES[name]] if name in OTHER_NAMES else []
     return list(dict.fromkeys(other + level + whole + same_name))[:3]
@@ -131,7 +131,7 @@ def _no_preset(file: str, overrides: list[str]) -> str:
     setter = next((text for text in overrides if text.lstrip("+").startswith(f"{group}=")), "")
     lines = [f"error: `{group}` = {name!r}: there is no conf/{group}/{name}.yaml"]
     lines += [f"  set by  command line: {setter}" if setter else "  set by  the defaults list of a file in conf/"]
-    sign = "+" if group == "exp" else ""
+    sign = "+" if group in ("exp", "method") else ""
     lines += [f"  nearest {', '.join(f'{sign}{group}={item}' for item in near)}"] if near else []
     return "\n".join([*lines, f"  there are: {', '.join(known)}"])
 

@@ -25,6 +25,8 @@ BAD = [
     (["optim={lrr: 1}"], ["`optim.lrr` = 1", "nearest optim.lr"]),
     (["optm.lr=1"], ["`optm.lr` = 1", "nearest optim.lr"]),
     (["lr=1"], ["`lr` = 1", "nearest optim.lr"]),
+    (["+method=lorra"], ["there is no conf/method/lorra.yaml", "nearest +method=lora"]),
+    (["method=lora"], ["`method` is not chosen yet", "try     +method=lora"]),
     (["batch_size=8"], ["`batch_size` = 8", "train.global_batch"]),
     (["learning_rate=8"], ["optim.lr"]),
     (["modell=hf"], ["`modell` = 'hf'", "nearest model"]),
