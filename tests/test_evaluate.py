@@ -294,7 +294,7 @@ def test_a_run_is_measured_on_its_own_rows_wherever_it_is(
     shutil.rmtree(cache / "prepared" / "data-of-another")
 
 
-def test_weights_are_told_apart_wherever_they_differ(finished: Path, tmp_path: Path) -> None:
+def test_models_are_told_apart_wherever_they_differ(finished: Path, tmp_path: Path) -> None:
     from trainers.evaluate.record import digest_of
 
     shutil.copytree(finished / "export", tmp_path / "export")
@@ -303,7 +303,11 @@ def test_weights_are_told_apart_wherever_they_differ(finished: Path, tmp_path: P
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert digest_of(tmp_path / "export") != digest_of(finished / "export")
+    other = digest_of(tmp_path / "export")
+    assert other != digest_of(finished / "export")
+    config = tmp_path / "export" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-02'))
+    assert digest_of(tmp_path / "export") != other
 
 
 def test_any_model_directory_can_be_measured(evaluated: Path, chats: Path, cache: Path, tmp_path: Path) -> None:

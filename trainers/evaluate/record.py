@@ -88,14 +88,15 @@ def _are_of_the_same(ours: Evaluation, theirs: Evaluation, part: str) -> bool:
 
 
 def digest_of(folder: Path) -> str:
-    """Return what stands for the weights of a model or adapter directory: a digest of its files, kept for large ones while they stay.
+    """Return what stands for a model or adapter directory: a digest of its weights and its config, kept for large files while they stay.
 
-    Raises ConfigError where there are none.
+    Raises ConfigError where there are no weights.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise ConfigError("RUN_OR_MODEL", str(folder), "holds no safetensors file", "a run that is done, or a model directory")
-    return content_key(*((file.name, digest(file)) for file in files))
+    configs = [folder / name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
+    return content_key(*((file.name, digest(file)) for file in [*weights, *configs]))
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
