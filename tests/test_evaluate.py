@@ -19,7 +19,7 @@ from command import ROOT, arguments, environment, launch
 from conftest import save_tiny
 
 from tools.evaluate.__main__ import main as evaluate
-from trainers.config import plain, read
+from trainers.config import plain, read, read_at
 from trainers.evaluate.measure import Alone, answers, losses
 from trainers.evaluate.record import load
 
@@ -277,14 +277,13 @@ def test_a_run_is_measured_on_its_own_rows_wherever_it_is(
     finished: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it was, another run may stand by now."""
-    from tools.evaluate.__main__ import at_its_place
     from trainers.data.tokenizer import load_tokenizer
     from trainers.evaluate.sets import held_out
 
     monkeypatch.setenv("FULLTUNE_CACHE", str(cache))
     moved = tmp_path / "moved"
     shutil.copytree(finished, moved)
-    config = at_its_place(moved)
+    config = read_at(moved)
     own = json.loads((moved / "manifest.json").read_text())["prepared"]
     assert held_out(config, load_tokenizer(config)).key == own
     shutil.copytree(cache / "prepared" / own, cache / "prepared" / "data-of-another")

@@ -9,15 +9,14 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import ROOT
+from local_server import JsonRequests, LocalServer
 
 WRITE = """
 import json, sys
@@ -36,29 +35,21 @@ REPORT = {
 }
 
 
-class Requests(BaseHTTPRequestHandler):
+class Requests(JsonRequests):
     """GraphQL by the name of the operation; telemetry is dropped."""
 
     server: Server
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        answer = self.server.answer(json.loads(body)) if self.path == "/graphql" else {}
-        said = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
+        body = self.body()
+        self.reply(self.server.answer(json.loads(body)) if self.path == "/graphql" else {})
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
+    requests = Requests
+
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Requests)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__()
         self.asked: list[str] = []
         self.views: list[dict[str, Any]] = []
         self.hangs_at = ""
@@ -87,12 +78,9 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = Server()
+    with server.serving():
         yield server
-        server.shutdown()
 
 
 def write(home: Path, more: dict[str, str], **changed: Any) -> tuple[str, str]:

@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import arguments, launch, read_rows, stop_at_step
+from local_server import JsonRequests, LocalServer
 
 
-class Requests(BaseHTTPRequestHandler):
+class Requests(JsonRequests):
     """GraphQL by the name of the operation, lines of files by their offset; what else comes (uploads, telemetry) is taken and dropped."""
 
     server: Server
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers["Content-Encoding"] == "gzip":
-            body = gzip.decompress(body)
+        body = self.body()
         answer: dict[str, Any] = {}
         if self.path == "/graphql":
             asked = json.loads(body)
             answer = {"data": self.server.answer(asked["query"], asked.get("variables") or {})}
         elif stream := re.fullmatch("/files/me/[^/]+/([^/]+)/file_stream", self.path):
             self.server.keep(stream[1], json.loads(body).get("files") or {})
-        said = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(said)))
-        self.end_headers()
-        self.wfile.write(said)
+        self.reply(answer)
 
     do_PUT = do_POST
 
 
-class Server(ThreadingHTTPServer):
+class Server(LocalServer):
     """Of each run: its config, and the lines of its files at the places at which they came."""
 
+    requests = Requests
+
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Requests)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        super().__init__()
         self.files: dict[str, dict[str, list[str]]] = {}
         self.configs: dict[str, dict[str, Any]] = {}
 
@@ -111,10 +100,9 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = Server()
+    with server.serving():
         yield server
-        server.shutdown()
 
 
 def sync(server: Server, home: Path, *paths: Path) -> str:

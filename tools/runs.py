@@ -30,7 +30,7 @@ from rich.table import Table
 
 from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
-from trainers.status import attempt_folder, newest_attempt, read_status
+from trainers.status import attempt_folder, newest_attempt, read_status, try_row
 from trainers.watchdog import read_beats
 
 REFUSED, BAD_INPUT, STOPPED = 1, 2, 130
@@ -185,19 +185,13 @@ def _slow_ranks(status: dict[str, Any]) -> str:
 
 def last_rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the last rows of metrics.jsonl; the first and the last line that are read may be parts."""
-    rows = []
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    for line in text.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for line in text.splitlines() if (row := try_row(line)) is not None]
 
 
 def print_log(run_dir: Path, rank: int, follow: bool) -> int:

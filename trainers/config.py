@@ -510,6 +510,11 @@ def read(path: Path | str) -> RunConfig:
         raise ConfigError("config.yaml", str(path), f"cannot be read: {str(error).splitlines()[0]}") from error
 
 
+def read_at(run_dir: Path) -> RunConfig:
+    """Read the config.yaml of a run that is over, with the directory that it is in now; raises ConfigError as `read` does."""
+    return dataclasses.replace(read(run_dir / "config.yaml"), run_dir=str(run_dir.resolve()))
+
+
 def parse(values: dict[str, Any]) -> RunConfig:
     """Return the config that `plain` has made plain; raises ConfigError on what is none."""
     from omegaconf import OmegaConf

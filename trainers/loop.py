@@ -18,10 +18,10 @@ from trainers.config import ConfigError, OnSpike, OptimConfig, RunConfig, Schedu
 from trainers.data.loader import Ints, Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
-from trainers.metrics import Metrics, device_bytes_peak, finite, host_bytes_peak, peak_tflops
+from trainers.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
 from trainers.objectives import CHOICES, Objective
 from trainers.spikes import Spikes
-from trainers.status import Attempt, Superseded
+from trainers.status import Attempt, Superseded, finite
 from trainers.stragglers import Stragglers
 from trainers.watchdog import Phase, watch
 from trainers.world import World, seed_step

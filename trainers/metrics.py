@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import netrc
 import os
 import queue
@@ -25,7 +24,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainers.config import Precision, RunConfig, WandbMode, plain
-from trainers.status import Attempt, read_json
+from trainers.status import Attempt, finite, read_json, try_row
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)
@@ -45,11 +44,6 @@ LINE_EVERY_S = 10.0
 WANDB_WAIT_S = 20.0
 OLD_HOST = "api.wandb.ai"
 """Under which earlier versions of wandb have stored a key; newer ones still take it."""
-
-
-def finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return figures with None for what is not finite, which JSON cannot hold."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
 
 
 def log_to(folder: Path, rank: int, world_size: int) -> None:
@@ -132,7 +126,7 @@ class Metrics:
         kept: list[dict[str, Any]] = []
         if self.active:
             if self.path.is_file():
-                rows = [_parse(line) for line in self.path.read_text().splitlines()]
+                rows = [try_row(line) for line in self.path.read_text().splitlines()]
                 kept = [row for row in rows if row is not None and row["step"] + ("rollback_from" in row) <= step]
             staging = self.path.with_name(f"metrics.attempt-{self.attempt.number}.tmp")
             staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
@@ -182,15 +176,6 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close, whatever happened."""
         self.close()
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    """Return a metrics row, or None for the half line that a killed run leaves."""
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row
 
 
 class Mirror:

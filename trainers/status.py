@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -55,6 +56,20 @@ def try_json(path: Path) -> dict[str, Any]:
         value = read_json(path)
         return value if isinstance(value, dict) else {}
     return {}
+
+
+def try_row(line: str) -> dict[str, Any] | None:
+    """Return a line of a JSON-lines file; None for what is no object, such as the half line that a killed process leaves."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def finite(figures: dict[str, Any]) -> dict[str, Any]:
+    """Return figures with None for what is not finite, which JSON cannot hold."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

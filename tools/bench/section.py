@@ -14,6 +14,12 @@ def cell_of(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def without_folders(name: str) -> str:
+    """Return a model's or a file's name without the folders that its machine keeps it in; one that is no absolute path as it is."""
+    path = Path(name)
+    return path.name if path.is_absolute() else name
+
+
 def versions(*packages: str) -> str:
     """Return Python's version and those of packages."""
     return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)])

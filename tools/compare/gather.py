@@ -16,9 +16,10 @@ import yaml
 from trainers.config import ConfigError, RunConfig, plain
 from trainers.evaluate import record
 from trainers.evaluate.record import FOLDER, Evaluation, Judged
-from trainers.status import read_status, try_json
+from trainers.status import read_status, try_json, try_row
 
-METHOD = ("peft.", "optim.lr", "optim.lr_factor")
+RATE = ("optim.lr", "optim.lr_factor")
+METHOD = ("peft.", *RATE)
 """Settings that are what is compared."""
 BEGUN = ("peft.adapter",)
 """Of those, what a run began with beside its base: what that had seen, it has seen too."""
@@ -90,6 +91,8 @@ class Run:
     export_bytes: int
     judged: Judged | None = None
     """A judge's scores; None where another judge, or of other rows, has scored most runs."""
+    has_same_costs: bool = True
+    """Its set-up is that of the others, so that times and memory compare."""
     faults: list[str] = field(default_factory=list)
     """Why it is not comparable."""
     notes: list[str] = field(default_factory=list)
@@ -213,21 +216,12 @@ def _curves(file: Path, ranks: int) -> tuple[Curve, Curve, dict[str, Any]]:
         hours.append(elapsed)
     every = max(1, len(steps) // POINTS)
     kept = sorted({*range(0, len(steps), every), *range(len(steps) - 1, len(steps))} - {-1})
-    rows = [(_row(steps[at]), hours[at + 1]) for at in kept]
-    held_out = [(_row(line), hours[at]) for at, line in judged]
+    rows = [(try_row(steps[at]) or {}, hours[at + 1]) for at in kept]
+    held_out = [(try_row(line) or {}, hours[at]) for at, line in judged]
     marks: dict[str, Any] = {"first_rows": rows[0][0].get("rows_hash"), "last_rows": rows[-1][0].get("rows_hash")} if rows else {}
     if held_out:
         marks["eval_tokens"] = held_out[0][0].get("eval_tokens")
     return _curve(rows, "loss"), _curve(held_out, "eval_loss"), marks
-
-
-def _row(line: str) -> dict[str, Any]:
-    """Return a line's row; an empty one where it is broken."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def _curve(rows: list[tuple[dict[str, Any], float]], key: str) -> Curve:
@@ -276,17 +270,22 @@ def flag(runs: list[Run]) -> None:
         run.judged = None
     free = (*FREE, "model.id") if all(run.marks.get("base_weights") for run in ended) else FREE
     for path in sorted({path for run in ended for path in run.config}):
-        if (_is(path, METHOD) and not _is(path, BEGUN)) or _is(path, free):
+        if (is_among(path, METHOD) and not is_among(path, BEGUN)) or is_among(path, free):
             continue
         for run, common in _strays(ended, _setting_of(path)):
             words = f"{path} = {_short(run.config.get(path))}, the others' {_short(common)}"
             words += "; runs of one seed compare with each other: name those alone" if path == "seed" else ""
-            if _is(path, COST):
-                run.notes.append(f"{words}: another set-up, whose costs compare with no others")
+            if is_among(path, COST):
+                _set_apart(run, words)
             else:
-                (run.notes if _is(path, RECIPE) else run.faults).append(words)
+                (run.notes if is_among(path, RECIPE) else run.faults).append(words)
     for run, common in _strays(ended, lambda run: run.summary.get("world_size")):
-        run.notes.append(f"{run.summary.get('world_size')} ranks, the others' {common}: another set-up, whose costs compare with no others")
+        _set_apart(run, f"{run.summary.get('world_size')} ranks, the others' {common}")
+
+
+def _set_apart(run: Run, words: str) -> None:
+    run.has_same_costs = False
+    run.notes.append(f"{words}: another set-up, whose costs compare with no others")
 
 
 def _mark_of(key: str) -> Callable[[Run], Any]:
@@ -304,7 +303,8 @@ def _data_settings(run: Run, runs: list[Run]) -> str:
     return "".join(f"; {path} = {_short(run.config.get(path))}, the others' {_short(common)}" for path, common in found)
 
 
-def _is(path: str, names: tuple[str, ...]) -> bool:
+def is_among(path: str, names: tuple[str, ...]) -> bool:
+    """Tell whether a setting is one of these, or in one of these groups, which end in a dot."""
     return any(path.startswith(name) if name.endswith(".") else path == name for name in names)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.compare.gather import FREE, Run, flag, load
+from tools.compare.gather import FREE, RATE, Run, flag, is_among, load
 from tools.runs import runs_below
 from trainers.config import ConfigError
 from trainers.evaluate.intervals import Estimate, level_of_all, verdict
@@ -157,7 +157,7 @@ def _methods(runs: list[Run]) -> list[Method]:
     """Return comparable runs by what they differ in besides the rate, the best rate of each by held-out loss at the end of training."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        own = {path: value for path, value in run.config.items() if not _is_rate_or_free(path)}
+        own = {path: value for path, value in run.config.items() if not is_among(path, (*RATE, *FREE))}
         groups.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(run)
     methods = []
     for tried in groups.values():
@@ -169,10 +169,6 @@ def _methods(runs: list[Run]) -> list[Method]:
         methods.append(Method(label=_name(best.config), best=best, tried=tried))
     _tell_apart(methods)
     return sorted(methods, key=lambda method: (not method.best.is_full, -(method.best.summary.get("trainable_parameters") or 0)))
-
-
-def _is_rate_or_free(path: str) -> bool:
-    return path in ("optim.lr", "optim.lr_factor") or any(path.startswith(name) if name.endswith(".") else path == name for name in FREE)
 
 
 def _name(config: dict[str, Any]) -> str:
@@ -193,7 +189,7 @@ def _tell_apart(methods: list[Method]) -> None:
         if len(same) == 1:
             continue
         paths = [path for path in same[0].best.config if len({str(method.best.config.get(path)) for method in same}) > 1]
-        paths = [path for path in paths if not _is_rate_or_free(path)]
+        paths = [path for path in paths if not is_among(path, (*RATE, *FREE))]
         for method in same:
             words = [f"{path.rpartition('.')[2]} {method.best.config.get(path)}" for path in paths]
             method.label = ", ".join([label, *(words or [f"lr {method.best.lr:.3g}"])])
@@ -223,8 +219,3 @@ def figures_of(method: Method, comparison: Comparison) -> Figures:
 def cost_of(run: Run, price: float | None, hours: float | None = None) -> float | None:
     """Return the price of a run's GPU-hours; None where it has none."""
     return None if price is None or not run.is_on_gpu else price * (run.hours if hours is None else hours)
-
-
-def has_same_costs(run: Run) -> bool:
-    """Tell whether a run's set-up is that of the others, so that times and memory compare."""
-    return not any("another set-up" in note for note in run.notes)

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from tools.bench.section import without_folders
 from tools.compare import say
 from tools.compare.gather import Run
 from tools.compare.methods import Comparison, Method
@@ -51,19 +52,13 @@ def _about(comparison: Comparison) -> str:
     data = run.manifest.get("data", {})
     held_out = data.get("splits", {}).get("eval", {})
     parts = [
-        _base(str(run.config.get("model.id") or "random weights")),
+        without_folders(str(run.config.get("model.id") or "random weights").removesuffix("/export")),
         f"{run.summary.get('steps') or 0:,} steps",
         f"{run.summary.get('tokens') or 0:,} trained tokens each",
         f"{run.summary.get('world_size')} {'GPUs' if run.is_on_gpu else 'CPU ranks'}",
     ]
     parts += [f"{held_out['documents']:,} held-out documents"] if held_out else []
     return " · ".join(parts)
-
-
-def _base(name: str) -> str:
-    """Return a base without the folders that its machine keeps it in."""
-    path = Path(name.removesuffix("/export"))
-    return path.name if path.is_absolute() else str(path)
 
 
 def _conclusions(comparison: Comparison) -> str:

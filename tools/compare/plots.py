@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tools.compare.gather import Curve
-from tools.compare.methods import Comparison, Method, has_same_costs
+from tools.compare.methods import Comparison, Method
 from trainers.evaluate.intervals import Estimate
 from trainers.host import GIB
 
@@ -112,7 +112,7 @@ def _of_curves(
         axes.set_xlabel(unit)
         axes.set_ylabel("nats a token")
         axes.xaxis.set_major_formatter(lambda value, _place: _short(value))
-        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
+        _legend(axes)
 
     return Picture(title=title, words=words, svg=_draw(title, plot))
 
@@ -162,7 +162,7 @@ def _against(
     of_all: Callable[[Method], float] | None = None,
 ) -> Picture | None:
     """Draw the task's score, else the held-out loss, over what it took; methods with another set-up are left out."""
-    known = [method for method in comparison.methods if has_same_costs(method.best) and across(method) and _quality(method)]
+    known = [method for method in comparison.methods if method.best.has_same_costs and across(method) and _quality(method)]
     if not known:
         return None
 
@@ -215,8 +215,7 @@ def _reach(estimate: Estimate) -> list[list[float]] | None:
 
 
 def _legend(axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, labels, fontsize=8, loc="best", framealpha=0.85, edgecolor="none")
+    axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _memory(comparison: Comparison) -> Callable[[Method], float | None]:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from tools.bench.section import cell_of
 from tools.compare.gather import Run
-from tools.compare.methods import Comparison, Method, cost_of, figures_of, has_same_costs
+from tools.compare.methods import Comparison, Method, cost_of, figures_of
 from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
 from trainers.evaluate.intervals import Estimate
 from trainers.evaluate.record import of_json
@@ -68,7 +68,7 @@ def spent(comparison: Comparison) -> Grid:
     """Return what methods cost."""
     hours = "GPU-hours" if comparison.is_on_gpu else "rank-hours"
     columns: list[tuple[str, Callable[[Method], str]]] = [
-        ("method", lambda method: method.label + ("" if has_same_costs(method.best) else " ‡")),
+        ("method", lambda method: method.label + ("" if method.best.has_same_costs else " ‡")),
         ("tokens/s", lambda method: _number(method.best.summary.get("input_tokens_per_second"), "{:,.0f}")),
         ("MFU", lambda method: _number(method.best.summary.get("mfu"), "{:.1%}")),
         ("peak device memory", lambda method: size(method.best.summary.get("device_bytes_peak"))),
@@ -143,7 +143,7 @@ def _of_full(method: Method, full: Method, comparison: Comparison) -> list[str]:
     parts = [_words("held-out loss against full fine-tuning", figures.held_out_to_full, figures.verdict("held_out_to_full"), 4)]
     parts.append(_words(f"{comparison.metric}", figures.score_to_full, figures.verdict("score_to_full"), 3))
     parts.append(_words("loss on general text", figures.forgetting_to_full, figures.verdict("forgetting_to_full"), 4))
-    if has_same_costs(method.best) and has_same_costs(full.best):
+    if method.best.has_same_costs and full.best.has_same_costs:
         parts.append(_ratio("time", method.best.hours, full.best.hours))
         for words, key in (("peak device memory", "device_bytes_peak"), ("peak host memory", "host_bytes_peak")):
             parts.append(_ratio(words, method.best.summary.get(key), full.best.summary.get(key)))
@@ -192,7 +192,7 @@ def legend(comparison: Comparison) -> list[str]:
         )
     if any(method.is_at_edge for method in comparison.methods):
         lines.append("†: the best rate is the lowest or the highest that was tried; a better one may lie beyond.")
-    if not all(has_same_costs(method.best) for method in comparison.methods):
+    if not all(method.best.has_same_costs for method in comparison.methods):
         lines.append("‡: another set-up (below); its costs compare with no others.")
     if not comparison.is_on_gpu:
         lines.append("Times and memory are of CPU ranks: those of GPUs are others, and so is which method is faster.")

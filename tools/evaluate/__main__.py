@@ -30,7 +30,7 @@ from tools.evaluate.say import table_of
 from tools.evaluate.workers import Subject, run_workers
 from tools.runs import is_run, runs_below
 from trainers.checks import validate_evaluation
-from trainers.config import ConfigError, DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, read
+from trainers.config import ConfigError, DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, read_at
 from trainers.evaluate import record
 from trainers.evaluate.judge import Judge
 from trainers.evaluate.record import FOLDER, Evaluation
@@ -109,7 +109,8 @@ def evaluate(options: argparse.Namespace) -> int:
         print(f"left out: {line}", file=sys.stderr)
     if not subjects:
         raise ConfigError("RUN_OR_MODEL", " ".join(map(str, options.paths)), "there is no run that is done")
-    code = run_workers(subjects, options)
+    machine = {name: getattr(options, name) for name in ("batch", "device", "dtype", "processes")}
+    code = run_workers(subjects, **machine, tasks=options.lm_eval or (), tasks_dir=options.lm_eval_dir)
     if code != DONE:
         return code
     console = Console()
@@ -141,7 +142,7 @@ def subjects_of(options: argparse.Namespace) -> tuple[list[Subject], list[str]]:
             if state != "done" or not (run / "export").is_dir():
                 skipped.append(f"{run} is {state}, not done")
                 continue
-            config = with_options(at_its_place(run), options)
+            config = with_options(read_at(run), options)
             found.append(Subject(name="run", config=config, folder=run / "export", out=run / FOLDER))
     if sum(subject.name == "model" for subject in found) > 1:
         raise ConfigError("--out", str(options.out or FOLDER), "several models have one place for their figures", "one model at a time")
@@ -157,18 +158,13 @@ def _model(path: Path, options: argparse.Namespace) -> Subject:
     if options.like is not None:
         if not is_run(options.like):
             raise ConfigError("--like", str(options.like), "is no run directory")
-        config = at_its_place(options.like)
+        config = read_at(options.like)
     elif options.path is not None and not (path / "adapter_config.json").is_file():
         config = RunConfig(model=ModelConfig(id=str(path)), data=DataConfig(path=options.path))
         options.no_base = True
     else:
         raise ConfigError("RUN_OR_MODEL", str(path), "is a model, and nothing says what to measure it on", "--like RUN, or --path FILE")
     return Subject(name="model", config=with_options(config, options), folder=path, out=options.out or Path(FOLDER))
-
-
-def at_its_place(run: Path) -> RunConfig:
-    """Return a run's config with the directory that it is in now."""
-    return dataclasses.replace(read(run / "config.yaml"), run_dir=str(run.resolve()))
 
 
 def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,12 +40,16 @@ def judge(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -
         verdicts = [*known, *_not_asked(questions, told)]
     else:
         reason = ""
-        with file.open("a", encoding="utf-8") as opened, _bar(2 * len(questions), len(told)) as advance:
+        console = Console(stderr=True)
+        words = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("verdicts"), TimeRemainingColumn())
+        bar = Progress(*words, console=console, disable=not console.is_terminal)
+        task = bar.add_task("", total=2 * len(questions), completed=len(told))
+        with file.open("a", encoding="utf-8") as opened, bar:
 
             def took(verdict: Verdict) -> None:
                 opened.write(json.dumps(verdict.as_row() | {"key": keys[verdict.document]}) + "\n")
                 opened.flush()
-                advance()
+                bar.advance(task)
 
             verdicts = ask(questions, settings, known, took)
     found = tally(verdicts)
@@ -65,20 +68,3 @@ def _key(question: Question, settings: Judge) -> str:
 def _not_asked(questions: list[Question], told: set[tuple[int, bool]]) -> list[Verdict]:
     left = [(question.document, swapped) for question in questions for swapped in (False, True)]
     return [Verdict(document=document, swapped=swapped, failure=NOT_ASKED) for document, swapped in left if (document, swapped) not in told]
-
-
-class _bar:  # noqa: N801 - used like a function
-    """Draw a bar of the verdicts on stderr while the block runs."""
-
-    def __init__(self, total: int, done: int) -> None:
-        console = Console(stderr=True)
-        words = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("verdicts"), TimeRemainingColumn())
-        self.progress = Progress(*words, console=console, disable=not console.is_terminal)
-        self.task = self.progress.add_task("", total=total, completed=done)
-
-    def __enter__(self) -> Callable[[], None]:
-        self.progress.start()
-        return lambda: self.progress.advance(self.task)
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()

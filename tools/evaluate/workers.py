@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import queue
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,20 +65,23 @@ class Subject:
         } | ({} if self.lm_eval is None else {"lm_eval": self.lm_eval})
 
 
-def run_workers(subjects: list[Subject], options: argparse.Namespace) -> int:
+def run_workers(
+    subjects: list[Subject],
+    *,
+    batch: int,
+    device: str,
+    dtype: str,
+    processes: int = 1,
+    tasks: Sequence[str] = (),
+    tasks_dir: str | None = None,
+) -> int:
     """Let processes measure all subjects, with a bar for each; returns their exit code, raises ConfigError for what they refuse."""
-    request = {
-        "subjects": [subject.as_json() for subject in subjects],
-        "batch": options.batch,
-        "dtype": options.dtype,
-        "device": options.device,
-        "tasks": options.lm_eval or [],
-        "tasks_dir": options.lm_eval_dir,
-    }
+    request = {"subjects": [subject.as_json() for subject in subjects], "batch": batch, "device": device, "dtype": dtype}
+    request |= {"tasks": list(tasks), "tasks_dir": tasks_dir}
     with tempfile.TemporaryDirectory() as folder, Bars(subjects) as bars:
         file = Path(folder) / "request.json"
         file.write_text(json.dumps(request), "utf-8")
-        logs = [Path(folder) / f"{rank}.log" for rank in range(options.processes)]
+        logs = [Path(folder) / f"{rank}.log" for rank in range(processes)]
         with started(file, logs) as children:
             refused = follow(children, bars.show)
         if refused is not None:

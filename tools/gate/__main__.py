@@ -25,12 +25,11 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from tools.evaluate.__main__ import at_its_place
 from tools.evaluate.workers import Subject, run_workers
 from tools.gate.card import write_card
 from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prompts, read_rules
 from tools.runs import is_run
-from trainers.config import ConfigError, DataSource, Layout, ObjectiveName, RunConfig, TooLong
+from trainers.config import ConfigError, DataSource, Layout, ObjectiveName, RunConfig, TooLong, read_at
 from trainers.evaluate import record
 from trainers.evaluate.record import FOLDER
 from trainers.status import BAD_INPUT, DONE, FAILED, read_status, try_json, write_json
@@ -58,7 +57,6 @@ def main(arguments: list[str] | None = None) -> int:
     machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPU where there is one")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type to compute in (default float32)")
     options = parser.parse_args(arguments)
-    options.processes, options.lm_eval, options.lm_eval_dir = 1, None, None
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
     try:
         return gate(options)
@@ -90,9 +88,8 @@ def gate(options: argparse.Namespace) -> int:
     if not checks and not prompts:
         raise ConfigError("--rules", str(options.rules), "asks nothing, so that any model would pass", "a rule, or prompts")
     if prompts:
-        checks += hold_prompts(rules, prompts, answer(at_its_place(run), run, prompts, rules, options))
-    deciding = [check for check in checks if "prompt `" not in check.rule]  # one prompt alone decides nothing: their share does
-    passed = all(check.passed for check in deciding)
+        checks += hold_prompts(rules, prompts, answer(read_at(run), run, prompts, rules, options))
+    passed = all(check.passed for check in checks if check.decides)
     verdict = {"passed": passed, "rules": str(options.rules), "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     write_json(run / FOLDER / "gate.json", verdict | {"checks": [dataclasses.asdict(check) for check in checks]})
     say(checks, passed)
@@ -114,7 +111,7 @@ def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, op
         asked = dataclasses.replace(config.evaluation, path=str(file), rows=len(prompts), general=None, max_new_tokens=rules.max_new_tokens)
         config = dataclasses.replace(config, data=data, evaluation=asked)
         subject = Subject(name="gate", config=config, folder=run / "export", out=run / FOLDER)
-        if run_workers([subject], options) != DONE:
+        if run_workers([subject], batch=options.batch, device=options.device, dtype=options.dtype) != DONE:
             raise NotMeasured
         part = subject.parts.get("answers", {"documents": []})
         if len(part["documents"]) != len(prompts):

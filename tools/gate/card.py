@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from tools.bench.section import cell_of
+from tools.bench.section import cell_of, without_folders
 from tools.gate.rules import Check
 from trainers.config import plain, read
 from trainers.evaluate.intervals import Estimate
@@ -59,13 +59,8 @@ def _lines(items: list[str]) -> str:
     return "\n".join(f"- {' '.join(item.split())}" for item in items)
 
 
-def _short(name: object) -> str:
-    """Return a path's name without the folders of a machine; other names as they are."""
-    return Path(str(name)).name if name and Path(str(name)).is_absolute() else str(name)
-
-
 def _model(base: str | None, is_adapter: bool, summary: dict[str, Any]) -> str:
-    name = _short(str(base).removesuffix("/export")) if base else None
+    name = without_folders(base.removesuffix("/export")) if base else None
     whole, trained = summary.get("parameters") or 0, summary.get("trainable_parameters") or 0
     if is_adapter:
         return f"A PEFT adapter of {trained:,} parameters for `{name}`."
@@ -76,7 +71,7 @@ def _model(base: str | None, is_adapter: bool, summary: dict[str, Any]) -> str:
 def _data(data: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     report = manifest.get("data", {})
     splits = report.get("splits", {})
-    lines = [f"rows: `{_short(data['path']) if data['path'] else data['source']}`, layout {report.get('layout')}"]
+    lines = [f"rows: `{without_folders(data['path']) if data['path'] else data['source']}`, layout {report.get('layout')}"]
     for name, split in splits.items():
         lines.append(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised")
     lines.append(f"lost to length: {report.get('supervised_lost', 0):,} of {report.get('supervised_before', 0):,} supervised tokens")

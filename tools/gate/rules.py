@@ -69,6 +69,8 @@ class Check:
     passed: bool
     words: str
     """The figure, and what is asked for."""
+    decides: bool = True
+    """One prompt alone decides nothing: the share of them that pass does."""
 
 
 def read_rules(file: Path) -> Rules:
@@ -185,7 +187,7 @@ def hold_prompts(rules: Rules, prompts: list[Prompt], answers: list[str]) -> lis
         faults = prompt.faults(answer)
         short = " ".join(answer.split())
         words = "passed" if not faults else f"{', '.join(faults)}: {short[:120]!r}"
-        checks.append(Check(rule=f"{prompt.kind} prompt `{prompt.name}`", passed=not faults, words=words))
+        checks.append(Check(rule=f"{prompt.kind} prompt `{prompt.name}`", passed=not faults, words=words, decides=False))
     passed = sum(check.passed for check in checks)
     share = passed / len(checks)
     words = f"{passed} of {len(checks)} passed; asked for: at least {rules.prompts_passed_at_least:g} of them"

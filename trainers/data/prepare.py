@@ -67,7 +67,7 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     name = f"data-{data_key(config, tokenizer)}"
     root = cache_root(config.data.prepared_dir)
     folder, reused = build_once(root, name, lambda partial: _build(config, tokenizer, partial, progress), "the prepared data")
-    return _open(folder, reused)
+    return open_prepared(folder, reused)
 
 
 def find_prepared(config: RunConfig) -> Prepared | None:
@@ -78,10 +78,11 @@ def find_prepared(config: RunConfig) -> Prepared | None:
     if config.model.train_tokenizer and not is_trained(config):
         return None
     folder = cache_root(config.data.prepared_dir) / f"data-{data_key(config, load_tokenizer(config))}"
-    return _open(folder, reused=True) if folder.is_dir() else None
+    return open_prepared(folder) if folder.is_dir() else None
 
 
-def _open(folder: Path, reused: bool) -> Prepared:
+def open_prepared(folder: Path, reused: bool = True) -> Prepared:
+    """Return what `prepare` has left in a folder."""
     has_eval = (folder / "eval").is_dir()
     return Prepared(
         path=folder,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from trainers.config import ConfigError, RunConfig, parse
+from trainers.config import ConfigError, parse
 from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
@@ -83,26 +83,25 @@ def say(**what: object) -> None:
 
 def measure(subject: Subject, number: int, request: dict[str, Any], device: torch.device, rank: int, size: int) -> None:
     """Measure a rank's share of a model's documents that nobody has measured."""
-    tokenizer, config = subject.tokenizer(), subject.config
-    dtype = getattr(torch, request["dtype"])
-    parts = parts_of(subject, tokenizer, config, request["dtype"])
+    tokenizer = subject.tokenizer
+    parts = parts_of(subject, request["dtype"], device)
     if rank == 0:
-        say(subject=number, weights=subject.fingerprint(), files=subject.files(), parts={part.name: part.as_json() for part in parts})
+        say(subject=number, weights=subject.fingerprint, files=subject.files, parts={part.name: part.as_json() for part in parts})
     left = {part.name: _share(part, rank, size, request["batch"]) for part in parts}
-    benchmarks = _benchmarks_file(subject, tokenizer, request) if request["tasks"] and rank == 0 else None
+    benchmarks = _benchmarks_file(subject, request) if request["tasks"] and rank == 0 else None
     if benchmarks is not None and benchmarks.is_file():
         say(subject=number, lm_eval=read_json(benchmarks))
         benchmarks = None
     if not any(len(documents) for documents in left.values()) and benchmarks is None:
         return
     say(subject=number, opening=True)
-    model = subject.open(dtype, device)
+    model = subject.open(getattr(torch, request["dtype"]), device)
     stops = _stops(model, tokenizer)
     pad = pad_id(tokenizer)
     for part in parts:
         documents = left[part.name]
         if part.name == "answers":
-            longest = config.evaluation.max_new_tokens
+            longest = subject.config.evaluation.max_new_tokens
             found = answers(model, tokenizer, part.table.table, documents, request["batch"], longest, stops, pad)
             found = (_without_ids(row) for row in found)
         else:
@@ -114,20 +113,24 @@ def measure(subject: Subject, number: int, request: dict[str, Any], device: torc
         say(subject=number, lm_eval=figures)
 
 
-def _benchmarks_file(subject: Subject, tokenizer: Any, request: dict[str, Any]) -> Path:
+def _benchmarks_file(subject: Subject, request: dict[str, Any]) -> Path:
     """Return where a model's figures of these tasks are kept."""
     own = sorted((file.name, file.read_text("utf-8")) for file in Path(request["tasks_dir"] or os.devnull).glob("*.yaml"))
     root = cache_root(subject.config.data.prepared_dir)
     root.mkdir(parents=True, exist_ok=True)
-    model = (VERSION, subject.fingerprint(), tokenizer_hash(tokenizer), request["dtype"])
-    return root / f"lm-eval-{content_key(*model, sorted(request['tasks']), own)}.json"
+    return root / f"lm-eval-{content_key(*_key_of(subject, request['dtype']), sorted(request['tasks']), own)}.json"
 
 
-def parts_of(subject: Subject, tokenizer: Any, config: RunConfig, dtype: str) -> list[Part]:
+def _key_of(subject: Subject, dtype: str) -> tuple[object, ...]:
+    """Return what decides the figures of any document: how it is measured, weights, tokenizer and type."""
+    return VERSION, subject.fingerprint, tokenizer_hash(subject.tokenizer), dtype
+
+
+def parts_of(subject: Subject, dtype: str, device: torch.device) -> list[Part]:
     """Return what is to be measured of a model: losses on held-out rows and on general text, and answers; raises ConfigError."""
+    config, model = subject.config, _key_of(subject, dtype)
     root = cache_root(config.data.prepared_dir)
-    model = (VERSION, subject.fingerprint(), tokenizer_hash(tokenizer), dtype)
-    held, text = held_out(config, tokenizer), general(subject, tokenizer)
+    held, text = held_out(config, subject.tokenizer), general(subject, device)
     parts = [Part(name="held_out", table=held, documents=held.documents, folder=_folder(root, *model, "loss", held.key))]
     if text is not None:
         parts.append(Part(name="general", table=text, documents=text.documents, folder=_folder(root, *model, "loss", text.key)))

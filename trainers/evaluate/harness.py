@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from trainers.config import ConfigError
+from trainers.evaluate.intervals import Estimate
+from trainers.evaluate.record import as_json
 
 
 def benchmark(model: PreTrainedModel, tokenizer: Any, tasks: list[str], include: str | None, batch: int) -> dict[str, dict[str, Any]]:
@@ -59,6 +61,6 @@ def _figures(figures: dict[str, Any], count: int | None) -> dict[str, Any]:
             continue
         error = figures.get(f"{metric}_stderr,{kind}")
         reach = 1.96 * error if isinstance(error, int | float) and math.isfinite(error) else None
-        ends = (None, None) if reach is None else (value - reach, value + reach)
-        found[metric if kind == "none" else f"{metric} ({kind})"] = {"value": value, "low": ends[0], "high": ends[1], "documents": count}
+        low, high = (None, None) if reach is None else (value - reach, value + reach)
+        found[metric if kind == "none" else f"{metric} ({kind})"] = as_json(Estimate(value=value, low=low, high=high, count=count or 0))
     return found

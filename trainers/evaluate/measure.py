@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from trainers.batch import IGNORE, token_logps
 from trainers.data.loader import make_batch
+from trainers.data.pack import one_each
 from trainers.data.table import TokenTable
 from trainers.model import positions_limit
 
@@ -23,10 +25,8 @@ CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
 
 def one_a_row(table: TokenTable) -> TokenTable:
     """Return the same documents, each in a row of its own."""
-    count = len(table.offsets) - 1
-    return TokenTable(
-        tokens=table.tokens, supervised=table.supervised, offsets=table.offsets, order=np.arange(count), rows=np.arange(count + 1)
-    )
+    order, rows = one_each(len(table.offsets) - 1)
+    return dataclasses.replace(table, order=order, rows=rows)
 
 
 def longest_first(table: TokenTable, documents: Ints) -> Ints:

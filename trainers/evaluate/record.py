@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from trainers.data.sources import digest
 from trainers.evaluate import intervals
 from trainers.evaluate.intervals import LEVEL, Estimate, Floats
 from trainers.evaluate.scores import is_refusal, measure
-from trainers.status import try_json, write_json
+from trainers.status import finite, try_json, try_row, write_json
 
 VERSION = 1
 FOLDER, JUDGED = "evaluation", "judge"
@@ -102,11 +101,7 @@ def digest_of(folder: Path) -> str:
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yield the JSON objects of a file's lines; the last may be the half that a killed process leaves."""
     for line in file.read_text("utf-8", "replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
+        if (row := try_row(line)) is not None:
             yield row
 
 
@@ -127,12 +122,10 @@ def write(folder: Path, name: str, about: dict[str, Any], rows: dict[str, list[d
     """Write RUN/evaluation/NAME.jsonl and NAME.json, the second last: where it is there, all is; return what they hold."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").unlink(missing_ok=True)
-    staging = folder / f".{name}.jsonl.tmp"
-    with staging.open("w", encoding="utf-8") as file:
-        for part, found in rows.items():
-            file.writelines(json.dumps({"part": part} | row, ensure_ascii=False) + "\n" for row in found)
+    staging, lines = folder / f".{name}.jsonl.tmp", [{"part": part} | row for part, found in rows.items() for row in found]
+    staging.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
     staging.rename(folder / f"{name}.jsonl")
-    evaluation = _of_rows(about, [{"part": part} | row for part, found in rows.items() for row in found])
+    evaluation = _of_rows(about, lines)
     write_json(folder / f"{name}.json", {"version": VERSION, **about, "figures": figures(evaluation)})
     return evaluation
 
@@ -148,7 +141,7 @@ def load(folder: Path, name: str) -> Evaluation | None:
         return None
 
 
-def _of_rows(about: dict[str, Any], rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> Evaluation:
+def _of_rows(about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Evaluation:
     by_part: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_part.setdefault(row["part"], []).append(row)
@@ -185,12 +178,7 @@ def of_json(figure: dict[str, Any] | None) -> Estimate | None:
     """Return what `as_json` has made plain."""
     if figure is None:
         return None
-    return Estimate(value=figure["value"], low=figure["low"], high=figure["high"], count=figure["documents"] or 0)
-
-
-def finite(figures: dict[str, float | None]) -> dict[str, Any]:
-    """Return figures with None for what is not finite, which JSON cannot hold."""
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in figures.items()}
+    return Estimate(value=figure["value"], low=figure["low"], high=figure["high"], count=figure["documents"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,7 +222,7 @@ def answers_key(ours: Evaluation, theirs: Evaluation) -> str:
 def load_judged(folder: Path, ours: Evaluation, theirs: Evaluation) -> Judged | None:
     """Return what RUN/evaluation/judge.json holds of these answers; None where it is of others, or is not there."""
     found = try_json(folder / f"{JUDGED}.json")
-    if found.get("answers") != answers_key(ours, theirs):
+    if not found or found.get("answers") != answers_key(ours, theirs):
         return None
     run, base = ({name: np.array(values, np.float64) for name, values in found[who].items()} for who in ("run", "base"))
     return Judged(about={key: value for key, value in found.items() if key not in ("run", "base", "documents")}, run=run, base=base)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from trainers.checks import SAMPLED
-from trainers.config import ConfigError, DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong, read
+from trainers.config import ConfigError, DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong, read_at
 from trainers.data.cache import build_once, cache_root, content_key
-from trainers.data.prepare import Prepared, prepare
+from trainers.data.pack import one_each
+from trainers.data.prepare import Prepared, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
 from trainers.evaluate.subject import Subject
@@ -57,10 +57,7 @@ def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared
     begun = try_json(run_dir / "manifest.json").get("prepared")
     kept = cache_root(config.data.prepared_dir) / str(begun)
     if begun is not None and kept.is_dir():  # the files that it is made of may have moved
-        has_eval = (kept / "eval").is_dir()
-        report = json.loads((kept / "report.json").read_text("utf-8"))
-        table = open_table(kept / "eval") if has_eval else None
-        return Prepared(path=kept, train=open_table(kept / "train"), eval=table, report=report, reused=True)
+        return open_prepared(kept)
     prepared = prepare(config, tokenizer=tokenizer)
     if begun is not None and begun != prepared.path.name:
         reason = f"the data has changed since {run_dir} was trained (prepared as {begun}, now {prepared.path.name})"
@@ -68,20 +65,19 @@ def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared
     return prepared
 
 
-def general(subject: Subject, tokenizer: PreTrainedTokenizerFast) -> EvalSet | None:
+def general(subject: Subject, device: torch.device) -> EvalSet | None:
     """Return the text that forgetting is measured on, of which every token counts; None where none is named.
 
     Raises ConfigError where a run that is named has another tokenizer.
     """
-    config = subject.config
+    config, tokenizer = subject.config, subject.tokenizer
     name, rows = config.evaluation.general, config.evaluation.general_rows
     if name is None:
         return None
     if name == SAMPLED:
-        return _sampled(subject, tokenizer, rows)
+        return _sampled(subject, device, rows)
     if (Path(name) / "config.yaml").is_file():
-        other = dataclasses.replace(read(Path(name) / "config.yaml"), run_dir=name)
-        prepared = _prepared(other, tokenizer)
+        prepared = _prepared(read_at(Path(name)), tokenizer)
         if prepared.eval is None:
             raise ConfigError("evaluation.general", name, "the run held no rows out", "a file of text, or `sampled`")
         if prepared.report["tokenizer_hash"] != tokenizer_hash(tokenizer):
@@ -105,7 +101,7 @@ def evenly(count: int, wanted: int) -> Ints:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(np.int64))
 
 
-def _sampled(subject: Subject, tokenizer: PreTrainedTokenizerFast, rows: int) -> EvalSet:
+def _sampled(subject: Subject, device: torch.device, rows: int) -> EvalSet:
     """Return text that the base writes itself, made once for its weights.
 
     On such text the loss of another model less that of the base is, in the mean, the divergence KL(base || model) a token: how far the
@@ -113,31 +109,27 @@ def _sampled(subject: Subject, tokenizer: PreTrainedTokenizerFast, rows: int) ->
     """
     if subject.config.model.id is None:
         raise ConfigError("evaluation.general", SAMPLED, "the run began with random weights: no base could write a text", "a file of text")
-    base = dataclasses.replace(subject, folder=None)
+    base, tokenizer = dataclasses.replace(subject, folder=None), subject.tokenizer
     first = next((number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if number is not None), None)
     if first is None:
         raise ConfigError("evaluation.general", SAMPLED, "the tokenizer has no token that a text begins with", "a file of text")
-    key = content_key("sampled", 1, base.fingerprint(), tokenizer_hash(tokenizer), rows)
+    key = content_key("sampled", 1, base.fingerprint, tokenizer_hash(tokenizer), rows)
 
     def build(folder: Path) -> None:
-        model = base.open(torch.float32, _first_device())
+        model = base.open(torch.float32, device)
         limit = positions_limit(model.config)[0] or SAMPLE_TOKENS
         texts = _write_texts(model, int(first), rows, min(SAMPLE_TOKENS, limit))
         lengths = np.array([len(text) for text in texts])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         supervised = np.ones(int(offsets[-1]), np.uint8)
         supervised[offsets[:-1]] = 0
-        order = np.arange(len(texts))
+        order, rows_of_texts = one_each(len(texts))
         tokens = np.concatenate(texts).astype(np.int32)
-        save_table(TokenTable(tokens=tokens, supervised=supervised, offsets=offsets, order=order, rows=np.arange(len(texts) + 1)), folder)
+        save_table(TokenTable(tokens=tokens, supervised=supervised, offsets=offsets, order=order, rows=rows_of_texts), folder)
 
     folder, _ = build_once(cache_root(subject.config.data.prepared_dir), f"sampled-{key}", build, "the base's own text")
     table = open_table(folder)
     return EvalSet(table=table, documents=np.arange(len(table.offsets) - 1), key=folder.name)
-
-
-def _first_device() -> torch.device:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from trainers.config import ConfigError, Quantisation, RunConfig
 from trainers.data.cache import content_key
 from trainers.data.tokenizer import load_tokenizer
 from trainers.evaluate.record import digest_of
-from trainers.model import make_blueprint
+from trainers.model import Blueprint, make_blueprint
 from trainers.peft.adapt import adapt
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import reopen_adapter
@@ -33,34 +34,40 @@ class Subject:
         """Tell an adapter, which needs the run's base."""
         return self.folder is not None and (self.folder / "adapter_config.json").is_file()
 
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Return the tokenizer that rows are encoded with: the run's."""
         return load_tokenizer(self.config)
 
+    @cached_property
+    def blueprint(self) -> Blueprint:
+        """Return what the run's base is built from; raises ConfigError where it is gone."""
+        return make_blueprint(self.config.model, self.config.seed, self.tokenizer)
+
+    @cached_property
     def base(self) -> Path:
         """Return the directory of the run's base; raises ConfigError where it has none, or it is gone."""
-        config = self.config
-        if config.model.id is None:
+        if self.blueprint.folder is None:
             raise ConfigError("model.id", None, "the run began with random weights: there is no base to evaluate", "--no-base")
-        folder = make_blueprint(config.model, config.seed, self.tokenizer()).folder
-        assert folder is not None
-        return folder
+        return self.blueprint.folder
 
+    @cached_property
     def files(self) -> str:
         """Return what stands for its own files."""
-        return digest_of(self.base() if self.folder is None else self.folder)
+        return digest_of(self.base if self.folder is None else self.folder)
 
+    @cached_property
     def fingerprint(self) -> str:
         """Return what stands for the weights: of adapters those of the base too, and how it was rounded."""
-        parts = [self.files()]
+        parts = [self.files]
         if self.is_adapter:
-            parts += [digest_of(self.base()), str(self.config.peft.quantise)]
+            parts += [digest_of(self.base), str(self.config.peft.quantise)]
         return content_key(*parts)
 
     def open(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Return the model in `dtype`, ready to be asked; on several GPUs of one machine where one does not hold it."""
         where = "auto" if device.type == "cuda" and device.index is None else {"": device} if device.type == "cuda" else None
-        folder = self.base() if self.folder is None or self.is_adapter else self.folder
+        folder = self.base if self.folder is None or self.is_adapter else self.folder
         trust = self.config.model.trust_remote_code
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where, trust_remote_code=trust)
         model.requires_grad_(False)
@@ -75,7 +82,6 @@ class Subject:
         config = self.config
         if config.peft.quantise is Quantisation.none:
             return model
-        blueprint = make_blueprint(config.model, config.seed, self.tokenizer())
-        outline = blueprint.build()
+        outline = self.blueprint.build()
         begun = dataclasses.replace(config, peft=dataclasses.replace(config.peft, adapter=None))
-        return round_base(model, adapt(outline, origin_of(outline, blueprint), begun, blueprint, torch.float32))
+        return round_base(model, adapt(outline, origin_of(outline, self.blueprint), begun, self.blueprint, torch.float32))
