@@ -18,8 +18,8 @@ from launcher.config import Backend, JobConfig, Mode, validate_machine, world_si
 from launcher.ending import INTERRUPTED
 from launcher.job import Job, freeze, frozen_text, make_job
 from launcher.report import print_summary
-from trainers.config import ConfigError
-from trainers.status import BAD_INPUT, DONE, read_status
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import BAD_INPUT, DONE, read_status
 
 
 class Starter(Protocol):

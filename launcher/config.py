@@ -12,7 +12,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from trainers.config import ConfigError, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig
 from trainers.plan.request import HardwareConfig, PlanConfig
 
 EARLY_S = 60

@@ -8,8 +8,8 @@ import sys
 from launcher.config import is_plain
 from launcher.job import Job, mark_failed
 from launcher.report import print_summary
-from trainers.config import ConfigError
-from trainers.status import DONE, FAILED, STOPPED, SUPERSEDED, Attempt, killed_by, read_status
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import DONE, FAILED, STOPPED, SUPERSEDED, Attempt, killed_by, read_status
 
 INTERRUPTED = 130
 

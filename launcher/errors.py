@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 
 from launcher.fields import all_fields, choices, expected, names_at
 from launcher.origin import UNSET, shown, where_set
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 # What other trainers call it: too far from our names for a comparison of letters to find.
 OTHER_NAMES = {

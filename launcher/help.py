@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launcher.fields import all_fields, choices
-from trainers.config import plain
+from trainers.config.schema import plain
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

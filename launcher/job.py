@@ -29,10 +29,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
 from launcher.process import KILL_AFTER_S
-from trainers.checks import check_world, validate
-from trainers.config import ConfigError, RunConfig, escaped, plain
+from trainers.config.checks import check_world, validate
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig, escaped, plain
 from trainers.plan.request import HardwareConfig, PlanConfig
-from trainers.status import PASSING, Attempt, newest_attempt, read_status, write_json
+from trainers.rundir.attempt import PASSING, Attempt, newest_attempt, read_status, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (

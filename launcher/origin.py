@@ -104,4 +104,5 @@ def _from_schema(path: str) -> tuple[str, Any]:
     field = all_fields().get(path)
     if field is None:
         return "", UNSET
-    return f"default of {'launcher' if path.split('.')[0] in ('mode', 'launch') else 'trainers'}/config.py", field.default
+    place = "launcher/config.py" if path.split(".")[0] in ("mode", "launch") else "trainers/config/schema.py"
+    return f"default of {place}", field.default

@@ -18,9 +18,10 @@ import yaml
 from launcher.config import Backend, JobConfig, LaunchConfig, gpus_per_node, ranks_per_node
 from launcher.job import ROOT, Job, make_job, require_joinable
 from launcher.process import prepare_child
-from trainers.config import ConfigError, EngineName, Offload, PeftMethod, Quantisation, plain
+from trainers.config.errors import ConfigError
+from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
-from trainers.status import BAD_INPUT, DONE, FAILED, try_json
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, try_json
 
 HARDWARE = ROOT / "conf" / "hardware"
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

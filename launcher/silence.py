@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 
 from launcher.job import Job, mark_failed
-from trainers.status import Attempt, read_status
-from trainers.watchdog import Beat, judge, read_beats, send
+from trainers.health.watchdog import Beat, judge, read_beats, send
+from trainers.rundir.attempt import Attempt, read_status
 
 LOOK_EVERY_S = 1.0
 LATER_S = 10.0

@@ -23,8 +23,8 @@ from launcher.job import ROOT, Job, mark_submitted
 from launcher.report import print_new
 from launcher.snapshot import take
 from launcher.task import Task
-from trainers.config import ConfigError
-from trainers.status import DONE, FAILED, Attempt, read_status, write_json
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import DONE, FAILED, Attempt, read_status, write_json
 
 LOOK_EVERY_S = 1.0
 LOOK_S = 3.0

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from launcher.job import ROOT
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 
 def take(run_dir: Path) -> Path:

@@ -22,8 +22,8 @@ from launcher.config import Backend, Mode
 from launcher.ending import INTERRUPTED
 from launcher.job import Job, freeze, make_job
 from launcher.report import read_summary
-from trainers.config import ConfigError
-from trainers.status import DONE, FAILED, read_status
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import DONE, FAILED, read_status
 
 PLUGINS = Path(__file__).parent / "plugins"
 LONGEST_NAME = 120

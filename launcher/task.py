@@ -16,8 +16,8 @@ from launcher.job import Job, mark_failed, next_attempt
 from launcher.queue import ask, record_of
 from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
-from trainers.config import ConfigError
-from trainers.status import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, Attempt, killed_by, read_status, write_json
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, Attempt, killed_by, read_status, write_json
 
 ANSWER_S = 60.0
 FRUITLESS = 3

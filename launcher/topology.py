@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.config import LaunchConfig, count_gpus, ranks_per_node, world_size
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 FIRST_PORT, PORTS = 20_000, 20_000
 """Below the ports that systems hand out by themselves, and as many job ids in a row have one of their own."""

@@ -132,7 +132,7 @@ REQUIRE = """
 import logging, sys, time
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 import torch
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.engines import ops
 ops.import_deepspeed()
 start = time.monotonic()

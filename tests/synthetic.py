@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 
 from launcher.job import frozen_text
-from trainers.config import EvaluationConfig, Metric, ModelConfig, OptimConfig, PeftConfig, PeftMethod, RunConfig, TrainConfig, plain
-from trainers.evaluate import record
+from tools.evaluate import record
+from trainers.config.schema import EvaluationConfig, Metric, ModelConfig, OptimConfig, PeftConfig, PeftMethod, RunConfig, TrainConfig, plain
 
 DOCUMENTS = 80
 

@@ -15,8 +15,9 @@ from conftest import Ranks, save_tiny
 from test_engine_parity import blueprint_for
 from test_peft import CASES, LR, STEPS, NoTokenizer, batch_of, config_for, config_for_method, rows_of_steps
 
-from trainers.checks import validate
-from trainers.config import ConfigError, Offload, PeftConfig, PeftMethod
+from trainers.config.checks import validate
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Offload, PeftConfig, PeftMethod
 from trainers.engines.base import build_engine
 from trainers.peft.adalora import Allocator, Part, _pull_to_orthogonal
 from trainers.peft.saved import export_adapter, reopen_adapter

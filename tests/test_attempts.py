@@ -23,8 +23,8 @@ from launcher.compose import compose
 from launcher.ending import settle
 from launcher.job import freeze, make_job, next_attempt
 from launcher.silence import Silence
-from trainers.status import Attempt
-from trainers.watchdog import LAST_RESORT_S
+from trainers.health.watchdog import LAST_RESORT_S
+from trainers.rundir.attempt import Attempt
 
 SOON_S = 40
 COMMON = ("train.steps=24", "checkpoint.every=3", "train.eval_every=8", "data.packing=false")

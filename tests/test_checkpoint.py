@@ -19,9 +19,9 @@ from test_peft import batch_of, blueprint_for, config_for, rows_of_steps
 
 from trainers import host
 from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress
-from trainers.config import CheckpointConfig
+from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import build_engine
-from trainers.status import Attempt, Superseded, newest_attempt
+from trainers.rundir.attempt import Attempt, Superseded, newest_attempt
 from trainers.world import World
 
 SMALL = 3 << 20

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainers.batch import IGNORE
-from trainers.config import TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.data.loader import Loader, eval_batches, make_batch, row_order
 from trainers.data.pack import one_each, pack
 from trainers.data.table import TokenTable

@@ -12,7 +12,8 @@ import pytest
 from conftest import SHARED, needs_shared
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from trainers.config import ConfigError, DataConfig, Layout, ModelConfig, RunConfig, Supervise
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, Layout, ModelConfig, RunConfig, Supervise
 from trainers.data.encode import encoder_of
 from trainers.data.formats import BadRow, to_messages
 from trainers.data.masks import CHATML, Rendered, fill, plain_pair, render, shared_length, template_of

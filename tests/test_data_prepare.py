@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from test_data_masks import tokenizer_of
 
-from trainers.config import ConfigError, DataConfig, Layout, ModelConfig, ObjectiveConfig, ObjectiveName, RunConfig, Supervise, TooLong
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, Layout, ModelConfig, ObjectiveConfig, ObjectiveName, RunConfig, Supervise, TooLong
 from trainers.data import formats, prepare
 from trainers.data.formats import BadRow
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
@@ -345,7 +346,7 @@ def test_an_unwritable_folder_is_an_error_on_its_field(config, tmp_path):
 
 SLOWED = """
 import sys, time
-from trainers.config import DataConfig, ModelConfig, RunConfig
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig
 from trainers.data import prepare
 slow = prepare._encode_all
 def slowed(*args):

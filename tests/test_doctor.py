@@ -17,7 +17,7 @@ import pytest
 from conftest import REQUIRE, start_require
 
 from tools.doctor import _probe_look
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.engines import ops
 
 ROOT = Path(__file__).parents[1]

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from launcher.compose import CONF, compose
-from trainers import deepspeed_keys
-from trainers.checks import check_world
-from trainers.config import ConfigError, RunConfig
-from trainers.deepspeed_keys import check_overrides
+from trainers.config import deepspeed_keys
+from trainers.config.checks import check_world
+from trainers.config.deepspeed_keys import check_overrides
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig
 
 SCRATCH = ["model=scratch", "data=python_docs", "train.precision=fp32"]
 PRESETS = sorted(file.stem for file in (CONF / "engine").glob("*.yaml"))

@@ -20,10 +20,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
-from trainers.config import DataConfig, EngineConfig, ModelConfig, Offload, OptimConfig, OptimizerName, Precision, RunConfig, TrainConfig
+from trainers.config.schema import (
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    Offload,
+    OptimConfig,
+    OptimizerName,
+    Precision,
+    RunConfig,
+    TrainConfig,
+)
 from trainers.engines.base import build_engine
 from trainers.engines.fsdp import sum_of_squares
-from trainers.model import Blueprint
+from trainers.model.blueprint import Blueprint
 from trainers.objectives import NextToken
 from trainers.world import World
 

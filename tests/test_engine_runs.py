@@ -14,7 +14,7 @@ import torch
 from command import ROOT, arguments, damaged_bases, environment, launch, read_rows, save_in_bf16, stop_at_step, trace, wait_until_gone
 from conftest import save_tiny
 
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.engines.fsdp import find_blocks, require_small_groups
 
 OFFLOADS = ["zero3", "zero3_offload", "fsdp_offload"]

@@ -19,9 +19,9 @@ from command import ROOT, arguments, environment, launch
 from conftest import save_tiny
 
 from tools.evaluate.__main__ import main as evaluate
-from trainers.config import plain, read, read_at
-from trainers.evaluate.measure import Alone, answers, losses
-from trainers.evaluate.record import load
+from tools.evaluate.measure import Alone, answers, losses
+from tools.evaluate.record import load
+from trainers.config.schema import plain, read, read_at
 
 SAMPLED = ("--general", "sampled", "--general-rows", "12", "--rows", "5", "--max-new-tokens", "8")
 
@@ -69,8 +69,8 @@ def measured(
     folder: Path, run: Path, size: int, batch: int, capsys: pytest.CaptureFixture[str], **more: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """What `size` workers with this batch leave, by part and document; one after another here, they share nothing but files."""
-    from trainers.evaluate.__main__ import main
-    from trainers.evaluate.record import collect
+    from tools.evaluate.measuring import main
+    from tools.evaluate.record import collect
 
     folder.mkdir(exist_ok=True)
     file = request_of(folder, run, batch, **more)
@@ -87,7 +87,7 @@ def measured(
 def test_no_figure_depends_on_ranks_or_batches(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainers.evaluate.__main__.die_with_parent", lambda: None)
+    monkeypatch.setattr("tools.evaluate.measuring.die_with_parent", lambda: None)
     splits = [(1, 8), (2, 3), (3, 1), (1, 1), (3, 8)] if dtype == "float32" else [(1, 8), (3, 3)]
     found = []
     for number, (size, batch) in enumerate(splits):
@@ -184,7 +184,7 @@ def test_answers_do_not_depend_on_batches_where_tokens_are_as_likely(finished: P
         found = [ids_by_document(batch) for batch in (1, 3, 8, 24)]
         assert asked
         assert found[0] == found[1] == found[2] == found[3]
-        patch.setattr("trainers.evaluate.measure.CLOSE", {torch.float32: 0.0})
+        patch.setattr("tools.evaluate.measure.CLOSE", {torch.float32: 0.0})
         assert any(ids_by_document(batch) != found[0] for batch in (3, 8, 24))  # what it is for
 
 
@@ -242,8 +242,8 @@ def test_text_that_the_base_wrote_measures_how_far_a_model_has_gone_from_it(eval
 
 def test_what_is_measured_is_not_measured_again(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainers.evaluate.__main__.die_with_parent", lambda: None)
-        from trainers.evaluate.__main__ import main
+        patch.setattr("tools.evaluate.measuring.die_with_parent", lambda: None)
+        from tools.evaluate.measuring import main
 
         file = request_of(tmp_path, finished, 2, rows=4, max_new_tokens=6)
         assert main([str(file), "0", "2"]) == 0  # the other of two processes never came
@@ -255,7 +255,7 @@ def test_what_is_measured_is_not_measured_again(finished: Path, tmp_path: Path, 
         texts = [path.read_text() for path in tmp_path.glob("evaluation-*/*.jsonl")]
         lines = [line for text in texts for line in text.splitlines() if line.endswith("}")]
         assert len(lines) == sum(map(len, rows.values()))
-        patch.setattr("trainers.evaluate.subject.Subject.open", lambda *_: pytest.fail("a model was opened for nothing"))
+        patch.setattr("tools.evaluate.subject.Subject.open", lambda *_: pytest.fail("a model was opened for nothing"))
         again = measured(tmp_path, finished, 3, 1, capsys, rows=4, max_new_tokens=6)
         assert again == rows
 
@@ -277,8 +277,8 @@ def test_a_run_is_measured_on_its_own_rows_wherever_it_is(
     finished: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it was, another run may stand by now."""
+    from tools.evaluate.sets import held_out
     from trainers.data.tokenizer import load_tokenizer
-    from trainers.evaluate.sets import held_out
 
     monkeypatch.setenv("FULLTUNE_CACHE", str(cache))
     moved = tmp_path / "moved"
@@ -294,7 +294,7 @@ def test_a_run_is_measured_on_its_own_rows_wherever_it_is(
 
 
 def test_models_are_told_apart_wherever_they_differ(finished: Path, tmp_path: Path) -> None:
-    from trainers.evaluate.record import digest_of
+    from tools.evaluate.record import digest_of
 
     shutil.copytree(finished / "export", tmp_path / "export")
     assert digest_of(tmp_path / "export") == digest_of(finished / "export")
@@ -374,7 +374,9 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(finished: Path, tm
         child.kill()
     assert child.returncode == 130, said
     assert "the same command goes on from there" in said
-    left = subprocess.run(["pgrep", "-f", "trainers.evaluate"], capture_output=True, text=True, check=False, timeout=10).stdout.split()
+    left = subprocess.run(
+        ["pgrep", "-f", "tools.evaluate.measuring"], capture_output=True, text=True, check=False, timeout=10
+    ).stdout.split()
     mine = [pid for pid in left if str(kept).encode() in _environ(pid)]
     assert not mine
     assert not (run / "evaluation").exists()

@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, LlamaConfig
 
 from tools import export
-from trainers.config import ModelConfig, RunConfig, plain
-from trainers.model import export as write_export
-from trainers.model import make_blueprint
+from trainers.config.schema import ModelConfig, RunConfig, plain
+from trainers.model.blueprint import export as write_export
+from trainers.model.blueprint import make_blueprint
 
 MIB = 2**20
 KINDS = {

@@ -14,7 +14,7 @@ from test_evaluate import SAMPLED, tool
 
 from tools.gate.__main__ import RULES, main, rows_of
 from tools.gate.rules import hold_prompts, read_prompts, read_rules
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trainers import host
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.host import GIB, MIB, HostMemory, Limit
 
 ROOT = Path(__file__).parents[1]

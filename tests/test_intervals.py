@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from trainers.evaluate.intervals import Estimate, difference, level_of_all, mean, ratio, share
+from tools.evaluate.intervals import Estimate, difference, level_of_all, mean, ratio, share
 
 TRIALS = 600
 WITHIN = 3.3 * math.sqrt(0.95 * 0.05 / TRIALS)

@@ -21,7 +21,7 @@ import pytest
 from conftest import free_port
 from synthetic import change, make_run
 
-from trainers.evaluate.judge import CRITERIA, DOWN_AFTER, Judge, Question, Verdict, ask, check, read_scores, tally
+from tools.evaluate.judge import CRITERIA, DOWN_AFTER, Judge, Question, Verdict, ask, check, read_scores, tally
 
 pytestmark = pytest.mark.timeout(30)
 KEY = "sk-a-secret"
@@ -444,13 +444,13 @@ def test_check_says_early_what_is_wrong(endpoint: Endpoint, monkeypatch: pytest.
 
 
 def test_the_judge_needs_no_torch() -> None:
-    line = "import sys, trainers.evaluate.judge; sys.exit('torch' in sys.modules)"
+    line = "import sys, tools.evaluate.judge; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", line], check=True, timeout=20, cwd=Path(__file__).parents[1])
 
 
 def judged(run: Path, judge: Judge) -> bool:
     from tools.evaluate.judging import judge as let_judge
-    from trainers.evaluate.record import load
+    from tools.evaluate.record import load
 
     ours, theirs = (load(run / "evaluation", name) for name in ("run", "base"))
     assert ours is not None

@@ -18,8 +18,8 @@ from launcher.config import LaunchConfig, count_gpus, ranks_per_node, run_config
 from launcher.fields import all_fields
 from launcher.help import experiments, fields, presets
 from launcher.job import frozen_text, make_job
-from trainers.checks import load
-from trainers.config import plain
+from trainers.config.checks import load
+from trainers.config.schema import plain
 
 ROOT = CONF.parent
 METHODS = ("full", "lora", "dora", "ia3")

@@ -20,9 +20,9 @@ from launcher import job as job_module
 from launcher.compose import CONF, compose
 from launcher.job import Job, freeze, make_job, mark_submitted, next_attempt, only_launcher
 from launcher.report import rows
-from trainers.checks import load
-from trainers.config import ConfigError
-from trainers.status import read_status
+from trainers.config.checks import load
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import read_status
 
 ROOT = CONF.parent
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from trainers.config import ConfigError, OptimConfig, Schedule
+from trainers.config.errors import ConfigError
+from trainers.config.schema import OptimConfig, Schedule
 from trainers.loop import learning_rate, stalled
 
 

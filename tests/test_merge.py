@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from tools import merge
-from trainers.peft import merge as merging
+from tools.merge import __main__ as merge
+from tools.merge import modules as merging
 
 REL = 1e-5
 Q = "model.layers.1.self_attn.q_proj"

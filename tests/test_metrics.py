@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config import LogConfig, RunConfig, WandbMode
-from trainers.metrics import Metrics
-from trainers.status import Attempt
+from trainers.config.schema import LogConfig, RunConfig, WandbMode
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
 ROW = {"loss": 1.0, "tokens_per_second": 3.0, "step_seconds": 0.1}
@@ -57,9 +57,9 @@ def test_status_keeps_what_it_knew_and_forgets_an_old_error(tmp_path: Path) -> N
 MIRROR = """
 import json, os, sys, time
 from pathlib import Path
-from trainers.config import LogConfig, RunConfig, WandbMode
-from trainers.metrics import Metrics, log_to_terminal
-from trainers.status import Attempt
+from trainers.config.schema import LogConfig, RunConfig, WandbMode
+from trainers.rundir.metrics import Metrics, log_to_terminal
+from trainers.rundir.attempt import Attempt
 folder = Path(sys.argv[1])
 (folder / "manifest.json").write_text(json.dumps({"wandb_id": "abc12345"}))
 log_to_terminal(0)

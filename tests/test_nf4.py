@@ -13,8 +13,9 @@ from conftest import Ranks, save_tiny
 from test_peft import blueprint_for, config_for, locals_of
 from transformers import AutoModelForCausalLM
 
-from trainers.checks import validate
-from trainers.config import AdapterInit, ConfigError, DataConfig, DataSource, PeftConfig, PeftMethod, Precision, Quantisation
+from trainers.config.checks import validate
+from trainers.config.errors import ConfigError
+from trainers.config.schema import AdapterInit, DataConfig, DataSource, PeftConfig, PeftMethod, Precision, Quantisation
 from trainers.engines.base import build_engine
 from trainers.peft.nf4 import dequantise, packed_shape, quantise, round_trip
 from trainers.world import World

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM
 
 from tools.bench.engines import engine_preset
 from trainers.batch import IGNORE, Batch
-from trainers.checks import UNAVAILABLE, validate
-from trainers.config import (
+from trainers.config.checks import UNAVAILABLE, validate
+from trainers.config.errors import ConfigError
+from trainers.config.schema import (
     AdapterBias,
     AdapterInit,
-    ConfigError,
     DataConfig,
     DataSource,
     EngineConfig,
@@ -46,13 +46,13 @@ from trainers.config import (
     TrainConfig,
 )
 from trainers.engines.base import build_engine
-from trainers.model import export
+from trainers.model.blueprint import export
+from trainers.model.weights import origin_of
 from trainers.objectives import NextToken
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation, read_whole
 from trainers.peft.nf4 import packed_shape, round_trip
 from trainers.peft.saved import export_adapter
-from trainers.weights import origin_of
 from trainers.world import World
 
 STEPS, ROWS, LENGTH, LR, REL = 20, 6, 12, 2e-3, 1e-5
@@ -552,7 +552,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
 def test_what_the_model_does_not_have_is_refused_before_a_value_is_read(
     folders: Any, monkeypatch: pytest.MonkeyPatch, case: str, more: dict[str, Any], words: list[str]
 ) -> None:
-    monkeypatch.setattr("trainers.stored.Weights.read", None)
+    monkeypatch.setattr("trainers.model.safetensors_files.Weights.read", None)
     monkeypatch.setitem(CASES, case, CASES[case] | more)
     with pytest.raises(ConfigError) as refused:
         adaptation_of(folders["lora"], case)

@@ -27,9 +27,9 @@ from launcher.compose import compose
 from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
 from tools.bench.plan import CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
-from trainers.config import DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.engines import fsdp
-from trainers.model import Blueprint
+from trainers.model.blueprint import Blueprint
 from trainers.plan.allocator import Pool
 from trainers.plan.estimate import FAST, SLOW, bandwidth, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import read_model

@@ -24,13 +24,13 @@ from test_watchdog import finish, pids_of, started, status_of
 
 from launcher.compose import compose
 from launcher.job import make_job
-from trainers import preflight
-from trainers.checks import validate
-from trainers.config import ConfigError
-from trainers.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, judge
-from trainers.status import Attempt
-from trainers.stragglers import EVERY, IN_A_ROW, Named, Slow, Stragglers, slow_ranks
-from trainers.watchdog import Beat, Verdict
+from trainers.config.checks import validate
+from trainers.config.errors import ConfigError
+from trainers.health import preflight
+from trainers.health.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, judge
+from trainers.health.stragglers import EVERY, IN_A_ROW, Named, Slow, Stragglers, slow_ranks
+from trainers.health.watchdog import Beat, Verdict
+from trainers.rundir.attempt import Attempt
 from trainers.world import World
 
 HOST = socket.gethostname()
@@ -332,7 +332,7 @@ import importlib.util, os, sys
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name != "trainers.preflight":
+        if name != "trainers.health.preflight":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -78,7 +78,7 @@ def test_plain_transformers_opens_the_export_in_a_process_without_us(finished: P
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     said = subprocess.run(line, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=100, check=True).stdout
     opened = json.loads(said.splitlines()[-1])
-    from trainers.checks import load
+    from trainers.config.checks import load
     from trainers.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(load(finished / "config.yaml"))

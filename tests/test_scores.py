@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from trainers.config import Metric
-from trainers.evaluate.scores import common_length, exact_match, extract, is_json, is_refusal, measure, repetition, rouge_l
+from tools.evaluate.scores import common_length, exact_match, extract, is_json, is_refusal, measure, repetition, rouge_l
+from trainers.config.schema import Metric
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = 72 clips altogether.\n#### 72"
 

@@ -16,8 +16,8 @@ from launcher.compose import CONF, compose
 from launcher.config import Backend, LaunchConfig, minutes, validate_launch
 from launcher.job import Job, make_job
 from launcher.topology import from_slurm
-from trainers.config import ConfigError
-from trainers.status import Attempt
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import Attempt
 
 ROOT = CONF.parent
 GOLDEN = Path(__file__).parent / "golden" / "slurm"

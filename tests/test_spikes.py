@@ -11,7 +11,7 @@ import pytest
 from command import arguments, launch, read_rows, trace
 from conftest import WORDS
 
-from trainers.spikes import FEWEST, Spikes, limit
+from trainers.health.spikes import FEWEST, Spikes, limit
 
 
 def test_the_limit_is_robust() -> None:

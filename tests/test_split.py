@@ -15,15 +15,15 @@ from conftest import Ranks, save_tiny
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
-from trainers.config import DataConfig, LogConfig, ModelConfig, OptimConfig, Precision, RunConfig, TrainConfig, WandbMode
+from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, Precision, RunConfig, TrainConfig, WandbMode
 from trainers.data.loader import Loader, make_batch
 from trainers.data.pack import pack
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.engines.base import build_engine
 from trainers.loop import learning_rate, require_isolation, train
-from trainers.model import Blueprint
-from trainers.status import Attempt
+from trainers.model.blueprint import Blueprint
+from trainers.rundir.attempt import Attempt
 from trainers.world import World
 
 LR, STEPS = 1e-2, 3

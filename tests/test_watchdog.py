@@ -20,10 +20,10 @@ from test_run import wait_for
 from launcher.compose import compose
 from launcher.job import freeze, make_job, next_attempt
 from launcher.silence import LATER_S, Silence
-from trainers.checks import load
-from trainers.config import ConfigError
-from trainers.status import Attempt, read_status
-from trainers.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge, read_beats
+from trainers.config.checks import load
+from trainers.config.errors import ConfigError
+from trainers.health.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge, read_beats
+from trainers.rundir.attempt import Attempt, read_status
 
 SOON_S = 60
 FAULTS = """

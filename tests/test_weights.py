@@ -17,22 +17,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, LlamaModel, PreTrainedModel
 
 from tools.bench import load as bench_load
-from trainers.config import ConfigError, DataConfig, EngineName, ModelConfig, Precision, RunConfig, TrainConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, EngineName, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
 from trainers.engines.base import build_engine
-from trainers.model import Blueprint, export, make_blueprint
-from trainers.stored import Weights
-from trainers.weights import (
-    Checkpoint,
-    Origin,
-    load_parts,
-    materialise,
-    origin_of,
-    require_tied,
-    require_written,
-    slices,
-    tied_names,
-)
+from trainers.model.blueprint import Blueprint, export, make_blueprint
+from trainers.model.safetensors_files import Weights
+from trainers.model.weights import Checkpoint, Origin, load_parts, materialise, origin_of, require_tied, require_written, slices, tied_names
 from trainers.world import World
 
 STYLES: dict[str, dict[str, Any]] = {

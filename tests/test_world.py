@@ -48,7 +48,7 @@ FAILING = """
 import os, signal, sys
 from pathlib import Path
 from trainers import __main__ as rank
-from trainers import status
+from trainers.rundir import attempt as status
 from trainers.world import World
 
 world = World.from_environment()

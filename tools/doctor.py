@@ -38,7 +38,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trainers import host
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 MARKS = {OK: "[green]✓[/]", NOTE: "[dim]·[/]", WARN: "[yellow]![/]", FAIL: "[bold red]✗[/]"}

@@ -28,14 +28,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from trainers.checks import require_model_directory
-from trainers.config import Attention, ConfigError, PeftMethod, RunConfig, read
+from trainers.config.checks import require_model_directory
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Attention, PeftMethod, RunConfig, read
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
-    from trainers.model import Blueprint
+    from trainers.model.blueprint import Blueprint
 
 PIECE_BYTES = 1 << 20
 DTYPES = ("saved", "float32", "bfloat16", "float16")
@@ -87,7 +88,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     import torch
 
     from trainers.data.tokenizer import load_tokenizer, stop_ids
-    from trainers.model import export, export_plan, make_blueprint
+    from trainers.model.blueprint import export, export_plan, make_blueprint
 
     tokenizer = load_tokenizer(config)
     require_same_tokenizer(folder.parent.parent, tokenizer)
@@ -164,7 +165,7 @@ def read_config(path: Path, model: str | None) -> RunConfig:
 def require_same_tokenizer(run_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise Refused if the run was trained with another tokenizer or chat template than this one, which the export would carry."""
     from trainers.data.tokenizer import template_hash, tokenizer_hash
-    from trainers.status import read_json
+    from trainers.rundir.attempt import read_json
 
     prepared = read_json(run_dir / "manifest.json").get("data") or {}
     for what, now in (("tokenizer", tokenizer_hash(tokenizer)), ("chat template", template_hash(tokenizer))):
@@ -230,8 +231,8 @@ class Stored:
 
         Raises Refused unless the checkpoint has the tensors of the model and no others, in their shapes.
         """
-        from trainers.stored import listed
-        from trainers.weights import origin_of, tied_names
+        from trainers.model.safetensors_files import listed
+        from trainers.model.weights import origin_of, tied_names
 
         model = blueprint.build()
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -30,8 +30,8 @@ from rich.table import Table
 
 from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
-from trainers.status import attempt_folder, newest_attempt, read_status, try_row
-from trainers.watchdog import read_beats
+from trainers.health.watchdog import read_beats
+from trainers.rundir.attempt import attempt_folder, newest_attempt, read_status, try_row
 
 REFUSED, BAD_INPUT, STOPPED = 1, 2, 130
 WATCH_S, FOLLOW_S = 2.0, 0.5

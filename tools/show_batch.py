@@ -15,7 +15,8 @@ from rich.text import Text
 
 from launcher.compose import compose
 from launcher.config import run_config
-from trainers.config import ConfigError, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

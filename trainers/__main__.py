@@ -27,23 +27,33 @@ import transformers
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from trainers import preflight
 from trainers.batch import IGNORE, Batch, token_logps
 from trainers.checkpoint import NoCheckpoint
-from trainers.checks import check_world, load
-from trainers.config import ConfigError, PeftMethod, Precision, RunConfig
+from trainers.config.checks import check_world, load
+from trainers.config.errors import ConfigError
+from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine, require_parts
+from trainers.health import preflight
+from trainers.health.watchdog import Phase, exit_after, watch
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
-from trainers.metrics import console, log_to, log_to_terminal
-from trainers.model import Blueprint, check_export, export, flops_per_token, make_blueprint, positions_limit, reopen, sample_answer
+from trainers.model.blueprint import (
+    Blueprint,
+    check_export,
+    export,
+    flops_per_token,
+    make_blueprint,
+    positions_limit,
+    reopen,
+    sample_answer,
+)
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.status import BAD_INPUT, DONE, FAILED, STOPPED, SUPERSEDED, Attempt, Superseded, read_json
-from trainers.watchdog import Phase, exit_after, watch
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, STOPPED, SUPERSEDED, Attempt, Superseded, read_json
+from trainers.rundir.metrics import console, log_to, log_to_terminal
 from trainers.world import Stopped, World
 
 gc.enable()

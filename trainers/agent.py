@@ -18,8 +18,8 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.status import FAILED, TOGETHER_S, Attempt, killed_by, newest_attempt
-from trainers.watchdog import read_beats, send
+from trainers.health.watchdog import read_beats, send
+from trainers.rundir.attempt import FAILED, TOGETHER_S, Attempt, killed_by, newest_attempt
 
 LATE_S = 15
 """For ranks to end by themselves once the run has failed: those that save get longer only while it has not."""

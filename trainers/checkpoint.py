@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from trainers import host
-from trainers.config import CheckpointConfig
+from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
-from trainers.status import Attempt, Superseded, read_json, write_json
+from trainers.rundir.attempt import Attempt, Superseded, read_json, write_json
 from trainers.world import World
 
 log = logging.getLogger("fulltune")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 GIB = 1 << 30
 MIB = 1 << 20

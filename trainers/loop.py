@@ -14,16 +14,17 @@ import torch
 
 from trainers.batch import IGNORE, Batch
 from trainers.checkpoint import Checkpointer, Progress
-from trainers.config import ConfigError, OnSpike, OptimConfig, RunConfig, Schedule
+from trainers.config.errors import ConfigError
+from trainers.config.schema import OnSpike, OptimConfig, RunConfig, Schedule
 from trainers.data.loader import Ints, Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
-from trainers.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
+from trainers.health.spikes import Spikes
+from trainers.health.stragglers import Stragglers
+from trainers.health.watchdog import Phase, watch
 from trainers.objectives import CHOICES, Objective
-from trainers.spikes import Spikes
-from trainers.status import Attempt, Superseded, finite
-from trainers.stragglers import Stragglers
-from trainers.watchdog import Phase, watch
+from trainers.rundir.attempt import Attempt, Superseded, finite
+from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
 from trainers.world import World, seed_step
 
 log = logging.getLogger("fulltune")

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from trainers.batch import IGNORE, Batch
-from trainers.config import ObjectiveConfig, ObjectiveName
+from trainers.config.schema import ObjectiveConfig, ObjectiveName
 
 
 @dataclass(kw_only=True)

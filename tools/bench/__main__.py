@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tools.bench import checkpoint, data, engines, load, methods, plan, train
-from trainers.config import EngineName, Precision
+from trainers.config.schema import EngineName, Precision
 
 
 def _at_least(least: int) -> Callable[[str], int]:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from trainers.config import DataConfig, DataSource, ModelConfig, RunConfig
+from trainers.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

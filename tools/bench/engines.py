@@ -22,7 +22,7 @@ from rich.console import Console
 from tools.bench.ranks import FAILED, STOPPED, RanksFailed, explaining, leave, raise_on_signals, start_ranks, wait_for
 from tools.bench.section import cell_of, gpu_words, put_section, versions
 from trainers import host
-from trainers.config import (
+from trainers.config.schema import (
     DataConfig,
     EngineConfig,
     EngineName,
@@ -184,8 +184,8 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         from trainers.data.prepare import Prepared
         from trainers.engines.base import build_engine, require_parts
         from trainers.loop import Training
-        from trainers.model import flops_per_token, make_blueprint
-        from trainers.status import Attempt
+        from trainers.model.blueprint import flops_per_token, make_blueprint
+        from trainers.rundir.attempt import Attempt
         from trainers.world import World, die_with_parent
 
         die_with_parent()

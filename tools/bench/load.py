@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.bench.ranks import leave, start_ranks, wait_for, write_line
-from trainers.config import DataConfig, EngineConfig, EngineName, Precision, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, EngineConfig, EngineName, Precision, RunConfig, TrainConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from trainers.model import Blueprint
+    from trainers.model.blueprint import Blueprint
 
 
 LIMIT_S = 600
@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     from safetensors.torch import save_file
     from torch import bfloat16
 
-    from trainers.weights import origin_of
+    from trainers.model.weights import origin_of
 
     sizes = {"hidden_size": 1536, "intermediate_size": 4096, "num_attention_heads": 12, "num_key_value_heads": 12}
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * 32000 * 1536) / (4 * 1536**2 + 3 * 1536 * 4096)))
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
 def _llama(sizes: dict[str, int]) -> Blueprint:
     from transformers import LlamaConfig
 
-    from trainers.model import Blueprint
+    from trainers.model.blueprint import Blueprint
 
     return Blueprint(config=LlamaConfig(**sizes), folder=None, revision=None, seed=0, trust_remote_code=False)
 
@@ -105,7 +105,7 @@ def run_rank(options: argparse.Namespace) -> None:
     from transformers import AutoConfig
 
     from trainers.engines.base import build_engine
-    from trainers.stored import Weights
+    from trainers.model.safetensors_files import Weights
     from trainers.world import World, die_with_parent
 
     die_with_parent()

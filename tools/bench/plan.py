@@ -18,7 +18,7 @@ from rich.table import Table
 
 from tools.bench.ranks import explaining, leave, start_ranks, wait_for
 from tools.bench.section import gpu_words, put_section, versions
-from trainers.config import (
+from trainers.config.schema import (
     DataConfig,
     EngineConfig,
     EngineName,
@@ -34,7 +34,7 @@ from trainers.config import (
 )
 
 if TYPE_CHECKING:
-    from trainers.model import Blueprint
+    from trainers.model.blueprint import Blueprint
     from trainers.plan.trace import Trace
 
 LIMIT_S = 900.0
@@ -212,7 +212,7 @@ def blueprint_of_case(case: Case) -> Blueprint:
     """Return its model, with random values."""
     from transformers import AutoConfig
 
-    from trainers.model import Blueprint
+    from trainers.model.blueprint import Blueprint
 
     config = AutoConfig.for_model("llama", tie_word_embeddings=False, **SIZES[case.size])
     config._attn_implementation = "sdpa"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 SAMPLE_S = 0.02
 """Seconds between two looks at the ranks: at their memory, or whether they are done."""

@@ -10,9 +10,9 @@ import torch
 
 from tools.bench.engines import training_rank
 from trainers.checkpoint import Checkpointer, Progress, bytes_of
-from trainers.config import CheckpointConfig
+from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
-from trainers.status import Attempt
+from trainers.rundir.attempt import Attempt
 from trainers.world import World
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from trainers.config import (
+from trainers.config.schema import (
     DataConfig,
     DataSource,
     LogConfig,
@@ -35,7 +35,7 @@ from trainers.config import (
 if TYPE_CHECKING:
     from trainers.data.loader import Loader
     from trainers.data.prepare import Prepared
-    from trainers.model import Blueprint
+    from trainers.model.blueprint import Blueprint
     from trainers.world import World
 
 
@@ -91,7 +91,7 @@ def run_one(options: argparse.Namespace) -> None:
     from trainers.data.loader import Loader
     from trainers.data.prepare import prepare
     from trainers.data.tokenizer import load_tokenizer, pad_id
-    from trainers.model import make_blueprint
+    from trainers.model.blueprint import make_blueprint
     from trainers.world import World
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -135,8 +135,8 @@ def _ours(config: RunConfig, world: World, data: Prepared, blueprint: Blueprint,
     """Train with the product's own loop and engine; its metrics.jsonl gives the time of each step."""
     from trainers.engines.base import build_engine
     from trainers.loop import train as train_run
-    from trainers.metrics import host_bytes_peak
-    from trainers.status import Attempt
+    from trainers.rundir.attempt import Attempt
+    from trainers.rundir.metrics import host_bytes_peak
 
     engine = build_engine(config, world, blueprint)
     before = host_bytes_peak()
@@ -151,7 +151,7 @@ def _bare_loop(config: RunConfig, world: World, data: Prepared, blueprint: Bluep
     import torch
 
     from trainers.batch import IGNORE
-    from trainers.metrics import host_bytes_peak
+    from trainers.rundir.metrics import host_bytes_peak
 
     model = blueprint.build("cpu")
     model.train()

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from tools.compare import say
 from tools.compare.methods import Comparison, compare
-from trainers.config import ConfigError
-from trainers.status import BAD_INPUT, DONE, FAILED
+from trainers.config.errors import ConfigError
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED
 
 STOPPED = 130
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from trainers.config import ConfigError, RunConfig, plain
-from trainers.evaluate import record
-from trainers.evaluate.record import FOLDER, Evaluation, Judged
-from trainers.status import read_status, try_json, try_row
+from tools.evaluate import record
+from tools.evaluate.record import FOLDER, Evaluation, Judged
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig, plain
+from trainers.rundir.attempt import read_status, try_json, try_row
 
 RATE = ("optim.lr", "optim.lr_factor")
 METHOD = ("peft.", *RATE)

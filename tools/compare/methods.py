@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tools.compare.gather import FREE, RATE, Run, flag, is_among, load
+from tools.evaluate.intervals import Estimate, level_of_all, verdict
+from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.runs import runs_below
-from trainers.config import ConfigError
-from trainers.evaluate.intervals import Estimate, level_of_all, verdict
-from trainers.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
+from trainers.config.errors import ConfigError
 
 NAMES = {
     "none": "full fine-tuning",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tools.compare.gather import Curve
 from tools.compare.methods import Comparison, Method
-from trainers.evaluate.intervals import Estimate
+from tools.evaluate.intervals import Estimate
 from trainers.host import GIB
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from rich.table import Table
 from tools.bench.section import cell_of
 from tools.compare.gather import Run
 from tools.compare.methods import Comparison, Method, cost_of, figures_of
+from tools.evaluate.intervals import Estimate
+from tools.evaluate.record import of_json
 from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
-from trainers.evaluate.intervals import Estimate
-from trainers.evaluate.record import of_json
 from trainers.host import GIB, MIB
 
 

@@ -25,16 +25,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tools.evaluate import judging
+from tools.evaluate import judging, record
+from tools.evaluate.judge import Judge
+from tools.evaluate.record import FOLDER, Evaluation
 from tools.evaluate.say import table_of
 from tools.evaluate.workers import Subject, run_workers
 from tools.runs import is_run, runs_below
-from trainers.checks import validate_evaluation
-from trainers.config import ConfigError, DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, read_at
-from trainers.evaluate import record
-from trainers.evaluate.judge import Judge
-from trainers.evaluate.record import FOLDER, Evaluation
-from trainers.status import BAD_INPUT, DONE, FAILED, read_status
+from trainers.config.checks import validate_evaluation
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, read_at
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_status
 
 STOPPED = 130
 DTYPES = ("float32", "bfloat16", "float64")

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from trainers.evaluate.intervals import Estimate, verdict
-from trainers.evaluate.record import Evaluation, load_judged, loss_apart, of_json, score_apart
+from tools.evaluate.intervals import Estimate, verdict
+from tools.evaluate.record import Evaluation, load_judged, loss_apart, of_json, score_apart
 
 NOTHING = "-"
 MARKS = {"better": "▲", "worse": "▼", "no difference": "="}

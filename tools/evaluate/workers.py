@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from trainers.config import ConfigError, RunConfig, plain
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig, plain
 from trainers.host import cores
-from trainers.status import DONE, FAILED
+from trainers.rundir.attempt import DONE, FAILED
 
 STOP_S = 10.0
 
@@ -100,7 +101,7 @@ def started(request: Path, logs: list[Path]) -> Iterator[list[subprocess.Popen[s
     children = []
     try:
         for rank, log in enumerate(logs):
-            line = [sys.executable, "-m", "trainers.evaluate", str(request), str(rank), str(len(logs))]
+            line = [sys.executable, "-m", "tools.evaluate.measuring", str(request), str(rank), str(len(logs))]
             with log.open("w") as errors:
                 environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
                 child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True)

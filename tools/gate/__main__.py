@@ -25,14 +25,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from tools.evaluate import record
+from tools.evaluate.record import FOLDER
 from tools.evaluate.workers import Subject, run_workers
 from tools.gate.card import write_card
 from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prompts, read_rules
 from tools.runs import is_run
-from trainers.config import ConfigError, DataSource, Layout, ObjectiveName, RunConfig, TooLong, read_at
-from trainers.evaluate import record
-from trainers.evaluate.record import FOLDER
-from trainers.status import BAD_INPUT, DONE, FAILED, read_status, try_json, write_json
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataSource, Layout, ObjectiveName, RunConfig, TooLong, read_at
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_status, try_json, write_json
 
 STOPPED = 130
 RULES = Path(__file__).resolve().parents[2] / "conf" / "gate" / "default.yaml"

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from tools.bench.section import cell_of, without_folders
+from tools.evaluate.intervals import Estimate
+from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.gate.rules import Check
-from trainers.config import plain, read
-from trainers.evaluate.intervals import Estimate
-from trainers.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
-from trainers.status import try_json
+from trainers.config.schema import plain, read
+from trainers.rundir.attempt import try_json
 
 MARK = "<!-- made by python -m tools.gate -->"
 

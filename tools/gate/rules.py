@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from trainers.config import ConfigError, Metric
+from tools.evaluate.intervals import Estimate
+from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
+from tools.evaluate.scores import is_refusal
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Metric
 from trainers.data.formats import ROLES
-from trainers.evaluate.intervals import Estimate
-from trainers.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
-from trainers.evaluate.scores import is_refusal
 
 PROMPT_KEYS = {"name", "kind", "prompt", "messages", "must", "must_not", "refuse"}
 

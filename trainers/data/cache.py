@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trainers.config import ConfigError
-from trainers.watchdog import watch
+from trainers.config.errors import ConfigError
+from trainers.health.watchdog import watch
 
 POLL_S = 0.2
 REMIND_S = 30.0

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config import ConfigError, Layout, ObjectiveName, RunConfig, Supervise, TooLong
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Layout, ObjectiveName, RunConfig, Supervise, TooLong
 from trainers.data import formats, masks
 from trainers.data.formats import BadRow
 from trainers.data.masks import Rendered, Span, Template

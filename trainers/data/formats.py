@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainers.config import Layout
+from trainers.config.schema import Layout
 
 Row = dict[str, Any]
 Message = dict[str, Any]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainers.batch import IGNORE, Batch
-from trainers.config import TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.data.table import TokenTable
 
 Ints = NDArray[np.int64]

@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainers.config import ConfigError, Supervise
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Supervise
 from trainers.data.formats import BadRow, Message
 
 if TYPE_CHECKING:

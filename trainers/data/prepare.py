@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config import ConfigError, Layout, ObjectiveName, RunConfig, TooLong
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
@@ -28,7 +29,7 @@ from trainers.data.pack import one_each, pack
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
-from trainers.watchdog import watch
+from trainers.health.watchdog import watch
 from trainers.world import STOP_SIGNALS, die_with_parent
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.checks import FILE_TYPES
-from trainers.config import ConfigError, DataConfig, DataSource, ObjectiveName
+from trainers.config.checks import FILE_TYPES
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, DataSource, ObjectiveName
 from trainers.data.formats import BadRow
 
 TEXT_TYPES = (".txt", ".md")

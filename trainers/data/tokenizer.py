@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainers.config import ConfigError, Layout, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Layout, RunConfig
 from trainers.data import formats, masks, sources
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.formats import BadRow

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from trainers import host
 from trainers.batch import Batch
-from trainers.config import ConfigError, EngineName, Offload, OptimConfig, OptimizerName, Precision, RunConfig
-from trainers.model import Blueprint
+from trainers.config.errors import ConfigError
+from trainers.config.schema import EngineName, Offload, OptimConfig, OptimizerName, Precision, RunConfig
+from trainers.model.blueprint import Blueprint
 from trainers.peft.base import Adaptation
 from trainers.world import World
 

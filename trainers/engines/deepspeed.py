@@ -24,7 +24,8 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, token_logps
-from trainers.config import ConfigError, Offload, OptimizerName, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Offload, OptimizerName, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -41,11 +42,11 @@ from trainers.engines.base import (
     torch_optimizer,
 )
 from trainers.engines.ops import import_deepspeed, require_op
-from trainers.model import Blueprint
+from trainers.model.blueprint import Blueprint
+from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
-from trainers.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

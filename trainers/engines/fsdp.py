@@ -18,7 +18,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, token_logps
-from trainers.config import ConfigError, Offload, OptimConfig, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Offload, OptimConfig, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -34,12 +35,12 @@ from trainers.engines.base import (
     statement,
     torch_optimizer,
 )
-from trainers.model import Blueprint
+from trainers.model.blueprint import Blueprint
+from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.tokens import ENCODER
-from trainers.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.world import World
 
 STRAY_SHARE = 0.1

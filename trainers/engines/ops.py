@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers import host
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 log = logging.getLogger("fulltune")
 BUILDERS = {

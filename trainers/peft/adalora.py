@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.checks import require_pruning
-from trainers.config import PeftConfig
+from trainers.config.checks import require_pruning
+from trainers.config.schema import PeftConfig
 
 KINDS = ("ipt", "unc")
 """peft's names of the two running means, of an element's sensitivity and of how far it strays from that mean."""

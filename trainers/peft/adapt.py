@@ -9,15 +9,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainers.checks import VIRTUAL
-from trainers.config import ConfigError, PeftConfig, PeftMethod, Quantisation, RunConfig
-from trainers.model import Blueprint
+from trainers.config.checks import VIRTUAL
+from trainers.config.errors import ConfigError
+from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConfig
+from trainers.model.blueprint import Blueprint
+from trainers.model.weights import Origin, tied_names
 from trainers.peft.base import Adaptation, near
 from trainers.peft.layers import inject
 from trainers.peft.nf4 import pack_base
 from trainers.peft.saved import Continued, require_same_adapter
 from trainers.peft.tokens import prepend_tokens
-from trainers.weights import Origin, tied_names
 
 
 def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: Blueprint, compute: torch.dtype) -> Adaptation:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.checks import looks_local
-from trainers.config import RunConfig
+from trainers.config.checks import looks_local
+from trainers.config.schema import RunConfig
+from trainers.model.weights import Origin
 from trainers.peft.adalora import Allocator
-from trainers.weights import Origin
 
 ADAPTER = "default"
 """peft's name for the one adapter, which stands in the names of live tensors and not in those of the export."""

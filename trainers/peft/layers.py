@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainers.config import AdapterBias, AdapterInit, ConfigError, PeftConfig, PeftMethod, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import AdapterBias, AdapterInit, PeftConfig, PeftMethod, RunConfig
+from trainers.model.safetensors_files import listed
+from trainers.model.weights import Origin, slices, tied_names
 from trainers.peft import adalora
 from trainers.peft.base import ADAPTER, Adaptation, base_name, near, plain_list, seeded
 from trainers.peft.nf4 import round_trip
-from trainers.stored import listed
-from trainers.weights import Origin, slices, tied_names
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 

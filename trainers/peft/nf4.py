@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainers.model.weights import Origin, read_elements
 from trainers.peft.base import Adaptation
-from trainers.weights import Origin, read_elements
 
 BLOCK, GROUP = 64, 256
 """Values that share a scale, and scales that share a scale of their own."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.config import ConfigError
-from trainers.model import write_folder
+from trainers.config.errors import ConfigError
+from trainers.model.blueprint import write_folder
+from trainers.model.safetensors_files import Weights, listed
+from trainers.model.weights import is_finite
 from trainers.peft.base import FILE, Adaptation
-from trainers.stored import Weights, listed
-from trainers.weights import is_finite
 
 
 def require_same_adapter(adapter: str, ours: Any) -> None:

@@ -13,9 +13,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers.config import AdapterInit, ConfigError, PeftConfig, PeftMethod, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import AdapterInit, PeftConfig, PeftMethod, RunConfig
+from trainers.model.weights import Origin, slices
 from trainers.peft.base import ADAPTER, Adaptation, base_name, seeded
-from trainers.weights import Origin, slices
 
 ENCODER, PROMPT = "prompt_encoder", "prompt_embeddings"
 """peft's names of the network that makes virtual tokens, and of what it saves of them."""

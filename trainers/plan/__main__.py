@@ -23,11 +23,11 @@ import transformers
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 from trainers.plan.plan import Plan, Simulations, make_plan
 from trainers.plan.request import UNFIT, Request, from_dict
 from trainers.plan.say import say, say_all, say_change
-from trainers.status import BAD_INPUT, DONE, write_json
+from trainers.rundir.attempt import BAD_INPUT, DONE, write_json
 
 gc.enable()
 

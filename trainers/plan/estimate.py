@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainers.config import EngineName, Offload, OptimizerName, Precision, RunConfig
+from trainers.config.schema import EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.plan.request import HardwareConfig, Place
 from trainers.plan.trace import Moment
 

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from trainers.checks import looks_local
-from trainers.config import Attention, ConfigError, DataSource, ModelConfig, RunConfig
+from trainers.config.checks import looks_local
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Attention, DataSource, ModelConfig, RunConfig
 from trainers.data.loader import LENGTH_MULTIPLE
 from trainers.data.prepare import find_prepared
 from trainers.data.tokenizer import load_tokenizer
-from trainers.model import Blueprint, blueprint_of, from_architecture
+from trainers.model.blueprint import Blueprint, blueprint_of, from_architecture
 from trainers.plan.request import PlanConfig
 from trainers.plan.shapes import SHAPES
 

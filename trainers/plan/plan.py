@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trainers import host
-from trainers.config import CheckpointConfig, DataConfig, EngineName, Offload, OptimizerName, RunConfig, parse, plain
+from trainers.config.schema import CheckpointConfig, DataConfig, EngineName, Offload, OptimizerName, RunConfig, parse, plain
 from trainers.engines.base import COMPUTE, nvme_buffers
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from trainers.config import ConfigError
+from trainers.config.errors import ConfigError
 
 VERSION = 1
 """Of plan.json and what its figures mean: raise it when either changes."""

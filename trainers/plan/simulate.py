@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainers.batch import Batch
-from trainers.config import EngineName, Offload, PeftMethod, RunConfig
+from trainers.config.schema import EngineName, Offload, PeftMethod, RunConfig
 from trainers.engines.fsdp import FSDPEngine, find_blocks
-from trainers.model import Blueprint
+from trainers.model.blueprint import Blueprint
 from trainers.peft import nf4
 from trainers.peft.base import Adaptation
 from trainers.plan.allocator import replay

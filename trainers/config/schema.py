@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from trainers.errors import ConfigError as ConfigError
+from trainers.config.errors import ConfigError as ConfigError
 
 
 class Attention(StrEnum):

@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainers.config import ConfigError, Quantisation, RunConfig
+from tools.evaluate.record import digest_of
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Quantisation, RunConfig
 from trainers.data.cache import content_key
 from trainers.data.tokenizer import load_tokenizer
-from trainers.evaluate.record import digest_of
-from trainers.model import Blueprint, make_blueprint
+from trainers.model.blueprint import Blueprint, make_blueprint
+from trainers.model.weights import origin_of
 from trainers.peft.adapt import adapt
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import reopen_adapter
-from trainers.weights import origin_of
 
 
 @dataclass(frozen=True, kw_only=True)

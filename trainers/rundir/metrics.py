@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainers.config import Precision, RunConfig, WandbMode, plain
-from trainers.status import Attempt, finite, read_json, try_row
+from trainers.config.schema import Precision, RunConfig, WandbMode, plain
+from trainers.rundir.attempt import Attempt, finite, read_json, try_row
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)

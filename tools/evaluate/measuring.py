@@ -1,4 +1,4 @@
-"""Measure models, as one of several processes: python -m trainers.evaluate REQUEST.json RANK SIZE; `python -m tools.evaluate` asks.
+"""Measure models, as one of several processes: python -m tools.evaluate.measuring REQUEST.json RANK SIZE; `python -m tools.evaluate` asks.
 
 Each document's figures are a line of a file that grows, in the folder of prepared data and under a key of all that decides them: what
 is there is not measured again, by whichever process and in whichever run it was. What it does is said on stdout, a JSON object a line.
@@ -19,18 +19,19 @@ import numpy as np
 import torch
 import transformers
 
-from trainers.config import ConfigError, parse
+from tools.evaluate.harness import benchmark
+from tools.evaluate.measure import Ints, answers, longest_first, losses, with_prompt
+from tools.evaluate.record import read_lines
+from tools.evaluate.scores import repetition
+from tools.evaluate.sets import EvalSet, evenly, general, held_out
+from tools.evaluate.subject import Subject
+from trainers.config.errors import ConfigError
+from trainers.config.schema import parse
 from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
-from trainers.evaluate.harness import benchmark
-from trainers.evaluate.measure import Ints, answers, longest_first, losses, with_prompt
-from trainers.evaluate.record import read_lines
-from trainers.evaluate.scores import repetition
-from trainers.evaluate.sets import EvalSet, evenly, general, held_out
-from trainers.evaluate.subject import Subject
 from trainers.host import cores
-from trainers.status import BAD_INPUT, DONE, FAILED, read_json, write_json
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_json, write_json
 from trainers.world import die_with_parent
 
 VERSION = 1

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.preflight import SLICE_S, Product, outliers
+from trainers.health.preflight import SLICE_S, Product, outliers
 from trainers.world import World
 
 log = logging.getLogger("fulltune")

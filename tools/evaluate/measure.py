@@ -16,7 +16,7 @@ from trainers.batch import IGNORE, token_logps
 from trainers.data.loader import make_batch
 from trainers.data.pack import one_each
 from trainers.data.table import TokenTable
-from trainers.model import positions_limit
+from trainers.model.blueprint import positions_limit
 
 Ints = NDArray[np.int64]
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}

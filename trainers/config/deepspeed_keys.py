@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from trainers.errors import ConfigError
+from trainers.config.errors import ConfigError
 
 ZERO = [
     "contiguous_gradients",

@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trainers.config import (
+from trainers.config.deepspeed_keys import check_overrides
+from trainers.config.errors import ConfigError
+from trainers.config.schema import (
     AdapterInit,
     Attention,
     DataSource,
@@ -27,8 +29,6 @@ from trainers.config import (
     plain,
     read,
 )
-from trainers.deepspeed_keys import check_overrides
-from trainers.errors import ConfigError
 
 
 def load(path: Path | str) -> RunConfig:

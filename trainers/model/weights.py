@@ -29,9 +29,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from trainers.errors import ConfigError
-from trainers.stored import FLOATS, Weights, listed
-from trainers.watchdog import watch
+from trainers.config.errors import ConfigError
+from trainers.health.watchdog import watch
+from trainers.model.safetensors_files import FLOATS, Weights, listed
 
 log = logging.getLogger("fulltune")
 

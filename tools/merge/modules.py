@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from trainers.errors import ConfigError
-from trainers.model import Blueprint
+from trainers.config.errors import ConfigError
+from trainers.model.blueprint import Blueprint
+from trainers.model.safetensors_files import FLOATS, Weights, listed
+from trainers.model.weights import Grown, Origin, is_finite, origin_of, tied_names
 from trainers.peft.base import ADAPTER, FILE, read_whole, seeded
-from trainers.stored import FLOATS, Weights, listed
-from trainers.weights import Grown, Origin, is_finite, origin_of, tied_names
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."

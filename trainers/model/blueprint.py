@@ -26,10 +26,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trainers.checks import looks_local
-from trainers.config import Attention, ConfigError, ModelConfig
-from trainers.stored import INDEX, TYPES, Weights, listed
-from trainers.weights import is_finite, load_parts, materialise, origin_of, tied_names
+from trainers.config.checks import looks_local
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Attention, ModelConfig
+from trainers.model.safetensors_files import INDEX, TYPES, Weights, listed
+from trainers.model.weights import is_finite, load_parts, materialise, origin_of, tied_names
 
 SHARD_BYTES = 4 << 30
 

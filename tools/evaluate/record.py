@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from trainers.config import ConfigError, EvaluationConfig, Metric
+from tools.evaluate import intervals
+from tools.evaluate.intervals import LEVEL, Estimate, Floats
+from tools.evaluate.scores import is_refusal, measure
+from trainers.config.errors import ConfigError
+from trainers.config.schema import EvaluationConfig, Metric
 from trainers.data.cache import content_key
 from trainers.data.sources import digest
-from trainers.evaluate import intervals
-from trainers.evaluate.intervals import LEVEL, Estimate, Floats
-from trainers.evaluate.scores import is_refusal, measure
-from trainers.status import finite, try_json, try_row, write_json
+from trainers.rundir.attempt import finite, try_json, try_row, write_json
 
 VERSION = 1
 FOLDER, JUDGED = "evaluation", "judge"

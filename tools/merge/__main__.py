@@ -36,13 +36,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tools.export import DTYPES, Damaged, Refused, require_absent, require_space, with_bar
-from trainers.checks import looks_local
-from trainers.config import ConfigError, ModelConfig
+from trainers.config.checks import looks_local
+from trainers.config.errors import ConfigError
+from trainers.config.schema import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trainers.peft.merge import AdapterFiles, Combination, Merge
+    from tools.merge.modules import AdapterFiles, Combination, Merge
 
 TOKENIZER = (
     "tokenizer*",
@@ -117,8 +118,8 @@ def write(options: argparse.Namespace) -> int:
 
     import torch
 
-    from trainers.model import write_folder
-    from trainers.peft.merge import Merge, Unfit, base_blueprint, read_adapter
+    from tools.merge.modules import Merge, Unfit, base_blueprint, read_adapter
+    from trainers.model.blueprint import write_folder
 
     try:
         adapters = [read_adapter(folder) for folder, _ in options.adapters]
@@ -154,7 +155,7 @@ def write(options: argparse.Namespace) -> int:
 
 def read_combination(options: argparse.Namespace) -> Combination:
     """Return how adapters are combined; raises Refused for what does not go together."""
-    from trainers.peft.merge import LIBRARY_METHODS, METHODS, Combination
+    from tools.merge.modules import LIBRARY_METHODS, METHODS, Combination
 
     if options.method not in METHODS + LIBRARY_METHODS:
         raise Refused(f"--method {options.method}: one of {', '.join(METHODS + LIBRARY_METHODS)}")
@@ -170,7 +171,7 @@ def read_combination(options: argparse.Namespace) -> Combination:
 
 def find_base(adapters: Sequence[AdapterFiles], model: str | None) -> Path:
     """Return the directory of the base that is meant; raises Refused, or ConfigError where the hub cannot be asked."""
-    from trainers.model import _fetch
+    from trainers.model.blueprint import _fetch
 
     named = {str(files.config.base_model_name_or_path): files for files in adapters if files.config.base_model_name_or_path}
     if model is None and len(named) > 1:
@@ -201,7 +202,7 @@ def require_apart(out: Path, sources: Sequence[Path]) -> None:
 
 def readable(merge: Merge, plan: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the merged tensors; raises Damaged for values that cannot be used."""
-    from trainers.peft.merge import Unfit
+    from tools.merge.modules import Unfit
 
     try:
         yield from merge.pieces(plan)
@@ -213,7 +214,7 @@ def readable(merge: Merge, plan: dict[str, Tensor]) -> Iterator[tuple[str, Tenso
 
 def write_config(merge: Merge, base: Path, dtype: str | None, folder: Path) -> None:
     """Write the base's config as it is but for the type, a vocabulary that has grown and tensors that are no longer tied."""
-    from trainers.model import model_class
+    from trainers.model.blueprint import model_class
 
     config: dict[str, Any] = json.loads((base / "config.json").read_text("utf-8"))
     text = merge.blueprint.config.get_text_config()
@@ -251,8 +252,8 @@ def probe(merge: Merge, plan: dict[str, Tensor], out: Path) -> int:
     """Print how far the merged model is from base and adapter; returns 1 where float32 rounding does not explain it."""
     import transformers
 
+    from tools.merge.modules import PROBE_ROWS, compare
     from trainers.host import memory_available
-    from trainers.peft.merge import PROBE_ROWS, compare
 
     transformers.utils.logging.disable_progress_bar()
     need, have = sum(tensor.numel() for tensor in plan.values()) * 4 * 5 // 4, memory_available()

@@ -24,13 +24,13 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any, TypeVar
 
-from trainers.checks import value_at
-from trainers.config import RunConfig
-from trainers.status import FAILED, STOPPED, SUPERSEDED, Attempt, write_json
+from trainers.config.checks import value_at
+from trainers.config.schema import RunConfig
+from trainers.rundir.attempt import FAILED, STOPPED, SUPERSEDED, Attempt, write_json
 
 T = TypeVar("T")
 log = logging.getLogger("fulltune")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TICK_S = 1.0
 SILENT_BEATS = 8
 """Beats that a rank may miss once others have waited too long for it; a busy machine delays some."""

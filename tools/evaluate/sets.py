@@ -12,16 +12,17 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from trainers.checks import SAMPLED
-from trainers.config import ConfigError, DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong, read_at
+from tools.evaluate.subject import Subject
+from trainers.config.checks import SAMPLED
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong, read_at
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.pack import one_each
 from trainers.data.prepare import Prepared, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
-from trainers.evaluate.subject import Subject
-from trainers.model import positions_limit
-from trainers.status import try_json
+from trainers.model.blueprint import positions_limit
+from trainers.rundir.attempt import try_json
 
 Ints = NDArray[np.int64]
 SAMPLES_AT_ONCE, SAMPLE_TOKENS = 16, 256

@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from trainers.config import ConfigError
-from trainers.evaluate.intervals import Estimate
-from trainers.evaluate.record import as_json
+from tools.evaluate.intervals import Estimate
+from tools.evaluate.record import as_json
+from trainers.config.errors import ConfigError
 
 
 def benchmark(model: PreTrainedModel, tokenizer: Any, tasks: list[str], include: str | None, batch: int) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,1 @@
+"""Adapters merged into the model they belong to."""

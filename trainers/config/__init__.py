@@ -1,0 +1,1 @@
+"""Every setting and what it may be; nothing here imports torch."""

@@ -1,1 +1,0 @@
-"""Evaluation of a model after training: losses, answers, scores, a judge."""

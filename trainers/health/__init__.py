@@ -1,0 +1,1 @@
+"""What watches a run: nodes, slow ranks, hanging ranks, spikes."""

@@ -1,0 +1,1 @@
+"""The model outside any engine: how it is made, where its values come from, how it is exported."""
