@@ -70,7 +70,7 @@ def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase) 
         tokens, supervised = table.tokens[span].tolist(), table.supervised[span].tolist()
         text.append(f"\n── document {document}: {len(tokens)} tokens, {sum(supervised)} supervised ──\n", style=BOUNDARY)
         for ids, trained in runs_of(tokens, supervised):
-            text.append(tokenizer.decode(ids, clean_up_tokenization_spaces=False), style=SUPERVISED if trained else CONTEXT)
+            text.append(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), style=SUPERVISED if trained else CONTEXT)
     return text
 
 

@@ -120,7 +120,11 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
         "a step beside a save : another": lambda of: "-" if of.beside is None else f"{of.beside / of.quiet:.2f}",
         "whole cost, asynchronous : synchronous": lambda of: f"{statistics.median(of.whole) / statistics.median(of.synchronous):.0%}",
     }
-    return table_lines(runs, {title: lambda run, cell=cell: cell(costs[id(run)]) for title, cell in columns.items()})
+
+    def of_run(cell: Callable[[Costs], str]) -> Callable[[Run], str]:
+        return lambda run: cell(costs[id(run)])
+
+    return table_lines(runs, {title: of_run(cell) for title, cell in columns.items()})
 
 
 def _legend(options: argparse.Namespace, done: list[tuple[str, Run]]) -> list[str]:

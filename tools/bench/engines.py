@@ -10,7 +10,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,7 +306,7 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
     return table_lines(runs, {title: cell for title, cell in columns.items() if any(cell(run) is not None for _, run in done)})
 
 
-def table_lines(runs: dict[str, Run | str], columns: dict[str, Callable[[Run], str | None]]) -> list[str]:
+def table_lines(runs: dict[str, Run | str], columns: Mapping[str, Callable[[Run], str | None]]) -> list[str]:
     """Return a table's lines: each engine's cells, or why it has none."""
     lines = [["engine", *columns], ["---"] * (1 + len(columns))]
     for engine, run in runs.items():

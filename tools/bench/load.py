@@ -10,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from rich.console import Console
 from rich.table import Table
@@ -66,7 +67,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _llama(sizes: dict[str, int]) -> Blueprint:
+def _llama(sizes: dict[str, Any]) -> Blueprint:
     from transformers import LlamaConfig
 
     from trainers.model.blueprint import Blueprint
@@ -130,11 +131,11 @@ def run_rank(options: argparse.Namespace) -> None:
         last[0] = time.monotonic()
         return tensor
 
-    Weights.read = timed  # type: ignore[method-assign]
     run_dir = Path(options.run_dir)
     leave(run_dir, "ready", "")
     sys.stdin.readline()
     started = time.monotonic()
-    build_engine(config, world, blueprint)
+    with mock.patch.object(Weights, "read", timed):
+        build_engine(config, world, blueprint)
     leave(run_dir, "done", json.dumps({"last_read": last[0], "seconds": last[0] - started}))
     sys.stdin.readline()

@@ -131,7 +131,7 @@ def _box(
 ) -> str:
     rows = {label: found[document] for label, found in by_method.items()}
     first = next(iter(rows.values()))
-    lines = [("prompt", first["prompt"], None), ("reference", first["reference"], None)]
+    lines: list[tuple[str, str, dict[str, Any] | None]] = [("prompt", first["prompt"], None), ("reference", first["reference"], None)]
     lines += [("base", base[document]["answer"], base[document])] if document in base else []
     lines += [(label, row["answer"], row) for label, row in rows.items()]
     cells = "".join(f"<dt>{escape(name)}{_score_of(row, metric)}</dt><dd>{_text(text)}</dd>" for name, text, row in lines)

@@ -207,8 +207,8 @@ def print_text(comparison: Comparison, console: Console) -> None:
             for table in _turned(grid, console.width):
                 console.print(table)
     if (tried := rates(comparison)) is not None:
-        for line in tried.lines:
-            console.print(f"rates tried, {': '.join(line)}", highlight=False, markup=False)
+        for cells in tried.lines:
+            console.print(f"rates tried, {': '.join(cells)}", highlight=False, markup=False)
     for line in conclusions(comparison):
         console.print(f"- {line}", highlight=False, markup=False)
     for name, reasons in flags(comparison):

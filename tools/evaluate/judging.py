@@ -33,7 +33,7 @@ def judge(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -
         return False
     file = folder / f"{JUDGED}.jsonl"
     keys = {question.document: _key(question, settings) for question in questions}
-    rows = [row for row in read_lines(file) if row.get("key") == keys.get(row.get("document"))] if file.is_file() else []
+    rows = [row for row in read_lines(file) if row.get("key") == keys.get(row.get("document", -1))] if file.is_file() else []
     known = [Verdict.from_row({name: value for name, value in row.items() if name != "key"}) for row in rows]
     told = {(verdict.document, verdict.swapped) for verdict in known if verdict.scores is not None}
     if len(told) < 2 * len(questions) and (reason := check(settings)):
