@@ -33,7 +33,8 @@ from trainers.config.checks import check_world, validate
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, escaped, plain
 from trainers.plan.request import HardwareConfig, PlanConfig
-from trainers.rundir.attempt import PASSING, Attempt, newest_attempt, read_status, write_json
+from trainers.rundir.attempt import PASSING, Attempt, newest_attempt, read_status
+from trainers.rundir.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (

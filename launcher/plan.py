@@ -21,7 +21,8 @@ from launcher.process import prepare_child
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, try_json
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED
+from trainers.rundir.files import try_json
 
 HARDWARE = ROOT / "conf" / "hardware"
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job import Job
-from trainers.rundir.attempt import try_json
+from trainers.rundir.files import try_json
 
 ANSWER_S = 20.0
 """For squeue, scancel and scontrol to answer."""

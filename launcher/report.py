@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trainers.rundir.attempt import try_json
+from trainers.rundir.files import try_json
 
 
 def print_new(log: Path, shown: int) -> int:

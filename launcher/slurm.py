@@ -24,7 +24,8 @@ from launcher.report import print_new
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import DONE, FAILED, Attempt, read_status, write_json
+from trainers.rundir.attempt import DONE, FAILED, Attempt, read_status
+from trainers.rundir.files import write_json
 
 LOOK_EVERY_S = 1.0
 LOOK_S = 3.0

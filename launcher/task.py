@@ -17,7 +17,8 @@ from launcher.queue import ask, record_of
 from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, Attempt, killed_by, read_status, write_json
+from trainers.rundir.attempt import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, Attempt, killed_by, read_status
+from trainers.rundir.files import write_json
 
 ANSWER_S = 60.0
 FRUITLESS = 3

@@ -32,6 +32,7 @@ def test_a_record_is_cut_back_to_the_step_a_run_continues_from(tmp_path: Path) -
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2]["loss"] is None
+    assert rows[2]["kind"] == "step"
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

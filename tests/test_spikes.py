@@ -68,7 +68,7 @@ def test_a_spike_is_skipped_or_left_behind(base: Path, poisoned: Path, cache: Pa
     assert [row["loss"] for row in back[:begun]] == [row["loss"] for row in plain[:begun]]
     assert max(row["loss"] for row in back[25:]) < plain[at]["loss"] / 2
     events = [row for row in read_rows(tmp_path / "rollback") if "rollback_from" in row]
-    assert events == [{"step": begun, "rollback_from": at + 1, "rows_left_out_steps": at + 1 - begun}]
+    assert events == [{"kind": "rollback", "step": begun, "rollback_from": at + 1, "rows_left_out_steps": at + 1 - begun}]
 
 
 def test_a_spike_stops_a_run_before_it_is_learnt(base: Path, poisoned: Path, cache: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def read_config(path: Path, model: str | None) -> RunConfig:
 def require_same_tokenizer(run_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise Refused if the run was trained with another tokenizer or chat template than this one, which the export would carry."""
     from trainers.data.tokenizer import template_hash, tokenizer_hash
-    from trainers.rundir.attempt import read_json
+    from trainers.rundir.files import read_json
 
     prepared = read_json(run_dir / "manifest.json").get("data") or {}
     for what, now in (("tokenizer", tokenizer_hash(tokenizer)), ("chat template", template_hash(tokenizer))):

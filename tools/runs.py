@@ -31,7 +31,8 @@ from rich.table import Table
 from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
 from trainers.health.watchdog import read_beats
-from trainers.rundir.attempt import attempt_folder, newest_attempt, read_status, try_row
+from trainers.rundir.attempt import attempt_folder, newest_attempt, read_status
+from trainers.rundir.files import try_row
 
 REFUSED, BAD_INPUT, STOPPED = 1, 2, 130
 WATCH_S, FOLLOW_S = 2.0, 0.5

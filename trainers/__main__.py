@@ -52,7 +52,8 @@ from trainers.model.blueprint import (
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, STOPPED, SUPERSEDED, Attempt, Superseded, read_json
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, STOPPED, SUPERSEDED, Attempt, Superseded
+from trainers.rundir.files import read_json
 from trainers.rundir.metrics import console, log_to, log_to_terminal
 from trainers.world import Stopped, World
 

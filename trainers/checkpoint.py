@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from trainers import host
 from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
-from trainers.rundir.attempt import Attempt, Superseded, read_json, write_json
+from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.files import read_json, write_json
 from trainers.world import World
 
 log = logging.getLogger("fulltune")

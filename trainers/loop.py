@@ -23,7 +23,8 @@ from trainers.health.spikes import Spikes
 from trainers.health.stragglers import Stragglers
 from trainers.health.watchdog import Phase, watch
 from trainers.objectives import CHOICES, Objective
-from trainers.rundir.attempt import Attempt, Superseded, finite
+from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.files import finite
 from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
 from trainers.world import World, seed_step
 

@@ -17,7 +17,8 @@ from tools.evaluate import record
 from tools.evaluate.record import FOLDER, Evaluation, Judged
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, plain
-from trainers.rundir.attempt import read_status, try_json, try_row
+from trainers.rundir.attempt import read_status
+from trainers.rundir.files import try_json, try_row
 
 RATE = ("optim.lr", "optim.lr_factor")
 METHOD = ("peft.", *RATE)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tools.evaluate.judge import NOT_ASKED, PROMPT, Judge, Question, Verdict, ask, check, tally
 from tools.evaluate.record import JUDGED, Evaluation, answers_key, judging_words, read_lines
 from trainers.data.cache import content_key
-from trainers.rundir.attempt import write_json
+from trainers.rundir.files import write_json
 
 
 def judge(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -> bool:

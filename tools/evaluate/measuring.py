@@ -31,7 +31,8 @@ from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
 from trainers.host import cores
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_json, write_json
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED
+from trainers.rundir.files import read_json, write_json
 from trainers.world import die_with_parent
 
 VERSION = 1

@@ -22,7 +22,7 @@ from trainers.data.prepare import Prepared, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
 from trainers.model.blueprint import positions_limit
-from trainers.rundir.attempt import try_json
+from trainers.rundir.files import try_json
 
 Ints = NDArray[np.int64]
 SAMPLES_AT_ONCE, SAMPLE_TOKENS = 16, 256

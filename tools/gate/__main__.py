@@ -33,7 +33,8 @@ from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prom
 from tools.runs import is_run
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataSource, Layout, ObjectiveName, RunConfig, TooLong, read_at
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_status, try_json, write_json
+from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_status
+from trainers.rundir.files import try_json, write_json
 
 STOPPED = 130
 RULES = Path(__file__).resolve().parents[2] / "conf" / "gate" / "default.yaml"

@@ -12,7 +12,7 @@ from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.gate.rules import Check
 from trainers.config.schema import plain, read
-from trainers.rundir.attempt import try_json
+from trainers.rundir.files import try_json
 
 MARK = "<!-- made by python -m tools.gate -->"
 

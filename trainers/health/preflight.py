@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.host import GIB, PROCESS_BYTES, gib, memory_available
-from trainers.rundir.attempt import write_json
+from trainers.rundir.files import write_json
 from trainers.world import World
 
 log = logging.getLogger("fulltune")

@@ -26,7 +26,8 @@ from typing import IO, Any, TypeVar
 
 from trainers.config.checks import value_at
 from trainers.config.schema import RunConfig
-from trainers.rundir.attempt import FAILED, STOPPED, SUPERSEDED, Attempt, write_json
+from trainers.rundir.attempt import FAILED, STOPPED, SUPERSEDED, Attempt
+from trainers.rundir.files import write_json
 
 T = TypeVar("T")
 log = logging.getLogger("fulltune")

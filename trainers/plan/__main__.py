@@ -27,7 +27,8 @@ from trainers.config.errors import ConfigError
 from trainers.plan.plan import Plan, Simulations, make_plan
 from trainers.plan.request import UNFIT, Request, from_dict
 from trainers.plan.say import say, say_all, say_change
-from trainers.rundir.attempt import BAD_INPUT, DONE, write_json
+from trainers.rundir.attempt import BAD_INPUT, DONE
+from trainers.rundir.files import write_json
 
 gc.enable()
 

@@ -1,20 +1,19 @@
-"""Small files of the run directory that are never seen half-written, and which attempt may still write there."""
+"""Which attempt of a run may still write into its run directory, and what status.json says of it. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import math
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trainers.rundir.files import read_json, staged, try_json
 
 DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED = 0, 1, 2, 75, 76
 """Exit codes of ranks and of the launcher; 75: stopped, the same command continues; 76: a newer attempt has taken the place."""
@@ -29,47 +28,6 @@ TOGETHER_S = 10
 def killed_by(code: int) -> str:
     """Say how a process ended, by its negative exit code."""
     return f"was killed by {signal.Signals(-code).name}" + (" (out of memory, or kill -9)" if code == -signal.SIGKILL else "")
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file that is never seen half-written."""
-    _staged(path, value).rename(path)
-
-
-def _staged(path: Path, value: object) -> Path:
-    staging = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    staging.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    return staging
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where the file is absent."""
-    if not path.is_file():
-        return {}
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value
-
-
-def try_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        value = read_json(path)
-        return value if isinstance(value, dict) else {}
-    return {}
-
-
-def try_row(line: str) -> dict[str, Any] | None:
-    """Return a line of a JSON-lines file; None for what is no object, such as the half line that a killed process leaves."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def finite(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return figures with None for what is not finite, which JSON cannot hold."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in figures.items()}
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
@@ -185,7 +143,7 @@ class Attempt:
         The last look is behind the staging, which a newer attempt takes away: no moment is left to be stopped in between.
         """
         while True:
-            staging = _staged(path, value)
+            staging = staged(path, value)
             if not self.is_current(at_once=True):
                 staging.unlink(missing_ok=True)
                 return False

@@ -24,7 +24,9 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainers.config.schema import Precision, RunConfig, WandbMode, plain
-from trainers.rundir.attempt import Attempt, finite, read_json, try_row
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.files import finite, read_json
+from trainers.rundir.rows import Kind, Row, kind_of, number, read_rows, until
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)
@@ -109,7 +111,7 @@ class Metrics:
         )
         self.shown_at = 0.0
 
-    def start(self, step: int) -> list[dict[str, Any]]:
+    def start(self, step: int) -> list[Row]:
         """Cut the record back to `step` and return the rows that stay (on rank 0); start the bar and the mirror."""
         kept = self.cut(step)
         if self.active and self.config.log.wandb is not WandbMode.disabled:
@@ -118,16 +120,14 @@ class Metrics:
         self.bar.start()
         return kept
 
-    def cut(self, step: int) -> list[dict[str, Any]]:
+    def cut(self, step: int) -> list[Row]:
         """Cut the record back to `step`, and to before a rollback to it; return the rows that stay, on rank 0.
 
         It is a new file then, into which no row of an older attempt comes. Raises Superseded where this is the older one.
         """
-        kept: list[dict[str, Any]] = []
+        kept: list[Row] = []
         if self.active:
-            if self.path.is_file():
-                rows = [try_row(line) for line in self.path.read_text().splitlines()]
-                kept = [row for row in rows if row is not None and row["step"] + ("rollback_from" in row) <= step]
+            kept = until(read_rows(self.attempt.run_dir), step)
             staging = self.path.with_name(f"metrics.attempt-{self.attempt.number}.tmp")
             staging.write_text("".join(json.dumps(row) + "\n" for row in kept))
             self.file = staging.stat()
@@ -135,11 +135,11 @@ class Metrics:
             staging.rename(self.path)
         return kept
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append a row, unless a newer attempt has begun to; every reader sees whole lines, and a non-finite figure becomes null."""
+    def write(self, row: Row) -> None:
+        """Append a row with its kind, unless a newer attempt has begun to; readers see whole lines. A non-finite number becomes null."""
         if not self.active or not self.attempt.is_current():
             return
-        row = finite(row)
+        row = {"kind": kind_of(row)} | finite(row)
         with self.path.open("a") as file:
             if not os.path.samestat(os.fstat(file.fileno()), self.file) and not self.attempt.is_current(at_once=True):
                 return
@@ -148,11 +148,11 @@ class Metrics:
             self.mirror.log(row)
         self._show(row)
 
-    def _show(self, row: dict[str, Any]) -> None:
-        if "eval_loss" in row:
-            log.info("step %d: held-out loss %.4f over %s tokens", row["step"], row["eval_loss"], f"{row['eval_tokens']:,}")
-            return
-        if "loss" not in row:
+    def _show(self, row: Row) -> None:
+        kind = kind_of(row)
+        if kind == Kind.evaluation:
+            log.info("step %d: held-out loss %.4f over %s tokens", row["step"], number(row["eval_loss"]), f"{row['eval_tokens']:,}")
+        if kind != Kind.step:
             return
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.update(self.task, completed=row["step"], loss=loss, speed=f"{row['tokens_per_second']:,.0f}")
@@ -184,11 +184,11 @@ class Mirror:
     def __init__(self, config: RunConfig) -> None:
         """Start the thread; rows wait in a queue until W&B answers."""
         self.config = config
-        self.rows: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.rows: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="wandb", daemon=True)
         self.thread.start()
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: Row) -> None:
         """Hand over a row; returns at once."""
         self.rows.put(row)
 
@@ -203,7 +203,7 @@ class Mirror:
         try:
             run = self._begin()
             while (row := self.rows.get()) is not None:
-                run.log(row)
+                run.log({key: value for key, value in row.items() if key != "kind"})
             run.finish()
         except Exception as error:  # whatever W&B raises, the run goes on
             log.warning("W&B is off for this run (%s: %s); metrics.jsonl has every row", type(error).__name__, error)

@@ -1,0 +1,124 @@
+"""What RUN_DIR/metrics.jsonl holds: a JSON object a line, each with a `kind`. The one reader of it; no torch.
+
+A non-finite number is null in the file and nan here. Rows of earlier versions have no kind; their keys tell it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from trainers.rundir.files import try_row
+
+Row = dict[str, Any]
+
+
+class Kind(StrEnum):
+    """What a row of metrics.jsonl is about."""
+
+    step = "step"
+    """An optimizer step: loss, learning rate, gradient norm, speed."""
+    evaluation = "evaluation"
+    """The held-out loss after a step."""
+    rollback = "rollback"
+    """The run went back to a checkpoint: `step` is the checkpoint's, `rollback_from` the step that was not taken."""
+
+
+KEYS = {"eval_loss": Kind.evaluation, "rollback_from": Kind.rollback, "loss": Kind.step}
+"""By which of its keys a row without a kind is told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """What a run must know of its own past to continue from a checkpoint."""
+
+    eval_losses: list[float] = field(default_factory=list)
+    """Held-out losses in nats a token, nan where one was not finite; the one before the first step first."""
+    train_loss: float | None = None
+    """Loss of the last step, nan where it was not finite; None before the first."""
+    evaluated_at: int = -1
+    """Step of the newest evaluation; -1 before the first."""
+    taken: list[tuple[float, float]] = field(default_factory=list)
+    """(loss, gradient norm) of the steps that updated the weights."""
+
+
+def history(rows: list[Row]) -> History:
+    """Return what rows say of a run's past."""
+    losses = [number(row["loss"]) for row in steps(rows)]
+    return History(
+        eval_losses=eval_losses(rows),
+        train_loss=losses[-1] if losses else None,
+        evaluated_at=last_step(evaluations(rows), default=-1),
+        taken=taken_steps(rows),
+    )
+
+
+def read_rows(run_dir: Path, last_bytes: int | None = None) -> list[Row]:
+    """Return the rows of a run's metrics.jsonl, or those in its last bytes; empty where there is no such file.
+
+    Half lines are left out: the last one of a run that writes or was killed, and the first one of `last_bytes`.
+    """
+    try:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
+            if last_bytes is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return [row for line in text.splitlines() if (row := try_row(line)) is not None]
+
+
+def kind_of(row: Row) -> str:
+    """Return what a row is about, a Kind; empty where neither its kind nor its keys tell."""
+    return str(row.get("kind") or next((kind for key, kind in KEYS.items() if key in row), ""))
+
+
+def steps(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of optimizer steps."""
+    return [row for row in rows if kind_of(row) == Kind.step]
+
+
+def evaluations(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of evaluations."""
+    return [row for row in rows if kind_of(row) == Kind.evaluation]
+
+
+def rollbacks(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of rollbacks."""
+    return [row for row in rows if kind_of(row) == Kind.rollback]
+
+
+def until(rows: Iterable[Row], step: int) -> list[Row]:
+    """Return the rows that a run keeps which continues from a checkpoint of `step`, without a rollback to it."""
+    return [row for row in rows if row["step"] + (kind_of(row) == Kind.rollback) <= step]
+
+
+def last_step(rows: Iterable[Row], default: int = 0) -> int:
+    """Return the highest step of rows."""
+    return max((int(row["step"]) for row in rows), default=default)
+
+
+def eval_losses(rows: Iterable[Row]) -> list[float]:
+    """Return the held-out losses in nats a token, nan where one was not finite."""
+    return [number(row["eval_loss"]) for row in evaluations(rows)]
+
+
+def taken_steps(rows: Iterable[Row]) -> list[tuple[float, float]]:
+    """Return (loss, gradient norm) of the steps that updated the weights."""
+    taken, skipped = [], 0
+    for row in steps(rows):
+        pair = number(row["loss"]), number(row["grad_norm"])
+        if row["skipped"] == skipped and all(map(math.isfinite, pair)):
+            taken.append(pair)
+        skipped = row["skipped"]
+    return taken
+
+
+def number(value: float | None) -> float:
+    """Return a number of a row, nan for null."""
+    return math.nan if value is None else float(value)
