@@ -17,7 +17,7 @@ from tools.bench.__main__ import main as bench
 from tools.bench.checkpoint import STATE_BYTES, costs_of, num_parameters
 from tools.bench.engines import Run, _table, llama_sizes
 from tools.bench.ranks import RanksFailed, start_ranks, wait_for
-from tools.bench.section import put_section
+from tools.markdown import put_section
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import FAILED, STOPPED, RanksFailed, explaining, leave, raise_on_signals, start_ranks, wait_for
-from tools.bench.section import cell_of, gpu_words, put_section, versions
+from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.schema import (
     DataConfig,

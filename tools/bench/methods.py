@@ -22,8 +22,9 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import FAILED, STOPPED
-from tools.bench.section import cell_of, gpu_words, put_section, versions
+from tools.markdown import cell_of, put_section
 from trainers import host
 
 METHODS = {

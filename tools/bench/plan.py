@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import explaining, leave, start_ranks, wait_for
-from tools.bench.section import gpu_words, put_section, versions
+from tools.markdown import put_section
 from trainers.config.schema import (
     DataConfig,
     EngineConfig,

@@ -8,12 +8,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from tools.bench.section import without_folders
 from tools.compare import say
 from tools.compare.gather import Run
 from tools.compare.methods import Comparison, Method
 from tools.compare.plots import look, pictures
 from tools.evaluate.say import MARKS
+from tools.markdown import without_folders
 
 SHOWN, OPEN = 12, 2
 """Prompts whose answers are put side by side, and those of them that are unfolded, on paper too."""

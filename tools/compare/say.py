@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tools.bench.section import cell_of
 from tools.compare.gather import Run
 from tools.compare.methods import Comparison, Method, cost_of, figures_of
 from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import of_json
 from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
+from tools.markdown import cell_of
 from trainers.host import GIB, MIB
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from tools.bench.section import cell_of, without_folders
 from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.gate.rules import Check
+from tools.markdown import cell_of, without_folders
 from trainers.config.schema import plain, read
 from trainers.rundir.files import try_json
 

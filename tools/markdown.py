@@ -1,11 +1,8 @@
-"""A section of a Markdown file, put in its place, and words for the machine and the versions that it names."""
+"""Markdown that tools write: cells of tables, names without folders, and a section put in its place in a file."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
-import subprocess
 from pathlib import Path
 
 
@@ -18,30 +15,6 @@ def without_folders(name: str) -> str:
     """Return a model's or a file's name without the folders that its machine keeps it in; one that is no absolute path as it is."""
     path = Path(name)
     return path.name if path.is_absolute() else name
-
-
-def versions(*packages: str) -> str:
-    """Return Python's version and those of packages."""
-    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)])
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def gpu_words(name: str) -> str:
-    """Return the GPUs of this machine by number, name and driver."""
-    import torch
-
-    line = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(line, capture_output=True, text=True, timeout=30, check=True).stdout.split("\n")[0].strip()
-    except (OSError, subprocess.SubprocessError):
-        driver = "unknown"
-    return f"{torch.cuda.device_count()} x {name}, driver {driver}"
 
 
 def put_section(file: Path, section: str) -> None:
