@@ -5,15 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo venv check format test test-all test-soak clean
+.PHONY: help demo compare-demo venv check docs format test test-all test-soak clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
 	@echo 'make test      the tests'
 	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
-	@echo 'make check     format, lint, types, layers'
+	@echo 'make check     format, lint, types, layers, pages and their links'
+	@echo 'make docs      the pages of docs/ as HTML, in build/docs'
 	@echo 'make format    mend what ruff can mend'
 	@echo 'make venv      the set-up alone: $(VENV) with the pinned packages'
 	@echo 'make clean     remove $(VENV), runs/ and caches of tools'
@@ -43,6 +45,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_prose.py
+
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'open build/docs/index.html'
 
 format: $(STAMP)
 	$(BIN)/ruff format .

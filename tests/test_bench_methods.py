@@ -40,7 +40,7 @@ def test_methods_are_compared_at_equal_tokens(base: Path, chats: Path, cache: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     text = out.read_text()
     assert text == f"# By hand\n\n{done.stdout}"
-    assert "None here: an earlier start of this command had finished 1 of the 2 runs" in text
+    assert "No times here: an earlier start of this command had finished 1 of the 2 runs" in text
     for folder in (base, chats.parent, tmp_path):
         assert str(folder) not in text
     rows = {cells[1]: cells[2:-1] for row in text.splitlines()[:12] if len(cells := [cell.strip() for cell in row.split("|")]) > 1}

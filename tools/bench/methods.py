@@ -390,27 +390,30 @@ def _legend(options: argparse.Namespace, results: dict[str, Result], figures: di
     """Return what the words of the tables mean, and what nobody may conclude."""
     trials, factor = _trials(results), f"{options.factor:g}"
     old = _old(results)
-    earlier = f" None here: an earlier start of this command had finished {old} of the {len(trials)} runs." if old else ""
+    earlier = f" No times here: an earlier start of this command had finished {old} of the {len(trials)} runs." if old else ""
     edge = " †: the end of its grid; a better rate may lie beyond." if any(result.is_at_edge() for result in results.values()) else ""
     speed = (
-        "- **Speed.** Times are of a CPU, where a small model waits for Python, and ranks for each other: a GPU's are others.\n"
+        "- **Speed.** Times are of a CPU, where a small model waits for Python, and ranks wait for each other. On a GPU they differ.\n"
         if figures["gpu_hours"] is None
         else ""
     )
     return [
-        f"Rates: the preset's (for full fine-tuning that of conf/optim/adamw.yaml), {factor} times less and more, and further while the "
-        f"last was the best, {options.most} at most; each method is shown at its best by held-out loss.{edge} Low-rank methods have rank "
-        f"{options.rank} and their preset's alpha / rank, AdaLoRA as its mean; the rest is as the presets have it, AdaLoRA's schedule at "
-        "its share of the steps. Equal tokens are checked in each run's summary.json. Bytes are `state_bytes` there: parts of live "
-        "tensors, without activations and what is gathered for a while; gradients are those of the moment before a step. Export: its "
-        "safetensors files. Time: the median of a method's steps at all rates over that of full fine-tuning's, the runs of all methods "
-        f"in turn; evaluation, start and export are not in it.{earlier}",
+        f"- **Rates.** The preset's rate (for full fine-tuning that of conf/optim/adamw.yaml), {factor} times less and more. Further "
+        f"rates are tried while the last one is the best, at most {options.most}. Each method is shown at its best by held-out loss."
+        f"{edge}\n"
+        f"- **Settings.** Low-rank methods have rank {options.rank} and their preset's alpha / rank. AdaLoRA has that rank as its mean, "
+        "and its schedule at the same share of the steps. The rest is as in the presets.\n"
+        "- **Tokens.** Equal tokens are checked in each run's summary.json.\n"
+        "- **Bytes.** `state_bytes` of summary.json: parts of live tensors, without activations and temporary gathered tensors. "
+        "Gradients are measured before a step. Export is the size of its safetensors files.\n"
+        "- **Time.** The median of a method's steps at all rates, divided by that of full fine-tuning. The runs of all methods take "
+        f"turns. Evaluation, start and export are not included.{earlier}",
         "What this does not show:",
         f"- **Which method is best.** One model of {_base_parameters(figures):,} parameters, one file, one seed, {options.steps} steps, "
-        f"rates a factor of {factor} apart and picked on the rows that are reported: small differences mean nothing, and the methods' "
-        "papers speak of billions of parameters.\n"
-        "- **Rates for other models.** Small models take far larger ones: the presets' are for billions of parameters.\n"
+        f"and rates a factor of {factor} apart, picked on the rows that are reported. Small differences mean nothing. The methods' papers "
+        "use models of billions of parameters.\n"
+        "- **Rates for other models.** Small models need far larger rates. The presets' rates are for billions of parameters.\n"
         f"{speed}"
-        "- **What memory a method saves.** What is frozen or in 4 bits counts for more the larger the model is, and activations, which "
-        "can outweigh all of this, are not counted.",
+        "- **What memory a method saves.** Frozen or 4-bit weights count for more in a larger model. Activations can outweigh all of "
+        "this and are not counted.",
     ]
