@@ -39,7 +39,7 @@ def train(world: World, folder: Path, engine_name: str, out: Path, start: int) -
         if step < start:
             continue
         mine = slice(world.rank, None, world.size)
-        engine.backward(-engine.token_logps(batch_of(ids[mine], labels[mine])).sum() / 30, last=True)
+        engine.backward(-engine.forward(batch_of(ids[mine], labels[mine])).logps.sum() / 30, last=True)
         engine.adaptation.at(step, STEPS)
         norms.append(engine.step(LR))
         if not start and step + 1 in (OPEN, LAST):

@@ -53,7 +53,7 @@ class Life:
     def train(self, step: int) -> None:
         ids, labels = list(rows_of_steps())[step % 20]
         batch = batch_of(ids[self.world.rank :: self.world.size], labels[self.world.rank :: self.world.size])
-        self.engine.backward(-self.engine.token_logps(batch).sum() / 100, last=True)
+        self.engine.backward(-self.engine.forward(batch).logps.sum() / 100, last=True)
         self.engine.step(1e-2)
 
     def weights(self) -> dict[str, Any]:

@@ -94,8 +94,8 @@ def train_on_ranks(world: World, folder: Path, microbatch: int, engine: str = "f
         for number, chunk in enumerate(chunks, 1):
             ids, labels = (torch.stack(column) for column in zip(*chunk, strict=True))
             positions = torch.arange(LENGTH).expand(ids.shape)
-            batch = Batch(input_ids=ids, labels=labels, position_ids=positions, num_rows=len(chunk), num_tokens=ids.numel())
-            loss = NextToken()(built.token_logps(batch), batch).total
+            batch = Batch.of(ids, labels, positions)
+            loss = NextToken()(built.forward(batch), batch).total
             built.backward(loss / weight, last=number == len(chunks))
             local += loss.item()
         norms.append(built.step(LR[optim]))
@@ -237,8 +237,8 @@ def move_norms(world: World, folder: Path, engine: str) -> dict[str, float]:
     for rows in uneven_batches()[:5]:
         ids, labels = (torch.stack(column) for column in zip(*rows[world.rank :: world.size], strict=True))
         positions = torch.arange(LENGTH).expand(ids.shape)
-        batch = Batch(input_ids=ids, labels=labels, position_ids=positions, num_rows=len(ids), num_tokens=ids.numel())
-        built.backward(-built.token_logps(batch).sum() / 100, last=True)
+        batch = Batch.of(ids, labels, positions)
+        built.backward(-built.forward(batch).logps.sum() / 100, last=True)
         built.step(1e-5)
     return {name: float((tensor.float() - before[name]).abs().max()) for name, tensor in built.weights() if "norm" in name}
 
@@ -256,9 +256,9 @@ def skip_a_step(world: World, folder: Path, preset: str) -> tuple[float, bool]:
     engine = build_engine(config_for(folder, preset), world, blueprint_for(folder))
     before = {name: tensor.clone() for name, tensor in engine.weights()}
     ids, labels = (torch.stack(column) for column in zip(*uneven_batches()[0][:1], strict=True))
-    batch = Batch(input_ids=ids, labels=labels, position_ids=torch.arange(LENGTH)[None], num_rows=1, num_tokens=LENGTH)
+    batch = Batch.of(ids, labels, torch.arange(LENGTH)[None])
     scale = float("inf") if world.rank == 0 else 1.0
-    engine.backward(engine.token_logps(batch).sum() * scale, last=True)
+    engine.backward(engine.forward(batch).logps.sum() * scale, last=True)
     norm = engine.step(1.0)
     return norm, any(not torch.equal(before[name], tensor) for name, tensor in engine.weights())
 
@@ -282,8 +282,8 @@ def save_and_load(world: World, folder: Path, checkpoint: Path, saved: bool, pre
             continue
         ids, labels = (torch.stack(column) for column in zip(*step[world.rank :: world.size], strict=True))
         positions = torch.arange(LENGTH).expand(ids.shape)
-        batch = Batch(input_ids=ids, labels=labels, position_ids=positions, num_rows=len(ids), num_tokens=ids.numel())
-        engine.backward(-engine.token_logps(batch).sum() / 100, last=True)
+        batch = Batch.of(ids, labels, positions)
+        engine.backward(-engine.forward(batch).logps.sum() / 100, last=True)
         engine.step(1e-3)
     return {name: tensor.numpy() for name, tensor in engine.weights()}
 
@@ -301,8 +301,8 @@ def train_after_saving(world: World, folder: Path, checkpoint: Path | None, pres
         dcp.save(engine.state(), checkpoint_id=checkpoint)
         engine.load(checkpoint)
     ids, labels = (torch.stack(column) for column in zip(*uneven_batches()[0][:2], strict=True))
-    batch = Batch(input_ids=ids, labels=labels, position_ids=torch.arange(LENGTH).expand(2, -1), num_rows=2, num_tokens=2 * LENGTH)
-    engine.backward(-engine.token_logps(batch).sum(), last=True)
+    batch = Batch.of(ids, labels, torch.arange(LENGTH).expand(2, -1))
+    engine.backward(-engine.forward(batch).logps.sum(), last=True)
     engine.step(0.1)
     return {name: tensor.numpy() for name, tensor in engine.weights()}
 

@@ -8,7 +8,8 @@ import pytest
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, Schedule
-from trainers.loop import learning_rate, stalled
+from trainers.loop import stalled
+from trainers.optim import learning_rate
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))

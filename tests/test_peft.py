@@ -134,7 +134,7 @@ def rows_of_steps() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
 
 def batch_of(ids: torch.Tensor, labels: torch.Tensor) -> Batch:
     positions = torch.arange(LENGTH).expand(ids.shape)
-    return Batch(input_ids=ids, labels=labels, position_ids=positions, num_rows=len(ids), num_tokens=ids.numel())
+    return Batch.of(ids, labels, positions)
 
 
 def adaptation_of(folder: Path, case: str) -> Adaptation:
@@ -203,7 +203,7 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
         local = 0.0
         for number, chunk in enumerate(chunks, 1):
             batch = batch_of(*chunk)
-            loss = NextToken()(engine.token_logps(batch), batch).total
+            loss = NextToken()(engine.forward(batch), batch).total
             engine.backward(loss / weight, last=number == len(chunks))
             local += loss.item()
         if step == 1:
@@ -225,7 +225,7 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
     probe = batch_of(*(column[:1] for column in next(rows_of_steps())))
     engine.train(False)
     with torch.no_grad():
-        logps = engine.token_logps(probe).numpy()
+        logps = engine.forward(probe).logps.numpy()
     if out is not None and engine.adaptation.library_config is not None:
         export_adapter(engine.weights(), engine.adaptation, NoTokenizer(), out, write=world.rank == 0)
     elif out is not None:
@@ -472,7 +472,7 @@ def save_and_load(world: World, folder: Path, case: str, engine_name: str, check
             continue
         mine = slice(world.rank, None, world.size)
         batch = batch_of(ids[mine], labels[mine])
-        engine.backward(-engine.token_logps(batch).sum() / 100, last=True)
+        engine.backward(-engine.forward(batch).logps.sum() / 100, last=True)
         engine.adaptation.at(number, STEPS)
         engine.step(LR)
     return {name: tensor.numpy() for name, tensor in engine.weights()}

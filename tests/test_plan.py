@@ -27,6 +27,7 @@ from launcher.compose import compose
 from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
 from tools.bench.plan import CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
+from trainers.batch import Output
 from trainers.config.schema import DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.engines import fsdp
 from trainers.model.blueprint import Blueprint
@@ -437,13 +438,14 @@ def test_memory_is_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.clear()
         return create_selective_checkpoint_contexts(keep)
 
-    def in_float32(engine: Any, batch: Any) -> torch.Tensor:
+    def in_float32(engine: Any, batch: Any, _needs: Any = None) -> Output:
         output = engine.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-        return -torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="none")
+        losses = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="none")
+        return Output(logps=-losses)
 
     how = {"use_reentrant": False, "context_fn": contexts}
     monkeypatch.setattr(fsdp, "checkpoint_activations", lambda model: model.gradient_checkpointing_enable(how))
-    monkeypatch.setattr(fsdp.FSDPEngine, "token_logps", in_float32)
+    monkeypatch.setattr(fsdp.FSDPEngine, "forward", in_float32)
     train = TrainConfig(global_batch=16, microbatch=2, activation_checkpointing=True)
     config = RunConfig(model=ModelConfig(id="meta-llama/Llama-3.1-8B"), data=DataConfig(seq_len=8192), train=train)
     with ranks(8, 8) as world:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from trainers.data.pack import pack
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.engines.base import build_engine
-from trainers.loop import learning_rate, require_isolation, train
+from trainers.loop import require_isolation, train
 from trainers.model.blueprint import Blueprint
+from trainers.optim import learning_rate
 from trainers.rundir.attempt import Attempt
 from trainers.world import World
 
@@ -77,10 +77,10 @@ def run_split(world: World, run_dir: Path, model: Path, table: TokenTable, eval_
     engine = build_engine(config, world, blueprint_for(model))
     gradients, plain_step = [], engine.step
 
-    def step(lr: float, limit: float = math.inf) -> float:
+    def step(lr: float, *accepts: Any) -> float:
         parameters = engine.model.named_parameters()
         gradients.append({name: p.grad.full_tensor().clone() for name, p in parameters})
-        return plain_step(lr, limit)
+        return plain_step(lr, *accepts)
 
     engine.step = step  # what is seen is what the optimizer gets, before clipping
     loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
@@ -198,7 +198,7 @@ def loss_and_gradients(world: World, model: Path, attention: str) -> list[tuple[
         batches = [make_batch(table, np.array([row]), 1, 0) for row in range(len(table))]
         total = 0.0
         for number, batch in enumerate(batches, 1):
-            loss = -engine.token_logps(batch).sum()
+            loss = -engine.forward(batch).logps.sum()
             engine.backward(loss, last=number == len(batches))
             total += loss.item()
         results.append((total, {name: p.grad.full_tensor() for name, p in engine.model.named_parameters()}))
@@ -224,10 +224,10 @@ def test_another_document_leaves_log_probabilities_bit_identical(tmp_path: Path,
     assert len(table) < len(LENGTHS), "nothing is packed"
     first = changed.position_ids.eq(0).cumsum(1).eq(1)  # each row's first document
     changed.input_ids[first] = (changed.input_ids[first] + 7) % 33
-    from trainers.batch import token_logps
+    from trainers.batch import forward
 
     with torch.no_grad():
-        before, after = token_logps(model, batch), token_logps(model, changed)
+        before, after = forward(model, batch).logps, forward(model, changed).logps
     assert torch.equal(before[~first], after[~first])
     assert not torch.equal(before[first], after[first])
 

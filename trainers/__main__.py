@@ -27,7 +27,7 @@ import transformers
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
-from trainers.batch import IGNORE, Batch, token_logps
+from trainers.batch import IGNORE, Batch, forward
 from trainers.checkpoint import NoCheckpoint
 from trainers.config.checks import check_world, load
 from trainers.config.errors import ConfigError
@@ -253,7 +253,7 @@ def finish(
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
-        logps = engine.token_logps(probe.to(world.device)).cpu()
+        logps = engine.forward(probe.to(world.device)).logps.cpu()
     figures, shapes, state = as_figures(outcome, world), engine.shapes(), engine.state_bytes()
     state_bytes = dict(zip(state, map(int, world.sum(list(map(float, state.values())))), strict=True))
     if world.rank == 0:
@@ -310,7 +310,7 @@ def _try_export(
     else:
         model = reopen(folder, config.model.trust_remote_code)
     with torch.no_grad():
-        labelled = (token_logps(model, probe).float() - logps)[probe.labels != IGNORE]
+        labelled = (forward(model, probe).logps.float() - logps)[probe.labels != IGNORE]
     difference = float(labelled.abs().mean())
     exact = config.train.precision is Precision.fp32 and blueprint.saved_dtype is torch.float32
     if not difference <= (EXPORT_TOLERANCE if exact else EXPORT_TOLERANCE_16_BIT):

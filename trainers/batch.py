@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 IGNORE = -100
+NO_DOCUMENT = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is in some rows; sums of them are sizes of all."""
+
+    rows: int = 0
+    documents: int = 0
+    tokens: int = 0
+    """Padding is not counted."""
+    labels: int = 0
+    """Tokens that are predicted."""
+    units: int = 0
+    """Groups of documents that belong together, such as pairs; 0 where the table has none."""
+
+    def __add__(self, other: Sizes) -> Sizes:
+        return Sizes(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
 
 
 @dataclass(kw_only=True)
@@ -23,10 +42,16 @@ class Batch:
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor
+    documents: Tensor
+    """(B, S) int64: the token's document, 0 to D - 1 in this microbatch; NO_DOCUMENT where it is padding."""
+    signals: dict[str, Tensor] = field(default_factory=dict)
+    """What else an objective reads, (D,) or (B, S) float32, by name."""
     num_rows: int
     """Rows that count; the others of the B are padding rows that keep the ranks in step."""
     num_tokens: int
-    """Tokens that are no padding."""
+    """Tokens that are not padding."""
+    num_documents: int
+    """D."""
     columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """(K,) int64, K >= 1: the columns in which some row has a label. Found on the CPU, so that a GPU need not wait."""
 
@@ -37,34 +62,70 @@ class Batch:
         if not len(self.columns):
             self.columns = torch.zeros(1, dtype=torch.int64, device=self.labels.device)
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the same batch on `device`."""
-        return Batch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            num_rows=self.num_rows,
-            num_tokens=self.num_tokens,
-            columns=self.columns.to(device, non_blocking=True),
+    @classmethod
+    def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Batch:
+        """Return rows without padding: a document begins wherever a position is 0."""
+        documents = (position_ids == 0).flatten().cumsum(0).view(position_ids.shape) - 1
+        return cls(
+            input_ids=input_ids,
+            labels=labels,
+            position_ids=position_ids,
+            documents=documents,
+            num_rows=len(input_ids),
+            num_tokens=input_ids.numel(),
+            num_documents=int(documents.max()) + 1,
         )
 
+    def sizes(self) -> Sizes:
+        """Return how much counts in it; not of units, which a batch does not know."""
+        labels = int((self.labels != IGNORE).sum())
+        return Sizes(rows=self.num_rows, documents=self.num_documents, tokens=self.num_tokens, labels=labels)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with `f` of each tensor."""
+        tensors: dict[str, Any] = {item.name: f(value) for item in fields(self) if isinstance(value := getattr(self, item.name), Tensor)}
+        return replace(self, **tensors, signals={name: f(signal) for name, signal in self.signals.items()})
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the same batch on `device`."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
     def in_one_row(self) -> Batch:
-        """Return the rows one behind the other in a single row (1, B x S); positions restart where a row began.
+        """Return the rows one after the other in a single row (1, B x S); positions restart where a row began.
 
         transformers finds packed documents for flash attention in a single row only: in several, documents would see each
         other. The labelled columns are found anew, for which a GPU waits.
         """
-        return Batch(
-            input_ids=self.input_ids.reshape(1, -1),
-            labels=self.labels.reshape(1, -1),
-            position_ids=self.position_ids.reshape(1, -1),
-            num_rows=self.num_rows,
-            num_tokens=self.num_tokens,
-        )
+        shape, none = self.labels.shape, self.columns[:0]
+        return replace(self.map(lambda tensor: tensor.reshape(1, -1) if tensor.shape == shape else tensor), columns=none)
+
+
+def by_document(values: Tensor, batch: Batch) -> Tensor:
+    """Return the sum of each document's values over its labels, (B, S) -> (D,)."""
+    labelled = values.where(batch.labels != IGNORE, 0.0).flatten()
+    sums = values.new_zeros(batch.num_documents + 1)
+    return sums.index_add(0, batch.documents.flatten() + 1, labelled)[1:]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a forward returns besides log-probabilities."""
+
+    entropy: bool = False
+
+
+@dataclass(kw_only=True)
+class Output:
+    """What a forward returns, each (B, S) float32 and 0.0 where the label is IGNORE."""
+
+    logps: Tensor
+    """Log-probability of each label in nats, with a graph while training."""
+    entropy: Tensor | None = None
+    """Entropy in nats of the distribution that the label is drawn from; without a graph."""
 
 
 class _LabelLogps(torch.autograd.Function):
-    """Log-softmax at the labels, in float32 chunks; the gradient overwrites the logits instead of standing beside them."""
+    """Log-softmax at the labels, in float32 chunks; the gradient overwrites the logits, so that there is one copy of them."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
@@ -88,24 +149,42 @@ class _LabelLogps(torch.autograd.Function):
         return logits, None
 
 
+@torch.no_grad()
+def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return -sum p log p of each row's softmax, (N, V) -> (N,) float32, 0.0 where the label is IGNORE."""
+    chunks = (chunk.float().log_softmax(-1) for chunk in logits.split(_chunk_rows(logits)))
+    return torch.cat([-(logps.exp() * logps).sum(-1) for logps in chunks]).where(labels != IGNORE, 0.0)
+
+
 def _chunk_rows(logits: Tensor, floats: int = 1 << 22) -> int:
     """Rows whose float32 logits take 16 MiB: they stay in a CPU's cache and never make the peak on a GPU."""
     return max(1, floats // logits.shape[-1])
 
 
-def token_logps(model: nn.Module, batch: Batch, config: Any = None) -> Tensor:
-    """Return the log-probability of each label, 0.0 where the label is IGNORE.
+def forward(model: nn.Module, batch: Batch, needs: Needs = Needs(), config: Any = None) -> Output:
+    """Return the log-probability of each label and what else is needed.
 
-    (B, S) float32, in nats. Logits are made only for the columns in which some row has a label, in the compute type,
-    and reduced in float32 chunks: (B, S, V) in float32 would be 4 GiB at 8k x 128k. Backward may run once.
+    Logits are made only for the columns in which some row has a label, in the compute type, and reduced in float32 chunks:
+    (B, S, V) in float32 would be 4 GiB at 8k x 128k. Backward may run once.
     `config` is the model's own, where `model` wraps it in something whose `config` is another.
     """
+    shape = batch.labels.shape
     if "flash" in str(getattr(config or model.config, "_attn_implementation", "")) and len(batch.labels) > 1:
-        return token_logps(model, batch.in_one_row(), config).view(batch.labels.shape)
+        return _map_output(forward(model, batch.in_one_row(), needs, config), lambda values: values.view(shape))
     columns = batch.columns
-    every = len(columns) == batch.labels.shape[1]
+    every = len(columns) == shape[1]
     output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=0 if every else columns)
     labels = batch.labels if every else batch.labels[:, columns]
-    logps: Tensor = _LabelLogps.apply(output.logits.flatten(0, 1), labels.flatten())  # type: ignore[no-untyped-call]
-    logps = logps.view(labels.shape)
-    return logps if every else logps.new_zeros(batch.labels.shape).index_copy(1, columns, logps)
+    logits = output.logits.flatten(0, 1)
+    entropy = _entropy(logits, labels.flatten()) if needs.entropy else None
+    logps: Tensor = _LabelLogps.apply(logits, labels.flatten())  # type: ignore[no-untyped-call]
+
+    def in_place(values: Tensor) -> Tensor:
+        values = values.view(labels.shape)
+        return values if every else values.new_zeros(shape).index_copy(1, columns, values)
+
+    return _map_output(Output(logps=logps, entropy=entropy), in_place)
+
+
+def _map_output(output: Output, f: Callable[[Tensor], Tensor]) -> Output:
+    return Output(logps=f(output.logps), entropy=None if output.entropy is None else f(output.entropy))

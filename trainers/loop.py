@@ -15,7 +15,7 @@ import torch
 from trainers.batch import IGNORE, Batch
 from trainers.checkpoint import Checkpointer, Progress
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OnSpike, OptimConfig, RunConfig, Schedule
+from trainers.config.schema import OnSpike, RunConfig
 from trainers.data.loader import Ints, Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
@@ -23,6 +23,7 @@ from trainers.health.spikes import Spikes
 from trainers.health.stragglers import Stragglers
 from trainers.health.watchdog import Phase, watch
 from trainers.objectives import CHOICES, Objective
+from trainers.optim import learning_rate, warmup_steps
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.files import finite
 from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
@@ -60,34 +61,6 @@ class Outcome:
     mfu: float | None = None
 
 
-def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule, at its floor behind the last step.
-
-    Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
-    """
-    warmup, peak = warmup_steps(optim, num_steps), optim.lr * optim.lr_factor
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / (num_steps - warmup)
-    if optim.schedule is Schedule.cosine:
-        shape = (1 + math.cos(math.pi * done)) / 2
-    elif optim.schedule is Schedule.linear:
-        shape = 1 - done
-    elif optim.schedule is Schedule.wsd:
-        shape = min(1.0, (num_steps - step) / max(1, round(optim.decay_fraction * num_steps)))
-    else:
-        return peak
-    return peak * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * shape)
-
-
-def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
-    """Return the steps of warm-up; raises ConfigError if they do not end within the run."""
-    steps = optim.warmup_steps or round(optim.warmup_fraction * num_steps)
-    if steps >= num_steps and optim.warmup_steps:
-        raise ConfigError("optim.warmup_steps", steps, f"warm-up never ends: the run has {num_steps} steps", "optim.warmup_fraction=0.03")
-    return min(steps, num_steps - 1)
-
-
 @torch.no_grad()
 def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World) -> tuple[float, int] | None:
     """Return the held-out loss in nats a token and its number of tokens: one sum over all rows, each counted once.
@@ -99,9 +72,9 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
     for batch in watch.each(batches):
         if world.any(world.signalled is not None)[0]:
             return None
-        weight += objective.weight(batch)
+        weight += objective.targets(batch.sizes())
         on_device = batch.to(world.device)
-        total += float(objective(engine.token_logps(on_device), on_device).total)
+        total += float(objective(engine.forward(on_device, objective.needs), on_device).total)
     engine.train(True)
     total, whole = world.sum([total, float(weight)])
     return total / whole if whole else math.nan, int(whole)
@@ -137,8 +110,8 @@ def require_isolation(engine: Engine, world: World, vocab_size: int, microbatch:
     logps = []
     with torch.no_grad():
         for rows in (ids, neighbour, own):
-            batch = Batch(input_ids=rows, labels=labels, position_ids=positions, num_rows=microbatch, num_tokens=rows.numel())
-            logps.append(engine.token_logps(batch.to(world.device))[:, length:].cpu())
+            batch = Batch.of(rows, labels, positions)
+            logps.append(engine.forward(batch.to(world.device)).logps[:, length:].cpu())
     engine.train(True)
     leak, effect = (float((changed - logps[0]).abs().max()) for changed in logps[1:])
     if not leak <= LEAK_SHARE * effect:
@@ -225,7 +198,7 @@ class Training:
         row_ids = self.loader.row_ids(progress.step, progress.ahead)
         microbatches = self.loader.batches(row_ids)
         counts = [
-            sum(map(self.objective.weight, microbatches)),
+            sum(self.objective.targets(batch.sizes()) for batch in microbatches),
             sum(b.num_rows for b in microbatches),
             sum(b.num_tokens for b in microbatches),
         ]
@@ -235,14 +208,14 @@ class Training:
         local_loss = torch.zeros((), device=self.world.device)
         for number, batch in enumerate(microbatches if weight else [], 1):
             on_device = batch.to(self.world.device)
-            loss = self.objective(self.engine.token_logps(on_device), on_device)
+            loss = self.objective(self.engine.forward(on_device, self.objective.needs), on_device)
             self.engine.backward(loss.total / weight, last=number == len(microbatches))
             local_loss += loss.total.detach()
         self.engine.adaptation.at(progress.step, self.loader.num_steps)
         loss_sum = self.world.sum([float(local_loss)])[0]
         mean = loss_sum / weight if weight else math.nan
         most_loss, most_norm = (math.inf, math.inf) if self.config.train.on_spike is OnSpike.none else self.spikes.limits()
-        grad_norm = self.engine.step(lr, -1.0 if mean > most_loss else most_norm) if weight else 0.0
+        grad_norm = self.engine.step(lr, lambda norm: mean <= most_loss and norm <= most_norm) if weight else 0.0
         seconds = time.perf_counter() - started
         spike = self._judge(mean, most_loss, grad_norm, most_norm)
         skipped = self._count_skipped(progress.step, grad_norm, weight, spike)

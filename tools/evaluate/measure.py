@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.batch import IGNORE, token_logps
+from trainers.batch import IGNORE, forward
 from trainers.data.loader import make_batch
 from trainers.data.pack import one_each
 from trainers.data.table import TokenTable
@@ -42,7 +42,7 @@ def losses(model: PreTrainedModel, table: TokenTable, documents: Ints, batch: in
     for at in range(0, len(documents), batch):
         chunk = documents[at : at + batch]
         on_device = make_batch(rows, chunk, len(chunk), pad_id).to(model.device)
-        logps = token_logps(model, on_device)
+        logps = forward(model, on_device).logps
         nats, tokens = -logps.double().sum(1), (on_device.labels != IGNORE).sum(1)
         for document, nat, count in zip(chunk.tolist(), nats.tolist(), tokens.tolist(), strict=True):
             yield {"document": document, "tokens": count, "nats": nat}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trainers.batch import IGNORE, Batch
+from trainers.batch import IGNORE, NO_DOCUMENT, Batch
 from trainers.config.schema import TrainConfig
 from trainers.data.table import TokenTable
 
@@ -113,5 +113,17 @@ def make_batch(table: TokenTable, rows: Ints, num: int, pad_id: int) -> Batch:
     input_ids[target], position_ids[target] = tokens, position
     shifted = (position[1:] > 0) & (table.supervised[source[1:]] > 0)
     labels[target[:-1][shifted]] = tokens[1:][shifted]
-    tensors = [torch.from_numpy(array.reshape(num, size)) for array in (input_ids, labels, position_ids)]
-    return Batch(input_ids=tensors[0], labels=tensors[1], position_ids=tensors[2], num_rows=len(rows), num_tokens=int(used.sum()))
+    document_of = np.full(num * size, NO_DOCUMENT, dtype=np.int64)
+    document_of[target] = np.repeat(np.arange(len(flat)), lengths)
+    ids, shifted_labels, positions, in_document = (
+        torch.from_numpy(array.reshape(num, size)) for array in (input_ids, labels, position_ids, document_of)
+    )
+    return Batch(
+        input_ids=ids,
+        labels=shifted_labels,
+        position_ids=positions,
+        documents=in_document,
+        num_rows=len(rows),
+        num_tokens=int(used.sum()),
+        num_documents=len(flat),
+    )

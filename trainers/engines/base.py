@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainers import host
-from trainers.batch import Batch
+from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError
-from trainers.config.schema import EngineName, Offload, OptimConfig, OptimizerName, Precision, RunConfig
+from trainers.config.schema import EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.model.blueprint import Blueprint
 from trainers.peft.base import Adaptation
 from trainers.world import World
@@ -28,22 +27,34 @@ HOST = "in host memory"
 COMPUTE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
+Accepts = Callable[[float], bool]
+"""Whether a step of this gradient norm is to be taken."""
+
+
+def accepts_all(norm: float) -> bool:
+    """Take every step."""
+    return True
+
+
 class Engine(Protocol):
     """A model, its gradients and its optimizer, sharded over ranks. Every method is collective: all ranks call it."""
 
     adaptation: Adaptation
     """What is trained and what is exported."""
 
-    def token_logps(self, batch: Batch) -> Tensor:
-        """Return (B, S) float32 log-probabilities of the labels, with a graph while training."""
+    def forward(self, batch: Batch, needs: Needs = ...) -> Output:
+        """Return the log-probabilities of the labels, with a graph while training, and what else is needed."""
         ...
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a scalar; `last` marks the step's last microbatch. Gradients sum over ranks."""
         ...
 
-    def step(self, lr: float, limit: float = math.inf) -> float:
-        """Clip, update, clear gradients; return the global gradient norm before clipping. Non-finite or above `limit` updates nothing."""
+    def step(self, lr: float, accepts: Accepts = ...) -> float:
+        """Clip, update, clear gradients; return the global gradient norm before clipping.
+
+        A norm that is not finite, or that `accepts` denies, updates nothing. All ranks must be given the same answer.
+        """
         ...
 
     def train(self, mode: bool) -> None:
@@ -160,31 +171,6 @@ def nvme_buffers(config: RunConfig, world_size: int, numels: list[int]) -> int:
     if engine.offload_optimizer is Offload.nvme:
         optimizer = 4 * 4 * min(engine.sub_group_size + max(numels) // world_size, sum(numels) // world_size)
     return parameters + optimizer
-
-
-def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: float) -> list[dict[str, Any]]:
-    """Return an optimizer's parameter groups from (parameter, dimensions, lr_scale), frozen ones left out.
-
-    Matrices and embeddings decay, norms and biases do not; a group's learning rate is `lr_scale` times the run's.
-    """
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for parameter, dimensions, lr_scale in parameters:
-        if parameter.requires_grad:
-            groups.setdefault((lr_scale, 0.0 if dimensions < 2 else weight_decay), []).append(parameter)
-    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
-
-
-def torch_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return torch's fused AdamW, or its SGD."""
-    if optim.name is OptimizerName.sgd:
-        return torch.optim.SGD(groups, lr=optim.lr)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
-
-
-def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """Give each group of an optimizer its share of a learning rate."""
-    for group in groups:
-        group["lr"] = lr * group["lr_scale"]
 
 
 def counted(total: int, trained: int) -> str:

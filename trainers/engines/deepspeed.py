@@ -23,27 +23,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from trainers.batch import Batch, token_logps
+from trainers.batch import Batch, Needs, Output, forward
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Offload, OptimizerName, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
     NVME_BUFFERS,
+    Accepts,
+    accepts_all,
     checkpoint_activations,
     counted,
-    decay_groups,
     frozen_statement,
     in_short,
     move_buffers,
     require_host,
-    set_lr,
     statement,
-    torch_optimizer,
 )
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model.blueprint import Blueprint
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
+from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
@@ -98,7 +98,8 @@ class ZeRO3Engine:
             model=self.model, optimizer=self._make_optimizer(native=origin is not None), config=copy.deepcopy(self.settings)
         )[:2]
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
-        self.norm, self.limit = 0.0, math.inf
+        self.norm = 0.0
+        self.accepts: Accepts = accepts_all
         self.optimizer._get_norm_groups = self._norm_groups
         if origin is not None:
             if not origin.is_exact_in(self.compute):
@@ -207,36 +208,36 @@ class ZeRO3Engine:
             persistent[0].all_gather(persistent)
         self.optimizer.invalidate_secondary_tensor()
 
-    def token_logps(self, batch: Batch) -> Tensor:
-        """Return (B, S) float32 log-probabilities of the labels."""
+    def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
+        """Return the log-probabilities of the labels and what else is needed."""
         with _linear_of_zero3():
-            return token_logps(self.engine, batch, self.model.config)
+            return forward(self.engine, batch, needs, self.model.config)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients, reduced over ranks in float32 as they come. DeepSpeed takes means, so the loss grows by the world size."""
         with _linear_of_zero3():
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, lr: float, limit: float = math.inf) -> float:
-        """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
+    def step(self, lr: float, accepts: Accepts = accepts_all) -> float:
+        """Clip, update and clear; return the gradient norm before clipping."""
         set_lr(self.optimizer.param_groups, lr)
-        self.limit = limit
+        self.accepts = accepts
         allocator = self.adaptation.allocator
         parts = {} if allocator is None else self._regularised(allocator)
         self.engine.step()
         norm = self.norm
-        if allocator is not None and math.isfinite(norm) and norm <= limit:
+        if allocator is not None and math.isfinite(norm) and accepts(norm):
             self._allocate(allocator, parts, norm)
         self._clear_gradients()
         return norm
 
     def _norm_groups(self) -> list[Any]:
-        """Return DeepSpeed's norms of its groups for a step; one above the limit as infinite, with which DeepSpeed takes no step."""
+        """Return DeepSpeed's norms of its groups; infinite where the step is not accepted, with which DeepSpeed takes none."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         groups: list[Any] = type(self.optimizer)._get_norm_groups(self.optimizer)
         self.norm = float(combine_grad_norm_groups(groups))
-        return groups if self.norm <= self.limit else [torch.tensor(math.inf)]
+        return groups if self.accepts(self.norm) else [torch.tensor(math.inf)]
 
     def _regularised(self, allocator: Allocator) -> dict[str, Part]:
         """Let the allocator add to the gradients; return this rank's elements of what it looks at, with a copy of their gradients.

@@ -17,26 +17,26 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from trainers.batch import Batch, token_logps
+from trainers.batch import Batch, Needs, Output, forward
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Offload, OptimConfig, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
+    Accepts,
+    accepts_all,
     checkpoint_activations,
     counted,
-    decay_groups,
     frozen_statement,
     in_short,
     move_buffers,
     require_host,
     require_type,
-    set_lr,
     statement,
-    torch_optimizer,
 )
 from trainers.model.blueprint import Blueprint
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
+from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
@@ -107,9 +107,9 @@ class FSDPEngine:
     def _pins(self) -> bool:
         return self.config.engine.pin_memory and self.world.device.type == "cuda"
 
-    def token_logps(self, batch: Batch) -> Tensor:
-        """Return (B, S) float32 log-probabilities of the labels."""
-        return token_logps(self.model, batch)
+    def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
+        """Return the log-probabilities of the labels and what else is needed."""
+        return forward(self.model, batch, needs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size."""
@@ -117,8 +117,8 @@ class FSDPEngine:
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         (loss * self.world.size).backward()
 
-    def step(self, lr: float, limit: float = math.inf) -> float:
-        """Clip, update and clear; return the gradient norm before clipping. A norm that is not finite or above `limit` updates nothing."""
+    def step(self, lr: float, accepts: Accepts = accepts_all) -> float:
+        """Clip, update and clear; return the gradient norm before clipping."""
         allocator = self.adaptation.allocator
         if allocator is not None:
             parts = self._parts(allocator)
@@ -127,7 +127,7 @@ class FSDPEngine:
         require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
         norm = math.sqrt(self.world.sum([squares])[0] / self.config.engine.replicate)
-        if math.isfinite(norm) and norm <= limit:
+        if math.isfinite(norm) and accepts(norm):
             if self.config.optim.clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, torch.tensor(norm, dtype=torch.float32))
             set_lr(self.optimizer.param_groups, lr)

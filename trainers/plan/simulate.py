@@ -239,7 +239,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
             trace.mark("evaluation")
             engine.train(False)
             with torch.no_grad():
-                engine.token_logps(_without_values(evaluated, fake))
+                engine.forward(_without_values(evaluated, fake))
         size = engine.state_bytes()
     shapes = engine.shapes()
     trained = engine.adaptation.trained
@@ -324,7 +324,7 @@ def take_step(
     _label(engine, trace, gpus)
     for number, batch in enumerate(batches):
         marks.begin_microbatch(number)
-        logps = engine.token_logps(batch)
+        logps = engine.forward(batch).logps
         loss = -logps.sum()
         marks.turn()
         engine.backward(loss, last=number == len(batches) - 1)
@@ -404,13 +404,8 @@ def whole_batch(rows: int, seq_len: int) -> Batch:
     """Return rows of two documents each without a gap, every token trained: the most that a microbatch takes."""
     ids = torch.zeros(rows, seq_len, dtype=torch.int64)
     positions = torch.arange(seq_len) % max(1, seq_len // 2)
-    return Batch(input_ids=ids, labels=ids.clone(), position_ids=positions.repeat(rows, 1), num_rows=rows, num_tokens=rows * seq_len)
+    return Batch.of(ids, ids.clone(), positions.repeat(rows, 1))
 
 
 def _without_values(batch: Batch, fake: FakeTensorMode) -> Batch:
-    made = copy.copy(batch)
-    for item in dataclasses.fields(Batch):
-        value = getattr(batch, item.name)
-        if isinstance(value, Tensor):
-            setattr(made, item.name, fake.from_tensor(value))
-    return made
+    return batch.map(fake.from_tensor)

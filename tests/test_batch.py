@@ -1,14 +1,15 @@
-"""Token log-probabilities equal plain cross-entropy, and what is masked contributes exactly nothing."""
+"""Log-probabilities equal plain cross-entropy, what is masked contributes exactly nothing, and no field of a batch is forgotten."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainers.batch import IGNORE, Batch, token_logps
+from trainers.batch import IGNORE, Batch, Needs, Sizes, by_document, forward
 from trainers.objectives import NextToken
 
 
@@ -16,7 +17,7 @@ def make_batch(labels: torch.Tensor, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 33, labels.shape, generator=generator)
     positions = torch.arange(labels.shape[1]).expand(labels.shape)
-    return Batch(input_ids=ids, labels=labels, position_ids=positions, num_rows=len(labels), num_tokens=labels.numel())
+    return Batch.of(ids, labels, positions)
 
 
 @pytest.mark.parametrize("masked", ["none", "prompt", "ragged", "all but one"])
@@ -35,7 +36,7 @@ def test_loss_and_gradients_equal_cross_entropy(tiny_llama: Path, masked: str, d
     for ours in (True, False):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
         if ours:
-            loss = NextToken()(token_logps(model, batch), batch).total
+            loss = NextToken()(forward(model, batch), batch).total
         else:
             logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits.float()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=IGNORE)
@@ -50,9 +51,8 @@ def test_loss_and_gradients_equal_cross_entropy(tiny_llama: Path, masked: str, d
 def test_all_masked_batch_is_exactly_zero_with_a_graph(tiny_llama: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     batch = make_batch(torch.full((2, 9), IGNORE))
-    logps = token_logps(model, batch)
-    loss = NextToken()(logps, batch)
-    assert NextToken().weight(batch) == 0
+    loss = NextToken()(forward(model, batch), batch)
+    assert NextToken().targets(Sizes(rows=2, tokens=18)) == 0
     assert loss.total.item() == 0.0
     loss.total.backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -63,7 +63,7 @@ def test_labels_decide_where_logps_stand(tiny_llama: Path) -> None:
     labels[0, 4], labels[1, 6] = 5, 8
     batch = make_batch(labels)
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    logps = token_logps(model, batch).detach()
+    logps = forward(model, batch).logps.detach()
     whole = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits.log_softmax(-1)
     assert (logps != 0).nonzero().tolist() == [[0, 4], [1, 6]]
     torch.testing.assert_close(logps[0, 4], whole[0, 4, 5].detach())
@@ -88,12 +88,69 @@ def test_flash_attention_gets_its_documents_in_one_row(tiny_llama: Path) -> None
     labels[1] = IGNORE
     batch, model = make_batch(labels), AutoModelForCausalLM.from_pretrained(tiny_llama)
     with torch.no_grad():
-        apart = token_logps(model, batch)
-        together = token_logps(model, batch.in_one_row()).view(labels.shape)
+        apart = forward(model, batch).logps
+        together = forward(model, batch.in_one_row()).logps.view(labels.shape)
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
     seen = []
     model.config._attn_implementation = "flash_attention_2"
     model.forward = lambda **inputs: seen.append(tuple(inputs["input_ids"].shape)) or (_ for _ in ()).throw(StopIteration)
     with pytest.raises((StopIteration, RuntimeError)):
-        token_logps(model, batch)
+        forward(model, batch)
     assert seen == [(1, 51)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_entropy_is_that_of_the_whole_distribution(tiny_llama: Path, masked: bool) -> None:
+    labels = torch.randint(0, 33, (3, 17), generator=torch.Generator().manual_seed(1))
+    if masked:
+        labels[0, :4], labels[:, 9:] = IGNORE, IGNORE
+    batch, model = make_batch(labels), AutoModelForCausalLM.from_pretrained(tiny_llama)
+    output = forward(model, batch, Needs(entropy=True))
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
+    expected = torch.distributions.Categorical(logits=logits).entropy().where(labels != IGNORE, 0.0)
+    torch.testing.assert_close(output.entropy, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert not output.entropy.requires_grad
+    assert torch.equal(output.logps, forward(model, batch).logps)
+    assert forward(model, batch).entropy is None
+
+
+def packed_batch() -> Batch:
+    """Two rows: documents of 3 and 2 tokens and one of padding; one of 4 and two of padding."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, -1, -1]])
+    labels = torch.tensor([[IGNORE, 5, IGNORE, 6, IGNORE, IGNORE], [7, 8, 9, IGNORE, IGNORE, IGNORE]])
+    signals = {"of_document": torch.tensor([1.0, 2.0, 3.0]), "of_token": torch.arange(12.0).view(2, 6)}
+    counts = {"num_rows": 2, "num_tokens": 9, "num_documents": 3}
+    return Batch(
+        input_ids=torch.ones_like(positions), labels=labels, position_ids=positions, documents=documents, signals=signals, **counts
+    )
+
+
+def test_sums_by_document_count_labels_alone() -> None:
+    values = torch.arange(12.0).view(2, 6).requires_grad_()
+    sums = by_document(values, packed_batch())
+    assert sums.tolist() == [1.0, 3.0, 6.0 + 7.0 + 8.0]
+    sums.sum().backward()
+    assert values.grad.flatten().tolist() == [0, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 0]
+
+
+def test_map_reaches_every_tensor_of_a_batch() -> None:
+    batch = packed_batch()
+    doubled = batch.map(lambda tensor: tensor * 2)
+    for item in dataclasses.fields(Batch):
+        before, after = getattr(batch, item.name), getattr(doubled, item.name)
+        if isinstance(before, torch.Tensor):
+            assert torch.equal(after, before * 2), item.name
+        elif isinstance(before, dict):
+            assert all(torch.equal(after[name], before[name] * 2) for name in before)
+        else:
+            assert after == before, item.name
+
+
+def test_rows_in_one_row_keep_their_documents_and_signals() -> None:
+    row = packed_batch().in_one_row()
+    assert row.documents.tolist() == [[0, 0, 0, 1, 1, -1, 2, 2, 2, 2, -1, -1]]
+    assert row.signals["of_token"].shape == (1, 12)
+    assert row.signals["of_document"].tolist() == [1.0, 2.0, 3.0]
+    assert row.columns.tolist() == [1, 3, 6, 7, 8]
+    assert by_document(torch.arange(12.0)[None], row).tolist() == [1.0, 3.0, 21.0]

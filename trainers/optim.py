@@ -1,0 +1,66 @@
+"""The learning rate of a step, and the optimizer with its parameter groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainers.config.errors import ConfigError
+from trainers.config.schema import OptimConfig, OptimizerName, Schedule
+
+
+def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule, at its floor after the last step.
+
+    Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
+    """
+    warmup, peak = warmup_steps(optim, num_steps), optim.lr * optim.lr_factor
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / (num_steps - warmup)
+    if optim.schedule is Schedule.cosine:
+        shape = (1 + math.cos(math.pi * done)) / 2
+    elif optim.schedule is Schedule.linear:
+        shape = 1 - done
+    elif optim.schedule is Schedule.wsd:
+        shape = min(1.0, (num_steps - step) / max(1, round(optim.decay_fraction * num_steps)))
+    else:
+        return peak
+    return peak * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * shape)
+
+
+def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
+    """Return the steps of warm-up; raises ConfigError if they do not end within the run."""
+    steps = optim.warmup_steps or round(optim.warmup_fraction * num_steps)
+    if steps >= num_steps and optim.warmup_steps:
+        raise ConfigError("optim.warmup_steps", steps, f"warm-up never ends: the run has {num_steps} steps", "optim.warmup_fraction=0.03")
+    return min(steps, num_steps - 1)
+
+
+def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: float) -> list[dict[str, Any]]:
+    """Return an optimizer's parameter groups from (parameter, dimensions, lr_scale), frozen ones left out.
+
+    Matrices and embeddings decay, norms and biases do not; a group's learning rate is `lr_scale` times the run's.
+    """
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for parameter, dimensions, lr_scale in parameters:
+        if parameter.requires_grad:
+            groups.setdefault((lr_scale, 0.0 if dimensions < 2 else weight_decay), []).append(parameter)
+    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in groups.items()]
+
+
+def torch_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW, or its SGD."""
+    if optim.name is OptimizerName.sgd:
+        return torch.optim.SGD(groups, lr=optim.lr)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+
+
+def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:
+    """Give each group of an optimizer its share of a learning rate."""
+    for group in groups:
+        group["lr"] = lr * group["lr_scale"]
