@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trainers.rundir.rows import read_rows
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -45,10 +47,6 @@ def launch(cache: Path, line: list[str], expect: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
 def trace(run_dir: Path) -> list[tuple[Any, ...]]:
     """What must not depend on interruptions, bit for bit."""
     keys = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "eval_loss", "rows_hash")
@@ -58,7 +56,7 @@ def trace(run_dir: Path) -> list[tuple[Any, ...]]:
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 100) -> None:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until and process.poll() is None:
-        if (run_dir / "metrics.jsonl").is_file() and any(row["step"] >= step for row in read_rows(run_dir)):
+        if any(row["step"] >= step for row in read_rows(run_dir)):
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")

@@ -18,7 +18,7 @@ from conftest import Ranks
 from test_peft import batch_of, blueprint_for, config_for, rows_of_steps
 
 from trainers import host
-from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress
+from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress, is_lowest
 from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import build_engine
 from trainers.rundir.attempt import Attempt, Superseded, newest_attempt
@@ -128,11 +128,18 @@ def restored(world: World, folder: Path, run_dir: Path) -> tuple[int | str, list
     return found, life.end()
 
 
+def test_a_loss_that_is_not_finite_is_never_the_lowest_and_hides_none() -> None:
+    nan, inf = float("nan"), float("inf")
+    assert [is_lowest(losses) for losses in ([3.0, 2.0], [nan, 2.0], [2.0, nan], [inf, inf], [nan, 2.0, 1.0], [1.0, nan, 2.0])] == [
+        *(True, True, False, False, True, False)
+    ]
+
+
 def test_what_is_kept(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
     other, nested = run_dir / "checkpoints" / "step-999999", run_dir / "checkpoints" / "step-000777"
     other.mkdir(parents=True)
     (other / "anything").write_text("of the user's")
-    losses: dict[int, float | None] = {2: 3.0, 3: 1.0, 4: None, 5: 2.0, 6: None, 7: None}
+    losses: dict[int, float | None] = {2: 3.0, 3: 1.0, 4: None, 5: 2.0, 6: float("nan"), 7: None}
     ranks(2).call(save_steps, tiny_llama, run_dir, losses, {"keep_last": 1, "keep_every": 4, "keep_best": 2})
     assert sorted(path.name for path in other.parent.iterdir()) == [*(f"step-{step:06d}" for step in (3, 4, 5, 7)), "step-999999"]
     shutil.copytree(run_dir / "checkpoints" / "step-000003", nested)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from command import ROOT, arguments, environment, wait_for_step
 
+from trainers.rundir.rows import read_rows, steps
+
 
 def runs(*words: str, expect: int = 0) -> str:
     line = [sys.executable, "-m", "tools.runs", *words]
@@ -44,7 +46,7 @@ def test_every_run_has_a_line(finished: Path, tmp_path: Path) -> None:
     assert "silent" in lines["three"]
     assert "no rank wrote for 10 min" in lines["three"]
     assert "preempted" in lines["four"]
-    newest = json.loads([row for row in (finished / "metrics.jsonl").read_text().splitlines() if '"loss"' in row][-1])
+    newest = steps(read_rows(finished))[-1]
     assert f"{newest['loss']:.4f}" in lines["a/one"]
 
 

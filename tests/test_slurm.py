@@ -14,6 +14,8 @@ import pytest
 from cluster import Cluster
 from command import ROOT, arguments, environment, read_rows, trace
 
+from trainers.rundir.rows import last_step, steps
+
 pytestmark = pytest.mark.slurm
 
 
@@ -57,8 +59,7 @@ def wait_for(condition: Callable[[], Any], run_dir: Path, timeout_s: float = 120
 
 
 def steps_done(run_dir: Path) -> int:
-    file = run_dir / "metrics.jsonl"
-    return max((row["step"] for row in read_rows(run_dir) if "loss" in row), default=0) if file.is_file() else 0
+    return last_step(steps(read_rows(run_dir)))
 
 
 @pytest.mark.parametrize(

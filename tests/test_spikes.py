@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from command import arguments, launch, read_rows, trace
 from conftest import WORDS
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.health.spikes import FEWEST, Spikes, limit
+from trainers.rundir.rows import evaluations, rollbacks, steps
 
 
 def test_the_limit_is_robust() -> None:
@@ -79,3 +83,36 @@ def test_a_spike_stops_a_run_before_it_is_learnt(base: Path, poisoned: Path, cac
     steps = [row["step"] for row in read_rows(tmp_path / "run") if "loss" in row]
     assert (tmp_path / "run" / "checkpoints" / f"step-{steps[-1]:06d}").is_dir()
     assert trace(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def overflowing(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base that learns as others do, and whose loss on the word "again" is infinite: its logit is -3e38 times a positive number."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("overflowing") / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    embedding = model.get_input_embeddings().weight.detach()
+    head = embedding.clone()
+    embedding[:, 0], head[:, 0] = 1.0, 0.0
+    head[AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("again")] = 0.0
+    head[AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("again"), 0] = -3e38
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_run_goes_back_after_an_evaluation_that_was_not_finite(overflowing: Path, poisoned: Path, cache: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a dog"}, {"role": "assistant", "content": " ".join(["again"] * 40)}]}) + "\n"
+    )
+    more = [setting for setting in (*SETTINGS, *MORE) if setting != "train.eval_every=null"]
+    more += [f"data.eval_path={held_out}", "train.eval_every=10", "train.patience=1000", "checkpoint.keep_best=1", "launch.processes=1"]
+    said = launch(cache, arguments(overflowing, poisoned, tmp_path / "run", *more, "train.on_spike=rollback"))
+    rows = read_rows(tmp_path / "run")
+    assert rollbacks(rows)
+    assert [row["eval_loss"] for row in evaluations(rows)] == [None] * 11
+    assert [row["step"] for row in steps(rows)] == list(range(1, 101))
+    assert "held-out loss inf" in said or "held-out loss nan" in said
+    assert "Traceback" not in said
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval_loss_after"] is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from trainers.loop import require_isolation, train
 from trainers.model.blueprint import Blueprint
 from trainers.optim import learning_rate
 from trainers.rundir.attempt import Attempt
+from trainers.rundir.rows import read_rows
 from trainers.world import World
 
 LR, STEPS = 1e-2, 3
@@ -86,7 +86,7 @@ def run_split(world: World, run_dir: Path, model: Path, table: TokenTable, eval_
     loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
     data = Prepared(path=run_dir, train=table, eval=eval_table, report={}, reused=True)
     outcome = train(config, world, Attempt(Path(config.run_dir)), engine, data, loader, 1.0)
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] if world.rank == 0 else []
+    rows = read_rows(run_dir) if world.rank == 0 else []
     return {"rows": rows, "gradients": gradients, "weights": dict(engine.weights()), "outcome": outcome}
 
 

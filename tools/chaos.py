@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
 import os
 import random
 import shutil
@@ -35,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from trainers.checkpoint import number_of, steps, why_incomplete
+from trainers.rundir.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 LIFE_S = 300.0
@@ -336,8 +336,7 @@ def report(run: Harmed, same: bool) -> int:
 
 
 def _trace(run_dir: Path) -> list[tuple[Any, ...]]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(row.get(key) for key in KEYS) for row in rows]
+    return [tuple(row.get(key) for key in KEYS) for row in read_rows(run_dir)]
 
 
 def _digest(folder: Path) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
 from trainers.health.watchdog import read_beats
 from trainers.rundir.attempt import attempt_folder, newest_attempt, read_status
-from trainers.rundir.files import try_row
+from trainers.rundir.rows import last_step, read_rows, steps
 
 REFUSED, BAD_INPUT, STOPPED = 1, 2, 130
 WATCH_S, FOLLOW_S = 2.0, 0.5
@@ -136,8 +135,8 @@ def is_run(folder: Path) -> bool:
 def line_of(run_dir: Path, queue: dict[str, str] | None) -> Line:
     """Return what is known of a run; `queue` has SLURM's word for each job, None where squeue does not answer."""
     status, job = read_status(run_dir), str(record_of(run_dir).get("id", ""))
-    rows = [row for row in last_rows(run_dir) if "loss" in row]
-    step = max([int(status.get("step") or 0), *(row["step"] for row in rows[-1:])])
+    rows = steps(read_rows(run_dir, last_bytes=TAIL_BYTES))
+    step = max(int(status.get("step") or 0), last_step(rows[-1:]))
     num_steps = status.get("num_steps")
     seconds = [row["step_seconds"] for row in rows[-LATELY:]]
     state, note = state_of(run_dir, status, job, queue)
@@ -182,17 +181,6 @@ def _slow_ranks(status: dict[str, Any]) -> str:
         return ""
     rows = zip(found["ranks"], found["hosts"], found["what"], found["factors"], strict=True)
     return "slow: " + ", ".join(f"rank {rank} on {host} ({what}, {factor:.1f} x the median)" for rank, host, what, factor in rows)
-
-
-def last_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the last rows of metrics.jsonl; the first and the last line that are read may be parts."""
-    try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except FileNotFoundError:
-        return []
-    return [row for line in text.splitlines() if (row := try_row(line)) is not None]
 
 
 def print_log(run_dir: Path, rank: int, follow: bool) -> int:

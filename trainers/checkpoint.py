@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -30,7 +31,7 @@ from trainers import host
 from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
 from trainers.rundir.attempt import Attempt, Superseded
-from trainers.rundir.files import read_json, write_json
+from trainers.rundir.files import finite, read_json, write_json
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -120,7 +121,7 @@ class Checkpointer:
 
     def is_best(self, losses: list[float]) -> bool:
         """Tell whether the newest held-out loss is the lowest, and such checkpoints are kept. Not collective."""
-        return self.config.keep_best > 0 and len(losses) > 1 and losses[-1] <= min(losses)
+        return self.config.keep_best > 0 and len(losses) > 1 and is_lowest(losses)
 
     def save(self, engine: Engine, progress: Progress, eval_loss: float | None = None, wait: bool = False) -> None:
         """Begin a checkpoint, or make it at once with `wait`; the state is the engine's of now whatever comes next.
@@ -282,7 +283,7 @@ class Checkpointer:
         for path in staging.iterdir():
             _flush(path)
         said = {"progress": dataclasses.asdict(save.progress), "run": self.run, "attempt": self.attempt.number, "eval_loss": save.eval_loss}
-        write_json(staging / "manifest.json", {**said, "sizes": sizes, "sha256": hashes})
+        write_json(staging / "manifest.json", {**finite(said), "sizes": sizes, "sha256": hashes})
         _flush(staging / "manifest.json")
         _flush(staging)
         self.attempt.require_current()
@@ -366,6 +367,11 @@ class Checkpointer:
         except (OSError, ValueError, KeyError) as error:
             return f"it cannot be read ({error!r})"
         return f"{wrong[0]} holds other bytes than were written" if wrong else ""
+
+
+def is_lowest(losses: list[float]) -> bool:
+    """Tell whether the last loss is the lowest; one that is not finite is not, and hides none."""
+    return math.isfinite(losses[-1]) and losses[-1] <= min(filter(math.isfinite, losses))
 
 
 def bytes_of(state: Any) -> int:

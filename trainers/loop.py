@@ -27,6 +27,7 @@ from trainers.optim import learning_rate, warmup_steps
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.files import finite
 from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
+from trainers.rundir.rows import eval_losses
 from trainers.world import World, seed_step
 
 log = logging.getLogger("fulltune")
@@ -267,7 +268,7 @@ class Training:
         log.warning("step %d: %s; back to step %d, and past the rows of %d steps", progress.step + 1, spike, back.step, ahead - back.ahead)
         kept, self.evaluated_at = self.metrics.cut(back.step), -1
         self.spikes.recall(self.world.from_first(_taken_steps(kept)))
-        self.outcome.eval_losses = self.world.from_first([row["eval_loss"] for row in kept if "eval_loss" in row])
+        self.outcome.eval_losses = self.world.from_first(eval_losses(kept))
         self.metrics.write({"step": back.step, "rollback_from": progress.step + 1, "rows_left_out_steps": ahead - back.ahead})
         return replace(back, ahead=ahead)
 

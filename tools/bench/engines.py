@@ -39,6 +39,7 @@ from trainers.config.schema import (
     TrainConfig,
     WandbMode,
 )
+from trainers.rundir.rows import last_step, read_rows, steps
 
 if TYPE_CHECKING:
     from trainers.data.table import TokenTable
@@ -139,15 +140,15 @@ def _train(options: argparse.Namespace, command: str, name: str, ranks: int, run
         if not console.is_terminal:
             print(f"{name}: {ranks} rank(s)", file=sys.stderr)
         wait_for(children, run_dir, "done", lambda: status.update(f"{name}: {_progress(run_dir, options.steps)}"))
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = steps(read_rows(run_dir))
     run = Run(steps=rows, **json.loads((run_dir / "0.done").read_text()))
     print(f"{name}: {len(rows)} steps, losses {run.losses()}", file=sys.stderr)
     return run
 
 
-def _progress(run_dir: Path, steps: int) -> str:
-    metrics = run_dir / "metrics.jsonl"
-    return f"step {len(metrics.read_text().splitlines())} of {steps}" if metrics.is_file() else "building"
+def _progress(run_dir: Path, num_steps: int) -> str:
+    done = last_step(steps(read_rows(run_dir)))
+    return f"step {done} of {num_steps}" if done else "building"
 
 
 def engine_preset(name: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import FAILED, STOPPED
 from tools.markdown import cell_of, put_section
 from trainers import host
+from trainers.rundir.rows import evaluations, last_step, read_rows, steps
 
 METHODS = {
     "none": "full fine-tuning",
@@ -240,7 +241,7 @@ def _try(options: argparse.Namespace, method: str, lr: float, show: Callable[[in
     try:
         until = time.monotonic() + options.timeout
         while child.poll() is None and time.monotonic() < until:
-            show(len(_steps(run_dir)))
+            show(last_step(steps(read_rows(run_dir))))
             time.sleep(LOOK_S)
         if child.poll() is None:
             return Trial(lr=lr, reason=f"took longer than {options.timeout:g} s")
@@ -273,21 +274,14 @@ def _why(run_dir: Path, log: Path) -> str:
     return re.sub(r"(?<![\w.])~?/(?:[^\s/'\"`]+/)+", "", said)
 
 
-def _steps(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl that are of steps; the last line may be half written."""
-    file = run_dir / "metrics.jsonl"
-    lines = file.read_text("utf-8").split("\n")[:-1] if file.exists() else []
-    return [row for row in map(json.loads, lines) if "step_seconds" in row]
-
-
 def _read(run_dir: Path, lr: float, is_old: bool) -> Trial:
     """Return what a finished run leaves behind."""
     figures = json.loads((run_dir / "summary.json").read_text("utf-8"))
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()]
-    figures["eval_tokens"] = next(row["eval_tokens"] for row in rows if "eval_tokens" in row)
+    rows = read_rows(run_dir)
+    figures["eval_tokens"] = evaluations(rows)[0]["eval_tokens"]
     figures["prepared"] = json.loads((run_dir / "manifest.json").read_text("utf-8"))["prepared"]
     figures["export_bytes"] = sum(file.stat().st_size for file in (run_dir / "export").glob("*.safetensors"))
-    return Trial(lr=lr, figures=figures, step_seconds=[row["step_seconds"] for row in _steps(run_dir)], is_old=is_old)
+    return Trial(lr=lr, figures=figures, step_seconds=[row["step_seconds"] for row in steps(rows)], is_old=is_old)
 
 
 def require_same(trials: list[tuple[str, Trial]]) -> dict[str, Any]:

@@ -137,11 +137,12 @@ def _ours(config: RunConfig, world: World, data: Prepared, blueprint: Blueprint,
     from trainers.loop import train as train_run
     from trainers.rundir.attempt import Attempt
     from trainers.rundir.metrics import host_bytes_peak
+    from trainers.rundir.rows import read_rows, steps
 
     engine = build_engine(config, world, blueprint)
     before = host_bytes_peak()
     train_run(config, world, Attempt(Path(config.run_dir)), engine, data, loader, 1.0)
-    rows = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    rows = steps(read_rows(Path(config.run_dir)))
     tokens = sum(row["input_tokens_per_second"] * row["step_seconds"] for row in rows[1:])
     return tokens / sum(row["step_seconds"] for row in rows[1:]), host_bytes_peak() - before, rows[-1]["loss"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from tools.evaluate.record import FOLDER, Evaluation, Judged
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, plain
 from trainers.rundir.attempt import read_status
-from trainers.rundir.files import try_json, try_row
+from trainers.rundir.files import try_json
+from trainers.rundir.rows import Kind, Row, kind_of, read_rows
 
 RATE = ("optim.lr", "optim.lr_factor")
 METHOD = ("peft.", *RATE)
@@ -134,7 +134,7 @@ def load(run_dir: Path, name: str) -> Run:
     summary, manifest = try_json(run_dir / "summary.json"), try_json(run_dir / "manifest.json")
     ours, base = (record.load(run_dir / FOLDER, subject) for subject in ("run", "base"))
     judged = None if ours is None or base is None else record.load_judged(run_dir / FOLDER, ours, base)
-    trained, evaluated, marks = _curves(run_dir / "metrics.jsonl", int(summary.get("world_size") or 1))
+    trained, evaluated, marks = _curves(run_dir, int(summary.get("world_size") or 1))
     run = Run(
         run_dir=run_dir,
         name=name,
@@ -202,31 +202,25 @@ def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-def _curves(file: Path, ranks: int) -> tuple[Curve, Curve, dict[str, Any]]:
-    """Return the training and held-out curves of metrics.jsonl, POINTS steps of it at most, and what of it must agree."""
-    steps: list[str] = []
-    judged: list[tuple[int, str]] = []
-    for line in file.read_text("utf-8", "replace").split("\n")[:-1] if file.is_file() else []:
-        if '"eval_loss"' in line:
-            judged.append((len(steps), line))
-        elif '"step_seconds"' in line:
-            steps.append(line)
-    hours, elapsed = [0.0], 0.0
-    for line in steps:
-        found = re.search(r'"step_seconds": ([\d.e+-]+)', line)
-        elapsed += float(found[1]) * ranks / 3600 if found else 0.0
-        hours.append(elapsed)
-    every = max(1, len(steps) // POINTS)
-    kept = sorted({*range(0, len(steps), every), *range(len(steps) - 1, len(steps))} - {-1})
-    rows = [(try_row(steps[at]) or {}, hours[at + 1]) for at in kept]
-    held_out = [(try_row(line) or {}, hours[at]) for at, line in judged]
-    marks: dict[str, Any] = {"first_rows": rows[0][0].get("rows_hash"), "last_rows": rows[-1][0].get("rows_hash")} if rows else {}
+def _curves(run_dir: Path, ranks: int) -> tuple[Curve, Curve, dict[str, Any]]:
+    """Return the training and held-out curves of metrics.jsonl, about POINTS steps of them, and what of it must agree."""
+    hours = 0.0
+    trained: list[tuple[Row, float]] = []
+    held_out: list[tuple[Row, float]] = []
+    for row in read_rows(run_dir):
+        if kind_of(row) == Kind.step:
+            hours += row.get("step_seconds", 0.0) * ranks / 3600
+            trained.append((row, hours))
+        elif kind_of(row) == Kind.evaluation:
+            held_out.append((row, hours))
+    marks: dict[str, Any] = {"first_rows": trained[0][0].get("rows_hash"), "last_rows": trained[-1][0].get("rows_hash")} if trained else {}
     if held_out:
         marks["eval_tokens"] = held_out[0][0].get("eval_tokens")
-    return _curve(rows, "loss"), _curve(held_out, "eval_loss"), marks
+    every = max(1, len(trained) // POINTS)
+    return _curve([*trained[:-1:every], *trained[-1:]], "loss"), _curve(held_out, "eval_loss"), marks
 
 
-def _curve(rows: list[tuple[dict[str, Any], float]], key: str) -> Curve:
+def _curve(rows: list[tuple[Row, float]], key: str) -> Curve:
     finite = [(row["tokens"], hour, row[key]) for row, hour in rows if row.get(key) is not None and "tokens" in row]
     return Curve(tokens=[point[0] for point in finite], hours=[point[1] for point in finite], loss=[point[2] for point in finite])
 
