@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)  # loaded before a fork
 KILL_AFTER_S = 30  # beyond the time that ranks get to save: torchrun kills its workers first
 
 
@@ -51,17 +53,14 @@ def run(
 
 def prepare_child(hold: tuple[signal.Signals, ...]) -> Callable[[], None] | None:
     """Return what the child calls before its program starts; None where the system has no prctl."""
-    if sys.platform != "linux":
-        return None
-    libc, parent = ctypes.CDLL(None), os.getpid()  # loaded before the fork
+    return partial(_prepare, hold, os.getpid()) if sys.platform == "linux" else None
 
-    def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, hold)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != parent:  # died before we could ask
-            os._exit(1)
 
-    return prepare
+def _prepare(hold: tuple[signal.Signals, ...], parent: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, hold)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # died before we could ask
+        os._exit(1)
 
 
 def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int, is_lost: Callable[[], bool]) -> int:

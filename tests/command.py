@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def trace(run_dir: Path) -> list[tuple[Any, ...]]:
     return [tuple(row.get(key) for key in keys) for row in read_rows(run_dir)]
 
 
+def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str], timeout_s: float = 100) -> None:
     until = time.monotonic() + timeout_s
     while time.monotonic() < until and process.poll() is None:
@@ -85,6 +93,11 @@ def wait_until_gone(run_dir: Path, timeout_s: float = 60) -> None:
     raise AssertionError(f"processes left behind: {found}")
 
 
+def rank_processes(run_dir: Path) -> list[int]:
+    line = ["pgrep", "-f", f"m trainers {run_dir}"]
+    return [int(pid) for pid in subprocess.run(line, capture_output=True, text=True, check=False, timeout=10).stdout.split()]
+
+
 def damaged_bases(base: Path, folder: Path) -> dict[str, tuple[Path, list[str]]]:
     import torch
     from safetensors.torch import load_file, save_file
@@ -110,3 +123,19 @@ def save_in_bf16(base: Path, folder: Path) -> Path:
     sampling = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}  # as Llama 2 ships it
     (folder / "generation_config.json").write_text(json.dumps(sampling))
     return folder
+
+
+def wandb_records(data: bytes) -> Iterator[bytes]:
+    """Read a .wandb file: 7 bytes of its own, then LevelDB's log format (blocks of 32 KiB; checksum, length, type, part)."""
+    position, parts = 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield parts
+            parts = b""

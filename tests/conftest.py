@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forking
 import pytest
 from cluster import Cluster
 from command import ROOT, arguments, launch
@@ -33,6 +34,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it f
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the folder of real models and data is not here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get(forking.SWITCH) != "0" and sys.platform == "linux" and not config.option.collectonly:
+        forking.begin()  # imports while we collect
+
+
+@pytest.fixture(autouse=True)
+def starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test marked `for_real` start programs as a user would."""
+    if request.node.get_closest_marker("for_real") is not None:
+        monkeypatch.delenv(forking.SWITCH, raising=False)
 
 
 def pytest_collection_finish() -> None:
@@ -273,7 +286,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("finished") / "run"
-    said = launch(cache, arguments(base, chats, run_dir, "log.wandb=offline", "checkpoint.every=4"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(forking.SWITCH, raising=False)  # one run of the session is as a user's, process by process
+        said = launch(cache, arguments(base, chats, run_dir, "log.wandb=offline", "checkpoint.every=4"))
     assert "held-out loss" in said
     return run_dir
 

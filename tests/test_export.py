@@ -305,6 +305,7 @@ def large(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_run(folder / "run", folder / "base", random_state(folder / "base"))
 
 
+@pytest.mark.for_real
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from Linux' /proc")
 @pytest.mark.parametrize("options", [[], ["--shard-gib", "0.1"], ["--dtype", "bfloat16", "--shard-gib", "0.1"]], ids=" ".join)
 def test_the_peak_of_memory_stays_under_a_shard_and_a_third(large: Path, tmp_path: Path, options: list[str]) -> None:

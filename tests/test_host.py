@@ -116,6 +116,7 @@ print(host.cores(), one.bytes, one.source, eight.bytes, sep="|")
     assert done.stdout.strip() == f"1|{1 << 30}|RLIMIT_AS (ulimit -v)|{2 << 30}"
 
 
+@pytest.mark.for_real
 def test_importing_it_is_light() -> None:
     program = "import sys, trainers.host; print(sorted({'torch', 'transformers', 'numpy', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)

@@ -443,6 +443,7 @@ def test_check_says_early_what_is_wrong(endpoint: Endpoint, monkeypatch: pytest.
     assert not any(KEY in text for text in (*said.values(), check(endpoint.judge()), repr(endpoint.judge())))
 
 
+@pytest.mark.for_real
 def test_the_judge_needs_no_torch() -> None:
     line = "import sys, tools.evaluate.judge; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", line], check=True, timeout=20, cwd=Path(__file__).parents[1])

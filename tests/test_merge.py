@@ -530,6 +530,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return mine, base
 
 
+@pytest.mark.for_real
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the peak from Linux' /proc")
 def test_the_peak_of_memory_does_not_grow_with_the_model(large: tuple[Path, Path], adapter: Callable[[str], Path], tmp_path: Path) -> None:

@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,12 +18,15 @@ from command import (
     damaged_bases,
     environment,
     launch,
+    rank_processes,
     read_rows,
     save_in_bf16,
     stop_at_step,
     trace,
+    wait_for,
     wait_for_step,
     wait_until_gone,
+    wandb_records,
 )
 
 
@@ -73,6 +74,7 @@ print(json.dumps({"logits": model(ids).logits[0].tolist(), "ids": ids[0].tolist(
 """
 
 
+@pytest.mark.for_real
 def test_plain_transformers_opens_the_export_in_a_process_without_us(finished: Path, base: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-c", OPEN_PLAINLY, str(finished / "export")]
     clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -93,22 +95,6 @@ def test_plain_transformers_opens_the_export_in_a_process_without_us(finished: P
     with torch.no_grad():
         expected = model(torch.tensor([opened["ids"]])).logits[0]
     torch.testing.assert_close(torch.tensor(opened["logits"]), expected, rtol=0, atol=1e-6)
-
-
-def wandb_records(data: bytes) -> Iterator[bytes]:
-    """Read a .wandb file: 7 bytes of its own, then LevelDB's log format (blocks of 32 KiB; checksum, length, type, part)."""
-    position, parts = 7, b""
-    while position + 7 <= len(data):
-        left = 32768 - position % 32768
-        if left < 7:
-            position += left
-            continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
 
 
 def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
@@ -144,6 +130,7 @@ def whole(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPat
     return run_dir
 
 
+@pytest.mark.for_real
 @pytest.mark.parametrize(
     "how",
     [
@@ -236,11 +223,6 @@ def test_a_killed_rank_is_named(base: Path, chats: Path, cache: Path, tmp_path: 
     wait_until_gone(tmp_path / "run")
 
 
-def rank_processes(run_dir: Path) -> list[int]:
-    line = ["pgrep", "-f", f"m trainers {run_dir}"]
-    return [int(pid) for pid in subprocess.run(line, capture_output=True, text=True, check=False, timeout=10).stdout.split()]
-
-
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
 def test_interrupting_preparation_leaves_nothing_behind(base: Path, chats: Path, tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C on the launcher ends it soon; kill -9 of a rank takes the processes that tokenise with it; the next start works."""
@@ -265,13 +247,6 @@ def test_interrupting_preparation_leaves_nothing_behind(base: Path, chats: Path,
     assert not list(cache.rglob("data-*/report.json"))
     line = [word.replace(str(many), str(chats)) for word in line]
     launch(cache, line if how is signal.SIGKILL else [*line, f"run_dir={tmp_path / 'other'}"], expect=0)
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> None:
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.01)
 
 
 def test_a_full_disk_is_named_with_what_it_needs(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
