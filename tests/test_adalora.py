@@ -19,8 +19,9 @@ from trainers.config.checks import validate
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Offload, PeftConfig, PeftMethod
 from trainers.engines.base import build_engine
-from trainers.peft.adalora import Allocator, Part, _pull_to_orthogonal
+from trainers.peft.adalora import Pruning, _pull_to_orthogonal
 from trainers.peft.saved import export_adapter, reopen_adapter
+from trainers.peft.update import Part
 from trainers.world import World
 
 OPEN, LAST = 7, 18
@@ -40,7 +41,7 @@ def train(world: World, folder: Path, engine_name: str, out: Path, start: int) -
             continue
         mine = slice(world.rank, None, world.size)
         engine.backward(-engine.forward(batch_of(ids[mine], labels[mine])).logps.sum() / 30, last=True)
-        engine.adaptation.at(step, STEPS)
+        engine.adaptation.update.at(step, STEPS)
         norms.append(engine.step(LR))
         if not start and step + 1 in (OPEN, LAST):
             dcp.save(engine.state(), checkpoint_id=out / f"step-{step + 1}")
@@ -88,30 +89,31 @@ def test_ranks_become_final_in_the_first_step_that_is_not_skipped() -> None:
     settings = PeftConfig(method=PeftMethod.adalora, rank=4, target_rank=2, tinit=1, tfinal=3)
     shapes = {f"layer.lora_{kind}.default": shape for kind, shape in (("A", (4, 5)), ("E", (4, 1)), ("B", (6, 4)))}
     generator = torch.Generator().manual_seed(0)
-    allocator = Allocator(shapes, settings, PeftConfig())
+    pruning = Pruning(shapes, settings, PeftConfig())
+    pruning.begin({name: torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()})
 
     def take(step: int) -> Any:
         parts = {
             name: Part(value=torch.rand(torch.Size(shape).numel(), generator=generator) + 0.1, grad=torch.ones(1), start=0)
             for name, shape in shapes.items()
         }
-        allocator.at(step, 10)
-        touched = allocator.allocate(parts, list)
+        pruning.at(step, 10)
+        touched = pruning.after(parts, list)
         assert touched == (step > 1)
         return parts["layer.lora_E.default"].value
 
     for step in range(7):
         value = take(step)
-        assert allocator.kept is None
+        assert pruning.kept is None
     assert int((value == 0).sum()) == 2
     take(8)  # 7, in which they should have been, did not happen
-    assert allocator.kept is not None
-    assert int(allocator.kept.sum()) == 2
-    assert torch.equal(take(9) != 0, allocator.kept)
-    continued = Allocator(shapes, settings, PeftConfig())
-    continued.set_ranks(allocator.ranks())
+    assert pruning.kept is not None
+    assert int(pruning.kept.sum()) == 2
+    assert torch.equal(take(9) != 0, pruning.kept)
+    continued = Pruning(shapes, settings, PeftConfig())
+    continued.load(pruning.state(lambda _, elements: elements))
     assert continued.kept is not None
-    assert torch.equal(continued.kept, allocator.kept)
+    assert torch.equal(continued.kept, pruning.kept)
 
 
 def test_a_schedule_that_cannot_be_is_refused() -> None:
@@ -121,9 +123,9 @@ def test_a_schedule_that_cannot_be_is_refused() -> None:
         validate(config)
     config.train.steps = 11
     validate(config)
-    allocator = Allocator({}, config.peft, PeftConfig())
+    pruning = Pruning({}, config.peft, PeftConfig())
     with pytest.raises(ConfigError, match=r"peft\.tinit=1 peft\.tfinal=4"):
-        allocator.at(0, 8)  # of a run counted in epochs
+        pruning.at(0, 8)  # of a run counted in epochs
     config.engine.offload_optimizer = Offload.nvme
     with pytest.raises(ConfigError, match="these would be in files"):
         validate(config)

@@ -210,13 +210,14 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
             still = unmoved(engine, trained)
         if step == steps - 1:
             bytes_now = state_bytes(engine)
-        engine.adaptation.at(step, STEPS)
+        if engine.adaptation.update is not None:
+            engine.adaptation.update.at(step, STEPS)
         norms.append(engine.step(LR))
         losses.append(world.sum([local])[0] / weight)
-        if engine.adaptation.allocator is not None and step == LOOK:
+        if engine.adaptation.update is not None and step == LOOK:
             importance = {
                 name: world.sum([float(mean.double().sum()) for mean in means.values()])
-                for name, means in engine.adaptation.allocator.running.items()
+                for name, means in engine.adaptation.update.elements.items()
             }
     for name, (p, local_part) in locals_of(engine).items():
         assert name in trained or torch.equal(local_part, frozen[name]), f"{name} of the base has changed"
@@ -263,7 +264,8 @@ def plain_base(folder: Path, case: str) -> Any:
 def plain_model(folder: Path, case: str) -> Any:
     """What a user of plain peft builds, started at our initial values."""
     base, adaptation = plain_base(folder, case), adaptation_of(folder, case)
-    adaptation.at(0, STEPS)
+    if adaptation.update is not None:
+        adaptation.update.at(0, STEPS)
     if adaptation.library_config is None:
         for name, p in base.named_parameters():
             p.requires_grad_(name in adaptation.trained)
@@ -473,7 +475,8 @@ def save_and_load(world: World, folder: Path, case: str, engine_name: str, check
         mine = slice(world.rank, None, world.size)
         batch = batch_of(ids[mine], labels[mine])
         engine.backward(-engine.forward(batch).logps.sum() / 100, last=True)
-        engine.adaptation.at(number, STEPS)
+        if engine.adaptation.update is not None:
+            engine.adaptation.update.at(number, STEPS)
         engine.step(LR)
     return {name: tensor.numpy() for name, tensor in engine.weights()}
 

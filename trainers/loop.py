@@ -137,7 +137,8 @@ class Training:
         self.spikes, self.rollbacks, self.back_at = Spikes(config.train.spike_threshold), 0, 0
         self.stragglers = Stragglers(world, config.limits.slow_node)
         warmup_steps(config.optim, loader.num_steps)
-        engine.adaptation.at(0, loader.num_steps)
+        if engine.adaptation.update is not None:
+            engine.adaptation.update.at(0, loader.num_steps)
 
     def run(self) -> Outcome:
         """Continue from the newest checkpoint to the last step, an early stop, or a signal."""
@@ -212,7 +213,8 @@ class Training:
             loss = self.objective(self.engine.forward(on_device, self.objective.needs), on_device)
             self.engine.backward(loss.total / weight, last=number == len(microbatches))
             local_loss += loss.total.detach()
-        self.engine.adaptation.at(progress.step, self.loader.num_steps)
+        if self.engine.adaptation.update is not None:
+            self.engine.adaptation.update.at(progress.step, self.loader.num_steps)
         loss_sum = self.world.sum([float(local_loss)])[0]
         mean = loss_sum / weight if weight else math.nan
         most_loss, most_norm = (math.inf, math.inf) if self.config.train.on_spike is OnSpike.none else self.spikes.limits()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineName, Offload, OptimizerName, Precision, RunConfig
 from trainers.model.blueprint import Blueprint
 from trainers.peft.base import Adaptation
+from trainers.peft.update import Update
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -176,6 +178,19 @@ def nvme_buffers(config: RunConfig, world_size: int, numels: list[int]) -> int:
 def counted(total: int, trained: int) -> str:
     """Say how many parameters there are, and how many are trained."""
     return f"{total:,}, " + ("all trained" if trained == total else f"{trained:,} trained ({trained / total:.3%})")
+
+
+def unpacked_numel(adaptation: Adaptation, name: str, stored: int) -> int:
+    """Return how many parameters a tensor stands for, of which `stored` elements are kept."""
+    return math.prod(adaptation.packed[name]) if name in adaptation.packed else stored
+
+
+def update_statement(update: Update | None, where: str) -> dict[str, str]:
+    """Say type, bytes a rank and place of what the method keeps of this rank's elements, by its name; nothing where it keeps none."""
+    kept = [tensor for kinds in update.elements.values() for tensor in kinds.values()] if update is not None else []
+    if update is None or not kept:
+        return {}
+    return {update.name: statement(update.name, kept, torch.float32, sum(tensor.nbytes for tensor in kept), where)}
 
 
 def frozen_statement(frozen: Iterable[tuple[Tensor, Tensor]], compute: torch.dtype, where: str) -> str:

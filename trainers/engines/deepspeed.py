@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -39,14 +39,16 @@ from trainers.engines.base import (
     move_buffers,
     require_host,
     statement,
+    unpacked_numel,
+    update_statement,
 )
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.model.blueprint import Blueprint
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
-from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
+from trainers.peft.update import Part
 from trainers.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -106,6 +108,8 @@ class ZeRO3Engine:
                 self._set_master(origin)
             forget(origin)
         self._begin_state()
+        if (update := self.adaptation.update) is not None:
+            update.begin({name: part.value for name, part in self._parts(update.names).items()})
         self.engine.train()
 
     def _partition(self, origin: Origin | None) -> None:
@@ -222,12 +226,19 @@ class ZeRO3Engine:
         """Clip, update and clear; return the gradient norm before clipping."""
         set_lr(self.optimizer.param_groups, lr)
         self.accepts = accepts
-        allocator = self.adaptation.allocator
-        parts = {} if allocator is None else self._regularised(allocator)
+        update, parts = self.adaptation.update, {}
+        if update is not None:
+            parts = self._parts(update.names)
+            update.before(parts, lambda name: _whole(self.parameters[name]))
+            parts = {name: replace(part, grad=part.grad.clone()) for name, part in parts.items()}  # DeepSpeed clips some in place
         self.engine.step()
         norm = self.norm
-        if allocator is not None and math.isfinite(norm) and accepts(norm):
-            self._allocate(allocator, parts, norm)
+        if update is not None and math.isfinite(norm) and accepts(norm):
+            if self.config.optim.clip is not None:
+                for part in parts.values():
+                    part.grad.div_(max(1.0, (norm + 1e-6) / self.config.optim.clip))
+            if update.after(parts, self.world.sum):
+                self._take_over()
         self._clear_gradients()
         return norm
 
@@ -239,33 +250,23 @@ class ZeRO3Engine:
         self.norm = float(combine_grad_norm_groups(groups))
         return groups if self.accepts(self.norm) else [torch.tensor(math.inf)]
 
-    def _regularised(self, allocator: Allocator) -> dict[str, Part]:
-        """Let the allocator add to the gradients; return this rank's elements of what it looks at, with a copy of their gradients.
-
-        A copy, because DeepSpeed clips a sub-group in place where it has one parameter, and elsewhere not.
-        """
-        from deepspeed.utils import safe_get_full_fp32_param
-
+    def _parts(self, names: Collection[str]) -> dict[str, Part]:
+        """Return this rank's elements of each tensor: of the master weights, and of the gradients before they are clipped."""
         parts: dict[str, Part] = {}
         buffers = self.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         for _, master, places in self._sub_groups():
             for name, (begin, end) in places.items():
-                if name in allocator.shapes:
+                if name in names:
                     p = self.parameters[name]
                     start = part_of(p.ds_numel, self.world)[0]
                     parts[name] = Part(value=master.data[begin:end], grad=buffers[p.ds_id][: end - begin], start=start)
-        allocator.regularise(parts, lambda name: safe_get_full_fp32_param(self.parameters[name]))
-        return {name: replace(part, grad=part.grad.clone()) for name, part in parts.items()}
+        return parts
 
-    def _allocate(self, allocator: Allocator, parts: dict[str, Part], norm: float) -> None:
-        """Let the allocator look at a step with the gradients as they were clipped; take over what it set to zero."""
-        if self.config.optim.clip is not None:
-            for part in parts.values():
-                part.grad.div_(max(1.0, (norm + 1e-6) / self.config.optim.clip))
-        if allocator.allocate(parts, self.world.sum):
-            for number in range(len(self.optimizer.fp16_groups)):
-                self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
-            self._gather_persistent()
+    def _take_over(self) -> None:
+        """Give the parameters the values of the master weights, after these were changed."""
+        for number in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
+        self._gather_persistent()
 
     def _clear_gradients(self) -> None:
         """Leave no gradient behind: DeepSpeed would take it again for a parameter that gets none in the next step."""
@@ -295,11 +296,8 @@ class ZeRO3Engine:
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
         self._count_to(int(state["optimizer"].get("step", 0)))
         self._gather_persistent()
-        if (allocator := self.adaptation.allocator) is not None:
-            allocator.set_ranks(state["ranks"])
-            for name, means in self._importance(allocator).items():
-                for kind, part in means.items():
-                    part.copy_(state["importance"][name][kind].to_local())
+        if self.adaptation.update is not None:
+            self.adaptation.update.load(state)
 
     def _count_to(self, step: int) -> None:
         """Bring DeepSpeed's own AdamW, which multiplies beta ** step on from step to step, to where it was after `step` steps.
@@ -324,21 +322,9 @@ class ZeRO3Engine:
                     if moments:
                         state["optimizer"][name] = {kind: self._flat(moments[kind][start:end], numel, swapped) for kind in MOMENTS}
                         state["optimizer"]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu()
-        if (allocator := self.adaptation.allocator) is not None:
-            state |= {"ranks": allocator.ranks(), "importance": {}}
-            for name, means in self._importance(allocator).items():
-                numel = self.parameters[name].ds_numel
-                state["importance"][name] = {kind: self._flat(mean, numel, False) for kind, mean in means.items()}
+        if (update := self.adaptation.update) is not None:
+            state |= update.state(lambda name, elements: self._flat(elements, self.parameters[name].ds_numel, copy=False))
         return state
-
-    def _importance(self, allocator: Allocator) -> dict[str, dict[str, Tensor]]:
-        """Return an allocator's state of this rank's elements, kept where their master weights are."""
-        found = {}
-        for _, master, places in self._sub_groups():
-            for name, (start, end) in places.items():
-                if name in allocator.shapes:
-                    found[name] = allocator.state(name, master.data[start:end])
-        return found
 
     def _flat(self, local: Tensor, numel: int, copy: bool) -> DTensor:
         """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
@@ -348,15 +334,8 @@ class ZeRO3Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time from the master weights and cast to its type there."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         state: dict[str, Any] = self.model.state_dict(keep_vars=True)
-
-        def gather(name: str) -> Tensor:
-            tensor = state[name]
-            return safe_get_full_fp32_param(tensor) if hasattr(tensor, "ds_id") else tensor.detach()  # type: ignore[no-any-return]
-
-        yield from self.adaptation.exported(gather)
+        yield from self.adaptation.exported(lambda name: _whole(state[name]))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the whole model's tensors."""
@@ -406,15 +385,12 @@ class ZeRO3Engine:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         (parameters, frozen), size = self._trained_and_frozen(), self.state_bytes()
         engine, compute = self.config.engine, self.compute
-        total = sum(self.adaptation.numel(name, p.ds_numel) for name, p in self.parameters.items())
+        total = sum(unpacked_numel(self.adaptation, name, p.ds_numel) for name, p in self.parameters.items())
         trained, local = sum(p.ds_numel for p in parameters), sum(p.partition_numel() for p in parameters)
         partitions, masters = [p.ds_tensor for p in parameters], self.optimizer.fp32_partitioned_groups_flat
         host = "" if engine.offload_optimizer is Offload.none else HOST
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
         state = statement("optimizer state", self._moments(), torch.float32, size["optimizer"], home)
-        allocator = self.adaptation.allocator
-        importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
-        kept_too = sum(mean.nbytes for mean in importance)
         return {
             "parameters": f"{counted(total, trained)}, each split over {self.world.size} ranks",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
@@ -422,7 +398,7 @@ class ZeRO3Engine:
             "gradient reduction": statement("gradients", self._gradients(), torch.float32, size["gradients"], host),
             "optimizer state": state if size["optimizer"] else "none (SGD)",
             "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),
-            **({"importance": statement("importance", importance, torch.float32, kept_too, host)} if importance else {}),
+            **update_statement(self.adaptation.update, host),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }
@@ -500,6 +476,13 @@ def part_of(numel: int, world: World) -> tuple[int, int]:
     """Return where this rank's elements of a tensor begin and end: ceil(numel / ranks) each, the last ones fewer or none."""
     share = -(-numel // world.size)
     return min(numel, world.rank * share), min(numel, (world.rank + 1) * share)
+
+
+def _whole(tensor: Any) -> Tensor:
+    """Gather a parameter's master weights; collective. A buffer is whole already."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(tensor) if hasattr(tensor, "ds_id") else tensor.detach()  # type: ignore[no-any-return]
 
 
 def _untouched(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

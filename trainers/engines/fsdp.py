@@ -33,14 +33,16 @@ from trainers.engines.base import (
     require_host,
     require_type,
     statement,
+    unpacked_numel,
+    update_statement,
 )
 from trainers.model.blueprint import Blueprint
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
-from trainers.peft.adalora import Allocator, Part
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.tokens import ENCODER
+from trainers.peft.update import Part
 from trainers.world import World
 
 STRAY_SHARE = 0.1
@@ -82,6 +84,8 @@ class FSDPEngine:
         self.optimizer = make_optimizer(self.model, self.config.optim, self.adaptation)
         _begin_state(self.optimizer)
         self._send_home()
+        if (update := self.adaptation.update) is not None:
+            update.begin({name: _local_block(self.model.get_parameter(name).detach())[0].view(-1) for name in update.names})
         self.model.train()
 
     def _shard(self) -> None:
@@ -119,10 +123,10 @@ class FSDPEngine:
 
     def step(self, lr: float, accepts: Accepts = accepts_all) -> float:
         """Clip, update and clear; return the gradient norm before clipping."""
-        allocator = self.adaptation.allocator
-        if allocator is not None:
-            parts = self._parts(allocator)
-            allocator.regularise(parts, lambda name: _whole(self.model.get_parameter(name)))
+        update, parts = self.adaptation.update, {}
+        if update is not None:
+            parts = self._parts(update.names)
+            update.before(parts, lambda name: _whole(self.model.get_parameter(name)))
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
         squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
@@ -135,17 +139,17 @@ class FSDPEngine:
                 self._step_with_visiting_state(parameters)
             else:
                 self.optimizer.step()
-            if allocator is not None:
+            if update is not None:
                 copies = self.config.engine.replicate
-                allocator.allocate(parts, lambda scores: [score / copies for score in self.world.sum(scores)])
+                update.after(parts, lambda values: [value / copies for value in self.world.sum(values)])
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     @torch.no_grad()
-    def _parts(self, allocator: Allocator) -> dict[str, Part]:
-        """Return this rank's rows of each tensor that the allocator looks at, as flat views; clipping is seen in them."""
+    def _parts(self, names: Iterable[str]) -> dict[str, Part]:
+        """Return this rank's rows of each tensor as flat views of the live ones: clipping is seen in them, and a new value is in place."""
         parts = {}
-        for name in allocator.shapes:
+        for name in names:
             p = self.model.get_parameter(name)
             if p.grad is None:  # of a layer that no row went through
                 p.grad = torch.zeros_like(p)
@@ -182,8 +186,8 @@ class FSDPEngine:
         dcp.load(state, checkpoint_id=folder)
         options = StateDictOptions(ignore_frozen_params=True, strict=False)  # dcp.load misses no key of what is trained
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
-        if self.adaptation.allocator is not None:
-            self.adaptation.allocator.set_ranks(state["ranks"])
+        if self.adaptation.update is not None:
+            self.adaptation.update.load(state)
         self._send_home()
 
     def state(self) -> dict[str, Any]:
@@ -191,19 +195,12 @@ class FSDPEngine:
         model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True))
         frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
         state = {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
-        if (allocator := self.adaptation.allocator) is not None:
-            state |= {"ranks": allocator.ranks(), "importance": self._importance(allocator)}
-        return state
+        return state if self.adaptation.update is None else state | self.adaptation.update.state(self._placed)
 
-    def _importance(self, allocator: Allocator) -> dict[str, dict[str, DTensor]]:
-        """Return an allocator's state of each tensor, split as that is and kept where that is; shares memory."""
-        found = {}
-        for name in allocator.shapes:
-            p: Any = self.model.get_parameter(name)
-            local = _local_block(p.detach())[0]
-            means = allocator.state(name, local.view(-1))
-            found[name] = {kind: DTensor(mean.view(local.shape), p._spec, requires_grad=False) for kind, mean in means.items()}
-        return found
+    def _placed(self, name: str, elements: Tensor) -> Tensor:
+        """Return flat elements of this rank as a part of a whole that is split as the parameter is; shares memory."""
+        p: Any = self.model.get_parameter(name)
+        return DTensor(elements.view(_local_block(p)[0].shape), p._spec, requires_grad=False)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time and cast to its type there."""
@@ -233,7 +230,7 @@ class FSDPEngine:
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         (parameters, frozen), moments, size = self._trained_and_frozen(), self._moments(), self.state_bytes()
-        total = sum(self.adaptation.numel(name, p.numel()) for name, p in self.model.named_parameters())
+        total = sum(unpacked_numel(self.adaptation, name, p.numel()) for name, p in self.model.named_parameters())
         trained = sum(p.numel() for p in parameters)
         if size["optimizer"] not in (0, 2 * size["trainable"]):
             raise RuntimeError(f"the optimizer state takes {size['optimizer']:,} bytes, and the trained parameters {size['trainable']:,}")
@@ -243,8 +240,6 @@ class FSDPEngine:
         home = HOST if self.offloaded else ""
         until = "whole until the last microbatch" if self.keeps_whole_gradients else home
         state = statement("optimizer state", moments, torch.float32, size["optimizer"], HOST if self.visits else home)
-        allocator = self.adaptation.allocator
-        importance = [mean for means in self._importance(allocator).values() for mean in means.values()] if allocator else []
         return {
             "parameters": f"{counted(total, trained)}, in {self._layout()}",
             "storage": statement("master weights", parameters, torch.float32, size["trainable"], home),
@@ -252,7 +247,7 @@ class FSDPEngine:
             "gradient reduction": statement("gradients", [], torch.float32, size["gradients"], until),
             "optimizer state": state if moments else "none (SGD)",
             "frozen weights": frozen_statement(((p, _local_block(p)[0]) for p in frozen), self.compute, home),
-            **({"importance": statement("importance", importance, torch.float32, local_bytes(importance), home)} if importance else {}),
+            **update_statement(self.adaptation.update, home),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
         }

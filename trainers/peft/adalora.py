@@ -1,13 +1,11 @@
 """AdaLoRA (arXiv 2303.10512): ranks dealt out among layers while training, as peft's AdaLoraModel and RankAllocator do in one process.
 
-An update of a layer is B diag(E) A: triplet i is row i of A, entry i of E and column i of B. Nothing here knows an engine: it sees this
-rank's elements of each tensor, and needs only sums over ranks.
+An update of a layer is B diag(E) A: triplet i is row i of A, entry i of E and column i of B.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,24 +13,14 @@ from torch import Tensor
 
 from trainers.config.checks import require_pruning
 from trainers.config.schema import PeftConfig
+from trainers.peft.update import Part
 
 KINDS = ("ipt", "unc")
 """peft's names of the two running means, of an element's sensitivity and of how far it strays from that mean."""
 
 
-@dataclass(kw_only=True)
-class Part:
-    """This rank's elements of an adapter's tensor: those from `start` of the flattened whole, (elements,) float32."""
-
-    value: Tensor
-    """The master weights themselves: what is written here is trained on."""
-    grad: Tensor
-    """The gradient summed over ranks: before clipping for `regularise`, as the optimizer took it for `allocate`."""
-    start: int
-
-
 def library_config(settings: PeftConfig, alpha: float, **same: Any) -> Any:
-    """Return peft's config of a run, whose steps `Allocator.at` fills in: peft's own check of them needs a number."""
+    """Return peft's config of a run, whose steps `Pruning.at` fills in: peft's own check of them needs a number."""
     import peft
 
     return peft.AdaLoraConfig(
@@ -51,22 +39,26 @@ def library_config(settings: PeftConfig, alpha: float, **same: Any) -> Any:
     )
 
 
-class Allocator:
-    """The regulariser of A and B, the importance of each element, and the triplets that are kept.
+class Pruning:
+    """The Update of AdaLoRA: the regulariser of A and B, the importance of each element, and the triplets that are kept.
 
     Step s of a run is update_and_allocate(s) of plain peft in the loop of its documentation: backward, clipping, the optimizer's step,
     allocation, zero_grad. The gradient that it looks at is the clipped one, the values are the new ones. A step that is skipped changes
     nothing here; the ranks become final in the first one that is not, from num_steps - tfinal on.
     """
 
+    name, bytes_per_element = "importance", 4 * len(KINDS)
+
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], settings: PeftConfig, saved_config: Any) -> None:
         """Take the shapes of what is trained, by name, and peft's config of the export, which gets the final ranks."""
         self.shapes = {name: shape for name, shape in shapes.items() if ".lora_" in name}
+        self.names: Collection[str] = self.shapes.keys()
         self.settings, self.saved_config = settings, saved_config
         self.paths = sorted({_parse(name)[0] for name in self.shapes})
         self.places = {path: number * settings.rank for number, path in enumerate(self.paths)}
         """Where a layer's triplets begin among those of all layers."""
-        self.running: dict[str, dict[str, Tensor]] = {}
+        self.elements: Mapping[str, Mapping[str, Tensor]] = {}
+        """The running means of this rank's elements, by tensor and kind."""
         self.kept: Tensor | None = None
         """Which triplets of all layers are kept, (triplets,) bool on the CPU; None until that is final."""
         self.step, self.num_steps = 0, 0
@@ -77,8 +69,12 @@ class Allocator:
         self.step, self.num_steps = step, num_steps
         self.saved_config.total_step = num_steps
 
+    def begin(self, values: Mapping[str, Tensor]) -> None:
+        """Begin the running means at zero."""
+        self.elements = {name: {kind: torch.zeros_like(value, dtype=torch.float32) for kind in KINDS} for name, value in values.items()}
+
     @torch.no_grad()
-    def regularise(self, parts: Mapping[str, Part], gather: Callable[[str], Tensor]) -> None:
+    def before(self, parts: Mapping[str, Part], gather: Callable[[str], Tensor]) -> None:
         """Add the regulariser's gradient to that of the objective, one matrix at a time; collective where `gather` is.
 
         What peft adds to the loss of a forward: orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers
@@ -91,11 +87,8 @@ class Allocator:
                 part.grad.add_(gradient[part.start : part.start + part.grad.numel()].to(part.grad.device), alpha=weight)
 
     @torch.no_grad()
-    def allocate(self, parts: Mapping[str, Part], total: Callable[[list[float]], list[float]]) -> bool:
-        """Take note of a step and set E to zero where a triplet is pruned; return whether any may have been. Collective.
-
-        `total` sums over ranks that hold different elements. Algorithm 1 of the paper.
-        """
+    def after(self, parts: Mapping[str, Part], total: Callable[[list[float]], list[float]]) -> bool:
+        """Add a step to the running means and set E to zero where a triplet is pruned; algorithm 1 of the paper."""
         settings, first_final = self.settings, self.num_steps - self.settings.tfinal
         kept = self.kept
         if self.step < first_final:
@@ -114,17 +107,18 @@ class Allocator:
                 part.value.masked_fill_(~kept[place : place + part.value.numel()].to(part.value.device), 0.0)
         return True
 
-    def state(self, name: str, like: Tensor) -> dict[str, Tensor]:
-        """Return the running means of this rank's elements of a tensor, zero at first, (elements,) float32: a checkpoint keeps them."""
-        return self.running.setdefault(name, {kind: torch.zeros_like(like, dtype=torch.float32) for kind in KINDS})
+    def state(self, placed: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+        """Return which triplets are kept for good, all zero as long as that is open, and the running means."""
+        triplets = torch.zeros(len(self.paths) * self.settings.rank, dtype=torch.uint8)
+        importance = {name: {kind: placed(name, mean) for kind, mean in means.items()} for name, means in self.elements.items()}
+        return {"ranks": triplets if self.kept is None else self.kept.to(torch.uint8), "importance": importance}
 
-    def ranks(self) -> Tensor:
-        """Return which triplets are kept for good, (triplets,) uint8, all zero as long as that is open: a checkpoint keeps it."""
-        return torch.zeros(len(self.paths) * self.settings.rank, dtype=torch.uint8) if self.kept is None else self.kept.to(torch.uint8)
-
-    def set_ranks(self, ranks: Tensor) -> None:
-        """Continue with what `ranks` returned."""
-        self._finish(ranks.bool() if ranks.any() else None)
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue with the triplets and running means of a checkpoint."""
+        self._finish(state["ranks"].bool() if state["ranks"].any() else None)
+        for name, means in self.elements.items():
+            for kind, mean in means.items():
+                mean.copy_(state["importance"][name][kind].to_local().reshape(-1))
 
     def as_saved(self, name: str, whole: Tensor) -> Tensor:
         """Return an exported tensor, named as in the model or the export, without pruned triplets; whole while ranks are not final."""
@@ -146,7 +140,7 @@ class Allocator:
     def _observe(self, parts: Mapping[str, Part]) -> None:
         """Update the running means with |value x gradient| of each element (section 3.2)."""
         for name, part in parts.items():
-            means, beta1, beta2 = self.state(name, part.value), self.settings.beta1, self.settings.beta2
+            means, beta1, beta2 = self.elements[name], self.settings.beta1, self.settings.beta2
             sensitivity = (part.value * part.grad.to(part.value.device)).abs()
             means["ipt"].mul_(beta1).add_(sensitivity, alpha=1 - beta1)
             means["unc"].mul_(beta2).add_((sensitivity - means["ipt"]).abs_(), alpha=1 - beta2)
@@ -170,7 +164,7 @@ class Allocator:
         scores = torch.zeros(len(self.paths) * self.settings.rank, dtype=torch.float64, device=device)
         for name, part in parts.items():
             path, kind = _parse(name)
-            (rows, columns), means = self.shapes[name], self.state(name, part.value)
+            (rows, columns), means = self.shapes[name], self.elements[name]
             elements = torch.arange(part.start, part.start + part.value.numel(), device=device)
             triplets, count = (elements % columns, rows) if kind == "B" else (elements // columns, columns)
             scores.index_add_(0, self.places[path] + triplets, (means["ipt"] * means["unc"]).double() / count)

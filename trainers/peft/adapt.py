@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from trainers.config.checks import VIRTUAL
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConfig
-from trainers.model.blueprint import Blueprint
-from trainers.model.weights import Origin, tied_names
-from trainers.peft.base import Adaptation, near
+from trainers.model.blueprint import Blueprint, export_plan
+from trainers.model.weights import Origin
+from trainers.peft.base import Adaptation, Adapter, FullTraining, VirtualTokens, near
 from trainers.peft.layers import inject
 from trainers.peft.nf4 import pack_base
 from trainers.peft.saved import Continued, require_same_adapter
@@ -27,6 +27,7 @@ def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: 
     Raises ConfigError, before any value is read, for what the model does not have or the method cannot do with it.
     """
     method, settings = config.peft.method, config.peft
+    adaptation: Adaptation
     if method is PeftMethod.none or method is PeftMethod.freeze:
         adaptation = _train_part(model, origin, settings, blueprint)
     elif blueprint.vocab_on_disk is not None:
@@ -37,6 +38,7 @@ def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: 
     if settings.quantise is Quantisation.nf4:
         pack_base(model, adaptation)
     if settings.adapter is not None:
+        assert isinstance(adaptation, Adapter | VirtualTokens)
         require_same_adapter(settings.adapter, adaptation.library_config)
         adaptation.origin = Continued(adaptation, Path(settings.adapter))
     for parameter in model.parameters():
@@ -45,7 +47,7 @@ def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: 
     return adaptation
 
 
-def _train_part(model: PreTrainedModel, origin: Origin, settings: PeftConfig, blueprint: Blueprint) -> Adaptation:
+def _train_part(model: PreTrainedModel, origin: Origin, settings: PeftConfig, blueprint: Blueprint) -> FullTraining:
     """Train every parameter, or those that are not frozen; the export is a whole model, with frozen tensors as the base has them."""
     if settings.method is PeftMethod.freeze:
         frozen = _before_last_blocks(model, settings.last_blocks) if settings.last_blocks else _matching(model, settings.freeze)
@@ -54,10 +56,9 @@ def _train_part(model: PreTrainedModel, origin: Origin, settings: PeftConfig, bl
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("peft.freeze", settings.freeze, "freezes every parameter", "fewer patterns")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    tied, parameters = tied_names(model), dict(model.named_parameters())
-    names = {name: name for name in model.state_dict() if name not in tied}
-    live = {name for name in names if name not in parameters or name in trained}
-    return Adaptation(origin=origin, trained=trained, names=names, live=live, dtype=blueprint.saved_dtype)
+    parameters, expected = dict(model.named_parameters()), export_plan(model, blueprint.saved_dtype)
+    live = {name for name in expected if name not in parameters or name in trained}
+    return FullTraining(origin=origin, trained=trained, expected=expected, live=live, dtype=blueprint.saved_dtype)
 
 
 def _matching(model: PreTrainedModel, patterns: list[str]) -> set[str]:

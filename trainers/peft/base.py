@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,70 +16,134 @@ from torch import Tensor
 from trainers.config.checks import looks_local
 from trainers.config.schema import RunConfig
 from trainers.model.weights import Origin
-from trainers.peft.adalora import Allocator
+from trainers.peft.update import Update
 
 ADAPTER = "default"
 """peft's name for the one adapter, which stands in the names of live tensors and not in those of the export."""
 FILE = "adapter_model.safetensors"
 
 
-@dataclass(kw_only=True)
-class Adaptation:
-    """What a method made of a model: where values come from, what is trained, and what is exported under which name."""
+class Adaptation(Protocol):
+    """What a method made of a model: where values come from, what is trained, and what is exported."""
 
     origin: Origin
     trained: set[str]
     """Names of the parameters that are trained."""
-    names: dict[str, str]
-    """Tensors of the export by their names in the model, with the names they are saved under."""
-    live: Collection[str]
-    """Those of `names` that are taken from the engine; the rest stands in `origin` as it was."""
+    packed: dict[str, tuple[int, ...]]
+    """Shapes of the frozen matrices that are stored in 4 bits, by name."""
     dtype: torch.dtype
     """Type of the export."""
-    lr_ratio: float = 1.0
-    """Learning rate of LoRA's B matrices over that of the rest."""
-    vectors: set[str] = field(default_factory=set)
-    """Trained parameters of one dimension, which LoRA+ trains as fast as B."""
-    library_config: Any = None
+    library_config: Any
     """peft's own config; None where the export is a whole model."""
-    expected: dict[str, Tensor] = field(default_factory=dict)
-    """An adapter's tensors on `meta`, as they are saved."""
-    packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of the frozen matrices that are stored in 4 bits, by name."""
-    as_saved: Callable[[str, Tensor], Tensor] | None = None
-    """Makes an exported tensor of a live one, where they differ."""
-    made_of_all: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
-    """Makes the export of all trained tensors at once, where it holds what they make instead of them."""
-    allocator: Allocator | None = None
-    """AdaLoRA's, which an engine calls around each update."""
-
-    def at(self, step: int, num_steps: int) -> None:
-        """Say which step is next, counted from 0, of how many; raises ConfigError where the method does not fit in so many."""
-        if self.allocator is not None:
-            self.allocator.at(step, num_steps)
+    update: Update | None
+    """What the method does around each update of the optimizer."""
 
     def plan(self) -> dict[str, Tensor]:
-        """Return an adapter's tensors on `meta`, as they are saved now: AdaLoRA's ranks are known only late."""
-        allocator = self.allocator
-        return self.expected if allocator is None else {key: allocator.as_saved(key, tensor) for key, tensor in self.expected.items()}
+        """Return the tensors of the export on `meta`, as they would be saved now."""
+        ...
 
     def lr_scale(self, name: str) -> float:
-        """Return a parameter's learning rate over the run's, divided as peft's create_loraplus_optimizer does."""
-        return self.lr_ratio if "lora_B" in name or name in self.vectors else 1.0
-
-    def numel(self, name: str, stored: int) -> int:
-        """Return how many parameters a tensor stands for, of which `stored` elements are kept."""
-        return math.prod(self.packed[name]) if name in self.packed else stored
+        """Return a parameter's learning rate over the run's."""
+        ...
 
     def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the export's tensors whole, one at a time, on the CPU; collective where `gather` is, which returns a live one."""
-        if self.made_of_all is not None:
-            yield from self.made_of_all({name: gather(name) for name in sorted(self.trained)}).items()
-            return
+        ...
+
+
+@dataclass(kw_only=True)
+class FullTraining:
+    """All of a model is trained, or all that is not frozen; the export is a whole model."""
+
+    origin: Origin
+    trained: set[str]
+    expected: dict[str, Tensor]
+    """The tensors of the export on `meta`."""
+    live: Collection[str]
+    """Those that are taken from the engine; the rest is in `origin` as it was."""
+    dtype: torch.dtype
+    packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    library_config: Any = None
+    update: Update | None = None
+
+    def plan(self) -> dict[str, Tensor]:
+        """Return the model's tensors on `meta`, in the type of the export."""
+        return self.expected
+
+    def lr_scale(self, name: str) -> float:
+        """Return 1.0: all is trained at the run's learning rate."""
+        return 1.0
+
+    def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is trained as it is, what is frozen as the base has it."""
+        for name in self.expected:
+            yield name, _in_type(gather(name) if name in self.live else read_whole(self.origin, name), self.dtype)
+
+
+@dataclass(kw_only=True)
+class Adapter:
+    """Trained tensors next to the layers of a frozen model: LoRA and what is like it."""
+
+    origin: Origin
+    trained: set[str]
+    names: dict[str, str]
+    """The tensors of the export by their names in the model, with the names they are saved under."""
+    plan: Callable[[], dict[str, Tensor]]
+    """Returns the tensors of the export on `meta`, as they would be saved now."""
+    as_saved: Callable[[str, Tensor], Tensor]
+    """Makes an exported tensor of a live one."""
+    library_config: Any
+    lr_scales: dict[str, float] = field(default_factory=dict)
+    """Learning rates over the run's, where they differ."""
+    update: Update | None = None
+    packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+
+    def lr_scale(self, name: str) -> float:
+        """Return a parameter's learning rate over the run's."""
+        return self.lr_scales.get(name, 1.0)
+
+    def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the adapter's tensors under the names that peft gives them."""
         for name, key in self.names.items():
-            whole = gather(name) if name in self.live else read_whole(self.origin, name)
-            whole = whole if self.as_saved is None else self.as_saved(name, whole)
-            yield key, (whole.to(self.dtype) if whole.is_floating_point() else whole).cpu()
+            yield key, _in_type(self.as_saved(name, gather(name)), self.dtype)
+
+
+@dataclass(kw_only=True)
+class VirtualTokens:
+    """Trained tokens in front of every row of a frozen model; the export holds what the trained tensors make together."""
+
+    origin: Origin
+    trained: set[str]
+    expected: dict[str, Tensor]
+    """The tensors of the export on `meta`."""
+    make: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    """Makes the tensors of the export of all trained ones."""
+    library_config: Any
+    packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
+    update: Update | None = None
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Return where an adapter directory holds each trained tensor, where there is one that makes nothing but itself."""
+        return dict.fromkeys(self.trained, next(iter(self.expected)))
+
+    def plan(self) -> dict[str, Tensor]:
+        """Return what the trained tensors make, on `meta`."""
+        return self.expected
+
+    def lr_scale(self, name: str) -> float:
+        """Return 1.0: all is trained at the run's learning rate."""
+        return 1.0
+
+    def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield what the trained tensors make, all of them gathered."""
+        yield from self.make({name: gather(name) for name in sorted(self.trained)}).items()
+
+
+def _in_type(whole: Tensor, dtype: torch.dtype) -> Tensor:
+    return (whole.to(dtype) if whole.is_floating_point() else whole).cpu()
 
 
 def read_whole(origin: Origin, name: str) -> Tensor:

@@ -18,13 +18,13 @@ from trainers.config.schema import AdapterBias, AdapterInit, PeftConfig, PeftMet
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin, slices, tied_names
 from trainers.peft import adalora
-from trainers.peft.base import ADAPTER, Adaptation, base_name, near, plain_list, seeded
+from trainers.peft.base import ADAPTER, Adapter, base_name, near, plain_list, seeded
 from trainers.peft.nf4 import round_trip
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
 
-def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adaptation:
+def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adapter:
     """Put an adapter beside each layer that is aimed at, and freeze the rest."""
     settings = config.peft
     _require_modules(model, settings)
@@ -45,21 +45,22 @@ def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adaptat
     adapters.begin_names(tied_names(model))
     keys = _keys(model, after)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    saved_config, allocator = adapters.saved_config(), None
+    saved_config, expected = (
+        adapters.saved_config(),
+        {key: torch.empty(adapters.saved_shape(name), device="meta") for name, key in keys.items()},
+    )
+    pruning = None
     if settings.method is PeftMethod.adalora:
-        allocator = adalora.Allocator({name: adapters.shape(name) for name in sorted(trained)}, settings, saved_config)
-    return Adaptation(
+        pruning = adalora.Pruning({name: adapters.shape(name) for name in sorted(trained)}, settings, saved_config)
+    return Adapter(
         origin=adapters,
         trained=trained,
         names=keys,
-        live=keys,
-        dtype=torch.float32,
-        lr_ratio=settings.lr_ratio,
-        vectors={name for name in trained if after[name].ndim == 1},
+        plan=lambda: expected if pruning is None else {key: pruning.as_saved(key, tensor) for key, tensor in expected.items()},
+        as_saved=adapters.as_saved if pruning is None else pruning.as_saved,
         library_config=saved_config,
-        as_saved=adapters.as_saved if allocator is None else allocator.as_saved,
-        allocator=allocator,
-        expected={key: torch.empty(adapters.saved_shape(name), device="meta") for name, key in keys.items()},
+        lr_scales={name: settings.lr_ratio for name in trained if "lora_B" in name or after[name].ndim == 1},  # as peft's LoRA+ divides
+        update=pruning,
     )
 
 

@@ -16,7 +16,7 @@ from trainers.config.errors import ConfigError
 from trainers.model.blueprint import write_folder
 from trainers.model.safetensors_files import Weights, listed
 from trainers.model.weights import is_finite
-from trainers.peft.base import FILE, Adaptation
+from trainers.peft.base import FILE, Adaptation, Adapter, VirtualTokens
 
 
 def require_same_adapter(adapter: str, ours: Any) -> None:
@@ -39,9 +39,9 @@ def require_same_adapter(adapter: str, ours: Any) -> None:
 class Continued:
     """An Origin whose adapter is another run's, read from its directory; the base comes from the origin below."""
 
-    def __init__(self, adaptation: Adaptation, folder: Path) -> None:
+    def __init__(self, adaptation: Adapter | VirtualTokens, folder: Path) -> None:
         """Match the files with what the run's adapter has; raises ConfigError that names what is missing, left over or misshapen."""
-        if adaptation.made_of_all is not None and len(adaptation.trained) > 1:
+        if isinstance(adaptation, VirtualTokens) and len(adaptation.trained) > 1:
             reason = "holds tokens, and not the network that made them, which would be trained further"
             raise ConfigError("peft.adapter", str(folder), reason, "leave it out, or peft=prompt")
         self.origin, self.names_there = adaptation.origin, adaptation.names
@@ -49,7 +49,7 @@ class Continued:
             self.weights = Weights(folder, FILE)
         except ConfigError as error:
             raise ConfigError("peft.adapter", str(folder), error.reason, error.remedy) from error
-        stored, expected = self.weights.stored, adaptation.expected
+        stored, expected = self.weights.stored, adaptation.plan()
         wrong = [f"lacks {listed(lost)}"] if (lost := sorted(expected.keys() - stored.keys())) else []
         wrong += [f"holds {listed(more)}, which the run's has not"] if (more := sorted(stored.keys() - expected.keys())) else []
         wrong += [

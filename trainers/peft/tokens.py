@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from trainers.config.errors import ConfigError
 from trainers.config.schema import AdapterInit, PeftConfig, PeftMethod, RunConfig
 from trainers.model.weights import Origin, slices
-from trainers.peft.base import ADAPTER, Adaptation, base_name, seeded
+from trainers.peft.base import ADAPTER, VirtualTokens, base_name, seeded
 
 ENCODER, PROMPT = "prompt_encoder", "prompt_embeddings"
 """peft's names of the network that makes virtual tokens, and of what it saves of them."""
 
 
-def prepend_tokens(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adaptation:
+def prepend_tokens(model: PreTrainedModel, origin: Origin, config: RunConfig) -> VirtualTokens:
     """Freeze the model and put trained tokens, or keys and values, in front of every row."""
     from peft.utils.other import _prepare_prompt_learning_config
 
@@ -44,15 +44,8 @@ def prepend_tokens(model: PreTrainedModel, origin: Origin, config: RunConfig) ->
     saved.inference_mode = True
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     probe = _virtual(encoder, {name: torch.empty(virtual.shape(name), device="meta") for name in trained}, "meta")
-    return Adaptation(
-        origin=virtual,
-        trained=trained,
-        names=dict.fromkeys(trained, PROMPT),
-        live=trained,
-        dtype=torch.float32,
-        library_config=saved,
-        expected=probe,
-        made_of_all=partial(_virtual, copy.deepcopy(encoder)),
+    return VirtualTokens(
+        origin=virtual, trained=trained, expected=probe, make=partial(_virtual, copy.deepcopy(encoder)), library_config=saved
     )
 
 

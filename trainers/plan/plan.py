@@ -130,7 +130,7 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     peak = max(moments, key=lambda moment: moment.total)
     microbatches = config.train.global_batch // (place.size * config.train.microbatch)
     flops, _, sent = totals(simulation.moments, microbatches)
-    checkpoint = simulation.trainable * (4 if config.optim.name is OptimizerName.sgd else 12) + 8 * simulation.importance
+    checkpoint = simulation.trainable * (4 if config.optim.name is OptimizerName.sgd else 12) + simulation.update_bytes
     one = hardware[0] if len(hardware) == 1 else None
     plan = Plan(
         name=config.name,

@@ -62,8 +62,8 @@ class Simulation:
     """Elements of the largest tensor, which an export gathers whole."""
     adapter_bytes: int
     """Bytes of the adapter that is exported; 0 where that is a whole model."""
-    importance: int
-    """Elements whose importance AdaLoRA keeps, twice, in float32."""
+    update_bytes: int
+    """Bytes that the method itself keeps of what is trained, over all ranks, as AdaLoRA its importance."""
     slack: int
     """Bytes that torch's allocator needs beyond those of tensors where these stand highest."""
     reserved: int | None
@@ -190,7 +190,7 @@ def _continued(few: Simulation, more: Simulation, depths: _Depths) -> Simulation
         trainable=round(line(few.trainable, more.trainable)),
         largest=max(few.largest, more.largest),
         adapter_bytes=round(line(few.adapter_bytes, more.adapter_bytes)),
-        importance=round(line(few.importance, more.importance)),
+        update_bytes=round(line(few.update_bytes, more.update_bytes)),
         slack=max(few.slack, more.slack),
         reserved=None,
     )
@@ -242,32 +242,20 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
                 engine.forward(_without_values(evaluated, fake))
         size = engine.state_bytes()
     shapes = engine.shapes()
-    trained = engine.adaptation.trained
-    replayed, allocator = replay(trace), engine.adaptation.allocator
+    adaptation: Adaptation = engine.adaptation
+    replayed, update = replay(trace), adaptation.update
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     return Simulation(
         moments=trace.moments(),
         state_bytes=size,
         parameters=sum(numels.values()),
-        trainable=sum(numel for name, numel in numels.items() if name in trained),
+        trainable=sum(numel for name, numel in numels.items() if name in adaptation.trained),
         largest=max(numels.values()),
-        adapter_bytes=_adapter_bytes(engine.adaptation, shapes),
-        importance=sum(torch.Size(shape).numel() for shape in allocator.shapes.values()) if allocator is not None else 0,
+        adapter_bytes=0 if adaptation.library_config is None else sum(tensor.nbytes for tensor in adaptation.plan().values()),
+        update_bytes=sum(numels[name] for name in update.names) * update.bytes_per_element if update is not None else 0,
         slack=replayed.slack,
         reserved=replayed.reserved,
     )
-
-
-def _adapter_bytes(adaptation: Adaptation, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return the bytes of the adapter that is exported; 0 where that is a whole model."""
-    if adaptation.library_config is None:
-        return 0
-    if adaptation.made_of_all is not None:  # a prompt of what an encoder makes
-        with torch.no_grad():
-            made = adaptation.made_of_all({name: torch.zeros(shapes[name]) for name in sorted(adaptation.trained)})
-        return sum(tensor.nbytes for tensor in made.values())
-    planned = adaptation.plan() or {name: torch.empty(shapes[name], device="meta") for name in adaptation.names}
-    return sum(tensor.nbytes for tensor in planned.values())
 
 
 @contextmanager
