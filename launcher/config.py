@@ -194,7 +194,7 @@ def minutes(time: str) -> int:
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d\d?))?(?::(\d\d?))?", time.strip())
     if found is None:
         forms = "MINUTES, MINUTES:SECONDS, HH:MM:SS, DAYS-HH, DAYS-HH:MM or DAYS-HH:MM:SS"
-        raise ConfigError("launch.time", time, "is no time limit", forms)
+        raise ConfigError("launch.time", time, "is not a valid time limit", forms)
     days, *parts = (int(part or 0) for part in found.groups())
     first, second = (3600, 60) if found[1] is not None or found[4] is not None else (60, 1)
     return -(-(86_400 * days + first * parts[0] + second * parts[1] + parts[2]) // 60)

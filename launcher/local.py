@@ -50,7 +50,7 @@ def start(job: Job, line: list[str]) -> int:
 def torchrun(job: Job, meeting: list[str]) -> list[str]:
     """Return a torchrun command (trainers/agent.py is torchrun, less noisy); `meeting` says where its agents meet.
 
-    Unless told otherwise, torchrun's agent dies of SIGUSR2 and leaves its workers behind, and kills workers that save for
+    Unless told otherwise, torchrun's agent dies of SIGUSR2 and does not end its workers, and it kills workers that save for
     more than 30 s. The flags for that are left out where the installed torch is too old to have them.
     """
     flags = ["--signals-to-handle", SIGNALS, "--shutdown-timeout", str(job.launch.shutdown_s)]

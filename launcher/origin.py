@@ -83,7 +83,7 @@ def _in_file(default: ResultDefault, name: str) -> tuple[str, Any] | None:
 
 
 def _line(node: yaml.Node | None, names: list[str]) -> int | None:
-    """Return the line, from 1, where a path of names stands in a YAML document."""
+    """Return the line, from 1, of a path of names in a YAML document."""
     line = None
     for name in names:
         pairs = node.value if isinstance(node, yaml.MappingNode) else []

@@ -1,4 +1,4 @@
-"""What is shown of a run: its log as it grows, and at its end the main figures of RUN_DIR/summary.json."""
+"""What is shown of a run: its log as it grows, and at its end the main values of RUN_DIR/summary.json."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainers.rundir.files import try_json
 
 
 def print_new(log: Path, shown: int) -> int:
-    """Print what stands behind the first `shown` bytes of a log; returns how many there are now."""
+    """Print what follows the first `shown` bytes of a log; returns how many there are now."""
     if not log.is_file():
         return shown
     with log.open("rb") as file:
@@ -27,7 +27,7 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
 
 
 def print_summary(run_dir: Path) -> None:
-    """Print the figures of a run that is done; says so where there are none."""
+    """Print the summary of a run that is done, or that there is none."""
     summary = read_summary(run_dir)
     if not summary:
         print(f"{run_dir}: done, but summary.json cannot be read")
@@ -44,7 +44,7 @@ def print_summary(run_dir: Path) -> None:
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the table's lines; a figure that the run does not have makes none."""
+    """Return the table's lines; a value that the run does not have makes no line."""
     lines = [
         ("held-out loss", _change(summary.get("eval_loss_before"), summary.get("eval_loss_after"))),
         ("training loss", _number(summary.get("train_loss"), ".4f")),

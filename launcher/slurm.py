@@ -29,7 +29,7 @@ from trainers.rundir.files import write_json
 
 LOOK_EVERY_S = 1.0
 LOOK_S = 3.0
-"""For squeue to say how a job that has just been submitted stands."""
+"""Time that squeue gets to report the state of a job that has just been submitted."""
 OTHERS_S = 60
 """Ranks that still run so long after the first has ended are ended: their own watchdogs have had the time to."""
 HINTS = (
@@ -60,7 +60,7 @@ def submit(job: Job) -> int:
             f"submitted as job {record['id']} ({job.launch.nodes} node(s), {world_size(job.launch)} rank(s)): {job.run_dir}\n"
             f"  queue    squeue -j {record['id']}\n"
             f"  log      {record['log']}\n"
-            f"  figures  {job.run_dir / 'metrics.jsonl'}\n"
+            f"  metrics  {job.run_dir / 'metrics.jsonl'}\n"
             f"  stop     scancel {record['id']}; scancel --signal=USR2 {record['id']} saves and queues it again",
             flush=True,
         )
@@ -222,5 +222,5 @@ def _follow(job: Job, record: dict[str, Any]) -> int:
                 return settle(job, attempt, DONE if read_status(job.run_dir).get("state") == "done" else FAILED, None)
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
-        print(f"job {record['id']} goes on; scancel {record['id']} ends it", file=sys.stderr)
+        print(f"job {record['id']} continues; scancel {record['id']} ends it", file=sys.stderr)
         return INTERRUPTED

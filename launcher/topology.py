@@ -85,7 +85,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name)
     if value is None:
         raise ConfigError(
-            "launch.backend", "slurm", f"{name} is not set: this is no task of a SLURM job", "python -m launcher ... launch=slurm"
+            "launch.backend", "slurm", f"{name} is not set: this is not a task of a SLURM job", "python -m launcher ... launch=slurm"
         )
     if not value.isdigit():
         raise ConfigError("launch.backend", "slurm", f"{name} is {value!r}, no number")

@@ -331,7 +331,7 @@ def test_any_model_directory_can_be_measured(evaluated: Path, chats: Path, cache
         (["RUN", "--batch", "0"], "`--batch` = 0: must be greater than 0"),
         (["RUN", "--judge", "http://127.0.0.1:1/v1"], "nothing says which model"),
         (["EXPORT"], "nothing says what to measure it on"),
-        (["EXPORT", "--like", "EMPTY"], "is no run directory"),
+        (["EXPORT", "--like", "EMPTY"], "is not a run directory"),
         (["STOPPED"], "there is no run that is done"),
     ],
 )
@@ -373,7 +373,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(finished: Path, tm
     finally:
         child.kill()
     assert child.returncode == 130, said
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     left = subprocess.run(
         ["pgrep", "-f", "tools.evaluate.measuring"], capture_output=True, text=True, check=False, timeout=10
     ).stdout.split()

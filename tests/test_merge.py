@@ -396,7 +396,7 @@ def cut(path: Path, count: int = 100) -> None:
 
 KEY = f"{PREFIX}{Q}.lora_A.weight"
 REFUSED: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
-    "no directory": (lambda a, b: shutil.rmtree(a), ["is no directory"]),
+    "no directory": (lambda a, b: shutil.rmtree(a), ["is not a directory"]),
     "no adapter": (lambda a, b: (a / "adapter_config.json").unlink(), ["is not an adapter", "adapter_config.json"]),
     "bad config": (lambda a, b: (a / "adapter_config.json").write_text("{"), ["adapter_config.json cannot be read"]),
     "unknown method": (lambda a, b: configured(a, peft_type="NEW"), ["cannot be read", "NEW"]),
@@ -573,7 +573,7 @@ def test_help_has_examples_and_bad_arguments_end_with_2(tmp_path: Path) -> None:
     for line, words, code in (
         (["--help"], "python -m tools.merge maths=0.7 chat=0.3 merged", 0),
         ([tmp_path / "a", tmp_path / "out", "--shard-gib", 0], "greater than 0", 2),
-        ([f"{tmp_path}/a=much", tmp_path / "out"], "is no weight", 2),
+        ([f"{tmp_path}/a=much", tmp_path / "out"], "is not a weight", 2),
         ([tmp_path / "a"], "OUT", 2),
     ):
         command = [sys.executable, "-m", "tools.merge", *map(str, line)]

@@ -14,7 +14,7 @@ from command import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 AVOIDED = re.compile(
-    r"\b(figures?|beside|behind|stands?|lies in|(?:go|goes|going|went) on|cannot be had|(?:is|are) no|is none|"
+    r"\b(figures?|beside|behind|stands?|lies in|(?:go|goes|going|went) on|cannot be had|(?<!there )(?:is|are) no(?! longer)|(?<!there )is none|"
     r"(?:holds?|held) (?:\w+ )?up|heeds?|wish(?:es)?|befalls?|befell|(?:takes?|taken|brings?|brought) (?:\w+ )?along)\b",
     re.IGNORECASE,
 )

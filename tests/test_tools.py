@@ -113,7 +113,7 @@ def test_what_a_save_costs_is_told_from_its_stall_and_the_steps_beside_it() -> N
     ("arguments", "words"),
     [
         (["--parameters", "1e13"], "fewer --parameters"),
-        (["--folder", "/dev/null"], "--folder /dev/null: is no directory"),
+        (["--folder", "/dev/null"], "--folder /dev/null: is not a directory"),
         (["--out", "/dev/null/a"], "there is no such directory"),
         (["--saves", "0"], "0 is not a whole number of at least 1"),
     ],

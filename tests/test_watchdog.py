@@ -364,8 +364,8 @@ def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 1
     [
         ([beat(0), beat(1, 4), beat(2)], [], [1], "rank 1 did not arrive: it is in step 7, at trainers/loop.py:1 in _step; rank 0 waits"),
         ([beat(0), beat(1, 4), beat(2)], [2], [2], "rank 2 has not been heard of for 10 s (process 7 on elsewhere): it was in step 7"),
-        ([beat(0), beat(1), beat(2)], [], [0, 1, 2], "no rank goes on: all 3 are equally far"),
-        ([beat(0)], [], [0], "rank 0 does not go on"),
+        ([beat(0), beat(1), beat(2)], [], [0, 1, 2], "no rank makes progress: all 3 are equally far"),
+        ([beat(0)], [], [0], "rank 0 makes no progress"),
         (
             [beat(0, 0, "connecting"), beat(1, 0, Phase.preparing), beat(2, 0, Phase.preparing)],
             [],

@@ -51,7 +51,7 @@ DISK_BYTES, SHM_BYTES, MEMLOCK_BYTES, OPEN_FILES = 20 * host.GIB, host.GIB, host
 
 @dataclass(frozen=True)
 class Check:
-    """One row: what was looked at, how it stands, what was found, and the remedy where it is not fine."""
+    """One row: what was looked at, its state, what was found, and the remedy where it is not fine."""
 
     name: str
     status: str

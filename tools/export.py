@@ -142,7 +142,7 @@ def find_checkpoint(path: Path) -> Path:
 def read_config(path: Path, model: str | None) -> RunConfig:
     """Read what a run was, with its base at `model` if given; its data need not be there any more."""
     if not path.is_file():
-        raise Refused(f"{path} is missing: it says which model a checkpoint is of, and stands two folders above it")
+        raise Refused(f"{path} is missing: it says which model a checkpoint is of, and should be two folders above it")
     try:
         config = read(path)
     except ConfigError as error:
@@ -223,7 +223,7 @@ class Stored:
                 (index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items() if index.fqn in model
             }
             self.shapes = {name: tuple(tensor.size) for name, tensor in self.tensors.items()}
-        except Exception as error:  # whatever bytes that are no pickle unpickle to
+        except Exception as error:  # whatever bytes other than a pickle unpickle to
             raise Damaged(f"{folder / '.metadata'} is damaged: {error!r}") from error
 
     def require_fits(self, blueprint: Blueprint) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ class Stored:
                 with archive.open(entry) as storage:
                     for begin in range(0, entry.file_size, PIECE_BYTES):
                         yield _read_piece(storage, min(PIECE_BYTES, entry.file_size - begin)).view(dtype)
-        except Exception as error:  # zipfile raises many kinds for bytes that are no archive
+        except Exception as error:  # zipfile raises many kinds for bytes other than an archive
             raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
 
 

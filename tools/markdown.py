@@ -12,7 +12,7 @@ def cell_of(text: str) -> str:
 
 
 def without_folders(name: str) -> str:
-    """Return a model's or a file's name without the folders that its machine keeps it in; one that is no absolute path as it is."""
+    """Return a model's or a file's name without the folders that its machine keeps it in; one that is not an absolute path as it is."""
     path = Path(name)
     return path.name if path.is_absolute() else name
 

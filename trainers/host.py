@@ -14,7 +14,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 ROOT = Path("/")
 UNLIMITED = 1 << 60
-"""Bytes from which a limit is none: cgroup v1 writes 2^63 rounded down to a page, and no host has an exbibyte."""
+"""Bytes from which a limit means that there is no limit: cgroup v1 writes 2^63 rounded down to a page, and no host has an exbibyte."""
 PROCESS_BYTES = int(1.2 * GIB)
 """Host memory of a rank before any tensor.
 
@@ -182,7 +182,7 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _slurm_grants(environment: Mapping[str, str]) -> list[Limit]:
-    """Return what SLURM granted on this node; its variables are in MiB, and 0 stands for all of the node."""
+    """Return what SLURM granted on this node; its variables are in MiB, and 0 means all of the node."""
     number = {name: int(value) for name, value in environment.items() if name.startswith("SLURM_") and value.isdigit()}
     grants = {
         "SLURM_MEM_PER_NODE": number.get("SLURM_MEM_PER_NODE", 0),

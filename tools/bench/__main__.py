@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="data|train|load|checkpoint|engines|methods|plan")
-    of_data = commands.add_parser("data", help="preparation speed and packing efficiency, beside the best public packer's on GSM8K")
+    of_data = commands.add_parser("data", help="preparation speed and packing efficiency, next to the best public packer's on GSM8K")
     of_data.add_argument("--path", help="rows (default: the documentation of this Python, as conversations)")
     of_data.add_argument("--tokenizer", help="tokenizer directory or hub id (default: one trained on the rows)")
     of_data.add_argument("--template", help="chat template: a Jinja file or `chatml`")
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     of_methods.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the runs are kept (default runs/methods)")
     of_methods.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
     of_methods.set_defaults(command=methods.run, error=of_methods.error)
-    of_plan = commands.add_parser("plan", help="a plan's bytes beside those of real runs on CPU ranks; minutes; state must be equal")
+    of_plan = commands.add_parser("plan", help="a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal")
     of_plan.add_argument("--ranks", type=_at_least(1), nargs="+", default=[1, 2, 3, 4], help="numbers of ranks (default 1 2 3 4)")
     of_plan.add_argument("--sizes", nargs="+", choices=plan.SIZES, default=list(plan.SIZES), help="sizes of models (default all of these)")
     of_plan.add_argument("--gpu", action="store_true", help="models of 1B to 8B on one GPU with 139 GiB, against torch.cuda's peak")

@@ -1,4 +1,4 @@
-"""How long a checkpoint holds up training: written beside it, or while it waits."""
+"""How long a checkpoint stops training: written during it, or while it waits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     options.steps = options.every * (2 * (options.saves + 1) + 1)
     folder = options.folder or Path(tempfile.gettempdir())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        options.error(f"--folder {folder}: is no directory that can be written to")
+        options.error(f"--folder {folder}: is not a directory that can be written to")
     needed = math.ceil(ON_DISK * STATE_BYTES * num_parameters(llama_sizes(options.parameters, options.seq_len)))
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -63,7 +63,7 @@ class Costs:
     beside: float | None
     """A step with one from its beginning to its end, median; None where there is none."""
     whole: list[float]
-    """All that an asynchronous save costs training: its stall, and what the steps beside it took longer than others."""
+    """All that an asynchronous save costs training: its stall, and by how much steps during it take longer than others."""
     late: int
     """Asynchronous saves that were in flight when the next was due."""
 
@@ -117,7 +117,7 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
         "the first": lambda of: f"{of.first / statistics.median(of.synchronous):.1%}",
         "stall : a step, asynchronous": lambda of: f"{statistics.median(of.asynchronous) / of.quiet:.2f}",
         "stall : a step, synchronous": lambda of: f"{statistics.median(of.synchronous) / of.quiet:.2f}",
-        "a step beside a save : another": lambda of: "-" if of.beside is None else f"{of.beside / of.quiet:.2f}",
+        "a step during a save : another": lambda of: "-" if of.beside is None else f"{of.beside / of.quiet:.2f}",
         "whole cost, asynchronous : synchronous": lambda of: f"{statistics.median(of.whole) / statistics.median(of.synchronous):.0%}",
     }
 
@@ -135,8 +135,8 @@ def _legend(options: argparse.Namespace, done: list[tuple[str, Run]]) -> list[st
         f"{options.saves} saves of each kind in turn, {options.every} steps apart, after one of each that counts for `the first` alone. "
         f"All {count} checkpoints were complete, and their files held the bytes that were hashed. Stall: for how long the slowest rank's "
         "loop waited for a save, the median; the longest and the first, which allocates the copies, are asynchronous saves' against the "
-        "median synchronous one. A step beside a save has one in flight from its beginning to its end. Whole cost: a save's stall, and "
-        f"what the steps beside it took longer than others.{times}"
+        "median synchronous one. A step during a save has one in flight from its beginning to its end. Whole cost: a save's stall, and "
+        f"by how much steps during it take longer than others.{times}"
     ]
     if late:
         words.append(f"{late} asynchronous saves were in flight when the next was due, so that the whole cost is higher: raise --every.")

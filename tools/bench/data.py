@@ -1,4 +1,4 @@
-"""Preparation and packing, beside the best public packer."""
+"""Preparation and packing, next to the best public packer."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REFERENCE = {"efficiency": 0.9890, "pack_seconds": 0.14, "rows_per_second": 7641
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print rows a second with one process and with all cores, beside the bare tokenizer, and how well rows are packed."""
+    """Print rows a second with one process and with all cores, next to the bare tokenizer, and how well rows are packed."""
     from trainers.data import prepare, sources
     from trainers.data.encode import encoder_of
     from trainers.data.pack import pack

@@ -28,7 +28,7 @@ LIMIT_S = 600
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what the ranks hold together while they load a checkpoint, beside what it is as float32 once over all of them."""
+    """Print what the ranks hold together while they load a checkpoint, next to its size as float32, once over all of them."""
     console = Console(stderr=True)
     table = Table("engine", "ranks", "float32 weights, all ranks", "memory at the peak, all ranks", "ratio", "seconds")
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def measure_loading(folder: Path, engine: str, ranks: int) -> tuple[float, float
             wait_for(children, run_dir, "done", lambda: samples.append((time.monotonic(), _memory(children))), LIMIT_S)
         figures = [json.loads((run_dir / f"{rank}.done").read_text()) for rank in range(ranks)]
     peak, held = 0, samples[0][1]
-    for at, memory in samples:  # a rank that has read its last block goes on to other things, and counts as it was then
+    for at, memory in samples:  # a rank that has read its last block does other things, and counts as it was then
         held = [now if at <= figure["last_read"] else before for now, before, figure in zip(memory, held, figures, strict=True)]
         peak = max(peak, sum(held))
     return peak - baseline, max(figure["seconds"] for figure in figures)

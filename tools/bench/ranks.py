@@ -56,7 +56,7 @@ def start_ranks(command: list[str], count: int, run_dir: Path, threads: int = 1)
 
 
 def write_line(child: subprocess.Popen[bytes]) -> None:
-    """Let a rank go on that waits for a line."""
+    """Let a rank continue that waits for a line."""
     assert child.stdin is not None
     child.stdin.write(b"go\n")
     child.stdin.flush()

@@ -37,7 +37,7 @@ class TimedCheckpointer(Checkpointer):
         """Of each step, whether a save was in flight at its end."""
 
     def due(self, step: int) -> bool:
-        """Leave steps beside the last save."""
+        """Leave steps during the last save."""
         return super().due(step) and step < self.num_steps
 
     def is_writing(self) -> bool:
@@ -57,7 +57,7 @@ class TimedCheckpointer(Checkpointer):
         self.config.asynchronous = len(self.saves) % 2 == 1
         num_bytes = self.world.sum([bytes_of(engine.state())])[0]
         if self.world.device.type == "cuda":
-            torch.cuda.synchronize()  # what the step has left is no part of the save
+            torch.cuda.synchronize()  # what the step has left does not belong to the save
         self.world.barrier()
         super().save(engine, progress, eval_loss)
         if self.is_short:

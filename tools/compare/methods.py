@@ -1,4 +1,4 @@
-"""Runs by method, each at its best rate, with what may be said of them: the figures of every table, page and plot."""
+"""Runs by method, each at its best rate, with what may be said of them: the numbers of every table, page and plot."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ NAMES = {
 
 @dataclass(kw_only=True)
 class Figures:
-    """What is known of a method: its best run's figures, and how they differ from the base's and from full fine-tuning's.
+    """What is known of a method: its best run's metrics, and how they differ from the base's and from full fine-tuning's.
 
-    A figure's interval is of 95 %; those of differences are wider, so that all methods' together hold with 95 % (Bonferroni).
+    A metric's interval is of 95 %; those of differences are wider, so that all methods' together hold with 95 % (Bonferroni).
     """
 
     held_out: Estimate | None = None
-    """Loss in nats a token; without an interval where it is training's own figure."""
+    """Loss in nats a token; without an interval where it is training's own value."""
     held_out_to_full: Estimate | None = None
     score: Estimate | None = None
     score_to_base: Estimate | None = None
@@ -162,7 +162,7 @@ def _methods(runs: list[Run]) -> list[Method]:
     methods = []
     for tried in groups.values():
         tried.sort(key=lambda run: run.lr)
-        if any(run.loss is None for run in tried):  # nothing to choose a rate by: each stands for itself
+        if any(run.loss is None for run in tried):  # nothing to choose a rate by: each is shown by itself
             methods += [Method(label=_name(run.config), best=run, tried=[run]) for run in tried]
             continue
         best = min(tried, key=lambda run: run.loss or 0.0)
@@ -196,10 +196,10 @@ def _tell_apart(methods: list[Method]) -> None:
 
 
 def figures_of(method: Method, comparison: Comparison) -> Figures:
-    """Return a method's figures, and what they allow to say of it beside the base and full fine-tuning."""
+    """Return a method's metrics, and what they allow to say of it against the base and full fine-tuning."""
     run, full, metric = method.best, comparison.full, comparison.metric
     if run.ours is None:
-        known = run.loss is not None and not comparison.has_own_rows  # training's own figure is of the rows that it held out
+        known = run.loss is not None and not comparison.has_own_rows  # training's own value is of the rows that it held out
         return Figures(held_out=Estimate(value=run.loss or 0.0, low=None, high=None, count=0) if known else None)
     found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None)
     if run.base is not None:

@@ -72,7 +72,7 @@ def _item(line: str) -> str:
 
 
 def _table(grid: say.Grid) -> str:
-    """Return a table; intervals stand small below their figure."""
+    """Return a table; intervals are small, below their value."""
     heads = "".join(f"<th>{escape(name)}</th>" for name in grid.heads)
     lines = []
     for number, line in enumerate(grid.lines):  # a line a method, in their order

@@ -20,7 +20,7 @@ COLOURS = ("#222222", "#4477aa", "#ee6677", "#228833", "#aa3377", "#ccbb44", "#6
 """Black for full fine-tuning, then Paul Tol's bright scheme, which the colour-blind can tell apart."""
 MARKERS = "osD^vP*X"
 SIZE = (5.6, 3.7)
-"""Inches of a picture: two stand beside each other on a page."""
+"""Inches of a picture: two are next to each other on a page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +38,13 @@ def look(number: int) -> tuple[str, str]:
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
-    """Return the plots that the runs have figures for."""
+    """Return the plots that the runs have values for."""
     hours = "GPU-hours" if comparison.is_on_gpu else "rank-hours"
     found = [
         _of_curves(
             comparison,
             "Loss against tokens",
-            "Held-out loss as training goes on (with markers); in pale training loss, the mean of a twentieth of the steps.",
+            "Held-out loss during training (with markers); in pale training loss, the mean of a twentieth of the steps.",
             "trained tokens",
             lambda curve: curve.tokens,
         ),
@@ -132,7 +132,7 @@ def _short(value: float) -> str:
 
 
 def _learn_forget(comparison: Comparison) -> Picture | None:
-    """Draw what a method has gained at the task over what it has lost elsewhere; the base stands at 0, 0."""
+    """Draw what a method has gained at the task over what it has lost elsewhere; the base is at 0, 0."""
     known = [method for method in comparison.methods if method.figures.forgetting and method.figures.score_to_base]
     if not known:
         return None

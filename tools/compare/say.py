@@ -31,7 +31,7 @@ class Grid:
 
 
 def learned(comparison: Comparison, form: Form) -> Grid:
-    """Return what methods have learned and forgotten, each beside full fine-tuning or the base."""
+    """Return what methods have learned and forgotten, each next to full fine-tuning or the base."""
     full = comparison.full is not None and len(comparison.methods) > 1
     columns: list[tuple[str, Callable[[Method], str]]] = [
         ("method", lambda method: method.label),
@@ -121,7 +121,7 @@ def size(count: float | None) -> str:
 
 
 def conclusions(comparison: Comparison) -> list[str]:
-    """Return what the figures allow to say of each method beside full fine-tuning, or the base; nothing is better inside the noise."""
+    """Return what the numbers allow to say of each method against full fine-tuning, or the base; nothing is better inside the noise."""
     said = []
     full = comparison.full
     for method in comparison.methods:
@@ -200,7 +200,7 @@ def legend(comparison: Comparison) -> list[str]:
 
 
 def print_text(comparison: Comparison, console: Console) -> None:
-    """Print a comparison; a column a method, as many beside each other as the terminal is wide for."""
+    """Print a comparison; a column a method, as many next to each other as the terminal is wide for."""
     console.print(f"[bold]{escape(comparison.title)}[/]: {_count(comparison)}", highlight=False)
     if comparison.methods:
         for grid in (learned(comparison, plus_minus), spent(comparison)):

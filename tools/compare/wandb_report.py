@@ -35,7 +35,7 @@ def write_report(entity: str | None, project: str, run_ids: Sequence[str], markd
             answers.put(_write(entity, project, run_ids, markdown, title))
         except NoReport as error:
             answers.put(error)
-        except Exception as error:  # whatever W&B raises, the comparison stands
+        except Exception as error:  # whatever W&B raises, the comparison is valid
             answers.put(
                 NoReport(f"W&B has not taken the report ({_said(error)}): it needs a network, and a key that may write to {project}")
             )

@@ -9,7 +9,7 @@ python -m tools.evaluate runs/mine --judge http://host:8000/v1 --judge-model NAM
 Settings come from the run's own config.yaml (evaluation.*); options here take their place. A loss is a mean over supervised tokens;
 answers are the most likely token at every place, the same whatever the batch and the number of processes. Figures and their 95 %
 intervals go to RUN/evaluation, with every answer. What is measured already, also of another run's base, is not measured again, and a
-stopped command goes on where it was. `python -m tools.compare` puts runs side by side.
+stopped command continues where it was. `python -m tools.compare` puts runs side by side.
 
 Exit codes: 0 done, 1 a model could not be measured, or the judge has scored nothing, 2 bad input, 130 Ctrl-C.
 """
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return evaluate(options)
     except KeyboardInterrupt:
-        print("stopped: what was measured is kept, and the same command goes on from there", file=sys.stderr)
+        print("stopped: what was measured is kept, and the same command continues from there", file=sys.stderr)
         return STOPPED
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--like", type=Path, metavar="RUN", help="for a model directory: the run whose rows and settings it is measured with"
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for a model directory: where its figures go (default ./evaluation)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="for a model directory: where its results go (default ./evaluation)")
     parser.add_argument("--no-base", action="store_true", help="leave the base out; nothing is then compared with it")
     settings = parser.add_argument_group("settings, in the place of the run's evaluation.*")
     settings.add_argument("--path", metavar="FILE", help="rows to evaluate on (default: those that the run held out)")
@@ -76,13 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     settings.add_argument("--general", metavar="FILE", help="text of the base's own domain: a file, a run, a hub id, or `sampled`")
     settings.add_argument("--general-rows", type=int, metavar="N", help="rows of it that count")
-    machine = parser.add_argument_group("the machine; none of these changes a figure, but for --dtype")
+    machine = parser.add_argument_group("the machine; none of these changes a result, except --dtype")
     machine.add_argument("--batch", type=int, default=8, metavar="N", help="documents at once (default 8)")
     machine.add_argument("--processes", type=int, default=1, metavar="N", help="processes that share the documents, a GPU each (default 1)")
     machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPU where there is one")
     dtype = "type to compute in (default float32); bfloat16 takes half the memory, and more time for answers"
     machine.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=dtype)
-    judge = parser.add_argument_group("a judge of the answers, beside the base's, on five criteria from 1 to 5")
+    judge = parser.add_argument_group("a judge of the answers, next to the base's, on five criteria from 1 to 5")
     judge.add_argument("--judge", metavar="URL", help="an OpenAI-compatible endpoint up to its version, as http://host:8000/v1")
     judge.add_argument("--judge-model", metavar="NAME", help="the model that judges; its key is read from FULLTUNE_JUDGE_KEY")
     judge.add_argument("--judge-timeout", type=float, default=60.0, metavar="S", help="seconds for one reply (default 60)")
@@ -103,7 +103,7 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.lm_eval_dir is not None and not Path(options.lm_eval_dir).is_dir():
         raise ConfigError("--lm-eval-dir", options.lm_eval_dir, "no such directory")
     if options.judge and options.no_base:
-        raise ConfigError("--no-base", True, "answers are judged beside the base's", "leave one of the two out")
+        raise ConfigError("--no-base", True, "answers are judged next to the base's", "leave one of the two out")
     subjects, skipped = subjects_of(options)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
@@ -145,7 +145,7 @@ def subjects_of(options: argparse.Namespace) -> tuple[list[Subject], list[str]]:
             config = with_options(read_at(run), options)
             found.append(Subject(name="run", config=config, folder=run / "export", out=run / FOLDER))
     if sum(subject.name == "model" for subject in found) > 1:
-        raise ConfigError("--out", str(options.out or FOLDER), "several models have one place for their figures", "one model at a time")
+        raise ConfigError("--out", str(options.out or FOLDER), "several models have one place for their results", "one model at a time")
     with_base = (
         [] if options.no_base else [subject for subject in found if subject.config.model.id is not None and subject.folder is not None]
     )
@@ -157,7 +157,7 @@ def _model(path: Path, options: argparse.Namespace) -> Subject:
     """Return a model directory as it is measured: with a run's rows, or those of --path."""
     if options.like is not None:
         if not is_run(options.like):
-            raise ConfigError("--like", str(options.like), "is no run directory")
+            raise ConfigError("--like", str(options.like), "is not a run directory")
         config = read_at(options.like)
     elif options.path is not None and not (path / "adapter_config.json").is_file():
         config = RunConfig(model=ModelConfig(id=str(path)), data=DataConfig(path=options.path))

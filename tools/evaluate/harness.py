@@ -1,4 +1,4 @@
-"""Standard benchmarks by EleutherAI's lm-evaluation-harness, an optional extra: its tasks, its prompts, its figures."""
+"""Standard benchmarks by EleutherAI's lm-evaluation-harness, an optional extra: its tasks, its prompts, its metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainers.config.errors import ConfigError
 def benchmark(model: PreTrainedModel, tokenizer: Any, tasks: list[str], include: str | None, batch: int) -> dict[str, dict[str, Any]]:
     """Return {task: {metric: {"value", "low", "high", "documents"}}} of each task, with the harness's own settings of it.
 
-    `include` is a directory of task files beside the harness's own. Raises ConfigError where the package is not installed, has no such
+    `include` is a directory of more task files. Raises ConfigError where the package is not installed, has no such
     task, or cannot have its data.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,7 +35,7 @@ def benchmark(model: PreTrainedModel, tokenizer: Any, tasks: list[str], include:
         raise ConfigError("--lm-eval", ",".join(tasks), f"lm-eval has no task {error}", "lm-eval ls tasks") from error
     except (ConnectionError, OSError) as error:
         raise ConfigError(
-            "--lm-eval", ",".join(tasks), f"a task's data cannot be had: {str(error).splitlines()[0]}", "a network"
+            "--lm-eval", ",".join(tasks), f"a task's data could not be loaded: {str(error).splitlines()[0]}", "a network"
         ) from error
     counts = found.get("n-samples", {})
     return {task: _figures(figures, counts.get(task, {}).get("effective")) for task, figures in found["results"].items()}

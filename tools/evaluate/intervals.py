@@ -1,6 +1,6 @@
-"""How sure a figure is: intervals over the documents that it was measured on, and what differs beyond them.
+"""How sure a metric is: intervals over the documents that it was measured on, and what differs beyond them.
 
-The documents are the sample: a figure is that of all documents like these. Another seed of training is not in it.
+The documents are the sample: a metric is that of all documents like these. Another seed of training is not in it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FEW, MANY = 8, 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A figure with its interval, and how many documents it is of; the ends are None where they are too few to tell."""
+    """A metric with its interval, and how many documents it is of; the ends are None where they are too few to tell."""
 
     value: float
     low: float | None

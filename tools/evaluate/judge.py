@@ -1,6 +1,6 @@
-"""Scores of a run's answers beside its base's, by a model behind any endpoint that speaks OpenAI's chat completions.
+"""Scores of a run's answers next to its base's, by a model at any endpoint that speaks OpenAI's chat completions.
 
-Each pair is judged twice, with the answers swapped, and scored by the mean of both: a judge that likes what stands first likes both
+Each pair is judged twice, with the answers swapped, and scored by the mean of both: a judge that prefers the first answer likes both
 equally. Where only one order came back there is no score.
 """
 
@@ -25,7 +25,7 @@ import httpx
 CRITERIA = ("instruction_following", "factual_accuracy", "format", "length", "no_hallucination")
 PROMPT = Template(Path(__file__).with_name("judge.txt").read_text(encoding="utf-8"))  # a text put into it is not looked through again
 TIMEOUT, UNREACHABLE, GARBAGE, NOT_ASKED = "timeout", "unreachable", "garbage", "not asked"
-"""Failures, beside "HTTP 500" and its like."""
+"""Failures, in addition to "HTTP 500" and its like."""
 DOWN_AFTER = 10
 """Requests in a row without a reply, after which the endpoint is asked nothing more."""
 LONGEST_WAIT_S = 60.0
@@ -137,7 +137,7 @@ def tally(verdicts: Iterable[Verdict]) -> dict[str, Any]:
     """Return scores by row and what the judge was worth, of verdicts in any order; one with scores goes before others of its place.
 
     `documents`: rows with both orders; `run` and `base`: criterion or `overall` -> for each of these the mean over both orders.
-    `position_bias`: by how much what stands first has the better overall score, None without scored rows.
+    `position_bias`: by how much the first answer has the better overall score, None without scored rows.
     `rows` = `scored` + `one_order` + `none`; `failures` are verdicts by kind, `retries` requests.
     """
     last = {(verdict.document, verdict.swapped): verdict for verdict in sorted(verdicts, key=lambda verdict: verdict.scores is not None)}
@@ -311,7 +311,7 @@ def _content(response: httpx.Response) -> str:
 
 
 def read_scores(reply: str) -> tuple[Scores, Scores] | None:
-    """Return both answers' scores from the last JSON object of a reply that has them, wherever it stands; None without one."""
+    """Return both answers' scores from the last JSON object of a reply that has them, wherever it is; None without one."""
     decoder, at = json.JSONDecoder(), reply.rfind("{")
     while at >= 0:
         with contextlib.suppress(ValueError, RecursionError):

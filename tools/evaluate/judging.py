@@ -1,4 +1,4 @@
-"""A judge's scores of a run's answers beside its base's, kept as they come: RUN/evaluation/judge.jsonl, and judge.json for the figures."""
+"""A judge's scores of a run's answers next to its base's, kept as they come: RUN/evaluation/judge.jsonl, and judge.json for the scores."""
 
 from __future__ import annotations
 

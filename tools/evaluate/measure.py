@@ -1,4 +1,4 @@
-"""A model's losses and answers, document by document, so that neither ranks nor batches change a figure."""
+"""A model's losses and answers, document by document, so that neither ranks nor batches change a metric."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _chunks(model: PreTrainedModel, prompts: dict[int, Ints], batch: int, pad_id
 
 
 def _ignores_padding(model: PreTrainedModel, prompts: list[Ints], pad_id: int) -> bool:
-    """Tell whether a short prompt's next token is as likely beside a long one as alone: not so with peft's prompt tuning, which counts
+    """Tell whether a short prompt's next token is as likely next to a long one as alone: not so with peft's prompt tuning, which counts
     positions from the padding's front, and with models that have no attention mask to obey.
     """
     together, alone = (_padded(model, some, pad_id) for some in (prompts, prompts[:1]))
@@ -143,7 +143,7 @@ def _text(tokenizer: PreTrainedTokenizerBase, ids: Any, special: bool = False) -
 
 
 def _continue(model: PreTrainedModel, prompts: list[Ints], room: int, stops: Sequence[int], pad_id: int) -> list[list[int]]:
-    """Return what the model puts behind each prompt, through its first stop."""
+    """Return what the model writes after each prompt, through its first stop."""
     longest = max(map(len, prompts))
     ids, mask = _padded(model, prompts, pad_id)
     alone = LogitsProcessorList([Alone(model, [longest - len(prompt) for prompt in prompts], longest, stops)])
@@ -160,7 +160,7 @@ class Alone(LogitsProcessor):  # type: ignore[misc]
     """Where two tokens are nearly as likely, let the row alone decide: in a batch, rounding would, and batches differ."""
 
     def __init__(self, model: PreTrainedModel, begins: list[int], prompt_length: int, stops: Sequence[int]) -> None:
-        """Take the column in which each row's prompt begins, and the one behind all prompts."""
+        """Take the column in which each row's prompt begins, and the one after all prompts."""
         self.model, self.begins, self.prompt_length, self.stops = model, begins, prompt_length, set(stops)
         self.close = CLOSE[model.dtype]
 

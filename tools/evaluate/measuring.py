@@ -1,6 +1,6 @@
 """Measure models, as one of several processes: python -m tools.evaluate.measuring REQUEST.json RANK SIZE; `python -m tools.evaluate` asks.
 
-Each document's figures are a line of a file that grows, in the folder of prepared data and under a key of all that decides them: what
+Each document's metrics are a line of a file that grows, in the folder of prepared data and under a key of all that decides them: what
 is there is not measured again, by whichever process and in whichever run it was. What it does is said on stdout, a JSON object a line.
 """
 
@@ -41,7 +41,7 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Documents of which one thing is measured, and where their figures are kept."""
+    """Documents of which one thing is measured, and where their metrics are kept."""
 
     name: str
     """`held_out` and `general` are losses, `answers` are answers."""
@@ -50,7 +50,7 @@ class Part:
     folder: Path
 
     def as_json(self) -> dict[str, Any]:
-        """Return what whoever asks needs to read the figures."""
+        """Return what whoever asks needs to read the metrics."""
         return {"folder": str(self.folder), "documents": self.documents.tolist(), "set": self.table.key}
 
 
@@ -116,7 +116,7 @@ def measure(subject: Subject, number: int, request: dict[str, Any], device: torc
 
 
 def _benchmarks_file(subject: Subject, request: dict[str, Any]) -> Path:
-    """Return where a model's figures of these tasks are kept."""
+    """Return where a model's metrics of these tasks are kept."""
     own = sorted((file.name, file.read_text("utf-8")) for file in Path(request["tasks_dir"] or os.devnull).glob("*.yaml"))
     root = cache_root(subject.config.data.prepared_dir)
     root.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def _benchmarks_file(subject: Subject, request: dict[str, Any]) -> Path:
 
 
 def _key_of(subject: Subject, dtype: str) -> tuple[object, ...]:
-    """Return what decides the figures of any document: how it is measured, weights, tokenizer and type."""
+    """Return what decides the metrics of any document: how it is measured, weights, tokenizer and type."""
     return VERSION, subject.fingerprint, tokenizer_hash(subject.tokenizer), dtype
 
 
@@ -167,7 +167,7 @@ def _without_ids(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep(found: Iterator[dict[str, Any]], part: Part, number: int, rank: int, batch: int) -> None:
-    """Write each document's figures to this process's own file as they come, and say how many there are by now."""
+    """Write each document's metrics to this process's own file as they come, and say how many there are by now."""
     part.folder.mkdir(parents=True, exist_ok=True)
     with (part.folder / f"{os.uname().nodename}-{secrets.token_hex(8)}.jsonl").open("x", encoding="utf-8") as file:
         for done, row in enumerate(found, 1):

@@ -1,4 +1,4 @@
-"""RUN/evaluation: what was measured of a run and of its base, document by document, and the figures made of it. No torch."""
+"""RUN/evaluation: what was measured of a run and of its base, document by document, and the metrics computed from it. No torch."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ VERSION = 1
 FOLDER, JUDGED = "evaluation", "judge"
 LOSSES = ("held_out", "general")
 PLAIN = ("tokens", "repetition")
-"""Figures of answers that are no score."""
+"""Metrics of answers other than scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A model's figures by document: arrays of one length, in the order of `documents`, for each part."""
+    """A model's metrics by document: arrays of one length, in the order of `documents`, for each part."""
 
     about: dict[str, Any]
-    """What was measured with which settings; RUN/evaluation/NAME.json without its figures."""
+    """What was measured with which settings; RUN/evaluation/NAME.json without its metrics."""
     documents: dict[str, list[int]]
     """Of each part: `held_out`, `general`, `answers`."""
     sums: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def _are_of_the_same(ours: Evaluation, theirs: Evaluation, part: str) -> bool:
 
 
 def digest_of(folder: Path) -> str:
-    """Return what stands for a model or adapter directory: a digest of its weights and its config, kept for large files while they stay.
+    """Return what identifies a model or adapter directory: a digest of its weights and its config, kept for large files while they stay.
 
     Raises ConfigError where there are no weights.
     """
@@ -107,7 +107,7 @@ def read_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def collect(folder: Path, documents: Sequence[int]) -> list[dict[str, Any]]:
-    """Return the figures of documents from the files of all processes, in this order; raises KeyError for one that none has."""
+    """Return the metrics of documents from the files of all processes, in this order; raises KeyError for one that none has."""
     known = {row["document"]: row for file in sorted(folder.glob("*.jsonl")) for row in read_lines(file)}
     return [known[document] for document in documents]
 
@@ -156,7 +156,7 @@ def _of_rows(about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Evaluatio
 
 
 def figures(evaluation: Evaluation) -> dict[str, Any]:
-    """Return the figures of NAME.json: each with its interval of 95 % where it has one."""
+    """Return the metrics of NAME.json: each with its interval of 95 % where it has one."""
     found: dict[str, Any] = {f"{part}_loss": as_json(evaluation.loss(part)) for part in evaluation.sums}
     for part, (_, tokens) in evaluation.sums.items():
         found[f"{part}_loss"] |= {"tokens": int(tokens.sum())}
@@ -184,10 +184,10 @@ def of_json(figure: dict[str, Any] | None) -> Estimate | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """What a judge made of a run's answers, beside the base's: scores from 1 to 5, by criterion and `overall`."""
+    """What a judge made of a run's answers, next to the base's: scores from 1 to 5, by criterion and `overall`."""
 
     about: dict[str, Any]
-    """The judge, how many rows it scored, what failed, and how much it prefers what stands first."""
+    """The judge, how many rows it scored, what failed, and how much it prefers the first answer."""
     run: dict[str, Floats]
     base: dict[str, Floats]
 
@@ -216,7 +216,7 @@ def judging_words(about: dict[str, Any]) -> str:
 
 
 def answers_key(ours: Evaluation, theirs: Evaluation) -> str:
-    """Return what stands for the answers that were judged."""
+    """Return what identifies the answers that were judged."""
     return content_key(*([(row["document"], row["answer"]) for row in evaluation.answers] for evaluation in (ours, theirs)))
 
 

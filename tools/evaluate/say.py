@@ -1,4 +1,4 @@
-"""A run's figures beside its base's, for the terminal."""
+"""A run's metrics next to its base's, for the terminal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ NOTHING = "-"
 MARKS = {"better": "▲", "worse": "▼", "no difference": "="}
 """Of a verdict, in front of a difference."""
 Form = Callable[[Estimate | None, int, str], str]
-"""How a figure with an interval is written: with so many digits, and `+` for a difference."""
+"""How a metric with an interval is written: with so many digits, and `+` for a difference."""
 NAMES = {"held_out": "held-out loss", "general": "loss on general text"}
 
 
 def table_of(folder: Path, ours: Evaluation, theirs: Evaluation | None) -> Table:
-    """Return a run's figures beside its base's."""
+    """Return a run's metrics next to its base's."""
     caption = "losses in nats a token; ± of 95 %; ▲ better, ▼ worse, = no difference beyond the noise"
     title = str(folder.parent) if ours.about.get("name") != "model" else str(ours.about.get("model"))
     table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
@@ -87,14 +87,14 @@ def marked(apart: Estimate | None, told: str, digits: int, form: Form) -> str:
 
 
 def plus_minus(estimate: Estimate | None, digits: int, sign: str) -> str:
-    """Return a figure with half the width of its interval."""
+    """Return a metric with half the width of its interval."""
     if estimate is None or estimate.low is None or estimate.high is None:
         return interval(estimate, digits, sign)
     return f"{estimate.value:{sign}.{digits}f} ±{(estimate.high - estimate.low) / 2:.{digits}f}"
 
 
 def interval(estimate: Estimate | None, digits: int, sign: str) -> str:
-    """Return a figure with the ends of its interval."""
+    """Return a metric with the ends of its interval."""
     if estimate is None:
         return NOTHING
     if estimate.low is None or estimate.high is None:

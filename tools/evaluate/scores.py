@@ -1,4 +1,4 @@
-"""What a text is worth beside its reference: pure functions of strings, the same for every model."""
+"""What a text is worth against its reference: pure functions of strings, the same for every model."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from decimal import Decimal, InvalidOperation
 from trainers.config.schema import Metric
 
 NUMBER = re.compile(r"(?:(?<![\w.])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
-"""A minus belongs to a number unless it stands behind another one."""
+"""A minus belongs to a number unless it follows another one."""
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
-"""A word of letters and digits; each Chinese or Japanese character is one, since nothing stands between them."""
+"""A word of letters and digits; each Chinese or Japanese character is one, since nothing separates them."""
 REFUSAL = re.compile(
     r"^\W*(?:(?:i'?m|i am) (?:very )?(?:sorry|unable|not able)|sorry,|i (?:can'?t|cannot|won'?t|will not|must decline)|as an ai\b)",
     re.IGNORECASE,
@@ -23,7 +23,7 @@ REFUSAL = re.compile(
 def extract(text: str, how: str) -> str | None:
     """Return what of a text is compared, in one spelling; None where it is not there.
 
-    `hashes` is the number behind the last ####, as GSM8K ends its answers; `number` the last number; `whole` everything; else the first
+    `hashes` is the number after the last ####, as GSM8K ends its answers; `number` the last number; `whole` everything; else the first
     group of a regular expression's last match. `auto` must have been decided before: by `resolve`.
     """
     if how == "whole":
@@ -40,7 +40,7 @@ def extract(text: str, how: str) -> str | None:
 
 
 def resolve(how: str, reference: str) -> str:
-    """Return the way that `auto` takes for a reference: `hashes` where it has a number behind ####, else `whole`."""
+    """Return the way that `auto` takes for a reference: `hashes` where it has a number after ####, else `whole`."""
     if how != "auto":
         return how
     return "hashes" if extract(reference, "hashes") is not None else "whole"
@@ -86,7 +86,7 @@ def common_length(one: Sequence[object], other: Sequence[object]) -> int:
 
 
 def is_json(answer: str) -> float:
-    """Return 1.0 where an answer is a JSON object or list as it stands, without anything around it."""
+    """Return 1.0 where an answer is a JSON object or list as it is, without anything around it."""
     try:
         return float(isinstance(json.loads(answer.strip()), dict | list))
     except (ValueError, RecursionError):

@@ -54,12 +54,12 @@ class Subject:
 
     @cached_property
     def files(self) -> str:
-        """Return what stands for its own files."""
+        """Return what identifies its own files."""
         return digest_of(self.base if self.folder is None else self.folder)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return what stands for the weights: of adapters those of the base too, and how it was rounded."""
+        """Return what identifies the weights: of adapters those of the base too, and how it was rounded."""
         parts = [self.files]
         if self.is_adapter:
             parts += [digest_of(self.base), str(self.config.peft.quantise)]
@@ -79,7 +79,7 @@ class Subject:
         return model
 
     def _as_trained(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Give an adapter's base the values that it was trained beside: those of 4 bits where it was quantised."""
+        """Give an adapter's base the values that it was trained on: those of 4 bits where it was quantised."""
         config = self.config
         if config.peft.quantise is Quantisation.none:
             return model

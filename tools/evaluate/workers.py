@@ -31,7 +31,7 @@ STOP_S = 10.0
 
 @dataclass(kw_only=True)
 class Subject:
-    """A model to measure: under which name its figures go to which folder."""
+    """A model to measure: under which name its metrics go to which folder."""
 
     name: str
     """`run`, `base` or `model`."""
@@ -40,11 +40,11 @@ class Subject:
     """Directory of its weights; None is the run's base."""
     out: Path
     parts: dict[str, Any] = field(default_factory=dict)
-    """Where the workers keep its figures, once they have said so."""
+    """Where the workers keep its metrics, once they have said so."""
     weights: str = ""
-    """What stands for its weights, an adapter's base included."""
+    """What identifies its weights, an adapter's base included."""
     files: str = ""
-    """What stands for its own files."""
+    """What identifies its own files."""
     lm_eval: dict[str, Any] | None = None
     """Figures of standard benchmarks."""
 
@@ -53,7 +53,7 @@ class Subject:
         return {"config": plain(self.config), "folder": None if self.folder is None else str(self.folder)}
 
     def about(self, dtype: str) -> dict[str, Any]:
-        """Return what NAME.json says beside the figures."""
+        """Return what NAME.json says in addition to the metrics."""
         return {
             "name": self.name,
             "model": str(self.folder or self.config.model.id),
@@ -96,7 +96,7 @@ def run_workers(
 
 @contextmanager
 def started(request: Path, logs: list[Path]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Start a worker for each log; none is left behind."""
+    """Start a worker for each log; none is left running."""
     threads = str(max(1, cores() // len(logs)))
     children = []
     try:

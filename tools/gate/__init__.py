@@ -1,1 +1,1 @@
-"""Whether a model may go on: `python -m tools.gate --help`."""
+"""Whether a model passes: `python -m tools.gate --help`."""

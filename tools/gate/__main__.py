@@ -3,9 +3,9 @@
 python -m tools.evaluate runs/mine && python -m tools.gate runs/mine
 python -m tools.gate runs/mine --rules my_rules.yaml
 
-Figures are those that `python -m tools.evaluate` has left in RUN/evaluation; what the rules ask for and nobody has measured is not
+Metrics are those that `python -m tools.evaluate` has left in RUN/evaluation; what the rules ask for and nobody has measured is not
 passed. Safety and regression prompts are answered now, by the export. The verdict goes to RUN/evaluation/gate.json, and a model card to
-RUN/export/README.md: data, method, figures and limits, from the run's own records.
+RUN/export/README.md: data, method, metrics and limits, from the run's own records.
 
 Exit codes: 0 passed, 1 not passed, with the reasons, 2 bad input, 130 Ctrl-C.
 """
@@ -76,7 +76,7 @@ def gate(options: argparse.Namespace) -> int:
     """Hold a run against rules and say so; returns the exit code, raises ConfigError and NotMeasured."""
     run: Path = options.run
     if not is_run(run):
-        raise ConfigError("RUN", str(run), "is no run directory")
+        raise ConfigError("RUN", str(run), "is not a run directory")
     if (state := read_status(run).get("state")) != "done":
         raise ConfigError("RUN", str(run), f"is {state}, not done", "the command that started it continues it")
     rules = read_rules(options.rules)
@@ -137,7 +137,7 @@ def rows_of(prompts: list[Prompt], trained_on: dict[str, Any]) -> tuple[Layout, 
 
 
 def say(checks: list[Check], passed: bool) -> None:
-    """Print each rule with its figure, and the verdict."""
+    """Print each rule with its value, and the verdict."""
     console = Console(highlight=False)
     for check in checks:
         console.print(

@@ -1,4 +1,4 @@
-"""What a model must reach: rules read from YAML, held against its figures and its answers to prompts."""
+"""What a model must reach: rules read from YAML, checked against its metrics and its answers to prompts."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Check:
     rule: str
     passed: bool
     words: str
-    """The figure, and what is asked for."""
+    """The value, and what is asked for."""
     decides: bool = True
     """One prompt alone decides nothing: the share of them that pass does."""
 
@@ -83,7 +83,7 @@ def read_rules(file: Path) -> Rules:
             "--rules", str(file), f"cannot be read: {str(error).splitlines()[0]}", "--rules conf/gate/default.yaml"
         ) from error
     if not isinstance(found, dict):
-        raise ConfigError("--rules", str(file), "is no mapping of rules to values", "--rules conf/gate/default.yaml")
+        raise ConfigError("--rules", str(file), "is not a mapping of rules to values", "--rules conf/gate/default.yaml")
     fields = {item.name: str(item.type) for item in dataclasses.fields(Rules)}
     for name, value in found.items():
         if name not in fields:
@@ -131,10 +131,10 @@ def _prompt(line: str, place: str) -> Prompt:
     if unknown := sorted(row.keys() - PROMPT_KEYS):
         raise ConfigError("prompts", place, f"has an unknown field: {unknown[0]}", f"of {', '.join(sorted(PROMPT_KEYS))}")
     if not all(isinstance(turn["content"], str) and turn.get("role") in ROLES for turn in messages):
-        raise ConfigError("prompts", place, "has a turn that is no text, or of no known role", '{"role": "user", "content": "..."}')
+        raise ConfigError("prompts", place, "has a turn that is not text, or of no known role", '{"role": "user", "content": "..."}')
     for key in ("must", "must_not"):
         if not isinstance(row.get(key, []), list) or not all(isinstance(text, str) and text for text in row.get(key, [])):
-            raise ConfigError("prompts", place, f"`{key}` is no list of regular expressions", f'"{key}": ["..."]')
+            raise ConfigError("prompts", place, f"`{key}` is not a list of regular expressions", f'"{key}": ["..."]')
     if row.get("refuse") not in (None, True, False):
         raise ConfigError("prompts", place, f"`refuse` = {row['refuse']!r}: must be true or false")
     if not row.get("must") and not row.get("must_not") and row.get("refuse") is None:
@@ -142,13 +142,13 @@ def _prompt(line: str, place: str) -> Prompt:
     try:
         patterns = {key: [re.compile(text) for text in row.get(key, [])] for key in ("must", "must_not")}
     except re.error as error:
-        raise ConfigError("prompts", place, f"is no regular expression: {error}") from error
+        raise ConfigError("prompts", place, f"is not a valid regular expression: {error}") from error
     name = str(row.get("name") or str(messages[-1]["content"])[:40])
     return Prompt(name=name, kind=str(row.get("kind", "regression")), messages=messages, refuse=row.get("refuse"), **patterns)
 
 
 def hold(rules: Rules, ours: Evaluation, theirs: Evaluation | None) -> list[Check]:
-    """Hold the rules about figures against a model's, beside its base's."""
+    """Check a model's metrics, next to its base's, against the rules about them."""
     metric = task_metric(ours)
     gain = None if theirs is None or metric is None else score_apart(ours, theirs, metric)
     forgetting = None if theirs is None else loss_apart(ours, theirs, "general")

@@ -13,10 +13,10 @@ their modules_to_save, trained biases and trained tokens. Prompt, prefix and p-t
 Several adapters: `linear` is the weighted sum of what each alone changes, W + sum of w_i (W_i - W), for any methods; a negative
 weight takes away. ties, dare_linear, dare_ties and magnitude_prune do the same to these changes that peft's functions of the name do to
 matrices. peft:linear, peft:svd, peft:cat, peft:ties and so on are add_weighted_adapter's, which combines the factors A and B of plain
-LoRA (peft:linear is no weighted sum of changes: it multiplies sums). An adapter that is alone may have a weight, too.
+LoRA (peft:linear is not a weighted sum of changes: it multiplies sums). An adapter that is alone may have a weight, too.
 
 OUT has the base's config and generation config, and the tokenizer of the first adapter that has one, else the base's. Where an adapter
-changes one of two tied tensors, OUT holds both. OUT is complete or absent. At the end base and adapter run beside the merged model on a
+changes one of two tied tensors, OUT holds both. OUT is complete or absent. At the end base and adapter run next to the merged model on a
 fixed batch, both whole and in float32, one after the other, if the memory is enough: --no-probe leaves that out.
 
 Exit codes: 0 written, 1 values are not finite, the disk fails or the models disagree, 2 bad arguments, adapter or base, 130 Ctrl-C.
@@ -105,7 +105,7 @@ def adapter(word: str) -> tuple[Path, float]:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{word}: {weight!r} is no weight")
+        raise argparse.ArgumentTypeError(f"{word}: {weight!r} is not a weight")
     return Path(folder), value
 
 
@@ -266,7 +266,7 @@ def probe(merge: Merge, plan: dict[str, Tensor], out: Path) -> int:
         print(f"error: {out} is written, and could not be compared: {' '.join(str(error).split()) or repr(error)}", file=sys.stderr)
         return 1
     if found is None:
-        print(f"not compared: peft cannot run these adapters beside their base as --method {merge.combination.method} combines them")
+        print(f"not compared: peft cannot run these adapters with their base as --method {merge.combination.method} combines them")
         return 0
     rounded = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in plan.values() if tensor.is_floating_point()} - {"float32"})
     print(

@@ -63,12 +63,12 @@ def read_adapter(folder: Path) -> AdapterFiles:
 
     if not (folder / CONFIG).is_file():
         hint = f"; {folder / 'export'} has one" if (folder / "export" / CONFIG).is_file() else ""
-        raise Unfit(f"{folder} {f'is not an adapter, it has no {CONFIG}' if folder.is_dir() else 'is no directory'}{hint}")
+        raise Unfit(f"{folder} {f'is not an adapter, it has no {CONFIG}' if folder.is_dir() else 'is not a directory'}{hint}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fields of later versions of peft
             config: Any = peft.PeftConfig.from_pretrained(str(folder))
-    except Exception as error:  # whatever text that is no config parses to
+    except Exception as error:  # whatever text other than a config parses to
         raise Unfit(f"{folder / CONFIG} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if why := _why_not(config):
         raise Unfit(f"{folder} cannot be merged: {why}")
@@ -88,9 +88,9 @@ def _why_not(config: Any) -> str | None:
     tuners: dict[Any, Any] = dict(PEFT_TYPE_TO_TUNER_MAPPING)
     method = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
-        return f"{method} puts virtual tokens in front of each row and changes no weight; load it beside its base with peft"
+        return f"{method} puts virtual tokens in front of each row and changes no weight; load it together with its base, with peft"
     if method not in tuners or config.is_adaption_prompt or method in ("XLORA", "POLY", "SHADOW"):
-        return f"{method} is no change of the base's weights; load it beside its base with peft"
+        return f"{method} is not a change of the base's weights; load it together with its base, with peft"
     if tuners[config.peft_type].uses_shared_state:
         return f"the layers of {method} share matrices, which is not merged here yet"
     if config.task_type not in (None, "CAUSAL_LM"):
@@ -98,7 +98,7 @@ def _why_not(config: Any) -> str | None:
     if getattr(config, "layer_replication", None):
         return "its layer_replication makes another model of the base"
     if getattr(config, "alora_invocation_tokens", None):
-        return "it acts only behind its invocation tokens"
+        return "it acts only after its invocation tokens"
     begun = str(getattr(config, "init_lora_weights", None)).lower()
     if "niter" in begun or (begun.startswith(CHANGING) and not begun.startswith(REBUILT)):
         remedy = "save it as plain LoRA, by save_pretrained with path_initial_model_for_weight_conversion"
@@ -479,7 +479,7 @@ class Merge:
         }
 
     def adapted(self) -> PreTrainedModel | None:
-        """Return the base whole, float32, with its adapters beside it, as plain peft runs them; None for what it cannot run unmerged."""
+        """Return the base whole, float32, with its adapters, as plain peft runs them; None for what it cannot run unmerged."""
         import peft
 
         method, library = self.combination.method, self.combination.method in LIBRARY_METHODS

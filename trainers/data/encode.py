@@ -51,7 +51,7 @@ class Encoder:
     backend: Any
     """The fast tokenizer's `tokenizers.Tokenizer`."""
     byte_lengths: NDArray[np.int64] | None
-    """Bytes of text behind each token id of a byte-level tokenizer, else None."""
+    """Bytes of text of each token id of a byte-level tokenizer, else None."""
     words: WordCache | None
     """Looks words up where the tokenizer allows it."""
     template: Template | None
@@ -65,7 +65,7 @@ class Encoder:
     seed: int
 
     def encode(self, rows: Sequence[Row]) -> Documents:
-        """Return the documents of rows; bad rows are named in the result, and a ConfigError stands in it."""
+        """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
         rendered, groups, bad = [], [], []
         try:
             for row in rows:
@@ -250,14 +250,14 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64] | None:
-    """Return the bytes of text that each id of a byte-level tokenizer stands for, (vocabulary,); None for other tokenizers."""
+    """Return the bytes of text of each id of a byte-level tokenizer, (vocabulary,); None for other tokenizers."""
     description = json.loads(tokenizer.backend_tokenizer.to_str()) if getattr(tokenizer, "backend_tokenizer", None) else {}
     if (description.get("decoder") or {}).get("type") != "ByteLevel":
         return None
     vocabulary = tokenizer.get_vocab()
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
     for token, number in vocabulary.items():
-        lengths[number] = len(token)  # one character of a byte-level token stands for one byte
+        lengths[number] = len(token)  # one character of a byte-level token is one byte
     for token, number in tokenizer.get_added_vocab().items():
         lengths[number] = len(token.encode())
     return lengths
@@ -302,5 +302,5 @@ def _to_bytes(texts: list[str], characters: Ints, offsets: Ints) -> Ints:
 
 
 def _ranges(spans: Sequence[tuple[int, ...]]) -> Ints:
-    """Return the indices of all spans, one behind the other."""
+    """Return the indices of all spans, one after the other."""
     return np.concatenate([np.zeros(0, np.int64), *(np.arange(start, end) for start, end in spans)])

@@ -52,7 +52,7 @@ def recognise(row: object) -> Layout:
 def to_messages(row: Row, layout: Layout) -> list[Message]:
     """Return a row's conversation, checked and in one form; raises BadRow with the reason.
 
-    Messages have `role`, `content` (absent beside tool calls), and where the row has them `tool_calls` with arguments
+    Messages have `role`, `content` (absent with tool calls), and where the row has them `tool_calls` with arguments
     as objects, `tool_call_id`, `name` and `reasoning_content`.
     """
     _require_object(row)

@@ -39,7 +39,7 @@ class Loader:
     def row_ids(self, step: int, ahead: int = 0) -> Ints:
         """Return the table's rows that all ranks together take in a step, in stream order; the last step may have fewer.
 
-        They stand `ahead` steps further in the stream than they would, after a window of rows was left out.
+        They are `ahead` steps further in the stream, after a window of rows was left out.
         """
         positions = np.arange(step * self.global_batch, min((step + 1) * self.global_batch, self.num_rows)) + ahead * self.global_batch
         epochs = positions // len(self.table)

@@ -1,7 +1,7 @@
 """What of a rendered row is trained: character spans, found in the template's own renderings and never in token ids.
 
 A turn's span is found by rendering the conversation again with that turn replaced by one character that occurs nowhere
-else: what the two renderings share in front is the template's, what they share behind is the template's, and what lies
+else: what the two renderings share at the start and at the end is the template's, and what lies
 between is the turn's own. This needs nothing of a generation prompt, which for several templates is not a prefix of the
 whole rendering.
 """
@@ -65,7 +65,7 @@ class Template:
 
 @dataclass(frozen=True)
 class Turn:
-    """Where an assistant turn's own text lies, and where the end-of-turn text behind it ends (None: there is none)."""
+    """Where an assistant turn's own text lies, and where the end-of-turn text after it ends (None: there is none)."""
 
     start: int
     text_end: int
@@ -117,15 +117,15 @@ def render(
         raise ConfigError(
             "data.template",
             template.name,
-            "the chat template puts nothing behind the last assistant turn, so the model would never learn to stop",
-            "add {{ eos_token }} behind the assistant's content in the template, or data.template=chatml",
+            "the chat template puts nothing after the last assistant turn, so the model would never learn to stop",
+            "add {{ eos_token }} after the assistant's content in the template, or data.template=chatml",
         )
     spans = [(turn.start, turn.text_end if turn.end is None else turn.end) for turn in turns]
     return Rendered(text, _merge_marked(marked, turns) if marked else spans)
 
 
 def fill(template: Template, messages: list[Message], tools: list[Any] | None, add_generation_prompt: bool = False) -> str:
-    """Return the template's rendering of a conversation; raises BadRow where it refuses, ConfigError where it is no Jinja."""
+    """Return the template's rendering of a conversation; raises BadRow where it refuses, ConfigError where it is not valid Jinja."""
     return _render(template, messages, tools, add_generation_prompt=add_generation_prompt)[0]
 
 
@@ -220,7 +220,7 @@ def _own_text_of_call(template: Template, messages: list[Message], tools: list[A
 
 
 def _turn_end(template: Template, messages: list[Message], tools: list[Any] | None, text: str, text_end: int, number: int) -> int | None:
-    """Return where the end-of-turn text behind a turn ends: the first token of the tokenizer's own, else the first line.
+    """Return where the end-of-turn text after a turn ends: the first token of the tokenizer's own, else the first line.
 
     A token counts only where it also follows when the turn is the last one: what opens the next turn does not end this.
     """
@@ -243,7 +243,7 @@ def _tail(template: Template, messages: list[Message], tools: list[Any] | None) 
 
 
 def _next_token(template: Template, text: str, text_end: int) -> re.Match[str] | None:
-    """Return the first token that ends behind `text_end` with only blanks between; it may begin before it."""
+    """Return the first token that ends after `text_end` with only blanks between; it may begin before it."""
     if template.tokens is None:
         return None
     for found in template.tokens.finditer(text, max(0, text_end - 64)):

@@ -74,7 +74,7 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
 def find_prepared(config: RunConfig) -> Prepared | None:
     """Return the run's data where they are prepared already, None where they are not, or that cannot be known without making something.
 
-    Raises ConfigError as `prepare` does where tokenizer or data cannot be had.
+    Raises ConfigError as `prepare` does where tokenizer or data could not be loaded.
     """
     if config.model.train_tokenizer and not is_trained(config):
         return None
@@ -274,7 +274,7 @@ Kept = NDArray[np.bool_]
 
 
 def _split(config: RunConfig, stores: dict[str, Store]) -> dict[str, tuple[Store, Kept]]:
-    """Return for each split where its documents are and which of them it takes: no first prompt stands on both sides."""
+    """Return for each split where its documents are and which of them it takes: no first prompt is on both sides."""
     store = stores["train"]
     groups = store.arrays()[3]
     if "eval" in stores:

@@ -63,7 +63,7 @@ def data_path(data: DataConfig) -> str | None:
 
 
 def fingerprint(data: DataConfig, path: str | None, objective: ObjectiveName) -> list[str]:
-    """Return what stands for the content of `path` in a content hash: digests of file contents, a hub data set's own."""
+    """Return what identifies the content of `path` in a content hash: digests of file contents, a hub data set's own."""
     if path is None:
         return ["python_docs", sys.version, str(objective)]
     if Path(path).exists():
@@ -80,7 +80,7 @@ def files(path: str) -> list[Path]:
         inside = [file for file in sorted(root.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(root).parts)]
         known = [file for file in inside if file.is_file() and file.suffix in FILE_TYPES and file.name not in NOT_ROWS]
         structured = [file for file in known if file.suffix not in TEXT_TYPES]
-        found = structured or known  # a README beside data is no data
+        found = structured or known  # a README next to data is not data
     if not found or found[0].suffix not in READERS:
         raise ConfigError("data.path", path, "holds no data file", f"known types are {' '.join(FILE_TYPES)}")
     return found
@@ -198,7 +198,7 @@ def _hub(data: DataConfig, path: str) -> Any:
         return load_dataset(path, split=data.split)
     except Exception as error:  # whatever the hub client raises: no network, no such data set, a gated one
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError("data.path", path, f"is no file here and cannot be had from the hub: {reason}") from None
+        raise ConfigError("data.path", path, f"is not a file here and could not be loaded from the hub: {reason}") from None
 
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[Any, int]]]] = {

@@ -15,7 +15,7 @@ class TokenTable:
     """Documents and rows; `len` is the number of rows."""
 
     tokens: NDArray[np.int32]
-    """All documents, one behind the other."""
+    """All documents, one after the other."""
     supervised: NDArray[np.uint8]
     """1 where the token is a label; always 0 at the first token of a document, which nothing predicts."""
     offsets: NDArray[np.int64]
@@ -36,7 +36,7 @@ class TokenTable:
         return lengths
 
     def mean_attended(self) -> float:
-        """Return the mean length of the document that a token stands in."""
+        """Return the mean length of the document that a token is in."""
         lengths = np.diff(self.offsets).astype(np.float64)
         return float((lengths**2).sum() / lengths.sum())
 

@@ -25,7 +25,7 @@ VERSION = 1
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
     """Return the run's fast tokenizer with `model.add_tokens`, and `data.template` as its chat template, so that an export carries both.
 
-    Raises ConfigError where it cannot be had, or is slow. A tokenizer to train is trained once per content of the data.
+    Raises ConfigError where it could not be loaded, or is slow. A tokenizer to train is trained once per content of the data.
     """
     tokenizer: PreTrainedTokenizerFast = (
         _open(config, str(_trained(config))) if config.model.train_tokenizer else _open(config, _name(config))
@@ -55,7 +55,7 @@ def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids that end an answer: the end token, and the token behind an assistant turn of the chat template."""
+    """Return the ids that end an answer: the end token, and the token after an assistant turn of the chat template."""
     found = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
     template = masks.template_of(tokenizer, "chat template")
     if template is not None:

@@ -97,7 +97,7 @@ def require_op(name: str, path: str = "engine.name", value: object = "zero3", li
     """Have op `name` built and loaded into this process, before a run needs it; not collective, every rank calls it.
 
     An op that was built before takes milliseconds and needs no compiler. Else one process of those that see the build folder
-    builds and the others wait. Raises ConfigError about setting `path` when the op cannot be had, with compiler's own words.
+    builds and the others wait. Raises ConfigError about setting `path` when the op could not be built, with the compiler's own words.
     """
     try:
         for op in (*NEEDS.get(name, ()), name):
@@ -107,7 +107,7 @@ def require_op(name: str, path: str = "engine.name", value: object = "zero3", li
 
 
 def missing_for(name: str) -> Missing | None:
-    """Return what stands between this machine and a build of op `name`; None where nothing is known to. Under a second."""
+    """Return what prevents a build of op `name` on this machine; None where nothing is known to. Under a second."""
     checks = [_compiler_problem, _headers_problem, _ninja_problem]
     checks += [_libaio_problem, _cuda_problem] if name == "async_io" else []
     return next((missing for check in checks if (missing := check()) is not None), None)
@@ -151,7 +151,7 @@ def _require(op: str, limit_s: float) -> None:
 
 
 def _load(op: str) -> bool:
-    """Put a built op where DeepSpeed's own load() looks first, so that neither ninja nor a lock stands in a run's way.
+    """Put a built op where DeepSpeed's own load() looks first, so that a run needs neither ninja nor a lock.
 
     Returns False where there is nothing to load; raises Unbuildable for an op made for another processor, which would crash.
     """

@@ -57,7 +57,7 @@ class Reading:
     write_fault: str = ""
     """Why the attempt's log folder cannot be written there."""
     clocks: tuple[tuple[float, float], ...] = ()
-    """Times of day just behind barriers, and the seconds that each barrier took."""
+    """Times of day just after barriers, and the seconds that each barrier took."""
     link_s: float | None = None
     """To receive LINK_BYTES from the rank before, while all do so; None where the ranks were not connected."""
     link_fault: str = ""
@@ -137,7 +137,7 @@ def require_gpu(world: World) -> None:
 def check(world: World, folder: Path, cache: Path, slow: float) -> tuple[list[Reading], list[Finding]]:
     """Let every rank try its node; return what they found and what to warn of. Collective.
 
-    Rank 0 leaves all figures in `folder`/preflight.json. Raises BadNode on every rank where a node cannot take part; links are not
+    Rank 0 leaves all measurements in `folder`/preflight.json. Raises BadNode on every rank where a node cannot take part; links are not
     tried then, which would only hang.
     """
     own = inspect(world, folder, cache)
@@ -256,7 +256,7 @@ def _faults(reading: Reading, kind: str) -> list[str]:
 def _slow_links(readings: Sequence[Reading], slow: float, least_s: float) -> list[Finding]:
     """Compare links between nodes with each other, and one within a node with those in the same place of other nodes.
 
-    Links within a node differ by design: GPUs bridged in pairs, or behind two sockets. So two nodes are too few to say which is slow.
+    Links within a node differ by design: GPUs bridged in pairs, or on two sockets. So two nodes are too few to say which is slow.
     """
     groups: dict[str, dict[int, float]] = {}
     seen: Counter[str] = Counter()

@@ -39,7 +39,7 @@ class Spikes:
         self.norms: deque[float] = deque(maxlen=WINDOW)
 
     def recall(self, steps: Iterable[tuple[float, float]]) -> None:
-        """Begin with the (loss, gradient norm) of the steps that a run has behind it."""
+        """Begin with the (loss, gradient norm) of the steps that a run has taken."""
         self.losses.clear()
         self.norms.clear()
         for loss, norm in steps:

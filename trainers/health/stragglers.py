@@ -15,9 +15,9 @@ from trainers.world import World
 
 log = logging.getLogger("fulltune")
 EVERY = 10
-"""Steps from one gathering to the next: one sum of two figures a rank."""
+"""Steps from one gathering to the next: one sum of two values a rank."""
 WINDOW = 3
-"""Of a rank's last figures the median counts: two hiccups among them change nothing."""
+"""Of a rank's last measurements the median counts: two hiccups among them change nothing."""
 IN_A_ROW = 3
 """Gatherings that have to agree before a rank is named, or no longer."""
 PROBE_SHARE = 0.01

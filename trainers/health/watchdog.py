@@ -1,4 +1,4 @@
-"""No run hangs for ever: in each rank a thread that knows what the rank does and how long it may, and names who holds all up.
+"""No run hangs for ever: in each rank a thread that knows what the rank does and how long it may, and names who blocks the others.
 
 Each rank writes what it does to RUN_DIR/ranks/rank-R.json, so that the others can name one that cannot speak any more. No torch:
 the launcher reads these files too, for ranks that have nobody else.
@@ -129,7 +129,7 @@ def read_beats(run_dir: Path) -> dict[int, Beat]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Who holds all up."""
+    """The ranks that block the others."""
 
     culprits: list[Beat]
     silent: bool
@@ -158,9 +158,9 @@ class Verdict:
         elif self.others:
             said = f"{are} did not arrive: {it} is in {first.doing}"
         elif len(self.culprits) == 1:
-            said = f"{are} does not go on: it is in {first.doing}"
+            said = f"{are} makes no progress: it is in {first.doing}"
         else:
-            said = f"no rank goes on: all {len(self.culprits)} are equally far, in {first.doing}"
+            said = f"no rank makes progress: all {len(self.culprits)} are equally far, in {first.doing}"
         waits = [f"; rank {beat.rank} waits in {beat.doing}" for beat in self.others[:1]]
         return "".join([said, *waits, f" ({rule})"])
 
@@ -174,7 +174,7 @@ class Verdict:
 
 
 def judge(beats: Mapping[int, Beat], silent: Iterable[int]) -> Verdict:
-    """Name the ranks that the others wait for: those that are silent, else those that are behind, else all."""
+    """Name the ranks that the others wait for: those that are silent, else those with the fewest collectives, else all."""
     culprits = [beats[rank] for rank in sorted(silent)]
     if quiet := bool(culprits):
         others = [beat for rank, beat in sorted(beats.items()) if beat not in culprits]
@@ -309,7 +309,7 @@ class Watchdog:
                 self.wrote = float("-inf")
             try:
                 self._tick()
-            except Exception as error:  # no memory, no disk: what it watches goes on, or ends of the same
+            except Exception as error:  # no memory, no disk: what it watches continues, or ends of the same
                 log.debug("the watchdog: %r", error)
 
     def _tick(self) -> None:
@@ -375,17 +375,17 @@ class Watchdog:
             return
         exit_after(LAST_RESORT_S, code)
         if not self.ended.wait(GRACE_S):
-            self._dump(f"the run has {how}, and this rank goes on")
+            self._dump(f"the run has {how}, and this rank continues")
             os._exit(code)
 
     def _give_way(self) -> None:
         """End this rank, whose place in RUN_DIR/ranks a newer attempt's has taken, unless its loop sees that soon and ends by itself."""
         if not self.ended.wait(LAST_RESORT_S):
-            self._dump("a newer attempt has started, and this rank goes on")
+            self._dump("a newer attempt has started, and this rank continues")
             os._exit(SUPERSEDED)
 
     def _ask_around(self) -> None:
-        """Find out who holds all up, and end the run; nothing where this rank or the one it waits for gets on after all."""
+        """Find out which rank blocks the others, and end the run; nothing where this rank or the one it waits for gets on after all."""
         began, raised, until = self.began, self._write(), self.clock() + SILENT_BEATS * self.beat_s
         while silent := self._silent_since(raised):
             halted = all(beat.rank not in silent or state_of(beat) in HALTED for beat in self._beats().values())
@@ -405,7 +405,7 @@ class Watchdog:
         self._end(verdict, now)
 
     def _beats(self) -> dict[int, Beat]:
-        """Return every rank's beat of this attempt; one that never wrote any stands for a rank that never began."""
+        """Return every rank's beat of this attempt; a rank that never wrote one has never begun."""
         known = {rank: beat for rank, beat in read_beats(self.run_dir).items() if beat.written >= self.first_written}
         limit = self.limits[Phase.preparing]
         return {rank: known.get(rank, Beat(rank=rank, limit_s=limit, written=self.first_written)) for rank in range(self.size)}
@@ -429,7 +429,7 @@ class Watchdog:
         os._exit(FAILED)
 
     def _dump(self, why: str) -> None:
-        """Append the stacks of all threads to this rank's log, and write NCCL's flight record beside it."""
+        """Append the stacks of all threads to this rank's log, and write NCCL's flight record next to it."""
         assert self.log_file is not None
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         with self.log_file.open("a") as file:

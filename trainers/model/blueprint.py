@@ -395,7 +395,7 @@ def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig
     A frozen one takes 4: there is no gradient of its own.
 
     PaLM, appendix B (Chowdhery et al. 2022), without recomputation. `attended` is the mean length of the document a token
-    stands in. Untied input embeddings do no matrix work; of experts only those that a token is sent to count.
+    is in. Untied input embeddings do no matrix work; of experts only those that a token is sent to count.
     """
     text = config.get_text_config()
     chosen = getattr(text, "num_experts_per_tok", None) or 1

@@ -48,7 +48,7 @@ class Weights:
                 self.stored |= _header(folder / name)
             except FileNotFoundError:
                 wrong.append(f"{name} is missing")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever bytes that are no header parse to
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever bytes other than a header parse to
                 wrong.append(f"{name} is damaged or truncated: {error}")
         lost = [key for key in placed if key not in self.stored]
         if lost and not wrong:

@@ -76,7 +76,7 @@ class Conversion:
     """Tensors of the model that transformers makes of others on disk, such as a stack of experts."""
 
     def __init__(self, first: str, converter: WeightConverter) -> None:
-        """Convert into `first`, and into the converter's other targets beside it."""
+        """Convert into `first`, and into the converter's other targets."""
         self.first, self.converter = first, converter
         self.sources: dict[str, list[str]] = {}
 
@@ -238,7 +238,7 @@ def slices(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
 
 
 def read_elements(origin: Origin, name: str, shape: tuple[int, ...], start: int, end: int) -> Tensor:
-    """Return elements start to end of the flattened tensor, reading only the rows they stand in."""
+    """Return elements start to end of the flattened tensor, reading only the rows that they are in."""
     if start >= end:
         return torch.empty(0)
     if not shape:
@@ -250,7 +250,7 @@ def read_elements(origin: Origin, name: str, shape: tuple[int, ...], start: int,
 
 
 def _stack(rows: Iterable[Tensor], shape: Sequence[int]) -> Tensor:
-    """Return rows as one tensor, holding one of them at a time beside it."""
+    """Return rows as one tensor, holding one more of them at a time."""
     block = torch.empty(0)
     for number, row in enumerate(rows):
         if not number:
@@ -348,7 +348,7 @@ class Random:
         return path
 
     def _make(self, unit: str) -> dict[str, Tensor]:
-        """Return a unit's tensors by name, initialised within the unit from the leaves up, then by the modules it stands in."""
+        """Return a unit's tensors by name, initialised within the unit from the leaves up, then by the modules that it is in."""
         root = self.model.get_submodule(unit)
         paths = [unit] if unit in self.holders else list(_leaves_first(root, unit))
         modules = [self.model.get_submodule(path) for path in paths]
@@ -383,7 +383,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _parents(path: str) -> list[str]:
-    """Return the paths a path stands in, innermost first, the root "" last; the root has none."""
+    """Return the paths that contain a path, innermost first, the root "" last; the root has none."""
     parts = path.split(".")
     return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)] if path else []
 
@@ -451,7 +451,7 @@ def load_parts(origin: Origin, parts: Mapping[str, tuple[Tensor, Sequence[int]]]
 
 
 def forget(origin: Any) -> None:
-    """Free what an origin, and those behind it, hold of what was read last: with a large vocabulary gigabytes of host memory."""
+    """Free what an origin, and those it reads from, hold of what was read last: with a large vocabulary gigabytes of host memory."""
     while origin is not None:
         if hasattr(origin, "held"):
             origin.held = {} if isinstance(origin.held, dict) else (None, {})

@@ -1,6 +1,6 @@
 """A frozen base in 4 bits: NF4 with double quantisation (QLoRA, arXiv 2305.14314, section 3), sharded as any other tensor.
 
-Values and rounding are torchao's NF4Tensor's. What differs is where they stand: a matrix is cut into groups of at most 256 blocks of
+Values and rounding are torchao's NF4Tensor's. What differs is their place: a matrix is cut into groups of at most 256 blocks of
 64 values, and a group, with its scales, is one row of bytes. Any number of ranks under either engine shards rows of bytes, and a rank
 quantises its own rows alone; torchao's tensor splits only where blocks divide by the ranks, and takes one mean of a whole matrix.
 """
@@ -23,7 +23,7 @@ BLOCK, GROUP = 64, 256
 LEVELS = (-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0)
 """The 16 values of NormalFloat, as torchao has them."""
 CHUNK = 1 << 22
-"""Values that are unpacked at once: what stands in float32 beside the result."""
+"""Values that are unpacked at once: what is in float32 in addition to the result."""
 
 
 def packed_shape(numel: int) -> tuple[int, int]:

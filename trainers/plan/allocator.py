@@ -11,7 +11,7 @@ from trainers.plan.trace import Kind, Trace
 ROUND, SMALL = 512, 1 << 20
 PAGE = {True: 2 << 20, False: 20 << 20}
 """c10/cuda/CUDACachingAllocator.cpp of torch 2.13 with expandable_segments, which ranks set: requests are rounded to 512 bytes, up to
-1 MiB stand in pages of 2 MiB, larger ones in pages of 20 MiB; a page in which nothing is left can be given back for another use."""
+1 MiB are in pages of 2 MiB, larger ones in pages of 20 MiB; a page in which nothing is left can be given back for another use."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Pool:
         self._put(address, size)
 
     def _last_free(self) -> int:
-        """Return where new addresses begin: at the free block that stands last, if one does."""
+        """Return where new addresses begin: at the free block at the end, if there is one."""
         if self.end in self.ends:
             address = self.ends[self.end]
             self._take(address)
@@ -84,7 +84,7 @@ class Replay:
     """What the allocator makes of a step."""
 
     slack: int
-    """Bytes that it needs beyond those of the tensors, where these stand highest."""
+    """Bytes that it needs beyond those of the tensors, where these are highest."""
     reserved: int
     """Bytes that it takes where the device has them: nothing is given back before memory is short."""
 

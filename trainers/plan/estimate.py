@@ -39,7 +39,7 @@ ASSUMPTIONS = (
 
 
 def repeats(microbatches: int) -> dict[int | None, int]:
-    """Return how often a step has the moments of each microbatch that was simulated: of three the middle one stands for all between."""
+    """Return how often a step has the moments of each microbatch that was simulated: of three the middle one counts for all between."""
     return {None: 1, 0: 1, 1: max(1, microbatches - 2), 2: 1}
 
 
@@ -59,7 +59,7 @@ def totals(moments: Iterable[Moment], microbatches: int) -> tuple[float, float, 
 
 
 def spans_nodes(group: str, place: Place) -> bool:
-    """Tell whether the ranks of `FIRST:END:COUNT` stand on several nodes."""
+    """Tell whether the ranks of `FIRST:END:COUNT` are on several nodes."""
     first, end, _ = map(int, group.split(":"))
     return first // place.ranks_per_node != (end - 1) // place.ranks_per_node
 

@@ -123,7 +123,9 @@ def _fetch(model: ModelConfig) -> PreTrainedConfig:
             folder = snapshot_download(model.id, revision=model.revision, allow_patterns=["config.json", "*.py"])
         found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever transformers or the hub client raises
-        reason = f"its config.json cannot be had: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        reason = (
+            f"its config.json could not be loaded: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        )
         remedy = "hf auth login where it is gated; without a network model.id=DIR, a directory with its config.json"
         raise ConfigError("model.id", model.id, reason, remedy) from error
     return found

@@ -45,7 +45,7 @@ class Kind(StrEnum):
 
 @dataclass
 class Moment:
-    """A part of a step between two marks: bytes by kind where memory stands highest in it, and the work that is done in it."""
+    """A part of a step between two marks: bytes by kind where memory is highest in it, and the work that is done in it."""
 
     name: str
     microbatch: int | None
@@ -99,7 +99,7 @@ class Trace(TorchDispatchMode):
 
     @contextmanager
     def repeated(self, times: float) -> Iterator[None]:
-        """Count the work inside so many times: one of several that are alike stands for all."""
+        """Count the work inside so many times: one of several that are alike counts for all."""
         before, self.times = self.times, times
         try:
             yield
@@ -245,7 +245,7 @@ class Trace(TorchDispatchMode):
 
 
 def combine(moments: Sequence[Moment], how: Callable[[list[float]], float]) -> Moment:
-    """Return a moment whose every figure is made of those of several by `how`."""
+    """Return a moment whose every value is computed from those of several by `how`."""
     first = moments[0]
 
     def each(name: str) -> dict[Any, float]:

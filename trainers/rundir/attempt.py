@@ -83,7 +83,7 @@ def _discard(path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """One life of a run. A cluster may restart a run while ranks of the last life go on, on a node that was cut off.
+    """One life of a run. A cluster may restart a run while ranks of the last life continue on a node that was cut off.
 
     What it leaves is staged as *.tmp, then it looks whether it is current, then it renames. A newer one takes all that is staged away
     as it begins: whenever the older was stopped, its look or its rename fails.
@@ -140,7 +140,7 @@ class Attempt:
     def write_json(self, path: Path, value: object) -> bool:
         """Write a JSON file of the run directory, unless a newer attempt has started; tell whether it was written.
 
-        The last look is behind the staging, which a newer attempt takes away: no moment is left to be stopped in between.
+        The last look is after the staging, which a newer attempt takes away: no moment is left to be stopped in between.
         """
         while True:
             staging = staged(path, value)
