@@ -14,8 +14,9 @@ from command import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 AVOIDED = re.compile(
-    r"\b(figures?|beside|behind|stands?|lies in|(?:go|goes|going|went) on|cannot be had|(?<!there )(?:is|are) no(?! longer)|(?<!there )is none|"
-    r"(?:holds?|held) (?:\w+ )?up|heeds?|wish(?:es)?|befalls?|befell|(?:takes?|taken|brings?|brought) (?:\w+ )?along)\b",
+    r"\b(?:figures?|beside|behind|stands?|lies in|(?:go|goes|going|went) on|cannot be had|(?<!there )(?:is|are) no(?! longer)|"
+    r"(?<!there )is none|(?:holds?|held) (?:\w+ )?up|heeds?|wish(?:es)?|befalls?|befell|"
+    r"(?:takes?|taken|brings?|brought) (?:\w+ )?along)\b",
     re.IGNORECASE,
 )
 
