@@ -15,11 +15,11 @@ from launcher import help as help_text
 from launcher import local, plan, slurm, sweep, torchrun
 from launcher.compose import CONF, checked, compose_with, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
-from launcher.ending import INTERRUPTED
 from launcher.job import Job, freeze, frozen_text, make_job
 from launcher.report import print_summary
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import BAD_INPUT, DONE, read_status
+from trainers.rundir.attempt import read_state
+from trainers.rundir.ending import Exit, State
 
 
 class Starter(Protocol):
@@ -43,7 +43,7 @@ def main() -> int:
     """Run the command line; returns the exit code that --help documents."""
     if len(sys.argv) == 1:
         print(WHAT_TO_TYPE, file=sys.stderr)
-        return BAD_INPUT
+        return Exit.bad_input
     arguments = get_args_parser().parse_args()
     sweep.prepare_hydra()
     schema.register()
@@ -52,7 +52,7 @@ def main() -> int:
         try:
             composed = compose_command_line()
         except KeyboardInterrupt:
-            return INTERRUPTED
+            return Exit.interrupted
         if composed is None:
             return sweep.worst(sweep.codes)
         config = checked(composed)
@@ -60,7 +60,7 @@ def main() -> int:
         try:
             return begin(config, lambda more: compose_with(arguments.overrides, more, arguments.config_dir))
         except KeyboardInterrupt:
-            return INTERRUPTED
+            return Exit.interrupted
 
 
 def compose_command_line() -> DictConfig | None:
@@ -87,18 +87,18 @@ def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
     job, backend = make_job(config), BACKENDS[config.launch.backend]
     if config.mode is Mode.dry_run:
         print(dry_run(job, backend.commands(job)))
-        return DONE
+        return Exit.done
     if config.mode is Mode.plan:
         return plan.plan([job], compose)
     validate_machine(job.launch)
-    is_done = read_status(job.run_dir).get("state") == "done"
+    is_done = read_state(job.run_dir) == State.done
     if config.launch.backend is Backend.slurm and not is_done and not slurm.states([job])[0]:
         plan.require_fit([job], compose)
     freeze(job)
-    if read_status(job.run_dir).get("state") == "done":
+    if read_state(job.run_dir) == State.done:
         print(f"{job.run_dir} is done already: nothing to start")
         print_summary(job.run_dir)
-        return DONE
+        return Exit.done
     return backend.submit(job)
 
 

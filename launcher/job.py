@@ -33,7 +33,8 @@ from trainers.config.checks import check_world, validate
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, escaped, plain
 from trainers.plan.request import HardwareConfig, PlanConfig
-from trainers.rundir.attempt import PASSING, Attempt, newest_attempt, read_status
+from trainers.rundir.attempt import Attempt, newest_attempt, read_state, read_status
+from trainers.rundir.ending import State, with_state
 from trainers.rundir.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +132,7 @@ def _freeze(job: Job) -> None:
         if diff:
             publish(job.run_dir / "code.diff", diff)
         publish(job.run_dir / "manifest.json", json.dumps(manifest(version), indent=2) + "\n")
-    publish(job.run_dir / "status.json", json.dumps({"state": "submitted", "step": 0, "attempt": 0}) + "\n")
+    publish(job.run_dir / "status.json", json.dumps({"state": State.submitted, "step": 0, "attempt": 0}) + "\n")
 
 
 def publish(path: Path, content: str | bytes) -> bool:
@@ -165,7 +166,7 @@ def _refuse_other_files(run_dir: Path) -> None:
 
 def _never_began(run_dir: Path) -> bool:
     """Tell a run whose ranks refused their input before the first attempt: its settings may be corrected."""
-    return (run_dir / "config.yaml").exists() and read_status(run_dir).get("state") == "failed" and not (run_dir / "logs").exists()
+    return (run_dir / "config.yaml").exists() and read_state(run_dir) == State.failed and not (run_dir / "logs").exists()
 
 
 def _refuse_other_settings(job: Job) -> None:
@@ -270,8 +271,7 @@ def _versions() -> dict[str, str]:
 
 def mark_submitted(job: Job) -> None:
     """Forget how the last attempt ended, so that this one's end is not mistaken for it; step and attempt stay."""
-    status = {key: value for key, value in read_status(job.run_dir).items() if key not in PASSING}
-    write_json(job.run_dir / "status.json", {**status, "state": "submitted", "time": time.time()})
+    write_json(job.run_dir / "status.json", with_state(read_status(job.run_dir), None, State.submitted, time=time.time()))
 
 
 def next_attempt(job: Job) -> Attempt:

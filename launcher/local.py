@@ -14,7 +14,7 @@ from launcher.ending import settle
 from launcher.job import ROOT, Job, mark_submitted, next_attempt, only_launcher
 from launcher.silence import Silence
 
-OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_LIFE")
+OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_SLURM_ATTEMPT")
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
 
 

@@ -21,7 +21,7 @@ from launcher.process import prepare_child
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED
+from trainers.rundir.ending import Exit
 from trainers.rundir.files import try_json
 
 HARDWARE = ROOT / "conf" / "hardware"
@@ -59,8 +59,8 @@ def plan(jobs: Sequence[Job], compose: Compose | None = None) -> int:
             _ask("changes", requests)
     except NotPlanned as error:
         print(f"error: {error}", file=sys.stderr)
-        return FAILED
-    return DONE if fits else FAILED
+        return Exit.failed
+    return Exit.done if fits else Exit.failed
 
 
 def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
@@ -180,11 +180,11 @@ def _ask(command: str, requests: list[Request]) -> bool:
         finally:
             child.kill()
             child.wait()
-        if child.returncode == BAD_INPUT and error.exists():
+        if child.returncode == Exit.bad_input and error.exists():
             raise ConfigError(**json.loads(error.read_text("utf-8")))
-    if child.returncode not in (DONE, UNFIT):
+    if child.returncode not in (Exit.done, UNFIT):
         raise NotPlanned(f"the planner failed (exit code {child.returncode}), as it says above: nothing is known of the run")
-    return child.returncode == DONE
+    return child.returncode == Exit.done
 
 
 def _environment() -> dict[str, str]:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from launcher.job import Job, mark_failed
 from trainers.health.watchdog import Beat, judge, read_beats, send
-from trainers.rundir.attempt import Attempt, read_status
+from trainers.rundir.attempt import Attempt, read_state
+from trainers.rundir.ending import State
 
 LOOK_EVERY_S = 1.0
 LATER_S = 10.0
@@ -42,7 +43,7 @@ class Silence:
         if any(beat != self.beats.get(rank) for rank, beat in beats.items()):
             self.beats |= beats
             self.silent_s = 0.0
-        if self.silent_s <= self._limit_s() or read_status(self.job.run_dir).get("state") in ("done", "preempted"):
+        if self.silent_s <= self._limit_s() or read_state(self.job.run_dir) in (State.done, State.preempted):
             return False
         if not self.attempt.is_current(at_once=True):
             return False
@@ -55,7 +56,7 @@ class Silence:
         return max(beat.left_s(beat.written) for beat in self.beats.values()) + LATER_S
 
     def _record(self) -> None:
-        if read_status(self.job.run_dir).get("state") == "failed":
+        if read_state(self.job.run_dir) == State.failed:
             return
         if not self.beats:
             mark_failed(self.attempt, message=f"no rank began in {self.silent_s:.0f} s (limits.prepare_s)")

@@ -18,13 +18,14 @@ from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from launcher import local, queue
 from launcher.config import minutes, ranks_per_node, world_size
-from launcher.ending import INTERRUPTED, settle
+from launcher.ending import settle
 from launcher.job import ROOT, Job, mark_submitted
 from launcher.report import print_new
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import DONE, FAILED, Attempt, read_status
+from trainers.rundir.attempt import Attempt, read_state
+from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import write_json
 
 LOOK_EVERY_S = 1.0
@@ -65,7 +66,7 @@ def submit(job: Job) -> int:
             flush=True,
         )
         _warn_where_stuck(str(record["id"]))
-    return _follow(job, record) if job.launch.wait else DONE
+    return _follow(job, record) if job.launch.wait else Exit.done
 
 
 def submit_array(jobs: list[Job], folder: Path) -> None:
@@ -198,14 +199,14 @@ def _refused(job: Job, said: str) -> ConfigError:
 
 def follow_all(jobs: list[Job]) -> int:
     """Wait until all jobs have left the queue; returns the exit code of a sweep."""
-    waiting, codes = list(jobs), [DONE]
+    waiting, codes = list(jobs), [Exit.done]
     while waiting:
         words = queue.states(waiting) or ["unknown"] * len(waiting)  # squeue may be busy: who follows, waits
         ended = [job for job, word in zip(waiting, words, strict=True) if not word]
         waiting = [job for job in waiting if job not in ended]
         for job in ended:
-            state = read_status(job.run_dir).get("state", "not begun")
-            codes.append(DONE if state == "done" else FAILED)
+            state = read_state(job.run_dir)
+            codes.append(Exit.done if state == State.done else Exit.failed)
             print(f"{state:>10}  {job.run_dir.name}", flush=True)
         time.sleep(LOOK_EVERY_S if waiting else 0)
     return max(codes)
@@ -219,8 +220,8 @@ def _follow(job: Job, record: dict[str, Any]) -> int:
             ended = queue.in_queue(str(record["id"])) == {}
             shown = print_new(Path(record["log"]), shown)
             if ended:
-                return settle(job, attempt, DONE if read_status(job.run_dir).get("state") == "done" else FAILED, None)
+                return settle(job, attempt, Exit.done if read_state(job.run_dir) == State.done else Exit.failed, None)
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
         print(f"job {record['id']} continues; scancel {record['id']} ends it", file=sys.stderr)
-        return INTERRUPTED
+        return Exit.interrupted

@@ -19,11 +19,11 @@ from omegaconf import DictConfig, open_dict, read_write
 from launcher import local, plan, slurm
 from launcher.compose import checked
 from launcher.config import Backend, Mode
-from launcher.ending import INTERRUPTED
 from launcher.job import Job, freeze, make_job
 from launcher.report import read_summary
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import DONE, FAILED, read_status
+from trainers.rundir.attempt import read_state
+from trainers.rundir.ending import Exit, State
 
 PLUGINS = Path(__file__).parent / "plugins"
 LONGEST_NAME = 120
@@ -57,7 +57,7 @@ def launch(composed: Sequence[tuple[list[str], DictConfig]], constant: set[str])
         codes.append(plan.plan(jobs))
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
     if _on_slurm(jobs[0]):
-        rest = [job for job in jobs if read_status(job.run_dir).get("state") != "done"]
+        rest = [job for job in jobs if read_state(job.run_dir) != State.done]
         plan.require_fit([job for job, word in zip(rest, slurm.states(rest), strict=True) if not word])
     for job in jobs:
         freeze(job)
@@ -78,22 +78,22 @@ def one_by_one(jobs: list[Job]) -> None:
     """Run points on this machine; one that fails stops no other, Ctrl-C stops all."""
     for number, job in enumerate(jobs, 1):
         print(f"point {number} of {len(jobs)}: {job.run_dir}", flush=True)
-        if read_status(job.run_dir).get("state") == "done":
+        if read_state(job.run_dir) == State.done:
             print("is done already", flush=True)
-            codes.append(DONE)
+            codes.append(Exit.done)
             continue
         try:
             codes.append(local.submit(job))
         except ConfigError as error:  # what only the ranks can find
             print(f"error: {error}", file=sys.stderr, flush=True)
-            codes.append(FAILED)
-        if codes[-1] == INTERRUPTED:
+            codes.append(Exit.failed)
+        if codes[-1] == Exit.interrupted:
             raise KeyboardInterrupt
 
 
 def slurm_array(jobs: list[Job]) -> None:
     """Submit the points that are neither done nor in SLURM's queue as one array."""
-    done = [job for job in jobs if read_status(job.run_dir).get("state") == "done"]
+    done = [job for job in jobs if read_state(job.run_dir) == State.done]
     rest = [job for job in jobs if job not in done]
     words = slurm.states(rest)
     under_way = [job for job, word in zip(rest, words, strict=True) if word]
@@ -101,7 +101,7 @@ def slurm_array(jobs: list[Job]) -> None:
     print(f"{len(jobs)} points: {len(done)} done, {len(under_way)} in the queue, {len(missing)} to submit", flush=True)
     if missing:
         slurm.submit_array(missing, missing[0].run_dir.parent)
-    codes.append(slurm.follow_all(jobs) if jobs[0].launch.wait else DONE)
+    codes.append(slurm.follow_all(jobs) if jobs[0].launch.wait else Exit.done)
 
 
 def figure(run_dir: Path) -> float | None:
@@ -113,7 +113,7 @@ def figure(run_dir: Path) -> float | None:
 
 def worst(found: list[int]) -> int:
     """Return the exit code of a sweep: that of a failed point where there is one."""
-    return max(found, key=lambda code: (code != DONE, code == FAILED), default=DONE)
+    return max(found, key=lambda code: (code != Exit.done, code == Exit.failed), default=Exit.done)
 
 
 def name_of(overrides: Sequence[str]) -> str:

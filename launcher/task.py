@@ -17,7 +17,8 @@ from launcher.queue import ask, record_of
 from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import BAD_INPUT, FAILED, STOPPED, TOGETHER_S, Attempt, killed_by, read_status
+from trainers.rundir.attempt import Attempt, read_status
+from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
 from trainers.rundir.files import write_json
 
 ANSWER_S = 60.0
@@ -38,13 +39,15 @@ class Task:
 
     def __call__(self) -> None:
         """Run this task's rank; exits with its code, which SLURM shows as the job's."""
-        os.environ["FULLTUNE_LIFE"] = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
+        os.environ["FULLTUNE_SLURM_ATTEMPT"] = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
         try:
             code = run(self.job)
         except ConfigError as error:
-            mark_failed(next_attempt(self.job), message=str(error), setting=error.parts(), exit_code=BAD_INPUT, host=socket.gethostname())
+            mark_failed(
+                next_attempt(self.job), message=str(error), setting=error.parts(), exit_code=Exit.bad_input, host=socket.gethostname()
+            )
             print(error, file=sys.stderr, flush=True)
-            code = BAD_INPUT
+            code = Exit.bad_input
         if code:
             sys.exit(code)  # submitit would make an exception of its own of a result, and a job that is done of both
 
@@ -69,13 +72,13 @@ def run(job: Job) -> int:
     if code < 0:
         who, message = {"rank": place.rank, "host": socket.gethostname(), "exit_code": code}, f"rank {place.rank} {killed_by(code)}"
         attempt.record_failure(who | {"message": message}, time.time(), together_s=TOGETHER_S)  # others may have failed of it first
-        code = FAILED
+        code = Exit.failed
     if place.rank != 0:
         return code
     asked = signalled == signal.SIGUSR2 or (signalled is None and read_status(job.run_dir).get("signal") == "SIGUSR2")
-    if code == STOPPED and asked:  # perhaps of another rank, which got the signal a moment earlier
+    if code == Exit.stopped and asked:  # perhaps of another rank, which got the signal a moment earlier
         requeue(job, place, "stopped with a checkpoint")
-    if code == FAILED and job.launch.requeue_on_failure and attempt.has_ended("failed") and signalled in (None, signal.SIGUSR2):
+    if code == Exit.failed and job.launch.requeue_on_failure and attempt.has_ended(State.failed) and signalled in (None, signal.SIGUSR2):
         requeue_elsewhere(job, place)
     return code
 
@@ -89,7 +92,7 @@ def is_beyond_help(job: Job, attempt: Attempt) -> Callable[[], bool]:
         now = time.monotonic()
         if now - looked >= LOOK_EVERY_S:
             looked = now
-            failed = min(failed, now) if attempt.has_ended("failed") else float("inf")
+            failed = min(failed, now) if attempt.has_ended(State.failed) else float("inf")
         return now - failed > LATE_S or silence.is_lost()
 
     return is_lost
@@ -97,7 +100,7 @@ def is_beyond_help(job: Job, attempt: Attempt) -> Callable[[], bool]:
 
 def _environment(job: Job, place: Topology) -> dict[str, str]:
     """Return the environment of a rank; without FULLTUNE_LAUNCHER it prints its own errors, as nobody else waits for it."""
-    ours = {"FULLTUNE_GRACE_S": str(job.launch.grace_s), "FULLTUNE_LIFE": os.environ["FULLTUNE_LIFE"]}
+    ours = {"FULLTUNE_GRACE_S": str(job.launch.grace_s), "FULLTUNE_SLURM_ATTEMPT": os.environ["FULLTUNE_SLURM_ATTEMPT"]}
     environment = local.environment(job) | place.environment() | ours
     del environment["FULLTUNE_LAUNCHER"]
     if (cores := os.environ.get("SLURM_CPUS_PER_TASK")) and "OMP_NUM_THREADS" not in os.environ:

@@ -198,8 +198,8 @@ def test_ends_are_told_apart(
 def test_ranks_inherit_nothing_of_a_run_that_the_launcher_is_part_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would end without a word, for their parent is not that run's."""
     monkeypatch.setenv("FULLTUNE_AGENT", "1")
-    monkeypatch.setenv("FULLTUNE_LIFE", "7.0")
-    assert not {"FULLTUNE_AGENT", "FULLTUNE_LIFE"} & local.environment(job_in(tmp_path)).keys()
+    monkeypatch.setenv("FULLTUNE_SLURM_ATTEMPT", "7.0")
+    assert not {"FULLTUNE_AGENT", "FULLTUNE_SLURM_ATTEMPT"} & local.environment(job_in(tmp_path)).keys()
 
 
 def test_an_old_end_is_not_mistaken_for_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -442,14 +442,14 @@ def test_the_agent_names_the_rank_that_was_killed_first(
 
 def test_tasks_of_one_slurm_job_tell_its_failure_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One may fail before another has started, whose attempt then finds that status."""
-    monkeypatch.setenv("FULLTUNE_LIFE", "7.0")
+    monkeypatch.setenv("FULLTUNE_SLURM_ATTEMPT", "7.0")
     Attempt(tmp_path).record_failure({"rank": 1}, at=1.0)
     late = Attempt(tmp_path)
     assert late.has_ended("failed")
     late.set_status("preempted")
     assert not late.record_failure({"rank": 0}, at=2.0)
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["error"]["rank"]) == ("failed", 1)
-    monkeypatch.setenv("FULLTUNE_LIFE", "7.1")
+    monkeypatch.setenv("FULLTUNE_SLURM_ATTEMPT", "7.1")
     again = Attempt(tmp_path)
     assert not again.has_ended("failed")
     assert again.record_failure({"rank": 2}, at=3.0)

@@ -31,9 +31,9 @@ from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
 from trainers.health.watchdog import read_beats
 from trainers.rundir.attempt import attempt_folder, newest_attempt, read_status
+from trainers.rundir.ending import Exit
 from trainers.rundir.rows import last_step, read_rows, steps
 
-REFUSED, BAD_INPUT, STOPPED = 1, 2, 130
 WATCH_S, FOLLOW_S = 2.0, 0.5
 SILENT_S = 60.0
 """A run that says it is running and of which nothing was heard for so long is shown as silent."""
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     for path in given:
         if not path.is_dir() or (kind != "list" and not is_run(path)):
             print(f"error: {path}: is no {'directory' if kind == 'list' else 'run directory'}", file=sys.stderr)
-            return BAD_INPUT
+            return Exit.bad_input
     try:
         if kind == "list":
             return show(options.dir, options.watch)
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             return print_log(options.run, options.rank, options.follow)
         return max([(cancel if kind == "cancel" else requeue)(run) for run in options.runs])
     except KeyboardInterrupt:
-        return STOPPED
+        return Exit.interrupted
 
 
 def show(folder: Path, watch: bool) -> int:
@@ -189,7 +189,7 @@ def print_log(run_dir: Path, rank: int, follow: bool) -> int:
     path, shown = attempt_folder(run_dir, attempt) / f"rank-{rank}.log", 0
     if not path.is_file() and not follow:
         print(f"error: {path}: there is no such log yet", file=sys.stderr)
-        return BAD_INPUT
+        return Exit.bad_input
     while True:
         shown = print_new(path, shown)
         if not follow:
@@ -219,13 +219,13 @@ def requeue(run_dir: Path) -> int:
     if not job:
         line = " ".join(json.loads((run_dir / "manifest.json").read_text())["command"])
         print(f"error: {run_dir}: was not submitted to SLURM; its command continues it: {line}", file=sys.stderr)
-        return BAD_INPUT
+        return Exit.bad_input
     return _tell(ask("scontrol", "requeue", job), f"{run_dir}: job {job} is in the queue again")
 
 
 def _tell(error: str, done: str) -> int:
     print(f"error: {error}" if error else done, file=sys.stderr if error else sys.stdout)
-    return REFUSED if error else 0
+    return Exit.failed if error else 0
 
 
 def _duration(seconds: float | None) -> str:

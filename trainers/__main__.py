@@ -52,7 +52,8 @@ from trainers.model.blueprint import (
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, STOPPED, SUPERSEDED, Attempt, Superseded
+from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import read_json
 from trainers.rundir.metrics import console, log_to, log_to_terminal
 from trainers.world import Stopped, World
@@ -80,29 +81,29 @@ def main(path: str) -> int:
         world.watch_signals()
         config = load(path)
         check_world(config, world.size)
-        if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ and not attempt.has_ended("failed", "preempted"):
-            attempt.set_status("submitted")  # forget how an earlier attempt ended, as the launcher does
+        if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ and not attempt.has_ended(State.failed, State.preempted):
+            attempt.set_status(State.submitted)  # forget how an earlier attempt ended, as the launcher does
         watch.collectives, watch.flight_record = world.collectives, world.flight_record
-        watch.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, FAILED))
+        watch.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, Exit.failed))
         return run(config, world, attempt)
     except Stopped as signal_name:
         log.info("%s before the first step: nothing to save", signal_name)
-        if world.signalled is not None or not attempt.has_ended("preempted"):
-            attempt.set_status("preempted", signal=str(signal_name))
-        return STOPPED
+        if world.signalled is not None or not attempt.has_ended(State.preempted):
+            attempt.set_status(State.preempted, signal=str(signal_name))
+        return Exit.stopped
     except Superseded as error:
         log.error("rank %d: %s", world.rank, error)
-        return SUPERSEDED
+        return Exit.superseded
     except ConfigError as error:
-        return _fail(attempt, world, BAD_INPUT, {"message": str(error), "setting": error.parts()})
+        return _fail(attempt, world, Exit.bad_input, {"message": str(error), "setting": error.parts()})
     except preflight.BadNode as error:
-        return _fail(attempt, world, FAILED, error.parts())
+        return _fail(attempt, world, Exit.failed, error.parts())
     except TrainingFailed as error:
-        return _fail(attempt, world, FAILED, {"message": str(error), "of_node": False})
+        return _fail(attempt, world, Exit.failed, {"message": str(error), "of_node": False})
     except NoCheckpoint as error:
-        return _fail(attempt, world, FAILED, {"message": str(error)})
+        return _fail(attempt, world, Exit.failed, {"message": str(error)})
     except Exception as error:
-        return _fail(attempt, world, FAILED, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        return _fail(attempt, world, Exit.failed, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
 
 
 def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> int:
@@ -118,14 +119,14 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
     try:
         if not attempt.is_current(at_once=True):
             log.error("rank %d: a newer attempt of this run has started since, and this one ends: %s", world.rank, error["message"])
-            return SUPERSEDED
+            return Exit.superseded
         first = attempt.record_failure({"rank": world.rank, "host": socket.gethostname(), "exit_code": code} | error, at)
-        stopped = not first and attempt.has_ended("preempted")
+        stopped = not first and attempt.has_ended(State.preempted)
     except Exception as other:  # a full disk, no memory, a file that is no JSON
         unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
     log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s%s", world.rank, error.get("traceback") or error["message"], unwritten)
-    return STOPPED if stopped else code
+    return Exit.stopped if stopped else code
 
 
 def run(config: RunConfig, world: World, attempt: Attempt) -> int:
@@ -155,7 +156,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         preflight.say(readings, findings)
         console.print(summary(data.report), soft_wrap=True, highlight=False)
         _note_sources(attempt, data, blueprint)
-        attempt.set_status("running", attempt=attempt.number)
+        attempt.set_status(State.running, attempt=attempt.number)
     watch.enter(Phase.loading)
     with contextlib.closing(build_engine(config, world, blueprint)) as engine:
         return train_and_export(config, world, attempt, engine, data, blueprint, tokenizer)
@@ -188,13 +189,13 @@ def train_and_export(
         try:
             finish(config, world, attempt, engine, data, blueprint, tokenizer, outcome)
         except Stopped:
-            attempt.set_status("preempted", step=outcome.saved_step)
+            attempt.set_status(State.preempted, step=outcome.saved_step)
             stopped = True
     world.barrier()  # rank 0 may still be waiting for a mirror: all end together
     if stopped:
         log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
     watch.stop()
-    code = STOPPED if stopped else DONE
+    code = Exit.stopped if stopped else Exit.done
     exit_after(ENDING_S, code)
     world.disconnect()
     return code
@@ -272,7 +273,7 @@ def finish(
         }
         if not attempt.write_json(run_dir / "summary.json", figures):
             attempt.require_current()
-        attempt.set_status("done", step=outcome.progress.step)
+        attempt.set_status(State.done, step=outcome.progress.step)
 
 
 def heedful(weights: Iterator[tuple[str, torch.Tensor]], world: World, attempt: Attempt) -> Iterator[tuple[str, torch.Tensor]]:
@@ -333,8 +334,8 @@ def _as_table(title: str, rows: dict[str, Any]) -> Table:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(f"{__doc__}\n\nThe launcher writes that file and starts this: python -m launcher --help", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    code = FAILED
+        sys.exit(Exit.bad_input)
+    code: int = Exit.failed
     gc.freeze()  # a collection in a step need not look at what was imported either
     try:
         code = main(sys.argv[1])

@@ -19,7 +19,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trainers.health.watchdog import read_beats, send
-from trainers.rundir.attempt import FAILED, TOGETHER_S, Attempt, killed_by, newest_attempt
+from trainers.rundir.attempt import Attempt, newest_attempt
+from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
 
 LATE_S = 15
 """For ranks to end by themselves once the run has failed: those that save get longer only while it has not."""
@@ -48,9 +49,9 @@ def main(arguments: list[str]) -> int:
         first = failures[0][1].exitcode  # of a death the others are told by SIGTERM, and may say that they stopped
         died = first < 0 and first != -signal.SIGTERM
         attempt.record_failure(cause | {"exit_code": failure.exitcode}, at=failure.timestamp, together_s=TOGETHER_S, over_stop=died)
-        return FAILED
+        return Exit.failed
     except SignalException:
-        return FAILED
+        return Exit.failed
     return 0
 
 
@@ -58,7 +59,7 @@ def _end_late_ranks(attempt: Attempt) -> None:
     """Kill the ranks that are still there LATE_S after the run has failed: one that is stopped or hangs takes no signal."""
     while attempt.is_current():  # what fails after that, and RUN_DIR/ranks, is a newer attempt's
         time.sleep(1)
-        if attempt.has_ended("failed"):
+        if attempt.has_ended(State.failed):
             time.sleep(LATE_S)
             if attempt.is_current(at_once=True):
                 send(read_beats(attempt.run_dir).values(), attempt.run_dir, signal.SIGKILL)

@@ -23,9 +23,7 @@ from rich.console import Console
 from tools.compare import say
 from tools.compare.methods import Comparison, compare
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED
-
-STOPPED = 130
+from trainers.rundir.ending import Exit
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,10 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(options)
     except KeyboardInterrupt:
-        return STOPPED
+        return Exit.interrupted
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return Exit.bad_input
 
 
 def run(options: argparse.Namespace) -> int:
@@ -68,9 +66,9 @@ def run(options: argparse.Namespace) -> int:
 
         options.html.write_text(page(comparison, sys.argv[1:]), "utf-8")
         print(f"page: {options.html}")
-    code = DONE if sum(len(method.tried) for method in comparison.methods) > 1 else FAILED
+    code = Exit.done if sum(len(method.tried) for method in comparison.methods) > 1 else Exit.failed
     if options.wandb and not report(comparison):
-        return FAILED
+        return Exit.failed
     return code
 
 

@@ -34,9 +34,9 @@ from tools.runs import is_run, runs_below
 from trainers.config.checks import validate_evaluation
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, read_at
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_status
+from trainers.rundir.attempt import read_status
+from trainers.rundir.ending import Exit
 
-STOPPED = 130
 DTYPES = ("float32", "bfloat16", "float64")
 
 
@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
         return evaluate(options)
     except KeyboardInterrupt:
         print("stopped: what was measured is kept, and the same command continues from there", file=sys.stderr)
-        return STOPPED
+        return Exit.interrupted
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return Exit.bad_input
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +111,7 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("RUN_OR_MODEL", " ".join(map(str, options.paths)), "there is no run that is done")
     machine = {name: getattr(options, name) for name in ("batch", "device", "dtype", "processes")}
     code = run_workers(subjects, **machine, tasks=options.lm_eval or (), tasks_dir=options.lm_eval_dir)
-    if code != DONE:
+    if code != Exit.done:
         return code
     console = Console()
     for run in [subject for subject in subjects if subject.name != "base"]:
@@ -120,7 +120,7 @@ def evaluate(options: argparse.Namespace) -> int:
         ours = keep(run, options.dtype)
         if options.judge and theirs is not None:
             judge = Judge(url=options.judge, model=options.judge_model, timeout_s=options.judge_timeout, attempts=options.judge_attempts)
-            code = code if judging.judge(run.out, ours, theirs, judge) else FAILED
+            code = code if judging.judge(run.out, ours, theirs, judge) else Exit.failed
         console.print(table_of(run.out, ours, theirs))
     return code
 

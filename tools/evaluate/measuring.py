@@ -31,7 +31,7 @@ from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
 from trainers.host import cores
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED
+from trainers.rundir.ending import Exit
 from trainers.rundir.files import read_json, write_json
 from trainers.world import die_with_parent
 
@@ -71,11 +71,11 @@ def main(arguments: list[str]) -> int:
             measure(subject, number, request, device, rank, size)
     except ConfigError as error:
         say(error=error.parts())
-        return BAD_INPUT
+        return Exit.bad_input
     except torch.cuda.OutOfMemoryError as error:
         say(failed=f"a GPU's memory is too small for the model with --batch {request['batch']}: {str(error).splitlines()[0]}")
-        return FAILED
-    return DONE
+        return Exit.failed
+    return Exit.done
 
 
 def say(**what: object) -> None:

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, plain
 from trainers.host import cores
-from trainers.rundir.attempt import DONE, FAILED
+from trainers.rundir.ending import Exit
 
 STOP_S = 10.0
 
@@ -87,11 +87,11 @@ def run_workers(
             refused = follow(children, bars.show)
         if refused is not None:
             raise refused
-        broken = [(child.returncode == -signal.SIGTERM, log) for child, log in zip(children, logs, strict=True) if child.returncode != DONE]
+        broken = [(child.returncode == -signal.SIGTERM, log) for child, log in zip(children, logs, strict=True) if child.returncode]
         if broken:  # those that were ended because of another come last
             print(bars.failed or min(broken)[1].read_text("utf-8", "replace")[-4000:], file=sys.stderr)
-            return FAILED
-    return DONE
+            return Exit.failed
+    return Exit.done
 
 
 @contextmanager

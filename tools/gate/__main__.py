@@ -33,10 +33,10 @@ from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prom
 from tools.runs import is_run
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataSource, Layout, ObjectiveName, RunConfig, TooLong, read_at
-from trainers.rundir.attempt import BAD_INPUT, DONE, FAILED, read_status
+from trainers.rundir.attempt import read_state
+from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import try_json, write_json
 
-STOPPED = 130
 RULES = Path(__file__).resolve().parents[2] / "conf" / "gate" / "default.yaml"
 ROOM = 4096
 """Tokens that a prompt may have."""
@@ -64,12 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         return gate(options)
     except KeyboardInterrupt:
         print("stopped: nothing was decided", file=sys.stderr)
-        return STOPPED
+        return Exit.interrupted
     except NotMeasured:
-        return FAILED
+        return Exit.failed
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return Exit.bad_input
 
 
 def gate(options: argparse.Namespace) -> int:
@@ -77,7 +77,7 @@ def gate(options: argparse.Namespace) -> int:
     run: Path = options.run
     if not is_run(run):
         raise ConfigError("RUN", str(run), "is not a run directory")
-    if (state := read_status(run).get("state")) != "done":
+    if (state := read_state(run)) != State.done:
         raise ConfigError("RUN", str(run), f"is {state}, not done", "the command that started it continues it")
     rules = read_rules(options.rules)
     prompts = read_prompts(options.rules.parent / rules.prompts) if rules.prompts else []
@@ -97,7 +97,7 @@ def gate(options: argparse.Namespace) -> int:
     say(checks, passed)
     if passed and not options.no_card:
         print(f"model card: {write_card(run, ours, theirs, checks, options.rules)}")
-    return DONE if passed else FAILED
+    return Exit.done if passed else Exit.failed
 
 
 def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, options: argparse.Namespace) -> list[str]:
@@ -113,7 +113,7 @@ def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, op
         asked = dataclasses.replace(config.evaluation, path=str(file), rows=len(prompts), general=None, max_new_tokens=rules.max_new_tokens)
         config = dataclasses.replace(config, data=data, evaluation=asked)
         subject = Subject(name="gate", config=config, folder=run / "export", out=run / FOLDER)
-        if run_workers([subject], batch=options.batch, device=options.device, dtype=options.dtype) != DONE:
+        if run_workers([subject], batch=options.batch, device=options.device, dtype=options.dtype) != Exit.done:
             raise NotMeasured
         part = subject.parts.get("answers", {"documents": []})
         if len(part["documents"]) != len(prompts):

@@ -26,7 +26,8 @@ from typing import IO, Any, TypeVar
 
 from trainers.config.checks import value_at
 from trainers.config.schema import RunConfig
-from trainers.rundir.attempt import FAILED, STOPPED, SUPERSEDED, Attempt
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import write_json
 
 T = TypeVar("T")
@@ -367,10 +368,10 @@ class Watchdog:
 
     def _follow(self) -> None:
         """End this rank where the run has failed, or was stopped before its first step, unless it ends by itself."""
-        if self.attempt.has_ended("failed"):
-            how, code = "failed", FAILED
-        elif self.phase in BEFORE_STEPS and self.attempt.has_ended("preempted"):
-            how, code = "been stopped", STOPPED
+        if self.attempt.has_ended(State.failed):
+            how, code = "failed", Exit.failed
+        elif self.phase in BEFORE_STEPS and self.attempt.has_ended(State.preempted):
+            how, code = "been stopped", Exit.stopped
         else:
             return
         exit_after(LAST_RESORT_S, code)
@@ -382,7 +383,7 @@ class Watchdog:
         """End this rank, whose place in RUN_DIR/ranks a newer attempt's has taken, unless its loop sees that soon and ends by itself."""
         if not self.ended.wait(LAST_RESORT_S):
             self._dump("a newer attempt has started, and this rank continues")
-            os._exit(SUPERSEDED)
+            os._exit(Exit.superseded)
 
     def _ask_around(self) -> None:
         """Find out which rank blocks the others, and end the run; nothing where this rank or the one it waits for gets on after all."""
@@ -415,7 +416,7 @@ class Watchdog:
 
     def _end(self, verdict: Verdict, now: float) -> None:
         """Mark the run failed, let every rank write its stacks, and end."""
-        exit_after(LAST_RESORT_S, FAILED)
+        exit_after(LAST_RESORT_S, Exit.failed)
         assert self.log_file is not None
         limit, field = self.limit_s(), FIELDS[self.phase]
         if self.phase is Phase.checking and limit == CHECKING_S:
@@ -426,7 +427,7 @@ class Watchdog:
         if verdict.silent:
             send(verdict.culprits, self.run_dir, signal.SIGUSR1, signal.SIGCONT)
         time.sleep(2 * self.beat_s + GRACE_S)
-        os._exit(FAILED)
+        os._exit(Exit.failed)
 
     def _dump(self, why: str) -> None:
         """Append the stacks of all threads to this rank's log, and write NCCL's flight record next to it."""

@@ -27,7 +27,7 @@ from trainers.config.errors import ConfigError
 from trainers.plan.plan import Plan, Simulations, make_plan
 from trainers.plan.request import UNFIT, Request, from_dict
 from trainers.plan.say import say, say_all, say_change
-from trainers.rundir.attempt import BAD_INPUT, DONE
+from trainers.rundir.ending import Exit
 from trainers.rundir.files import write_json
 
 gc.enable()
@@ -49,11 +49,11 @@ def main() -> int:
         plans = plan_all(requests)
     except ConfigError as error:
         Path(asked["error"]).write_text(json.dumps(error.parts()))
-        return BAD_INPUT
+        return Exit.bad_input
     unfit = [plan for plan in plans if plan.verdict == "does not fit"]
     if asked["command"] == "plan" or unfit:
         say(plans[0], out) if len(plans) == 1 else say_all(plans, out)
-    return UNFIT if unfit else DONE
+    return UNFIT if unfit else Exit.done
 
 
 def plan_all(requests: list[Request]) -> list[Plan]:
@@ -113,7 +113,7 @@ def try_changes(request: Request, out: Console) -> int:
     out.print("changes that make it fit, each tried in the same way; add one to the command:")
     for plan in sorted(fitting, key=_cost):
         say_change(plan, base, out)
-    return DONE
+    return Exit.done
 
 
 def _cost(plan: Plan) -> tuple[bool, float]:

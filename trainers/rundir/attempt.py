@@ -6,33 +6,30 @@ import contextlib
 import fcntl
 import os
 import shutil
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainers.rundir.ending import State, Status, with_failure, with_state
 from trainers.rundir.files import read_json, staged, try_json
 
-DONE, FAILED, BAD_INPUT, STOPPED, SUPERSEDED = 0, 1, 2, 75, 76
-"""Exit codes of ranks and of the launcher; 75: stopped, the same command continues; 76: a newer attempt has taken the place."""
-PASSING = ("error", "stragglers", "signal")
-"""Keys of status.json that belong to what it said last, and to nothing that it says next."""
 LOOK_EVERY_S = 1.0
 LOCK_WAIT_S = 3.0
-TOGETHER_S = 10
-"""A rank that fails so shortly before another one is found killed has most likely failed because of that."""
 
 
-def killed_by(code: int) -> str:
-    """Say how a process ended, by its negative exit code."""
-    return f"was killed by {signal.Signals(-code).name}" + (" (out of memory, or kill -9)" if code == -signal.SIGKILL else "")
+ENDED = (State.preempted, State.failed, State.done)
 
 
-def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return status.json; empty where there is none that can be read."""
+def read_status(run_dir: Path) -> Status:
+    """Return status.json; empty where it is absent or cannot be read."""
     return try_json(run_dir / "status.json")
+
+
+def read_state(run_dir: Path) -> str:
+    """Return the State that status.json says; "unknown" where it is absent or cannot be read."""
+    return str(read_status(run_dir).get("state", "unknown"))
 
 
 @contextlib.contextmanager
@@ -83,7 +80,7 @@ def _discard(path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """One life of a run. A cluster may restart a run while ranks of the last life continue on a node that was cut off.
+    """One attempt at a run. A cluster may start the next while ranks of the last still run, on a node that was cut off.
 
     What it leaves is staged as *.tmp, then it looks whether it is current, then it renames. A newer one takes all that is staged away
     as it begins: whenever the older was stopped, its look or its rename fails.
@@ -95,10 +92,10 @@ class Attempt:
     _looked_at: float = field(default=-LOOK_EVERY_S, repr=False)
     _newest: int = field(default=0, repr=False)
     _before: int = field(default=0, repr=False)
-    _life: str | None = field(default_factory=lambda: os.environ.get("FULLTUNE_LIFE"), repr=False)
-    """Of a SLURM job, each of whose tasks may be the first to say something: job and how often it was queued again."""
+    _slurm_attempt: str | None = field(default_factory=lambda: os.environ.get("FULLTUNE_SLURM_ATTEMPT"), repr=False)
+    """The job's id and how often it was queued again: any of its tasks may be the first to write, before there is a number."""
     _status_before: float | None = field(default=None, repr=False)
-    """Elsewhere: time of a status.json that an older attempt may have left; None where a launcher has begun a new one."""
+    """Without SLURM: time of a status.json that an older attempt may have left; None where a launcher has begun a new one."""
 
     def __post_init__(self) -> None:
         """Note which attempt was the newest until now, and what was said of it."""
@@ -140,7 +137,7 @@ class Attempt:
     def write_json(self, path: Path, value: object) -> bool:
         """Write a JSON file of the run directory, unless a newer attempt has started; tell whether it was written.
 
-        The last look is after the staging, which a newer attempt takes away: no moment is left to be stopped in between.
+        It looks last after staging, and a newer attempt deletes what is staged: no moment is left to be stopped in between.
         """
         while True:
             staging = staged(path, value)
@@ -152,46 +149,31 @@ class Attempt:
                 return True
 
     def set_status(self, state: str, **more: object) -> None:
-        """Update status.json: the state and whatever else is known; other keys stay, but for those that are PASSING.
-
-        A failed attempt stays failed until the next one is submitted: the ranks that did not fail are stopped because of it, and say so.
-        """
+        """Update status.json: the state and whatever else is known, where the rules of ending.py let it follow what is there."""
         with _alone(self.run_dir):
             known = read_json(self.run_dir / "status.json")
-            if self._has_ended(known, "failed") and state != "submitted":
-                return
-            kept = {key: value for key, value in known.items() if key not in PASSING}
-            self.write_json(self.run_dir / "status.json", kept | {"state": state, "time": time.time()} | self._lived() | more)
+            self._write_status(with_state(known, self._ended(known), State(state)), **more)
 
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0, over_stop: bool = False) -> bool:
-        """Mark the run failed with an error of time `at`, unless one is known from `together_s` before or earlier; tell whether it was.
-
-        Nor where a rank has stopped as it was asked to, and said so: others fail because it is gone. Unless it was asked to only
-        because of this failure: `over_stop`.
-        What a watchdog has found, an error with `ranks`, stays: it ends ranks, which may die as they write
-        their stacks: Python reads threads that run meanwhile (torch's times are whole seconds).
-        """
+        """Mark the run failed with an error of the time `at`, where the rules of ending.py let it; tell whether it was."""
         with _alone(self.run_dir):
             known = read_json(self.run_dir / "status.json")
-            if not over_stop and self._has_ended(known, "preempted"):
-                return False
-            error_before = known.get("error", {})
-            before = at + 1.0 if "ranks" in error_before else at - together_s
-            if self._has_ended(known, "failed") and error_before.get("time", 0.0) <= before:
-                return False
-            failed = known | {"state": "failed", "time": time.time(), "error": error | {"time": at}} | self._lived()
-            return self.write_json(self.run_dir / "status.json", failed)
+            return self._write_status(with_failure(known, self._ended(known), error, at, together_s, over_stop))
+
+    def _write_status(self, status: Status | None, **more: object) -> bool:
+        of_slurm = {} if self._slurm_attempt is None else {"slurm_attempt": self._slurm_attempt}
+        return status is not None and self.write_json(self.run_dir / "status.json", status | {"time": time.time()} | of_slurm | more)
 
     def has_ended(self, *states: str) -> bool:
-        """Tell whether status.json says so of this attempt; False where it cannot be read."""
-        return self._has_ended(read_status(self.run_dir), *states)
+        """Tell whether status.json says one of these states, of this attempt; False where it cannot be read."""
+        return self._ended(read_status(self.run_dir)) in states
 
-    def _has_ended(self, status: dict[str, Any], *states: str) -> bool:
-        new = status.get("time") != self._status_before if self._life is None else status.get("life") == self._life
-        return status.get("state") in states and new
-
-    def _lived(self) -> dict[str, str]:
-        return {} if self._life is None else {"life": self._life}
+    def _ended(self, status: Status) -> State | None:
+        """Return the state in which this attempt has ended; None where status.json is an older one's, or knows of no end."""
+        of_this = (
+            status.get("time") != self._status_before if self._slurm_attempt is None else status.get("slurm_attempt") == self._slurm_attempt
+        )
+        return State(status["state"]) if of_this and status.get("state") in ENDED else None
 
     @property
     def folder(self) -> Path:
