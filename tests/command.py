@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from trainers.rundir.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
+SOON_S = 60
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -139,3 +142,54 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
         if kind in (1, 4):  # a whole record, or the last part of one
             yield parts
             parts = b""
+
+
+@contextmanager
+def started(line: list[str], variables: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(line, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        yield process
+    finally:
+        process.kill()
+        for pid in pids_of(Path(next(word for word in line if word.startswith("run_dir=")).removeprefix("run_dir="))):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def pids_of(run_dir: Path, rank: int | None = None) -> list[int]:
+    """Processes of a run, the agent with them, or of one rank."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = folder.joinpath("cmdline").read_bytes().split(b"\0")
+            variables = folder.joinpath("environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(run_dir / "config.yaml").encode() in line and (rank is None or f"RANK={rank}".encode() in variables):
+            found.append(int(folder.name))
+    return found
+
+
+def status_of(run_dir: Path) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return status
+
+
+def finish(process: subprocess.Popen[str], run_dir: Path, expect: int = 1) -> str:
+    """Wait for the end, soon; everything is gone then."""
+    began = time.monotonic()
+    said = process.communicate(timeout=SOON_S)[0]
+    assert process.returncode == expect, said
+    wait_until_gone(run_dir, max(0.5, SOON_S - (time.monotonic() - began)))
+    print(f"gone after {time.monotonic() - began:.1f} s")
+    return said
+
+
+SAMPLED = ("--general", "sampled", "--general-rows", "12", "--rows", "5", "--max-new-tokens", "8")
+
+
+def tool(cache: Path, *words: object, expect: int = 0, name: str = "evaluate") -> str:
+    line = [sys.executable, "-m", f"tools.{name}", *map(str, words)]
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr

@@ -241,6 +241,16 @@ def save_tiny(folder: Path, tied: bool, seed: int = 0, **more: Any) -> Path:
     return folder
 
 
+def blueprint_for(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    from trainers.model.blueprint import Blueprint
+
+    config = AutoConfig.from_pretrained(folder)
+    config._attn_implementation = None  # what the architecture has: sdpa, or eager for Gemma 2
+    return Blueprint(config=config, folder=folder, revision=None, seed=0, trust_remote_code=False)
+
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "two", "dogs", "ran", "far", "over", "green", "hills", "home", "again"]
 
 

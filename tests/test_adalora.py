@@ -11,9 +11,17 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from command import arguments, launch, stop_at_step, trace
-from conftest import Ranks, save_tiny
-from test_engine_parity import blueprint_for
-from test_peft import CASES, LR, STEPS, NoTokenizer, batch_of, config_for, config_for_method, rows_of_steps
+from conftest import Ranks, blueprint_for, save_tiny
+from peft_cases import (
+    CASES,
+    LR,
+    STEPS,
+    NoTokenizer,
+    batch_of,
+    config_for,
+    config_for_method,
+    rows_of_steps,
+)
 
 from trainers.config.checks import validate
 from trainers.config.errors import ConfigError

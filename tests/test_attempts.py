@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, arguments, environment, launch, read_rows, trace, wait_for_step
-from test_run import wait_for, wandb_records
-from test_watchdog import Clock, passes, pids_of, status_of, write_beat
+from beats import Clock, passes, write_beat
+from command import ROOT, arguments, environment, launch, pids_of, read_rows, status_of, trace, wait_for, wait_for_step, wandb_records
 
 from launcher.compose import compose
 from launcher.ending import settle

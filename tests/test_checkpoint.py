@@ -14,8 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks
-from test_peft import batch_of, blueprint_for, config_for, rows_of_steps
+from conftest import Ranks, blueprint_for
+from peft_cases import (
+    batch_of,
+    config_for,
+    rows_of_steps,
+)
 
 from trainers import host
 from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress, is_lowest

@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from command import ROOT, launch
+from command import ROOT, launch, tool
 from synthetic import change, make_run
-from test_evaluate import tool
 
 from tools.compare.__main__ import main
 from tools.compare.methods import compare

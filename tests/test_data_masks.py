@@ -9,8 +9,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from chat_tokenizers import GOLDEN, TOKENS, tokenizer_of
 from conftest import SHARED, needs_shared
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, Layout, ModelConfig, RunConfig, Supervise
@@ -21,21 +22,6 @@ from trainers.data.sources import Row
 from trainers.data.tokenizer import stop_ids
 from trainers.data.words import word_cache
 
-GOLDEN = Path(__file__).parent / "golden"
-TOKENS = {
-    "chatml": ["<|im_start|>", "<|im_end|>"],
-    "llama3": ["<|begin|>", "<|header|>", "<|/header|>", "<|eot|>", "<|eom|>"],
-    "inst": ["<s>", "</s>"],
-    "gemma": ["<bos>", "<turn>", "</turn>", "\n\n"],
-    "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    "zephyr": ["</s>"],
-    "think": ["<|im_start|>", "<|im_end|>", "<think>", "</think>"],
-    "vicuna": ["<s>", "</s>"],
-    "marked": ["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
-    "deepseek": ["<|begin|>", "<|User|>", "<|Assistant|>", "<|eos|>", "<think>", "</think>"],
-}
-EOS = {"llama3": "<|eot|>", "inst": "</s>", "zephyr": "</s>", "vicuna": "</s>", "deepseek": "<|eos|>", "chatml": "<|im_end|>"}
-BOS = {"llama3": "<|begin|>", "inst": "<s>", "gemma": "<bos>", "vicuna": "<s>", "deepseek": "<|begin|>"}
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "two"}'}}
 CONVERSATIONS = {
     "multi_turn": [
@@ -67,24 +53,6 @@ CONVERSATIONS = {
         {"role": "assistant", "content": "<think>\nsecond thought\n</think>\n\nd"},
     ],
 }
-
-
-def tokenizer_of(name, eos=None, pad=None):
-    """A byte tokenizer with the special tokens of a format and its template."""
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: number for number, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(
-        [AddedToken(token, special=bool(token.strip()), normalized=False) for token in ["<|endoftext|>", *TOKENS.get(name, [])]]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=eos or EOS.get(name, "<|endoftext|>"), bos_token=BOS.get(name), pad_token=pad
-    )
-    fast.chat_template = CHATML if name == "chatml" else (GOLDEN / f"{name}.jinja").read_text()
-    return fast
 
 
 def marked(rendered: Rendered) -> str:

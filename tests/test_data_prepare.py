@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_data_masks import tokenizer_of
+from chat_tokenizers import tokenizer_of
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, Layout, ModelConfig, ObjectiveConfig, ObjectiveName, RunConfig, Supervise, TooLong

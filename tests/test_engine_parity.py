@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import TINY, Ranks, save_tiny
+from conftest import TINY, Ranks, blueprint_for, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.bench.engines import engine_preset
@@ -33,7 +33,6 @@ from trainers.config.schema import (
 )
 from trainers.engines.base import build_engine
 from trainers.engines.fsdp import sum_of_squares
-from trainers.model.blueprint import Blueprint
 from trainers.objectives import NextToken
 from trainers.world import World
 
@@ -74,12 +73,6 @@ def config_for(folder: Path, engine: str = "fsdp", optim: str = "adamw", **more:
         optim=OptimConfig(name=OptimizerName(optim), lr=LR[optim], clip=0.5, weight_decay=0.1),
         train=TrainConfig(**({"precision": Precision.fp32} | more)),
     )
-
-
-def blueprint_for(folder: Path) -> Blueprint:
-    config = AutoConfig.from_pretrained(folder)
-    config._attn_implementation = None  # what the architecture has: sdpa, or eager for Gemma 2
-    return Blueprint(config=config, folder=folder, revision=None, seed=0, trust_remote_code=False)
 
 
 def train_on_ranks(world: World, folder: Path, microbatch: int, engine: str = "fsdp", optim: str = "adamw", **more: Any) -> dict[str, Any]:

@@ -15,22 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import ROOT, arguments, environment, launch
+from command import ROOT, SAMPLED, arguments, environment, launch, tool
 from conftest import save_tiny
 
 from tools.evaluate.__main__ import main as evaluate
 from tools.evaluate.measure import Alone, answers, losses
 from tools.evaluate.record import load
 from trainers.config.schema import plain, read, read_at
-
-SAMPLED = ("--general", "sampled", "--general-rows", "12", "--rows", "5", "--max-new-tokens", "8")
-
-
-def tool(cache: Path, *words: object, expect: int = 0, name: str = "evaluate") -> str:
-    line = [sys.executable, "-m", f"tools.{name}", *map(str, words)]
-    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

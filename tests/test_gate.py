@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command import SAMPLED, tool
 from synthetic import change, make_run
-from test_evaluate import SAMPLED, tool
 
 from tools.gate.__main__ import RULES, main, rows_of
 from tools.gate.rules import hold_prompts, read_prompts, read_rules

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_evaluate import tool
+from command import tool
 
 TASK = """
 task: cats

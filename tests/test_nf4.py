@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ranks, save_tiny
-from test_peft import blueprint_for, config_for, locals_of
+from conftest import Ranks, blueprint_for, save_tiny
+from peft_cases import (
+    config_for,
+    locals_of,
+)
 from transformers import AutoModelForCausalLM
 
 from trainers.config.checks import validate

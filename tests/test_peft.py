@@ -10,7 +10,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,34 @@ import peft
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, TINY, Ranks, save_tiny
+from conftest import ROOT, TINY, Ranks, blueprint_for, save_tiny
 from peft.optimizers import create_loraplus_optimizer
-from test_engine_parity import blueprint_for
+from peft_cases import (
+    ATTENTION,
+    CASES,
+    LENGTH,
+    LR,
+    REL,
+    ROWS,
+    STEPS,
+    NoTokenizer,
+    batch_of,
+    config_for,
+    config_for_method,
+    locals_of,
+    rows_of_steps,
+)
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
-from tools.bench.engines import engine_preset
-from trainers.batch import IGNORE, Batch
+from trainers.batch import IGNORE
 from trainers.config.checks import UNAVAILABLE, validate
 from trainers.config.errors import ConfigError
 from trainers.config.schema import (
-    AdapterBias,
     AdapterInit,
-    DataConfig,
-    DataSource,
-    EngineConfig,
-    ModelConfig,
     Offload,
-    OptimConfig,
-    PeftConfig,
     PeftMethod,
     Precision,
-    Quantisation,
-    RunConfig,
-    TrainConfig,
 )
 from trainers.engines.base import build_engine
 from trainers.model.blueprint import export
@@ -55,100 +58,15 @@ from trainers.peft.nf4 import packed_shape, round_trip
 from trainers.peft.saved import export_adapter
 from trainers.world import World
 
-STEPS, ROWS, LENGTH, LR, REL = 20, 6, 12, 2e-3, 1e-5
 LOOK = 12
 """The step after which AdaLoRA's running means are compared."""
-ATTENTION = ["q_proj", "v_proj"]
-CASES: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "rank": 4, "targets": ["all-linear"]},
-    "lora_more": {
-        "method": "lora",
-        "rank": 4,
-        "targets": ATTENTION,
-        "bias": "adapted",
-        "modules_to_save": ["lm_head"],
-        "rank_stabilised": True,
-        "init": "gaussian",
-    },
-    "lora_bias": {"method": "lora", "rank": 2, "targets": ATTENTION, "bias": "all"},
-    "lora_ends": {"method": "lora", "rank": 4, "targets": ["embed_tokens", "lm_head"]},
-    "freeze": {"method": "freeze", "last_blocks": 1},
-    "freeze_pattern": {"method": "freeze", "freeze": ["*mlp*", "*embed*", "lm_head*"]},
-    "dora": {"method": "dora", "rank": 4, "targets": ["q_proj", "down_proj"]},
-    "loraplus": {"method": "lora", "rank": 4, "targets": ["all-linear"], "lr_ratio": 4.0},
-    "ia3": {"method": "ia3"},
-    "pissa": {"method": "lora", "rank": 4, "targets": ["all-linear"], "init": "pissa"},
-    "qlora": {"method": "lora", "rank": 4, "targets": ATTENTION, "quantise": "nf4", "modules_to_save": ["lm_head"]},
-    "loftq": {"method": "lora", "rank": 4, "targets": ["all-linear"], "quantise": "nf4", "init": "loftq"},
-    "adalora": {
-        "method": "adalora",
-        "rank": 6,
-        "target_rank": 3,
-        "targets": ["all-linear"],
-        "modules_to_save": ["lm_head"],
-        "tinit": 3,
-        "tfinal": 5,
-        "delta_t": 2,
-        "beta2": 0.75,
-    },
-    "prompt": {"method": "prompt", "virtual_tokens": 5, "init": "vocabulary"},
-    "prefix": {"method": "prefix", "virtual_tokens": 5, "encoder_size": 8},
-    "ptuning": {"method": "ptuning", "virtual_tokens": 5},
-}
-KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit, "quantise": Quantisation}
 UNTIED = ("lora_more", "adalora", "qlora", "lora_bias", "lora_ends", "freeze", "freeze_pattern")
-
-
-def settings(case: str) -> PeftConfig:
-    return PeftConfig(**{key: KINDS.get(key, lambda same: same)(value) for key, value in CASES[case].items()})
-
-
-def config_for(folder: Path, case: str, engine: str = "fsdp", **train: Any) -> RunConfig:
-    """A run of a case; `engine.NAME=VALUE` in `train` changes a field of the engine's preset."""
-    run_dir = folder.parent / f"run-{engine}"
-    run_dir.mkdir(exist_ok=True)
-    more = {key.removeprefix("engine."): train.pop(key) for key in list(train) if key.startswith("engine.")}
-    return RunConfig(
-        run_dir=str(run_dir),
-        model=ModelConfig(id=str(folder)),
-        data=DataConfig(path="unused", packing=False),
-        peft=settings(case),
-        engine=EngineConfig(**(engine_preset(engine) | more)),
-        optim=OptimConfig(lr=LR, clip=0.5, weight_decay=0.1),
-        train=TrainConfig(**({"precision": Precision.fp32} | train)),
-    )
-
-
-def rows_of_steps() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Steps of rows (input_ids, labels) with different numbers of labels, one row with none."""
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(STEPS):
-        ids = torch.randint(3, 33, (ROWS, LENGTH), generator=generator)
-        labels = ids.roll(-1, 1)
-        labels[:, -1] = IGNORE
-        for row in range(ROWS):
-            labels[row, : row * 2] = IGNORE
-        labels[2] = IGNORE
-        yield ids, labels
-
-
-def batch_of(ids: torch.Tensor, labels: torch.Tensor) -> Batch:
-    positions = torch.arange(LENGTH).expand(ids.shape)
-    return Batch.of(ids, labels, positions)
 
 
 def adaptation_of(folder: Path, case: str) -> Adaptation:
     blueprint = blueprint_for(folder)
     model = blueprint.build()
     return adapt(model, origin_of(model, blueprint), config_for(folder, case), blueprint, torch.float32)
-
-
-def locals_of(engine: Any) -> dict[str, tuple[Any, torch.Tensor]]:
-    """This rank's part of each parameter, by name."""
-    return {
-        name: (p, p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if hasattr(p, "to_local") else p)
-        for name, p in engine.model.named_parameters()
-    }
 
 
 def state_bytes(engine: Any) -> tuple[int, int]:
@@ -181,11 +99,6 @@ def unmoved(engine: Any, trained: set[str]) -> list[str]:
         if grad is None or not grad.any():
             found.append(name)
     return found
-
-
-class NoTokenizer:
-    def save_pretrained(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_text("{}")
 
 
 def train_case(world: World, folder: Path, case: str, engine_name: str, out: Path | None, **train: Any) -> dict[str, Any]:
@@ -568,14 +481,6 @@ def test_methods_that_no_engine_carries_are_refused_by_name() -> None:
         config = config_for_method(method)
         with pytest.raises(ConfigError, match=f"`peft.method` = '{method}'"):
             validate(config)
-
-
-def config_for_method(method: PeftMethod) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300),
-        data=DataConfig(source=DataSource.python_docs),
-        peft=PeftConfig(method=method),
-    )
 
 
 FOREIGN: list[tuple[str, dict[str, Any], str]] = [

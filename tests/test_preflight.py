@@ -19,8 +19,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from command import ROOT, arguments, damaged_bases, environment, read_rows, wait_for_step
-from test_watchdog import finish, pids_of, started, status_of
+from command import ROOT, arguments, damaged_bases, environment, finish, pids_of, read_rows, started, status_of, wait_for_step
 
 from launcher.compose import compose
 from launcher.job import make_job

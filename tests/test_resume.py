@@ -10,8 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import ROOT, arguments, environment, launch, read_rows, stop_at_step, trace, wait_for_step
-from test_run import rank_processes, wait_for
+from command import ROOT, arguments, environment, launch, rank_processes, read_rows, stop_at_step, trace, wait_for, wait_for_step
 
 COMMON = ("train.steps=24", "checkpoint.every=3", "train.microbatch=1", "train.eval_every=8", "data.packing=false")
 CASES = [(engine, method) for engine in ("fsdp", "fsdp_offload", "zero3_offload") for method in ("none", "lora")]

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ROOT, arguments, environment, launch, read_rows, wait_for_step, wait_until_gone
+from beats import Clock, passes, write_beat
+from command import (
+    ROOT,
+    SOON_S,
+    arguments,
+    environment,
+    finish,
+    launch,
+    pids_of,
+    read_rows,
+    started,
+    status_of,
+    wait_for,
+    wait_for_step,
+    wait_until_gone,
+)
 from conftest import free_port
-from test_run import wait_for
 
 from launcher.compose import compose
 from launcher.job import freeze, make_job, next_attempt
@@ -25,7 +36,6 @@ from trainers.config.errors import ConfigError
 from trainers.health.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge, read_beats
 from trainers.rundir.attempt import Attempt, read_status
 
-SOON_S = 60
 FAULTS = """
 # FAULT=rank:step:what:folder: strikes that rank in that step, once: where the folder is not there yet
 import importlib.abc, importlib.util, os, pathlib, sys, time
@@ -87,47 +97,6 @@ def with_fault(cache: Path, folder: Path, rank: int, step: int, what: str) -> di
         "PYTHONPATH": os.pathsep.join([str(folder / "faults"), str(ROOT)]),
         "FAULT": f"{rank}:{step}:{what}:{folder / 'struck'}",
     }
-
-
-@contextmanager
-def started(line: list[str], variables: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(line, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    try:
-        yield process
-    finally:
-        process.kill()
-        for pid in pids_of(Path(next(word for word in line if word.startswith("run_dir=")).removeprefix("run_dir="))):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def pids_of(run_dir: Path, rank: int | None = None) -> list[int]:
-    """Processes of a run, the agent with them, or of one rank."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line = folder.joinpath("cmdline").read_bytes().split(b"\0")
-            variables = folder.joinpath("environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(run_dir / "config.yaml").encode() in line and (rank is None or f"RANK={rank}".encode() in variables):
-            found.append(int(folder.name))
-    return found
-
-
-def status_of(run_dir: Path) -> dict[str, Any]:
-    status: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
-    return status
-
-
-def finish(process: subprocess.Popen[str], run_dir: Path, expect: int = 1) -> str:
-    """Wait for the end, soon; everything is gone then."""
-    began = time.monotonic()
-    said = process.communicate(timeout=SOON_S)[0]
-    assert process.returncode == expect, said
-    wait_until_gone(run_dir, max(0.5, SOON_S - (time.monotonic() - began)))
-    print(f"gone after {time.monotonic() - began:.1f} s")
-    return said
 
 
 def goes_on(cache: Path, line: list[str], run_dir: Path) -> None:
@@ -307,14 +276,6 @@ def test_a_rank_that_comes_back_in_time_is_left_alone(base: Path, chats: Path, c
         finish(process, run_dir, expect=0)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def watchdog(clock: Clock) -> Watchdog:
     watch = Watchdog(clock)
     watch.limits = dict.fromkeys(Phase, 10.0)
@@ -468,24 +429,6 @@ def test_the_launcher_gives_up_when_no_rank_writes_any_more(tmp_path: Path) -> N
     clock.now += 3600  # this launcher was stopped as well
     assert passes(watch, clock, 5)
     assert status_of(job.run_dir)["error"]["message"].startswith("rank 0 has not been heard of for")
-
-
-def write_beat(run_dir: Path, rank: int, written: float) -> float:
-    path = run_dir / "ranks" / f"rank-{rank}.json"
-    fields = {"rank": rank, "host": "elsewhere", "pid": 7, "phase": "step", "step": 3, "idle_s": 4.0, "limit_s": 10.0}
-    path.write_text(json.dumps(fields | {"collectives": 1, "stack": []}))
-    os.utime(path, (written, written))
-    return written
-
-
-def passes(watch: Silence, clock: Clock, seconds: float) -> bool:
-    """Let seconds pass; tell whether the run is lost then."""
-    until = clock.now + seconds
-    lost = False
-    while clock.now < until:
-        clock.now += 1
-        lost = watch.is_lost()
-    return lost
 
 
 def test_a_continued_run_takes_new_limits_and_no_other_setting(tmp_path: Path) -> None:

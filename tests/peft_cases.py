@@ -1,0 +1,132 @@
+"""One small configuration of each parameter-efficient method, and the rows that all of them train on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tools.bench.engines import engine_preset
+from trainers.batch import IGNORE, Batch
+from trainers.config.schema import (
+    AdapterBias,
+    AdapterInit,
+    DataConfig,
+    DataSource,
+    EngineConfig,
+    ModelConfig,
+    OptimConfig,
+    PeftConfig,
+    PeftMethod,
+    Precision,
+    Quantisation,
+    RunConfig,
+    TrainConfig,
+)
+
+STEPS, ROWS, LENGTH, LR, REL = 20, 6, 12, 2e-3, 1e-5
+
+
+ATTENTION = ["q_proj", "v_proj"]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 4, "targets": ["all-linear"]},
+    "lora_more": {
+        "method": "lora",
+        "rank": 4,
+        "targets": ATTENTION,
+        "bias": "adapted",
+        "modules_to_save": ["lm_head"],
+        "rank_stabilised": True,
+        "init": "gaussian",
+    },
+    "lora_bias": {"method": "lora", "rank": 2, "targets": ATTENTION, "bias": "all"},
+    "lora_ends": {"method": "lora", "rank": 4, "targets": ["embed_tokens", "lm_head"]},
+    "freeze": {"method": "freeze", "last_blocks": 1},
+    "freeze_pattern": {"method": "freeze", "freeze": ["*mlp*", "*embed*", "lm_head*"]},
+    "dora": {"method": "dora", "rank": 4, "targets": ["q_proj", "down_proj"]},
+    "loraplus": {"method": "lora", "rank": 4, "targets": ["all-linear"], "lr_ratio": 4.0},
+    "ia3": {"method": "ia3"},
+    "pissa": {"method": "lora", "rank": 4, "targets": ["all-linear"], "init": "pissa"},
+    "qlora": {"method": "lora", "rank": 4, "targets": ATTENTION, "quantise": "nf4", "modules_to_save": ["lm_head"]},
+    "loftq": {"method": "lora", "rank": 4, "targets": ["all-linear"], "quantise": "nf4", "init": "loftq"},
+    "adalora": {
+        "method": "adalora",
+        "rank": 6,
+        "target_rank": 3,
+        "targets": ["all-linear"],
+        "modules_to_save": ["lm_head"],
+        "tinit": 3,
+        "tfinal": 5,
+        "delta_t": 2,
+        "beta2": 0.75,
+    },
+    "prompt": {"method": "prompt", "virtual_tokens": 5, "init": "vocabulary"},
+    "prefix": {"method": "prefix", "virtual_tokens": 5, "encoder_size": 8},
+    "ptuning": {"method": "ptuning", "virtual_tokens": 5},
+}
+
+
+KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit, "quantise": Quantisation}
+
+
+def settings(case: str) -> PeftConfig:
+    return PeftConfig(**{key: KINDS.get(key, lambda same: same)(value) for key, value in CASES[case].items()})
+
+
+def config_for(folder: Path, case: str, engine: str = "fsdp", **train: Any) -> RunConfig:
+    """A run of a case; `engine.NAME=VALUE` in `train` changes a field of the engine's preset."""
+    run_dir = folder.parent / f"run-{engine}"
+    run_dir.mkdir(exist_ok=True)
+    more = {key.removeprefix("engine."): train.pop(key) for key in list(train) if key.startswith("engine.")}
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(id=str(folder)),
+        data=DataConfig(path="unused", packing=False),
+        peft=settings(case),
+        engine=EngineConfig(**(engine_preset(engine) | more)),
+        optim=OptimConfig(lr=LR, clip=0.5, weight_decay=0.1),
+        train=TrainConfig(**({"precision": Precision.fp32} | train)),
+    )
+
+
+def rows_of_steps() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Steps of rows (input_ids, labels) with different numbers of labels, one row with none."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(STEPS):
+        ids = torch.randint(3, 33, (ROWS, LENGTH), generator=generator)
+        labels = ids.roll(-1, 1)
+        labels[:, -1] = IGNORE
+        for row in range(ROWS):
+            labels[row, : row * 2] = IGNORE
+        labels[2] = IGNORE
+        yield ids, labels
+
+
+def batch_of(ids: torch.Tensor, labels: torch.Tensor) -> Batch:
+    positions = torch.arange(LENGTH).expand(ids.shape)
+    return Batch.of(ids, labels, positions)
+
+
+def locals_of(engine: Any) -> dict[str, tuple[Any, torch.Tensor]]:
+    """This rank's part of each parameter, by name."""
+    return {
+        name: (p, p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if hasattr(p, "to_local") else p)
+        for name, p in engine.model.named_parameters()
+    }
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+
+
+def config_for_method(method: PeftMethod) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300),
+        data=DataConfig(source=DataSource.python_docs),
+        peft=PeftConfig(method=method),
+    )
