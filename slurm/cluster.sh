@@ -4,9 +4,9 @@
 #   slurm/cluster.sh up [NODES]       start it, 3 nodes unless told; installs SLURM from the distribution where it is missing
 #   slurm/cluster.sh status           its nodes and jobs; exit code 1 where none is up
 #   slurm/cluster.sh crash K          node K loses power
-#   slurm/cluster.sh cut K            node K loses its network, and its processes go on
-#   slurm/cluster.sh freeze K         node K's processes stand still; thaw K lets them go on
-#   slurm/cluster.sh heal K           undo any of these: node K boots, is connected, goes on
+#   slurm/cluster.sh cut K            node K loses its network, and its processes continue
+#   slurm/cluster.sh freeze K         node K's processes stop; thaw K lets them continue
+#   slurm/cluster.sh heal K           undo any of these: node K boots, is connected, continues
 #   slurm/cluster.sh exec K CMD...    run a command on node K
 #   slurm/cluster.sh down             end it and leave nothing
 #   slurm/cluster.sh install          what `up` does first: the packages, without starting any service
@@ -22,7 +22,7 @@
 set -euo pipefail
 umask 022
 STATE=/run/fulltune-slurm
-CONF=/etc/slurm/slurm.conf # beside SLURM_CONF, for programs that drop SLURM_* from the environment
+CONF=/etc/slurm/slurm.conf # in addition to SLURM_CONF, for programs that drop SLURM_* from the environment
 NETWORK=198.18.77          # a range set aside for trying networks: it collides with nobody's
 SELF=$(realpath "$0")
 export SLURM_CONF=$STATE/slurm.conf
@@ -153,7 +153,7 @@ END
 
 is_up() { [ -e "$STATE/lock" ] && ! flock -n "$STATE/lock" true; }
 
-# The first process of the cluster's namespaces, in a network of its own where no firewall stands; 8 is this machine's network.
+# The first process of the cluster's namespaces, in a network of its own without a firewall; 8 is this machine's network.
 controller() { # NODES
     local k
     read -r k _ </proc/self/stat && echo "$k" >"$STATE/pid" # /proc is still this machine's, so that is our number there
