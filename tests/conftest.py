@@ -41,11 +41,20 @@ def pytest_configure(config: pytest.Config) -> None:
         forking.begin()  # imports while we collect
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep compilers out of the quick suite: DeepSpeed's CPU optimizer takes a minute, its file I/O four."""
+    for item in items:
+        if item.get_closest_marker("cpu_adam") or {"built", "async_io"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
-def starts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test marked `for_real` start programs as a user would."""
+def as_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.node.get_closest_marker("for_real") is not None:
         monkeypatch.delenv(forking.SWITCH, raising=False)
+    if request.node.get_closest_marker("cpu_adam") is not None:
+        request.getfixturevalue("cpu_adam")
 
 
 def pytest_collection_finish() -> None:

@@ -139,6 +139,7 @@ def test_a_broken_deepspeed_is_survived(tmp_path: Path) -> None:
     assert "libcudart.so.12" in found["DeepSpeed"]["found"]
 
 
+@pytest.mark.for_real
 def test_without_torch_the_core_fails(tmp_path: Path) -> None:
     found = checks(
         "--only", "torch,gloo", expect=1, PYTHONPATH=broken_package(tmp_path, "torch", "raise ImportError('libgomp is not there')")

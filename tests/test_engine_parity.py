@@ -39,7 +39,7 @@ from trainers.world import World
 STEPS, ROWS, LENGTH = 20, 6, 24
 LR = {"adamw": 1e-3, "sgd": 1e-1}
 REL = 1e-5
-ENGINES = ["fsdp", "fsdp_offload", "zero3", "zero3_offload"]
+ENGINES = ["fsdp", "fsdp_offload", "zero3", pytest.param("zero3_offload", marks=pytest.mark.cpu_adam)]
 
 
 def uneven_batches() -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -137,7 +137,6 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str]
     return reference
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_llama_equals_the_plain_loop(ranks: Callable[[int], Ranks], references: Any, size: int, engine: str) -> None:
@@ -166,12 +165,11 @@ def test_fsdp_knobs_change_no_figure(ranks: Callable[[int], Ranks], references: 
     assert_same_run(ranks(size).call(partial(train_on_ranks, **more), folder, 1)[0], reference)
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize(
     "more",
     [
         {"engine.sub_group_size": 1000},
-        {"engine.offload_optimizer": Offload.cpu, "engine.sub_group_size": 1000},
+        pytest.param({"engine.offload_optimizer": Offload.cpu, "engine.sub_group_size": 1000}, marks=pytest.mark.cpu_adam),
         {"engine.offload_param": Offload.cpu},
         {"engine.param_persistence_threshold": 0, "engine.overlap_comm": False, "engine.reduce_bucket_size": 4096},
         {"engine.overrides": {"zero_optimization": {"contiguous_gradients": False, "stage3_max_live_parameters": 10000}}},
@@ -210,7 +208,6 @@ def test_activation_checkpointing_changes_nothing(ranks: Callable[[int], Ranks],
     assert plain["norms"] == checkpointed["norms"]
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_bf16_stays_near_float32(ranks: Callable[[int], Ranks], references: Any, engine: str) -> None:
     """Within 1 % over 20 steps; a bfloat16 number has 8 bits, 0.4 %, and losses are means over many."""
@@ -236,7 +233,6 @@ def move_norms(world: World, folder: Path, engine: str) -> dict[str, float]:
     return {name: float((tensor.float() - before[name]).abs().max()) for name, tensor in built.weights() if "norm" in name}
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("engine", ENGINES)
 def test_norm_weights_move_at_a_rate_that_bf16_could_not_hold(ranks: Callable[[int], Ranks], tiny_llama: Path, engine: str) -> None:
     """1.0 + 1e-5 is 1.0 in bfloat16: master weights that are float32 in name only would stand still."""
@@ -256,7 +252,6 @@ def skip_a_step(world: World, folder: Path, preset: str) -> tuple[float, bool]:
     return norm, any(not torch.equal(before[name], tensor) for name, tensor in engine.weights())
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("preset", ENGINES)
 def test_non_finite_gradients_never_reach_the_weights(ranks: Callable[[int], Ranks], tiny_llama: Path, preset: str) -> None:
     for norm, moved in ranks(2).call(skip_a_step, tiny_llama, preset):
@@ -281,7 +276,6 @@ def save_and_load(world: World, folder: Path, checkpoint: Path, saved: bool, pre
     return {name: tensor.numpy() for name, tensor in engine.weights()}
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("preset", [*ENGINES, "fsdp+visits"])
 def test_saving_before_the_first_step_changes_nothing(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, preset: str) -> None:
     with_save, without = (ranks(2).call(train_after_saving, tiny_llama, folder, preset)[0] for folder in (tmp_path / "step", None))
@@ -306,7 +300,6 @@ def config_with_visits(folder: Path, preset: str) -> RunConfig:
     return config_for(folder, name, **({"engine.offload_optimizer": Offload.cpu} if visits else {}))
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize("preset", [*ENGINES, "fsdp+visits"])
 def test_a_checkpoint_continues_exactly_and_on_another_world_size(
     ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, preset: str

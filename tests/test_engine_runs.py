@@ -21,7 +21,7 @@ OFFLOADS = ["zero3", "zero3_offload", "fsdp_offload"]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cpu_adam")
+@pytest.mark.cpu_adam
 @pytest.mark.parametrize("engine", ["zero3", "fsdp_offload", pytest.param("zero3_offload", marks=pytest.mark.soak)])
 def test_another_engine_gives_the_same_curve(base: Path, chats: Path, cache: Path, finished: Path, tmp_path: Path, engine: str) -> None:
     said = launch(cache, arguments(base, chats, tmp_path / "run", f"engine={engine}", "checkpoint.every=3"))
@@ -37,7 +37,7 @@ def test_another_engine_gives_the_same_curve(base: Path, chats: Path, cache: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cpu_adam")
+@pytest.mark.cpu_adam
 @pytest.mark.parametrize("engine", ["zero3_offload", pytest.param("fsdp_offload", marks=pytest.mark.soak)])
 def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str) -> None:
     whole = arguments(base, chats, tmp_path / "whole", f"engine={engine}", "train.steps=10")
@@ -108,7 +108,8 @@ def test_a_missing_nvme_folder_is_refused_before_anything_is_built(base: Path, c
 
 @pytest.mark.slow
 @pytest.mark.timeout(2600)
-@pytest.mark.usefixtures("cpu_adam", "async_io")
+@pytest.mark.usefixtures("async_io")
+@pytest.mark.cpu_adam
 def test_nvme_gives_the_figures_of_host_memory_and_a_full_disk_is_refused(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Tensors of 1 MiB and more go to files: the model is larger than the other tests', so that they do."""
     from transformers import AutoTokenizer
@@ -160,7 +161,7 @@ def test_a_model_without_blocks_is_sent_to_zero3() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: would compare every engine's bf16 curve and place its state")
-@pytest.mark.usefixtures("cpu_adam")
+@pytest.mark.cpu_adam
 def test_engines_agree_on_a_gpu(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Losses within 1 % of fsdp's in bf16, offloaded state on the host (the run asserts where its live tensors are)."""
     curves = {}

@@ -512,16 +512,15 @@ def test_settings_of_another_method_are_refused(method: str, more: dict[str, Any
     assert words in str(refused.value)
 
 
-KNOBS: list[tuple[str, dict[str, Any]]] = [
+KNOBS: list[Any] = [
     ("fsdp_offload", {}),
     ("fsdp", {"engine.offload_optimizer": Offload.cpu}),
     ("fsdp", {"engine.replicate": 2}),
-    ("zero3_offload", {}),
+    pytest.param("zero3_offload", {}, marks=pytest.mark.cpu_adam),
     ("zero3", {"engine.param_persistence_threshold": 0, "engine.sub_group_size": 1000}),
 ]
 
 
-@pytest.mark.usefixtures("cpu_adam")
 @pytest.mark.parametrize(("engine", "more"), KNOBS, ids=str)
 def test_knobs_of_an_engine_change_no_figure(
     ranks: Callable[[int], Ranks], folders: Any, references: Any, engine: str, more: dict[str, Any]

@@ -30,7 +30,7 @@ def kill_a_rank_at(line: list[str], cache: Path, run_dir: Path, step: int, rng: 
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("cpu_adam")
+@pytest.mark.cpu_adam
 @pytest.mark.parametrize(
     ("engine", "method"), [pytest.param(*case, marks=[] if case in SAMPLED else pytest.mark.soak, id="-".join(case)) for case in CASES]
 )
