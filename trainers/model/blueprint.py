@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -194,7 +195,7 @@ def _attention(wanted: Attention, config: PreTrainedConfig) -> str | None:
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class transformers has for a config; None for code that comes with the model."""
-    mapping: Any = AutoModelForCausalLM._model_mapping
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     known: type[PreTrainedModel] | None = mapping.get(type(config), None)
     return known
 

@@ -352,11 +352,11 @@ class Random:
         root = self.model.get_submodule(unit)
         paths = [unit] if unit in self.holders else list(_leaves_first(root, unit))
         modules = [self.model.get_submodule(path) for path in paths]
-        owned = [(module, name, p) for module in modules for name, p in module._parameters.items() if p is not None]
+        owned = [(module, *named) for module in modules for named in module.named_parameters(recurse=False, remove_duplicate=False)]
         real = {p: nn.Parameter(torch.full(p.shape, math.nan, dtype=p.dtype), requires_grad=p.requires_grad) for *_, p in owned}
         try:
             for module, name, p in owned:
-                module._parameters[name] = real[p]
+                setattr(module, name, real[p])
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 digest = hashlib.sha256(f"{self.seed} {unit}".encode()).digest()
                 torch.default_generator.manual_seed(int.from_bytes(digest[:7], "little"))
@@ -366,7 +366,7 @@ class Random:
             values = {name: tensor for name, tensor in state.items() if not tensor.is_meta}
         finally:
             for module, name, p in owned:
-                module._parameters[name] = p
+                setattr(module, name, p)
         left = [name for name, tensor in values.items() if not is_finite(tensor)]
         if left:
             raise ConfigError("model.architecture", self.model.config.model_type, f"transformers initialises no {listed(left)}")
