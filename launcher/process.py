@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,9 +10,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from trainers.processes import die_with_parent
+
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
-PR_SET_PDEATHSIG = 1
-LIBC = ctypes.CDLL(None)  # loaded before a fork
 KILL_AFTER_S = 30  # beyond the time that ranks get to save: torchrun kills its workers first
 
 
@@ -58,9 +57,7 @@ def prepare_child(hold: tuple[signal.Signals, ...]) -> Callable[[], None] | None
 
 def _prepare(hold: tuple[signal.Signals, ...], parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, hold)
-    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # died before we could ask
-        os._exit(1)
+    die_with_parent(parent, signal.SIGTERM)
 
 
 def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int, is_lost: Callable[[], bool]) -> int:

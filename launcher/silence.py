@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 
 from launcher.job import Job, mark_failed
-from trainers.health.watchdog import Beat, judge, read_beats, send
+from trainers.health.blockage import find_blockage
+from trainers.processes import send
 from trainers.rundir.attempt import Attempt, read_state
+from trainers.rundir.beats import Beat, read_beats
 from trainers.rundir.ending import State
 
 LOOK_EVERY_S = 1.0
@@ -32,7 +34,7 @@ class Silence:
     def is_lost(self) -> bool:
         """Tell whether nothing was heard for longer than what the ranks do may take; the run is then marked failed.
 
-        Not once a newer attempt has started, whose silence is not for this launcher to judge.
+        Not once a newer attempt has started, whose silence does not concern this launcher.
         """
         passed = self.clock() - self.looked
         if passed < LOOK_EVERY_S:
@@ -61,8 +63,9 @@ class Silence:
         if not self.beats:
             mark_failed(self.attempt, message=f"no rank began in {self.silent_s:.0f} s (limits.prepare_s)")
             return
-        verdict = judge(self.beats, self.beats)
-        now = verdict.culprits[0].written + self.silent_s
-        mark_failed(self.attempt, **verdict.error(now, "no rank is left to speak; stacks in logs"))
-        send(verdict.culprits, self.job.run_dir, signal.SIGUSR1, signal.SIGCONT)
+        blockage = find_blockage(self.beats, self.beats)
+        now = blockage.blockers[0].written + self.silent_s
+        mark_failed(self.attempt, **blockage.error(now, "no rank is left to speak; stacks in logs"))
+        for beat in blockage.blockers:
+            send(beat.host, beat.pid, self.job.run_dir, signal.SIGUSR1, signal.SIGCONT)
         time.sleep(STACKS_S)

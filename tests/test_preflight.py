@@ -26,10 +26,11 @@ from launcher.job import make_job
 from trainers.config.checks import validate
 from trainers.config.errors import ConfigError
 from trainers.health import preflight
+from trainers.health.blockage import Blockage
 from trainers.health.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, judge
 from trainers.health.stragglers import EVERY, IN_A_ROW, Named, Slow, Stragglers, slow_ranks
-from trainers.health.watchdog import Beat, Verdict
 from trainers.rundir.attempt import Attempt
+from trainers.rundir.beats import Beat
 from trainers.world import World
 
 HOST = socket.gethostname()
@@ -314,7 +315,7 @@ def test_stragglers_pass_from_the_status_and_stay_in_a_failure(tmp_path: Path) -
 def test_a_watchdog_names_the_host_of_whom_it_names() -> None:
     """Not its own; none where the rank never began."""
     for beat, host in ((Beat(rank=1, host="node7", limit_s=1.0), "node7"), (Beat(rank=1, limit_s=1.0), None)):
-        error = {"rank": 0, "host": HOST} | Verdict([beat], False, []).error(9.0, "why")
+        error = {"rank": 0, "host": HOST} | Blockage([beat], False, []).error(9.0, "why")
         assert (error["rank"], error["host"]) == (1, host)
 
 

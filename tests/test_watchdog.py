@@ -33,8 +33,11 @@ from launcher.job import freeze, make_job, next_attempt
 from launcher.silence import LATER_S, Silence
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError
-from trainers.health.watchdog import FIRST_STEP, Beat, Phase, Watchdog, judge, read_beats
+from trainers.health.activity import FIRST_STEP, Activity
+from trainers.health.blockage import find_blockage
+from trainers.health.watchdog import Watchdog
 from trainers.rundir.attempt import Attempt, read_status
+from trainers.rundir.beats import Beat, Phase, read_beats
 
 FAULTS = """
 # FAULT=rank:step:what:folder: strikes that rank in that step, once: where the folder is not there yet
@@ -276,15 +279,15 @@ def test_a_rank_that_comes_back_in_time_is_left_alone(base: Path, chats: Path, c
         finish(process, run_dir, expect=0)
 
 
-def watchdog(clock: Clock) -> Watchdog:
-    watch = Watchdog(clock)
+def activity(clock: Clock) -> Activity:
+    watch = Activity(clock)
     watch.limits = dict.fromkeys(Phase, 10.0)
     return watch
 
 
 def test_time_counts_from_the_last_beat_and_the_first_step_gets_more() -> None:
     clock = Clock()
-    watch = watchdog(clock)
+    watch = activity(clock)
     watch.enter(Phase.step, 1)
     assert watch.limit_s() == 10 * FIRST_STEP
     watch.enter(Phase.evaluating, 1)
@@ -295,23 +298,24 @@ def test_time_counts_from_the_last_beat_and_the_first_step_gets_more() -> None:
     watch.enter(Phase.step, 2)
     assert (watch.limit_s(), watch.idle_s()) == (10, 0)
     clock.now += 10.5
-    assert watch._is_overdue()
+    assert watch.is_overdue()
     watch.limits[Phase.step] = None
-    assert not watch._is_overdue()
+    assert not watch.is_overdue()
 
 
 def test_a_process_that_was_stopped_is_not_overdue_when_it_goes_on() -> None:
     clock = Clock()
-    watch = watchdog(clock)
+    watch = activity(clock)
     watch.enter(Phase.saving)
-    watch.wrote = float("inf")  # writes nothing
+    watchdog = Watchdog(watch)
+    watchdog.wrote = float("inf")  # writes nothing
     clock.now += 3600
-    watch._tick()
+    watchdog._tick()
     assert watch.idle_s() < 3
     watch.beat()
     for _ in range(9):
         clock.now += 1
-        watch._tick()
+        watchdog._tick()
     assert watch.idle_s() == 9
 
 
@@ -337,16 +341,16 @@ def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 1
     ],
 )
 def test_who_holds_all_up(beats: list[Beat], silent: list[int], ranks: list[int], words: str) -> None:
-    verdict = judge({beat.rank: beat for beat in beats}, silent)
-    assert [beat.rank for beat in verdict.culprits] == ranks
-    assert words in verdict.message(60.0, "why")
-    assert verdict.left_s(60.0) < 0
+    blockage = find_blockage({beat.rank: beat for beat in beats}, silent)
+    assert [beat.rank for beat in blockage.blockers] == ranks
+    assert words in blockage.message(60.0, "why")
+    assert blockage.left_s(60.0) < 0
 
 
 def test_a_rank_that_is_waited_for_and_gets_on_is_not_held_up_to_it() -> None:
     """Rank 0 exports tensor by tensor for hours, the others wait for it far longer than their own limits."""
     beats = {0: beat(0, 4, "exporting", idle_s=1.0, limit_s=3600.0), 1: beat(1, 5, "exporting", idle_s=9e4, limit_s=3600.0)}
-    assert judge(beats, []).left_s(50.0) == 3599.0
+    assert find_blockage(beats, []).left_s(50.0) == 3599.0
 
 
 def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -39,12 +38,12 @@ from rich.table import Table
 
 from trainers import host
 from trainers.config.errors import ConfigError
+from trainers.processes import die_with_parent
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 MARKS = {OK: "[green]✓[/]", NOTE: "[dim]·[/]", WARN: "[yellow]![/]", FAIL: "[bold red]✗[/]"}
 OPS = ("cpu_adam", "async_io")
 IMPORT_LIMIT_S, BUILD_LIMIT_S, HUB_LIMIT_S, GRACE_S = 120.0, 3600.0, 2.0, 10.0
-PR_SET_PDEATHSIG = 1
 DISK_BYTES, SHM_BYTES, MEMLOCK_BYTES, OPEN_FILES = 20 * host.GIB, host.GIB, host.GIB, 4096
 """Below these a warning: a checkpoint of 1B parameters is 12 GB; nccl and pinned buffers take shared and locked memory."""
 
@@ -344,10 +343,7 @@ class _Child:
 def _answer(probe: str, path: str) -> int:
     """Be a probe: write the rows to `path`; returns the exit code."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        if os.getppid() != int(os.environ["FULLTUNE_DOCTOR"]):
-            return 1
+    die_with_parent(int(os.environ["FULLTUNE_DOCTOR"]), signal.SIGTERM)
     name, _, argument = probe.partition(":")
     try:
         rows = PROBES[name](argument)

@@ -29,9 +29,10 @@ from rich.table import Table
 
 from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
-from trainers.health.watchdog import read_beats
-from trainers.rundir.attempt import attempt_folder, newest_attempt, read_status
+from trainers.rundir.attempt import newest_attempt, read_status
+from trainers.rundir.beats import read_beats
 from trainers.rundir.ending import Exit
+from trainers.rundir.paths import attempt_folder, log_file
 from trainers.rundir.rows import last_step, read_rows, steps
 
 WATCH_S, FOLLOW_S = 2.0, 0.5
@@ -186,7 +187,7 @@ def _slow_ranks(status: dict[str, Any]) -> str:
 def print_log(run_dir: Path, rank: int, follow: bool) -> int:
     """Print a rank's log of the newest attempt, and what comes; the next attempt's too."""
     attempt = newest_attempt(run_dir)
-    path, shown = attempt_folder(run_dir, attempt) / f"rank-{rank}.log", 0
+    path, shown = log_file(attempt_folder(run_dir, attempt), rank), 0
     if not path.is_file() and not follow:
         print(f"error: {path}: there is no such log yet", file=sys.stderr)
         return Exit.bad_input
@@ -197,7 +198,7 @@ def print_log(run_dir: Path, rank: int, follow: bool) -> int:
         time.sleep(FOLLOW_S)
         if (newer := newest_attempt(run_dir)) != attempt:
             attempt, shown = newer, 0
-            path = attempt_folder(run_dir, attempt) / f"rank-{rank}.log"
+            path = log_file(attempt_folder(run_dir, attempt), rank)
 
 
 def cancel(run_dir: Path) -> int:

@@ -37,7 +37,8 @@ from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.health import preflight
-from trainers.health.watchdog import Phase, exit_after, watch
+from trainers.health.activity import watch
+from trainers.health.watchdog import watchdog
 from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
 from trainers.model.blueprint import (
     Blueprint,
@@ -52,7 +53,9 @@ from trainers.model.blueprint import (
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
+from trainers.processes import exit_after
 from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.beats import Phase
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import read_json
 from trainers.rundir.metrics import console, log_to, log_to_terminal
@@ -83,8 +86,8 @@ def main(path: str) -> int:
         check_world(config, world.size)
         if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ and not attempt.has_ended(State.failed, State.preempted):
             attempt.set_status(State.submitted)  # forget how an earlier attempt ended, as the launcher does
-        watch.collectives, watch.flight_record = world.collectives, world.flight_record
-        watch.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, Exit.failed))
+        watchdog.collectives, watchdog.flight_record = world.collectives, world.flight_record
+        watchdog.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, Exit.failed))
         return run(config, world, attempt)
     except Stopped as signal_name:
         log.info("%s before the first step: nothing to save", signal_name)
@@ -151,7 +154,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     watch.enter(Phase.checking)
     readings, findings = preflight.check(world, attempt.folder, data.path, config.limits.slow_node)
     log_to(attempt.folder, world.rank, world.size)
-    watch.log_to(attempt.folder)
+    watchdog.log_to(attempt.folder)
     if world.rank == 0:
         preflight.say(readings, findings)
         console.print(summary(data.report), soft_wrap=True, highlight=False)
@@ -194,7 +197,7 @@ def train_and_export(
     world.barrier()  # rank 0 may still be waiting for a mirror: all end together
     if stopped:
         log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
-    watch.stop()
+    watchdog.stop()
     code = Exit.stopped if stopped else Exit.done
     exit_after(ENDING_S, code)
     world.disconnect()

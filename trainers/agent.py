@@ -18,8 +18,9 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.health.watchdog import read_beats, send
+from trainers.processes import send
 from trainers.rundir.attempt import Attempt, newest_attempt
+from trainers.rundir.beats import read_beats
 from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
 
 LATE_S = 15
@@ -62,7 +63,8 @@ def _end_late_ranks(attempt: Attempt) -> None:
         if attempt.has_ended(State.failed):
             time.sleep(LATE_S)
             if attempt.is_current(at_once=True):
-                send(read_beats(attempt.run_dir).values(), attempt.run_dir, signal.SIGKILL)
+                for beat in read_beats(attempt.run_dir).values():
+                    send(beat.host, beat.pid, attempt.run_dir, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ from trainers.config.schema import OnSpike, RunConfig
 from trainers.data.loader import Ints, Loader, eval_batches
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
+from trainers.health.activity import watch
 from trainers.health.spikes import Spikes
 from trainers.health.stragglers import Stragglers
-from trainers.health.watchdog import Phase, watch
 from trainers.objectives import CHOICES, Objective
 from trainers.optim import learning_rate, warmup_steps
 from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.beats import Phase
 from trainers.rundir.files import finite
 from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
 from trainers.rundir.rows import eval_losses

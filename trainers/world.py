@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import signal
@@ -14,9 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainers.processes import die_with_parent
+
 T = TypeVar("T")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-PR_SET_PDEATHSIG = 1
 RAISE_AGAIN_S = 0.02
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """Where a user sets torch's allocator up; ours is to leave no gaps in a device's memory that nothing fits into."""
@@ -24,14 +24,6 @@ ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 
 class Stopped(BaseException):
     """A signal came where no step is being taken; like KeyboardInterrupt, no `except Exception` may catch it."""
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Ask the kernel to kill this process when its parent ends, however it ends; end where `parent` has ended before."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)
 
 
 @dataclass(kw_only=True)

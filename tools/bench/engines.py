@@ -187,8 +187,9 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         from trainers.engines.base import build_engine, require_parts
         from trainers.loop import Training
         from trainers.model.blueprint import flops_per_token, make_blueprint
+        from trainers.processes import die_with_parent
         from trainers.rundir.attempt import Attempt
-        from trainers.world import World, die_with_parent
+        from trainers.world import World
 
         die_with_parent()
         world = World.from_environment()

@@ -107,7 +107,8 @@ def run_rank(options: argparse.Namespace) -> None:
 
     from trainers.engines.base import build_engine
     from trainers.model.safetensors_files import Weights
-    from trainers.world import World, die_with_parent
+    from trainers.processes import die_with_parent
+    from trainers.world import World
 
     die_with_parent()
     torch.set_num_threads(1)

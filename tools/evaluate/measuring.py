@@ -31,9 +31,9 @@ from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
 from trainers.host import cores
+from trainers.processes import die_with_parent
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import read_json, write_json
-from trainers.world import die_with_parent
 
 VERSION = 1
 """Of what is measured and how: raise it when either changes."""

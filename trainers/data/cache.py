@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
-from trainers.health.watchdog import watch
+from trainers.health.activity import watch
 
 POLL_S = 0.2
 REMIND_S = 30.0

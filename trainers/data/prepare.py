@@ -29,8 +29,9 @@ from trainers.data.pack import one_each, pack
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
-from trainers.health.watchdog import watch
-from trainers.world import STOP_SIGNALS, die_with_parent
+from trainers.health.activity import watch
+from trainers.processes import die_with_parent
+from trainers.world import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -46,16 +46,15 @@ QUIET_S = 120.0
 """Seconds in which a live builder, perhaps on another node, is sure to have written something into its folder."""
 POLL_S, REMIND_S, CHECK_S, GRACE_S = 0.2, 30.0, 30.0, 3.0
 BUILD = """
-import ctypes, os, signal, sys
+import os, signal, sys
 def end(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.killpg(0, signal.SIGTERM)  # ninja passes it on to its compilers, each in a process group of its own
     os._exit(1)
 signal.signal(signal.SIGTERM, end)
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: end with who asked, the compilers too
-if os.getppid() != int(sys.argv[2]):
-    sys.exit(1)
+sys.path.append(sys.argv[3])
+from trainers.processes import die_with_parent
+die_with_parent(int(sys.argv[2]), signal.SIGTERM)  # end with who asked, the compilers too
 from deepspeed.ops import op_builder
 getattr(op_builder, sys.argv[1])().load(verbose=True)
 """
@@ -195,7 +194,7 @@ def _build(op: str, limit_s: float) -> None:
     log.info("building DeepSpeed's %s, once on this machine: a minute or more (log %s)", op, report)
     start, ended = time.monotonic(), False
     with report.open("w") as output:
-        line = [sys.executable, "-P", "-c", BUILD, BUILDERS[op], str(os.getpid())]
+        line = [sys.executable, "-P", "-c", BUILD, BUILDERS[op], str(os.getpid()), str(Path(__file__).parents[2])]
         process = subprocess.Popen(
             line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_build_environment(), start_new_session=True
         )

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 )
 
 from trainers.config.errors import ConfigError
-from trainers.health.watchdog import watch
+from trainers.health.activity import watch
 from trainers.model.safetensors_files import FLOATS, Weights, listed
 
 log = logging.getLogger("fulltune")

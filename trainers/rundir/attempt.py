@@ -14,6 +14,7 @@ from typing import Any
 
 from trainers.rundir.ending import State, Status, with_failure, with_state
 from trainers.rundir.files import read_json, staged, try_json
+from trainers.rundir.paths import LOGS, STATUS, attempt_folder
 
 LOOK_EVERY_S = 1.0
 LOCK_WAIT_S = 3.0
@@ -24,7 +25,7 @@ ENDED = (State.preempted, State.failed, State.done)
 
 def read_status(run_dir: Path) -> Status:
     """Return status.json; empty where it is absent or cannot be read."""
-    return try_json(run_dir / "status.json")
+    return try_json(run_dir / STATUS)
 
 
 def read_state(run_dir: Path) -> str:
@@ -58,14 +59,9 @@ def newest_attempt(run_dir: Path) -> int:
     Read from a file that is written in place: of a network's file system, opening one asks the server, listing may not.
     """
     with contextlib.suppress(FileNotFoundError, ValueError):  # absent, or just being written
-        return int((run_dir / "logs" / "attempt").read_text())
-    taken = [path.name.removeprefix("attempt-") for path in (run_dir / "logs").glob("attempt-*")]
+        return int((run_dir / LOGS / "attempt").read_text())
+    taken = [path.name.removeprefix("attempt-") for path in (run_dir / LOGS).glob("attempt-*")]
     return max((int(number) for number in taken if number.isdigit()), default=0)
-
-
-def attempt_folder(run_dir: Path, number: int) -> Path:
-    """Return the log folder of an attempt."""
-    return run_dir / "logs" / f"attempt-{number}"
 
 
 def _discard(path: Path) -> None:
@@ -105,7 +101,7 @@ class Attempt:
 
     def claim(self) -> int:
         """Take the next number by making its log folder, and what older attempts have staged; return it. One rank claims, for all."""
-        logs = self.run_dir / "logs"
+        logs = self.run_dir / LOGS
         logs.mkdir(exist_ok=True)
         number = newest_attempt(self.run_dir) + 1
         while True:
@@ -151,18 +147,18 @@ class Attempt:
     def set_status(self, state: str, **more: object) -> None:
         """Update status.json: the state and whatever else is known, where the rules of ending.py let it follow what is there."""
         with _alone(self.run_dir):
-            known = read_json(self.run_dir / "status.json")
+            known = read_json(self.run_dir / STATUS)
             self._write_status(with_state(known, self._ended(known), State(state)), **more)
 
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0, over_stop: bool = False) -> bool:
         """Mark the run failed with an error of the time `at`, where the rules of ending.py let it; tell whether it was."""
         with _alone(self.run_dir):
-            known = read_json(self.run_dir / "status.json")
+            known = read_json(self.run_dir / STATUS)
             return self._write_status(with_failure(known, self._ended(known), error, at, together_s, over_stop))
 
     def _write_status(self, status: Status | None, **more: object) -> bool:
         of_slurm = {} if self._slurm_attempt is None else {"slurm_attempt": self._slurm_attempt}
-        return status is not None and self.write_json(self.run_dir / "status.json", status | {"time": time.time()} | of_slurm | more)
+        return status is not None and self.write_json(self.run_dir / STATUS, status | {"time": time.time()} | of_slurm | more)
 
     def has_ended(self, *states: str) -> bool:
         """Tell whether status.json says one of these states, of this attempt; False where it cannot be read."""

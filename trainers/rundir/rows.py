@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.rundir.files import try_row
+from trainers.rundir.paths import METRICS
 
 Row = dict[str, Any]
 
@@ -64,7 +65,7 @@ def read_rows(run_dir: Path, last_bytes: int | None = None) -> list[Row]:
     Half lines are left out: the last one of a run that writes or was killed, and the first one of `last_bytes`.
     """
     try:
-        with (run_dir / "metrics.jsonl").open("rb") as file:
+        with (run_dir / METRICS).open("rb") as file:
             if last_bytes is not None:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
             text = file.read().decode(errors="replace")

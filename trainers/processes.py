@@ -1,0 +1,55 @@
+"""Processes of a run: ending with a parent, ending in any case, what the system knows of one, and signals to one. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+"""Loaded before a fork, in which loading may wait for a lock for ever."""
+PR_SET_PDEATHSIG = 1
+STATES = {"T": "stopped", "t": "stopped", "Z": "dead", "D": "waiting for a disk or a device"}
+"""Of a process in /proc; others are alive."""
+HALTED = ("stopped", "dead", "gone")
+"""What a process that makes no progress is."""
+
+
+def die_with_parent(parent: int | None = None, number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process a signal when its parent ends, however it ends; end where `parent` has ended before."""
+    if LIBC is not None:
+        LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
+
+
+def exit_after(seconds: float, code: int) -> None:
+    """End this process with `code` if it is still there then."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+
+
+def state_of(host: str, pid: int) -> str:
+    """Say what the system knows about a process: alive, waiting, or one of HALTED; empty where it is of another machine."""
+    if host != socket.gethostname() or not Path("/proc/self/stat").exists():
+        return ""
+    try:
+        return STATES.get(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0], "alive")
+    except OSError:
+        return "gone"
+
+
+def send(host: str, pid: int, run_dir: Path, *numbers: signal.Signals) -> None:
+    """Send signals to a process of this machine whose command line names `run_dir`: the id may be another process's by now."""
+    if host != socket.gethostname():
+        return
+    with contextlib.suppress(OSError):
+        if str(run_dir).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+            for number in numbers:
+                os.kill(pid, number)
