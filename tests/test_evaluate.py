@@ -60,8 +60,8 @@ def measured(
     folder: Path, run: Path, size: int, batch: int, capsys: pytest.CaptureFixture[str], **more: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """What `size` workers with this batch leave, by part and document; one after another here, they share nothing but files."""
-    from tools.evaluate.measuring import main
     from tools.evaluate.record import collect
+    from tools.evaluate.worker import main
 
     folder.mkdir(exist_ok=True)
     file = request_of(folder, run, batch, **more)
@@ -78,7 +78,7 @@ def measured(
 def test_no_figure_depends_on_ranks_or_batches(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.evaluate.measuring.die_with_parent", lambda: None)
+    monkeypatch.setattr("tools.evaluate.worker.die_with_parent", lambda: None)
     splits = [(1, 8), (2, 3), (3, 1), (1, 1), (3, 8)] if dtype == "float32" else [(1, 8), (3, 3)]
     found = []
     for number, (size, batch) in enumerate(splits):
@@ -233,8 +233,8 @@ def test_text_that_the_base_wrote_measures_how_far_a_model_has_gone_from_it(eval
 
 def test_what_is_measured_is_not_measured_again(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tools.evaluate.measuring.die_with_parent", lambda: None)
-        from tools.evaluate.measuring import main
+        patch.setattr("tools.evaluate.worker.die_with_parent", lambda: None)
+        from tools.evaluate.worker import main
 
         file = request_of(tmp_path, finished, 2, rows=4, max_new_tokens=6)
         assert main([str(file), "0", "2"]) == 0  # the other of two processes never came
@@ -365,9 +365,7 @@ def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(finished: Path, tm
         child.kill()
     assert child.returncode == 130, said
     assert "the same command continues from there" in said
-    left = subprocess.run(
-        ["pgrep", "-f", "tools.evaluate.measuring"], capture_output=True, text=True, check=False, timeout=10
-    ).stdout.split()
+    left = subprocess.run(["pgrep", "-f", "tools.evaluate.worker"], capture_output=True, text=True, check=False, timeout=10).stdout.split()
     mine = [pid for pid in left if str(kept).encode() in _environ(pid)]
     assert not mine
     assert not (run / "evaluation").exists()

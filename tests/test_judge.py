@@ -450,13 +450,13 @@ def test_the_judge_needs_no_torch() -> None:
 
 
 def judged(run: Path, judge: Judge) -> bool:
-    from tools.evaluate.judging import judge as let_judge
     from tools.evaluate.record import load
+    from tools.evaluate.verdicts import collect_verdicts
 
     ours, theirs = (load(run / "evaluation", name) for name in ("run", "base"))
     assert ours is not None
     assert theirs is not None
-    return let_judge(run / "evaluation", ours, theirs, judge)
+    return collect_verdicts(run / "evaluation", ours, theirs, judge)
 
 
 def note_of(run: Path) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from tools.merge import __main__ as merge
-from tools.merge import modules as merging
+from tools.merge import probe
 
 REL = 1e-5
 Q = "model.layers.1.self_attn.q_proj"
@@ -373,8 +373,8 @@ def test_the_end_says_how_far_the_models_are(
     assert float(re.search(r"largest difference of a logit to base and adapter: (\S+),", said)[1]) < 1e-4  # type: ignore[index]
     assert "64 of 64 positions" in said
     assert f'from_pretrained("{tmp_path / "one"}")' in said
-    off = merging.Difference(largest=0.5, scale=3.0, same=60, positions=64)
-    monkeypatch.setattr(merging, "compare", lambda folder, merge: off)
+    off = probe.Difference(largest=0.5, scale=3.0, same=60, positions=64)
+    monkeypatch.setattr(probe, "compare", lambda folder, merge: off)
     assert "is not the same model" in tool(adapter("lora"), tmp_path / "two", expect=1)
     assert (tmp_path / "two" / "model.safetensors").is_file()
     monkeypatch.setattr("trainers.host.memory_available", lambda: 1000)
@@ -511,7 +511,7 @@ def test_values_that_are_not_finite_are_named(
 MEASURED = """
 import re, sys
 from pathlib import Path
-from tools.merge import main
+from tools.merge.__main__ import main
 assert main(sys.argv[1:]) == 0
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """

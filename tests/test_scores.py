@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from tools.evaluate.scores import common_length, exact_match, extract, is_json, is_refusal, measure, repetition, rouge_l
+from tools.evaluate.scores import common_length, exact_match, extract, is_json, is_refusal, repetition, rouge_l, score
 from trainers.config.schema import Metric
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = 72 clips altogether.\n#### 72"
@@ -92,7 +92,7 @@ def test_json_is_json_and_nothing_around_it() -> None:
     assert is_json("[" * 100_000) == 0.0
     for text in ('```json\n{"a": 1}\n```', '{"a": 1', "3", '"text"', "{'a': 1}", ""):
         assert is_json(text) == 0.0
-    assert measure(Metric.json, "[]", "", "auto") == 1.0
+    assert score(Metric.json, "[]", "", "auto") == 1.0
 
 
 def test_repetition_is_the_share_of_4_grams_seen_before() -> None:

@@ -245,7 +245,7 @@ def _own_notes(run: Run) -> list[str]:
     elif run.ours is not None and run.base is None:
         notes.append("its base is not evaluated: nothing can be said of forgetting")
     elif run.ours is not None and run.base is not None:
-        notes += [] if run.judged is None else [record.judging_words(run.judged.about)]
+        notes += [] if run.judged is None else [record.judged_words(run.judged.about)]
         if run.base.about.get("sets") != run.ours.about.get("sets") or run.base.about.get("dtype") != run.ours.about.get("dtype"):
             notes.append(f"its base is evaluated on other rows or in another type: python -m tools.evaluate {run.run_dir}")
     return notes

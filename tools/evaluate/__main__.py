@@ -17,24 +17,19 @@ Exit codes: 0 done, 1 a model could not be measured, or the judge has scored not
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import os
 import signal
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from tools.evaluate import judging, record
 from tools.evaluate.judge import Judge
-from tools.evaluate.record import FOLDER, Evaluation
+from tools.evaluate.measurements import Measurement, keep, measurements_of
 from tools.evaluate.say import table_of
-from tools.evaluate.workers import Subject, run_workers
-from tools.runs import is_run, runs_below
-from trainers.config.checks import validate_evaluation
+from tools.evaluate.verdicts import collect_verdicts
+from tools.evaluate.workers import run_workers
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, read_at
-from trainers.rundir.attempt import read_status
+from trainers.config.schema import Metric
 from trainers.rundir.ending import Exit
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -95,6 +90,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure what the options name; returns the exit code, raises ConfigError."""
+    check(options)
+    asked, skipped = measurements_of(options)
+    for line in skipped:
+        print(f"left out: {line}", file=sys.stderr)
+    if not asked:
+        raise ConfigError("RUN_OR_MODEL", " ".join(map(str, options.paths)), "there is no run that is done")
+    machine = {name: getattr(options, name) for name in ("batch", "device", "dtype", "processes")}
+    code = run_workers(asked, **machine, tasks=options.lm_eval or (), tasks_dir=options.lm_eval_dir)
+    return report(asked, options) if code == Exit.done else code
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise ConfigError for options that cannot be, or do not go together."""
     for name in ("batch", "processes", "judge_attempts", "judge_timeout"):
         if getattr(options, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
@@ -104,94 +112,20 @@ def evaluate(options: argparse.Namespace) -> int:
         raise ConfigError("--lm-eval-dir", options.lm_eval_dir, "no such directory")
     if options.judge and options.no_base:
         raise ConfigError("--no-base", True, "answers are judged next to the base's", "leave one of the two out")
-    subjects, skipped = subjects_of(options)
-    for line in skipped:
-        print(f"left out: {line}", file=sys.stderr)
-    if not subjects:
-        raise ConfigError("RUN_OR_MODEL", " ".join(map(str, options.paths)), "there is no run that is done")
-    machine = {name: getattr(options, name) for name in ("batch", "device", "dtype", "processes")}
-    code = run_workers(subjects, **machine, tasks=options.lm_eval or (), tasks_dir=options.lm_eval_dir)
-    if code != Exit.done:
-        return code
-    console = Console()
-    for run in [subject for subject in subjects if subject.name != "base"]:
-        base = next((subject for subject in subjects if subject.name == "base" and subject.out == run.out), None)
-        theirs = None if base is None else keep(base, options.dtype)
+
+
+def report(measured: list[Measurement], options: argparse.Namespace) -> int:
+    """Keep what was measured, let a judge score it where one is given, and print a table for each run; returns the exit code."""
+    console, code = Console(), int(Exit.done)
+    bases = {measurement.out: measurement for measurement in measured if measurement.name == "base"}
+    for run in [measurement for measurement in measured if measurement.name != "base"]:
+        theirs = keep(bases[run.out], options.dtype) if run.out in bases else None
         ours = keep(run, options.dtype)
         if options.judge and theirs is not None:
             judge = Judge(url=options.judge, model=options.judge_model, timeout_s=options.judge_timeout, attempts=options.judge_attempts)
-            code = code if judging.judge(run.out, ours, theirs, judge) else Exit.failed
+            code = code if collect_verdicts(run.out, ours, theirs, judge) else Exit.failed
         console.print(table_of(run.out, ours, theirs))
     return code
-
-
-def subjects_of(options: argparse.Namespace) -> tuple[list[Subject], list[str]]:
-    """Return the models that paths name, bases first, and why others are left out; raises ConfigError."""
-    found, skipped = [], []
-    for path in {path.resolve(): path for path in options.paths}.values():
-        if not path.is_dir():
-            raise ConfigError("RUN_OR_MODEL", str(path), "no such directory")
-        if (path / "adapter_config.json").is_file() or ((path / "config.json").is_file() and not is_run(path)):
-            found.append(_model(path, options))
-            continue
-        runs = list(runs_below(path))
-        if not runs:
-            raise ConfigError("RUN_OR_MODEL", str(path), "is neither a run nor a folder of runs nor a model")
-        for run in runs:
-            state = read_status(run).get("state")
-            if state != "done" or not (run / "export").is_dir():
-                skipped.append(f"{run} is {state}, not done")
-                continue
-            config = with_options(read_at(run), options)
-            found.append(Subject(name="run", config=config, folder=run / "export", out=run / FOLDER))
-    if sum(subject.name == "model" for subject in found) > 1:
-        raise ConfigError("--out", str(options.out or FOLDER), "several models have one place for their results", "one model at a time")
-    with_base = (
-        [] if options.no_base else [subject for subject in found if subject.config.model.id is not None and subject.folder is not None]
-    )
-    bases = [Subject(name="base", config=subject.config, folder=None, out=subject.out) for subject in with_base]
-    return [*bases, *found], skipped
-
-
-def _model(path: Path, options: argparse.Namespace) -> Subject:
-    """Return a model directory as it is measured: with a run's rows, or those of --path."""
-    if options.like is not None:
-        if not is_run(options.like):
-            raise ConfigError("--like", str(options.like), "is not a run directory")
-        config = read_at(options.like)
-    elif options.path is not None and not (path / "adapter_config.json").is_file():
-        config = RunConfig(model=ModelConfig(id=str(path)), data=DataConfig(path=options.path))
-        options.no_base = True
-    else:
-        raise ConfigError("RUN_OR_MODEL", str(path), "is a model, and nothing says what to measure it on", "--like RUN, or --path FILE")
-    return Subject(name="model", config=with_options(config, options), folder=path, out=options.out or Path(FOLDER))
-
-
-def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
-    """Return a run's config with the settings that the command line gives; raises ConfigError for what they cannot be."""
-    given = {item.name: getattr(options, item.name) for item in dataclasses.fields(EvaluationConfig)}
-    given = {name: value for name, value in given.items() if value is not None}
-    if unknown := [name for name in given.get("metrics", []) if name not in list(Metric)]:
-        raise ConfigError("--metrics", unknown[0], "there is no such metric", f"of {', '.join(Metric)}")
-    if "metrics" in given:
-        given["metrics"] = [Metric(name) for name in given["metrics"]]
-    for name in ("rows", "max_new_tokens", "general_rows"):
-        if name in given and given[name] < (name != "rows"):
-            raise ConfigError(f"--{name.replace('_', '-')}", given[name], "must be greater than 0")
-    for name in ("path", "general"):
-        if name in given and Path(given[name]).exists():
-            given[name] = os.path.abspath(given[name])
-    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
-    validate_evaluation(config.evaluation)
-    return config
-
-
-def keep(subject: Subject, dtype: str) -> Evaluation:
-    """Score what the workers have measured, write it to the subject's folder, and return it."""
-    rows = {part: record.collect(Path(found["folder"]), found["documents"]) for part, found in subject.parts.items()}
-    if "answers" in rows:
-        rows["answers"] = [record.scored(row, subject.config.evaluation) for row in rows["answers"]]
-    return record.write(subject.out, subject.name, subject.about(dtype), rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 
 from tools.evaluate import intervals
 from tools.evaluate.intervals import LEVEL, Estimate, Floats
-from tools.evaluate.scores import is_refusal, measure
+from tools.evaluate.scores import is_refusal, score
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EvaluationConfig, Metric
 from trainers.data.cache import content_key
@@ -115,7 +115,7 @@ def collect(folder: Path, documents: Sequence[int]) -> list[dict[str, Any]]:
 def scored(answer: dict[str, Any], settings: EvaluationConfig) -> dict[str, Any]:
     """Return an answer's row with its scores, and whether it refuses."""
     texts = answer["answer"], answer["reference"]
-    scores = {str(metric): measure(metric, *texts, settings.extract) for metric in settings.metrics}
+    scores = {str(metric): score(metric, *texts, settings.extract) for metric in settings.metrics}
     return answer | {"scores": scores, "refused": is_refusal(answer["answer"])}
 
 
@@ -202,7 +202,7 @@ class Judged:
         return None if values is None or not len(values) else intervals.ratio(values, np.ones_like(values), level)
 
 
-def judging_words(about: dict[str, Any]) -> str:
+def judged_words(about: dict[str, Any]) -> str:
     """Return how a judging went in one line: what was scored, what failed of which cause, and what the judge is worth."""
     parts = [f"{about['model']} judged {about['scored']} of {about['rows']} answers in both orders"]
     parts += [f"{about['one_order']} in one order only, which does not count"] if about["one_order"] else []

@@ -93,7 +93,7 @@ def is_json(answer: str) -> float:
         return 0.0
 
 
-def measure(metric: Metric, answer: str, reference: str, how: str) -> float | None:
+def score(metric: Metric, answer: str, reference: str, how: str) -> float | None:
     """Return an answer's score in [0, 1]; None where the reference says nothing about it."""
     if metric is Metric.exact_match:
         return exact_match(answer, reference, how)

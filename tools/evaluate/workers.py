@@ -1,4 +1,4 @@
-"""Processes that measure models, and a bar for each model."""
+"""Start the processes that measure models (`worker`), and show a bar for each model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,53 +19,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tools.evaluate.measurements import Measurement
 from trainers.config.errors import ConfigError
-from trainers.config.schema import RunConfig, plain
 from trainers.host import cores
 from trainers.rundir.ending import Exit
 
 STOP_S = 10.0
 
 
-@dataclass(kw_only=True)
-class Subject:
-    """A model to measure: under which name its metrics go to which folder."""
-
-    name: str
-    """`run`, `base` or `model`."""
-    config: RunConfig
-    folder: Path | None
-    """Directory of its weights; None is the run's base."""
-    out: Path
-    parts: dict[str, Any] = field(default_factory=dict)
-    """Where the workers keep its metrics, once they have said so."""
-    weights: str = ""
-    """What identifies its weights, an adapter's base included."""
-    files: str = ""
-    """What identifies its own files."""
-    lm_eval: dict[str, Any] | None = None
-    """Figures of standard benchmarks."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return what the workers need."""
-        return {"config": plain(self.config), "folder": None if self.folder is None else str(self.folder)}
-
-    def about(self, dtype: str) -> dict[str, Any]:
-        """Return what NAME.json says in addition to the metrics."""
-        return {
-            "name": self.name,
-            "model": str(self.folder or self.config.model.id),
-            "weights": self.weights,
-            "files": self.files,
-            "settings": plain(self.config.evaluation),
-            "dtype": dtype,
-            "sets": {part: found["set"] for part, found in self.parts.items()},
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        } | ({} if self.lm_eval is None else {"lm_eval": self.lm_eval})
-
-
 def run_workers(
-    subjects: list[Subject],
+    subjects: list[Measurement],
     *,
     batch: int,
     device: str,
@@ -101,7 +62,7 @@ def started(request: Path, logs: list[Path]) -> Iterator[list[subprocess.Popen[s
     children = []
     try:
         for rank, log in enumerate(logs):
-            line = [sys.executable, "-m", "tools.evaluate.measuring", str(request), str(rank), str(len(logs))]
+            line = [sys.executable, "-m", "tools.evaluate.worker", str(request), str(rank), str(len(logs))]
             with log.open("w") as errors:
                 environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
                 child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True)
@@ -146,7 +107,7 @@ def follow(children: list[subprocess.Popen[str]], show: Callable[[dict[str, Any]
 class Bars:
     """Progress, a bar for each model."""
 
-    def __init__(self, subjects: list[Subject]) -> None:
+    def __init__(self, subjects: list[Measurement]) -> None:
         """Prepare a bar for each, without its total, which the workers know."""
         self.subjects, self.failed = subjects, ""
         console = Console(stderr=True)
@@ -156,7 +117,7 @@ class Bars:
         self.done: dict[tuple[int, str, int], int] = {}
 
     @staticmethod
-    def _title(subject: Subject) -> str:
+    def _title(subject: Measurement) -> str:
         return escape(f"{subject.out.parent.name}: base" if subject.name == "base" else subject.out.parent.name)
 
     def __enter__(self) -> Bars:

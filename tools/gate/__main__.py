@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from tools.evaluate import record
+from tools.evaluate.measurements import Measurement
 from tools.evaluate.record import FOLDER
-from tools.evaluate.workers import Subject, run_workers
+from tools.evaluate.workers import run_workers
 from tools.gate.card import write_card
 from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prompts, read_rules
 from tools.runs import is_run
@@ -112,7 +113,7 @@ def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, op
         data = dataclasses.replace(data, max_lost_fraction=1.0, skip_bad_rows=False)
         asked = dataclasses.replace(config.evaluation, path=str(file), rows=len(prompts), general=None, max_new_tokens=rules.max_new_tokens)
         config = dataclasses.replace(config, data=data, evaluation=asked)
-        subject = Subject(name="gate", config=config, folder=run / "export", out=run / FOLDER)
+        subject = Measurement(name="gate", config=config, folder=run / "export", out=run / FOLDER)
         if run_workers([subject], batch=options.batch, device=options.device, dtype=options.dtype) != Exit.done:
             raise NotMeasured
         part = subject.parts.get("answers", {"documents": []})

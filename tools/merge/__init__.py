@@ -1,1 +1,1 @@
-"""Adapters merged into the model they belong to."""
+"""Merge adapters into the model they belong to: `python -m tools.merge --help`."""

@@ -1,4 +1,4 @@
-"""Measure models, as one of several processes: python -m tools.evaluate.measuring REQUEST.json RANK SIZE; `python -m tools.evaluate` asks.
+"""Measure models, as one of several processes: python -m tools.evaluate.worker REQUEST.json RANK SIZE, which `workers` starts.
 
 Each document's metrics are a line of a file that grows, in the folder of prepared data and under a key of all that decides them: what
 is there is not measured again, by whichever process and in whichever run it was. What it does is said on stdout, a JSON object a line.
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     try:
         for number, asked in enumerate(request["subjects"]):
             subject = Subject(config=parse(asked["config"]), folder=Path(asked["folder"]) if asked["folder"] else None)
-            measure(subject, number, request, device, rank, size)
+            measure_share(subject, number, request, device, rank, size)
     except ConfigError as error:
         say(error=error.parts())
         return Exit.bad_input
@@ -83,7 +83,7 @@ def say(**what: object) -> None:
     print(json.dumps(what), flush=True)
 
 
-def measure(subject: Subject, number: int, request: dict[str, Any], device: torch.device, rank: int, size: int) -> None:
+def measure_share(subject: Subject, number: int, request: dict[str, Any], device: torch.device, rank: int, size: int) -> None:
     """Measure a rank's share of a model's documents that nobody has measured."""
     tokenizer = subject.tokenizer
     parts = parts_of(subject, request["dtype"], device)

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tools.evaluate.judge import NOT_ASKED, PROMPT, Judge, Question, Verdict, ask, check, tally
-from tools.evaluate.record import JUDGED, Evaluation, answers_key, judging_words, read_lines
+from tools.evaluate.record import JUDGED, Evaluation, answers_key, judged_words, read_lines
 from trainers.data.cache import content_key
 from trainers.rundir.files import write_json
 
 
-def judge(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -> bool:
+def collect_verdicts(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -> bool:
     """Let a judge score the answers that it has not scored, and say how that went; tell whether any has scores.
 
     Nothing is made up: what failed is counted by kind, in judge.json and on the terminal, and is asked again by the next call.
@@ -56,7 +56,7 @@ def judge(folder: Path, ours: Evaluation, theirs: Evaluation, settings: Judge) -
     where = urlsplit(settings.url)
     about = {"model": settings.model, "host": where.hostname, "answers": answers_key(ours, theirs), "reason": reason}
     write_json(folder / f"{JUDGED}.json", about | found)
-    print(judging_words(about | found), flush=True)
+    print(judged_words(about | found), flush=True)
     return bool(found["scored"])
 
 

@@ -1,0 +1,128 @@
+"""What a command line asks to measure: runs, their bases or one model, each with its settings; and what is kept of it. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tools.evaluate import record
+from tools.evaluate.record import FOLDER, Evaluation
+from tools.runs import is_run, runs_below
+from trainers.config.checks import validate_evaluation
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, plain, read_at
+from trainers.rundir.attempt import read_state
+from trainers.rundir.ending import State
+
+
+@dataclass(kw_only=True)
+class Measurement:
+    """A model to measure: under which name what is measured goes to which folder, and what the workers have said of it."""
+
+    name: str
+    """`run`, `base` or `model`."""
+    config: RunConfig
+    folder: Path | None
+    """Directory of its weights; None is the run's base."""
+    out: Path
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Where the workers keep its metrics, once they have said so."""
+    weights: str = ""
+    """What identifies its weights, an adapter's base included."""
+    files: str = ""
+    """What identifies its own files."""
+    lm_eval: dict[str, Any] | None = None
+    """Figures of standard benchmarks."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the workers need."""
+        return {"config": plain(self.config), "folder": None if self.folder is None else str(self.folder)}
+
+    def about(self, dtype: str) -> dict[str, Any]:
+        """Return what NAME.json says in addition to the metrics."""
+        return {
+            "name": self.name,
+            "model": str(self.folder or self.config.model.id),
+            "weights": self.weights,
+            "files": self.files,
+            "settings": plain(self.config.evaluation),
+            "dtype": dtype,
+            "sets": {part: found["set"] for part, found in self.parts.items()},
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        } | ({} if self.lm_eval is None else {"lm_eval": self.lm_eval})
+
+
+def measurements_of(options: argparse.Namespace) -> tuple[list[Measurement], list[str]]:
+    """Return the models that paths name, bases first, and why others are left out; raises ConfigError."""
+    found, skipped = [], []
+    for path in {path.resolve(): path for path in options.paths}.values():
+        if not path.is_dir():
+            raise ConfigError("RUN_OR_MODEL", str(path), "no such directory")
+        if (path / "adapter_config.json").is_file() or ((path / "config.json").is_file() and not is_run(path)):
+            found.append(_model(path, options))
+        else:
+            done, others = _runs(path, options)
+            found += done
+            skipped += others
+    if sum(one.name == "model" for one in found) > 1:
+        raise ConfigError("--out", str(options.out or FOLDER), "several models have one place for their results", "one model at a time")
+    with_base = [] if options.no_base else [one for one in found if one.config.model.id is not None]
+    return [*(Measurement(name="base", config=one.config, folder=None, out=one.out) for one in with_base), *found], skipped
+
+
+def _runs(path: Path, options: argparse.Namespace) -> tuple[list[Measurement], list[str]]:
+    """Return the runs at or below a path that are done, and of the others why they are left out."""
+    runs = list(runs_below(path))
+    if not runs:
+        raise ConfigError("RUN_OR_MODEL", str(path), "is neither a run nor a folder of runs nor a model")
+    states = {run: read_state(run) for run in runs}
+    done = [run for run in runs if states[run] == State.done and (run / "export").is_dir()]
+    configs = {run: with_options(read_at(run), options) for run in done}
+    found = [Measurement(name="run", config=configs[run], folder=run / "export", out=run / FOLDER) for run in done]
+    return found, [f"{run} is {states[run]}, not done" for run in runs if run not in done]
+
+
+def _model(path: Path, options: argparse.Namespace) -> Measurement:
+    """Return a model directory as it is measured: with a run's rows, or those of --path, which leaves the base out."""
+    if options.like is not None:
+        if not is_run(options.like):
+            raise ConfigError("--like", str(options.like), "is not a run directory")
+        config = read_at(options.like)
+    elif options.path is not None and not (path / "adapter_config.json").is_file():
+        config = RunConfig(model=ModelConfig(id=str(path)), data=DataConfig(path=options.path))
+        options.no_base = True
+    else:
+        raise ConfigError("RUN_OR_MODEL", str(path), "is a model, and nothing says what to measure it on", "--like RUN, or --path FILE")
+    return Measurement(name="model", config=with_options(config, options), folder=path, out=options.out or Path(FOLDER))
+
+
+def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """Return a run's config with the settings that the command line gives; raises ConfigError for what they cannot be."""
+    given = {item.name: getattr(options, item.name) for item in dataclasses.fields(EvaluationConfig)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if unknown := [name for name in given.get("metrics", []) if name not in list(Metric)]:
+        raise ConfigError("--metrics", unknown[0], "there is no such metric", f"of {', '.join(Metric)}")
+    if "metrics" in given:
+        given["metrics"] = [Metric(name) for name in given["metrics"]]
+    for name in ("rows", "max_new_tokens", "general_rows"):
+        if name in given and given[name] < (name != "rows"):
+            raise ConfigError(f"--{name.replace('_', '-')}", given[name], "must be greater than 0")
+    for name in ("path", "general"):
+        if name in given and Path(given[name]).exists():
+            given[name] = os.path.abspath(given[name])
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
+    validate_evaluation(config.evaluation)
+    return config
+
+
+def keep(measured: Measurement, dtype: str) -> Evaluation:
+    """Score what the workers have measured, write it to the measurement's folder, and return it."""
+    rows = {part: record.collect(Path(found["folder"]), found["documents"]) for part, found in measured.parts.items()}
+    if "answers" in rows:
+        rows["answers"] = [record.scored(row, measured.config.evaluation) for row in rows["answers"]]
+    return record.write(measured.out, measured.name, measured.about(dtype), rows)
