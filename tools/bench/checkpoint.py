@@ -12,12 +12,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.bench.engines import Run, compare, done_of, head, llama_sizes, table_lines
+from tools.bench.arguments import at_least
+from tools.bench.engines import PRESETS, Run, compare, done_of, head, llama_sizes, table_lines
+from trainers.config.schema import Precision
 
 STATE_BYTES = 12
 """Bytes of a parameter's state: itself and two moments, in float32."""
 ON_DISK = 2 * 1.02
 """Checkpoints there at once, the newest and the one that takes its place, each with its headers."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m tools.bench checkpoint`."""
+    parser.add_argument(
+        "--engine", nargs="+", choices=PRESETS, default=["fsdp"], help="presets of conf/engine, each in turn (default fsdp)"
+    )
+    parser.add_argument("--ranks", type=at_least(1), help="ranks (default: one a GPU, else 2)")
+    parser.add_argument(
+        "--parameters", type=at_least(1), default=50_000_000, help="about so many, 12 bytes of state each (default 50e6: 0.6 GB)"
+    )
+    parser.add_argument("--precision", choices=list(Precision), default="fp32", help="compute type (default fp32)")
+    parser.add_argument("--seq-len", type=at_least(16), default=128, help="tokens a row (default 128)")
+    parser.add_argument("--microbatch", type=at_least(1), default=1, help="rows a rank and step (default 1)")
+    parser.add_argument("--saves", type=at_least(1), default=5, help="saves of each kind, after one that does not count (default 5)")
+    parser.add_argument("--every", type=at_least(2), default=6, help="optimizer steps from save to save (default 6)")
+    parser.add_argument(
+        "--folder", type=Path, help="where the checkpoints are written, and removed at the end (default: that of temporary files)"
+    )
+    parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -26,6 +26,14 @@ REFERENCE = {"efficiency": 0.9890, "pack_seconds": 0.14, "rows_per_second": 7641
 """The best public packer on gsm8k_train with GPT-2's tokenizer at 2,048 tokens, tokenising on one core."""
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m tools.bench data`."""
+    parser.add_argument("--path", help="rows (default: the documentation of this Python, as conversations)")
+    parser.add_argument("--tokenizer", help="tokenizer directory or hub id (default: one trained on the rows)")
+    parser.add_argument("--template", help="chat template: a Jinja file or `chatml`")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens a row (default 2048)")
+
+
 def run(options: argparse.Namespace) -> None:
     """Print rows a second with one process and with all cores, next to the bare tokenizer, and how well rows are packed."""
     from trainers.data import prepare, sources

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import FAILED, STOPPED, RanksFailed, explaining, leave, raise_on_signals, start_ranks, wait_for
 from tools.markdown import cell_of, put_section
@@ -81,6 +82,19 @@ class Run:
         """Return the largest relative difference of a figure to another run's over all steps; infinite where one is not finite."""
         pairs = [(ours[figure], theirs[figure]) for ours, theirs in zip(self.steps, other.steps, strict=True)]
         return max(math.inf if None in pair else abs(pair[0] - pair[1]) / max(abs(pair[1]), 1e-30) for pair in pairs)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m tools.bench engines`."""
+    parser.add_argument("--engine", nargs="+", choices=PRESETS, default=PRESETS, help="presets of conf/engine, each in turn (default all)")
+    parser.add_argument("--ranks", type=at_least(1), help="ranks (default: one a GPU, else 2)")
+    parser.add_argument("--parameters", type=at_least(1), default=10_000_000, help="about so many, as 1e9 (default 10e6)")
+    parser.add_argument("--precision", choices=list(Precision), default="fp32", help="compute type (default fp32)")
+    parser.add_argument("--seq-len", type=at_least(16), default=512, help="tokens a row (default 512)")
+    parser.add_argument("--microbatch", type=at_least(1), default=2, help="rows a rank and step (default 2)")
+    parser.add_argument("--steps", type=at_least(2), default=12, help="optimizer steps; the first is not timed (default 12)")
+    parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
 LIMIT_S = 600
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m tools.bench load`."""
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="numbers of ranks, each in turn (default 2 4)")
+    parser.add_argument(
+        "--gigabytes", type=float, default=1.0, help="size of the checkpoint in bfloat16; float32 is twice that (default 1)"
+    )
+    parser.add_argument("--engine", nargs="+", choices=list(EngineName), default=["fsdp"], help="engines, each in turn (default fsdp)")
+
+
 def run(options: argparse.Namespace) -> None:
     """Print what the ranks hold together while they load a checkpoint, next to its size as float32, once over all of them."""
     console = Console(stderr=True)

@@ -22,10 +22,13 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from tools.bench.arguments import at_least
+from tools.bench.engines import PRESETS
 from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import FAILED, STOPPED
 from tools.markdown import cell_of, put_section
 from trainers import host
+from trainers.config.schema import Precision
 from trainers.rundir.rows import evaluations, last_step, read_rows, steps
 
 METHODS = {
@@ -100,6 +103,27 @@ class Result:
     def is_at_edge(self) -> bool:
         """Tell whether the best rate is the first or the last of several."""
         return len(self.trials) > 1 and self.best() in (min(self.trials), max(self.trials))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m tools.bench methods`."""
+    parser.add_argument("overrides", nargs="*", help="settings of every run as for `python -m launcher`, such as data.template=chatml")
+    parser.add_argument("--model", required=True, help="model directory or hub id")
+    parser.add_argument("--data", required=True, help="rows, 1 in 20 held out; those over --seq-len are left out")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="presets of conf/peft (default all of these)")
+    parser.add_argument("--engine", choices=PRESETS, default="fsdp", help="preset of conf/engine (default fsdp)")
+    parser.add_argument("--processes", type=at_least(1), default=2, help="ranks (default 2)")
+    parser.add_argument("--precision", choices=list(Precision), default="fp32", help="compute type (default fp32)")
+    parser.add_argument("--steps", type=at_least(2), default=200, help="optimizer steps a run (default 200)")
+    parser.add_argument("--rows", type=at_least(1), default=8, help="rows a step over all ranks (default 8)")
+    parser.add_argument("--seq-len", type=at_least(16), default=256, help="longest row in tokens (default 256)")
+    parser.add_argument("--rank", type=at_least(1), default=8, help="rank of the low-rank methods (default 8)")
+    parser.add_argument("--rates", type=at_least(1), default=3, help="learning rates around each preset's (default 3)")
+    parser.add_argument("--factor", type=float, default=10.0, help="a rate over the next lower one (default 10)")
+    parser.add_argument("--most", type=at_least(1), default=5, help="rates at most: further ones while the last is best (default 5)")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds that a run may take (default 900)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/methods"), help="where the runs are kept (default runs/methods)")
+    parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import explaining, leave, start_ranks, wait_for
 from tools.markdown import put_section
@@ -171,6 +172,14 @@ def run_gpu(options: argparse.Namespace) -> None:
         put_section(options.out, "\n".join(["## A plan beside real runs", "", f"`{options.line}` ({machine})", "", *lines]))
     if wrong:
         raise RuntimeError("\n".join(wrong))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m tools.bench plan`."""
+    parser.add_argument("--ranks", type=at_least(1), nargs="+", default=[1, 2, 3, 4], help="numbers of ranks (default 1 2 3 4)")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="sizes of models (default all of these)")
+    parser.add_argument("--gpu", action="store_true", help="models of 1B to 8B on one GPU with 139 GiB, against torch.cuda's peak")
+    parser.add_argument("--out", type=Path, help="with --gpu: Markdown file in which this command's section is replaced, or appended")
 
 
 def run(options: argparse.Namespace) -> None:

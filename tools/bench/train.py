@@ -47,6 +47,12 @@ SHAPES = {
 VARIANTS = ("fulltune", "transformers")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `python -m tools.bench train`."""
+    parser.add_argument("--steps", type=int, default=12, help="optimizer steps of 8 rows of 512 tokens (default 12)")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each loop, in turn (default 3)")
+
+
 def run(options: argparse.Namespace) -> None:
     """Print our loop against a bare transformers loop on the same model and batches, each in a process of its own, in turn."""
     table = Table(
