@@ -7,11 +7,12 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo venv check docs format test test-all test-soak clean
+.PHONY: help demo compare-demo venv check docs format test test-slow test-all test-soak clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
 	@echo 'make test      the tests'
+	@echo 'make test-slow the slow suite'
 	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
 	@echo 'make check     format, lint, types, layers, pages and their links'
@@ -58,8 +59,10 @@ format: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not soak'
 
-test-all: test
+test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow and not soak'
+
+test-all: test test-slow
 
 test-soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
