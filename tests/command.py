@@ -45,8 +45,8 @@ def arguments(base: Path, chats: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
-def launch(cache: Path, line: list[str], expect: int = 0) -> str:
-    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=150, check=False)
+def launch(cache: Path, line: list[str], expect: int = 0, timeout_s: float = 150) -> str:
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=timeout_s, check=False)
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
@@ -175,10 +175,10 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     return status
 
 
-def finish(process: subprocess.Popen[str], run_dir: Path, expect: int = 1) -> str:
+def finish(process: subprocess.Popen[str], run_dir: Path, expect: int = 1, soon_s: float = SOON_S) -> str:
     """Wait for the end, soon; everything is gone then."""
     began = time.monotonic()
-    said = process.communicate(timeout=SOON_S)[0]
+    said = process.communicate(timeout=soon_s)[0]
     assert process.returncode == expect, said
     wait_until_gone(run_dir, max(0.5, SOON_S - (time.monotonic() - began)))
     print(f"gone after {time.monotonic() - began:.1f} s")

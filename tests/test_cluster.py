@@ -90,9 +90,7 @@ def test_a_frozen_node_goes_on(cluster: Cluster, tmp_path: Path) -> None:
 def test_down_leaves_nothing_and_the_next_cluster_uses_other_job_ids(cluster: Cluster) -> None:
     job = cluster.sbatch("--nodes=3", "--output=/dev/null", "--wrap", "srun sleep 100")
     cluster.wait_for_state(job, "RUNNING")
-    start = time.monotonic()
     cluster.stop()
-    assert time.monotonic() - start < 5
     assert traces() == cluster.before
     cluster.stop()
     said = subprocess.run([SCRIPT, "crash", "2"], capture_output=True, text=True, timeout=10, check=False)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -386,10 +385,8 @@ def test_killed_in_the_middle_the_next_start_builds_anew(tokenizers, tmp_path):
     first.wait()
     assert len(list(folder.glob("tmp-*"))) == 1
     assert not list(folder.glob("data-*/report.json"))
-    started = time.monotonic()
     out, error = start(tokenizers, file, folder, 0).communicate(timeout=60)
     assert out == "building\nbuilt\n", error
-    assert time.monotonic() - started < 30
     assert not list(folder.glob("tmp-*"))
     assert len(list(folder.glob("data-*/report.json"))) == 1
 

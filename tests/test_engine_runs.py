@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +50,11 @@ def test_a_stopped_run_continues_bit_for_bit(base: Path, chats: Path, cache: Pat
 
 
 def refused(cache: Path, line: list[str], run_dir: Path, **variables: str) -> str:
-    """Run to a refusal: exit code 2, no traceback, all ranks gone within 30 s of the first word of it."""
-    started = time.monotonic()
-    done = subprocess.run(line, cwd=ROOT, env=environment(cache) | variables, capture_output=True, text=True, timeout=100, check=False)
+    """Run to a refusal: exit code 2, no traceback, all ranks gone."""
+    done = subprocess.run(line, cwd=ROOT, env=environment(cache) | variables, capture_output=True, text=True, timeout=60, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 2, said
     assert "Traceback" not in said
-    assert time.monotonic() - started < 60
     if (run_dir / "status.json").exists():
         assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
         wait_until_gone(run_dir, 10)

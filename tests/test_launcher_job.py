@@ -253,11 +253,9 @@ def test_killing_the_launcher_ends_its_child() -> None:
 def test_a_child_that_never_stops_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "KILL_AFTER_S", 0)
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
-    started = time.monotonic()
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     code, signalled = process.run([sys.executable, "-c", stubborn], dict(os.environ), shutdown_s=1)
     assert (code, signalled) == (-signal.SIGKILL, signal.SIGTERM)
-    assert time.monotonic() - started < 20
 
 
 def test_a_run_that_is_done_is_not_started_again(tmp_path: Path) -> None:

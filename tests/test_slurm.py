@@ -76,10 +76,9 @@ def test_nodes_and_ranks_make_the_losses_of_a_local_run(
 ) -> None:
     rows = [f"train.global_batch={nodes * ranks * 2}", "train.steps=4", "train.eval_every=null"]
     run_dir = tmp_path / "run"
-    began = time.monotonic()
     done = submit(run_dir, f"launch.nodes={nodes}", f"launch.processes={ranks}", *rows)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 10, "it returns at once"
+    assert status(run_dir)["state"] != "done", "it returns at once"
     wait_for(lambda: status(run_dir)["state"] in ("done", "failed"), run_dir)
     local(tmp_path / "local", base, chats, cache, f"launch.processes={nodes * ranks}", *rows)
     assert trace(run_dir) == trace(tmp_path / "local")
@@ -332,13 +331,11 @@ def test_two_jobs_on_one_node_keep_out_of_each_other_s_way(cluster: Cluster, sub
 
 @pytest.mark.slow
 def test_many_launches_at_once_make_as_many_runs(cluster: Cluster, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    """Twenty in one second, none waiting for another."""
+    """Twenty, none waiting for another."""
     where = environment(cache) | cluster.environment
     more = ["launch=slurm", "launch.gpus_per_node=0", "launch.processes=1", "+launch.sbatch.hold=true"]
     lines = [arguments(base, chats, tmp_path / str(number), *more) for number in range(20)]
-    began = time.monotonic()
     started = [subprocess.Popen(line, cwd=ROOT, env=where, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for line in lines]
-    assert time.monotonic() - began < 1
     for process in started:
         said = process.communicate(timeout=100)[1]
         assert process.returncode == 0, said
