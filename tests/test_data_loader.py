@@ -1,17 +1,20 @@
 """Ranks together see one stream of rows that no world size changes; labels stay within their documents."""
 
+import dataclasses
 import functools
 import operator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tables import LENGTHS, ragged_table
 
-from trainers.batch import IGNORE
+from trainers.batch import IGNORE, Sizes
 from trainers.config.schema import TrainConfig
 from trainers.data.loader import Loader, eval_batches, make_batch, row_order
-from trainers.data.pack import one_each, pack
-from trainers.data.table import TokenTable
+from trainers.data.pack import one_each, pack, pack_units
+from trainers.data.table import TokenTable, open_table, save_table
 
 
 def table_of(lengths, capacity=None, mask=None):
@@ -137,3 +140,35 @@ def test_a_step_is_cheap_to_make():
     started = time.perf_counter()
     loader.step(1)
     assert time.perf_counter() - started < 0.25
+
+
+def test_sizes_of_rows_are_those_of_their_batches(tmp_path: Path) -> None:
+    """What divides a step's loss is known from the table, counted as it was written or when it is asked for."""
+    table = ragged_table(LENGTHS, packed=44, masked=(2,))
+    save_table(table, tmp_path / "table")
+    for found in (table, open_table(tmp_path / "table")):
+        for rows in (np.arange(len(table)), np.array([1, 1, 0])):
+            sizes = [make_batch(found, np.array([row]), 1, 0).sizes() for row in rows]
+            assert found.sizes(rows) == sum(sizes, Sizes())
+
+
+def test_signals_and_units_come_back_from_disk_and_in_batches(tmp_path: Path) -> None:
+    table = ragged_table(LENGTHS)
+    of_token = np.arange(len(table.tokens), dtype=np.float32)
+    units = np.arange(len(LENGTHS)) // 2
+    order, rows = pack_units(np.array(LENGTHS), units, 80)
+    signals = {"of_document": np.arange(8, dtype=np.float32), "of_token": of_token}
+    save_table(dataclasses.replace(table, order=order, rows=rows, signals=signals, units=units), tmp_path / "table")
+    opened = open_table(tmp_path / "table")
+    assert sorted(order.tolist()) == list(range(8))
+    for row in range(len(opened)):
+        documents = opened.documents(row)
+        assert all(np.isin(np.flatnonzero(units == unit), documents).all() for unit in units[documents])
+        assert len(documents) == 2 * opened.sizes(np.array([row])).units
+        batch = make_batch(opened, np.array([row]), 1, 0)
+        assert batch.signals["of_document"].tolist() == documents.tolist()
+        expected = np.concatenate([of_token[opened.offsets[number] : opened.offsets[number + 1]] for number in documents])
+        assert batch.signals["of_token"][batch.documents >= 0].tolist() == expected.tolist()
+        assert not batch.signals["of_token"][batch.documents < 0].any()
+        in_rows = [int(number) for number in batch.documents[batch.documents >= 0]]
+        assert in_rows == [place for place, number in enumerate(documents) for _ in range(LENGTHS[number])]

@@ -8,8 +8,8 @@ import pytest
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, Schedule
-from trainers.loop import stalled
-from trainers.optim import learning_rate
+from trainers.evaluation import stalled
+from trainers.optim import learning_rate, require_warmup_ends
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))
@@ -67,7 +67,7 @@ def test_one_step_runs_are_trained_at_the_peak() -> None:
 
 def test_warm_up_that_never_ends_is_refused() -> None:
     with pytest.raises(ConfigError, match="the run has 7 steps"):
-        learning_rate(OptimConfig(warmup_steps=1000), 0, 7)
+        require_warmup_ends(OptimConfig(warmup_steps=1000), 7)
 
 
 def test_stalled_counts_evaluations_without_improvement() -> None:

@@ -32,8 +32,8 @@ def test_a_window_forgets() -> None:
     spikes.recall([(5.0, 50.0)] * 100)
     for _ in range(60):
         spikes.add(1.0, 1.0)
-    assert spikes.limits()[0] < 4
-    assert spikes.limits()[1] < 40
+    assert spikes.limits().loss < 4
+    assert spikes.limits().grad_norm < 40
 
 
 @pytest.fixture(scope="module")

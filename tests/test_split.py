@@ -10,64 +10,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ranks, save_tiny
+from tables import EPS, LENGTHS, LR, STEPS, blueprint_for, config_for, ragged_table
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
-from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, Precision, RunConfig, TrainConfig, WandbMode
+from trainers.config.schema import OptimConfig
 from trainers.data.loader import Loader, make_batch
-from trainers.data.pack import pack
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.engines.base import build_engine
-from trainers.loop import require_isolation, train
-from trainers.model.blueprint import Blueprint
+from trainers.health.isolation import require_isolation
+from trainers.loop import train
 from trainers.optim import learning_rate
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows
 from trainers.world import World
-
-LR, STEPS = 1e-2, 3
-EPS = 1e-3
-"""AdamW divides by sqrt(v) + eps: with its usual 1e-8, a gradient of pure rounding noise becomes a full step of size lr."""
-
-
-def ragged_table(lengths: list[int], packed: int | None = None, masked: tuple[int, ...] = ()) -> TokenTable:
-    """Documents of these lengths, the first third of each unsupervised; `masked` ones have no label at all."""
-    generator = np.random.default_rng(3)
-    tokens = [generator.integers(3, 33, length) for length in lengths]
-    supervised = [np.r_[np.zeros(max(1, length // 3)), np.ones(length - max(1, length // 3))] for length in lengths]
-    for document in masked:
-        supervised[document][:] = 0
-    order, rows = pack(np.array(lengths), packed) if packed else (np.arange(len(lengths)), np.arange(len(lengths) + 1))
-    return TokenTable(
-        tokens=np.concatenate(tokens).astype(np.int32),
-        supervised=np.concatenate(supervised).astype(np.uint8),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        order=order,
-        rows=rows,
-    )
-
-
-LENGTHS = [5, 29, 11, 3, 40, 17, 8, 23]
-
-
-def config_for(run_dir: Path, model: Path, **train_fields: Any) -> RunConfig:
-    return RunConfig(
-        run_dir=str(run_dir),
-        model=ModelConfig(id=str(model)),
-        data=DataConfig(path="unused"),
-        optim=OptimConfig(lr=LR, warmup_steps=1, clip=0.5, weight_decay=0.1, eps=EPS),
-        train=TrainConfig(precision=Precision.fp32, **train_fields),
-        log=LogConfig(wandb=WandbMode.disabled),
-    )
-
-
-def blueprint_for(model: Path, attention: str | None = None) -> Blueprint:
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model)
-    config._attn_implementation = attention
-    return Blueprint(config=config, folder=model, revision=None, seed=0, trust_remote_code=False)
 
 
 def run_split(world: World, run_dir: Path, model: Path, table: TokenTable, eval_table: TokenTable | None, **fields: Any) -> dict[str, Any]:
@@ -244,7 +201,8 @@ def isolation_of(world: World, model: Path, leaky: bool) -> str:
         forward = engine.model.forward
         engine.model.forward = lambda **inputs: forward(**(inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}))
     try:
-        require_isolation(engine, world, 33, 2)
+        engine.train(False)
+        require_isolation(lambda batch: engine.forward(batch).logps, 33, 2)
     except Exception as error:
         return str(error)
     return ""
@@ -281,12 +239,13 @@ def test_evaluation_does_not_depend_on_ranks_or_batch(ranks: Callable[[int], Ran
 
 def evaluate_alone(world: World, model: Path, rows: int) -> float:
     from trainers.data.loader import eval_batches
-    from trainers.loop import evaluate
+    from trainers.evaluation import evaluate
     from trainers.objectives import NextToken
 
     engine = build_engine(config_for(Path("unused"), model), world, blueprint_for(model))
-    batches = eval_batches(ragged_table(LENGTHS[:7]), rows, rank=world.rank, world_size=world.size, pad_id=0)
-    return evaluate(engine, NextToken(), batches, world)[0]
+    table = ragged_table(LENGTHS[:7])
+    batches = eval_batches(table, rows, rank=world.rank, world_size=world.size, pad_id=0)
+    return evaluate(engine, NextToken(), batches, world, table.sizes(np.arange(len(table))).labels).loss
 
 
 def test_a_rank_with_nothing_to_learn_changes_nothing(ranks: Callable[[int], Ranks], untied: Path, tmp_path: Path) -> None:

@@ -74,12 +74,12 @@ class Finder(importlib.abc.MetaPathFinder):
         def exec_module(module):
             run(module)
             if name == "trainers.loop":
-                step = module.Training._step
-                def faulty(self, progress):
-                    if progress.step == int(STEP) and not os.path.exists(ONCE):
-                        self.engine.backward = lambda *arguments, **options: strike()
-                    return step(self, progress)
-                module.Training._step = faulty
+                step = module.take_step
+                def faulty(engine, *arguments, **options):
+                    if module.watch.step == int(STEP) + 1 and not os.path.exists(ONCE):
+                        engine.backward = lambda *arguments, **options: strike()
+                    return step(engine, *arguments, **options)
+                module.take_step = faulty
             elif (STEP, name) in (("-1", "trainers.data.prepare"), ("0", "trainers.data.loader")):
                 what = name.rpartition(".")[2].replace("loader", "Loader")
                 first = getattr(module, what)

@@ -38,8 +38,10 @@ from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
 from trainers.engines.base import Engine, build_engine, require_parts
 from trainers.health import preflight
 from trainers.health.activity import watch
+from trainers.health.guard import TrainingFailed
+from trainers.health.isolation import require_isolation
 from trainers.health.watchdog import watchdog
-from trainers.loop import Outcome, TrainingFailed, as_figures, require_isolation, train
+from trainers.loop import Outcome, as_figures, train
 from trainers.model.blueprint import (
     Blueprint,
     check_export,
@@ -179,7 +181,10 @@ def train_and_export(
     if world.rank == 0:
         console.print(_as_table("the model on each rank", report))
     if config.data.packing:
-        require_isolation(engine, world, blueprint.config.get_text_config().vocab_size, config.train.microbatch)
+        engine.train(False)
+        vocab_size = blueprint.config.get_text_config().vocab_size
+        require_isolation(lambda batch: engine.forward(batch.to(world.device)).logps, vocab_size, config.train.microbatch)
+        engine.train(True)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
     world.begin_steps()
     shapes = engine.shapes()

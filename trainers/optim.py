@@ -33,12 +33,16 @@ def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
     return peak * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * shape)
 
 
+def require_warmup_ends(optim: OptimConfig, num_steps: int) -> None:
+    """Raise ConfigError if the steps of warm-up that a config names do not end within the run."""
+    if optim.warmup_steps >= num_steps and optim.warmup_steps:
+        reason = f"warm-up never ends: the run has {num_steps} steps"
+        raise ConfigError("optim.warmup_steps", optim.warmup_steps, reason, "optim.warmup_fraction=0.03")
+
+
 def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
-    """Return the steps of warm-up; raises ConfigError if they do not end within the run."""
-    steps = optim.warmup_steps or round(optim.warmup_fraction * num_steps)
-    if steps >= num_steps and optim.warmup_steps:
-        raise ConfigError("optim.warmup_steps", steps, f"warm-up never ends: the run has {num_steps} steps", "optim.warmup_fraction=0.03")
-    return min(steps, num_steps - 1)
+    """Return the steps of warm-up."""
+    return min(optim.warmup_steps or round(optim.warmup_fraction * num_steps), num_steps - 1)
 
 
 def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: float) -> list[dict[str, Any]]:

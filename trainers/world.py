@@ -142,6 +142,16 @@ class World:
         """Return the element-wise maximum over ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def sum_and_max(self, sums: Sequence[float], maxima: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return the element-wise sums and maxima over ranks, in float64, by one collective; as many of each on every rank."""
+        if self.size == 1:
+            return list(map(float, sums)), list(map(float, maxima))
+        mine = torch.tensor([*sums, *maxima], dtype=torch.float64)
+        every = mine.new_empty(self.size * len(mine))
+        dist.all_gather_into_tensor(every, mine, group=self.group)
+        by_rank = every.view(self.size, -1)
+        return by_rank[:, : len(sums)].sum(0).tolist(), by_rank[:, len(sums) :].amax(0).tolist()
+
     def _reduce(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:

@@ -43,8 +43,13 @@ from trainers.config.schema import (
 from trainers.rundir.rows import last_step, read_rows, steps
 
 if TYPE_CHECKING:
+    from trainers.checkpoint import Checkpointer
+    from trainers.data.loader import Loader
+    from trainers.data.prepare import Prepared
     from trainers.data.table import TokenTable
-    from trainers.loop import Training
+    from trainers.engines.base import Engine
+    from trainers.rundir.attempt import Attempt
+    from trainers.world import World
 
 
 PRESETS = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "engine").glob("*.yaml") if not file.stem.endswith("nvme"))
@@ -176,9 +181,31 @@ def engine_preset(name: str) -> dict[str, Any]:
 
 def run_rank(options: argparse.Namespace) -> None:
     """Train as one rank."""
+    from trainers.checkpoint import Checkpointer
+
     with training_rank(Path(options.run_dir)) as (training, _, _):
-        training.checkpointer.save = lambda *_, **__: None  # type: ignore[method-assign] # the loop ends with one, which nobody reads
-        training.run()
+        checkpointer = Checkpointer(training.config.checkpoint, training.attempt, training.world)
+        checkpointer.save = lambda *_, **__: None  # type: ignore[method-assign] # the loop ends with one, which nobody reads
+        training.run(checkpointer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What a rank trains, and with what."""
+
+    config: RunConfig
+    world: World
+    attempt: Attempt
+    engine: Engine
+    data: Prepared
+    rows: Loader
+    flops_per_token: float
+
+    def run(self, checkpointer: Checkpointer) -> None:
+        """Train in our loop."""
+        from trainers.loop import train
+
+        train(self.config, self.world, self.attempt, self.engine, self.data, self.rows, self.flops_per_token, checkpointer)
 
 
 @contextmanager
@@ -199,7 +226,6 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         from trainers.data.loader import Loader
         from trainers.data.prepare import Prepared
         from trainers.engines.base import build_engine, require_parts
-        from trainers.loop import Training
         from trainers.model.blueprint import flops_per_token, make_blueprint
         from trainers.processes import die_with_parent
         from trainers.rundir.attempt import Attempt
@@ -223,7 +249,16 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
                 torch.cuda.synchronize()
             figures["build_seconds"] = world.max([time.perf_counter() - started])[0]
             flops = flops_per_token(engine.shapes(), blueprint.config, table.mean_attended())
-            yield Training(config, world, Attempt(Path(config.run_dir)), engine, data, loader, flops), order, figures
+            training = Training(
+                config=config,
+                world=world,
+                attempt=Attempt(Path(config.run_dir)),
+                engine=engine,
+                data=data,
+                rows=loader,
+                flops_per_token=flops,
+            )
+            yield training, order, figures
             figures["parameters"] = sum(math.prod(shape) for shape in engine.shapes().values())
         figures["device"] = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
         leave(run_dir, "done", json.dumps(figures))

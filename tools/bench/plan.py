@@ -293,14 +293,19 @@ def _on_gpu(case: Case, world: Any, folder: Path) -> dict[str, Any]:
 
 def _take_steps(case: Case, world: Any, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> Any:
     from trainers.engines.base import build_engine
-    from trainers.plan.simulate import take_step, whole_batch
+    from trainers.objectives import make_objective
+    from trainers.plan.simulate import LR, Marked, whole_batch
+    from trainers.step import take_step
 
-    engine: Any = build_engine(case.config(str(folder)), world, blueprint_of_case(case))
+    config = case.config(str(folder))
+    engine: Any = build_engine(config, world, blueprint_of_case(case))
+    objective = make_objective(config.objective, ())
     built()
     for _ in range(2):
         trace.restart()
         batches = [whole_batch(case.microbatch, case.seq_len) for _ in range(case.microbatches)]
-        take_step(engine, trace, [batch.to(world.device) for batch in batches])
+        marked: Any = Marked(engine, trace)
+        take_step(marked, objective, [batch.to(world.device) for batch in batches], world, lr=LR, targets=1)
     return engine
 
 

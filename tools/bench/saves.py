@@ -20,8 +20,8 @@ def run_rank(options: argparse.Namespace) -> None:
     """Train as one rank, and say what each save cost."""
     with training_rank(Path(options.run_dir)) as (training, order, figures):
         config = CheckpointConfig(every=order["every"], keep_last=1, strict=True)
-        timed = training.checkpointer = TimedCheckpointer(config, training.attempt, training.world, order["steps"])
-        training.run()
+        timed = TimedCheckpointer(config, training.attempt, training.world, order["steps"])
+        training.run(timed)
         figures |= {"saves": timed.saves, "writing": timed.writing}
 
 
@@ -34,7 +34,7 @@ class TimedCheckpointer(Checkpointer):
         self.num_steps = num_steps
         self.saves: list[dict[str, Any]] = []
         self.writing: list[bool] = []
-        """Of each step, whether a save was in flight at its end."""
+        """Of each step, whether a save was in flight before its update."""
 
     def due(self, step: int) -> bool:
         """Leave steps during the last save."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch
 from trainers.config.schema import TrainConfig
@@ -16,6 +18,28 @@ from trainers.data.table import TokenTable
 
 Ints = NDArray[np.int64]
 LENGTH_MULTIPLE = 8
+
+
+class Rows(Protocol):
+    """What the loop asks for data: every answer is a function of the step, so that nothing of it is saved."""
+
+    num_steps: int
+
+    def table(self, step: int) -> TokenTable:
+        """Return the table that a step takes its rows from."""
+        ...
+
+    def row_ids(self, step: int, ahead: int = 0) -> Ints:
+        """Return the table's rows that all ranks together take in a step, `ahead` steps further in the stream."""
+        ...
+
+    def batches(self, step: int, row_ids: Ints) -> list[Batch]:
+        """Return this rank's microbatches of a step's rows, as many as on every other rank."""
+        ...
+
+    def epoch(self, step: int) -> float:
+        """Return the passes over the rows that are done after `step` steps."""
+        ...
 
 
 class Loader:
@@ -29,12 +53,16 @@ class Loader:
         """Raise ValueError for an empty table."""
         if not len(table):
             raise ValueError("the table has no rows")
-        self.table, self.seed, self.rank, self.world_size, self.pad_id = table, seed, rank, world_size, pad_id
+        self.rows, self.seed, self.rank, self.world_size, self.pad_id = table, seed, rank, world_size, pad_id
         self.global_batch, self.microbatch = train.global_batch, train.microbatch
         epochs = 1.0 if train.epochs is None else train.epochs
         self.num_rows = train.steps * train.global_batch if train.steps is not None else max(1, round(epochs * len(table)))
         """Rows of the whole run, over all ranks; a row of a second epoch counts again."""
         self.num_steps = math.ceil(self.num_rows / self.global_batch)
+
+    def table(self, step: int) -> TokenTable:
+        """Return the table: the same in every step."""
+        return self.rows
 
     def row_ids(self, step: int, ahead: int = 0) -> Ints:
         """Return the table's rows that all ranks together take in a step, in stream order; the last step may have fewer.
@@ -42,26 +70,24 @@ class Loader:
         They are `ahead` steps further in the stream, after a window of rows was left out.
         """
         positions = np.arange(step * self.global_batch, min((step + 1) * self.global_batch, self.num_rows)) + ahead * self.global_batch
-        epochs = positions // len(self.table)
-        places = positions % len(self.table)
+        epochs = positions // len(self.rows)
+        places = positions % len(self.rows)
         return np.array(
-            [row_order(self.seed, int(epoch), len(self.table))[place] for epoch, place in zip(epochs, places, strict=True)], np.int64
+            [row_order(self.seed, int(epoch), len(self.rows))[place] for epoch, place in zip(epochs, places, strict=True)], np.int64
         )
 
     def step(self, step: int) -> list[Batch]:
         """Return this rank's microbatches of a step: as many on every rank, filled up with rows that do not count."""
-        return self.batches(self.row_ids(step))
+        return self.batches(step, self.row_ids(step))
 
-    def batches(self, row_ids: Ints) -> list[Batch]:
+    def batches(self, step: int, row_ids: Ints) -> list[Batch]:
         """Return this rank's microbatches of a step's rows."""
-        return [self._batch(rows) for rows in deal(row_ids, self.microbatch, self.rank, self.world_size)]
+        mine = deal(row_ids, self.microbatch, self.rank, self.world_size)
+        return [make_batch(self.table(step), rows, self.microbatch, self.pad_id) for rows in mine]
 
     def epoch(self, step: int) -> float:
         """Return the passes over the table that are done when `step` steps are."""
-        return min(step * self.global_batch, self.num_rows) / len(self.table)
-
-    def _batch(self, rows: Ints) -> Batch:
-        return make_batch(self.table, rows, self.microbatch, self.pad_id)
+        return min(step * self.global_batch, self.num_rows) / len(self.rows)
 
 
 def eval_batches(table: TokenTable, microbatch: int, *, rank: int, world_size: int, pad_id: int) -> Iterator[Batch]:
@@ -126,4 +152,14 @@ def make_batch(table: TokenTable, rows: Ints, num: int, pad_id: int) -> Batch:
         num_rows=len(rows),
         num_tokens=int(used.sum()),
         num_documents=len(flat),
+        signals={name: _signal(table, signal, flat, source, target, (num, size)) for name, signal in table.signals.items()},
     )
+
+
+def _signal(table: TokenTable, signal: NDArray[np.float32], documents: Ints, source: Ints, target: Ints, shape: tuple[int, int]) -> Tensor:
+    """Return a signal of a batch's documents, (D,), or of its tokens, (B, S) with 0 where it is padding."""
+    if len(signal) == len(table.offsets) - 1:
+        return torch.from_numpy(signal[documents].astype(np.float32))
+    values = np.zeros(shape[0] * shape[1], dtype=np.float32)
+    values[target] = signal[source]
+    return torch.from_numpy(values.reshape(shape))

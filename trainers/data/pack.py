@@ -30,6 +30,17 @@ def pack(lengths: Ints, capacity: int) -> tuple[Ints, Ints]:
     return order, np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(np.bincount(numbers), dtype=np.int64)])
 
 
+def pack_units(lengths: Ints, units: Ints, capacity: int) -> tuple[Ints, Ints]:
+    """Return (order, rows) as `pack` does, with all documents of a unit in one row, in their order; a unit is packed as one document."""
+    _, unit_of = np.unique(units, return_inverse=True)
+    totals = np.bincount(unit_of, weights=lengths).astype(np.int64)
+    order, rows = pack(totals, capacity)
+    members = np.split(np.argsort(unit_of, kind="stable"), np.cumsum(np.bincount(unit_of))[:-1])
+    sizes = np.array([len(members[unit]) for unit in order], dtype=np.int64)
+    ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
+    return np.concatenate([members[unit] for unit in order]), ends[rows]
+
+
 def one_each(num_documents: int) -> tuple[Ints, Ints]:
     """Return (order, rows) with one document a row."""
     return np.arange(num_documents, dtype=np.int64), np.arange(num_documents + 1, dtype=np.int64)

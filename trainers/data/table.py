@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from trainers.batch import Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,12 @@ class TokenTable:
     """Documents in the order of the rows."""
     rows: NDArray[np.int64]
     """Row r holds the documents `order[rows[r]:rows[r + 1]]`."""
+    labels: NDArray[np.int64] | None = None
+    """Supervised tokens of each document, (documents,); None where they are counted when needed."""
+    units: NDArray[np.int64] | None = None
+    """The unit of each document, (documents,): those of one unit, such as a pair, share a row. None where each is its own."""
+    signals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """What an objective reads besides tokens, by name: (documents,), or (tokens,) where each token has its own."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -45,6 +53,17 @@ class TokenTable:
         found: NDArray[np.int64] = self.order[self.rows[row] : self.rows[row + 1]]
         return found
 
+    def sizes(self, rows: NDArray[np.int64]) -> Sizes:
+        """Return how much is in some rows, named by number; a row that is named twice counts twice."""
+        documents = np.concatenate([np.zeros(0, np.int64), *(self.documents(int(row)) for row in rows)]).astype(np.int64)
+        starts, ends = self.offsets[documents], self.offsets[documents + 1]
+        if self.labels is not None:
+            labels = int(self.labels[documents].sum())
+        else:
+            labels = sum(int(np.count_nonzero(self.supervised[start:end])) for start, end in zip(starts, ends, strict=True))
+        units = 0 if self.units is None else sum(len(np.unique(self.units[self.documents(int(row))])) for row in rows)
+        return Sizes(rows=len(rows), documents=len(documents), tokens=int((ends - starts).sum()), labels=labels, units=units)
+
     def prompt(self, document: int) -> NDArray[np.int32]:
         """Return a document's tokens before the first supervised one; its first 16 where there is no such prompt."""
         start, end = int(self.offsets[document]), int(self.offsets[document + 1])
@@ -53,13 +72,26 @@ class TokenTable:
 
 
 def save_table(table: TokenTable, folder: Path) -> None:
-    """Write a table as one .npy file an array."""
+    """Write a table as one .npy file an array, with the labels of each document counted."""
+    labels = np.add.reduceat(table.supervised, table.offsets[:-1], dtype=np.int64) if len(table.offsets) > 1 else np.zeros(0, np.int64)
     folder.mkdir(parents=True, exist_ok=True)
-    for item in fields(table):
-        np.save(folder / f"{item.name}.npy", getattr(table, item.name))
+    for name, array in _arrays(replace(table, labels=labels)).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        np.save(folder / f"{name}.npy", array)
 
 
 def open_table(folder: Path) -> TokenTable:
-    """Memory-map a table that `save_table` wrote."""
-    arrays: dict[str, Any] = {item.name: np.load(folder / f"{item.name}.npy", mmap_mode="r") for item in fields(TokenTable)}
-    return TokenTable(**arrays)
+    """Memory-map a table that `save_table` wrote, of this version or one that had fewer arrays."""
+    found = {str(path.relative_to(folder).with_suffix("")): np.load(path, mmap_mode="r") for path in folder.rglob("*.npy")}
+    signals = {name.removeprefix(SIGNALS): found.pop(name) for name in list(found) if name.startswith(SIGNALS)}
+    return TokenTable(**found, signals=signals)
+
+
+SIGNALS = "signals/"
+
+
+def _arrays(table: TokenTable) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a table by the names of their files."""
+    arrays = {item.name: getattr(table, item.name) for item in fields(table) if item.name != "signals"}
+    arrays |= {f"{SIGNALS}{name}": signal for name, signal in table.signals.items()}
+    return {name: array for name, array in arrays.items() if array is not None}

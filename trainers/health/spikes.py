@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 WINDOW, FEWEST = 100, 20
 """Steps that are remembered, and steps that must be before any is judged."""
@@ -12,6 +13,25 @@ TO_SIGMA = 1.4826
 """Standard deviations in a median absolute deviation of normal numbers."""
 LEAST = 0.05
 """Smallest deviation that is believed, as a share of the median: curves may be flat."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The largest ordinary loss and gradient norm of a step."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+    def exceeded(self, loss: float, grad_norm: float) -> str:
+        """Say which of the two is too large, and what would be ordinary; nothing where neither is, or is not finite."""
+        if loss > self.loss:
+            return f"the loss is {loss:.4g}, and up to {self.loss:.4g} would be ordinary"
+        if grad_norm > self.grad_norm and math.isfinite(grad_norm):
+            return f"the gradient norm is {grad_norm:.4g}, and up to {self.grad_norm:.4g} would be ordinary"
+        return ""
+
+
+NO_LIMITS = Limits()
 
 
 def limit(values: Iterable[float], threshold: float) -> float:
@@ -50,6 +70,6 @@ class Spikes:
         self.losses.append(loss)
         self.norms.append(norm)
 
-    def limits(self) -> tuple[float, float]:
+    def limits(self) -> Limits:
         """Return the largest ordinary loss and gradient norm."""
-        return limit(self.losses, self.threshold), limit(self.norms, self.threshold)
+        return Limits(loss=limit(self.losses, self.threshold), grad_norm=limit(self.norms, self.threshold))

@@ -18,18 +18,23 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from trainers.batch import Batch
+from trainers.batch import Batch, Needs, Output
 from trainers.config.schema import EngineName, Offload, PeftMethod, RunConfig
+from trainers.engines.base import Accepts
 from trainers.engines.fsdp import FSDPEngine, find_blocks
 from trainers.model.blueprint import Blueprint
+from trainers.objectives import CHOICES
 from trainers.peft import nf4
 from trainers.peft.base import Adaptation
 from trainers.plan.allocator import replay
 from trainers.plan.trace import Kind, Moment, Trace, combine
+from trainers.step import take_step
 from trainers.world import World
 
 MICROBATCHES = 3
 """The first, which finds no gradients, the last, which may reduce them, and one that stands for all between."""
+LR = 1e-3
+"""Of the simulated step: no number of a plan depends on it."""
 REUSED = 1_000_000_000
 """Elements up to which DeepSpeed keeps what it will need again, and gathers at most; its own defaults of both."""
 
@@ -39,6 +44,10 @@ class Alone(World):
 
     def _reduce(self, values: Sequence[float], how: object) -> list[float]:
         return list(values)
+
+    def sum_and_max(self, sums: Sequence[float], maxima: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Return the values."""
+        return list(sums), list(maxima)
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value, once for each rank."""
@@ -221,7 +230,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     """Take one step, or with ZeRO-3, which learns in the first what to gather ahead, two of which the second counts."""
     config = _in_memory(config)
     zero3 = config.engine.name is EngineName.zero3
-    engine = _outlined(config, world, blueprint)
+    engine, objective = _outlined(config, world, blueprint), CHOICES[config.objective.name](config.objective)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
     count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
@@ -234,12 +243,13 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         engine.fill(None)
         for _ in range(2 if zero3 else 1):
             trace.restart()
-            take_step(engine, trace, [_without_values(batch, fake) for batch in batches], stepping, gpus)
+            without_values = [batch.map(fake.from_tensor) for batch in batches]
+            take_step(Marked(engine, trace, stepping, gpus), objective, without_values, world, lr=LR, targets=1)  # type: ignore[arg-type]
         if evaluated is not None:
             trace.mark("evaluation")
             engine.train(False)
             with torch.no_grad():
-                engine.forward(_without_values(evaluated, fake))
+                engine.forward(evaluated.map(fake.from_tensor), objective.needs)
         size = engine.state_bytes()
     shapes = engine.shapes()
     adaptation: Adaptation = engine.adaptation
@@ -297,33 +307,42 @@ def _outlined(config: RunConfig, world: World, blueprint: Blueprint) -> Any:
     return engine
 
 
-def take_step(
-    engine: Any,
-    trace: Trace,
-    batches: Sequence[Batch],
-    stepping: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    gpus: bool = False,
-) -> None:
-    """Take an optimizer step and mark its moments, on tensors with or without values; by what a loss is divided is no matter here.
+class Marked:
+    """An engine that notes the moments of a step, on tensors with or without values; the step is taken by `trainers.step.take_step`.
 
-    `gpus` says that what is offloaded stands elsewhere than the rest.
+    `stepping` is the context of the optimizer's own step; `gpus` says that what is offloaded is elsewhere than the rest.
     """
-    marks = _Marks(trace, engine.blocks if isinstance(engine, FSDPEngine) else find_blocks(engine.model))  # which fully_shard renames
-    _label(engine, trace, gpus)
-    for number, batch in enumerate(batches):
-        marks.begin_microbatch(number)
-        logps = engine.forward(batch).logps
-        loss = -logps.sum()
-        marks.turn()
-        engine.backward(loss, last=number == len(batches) - 1)
-        del logps, loss
+
+    def __init__(
+        self, engine: Any, trace: Trace, stepping: Callable[[], AbstractContextManager[Any]] = nullcontext, gpus: bool = False
+    ) -> None:
+        """Mark the blocks from now on, until the optimizer's step is done."""
+        self.engine, self.trace, self.stepping, self.gpus, self.number = engine, trace, stepping, gpus, 0
+        self.marks = _Marks(trace, engine.blocks if isinstance(engine, FSDPEngine) else find_blocks(engine.model))  # fully_shard renames
         _label(engine, trace, gpus)
-    trace.mark("optimizer step")
-    with stepping():
-        engine.step(1e-3)
-    _label(engine, trace, gpus)
-    trace.mark("after the step")
-    marks.remove()
+
+    def forward(self, batch: Batch, needs: Needs) -> Output:
+        """Mark where the microbatch begins."""
+        self.marks.begin_microbatch(self.number)
+        output: Output = self.engine.forward(batch, needs)
+        return output
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Mark where backward begins, and label what it left."""
+        self.marks.turn()
+        self.engine.backward(loss, last=last)
+        self.number += 1
+        _label(self.engine, self.trace, self.gpus)
+
+    def step(self, lr: float, accepts: Accepts) -> float:
+        """Mark where the optimizer's step begins and ends."""
+        self.trace.mark("optimizer step")
+        with self.stepping():
+            norm: float = self.engine.step(lr, accepts)
+        _label(self.engine, self.trace, self.gpus)
+        self.trace.mark("after the step")
+        self.marks.remove()
+        return norm
 
 
 def _label(engine: Any, trace: Trace, gpus: bool) -> None:
@@ -393,7 +412,3 @@ def whole_batch(rows: int, seq_len: int) -> Batch:
     ids = torch.zeros(rows, seq_len, dtype=torch.int64)
     positions = torch.arange(seq_len) % max(1, seq_len // 2)
     return Batch.of(ids, ids.clone(), positions.repeat(rows, 1))
-
-
-def _without_values(batch: Batch, fake: FakeTensorMode) -> Batch:
-    return batch.map(fake.from_tensor)

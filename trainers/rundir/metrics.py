@@ -8,8 +8,9 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import torch
 from rich.console import Console
@@ -95,7 +96,7 @@ class Metrics:
             BarColumn(),
             TextColumn("step"),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+            TextColumn("loss {task.fields[loss]}{task.fields[more]}  {task.fields[speed]} tokens/s"),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
@@ -108,7 +109,7 @@ class Metrics:
         kept = self.cut(step)
         if self.active and self.config.log.wandb is not WandbMode.disabled:
             self.mirror = Mirror(self.config)
-        self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", speed="-")
+        self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", more="", speed="-")
         self.bar.start()
         return kept
 
@@ -127,32 +128,38 @@ class Metrics:
             staging.rename(self.path)
         return kept
 
-    def write(self, row: Row) -> None:
-        """Append a row with its kind, unless a newer attempt has begun to; readers see whole lines. A non-finite number becomes null."""
+    def write(self, row: Row, figures: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Append a row with its kind, unless a newer attempt has begun to; readers see whole lines. A non-finite number becomes null.
+
+        `figures` are an objective's own numbers: they go into the row under their names, and into the progress line.
+        """
         if not self.active or not self.attempt.is_current():
             return
-        row = {"kind": kind_of(row)} | finite(row)
+        if taken := row.keys() & figures.keys():
+            raise ValueError(f"a figure of the objective has the name of another number: {', '.join(sorted(taken))}")
+        row = {"kind": kind_of(row)} | finite({**row, **figures})
         with self.path.open("a") as file:
             if not os.path.samestat(os.fstat(file.fileno()), self.file) and not self.attempt.is_current(at_once=True):
                 return
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.mirror is not None:
             self.mirror.log(row)
-        self._show(row)
+        self._show(row, "".join(f"  {name} {value:.4g}" for name, value in figures.items()))
 
-    def _show(self, row: Row) -> None:
+    def _show(self, row: Row, more: str) -> None:
         kind = kind_of(row)
         if kind == Kind.evaluation:
-            log.info("step %d: held-out loss %.4f over %s tokens", row["step"], number(row["eval_loss"]), f"{row['eval_tokens']:,}")
+            tokens = f"{row['eval_tokens']:,}"
+            log.info("step %d: held-out loss %.4f%s over %s tokens", row["step"], number(row["eval_loss"]), more, tokens)
         if kind != Kind.step:
             return
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-        self.bar.update(self.task, completed=row["step"], loss=loss, speed=f"{row['tokens_per_second']:,.0f}")
+        self.bar.update(self.task, completed=row["step"], loss=loss, more=more, speed=f"{row['tokens_per_second']:,.0f}")
         due = time.monotonic() - self.shown_at > LINE_EVERY_S or row["step"] == self.num_steps
         if self.bar.disable and due:
             left = (self.num_steps - row["step"]) * row["step_seconds"]
             speed = f"{row['tokens_per_second']:,.0f}"
-            log.info("step %d/%d  loss %s  %s tokens/s  about %.0f s left", row["step"], self.num_steps, loss, speed, left)
+            log.info("step %d/%d  loss %s%s  %s tokens/s  about %.0f s left", row["step"], self.num_steps, loss, more, speed, left)
             self.shown_at = time.monotonic()
 
     def close(self) -> None:

@@ -1,0 +1,56 @@
+"""Small tables of tokens and the configs that train on them without a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, Precision, RunConfig, TrainConfig, WandbMode
+from trainers.data.pack import pack
+from trainers.data.table import TokenTable
+from trainers.model.blueprint import Blueprint
+
+LR, STEPS = 1e-2, 3
+EPS = 1e-3
+"""AdamW divides by sqrt(v) + eps: with its usual 1e-8, a gradient of pure rounding noise becomes a full step of size lr."""
+
+
+def ragged_table(lengths: list[int], packed: int | None = None, masked: tuple[int, ...] = ()) -> TokenTable:
+    """Documents of these lengths, the first third of each unsupervised; `masked` ones have no label at all."""
+    generator = np.random.default_rng(3)
+    tokens = [generator.integers(3, 33, length) for length in lengths]
+    supervised = [np.r_[np.zeros(max(1, length // 3)), np.ones(length - max(1, length // 3))] for length in lengths]
+    for document in masked:
+        supervised[document][:] = 0
+    order, rows = pack(np.array(lengths), packed) if packed else (np.arange(len(lengths)), np.arange(len(lengths) + 1))
+    return TokenTable(
+        tokens=np.concatenate(tokens).astype(np.int32),
+        supervised=np.concatenate(supervised).astype(np.uint8),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        order=order,
+        rows=rows,
+    )
+
+
+LENGTHS = [5, 29, 11, 3, 40, 17, 8, 23]
+
+
+def config_for(run_dir: Path, model: Path, **train_fields: Any) -> RunConfig:
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(id=str(model)),
+        data=DataConfig(path="unused"),
+        optim=OptimConfig(lr=LR, warmup_steps=1, clip=0.5, weight_decay=0.1, eps=EPS),
+        train=TrainConfig(precision=Precision.fp32, **train_fields),
+        log=LogConfig(wandb=WandbMode.disabled),
+    )
+
+
+def blueprint_for(model: Path, attention: str | None = None) -> Blueprint:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    config._attn_implementation = attention
+    return Blueprint(config=config, folder=model, revision=None, seed=0, trust_remote_code=False)

@@ -1,0 +1,109 @@
+"""The held-out loss: when it is measured, how, and when it no longer falls."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from trainers.batch import Batch, Sizes
+from trainers.config.schema import TrainConfig
+from trainers.data.loader import eval_batches
+from trainers.data.table import TokenTable
+from trainers.engines.base import Engine
+from trainers.health.activity import watch
+from trainers.objectives import Objective
+from trainers.world import World
+
+ASK_EVERY_S = 2.0
+"""How often an evaluation asks the other ranks whether one of them is to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured on the held-out rows, per target."""
+
+    loss: float
+    targets: int
+    figures: dict[str, float] = field(default_factory=dict)
+    """The objective's own, as `eval_NAME`."""
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World, targets: int) -> Evaluation | None:
+    """Return the loss of held-out rows: one sum over all of them, each counted once; None where a rank was asked to stop.
+
+    Takes as many microbatches on every rank. Only sums are kept, so memory does not grow with the number of rows. Collective.
+    """
+    engine.train(False)
+    sums: dict[str, float] = {}
+    every, began = 1, time.monotonic()
+    for number, batch in enumerate(watch.each(batches), 1):
+        on_device = batch.to(world.device)
+        loss = objective(engine.forward(on_device, objective.needs), on_device)
+        for name, value in {"": loss.total, **loss.figures}.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        if number == every:  # not at each: a sum over ranks takes as long as a small microbatch
+            stop, seconds = world.max([float(world.signalled is not None), (time.monotonic() - began) / number])
+            if stop:
+                return None
+            every += max(1, round(ASK_EVERY_S / max(seconds, 1e-6)))
+    engine.train(True)
+    names = sorted(sums)
+    mean, *rest = (total / targets if targets else math.nan for total in world.sum([sums[name] for name in names]))
+    return Evaluation(loss=mean, targets=targets, figures={f"eval_{name}": value for name, value in zip(names[1:], rest, strict=True)})
+
+
+class HeldOut:
+    """The held-out rows of a run, when they are evaluated, and the losses so far."""
+
+    def __init__(self, table: TokenTable | None, train: TrainConfig, num_steps: int, world: World, pad_id: int) -> None:
+        """Take no rows at all where there are none."""
+        self.table, self.train, self.num_steps, self.world, self.pad_id = table, train, num_steps, world, pad_id
+        self.sizes = Sizes() if table is None else table.sizes(np.arange(len(table)))
+        self.losses: list[float] = []
+        """In nats a token, the one before the first step first."""
+        self.at = -1
+        """The step after which the newest was measured in this attempt; -1 before any."""
+
+    def is_due(self, step: int) -> bool:
+        """Tell whether to evaluate after `step`."""
+        every = self.train.eval_every
+        return self.table is not None and (step in (0, self.num_steps) or (every is not None and step % every == 0))
+
+    def measure(self, engine: Engine, objective: Objective, step: int) -> Evaluation | None:
+        """Evaluate after `step`; None where a rank was asked to stop. Collective."""
+        assert self.table is not None
+        rows = self.train.eval_microbatch or self.train.microbatch
+        targets = objective.targets(self.sizes)
+        batches = eval_batches(self.table, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.pad_id)
+        found = evaluate(engine, objective, batches, self.world, targets)
+        if found is not None:
+            self.losses.append(found.loss)
+            self.at = step
+        return found
+
+    def loss_at(self, step: int) -> float | None:
+        """Return the loss after `step`, None where it was not measured in this attempt."""
+        return self.losses[-1] if self.at == step and self.losses else None
+
+    def is_stalled(self) -> bool:
+        """Tell whether the losses have not improved for as long as `train.patience` allows."""
+        return stalled(self.losses, self.train.patience, self.train.min_improvement)
+
+
+def stalled(losses: list[float], patience: int | None, min_improvement: float) -> bool:
+    """Tell whether the last `patience` held-out losses brought no improvement over the best before each."""
+    if patience is None:
+        return False
+    best, waited = math.inf, 0
+    for loss in losses:
+        if loss < best - min_improvement:
+            best, waited = loss, 0
+        else:
+            waited += 1
+    return waited >= patience

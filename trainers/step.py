@@ -1,0 +1,72 @@
+"""One optimizer step. The loop, the plan, the benchmarks and the tests take it here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trainers.batch import Batch
+from trainers.engines.base import Engine
+from trainers.health.spikes import NO_LIMITS, Limits
+from trainers.objectives import Objective
+from trainers.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What came of a step, the same on every rank."""
+
+    loss: float
+    """Per target; nan where the step has none."""
+    grad_norm: float
+    """Before clipping; 0 where the step has no targets, and nothing was updated."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """The objective's, per target."""
+    reports: list[float] = field(default_factory=list)
+    """The largest over ranks of each number that `report` gave."""
+
+
+def nothing() -> Sequence[float]:
+    """Report nothing."""
+    return ()
+
+
+def take_step(
+    engine: Engine,
+    objective: Objective,
+    batches: Sequence[Batch],
+    world: World,
+    *,
+    lr: float,
+    targets: int,
+    limits: Limits = NO_LIMITS,
+    report: Callable[[], Sequence[float]] = nothing,
+) -> StepResult:
+    """Take one optimizer step over this rank's microbatches, as many as on every other rank; collective.
+
+    Sums over the targets of the whole step, which are known before, make it the same under any split into ranks, microbatches
+    and accumulation. Nothing is updated above the limits, with a norm that is not finite, or without targets.
+    What `report` returns after the last backward travels with the loss: as many numbers on every rank, of which the largest count.
+    """
+    total = torch.zeros((), device=world.device)
+    figures: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches if targets else (), 1):
+        on_device = batch.to(world.device)
+        loss = objective(engine.forward(on_device, objective.needs), on_device)
+        engine.backward(loss.total / targets, last=number == len(batches))
+        total += loss.total.detach()
+        for name, value in loss.figures.items():
+            figures[name] = figures.get(name, 0.0) + value.detach()
+    names = sorted(figures)
+    sums, reports = world.sum_and_max([float(total), *(float(figures[name]) for name in names)], report())
+    mean, *rest = (value / targets if targets else math.nan for value in sums)
+
+    def accepts(norm: float) -> bool:
+        return not mean > limits.loss and norm <= limits.grad_norm
+
+    grad_norm = engine.step(lr, accepts) if targets else 0.0
+    return StepResult(loss=mean, grad_norm=grad_norm, figures=dict(zip(names, rest, strict=True)), reports=reports)
