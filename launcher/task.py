@@ -18,6 +18,7 @@ from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config.errors import ConfigError
 from trainers.rundir.attempt import Attempt, read_status
+from trainers.rundir.checkpoints import newest_step
 from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
 from trainers.rundir.files import write_json
 
@@ -135,7 +136,10 @@ def requeue_elsewhere(job: Job, place: Topology) -> None:
     if "setting" in error or not error.get("of_node", True):
         return
     node = failed_node(error, place.hosts)
-    failures = [*record.get("failures", []), {"step": _newest_step(job), "node": node, "message": error.get("message", "")}]
+    failures = [
+        *record.get("failures", []),
+        {"step": newest_step(job.run_dir), "node": node, "message": error.get("message", "")},
+    ]
     write_json(job.run_dir / "slurm.json", record | {"failures": failures})
     last = [failure["step"] for failure in failures[-FRUITLESS:]]
     if last == [last[0]] * FRUITLESS:
@@ -151,11 +155,6 @@ def failed_node(error: dict[str, Any], hosts: Sequence[str]) -> str:
         return ""
     host = str(error.get("host") or "").partition(".")[0]
     return next((name for name in hosts if name.partition(".")[0] == host), "")
-
-
-def _newest_step(job: Job) -> int:
-    names = [path.name.removeprefix("step-") for path in (job.run_dir / "checkpoints").glob("step-*")]
-    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def _complain(what: str) -> None:

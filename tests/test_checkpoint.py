@@ -22,10 +22,11 @@ from peft_cases import (
 )
 
 from trainers import host
-from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress, is_lowest
+from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress
 from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import build_engine
 from trainers.rundir.attempt import Attempt, Superseded, newest_attempt
+from trainers.rundir.checkpoints import is_lowest
 from trainers.world import World
 
 SMALL = 3 << 20
@@ -286,7 +287,7 @@ def save_short(world: World, folder: Path, run_dir: Path) -> tuple[list[str], bo
         life.saver.save(life.engine, Progress(step=1))
     finally:
         host.memory_available = truly
-    return life.end(), bool(life.saver.staged)
+    return life.end(), bool(life.saver.copy.tensors)
 
 
 def test_where_memory_is_short_training_waits(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:

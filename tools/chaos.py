@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from trainers.checkpoint import number_of, steps, why_incomplete
+from trainers.rundir.checkpoints import number_of, steps, why_incomplete
 from trainers.rundir.rows import read_rows
 
 ROOT = Path(__file__).parents[1]

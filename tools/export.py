@@ -124,7 +124,7 @@ def require_space(num_bytes: int, out: Path) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that is meant: `path` itself, or the newest complete one of the run there."""
-    from trainers.checkpoint import steps, why_incomplete
+    from trainers.rundir.checkpoints import steps, why_incomplete
 
     path = path.resolve()
     if not path.is_dir():

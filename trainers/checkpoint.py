@@ -8,10 +8,7 @@ manifest with every file's size and SHA-256, and renamed once all ranks have sai
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
-import math
 import os
 import shutil
 import threading
@@ -23,15 +20,26 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
-from trainers import host
 from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
 from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.checkpoints import (
+    is_lowest,
+    is_of_newer,
+    kept,
+    name_of,
+    read_manifest,
+    sha256,
+    steps,
+    why_damaged,
+    why_incomplete,
+    why_not_of,
+)
 from trainers.rundir.files import finite, read_json, write_json
+from trainers.rundir.paths import CHECKPOINTS, MANIFEST, SAVE_NOW, STOP
+from trainers.staging import HostCopy, bytes_of
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -92,18 +100,17 @@ class Checkpointer:
     def __init__(self, config: CheckpointConfig, attempt: Attempt, world: World) -> None:
         """Keep where, how many, and a world for the thread; no file is touched yet."""
         self.config, self.attempt, self.world = config, attempt, world
-        self.run_dir, self.folder = attempt.run_dir, attempt.run_dir / "checkpoints"
-        self.run = str(read_json(self.run_dir / "manifest.json").get("wandb_id", ""))
+        self.run_dir, self.folder = attempt.run_dir, attempt.run_dir / CHECKPOINTS
+        self.run = str(read_json(self.run_dir / MANIFEST).get("wandb_id", ""))
         """What tells this run's checkpoints from another's."""
         self.beside = world.beside()
-        self.staged: dict[tuple[object, ...], Tensor] = {}
-        """Host memory of the last save's copies, which the next one uses again."""
+        self.copy = HostCopy(world)
         self.in_flight: Save | None = None
         self.thread: threading.Thread | None = None
         self.saved_at, self.failed_at = time.monotonic(), 0.0
         self.damaged: dict[Path, str] = {}
         self.failures, self.stall_seconds = 0, 0.0
-        self.warned_of_grace, self.is_short = False, False
+        self.warned_of_grace = False
         self.saved_step, self.all_failures = 0, 0
 
     def wishes(self) -> tuple[bool, bool]:
@@ -113,7 +120,7 @@ class Checkpointer:
         minutes = self.config.every_minutes
         by_clock = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
         again = self.failures > 0 and self.in_flight is None and time.monotonic() - self.failed_at > RETRY_AFTER_S
-        return _taken(self.run_dir / "stop"), _taken(self.run_dir / "save_now") or by_clock or again
+        return _taken(self.run_dir / STOP), _taken(self.run_dir / SAVE_NOW) or by_clock or again
 
     def due(self, step: int) -> bool:
         """Tell whether a checkpoint is due after `step`, by its number. Not collective."""
@@ -130,14 +137,14 @@ class Checkpointer:
         """
         began = time.perf_counter()
         self.finish()
-        final = self.folder / f"step-{progress.step:06d}"
+        final = self.folder / name_of(progress.step)
         if self.world.from_first(self.world.rank == 0 and not self._why_not_ours(final)):
             self.saved_step = progress.step
             return
         state = engine.state()
         num_bytes = int(self.world.sum([float(bytes_of(state))])[0])
-        wait = wait or not self.config.asynchronous or self._is_short_of_memory(bytes_of(state))
-        staged = state if wait else self._stage(state, ())
+        wait = wait or not self.config.asynchronous or self.copy.has_no_room(bytes_of(state))
+        staged = state if wait else self.copy.of(state)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         save = Save(progress=progress, eval_loss=eval_loss, num_bytes=num_bytes, started=began, state=staged)
@@ -150,33 +157,6 @@ class Checkpointer:
             self.thread.start()
         self.stall_seconds = time.perf_counter() - began
         log.debug("step %d: the loop waited %.3f s for a checkpoint of %s bytes", progress.step, self.stall_seconds, f"{num_bytes:,}")
-
-    def _is_short_of_memory(self, num_bytes: int) -> bool:
-        """Tell whether some node has no room for copies of its ranks' states, half of what is free left alone; says so once."""
-        if not self.staged and not self.is_short:
-            needed, free = num_bytes * self.world.local_size, host.memory_available()
-            [self.is_short] = self.world.any(needed > free // 2)
-            if self.is_short:
-                words = "checkpoints are written while training waits: a copy of the state takes %s a node, and %s of host memory are free"
-                log.warning(words, host.gib(needed), host.gib(free))
-        return self.is_short
-
-    def _stage(self, state: Any, path: tuple[object, ...]) -> Any:
-        """Return a nested state with its tensors copied to host memory, page-locked beside a GPU, kept from save to save.
-
-        torch's own DefaultStager copies whole storages, of which a flat parameter is a view, and fails on them.
-        """
-        if isinstance(state, dict):
-            return {key: self._stage(value, (*path, key)) for key, value in state.items()}
-        if isinstance(state, (list, tuple)):
-            return [self._stage(value, (*path, number)) for number, value in enumerate(state)]
-        if isinstance(state, DTensor):
-            return DTensor(self._stage(state.to_local(), path), state._spec, requires_grad=False)
-        if not isinstance(state, Tensor):
-            return state
-        if path not in self.staged:
-            self.staged[path] = torch.empty(state.shape, dtype=state.dtype, pin_memory=self.world.device.type == "cuda")
-        return self.staged[path].copy_(state.detach(), non_blocking=True)
 
     def is_writing(self) -> bool:
         """Tell whether this rank's part of a save is on its way. Not collective."""
@@ -222,7 +202,7 @@ class Checkpointer:
 
     def _write(self, save: Save, world: World) -> None:
         """Write, hash and commit; in a thread, or in the loop's own with its world."""
-        name = f"step-{save.progress.step:06d}"
+        name = name_of(save.progress.step)
         staging, final = self.folder / f".{name}.attempt-{self.attempt.number}.tmp", self.folder / name
         hashes: dict[str, str] = {}
         gathered: dict[str, str] = {}
@@ -283,8 +263,8 @@ class Checkpointer:
         for path in staging.iterdir():
             _flush(path)
         said = {"progress": dataclasses.asdict(save.progress), "run": self.run, "attempt": self.attempt.number, "eval_loss": save.eval_loss}
-        write_json(staging / "manifest.json", {**finite(said), "sizes": sizes, "sha256": hashes})
-        _flush(staging / "manifest.json")
+        write_json(staging / MANIFEST, {**finite(said), "sizes": sizes, "sha256": hashes})
+        _flush(staging / MANIFEST)
         _flush(staging)
         self.attempt.require_current()
         staging.rename(final)
@@ -295,32 +275,20 @@ class Checkpointer:
         return [path for path in steps(self.folder) if not self._why_not_ours(path)]
 
     def _why_not_ours(self, path: Path) -> str:
-        """Say why a folder is no checkpoint of this run; nothing where it is."""
-        if why := self.damaged.get(path) or why_incomplete(path):
-            return why
-        manifest = json.loads((path / "manifest.json").read_text())
-        if manifest.get("run", "") != self.run:
-            return "it is another run's"
-        step = manifest["progress"]["step"]
-        return "" if path.name == f"step-{step:06d}" else f"it is the checkpoint of step {step} under another name"
+        """Say why a folder is not a checkpoint of this run; nothing where it is."""
+        return self.damaged.get(path) or why_not_of(self.run, path)
 
     def _rotate(self) -> None:
         """Delete this run's complete checkpoints that nothing keeps, and staging folders of dead saves, not of a newer attempt's."""
         self.attempt.require_current()
-        complete, config = self._complete(), self.config
-        kept = set(complete[-config.keep_last :])
-        if config.keep_every is not None:
-            kept |= {path for path in complete if number_of(path) % config.keep_every == 0}
-        losses = {path: json.loads((path / "manifest.json").read_text()).get("eval_loss") for path in complete}
-        judged = [path for path in complete if losses[path] is not None]
-        kept |= set(sorted(judged, key=lambda path: (losses[path], -number_of(path)))[: config.keep_best])
+        complete = self._complete()
+        stay = kept(complete, self.config)
         for path in complete:
-            if path not in kept:
+            if path not in stay:
                 path.rename(path.with_name(f".{path.name}.tmp"))  # complete or absent, also when killed while deleting
         for path in self.folder.glob(".step-*.tmp"):
-            if (number := path.name.partition(".attempt-")[2].partition(".")[0]).isdigit() and int(number) > self.attempt.number:
-                continue
-            shutil.rmtree(path)
+            if not is_of_newer(path, self.attempt.number):
+                shutil.rmtree(path)
 
     def restore(self, engine: Engine) -> Progress:
         """Load this run's newest valid checkpoint, or return step 0. Rank 0 names them, and each rank verifies some of the files.
@@ -330,7 +298,7 @@ class Checkpointer:
         """
         found = self.world.from_first(self._candidates() if self.world.rank == 0 else [])
         for path in found:
-            failed = self._why_invalid(path)
+            failed = why_damaged(path, slice(self.world.rank, None, self.world.size))
             try:
                 if not any(self.world.gather(failed)):
                     engine.load(path)
@@ -338,7 +306,7 @@ class Checkpointer:
                 failed = (str(error).strip() or type(error).__name__).splitlines()[-1]
             failures = [text for text in self.world.gather(failed) if text]
             if not failures:
-                progress = Progress(**json.loads((path / "manifest.json").read_text())["progress"])
+                progress = Progress(**read_manifest(path)["progress"])
                 self.saved_step = progress.step
                 log.info("continuing from %s: step %d, %s tokens", path, progress.step, f"{progress.tokens:,}")
                 return progress
@@ -358,36 +326,6 @@ class Checkpointer:
                 candidates.append(path)
         return candidates
 
-    def _why_invalid(self, path: Path) -> str:
-        """Say which of this rank's share of a checkpoint's files holds other bytes than were written. Not collective."""
-        try:
-            hashes: dict[str, str] = json.loads((path / "manifest.json").read_text())["sha256"]
-            mine = sorted(hashes)[self.world.rank :: self.world.size]
-            wrong = [name for name in mine if sha256(path / name) != hashes[name]]
-        except (OSError, ValueError, KeyError) as error:
-            return f"it cannot be read ({error!r})"
-        return f"{wrong[0]} holds other bytes than were written" if wrong else ""
-
-
-def is_lowest(losses: list[float]) -> bool:
-    """Tell whether the last loss is the lowest; one that is not finite is not, and hides none."""
-    return math.isfinite(losses[-1]) and losses[-1] <= min(filter(math.isfinite, losses))
-
-
-def bytes_of(state: Any) -> int:
-    """Return the bytes of this rank's parts of the tensors in a nested dictionary."""
-    if isinstance(state, dict):
-        return sum(bytes_of(value) for value in state.values())
-    if isinstance(state, DTensor):
-        state = state.to_local()
-    return state.nbytes if isinstance(state, Tensor) else 0
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def _own_files(staging: Path, world: World) -> list[Path]:
     """Return the files that this rank wrote; rank 0 also answers for those of no rank, such as the metadata."""
@@ -406,29 +344,6 @@ def _taken(path: Path) -> bool:
         log.warning("%s is not heeded: it cannot be removed (%s)", path, error.strerror)
         return False
     return True
-
-
-def why_incomplete(folder: Path) -> str:
-    """Say what a checkpoint lacks: its manifest, or a file of it at its size; nothing where it is complete."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
-        return "it has no manifest.json"
-    try:
-        sizes = json.loads(manifest.read_text())["sizes"]
-    except (ValueError, KeyError, OSError) as error:
-        return f"its manifest.json cannot be read ({error!r})"
-    wrong = [name for name, size in sizes.items() if not (folder / name).is_file() or (folder / name).stat().st_size != size]
-    return f"{wrong[0]} is missing or has another size" if wrong else ""
-
-
-def number_of(path: Path) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
-
-
-def steps(folder: Path) -> list[Path]:
-    """Return the checkpoints in a run's folder of them, complete or not, oldest first."""
-    return sorted((path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()), key=number_of)
 
 
 def _flush(path: Path) -> None:

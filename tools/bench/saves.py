@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from tools.bench.engines import training_rank
-from trainers.checkpoint import Checkpointer, Progress, bytes_of
+from trainers.checkpoint import Checkpointer, Progress
 from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
 from trainers.rundir.attempt import Attempt
+from trainers.rundir.checkpoints import name_of, why_damaged
+from trainers.staging import bytes_of
 from trainers.world import World
 
 
@@ -60,7 +62,7 @@ class TimedCheckpointer(Checkpointer):
             torch.cuda.synchronize()  # what the step has left does not belong to the save
         self.world.barrier()
         super().save(engine, progress, eval_loss)
-        if self.is_short:
+        if self.copy.is_short:
             raise RuntimeError("host memory has no room for the copy that an asynchronous save writes: fewer --parameters")
         stall = self.world.max([self.stall_seconds])[0]
         kind = {"asynchronous": self.config.asynchronous, "stall_seconds": stall}
@@ -68,7 +70,7 @@ class TimedCheckpointer(Checkpointer):
 
     def _prove(self, step: int) -> None:
         """Raise RuntimeError unless a step's checkpoint is complete, and its files hold the bytes that were hashed."""
-        path = self.folder / f"step-{step:06d}"
-        for why in self.world.gather(self._why_not_ours(path) or self._why_invalid(path)):
+        path = self.folder / name_of(step)
+        for why in self.world.gather(self._why_not_ours(path) or why_damaged(path, slice(self.world.rank, None, self.world.size))):
             if why:
                 raise RuntimeError(f"the checkpoint {path.name} is not valid: {why}")
