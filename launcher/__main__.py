@@ -17,6 +17,7 @@ from launcher.compose import CONF, checked, compose_with, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
 from launcher.job import Job, freeze, frozen_text, make_job
 from launcher.report import print_summary
+from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
@@ -105,7 +106,8 @@ def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
 def dry_run(job: Job, commands: list[str]) -> str:
     """Return the frozen config and every command, as text."""
     steps = f"{job.run.train.steps} steps" if job.run.train.steps else "steps known once the data are prepared"
-    size = f"# {world_size(job.launch)} rank(s) on {job.launch.nodes} node(s), {job.run.train.global_batch} rows a step, {steps}"
+    ranks = world_size(job.launch)
+    size = f"# {ranks} rank(s) on {job.launch.nodes} node(s), {rows_words(job.run.train, ranks)}, {steps}"
     return "\n".join([f"# {job.config_path}", frozen_text(job.run), size, *commands])
 
 

@@ -41,6 +41,13 @@ def compose(overrides: list[str]) -> JobConfig:
         return checked(composed)
 
 
+def unchecked(overrides: list[str]) -> JobConfig:
+    """Return the job of these overrides, typed but neither checked nor of this machine; raises what Hydra and OmegaConf raise."""
+    schema.register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(hydra.compose("config", overrides))
+
+
 def compose_with(overrides: list[str], more: list[str], config_dir: str | None = None) -> JobConfig | None:
     """Return the checked job of a command line with more overrides in the place of its own; None where they do not go together."""
     keys = {text.partition("=")[0] for text in more}
@@ -54,14 +61,20 @@ def compose_with(overrides: list[str], more: list[str], config_dir: str | None =
 
 
 def checked(composed: DictConfig) -> JobConfig:
-    """Return a composed config as a JobConfig; raises ConfigError, or UnknownSettingError for a `+` of an unknown key."""
-    refuse_unknown(composed)
-    job = OmegaConf.to_object(composed)
-    assert isinstance(job, JobConfig)
+    """Return a composed config as a JobConfig that can work; raises ConfigError, or UnknownSettingError for a `+` of an unknown key."""
+    job = typed(composed)
     make_paths_absolute(job)
     validate(run_config(job))
     validate_launch(job.launch)
     check_world(run_config(job), world_size(job.launch))
+    return job
+
+
+def typed(composed: DictConfig) -> JobConfig:
+    """Return a composed config as a JobConfig; raises UnknownSettingError for a `+` of an unknown key."""
+    refuse_unknown(composed)
+    job = OmegaConf.to_object(composed)
+    assert isinstance(job, JobConfig)
     return job
 
 

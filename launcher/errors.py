@@ -12,35 +12,100 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from launcher.config import LaunchConfig, world_size
 from launcher.fields import all_fields, choices, expected, names_at
 from launcher.origin import UNSET, shown, where_set
+from trainers.config.deepspeed_keys import check_overrides
+from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError
 
-# What other trainers call it: too far from our names for a comparison of letters to find.
-OTHER_NAMES = {
-    "batch_size": "train.global_batch",
-    "per_device_train_batch_size": "train.microbatch",
-    "gradient_accumulation_steps": "train.global_batch",
-    "learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "max_grad_norm": "optim.clip",
-    "warmup_ratio": "optim.warmup_steps",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "max_length": "data.seq_len",
-    "max_seq_length": "data.seq_len",
-    "dataset": "data.path",
-    "model_name_or_path": "model.id",
-    "output_dir": "run_dir",
-    "bf16": "train.precision",
-    "save_steps": "checkpoint.every",
-    "eval_steps": "train.eval_every",
-    "nproc_per_node": "launch.processes",
-    "nnodes": "launch.nodes",
+# Ours, and what transformers, TRL, axolotl, LLaMA-Factory and accelerate call it: too far apart for a comparison of letters to find.
+THEIR_NAMES = {
+    "run_dir": "output_dir logging_dir",
+    "name": "run_name wandb_name",
+    "seed": "data_seed",
+    "model.id": "model_name_or_path model_name base_model pretrained_model_name_or_path",
+    "model.revision": "model_revision",
+    "model.tokenizer": "tokenizer_name tokenizer_name_or_path tokenizer_config",
+    "model.add_tokens": "new_special_tokens special_tokens add_special_tokens",
+    "model.grow_vocabulary": "resize_vocab resize_token_embeddings",
+    "model.attention": "attn_implementation flash_attn flash_attention",
+    "data.path": "dataset datasets dataset_name dataset_name_or_path dataset_dir train_file data_path",
+    "data.split": "dataset_train_split train_split",
+    "data.eval_path": "eval_dataset test_datasets validation_file dataset_test_split",
+    "data.eval_fraction": "val_set_size val_size test_size eval_split_ratio",
+    "data.layout": "dataset_text_field dataset_format formatting",
+    "data.template": "chat_template template chat_template_path",
+    "data.supervise": "train_on_inputs train_on_input train_on_prompt mask_history assistant_only_loss completion_only_loss roles_to_train",
+    "data.seq_len": "max_seq_length max_length max_seq_len sequence_len cutoff_len model_max_length block_size context_length",
+    "data.packing": "sample_packing neat_packing pack_sequences",
+    "data.too_long": "excess_length_strategy",
+    "data.processes": "dataset_num_proc dataset_processes preprocessing_num_workers dataloader_num_workers num_proc",
+    "data.prepared_dir": "dataset_prepared_path tokenized_path cache_dir",
+    "objective": "stage loss_type",
+    "peft=lora": "use_peft use_lora lora",
+    "peft=dora": "use_dora peft_use_dora lora_use_dora",
+    "peft=qlora": "load_in_4bit load_in_8bit quantize quantization quantization_bit bnb_4bit_quant_type use_qlora qlora",
+    "peft=pissa": "pissa_init",
+    "peft.rank": "lora_r lora_rank r",
+    "peft.alpha": "lora_alpha",
+    "peft.dropout": "lora_dropout",
+    "peft.targets": "target_modules lora_target_modules lora_target lora_target_linear",
+    "peft.modules_to_save": "additional_target lora_modules_to_save",
+    "peft.rank_stabilised": "use_rslora peft_use_rslora rslora",
+    "peft.init": "init_lora_weights peft_init_lora_weights",
+    "peft.adapter": "adapter_name_or_path lora_model_dir",
+    "peft.lr_ratio": "loraplus_lr_ratio",
+    "peft.virtual_tokens": "num_virtual_tokens",
+    "peft.last_blocks": "freeze_trainable_layers num_layer_trainable",
+    "peft.freeze": "unfrozen_parameters freeze_modules",
+    "peft": "finetuning_type adapter peft_config",
+    "engine": "deepspeed fsdp fsdp_config zero_stage distributed_type",
+    "optim.name": "optimizer optimizer_type",
+    "optim.lr": "lr learning_rate base_lr peak_lr",
+    "optim.schedule": "lr_scheduler_type lr_scheduler scheduler",
+    "optim.warmup_fraction": "warmup_ratio",
+    "optim.warmup_steps": "warmup_ratio num_warmup_steps",
+    "optim.min_lr_fraction": "min_lr cosine_min_lr_ratio min_lr_ratio",
+    "optim.betas": "adam_beta1 adam_beta2 beta1 beta2",
+    "optim.eps": "adam_epsilon",
+    "optim.clip": "max_grad_norm gradient_clipping clip_grad_norm",
+    "train.steps": "max_steps num_steps",
+    "train.epochs": "num_train_epochs num_epochs",
+    "train.global_batch": "batch_size train_batch_size global_batch_size",
+    "train.microbatch": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu",
+    "train.eval_microbatch": "per_device_eval_batch_size eval_batch_size",
+    "train.precision": "bf16 fp16 tf32 torch_dtype dtype mixed_precision",
+    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.eval_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch",
+    "train.patience": "early_stopping_patience",
+    "train.deterministic": "full_determinism",
+    "train.step_timeout_s": "ddp_timeout nccl_timeout",
+    "checkpoint.every": "save_steps save_strategy saves_per_epoch save_every",
+    "checkpoint.keep_last": "save_total_limit",
+    "checkpoint.keep_best": "load_best_model_at_end",
+    "launch.processes": "nproc_per_node num_processes",
+    "launch.nodes": "nnodes num_machines num_nodes",
+    "launch.rdzv_endpoint": "main_process_ip main_process_port master_addr master_port",
+    "log.wandb": "report_to use_wandb wandb_mode",
+    "log.project": "wandb_project",
+    "log.entity": "wandb_entity",
 }
+OURS: dict[str, list[str]] = {}
+for _setting, _names in THEIR_NAMES.items():
+    for _name in _names.split():
+        OURS.setdefault(_name, []).append(_setting)
+ANSWERS = {
+    "resume_from_checkpoint": "the same command again continues from the newest checkpoint",
+    "overwrite_output_dir": "a new run takes a new run_dir",
+    "logging_steps": "metrics.jsonl has every step",
+}
+"""Names for which there is no setting, and why none is needed."""
+ACCUMULATION = ("gradient_accumulation_steps", "accumulation_steps", "grad_accum", "grad_accumulation_steps")
 BAD_INPUT = (HydraException, OmegaConfBaseException, ConfigError, yaml.YAMLError, ValueError)
 
 
@@ -66,28 +131,81 @@ def explain(error: Exception, overrides: list[str]) -> str:
 
 def unknown(path: str, overrides: list[str]) -> str:
     """Return the message for a dotted path that names no setting."""
+    name = path.rpartition(".")[2]
+    if path == "method":
+        return _method(overrides)
+    if name in ACCUMULATION:
+        return _accumulation(path, overrides)
+    if name in ANSWERS:
+        return _report(path, UNSET, f"there is no such setting: {ANSWERS[name]}", overrides)
+    owner = next((above for above in _above(path) if above in all_fields()), None)
+    if owner == "engine.overrides":
+        return _of_deepspeed(path, overrides)
+    if owner is not None and expected(all_fields()[owner].type).startswith("a mapping"):
+        return _report(path, UNSET, f"`{owner}` takes any key, and a new one needs a +", overrides, f"try     +{path}=VALUE")
+    if owner is not None:
+        kind = expected(all_fields()[owner].type)
+        return _report(path, UNSET, f"`{owner}` holds no fields: it is {kind}", overrides, f"try     {owner}=VALUE")
     parent = path.rpartition(".")[0]
-    field = all_fields().get(parent)
-    if field is not None and expected(field.type).startswith("a mapping"):
-        return _report(path, UNSET, f"`{parent}` takes any key, and a new one needs a +", overrides, f"try     +{path}=VALUE")
-    if field is not None:
-        return _report(path, UNSET, f"`{parent}` holds no fields: it is {expected(field.type)}", overrides, f"try     {parent}=VALUE")
-    siblings = names_at(parent)
-    level = parent if siblings else ""
+    level = parent if names_at(parent) else ""
     known = f"`{level or 'top level'}` has: {', '.join(names_at(level))}"
     near = nearest(path)
     return _report(path, UNSET, "there is no such setting", overrides, f"nearest {', '.join(near)}" if near else known)
 
 
+def _above(path: str) -> list[str]:
+    """Return the dotted paths that a path is below, the longest first."""
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+
+
+def _method(overrides: list[str]) -> str:
+    """Return the message for the group `method`, which there was: presets of peft have their learning rates."""
+    given = next((text for text in reversed(overrides) if text.lstrip("+").startswith("method=")), "method=NAME")
+    names = ",".join("none" if name == "full" else name for name in given.partition("=")[2].split(","))
+    return (
+        f"error: `method` is now `peft`, whose presets have their learning rates\n  set by  command line: {given}\n  try     peft={names}"
+    )
+
+
+def _accumulation(path: str, overrides: list[str]) -> str:
+    """Return the message for gradient accumulation, which follows from other settings: with what it is, and the batch that was meant."""
+    reason = "there is no such setting: it follows from train.global_batch, train.microbatch and the ranks"
+    others = [text for text in overrides if text.lstrip("+").partition("=")[0] != path]
+    try:
+        composed = GlobalHydra.instance().config_loader().load_configuration("config", others, RunMode.RUN)
+        train, launch = composed.train, OmegaConf.to_object(composed.launch)
+        assert isinstance(launch, LaunchConfig)
+        ranks = world_size(launch)
+        now, share = f"now     {rows_words(train, ranks)}", ranks * train.microbatch
+    except (HydraException, OmegaConfBaseException, ArithmeticError):
+        return _report(path, UNSET, reason, overrides, "try     train.global_batch=ROWS, which all ranks take together in a step")
+    wanted = where_set(path, overrides)[1]
+    rows = share * wanted if isinstance(wanted, int) else "ROWS"
+    return _report(path, UNSET, reason, overrides, now, f"try     train.global_batch={rows}")
+
+
+def _of_deepspeed(path: str, overrides: list[str]) -> str:
+    """Return the message for a key below engine.overrides that was set without a +: DeepSpeed may not have it at all."""
+    nested: Any = where_set(path, overrides)[1]
+    for key in reversed(path.split(".")[2:]):
+        nested = {key: nested}
+    try:
+        check_overrides(nested)
+    except ConfigError as error:
+        return explain(error, overrides)
+    return _report(path, UNSET, "`engine.overrides` takes DeepSpeed's keys, and a new one needs a +", overrides, f"try     +{path}=VALUE")
+
+
 def nearest(path: str) -> list[str]:
-    """Return up to three valid dotted paths close to a wrong one: at its own level first, then anywhere."""
+    """Return up to three valid names close to a wrong one, as dotted paths or GROUP=PRESET: at its own level first, then anywhere."""
     parent, _, name = path.rpartition(".")
     prefix = f"{parent}." if parent else ""
     level = [prefix + match for match in difflib.get_close_matches(name, names_at(parent), n=2, cutoff=0.55)]
     whole = difflib.get_close_matches(path, list(all_fields()), n=2, cutoff=0.78)
     same_name = [known for known in all_fields() if _close(name, known.rpartition(".")[2])]
-    other = [OTHER_NAMES[name]] if name in OTHER_NAMES else []
-    return list(dict.fromkeys(other + level + whole + same_name))[:3]
+    found = OURS[name] + same_name if name in OURS else level + whole + same_name
+    return list(dict.fromkeys(found))[:3]
 
 
 def _close(name: str, known: str) -> bool:
@@ -117,8 +235,8 @@ def _first_line(error: Exception) -> str:
 def _unreadable(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
-        near = nearest(override.lstrip("+~"))
-        return f"error: {override!r} sets nothing: write FIELD=VALUE" + (f"\n  try     {near[0]}=VALUE" if near else "")
+        near = [name if "=" in name else f"{name}=VALUE" for name in nearest(override.lstrip("+~"))]
+        return f"error: {override!r} sets nothing: write FIELD=VALUE" + (f"\n  try     {near[0]}" if near else "")
     quoted = value.strip("\"'").replace("\\", "\\\\").replace('"', '\\"')
     fixed = shlex.quote(f'{key}="{quoted}"')
     return f"error: {override!r} cannot be read: the value has characters that need quotes\n  try     {fixed}"
@@ -126,12 +244,14 @@ def _unreadable(override: str) -> str:
 
 def _no_preset(file: str, overrides: list[str]) -> str:
     group, _, name = file.rpartition("/")
+    if group == "method":
+        return f"error: conf/method/{name}.yaml: `method` is now `peft`, whose presets have their learning rates\n  try     /peft: {name}"
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     setter = next((text for text in overrides if text.lstrip("+").startswith(f"{group}=")), "")
     lines = [f"error: `{group}` = {name!r}: there is no conf/{group}/{name}.yaml"]
     lines += [f"  set by  command line: {setter}" if setter else "  set by  the defaults list of a file in conf/"]
-    sign = "+" if group in ("exp", "method") else ""
+    sign = "+" if group == "exp" else ""
     lines += [f"  nearest {', '.join(f'{sign}{group}={item}' for item in near)}"] if near else []
     return "\n".join([*lines, f"  there are: {', '.join(known)}"])
 
@@ -162,6 +282,8 @@ def _from_text(text: str, overrides: list[str]) -> str:
     """Turn the Hydra errors that carry nothing but their text into ours."""
     if match := re.search(r"^In '.+': (\w+) raised while composing config:\n(.*)\n\s+full_key: (\S+)", text):
         return unknown(match[3], overrides) if "Key" in match[1] or "Attribute" in match[1] else _wrong_type(match[3], match[2], overrides)
+    if match := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
+        return f"error: `{match[1]}` is not set: there is nothing to take away\n  set by  command line: ~{match[1]}"
     if match := re.search(r"Could not override '([^']+)'\. No match in the defaults list", text):
         setter = next((item for item in overrides if item.startswith(f"{match[1]}=")), f"{match[1]}=NAME")
         return f"error: `{match[1]}` is not chosen yet, so choosing it needs a +\n  set by  command line: {setter}\n  try     +{setter}"

@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from launcher.config import JobConfig, LaunchConfig, run_config, validate_launch, world_size
+from launcher.config import JobConfig, LaunchConfig, run_config
 from launcher.process import KILL_AFTER_S
-from trainers.config.checks import check_world, validate
+from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import RunConfig, escaped, plain
+from trainers.config.schema import RunConfig, escaped, plain, read
 from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.rundir.attempt import Attempt, newest_attempt, read_state, read_status
 from trainers.rundir.ending import State, with_state
@@ -82,19 +80,17 @@ def make_job(config: JobConfig) -> Job:
 
 
 def frozen_text(run: RunConfig) -> str:
-    """Return a run as config.yaml holds it."""
-    return HEADER + str(yaml.safe_dump(escaped(plain(run)), sort_keys=False, allow_unicode=True, width=120))
+    """Return a run as config.yaml holds it, with the learning rate that follows from it as a comment."""
+    text = str(yaml.safe_dump(escaped(plain(run)), sort_keys=False, allow_unicode=True, width=120))
+    return HEADER + text.replace("\noptim:\n", f"\noptim: # peak learning rate {peak_lr(run.optim, run.peft)}\n", 1)
 
 
 def freeze(job: Job) -> None:
     """Make the run directory and its config.yaml, or join the run that is there.
 
-    Raises ConfigError where the settings cannot work, the directory cannot be written or holds other files, and where it
-    is a run with other settings. Any number of machines may call this at once: the first config.yaml wins, the others compare.
+    Raises ConfigError where the directory cannot be written, holds other files, or is a run with other settings.
+    Any number of machines may call this at once: the first config.yaml wins, the others compare.
     """
-    validate(job.run)
-    validate_launch(job.launch)
-    check_world(job.run, world_size(job.launch))
     try:
         _freeze(job)
     except OSError as error:
@@ -108,7 +104,7 @@ def require_joinable(job: Job) -> None:
         if job.run_dir.exists():
             _refuse_other_files(job.run_dir)
         if job.config_path.exists() and not _never_began(job.run_dir):
-            changed = _changed(job)
+            changed = _kept(_differing(job))
             if changed:
                 raise _other_settings(job, changed)
     except OSError as error:
@@ -171,7 +167,8 @@ def _never_began(run_dir: Path) -> bool:
 
 def _refuse_other_settings(job: Job) -> None:
     """Take a continued run's new limits and evaluation, which change nothing of what is trained; raise ConfigError for other changes."""
-    found, changed = differences(frozen_settings(job), plain(job.run)), _changed(job)
+    found = _differing(job)
+    changed = _kept(found)
     if found and not changed:
         temporary = job.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
         temporary.write_text(frozen_text(job.run), encoding="utf-8")
@@ -180,9 +177,21 @@ def _refuse_other_settings(job: Job) -> None:
         raise _other_settings(job, changed)
 
 
-def _changed(job: Job) -> list[str]:
-    """Return the settings that differ from those of the run in the directory, but for those that a continued run may change."""
-    return [line for line in differences(frozen_settings(job), plain(job.run)) if not line.startswith(CHANGEABLE)]
+def _kept(changed: list[str]) -> list[str]:
+    """Return those of changed settings that a continued run must keep."""
+    return [line for line in changed if not line.startswith(CHANGEABLE)]
+
+
+def _differing(job: Job) -> list[str]:
+    """Return the settings that differ from those of the run in the directory; of learning rates the one that is used."""
+    return differences(_at_one_rate(frozen_run(job)), _at_one_rate(job.run))
+
+
+def _at_one_rate(run: RunConfig) -> dict[str, Any]:
+    """Return settings with the rate that is used as `optim.lr`, wherever it comes from: a run may have begun before its preset had one."""
+    rate = peak_lr(run.optim, run.peft).rate
+    optim, peft = dataclasses.replace(run.optim, lr=rate, full_lr=0.0), dataclasses.replace(run.peft, lr=None)
+    return dict(plain(dataclasses.replace(run, optim=optim, peft=peft)))
 
 
 def _other_settings(job: Job, changed: list[str]) -> ConfigError:
@@ -190,13 +199,12 @@ def _other_settings(job: Job, changed: list[str]) -> ConfigError:
     return ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new, or the settings of this run")
 
 
-def frozen_settings(job: Job) -> dict[str, Any]:
-    """Return the settings in the run directory as plain dicts, fields that are newer than the file at their defaults."""
+def frozen_run(job: Job) -> RunConfig:
+    """Return the run in the run directory, fields that are newer than its config.yaml at their defaults."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(job.config_path))
-        return dict(plain(OmegaConf.to_object(merged)))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        reason = f"its config.yaml does not fit this version: {str(error).splitlines()[0]}"
+        return read(job.config_path)
+    except ConfigError as error:
+        reason = f"its config.yaml does not fit this version: {error.path} {error.reason}"
         raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new") from error
 
 

@@ -219,8 +219,9 @@ def changes_of(job: Job) -> list[list[str]]:
         found.append([*lean, f"engine={engine.name}_offload"])
     if job.launch.backend is not Backend.local:
         found += [[*lean, f"launch.nodes={nodes * more}"] for more in (2, 4, 8)]
+    own_rate = ["optim.lr=null"] if job.run.optim.lr is not None and peft.method is PeftMethod.none else []  # it was full fine-tuning's
     if peft.method is PeftMethod.none:
-        found += [["peft=lora"], [*lean, "peft=lora"]]
+        found += [["peft=lora", *own_rate], [*lean, "peft=lora", *own_rate]]
     if peft.method in (PeftMethod.none, PeftMethod.lora) and peft.quantise is Quantisation.none:
-        found.append([*lean, "peft=qlora"])
+        found.append([*lean, "peft=qlora", *own_rate])
     return [list(item) for item in dict.fromkeys(map(tuple, found)) if item]

@@ -129,4 +129,5 @@ def config_for_method(method: PeftMethod) -> RunConfig:
         model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300),
         data=DataConfig(source=DataSource.python_docs),
         peft=PeftConfig(method=method),
+        optim=OptimConfig(lr=1e-4),
     )

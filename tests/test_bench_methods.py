@@ -90,7 +90,7 @@ def test_runs_over_other_tokens_are_not_compared() -> None:
 
 
 def test_a_preset_says_its_rate() -> None:
-    """In its comment; where there is none, the optimizer's preset does."""
+    """Where it has none, the optimizer's preset says that of full fine-tuning."""
     rates = {"none": 1e-5, "lora": 2e-4, "dora": 2e-4, "qlora": 2e-4, "loftq": 1e-4, "pissa": 2e-5, "ia3": 3e-3, "prompt": 3e-2}
     assert {method: recommended_lr(method) for method in rates} == rates
     assert settings("qlora", rank=8, steps=200) == ["peft=qlora", "peft.rank=8", "peft.alpha=2"]

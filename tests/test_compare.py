@@ -25,9 +25,9 @@ from tools.compare.say import conclusions, markdown
 def sweep(tmp_path: Path) -> Path:
     """Full fine-tuning, LoRA that is as good, and IA3 that is worse beyond the noise."""
     folder = tmp_path / "sweep"
-    make_run(folder / "method=full", better=0.5, seed=1)
-    make_run(folder / "method=lora", "lora", lr=2e-4, better=0.5, seed=2)
-    make_run(folder / "method=ia3", "ia3", lr=3e-3, better=0.2, seed=3)
+    make_run(folder / "peft=none", better=0.5, seed=1)
+    make_run(folder / "peft=lora", "lora", lr=2e-4, better=0.5, seed=2)
+    make_run(folder / "peft=ia3", "ia3", lr=3e-3, better=0.2, seed=3)
     return folder
 
 
@@ -84,18 +84,18 @@ def test_two_identical_runs_are_reported_as_not_different(tmp_path: Path) -> Non
 def test_runs_that_do_not_compare_are_named_with_both_values(
     sweep: Path, spoil: object, words: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil(sweep / "method=lora")  # type: ignore[operator]
+    spoil(sweep / "peft=lora")  # type: ignore[operator]
     comparison = compare([sweep], None)
     if words is None:  # the others have none, and say nothing of theirs
         assert [run.name for run in comparison.flagged] == []
         return
-    assert [run.name for run in comparison.flagged] == ["method=lora"]
+    assert [run.name for run in comparison.flagged] == ["peft=lora"]
     assert words in "; ".join(comparison.flagged[0].faults)
     assert [method.label for method in comparison.methods] == ["full fine-tuning", "IA3"]
     monkeypatch.setenv("COLUMNS", "500")
     assert main([str(sweep)]) == 0
     said = capsys.readouterr().out
-    assert f"not compared: method=lora: {words}" in said
+    assert f"not compared: peft=lora: {words}" in said
     assert words in markdown(comparison)
     from html import escape
 
@@ -103,7 +103,7 @@ def test_runs_that_do_not_compare_are_named_with_both_values(
 
 
 def test_a_base_that_is_measured_on_other_text_tells_nothing(sweep: Path) -> None:
-    change(sweep / "method=lora" / "evaluation" / "base.json", sets__general="data-other")
+    change(sweep / "peft=lora" / "evaluation" / "base.json", sets__general="data-other")
     comparison = compare([sweep], None)
     lora = comparison.methods[1]
     assert lora.figures.forgetting is None
@@ -112,23 +112,23 @@ def test_a_base_that_is_measured_on_other_text_tells_nothing(sweep: Path) -> Non
 
 
 def test_runs_that_are_named_twice_count_once(sweep: Path) -> None:
-    comparison = compare([sweep, sweep / "method=lora", sweep / "method=full" / ".." / "method=lora"], None)
+    comparison = compare([sweep, sweep / "peft=lora", sweep / "peft=none" / ".." / "peft=lora"], None)
     assert [(method.label, len(method.tried)) for method in comparison.methods] == [("full fine-tuning", 1), ("LoRA", 1), ("IA3", 1)]
 
 
 def test_a_run_that_is_left_out_decides_nothing(sweep: Path) -> None:
-    run = sweep / "method=full"
+    run = sweep / "peft=none"
     change(run / "config.yaml", seed=4)
     change(run / "evaluation" / "run.json", settings__metrics=["json"])
     comparison = compare([sweep], None)
     assert comparison.metric == "exact_match"
-    assert [run.name for run in comparison.flagged] == ["method=full"]
+    assert [run.name for run in comparison.flagged] == ["peft=none"]
 
 
 def test_training_s_own_loss_does_not_stand_among_those_of_other_rows(sweep: Path) -> None:
-    for name in ("full", "ia3"):
-        change(sweep / f"method={name}" / "evaluation" / "run.json", settings__path="/test/rows.jsonl")
-    shutil.rmtree(sweep / "method=lora" / "evaluation")
+    for name in ("none", "ia3"):
+        change(sweep / f"peft={name}" / "evaluation" / "run.json", settings__path="/test/rows.jsonl")
+    shutil.rmtree(sweep / "peft=lora" / "evaluation")
     assert {method.label: method.figures.held_out is None for method in compare([sweep], None).methods} == {
         "full fine-tuning": False,
         "LoRA": True,
@@ -147,26 +147,26 @@ def test_without_held_out_losses_no_rate_is_the_best(tmp_path: Path) -> None:
 
 
 def test_broken_records_are_no_traceback(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = sweep / "method=lora" / "metrics.jsonl"
+    metrics = sweep / "peft=lora" / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('{"step": 5,', '{"step": 5, "step_seconds": 1 broken', 1))
-    rows = sweep / "method=ia3" / "evaluation" / "run.jsonl"
+    rows = sweep / "peft=ia3" / "evaluation" / "run.jsonl"
     rows.write_text(rows.read_text().replace('"part"', '"pa', 3))
     comparison = compare([sweep], None)
     assert not comparison.flagged
     assert comparison.methods[2].best.ours is None or len(comparison.methods[2].best.ours.answers) <= 80
-    (sweep / "method=lora" / "config.yaml").write_text("a: [")
+    (sweep / "peft=lora" / "config.yaml").write_text("a: [")
     assert main([str(sweep)]) == 2
     assert "config.yaml': cannot be read" in capsys.readouterr().err
 
 
 def test_another_set_up_keeps_its_quality_and_loses_its_costs(sweep: Path) -> None:
-    change(sweep / "method=lora" / "config.yaml", engine__name="zero3")
-    change(sweep / "method=ia3" / "config.yaml", optim__weight_decay=0.1)
+    change(sweep / "peft=lora" / "config.yaml", engine__name="zero3")
+    change(sweep / "peft=ia3" / "config.yaml", optim__weight_decay=0.1)
     comparison = compare([sweep], None)
     assert not comparison.flagged
     notes = {run.name: "; ".join(run.notes) for run in comparison.runs}
-    assert "engine.name = zero3, the others' fsdp: another set-up" in notes["method=lora"]
-    assert notes["method=ia3"] == "optim.weight_decay = 0.1, the others' 0.0"
+    assert "engine.name = zero3, the others' fsdp: another set-up" in notes["peft=lora"]
+    assert notes["peft=ia3"] == "optim.weight_decay = 0.1, the others' 0.0"
     said = {line.partition(":")[0]: line for line in conclusions(comparison)}
     assert "time" not in said["LoRA"]
     assert "time 1.00 x" in said["IA3"]
@@ -206,14 +206,14 @@ def test_runs_that_are_not_evaluated_compare_by_what_training_saw(tmp_path: Path
 
 
 def test_csv_has_a_line_a_run_in_plain_numbers(sweep: Path, tmp_path: Path) -> None:
-    change(sweep / "method=lora" / "status.json", state="failed")
+    change(sweep / "peft=lora" / "status.json", state="failed")
     assert main([str(sweep), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "runs.md")]) == 0
     with (tmp_path / "runs.csv").open() as file:
         lines = {line["run"]: line for line in csv.DictReader(file)}
     assert len(lines) == 3
-    full = lines["method=full"]
+    full = lines["peft=none"]
     assert float(full["held_out_low"]) < float(full["held_out"]) < float(full["held_out_high"])
-    assert (lines["method=lora"]["compared"], lines["method=ia3"]["score_to_full_verdict"]) == ("False", "worse")
+    assert (lines["peft=lora"]["compared"], lines["peft=ia3"]["score_to_full_verdict"]) == ("False", "worse")
     assert "| full fine-tuning |" in (tmp_path / "runs.md").read_text()
 
 
@@ -324,7 +324,7 @@ def test_a_sweep_from_one_line_to_its_page(base: Path, chats: Path, cache: Path,
             "optim.warmup_steps=1",
             "train.global_batch=4",
             "train.microbatch=2",
-            "method=full,ia3",
+            "peft=none,ia3",
             "optim.lr_factor=30,300",
             f"hydra.sweep.dir={folder}",
         ],

@@ -71,7 +71,7 @@ KEYS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": {"round_robin_gradients": True}}, "stages 1 and 2 only"),
     ({"zero_optimization": 3}, "must be a mapping"),
     ({"gradient_clipping": 1.0}, "set optim.clip"),
-    ({"banana": 1}, "known here: zero_optimization, aio"),
+    ({"banana": 1}, "engine.overrides has: zero_optimization, aio"),
 ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +17,11 @@ from launcher.fields import all_fields
 from launcher.help import experiments, fields, presets
 from launcher.job import frozen_text, make_job
 from trainers.config.checks import load
+from trainers.config.derived import peak_lr
 from trainers.config.schema import plain
 
 ROOT = CONF.parent
-METHODS = ("full", "lora", "dora", "ia3")
+METHODS = ("none", "lora", "dora", "ia3")
 EXPERIMENTS = sorted(file.stem for file in (CONF / "exp").glob("*.yaml"))
 
 
@@ -66,33 +66,20 @@ def test_every_preset_composes(file: Path, model: Path) -> None:
     packs_not = ["data.packing=false"]
     slurm = ["launch.gpus_per_node=8", "train.global_batch=8"]
     more = {"files": ["data.path=org/rows"], "slurm": slurm, "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
-    group = "+method" if file.parent.name == "method" else file.parent.name
-    job = compose(["data=python_docs", *scratch, f"{group}={file.stem}", *more.get(file.stem, [])])
+    job = compose(["data=python_docs", *scratch, f"{file.parent.name}={file.stem}", *more.get(file.stem, [])])
     assert job.seed == 0
     assert file.stem in presets()
 
 
-@pytest.mark.parametrize("file", sorted((CONF / "method").glob("*.yaml")), ids=lambda file: file.stem)
-def test_a_method_has_the_rate_that_its_preset_names(file: Path, model: Path) -> None:
-    job = compose(["data=python_docs", f"model.id={model}", f"+method={file.stem}"])
-    preset = CONF / "peft" / f"{file.stem}.yaml" if file.stem != "full" else CONF / "optim" / "adamw.yaml"
-    named = re.findall(r"(?:optim\.)?lr[:=]\s*([\d.]+(?:e-?\d+)?)", preset.read_text())
-    assert job.optim.lr == float(named[0])
-    assert job.optim.lr_factor == 1.0
-
-
 def test_a_comparison_is_comparable_by_construction(model: Path) -> None:
-    """Its points differ in the method and its rate alone."""
-    points = {
-        name: plain(compose(["+exp=compare_quickstart", f"model.id={model}", "evaluation.general=null", f"method={name}"]))
-        for name in METHODS
-    }
+    """Its points differ in the method alone, and each has its own rate."""
+    jobs = {name: compose(["+exp=compare_quickstart", f"model.id={model}", "evaluation.general=null", f"peft={name}"]) for name in METHODS}
+    points = {name: plain(job) for name, job in jobs.items()}
     for name, point in points.items():
         for group, settings in point.items():
-            if group == "optim":
-                settings = settings | {"lr": points["full"]["optim"]["lr"]}
-            assert group == "peft" or settings == points["full"][group], (name, group)
-    assert len({point["optim"]["lr"] for point in points.values()}) == 3  # LoRA's and DoRA's are the same
+            assert group == "peft" or settings == points["none"][group], (name, group)
+    rates = {name: peak_lr(job.optim, job.peft).value for name, job in jobs.items()}
+    assert rates == {"none": 1e-5 * 100, "lora": 2e-4 * 100, "dora": 2e-4 * 100, "ia3": 3e-3 * 100}
     assert {point["peft"]["method"] for point in points.values()} == {"none", "lora", "dora", "ia3"}
 
 
@@ -100,7 +87,7 @@ def test_a_run_needs_no_experiment(model: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
     job = compose(["model=hf", f"model.id={model}", "data=files", f"data.path={rows}", f"run_dir={tmp_path}/out"])
-    assert (job.optim.lr, job.optim.schedule, job.train.precision) == (1e-5, "cosine", "bf16")
+    assert (peak_lr(job.optim, job.peft).value, job.optim.schedule, job.train.precision) == (1e-5, "cosine", "bf16")
     assert world_size(job.launch) == max(count_gpus(), 1)
 
 
@@ -135,7 +122,9 @@ def test_dry_run_imports_little_and_writes_nothing(tmp_path: Path) -> None:
     assert "HEAVY []" in done.stdout
     assert done.stdout.count("-m trainers.agent") == 8
     assert "RANK=63 LOCAL_RANK=7 WORLD_SIZE=64" in done.stdout
-    assert yaml.safe_load(done.stdout.partition("# 64 rank(s)")[0])["optim"]["lr"] == 2e-6
+    assert yaml.safe_load(done.stdout.partition("# 64 rank(s)")[0])["optim"]["full_lr"] == 2e-6
+    assert "optim: # peak learning rate 2e-06, from optim.full_lr" in done.stdout
+    assert "64 rows a step, 1 microbatch(es) of 1 on each of 64 rank(s)" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert int(done.stdout.split()[-1]) < 700, "modules: 446 take 0.4 s on an idle machine of two cores"
 
@@ -143,7 +132,15 @@ def test_dry_run_imports_little_and_writes_nothing(tmp_path: Path) -> None:
 def test_help_names_groups_experiments_fields_and_exit_codes(tmp_path: Path) -> None:
     done = launch("-m", "launcher", "--help", cwd=tmp_path, COLUMNS="300")
     assert done.returncode == 0, done.stderr
-    for words in ("+exp=quickstart", "objective  cpt, sft", "optim.lr (1e-05)", "75 ", "launch.nodes (1)", "dry_run"):
+    for words in (
+        "+exp=quickstart",
+        "objective  cpt, sft",
+        "optim.lr (null)",
+        "optim.full_lr (1e-05)",
+        "75 ",
+        "launch.nodes (1)",
+        "dry_run",
+    ):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from launcher.compose import CONF, UnknownSettingError, compose, refuse_unknown
 from launcher.config import JobConfig
+from launcher.errors import THEIR_NAMES
 from launcher.fields import all_fields
 
 ROOT = CONF.parent
@@ -25,14 +26,31 @@ BAD = [
     (["optim={lrr: 1}"], ["`optim.lrr` = 1", "nearest optim.lr"]),
     (["optm.lr=1"], ["`optm.lr` = 1", "nearest optim.lr"]),
     (["lr=1"], ["`lr` = 1", "nearest optim.lr"]),
-    (["+method=lorra"], ["there is no conf/method/lorra.yaml", "nearest +method=lora"]),
-    (["method=lora"], ["`method` is not chosen yet", "try     +method=lora"]),
+    (["+method=lora"], ["`method` is now `peft`", "command line: +method=lora", "try     peft=lora"]),
+    (["method=full"], ["`method` is now `peft`", "try     peft=none"]),
+    (["peft=lorra"], ["there is no conf/peft/lorra.yaml", "nearest peft=lora"]),
+    (["peft.method=houlsby"], ["`peft.method` = 'houlsby'", "must be one of none, freeze, lora, dora"]),
+    (["peft=houlsby"], ["`peft` = 'houlsby'", "there are: adalora"]),
+    (["peft.method=lora"], ["`peft.lr` = null", "peft.method=lora has no learning rate of its own", "try     peft=lora", "optim.lr=2e-4"]),
+    (["peft=lora", "optim=sgd"], ["`optim.lr` = null", "is a rate for adamw", "try     optim.lr="]),
+    (["peft.lr=1e-4"], ["`peft.lr` = 0.0001", "it is for lora, dora"]),
     (["batch_size=8"], ["`batch_size` = 8", "train.global_batch"]),
     (["learning_rate=8"], ["optim.lr"]),
+    (["warmup_ratio=0.03"], ["nearest optim.warmup_fraction, optim.warmup_steps"]),
+    (["+train.gradient_accumulation_steps=4"], ["16 rows a step, 1 microbatch(es) of 8 on each of 2 rank(s)", "train.global_batch=64"]),
+    (["gradient_accumulation_steps=${x}"], ["it follows from train.global_batch"]),
+    (["resume_from_checkpoint=true"], ["the same command again continues"]),
     (["modell=hf"], ["`modell` = 'hf'", "nearest model"]),
     (["+modell=hf"], ["`modell` = 'hf'", "nearest model"]),
     (["model.id.x=1"], ["`model.id.x` = 1", "`model.id` holds no fields"]),
     (["model.architecture.hidden=1"], ["takes any key", "try     +model.architecture.hidden=VALUE"]),
+    (["model.architecture.rope.theta=1"], ["takes any key", "try     +model.architecture.rope.theta=VALUE"]),
+    (
+        ["engine=zero3", "engine.overrides.foo=1"],
+        ["`engine.overrides.foo` = 1", "engine.overrides has: zero_optimization, aio, comms_logger"],
+    ),
+    (["engine=zero3", "engine.overrides.aio.foo=1"], ["`engine.overrides.aio.foo` = 1", "engine.overrides.aio has: block_size"]),
+    (["engine=zero3", "engine.overrides.aio.queue_depth=8"], ["a new one needs a +", "try     +engine.overrides.aio.queue_depth=VALUE"]),
     (["engine=fsdpp"], ["`engine` = 'fsdpp'", "command line: engine=fsdpp", "nearest engine=fsdp"]),
     (["launch=slurn"], ["`launch` = 'slurn'", "there are: local"]),
     (["+model=hf"], ["`model` is already chosen", "try     model=hf"]),
@@ -62,7 +80,8 @@ BAD = [
     (["data=files", "data.path=./nothing.jsonl"], ["`data.path` = './nothing.jsonl'", "no such file", "command line"]),
     (["train.epochs=2"], ["`train.epochs` = 2.0", "train.steps"]),
     (["optim=adamw", "optim.warmup_steps=5000"], ["`optim.warmup_steps` = 5000", "command line"]),
-    (["~optim.lr"], ["`optim.lr`"]),
+    (["~optim.lr"], ["`optim.lr` is not set", "command line: ~optim.lr"]),
+    (["~optim.full_lr"], ["`optim.full_lr`"]),
 ]
 
 
@@ -82,6 +101,31 @@ def test_bad_input_names_field_value_place_and_remedy(overrides: list[str], word
     said = message(BASE + overrides, capsys)
     for word in words:
         assert word in said, said
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        *[("lora_r", "peft.rank"), ("lora_alpha", "peft.alpha"), ("lora_dropout", "peft.dropout"), ("target_modules", "peft.targets")],
+        *[("use_rslora", "peft.rank_stabilised"), ("load_in_4bit", "peft=qlora"), ("quantize", "peft=qlora")],
+        *[("per_device_train_batch_size", "train.microbatch"), ("max_seq_length", "data.seq_len"), ("num_train_epochs", "train.epochs")],
+        *[("train_on_inputs", "data.supervise"), ("gradient_checkpointing", "train.activation_checkpointing"), ("use_dora", "peft=dora")],
+    ],
+)
+def test_a_name_of_another_trainer_is_answered_with_ours(theirs: str, ours: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides in ([f"{theirs}=1"], [f"+train.{theirs}=1"], [theirs]):
+        said = message([*BASE, *overrides], capsys)
+        assert re.search(rf"(nearest|try) +{re.escape(ours)}\b", said), said
+
+
+def test_every_name_of_another_trainer_leads_to_a_setting_or_a_preset() -> None:
+    assert "gradient_accumulation_steps" not in THEIR_NAMES
+    for ours, theirs in THEIR_NAMES.items():
+        group, equals, preset = ours.partition("=")
+        assert ours in all_fields() or (CONF / group).is_dir(), ours
+        assert not equals or (CONF / group / f"{preset}.yaml").is_file(), ours
+        assert theirs.split()
+        assert not set(theirs.split()) & all_fields().keys(), ours
 
 
 def test_exp_needs_its_plus(capsys: pytest.CaptureFixture[str]) -> None:

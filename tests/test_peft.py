@@ -40,7 +40,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
-from trainers.config.checks import UNAVAILABLE, validate
+from trainers.config.checks import validate
 from trainers.config.errors import ConfigError
 from trainers.config.schema import (
     AdapterInit,
@@ -474,13 +474,6 @@ def test_what_the_model_does_not_have_is_refused_before_a_value_is_read(
         adaptation_of(folders["lora"], case)
     for word in words:
         assert word in str(refused.value)
-
-
-def test_methods_that_no_engine_carries_are_refused_by_name() -> None:
-    for method in UNAVAILABLE:
-        config = config_for_method(method)
-        with pytest.raises(ConfigError, match=f"`peft.method` = '{method}'"):
-            validate(config)
 
 
 FOREIGN: list[tuple[str, dict[str, Any], str]] = [

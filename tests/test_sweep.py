@@ -43,6 +43,17 @@ def test_a_dry_run_prints_every_point_and_leaves_nothing(base: Path, chats: Path
     assert not (tmp_path / "sweep").exists()
 
 
+def test_each_method_of_a_sweep_trains_at_its_own_rate(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """The first step takes the rate of the preset, and the start-up table of the ranks says where it is from."""
+    folder = tmp_path / "sweep"
+    said = launch(cache, command(base, chats, folder, "peft=none,lora,ia3", "train.steps=1", "data.eval_fraction=0", "optim.full_lr=3e-3"))
+    rates = {"none": ("optim.full_lr", 3e-3), "lora": ("peft.lr", 2e-4), "ia3": ("peft.lr", 3e-3)}
+    assert states(folder) == {f"peft={name}": "done" for name in sorted(rates)}
+    for name, (setting, rate) in rates.items():
+        assert [row["lr"] for row in read_rows(folder / f"peft={name}")] == [rate]
+        assert f"{rate:g}, from {setting}" in said
+
+
 def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     line = command(base, chats, folder, "seed=1,2", "train.steps=60", "checkpoint.every=60", "data.eval_fraction=0")

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from trainers.batch import IGNORE, Batch, forward
 from trainers.checkpoint import NoCheckpoint
 from trainers.config.checks import check_world, load
+from trainers.config.derived import peak_lr, rows_words
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.data.loader import Loader, make_batch
@@ -180,6 +181,8 @@ def train_and_export(
     report = engine.report()
     if world.rank == 0:
         console.print(_as_table("the model on each rank", report))
+        peak, rows = peak_lr(config.optim, config.peft), rows_words(config.train, world.size)
+        console.print(_as_table("a step", {"peak learning rate": peak, "rows": rows}))
     if config.data.packing:
         engine.train(False)
         vocab_size = blueprint.config.get_text_config().vocab_size

@@ -123,7 +123,7 @@ def train(
             sizes = rows.table(progress.step).sizes(row_ids)
             data_seconds = time.perf_counter() - began
             targets, limits = objective.targets(sizes), guard.limits()
-            lr = learning_rate(config.optim, progress.step, num_steps)
+            lr = learning_rate(config.optim, config.peft, progress.step, num_steps)
             if update is not None:
                 update.at(progress.step, num_steps)
             result = take_step(engine, objective, batches, world, lr=lr, targets=targets, limits=limits, report=report)

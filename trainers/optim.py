@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, OptimizerName, Schedule
+from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, Schedule
 
 
-def learning_rate(optim: OptimConfig, step: int, num_steps: int) -> float:
+def learning_rate(optim: OptimConfig, peft: PeftConfig, step: int, num_steps: int) -> float:
     """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule, at its floor after the last step.
 
     Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
     """
-    warmup, peak = warmup_steps(optim, num_steps), optim.lr * optim.lr_factor
+    warmup, peak = warmup_steps(optim, num_steps), peak_lr(optim, peft).value
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / (num_steps - warmup)
@@ -58,10 +59,10 @@ def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: 
 
 
 def torch_optimizer(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return torch's fused AdamW, or its SGD."""
+    """Return torch's fused AdamW, or its SGD; `set_lr` gives it a learning rate before each step."""
     if optim.name is OptimizerName.sgd:
-        return torch.optim.SGD(groups, lr=optim.lr)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+        return torch.optim.SGD(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
 
 def set_lr(groups: Iterable[dict[str, Any]], lr: float) -> None:

@@ -217,9 +217,9 @@ def preset(method: str) -> str:
 
 
 def recommended_lr(method: str) -> float:
-    """Return the learning rate that a preset's comment names first, else the optimizer preset's."""
-    named = re.search(r"optim\.lr=(\d+(?:\.\d+)?(?:e-?\d+)?)", preset(method))
-    return float(named[1] if named else yaml.safe_load((CONF / "optim" / "adamw.yaml").read_text("utf-8"))["lr"])
+    """Return the learning rate of a method's preset, else that of full fine-tuning."""
+    own = (yaml.safe_load(preset(method)) or {}).get("lr")
+    return float(own or yaml.safe_load((CONF / "optim" / "adamw.yaml").read_text("utf-8"))["full_lr"])
 
 
 def settings(method: str, rank: int, steps: int) -> list[str]:

@@ -103,7 +103,7 @@ class Case:
             data=DataConfig(seq_len=self.seq_len),
             peft=PeftConfig(method=self.method, quantise=self.quantise),
             engine=replace(engine, replicate=self.replicate) if self.replicate > 1 else engine,
-            optim=OptimConfig(name=self.optimizer),
+            optim=OptimConfig(name=self.optimizer, lr=1e-5),
             train=TrainConfig(
                 steps=1,
                 global_batch=self.microbatch * self.ranks * self.microbatches,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from trainers.config.derived import peak_lr
 from trainers.config.schema import (
     DataConfig,
     DataSource,
@@ -162,7 +163,7 @@ def _bare_loop(config: RunConfig, world: World, data: Prepared, blueprint: Bluep
 
     model = blueprint.build("cpu")
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr(config.optim, config.peft).value, betas=(0.9, 0.95), weight_decay=0.0)
     before, tokens, seconds, total = host_bytes_peak(), 0, 0.0, 0.0
     for step in range(loader.num_steps):
         started = time.perf_counter()

@@ -14,13 +14,14 @@ import yaml
 
 from tools.evaluate import record
 from tools.evaluate.record import FOLDER, Evaluation, Judged
+from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import RunConfig, plain
+from trainers.config.schema import OptimConfig, PeftConfig, PeftMethod, RunConfig, plain
 from trainers.rundir.attempt import read_status
 from trainers.rundir.files import try_json
 from trainers.rundir.rows import Kind, Row, kind_of, read_rows
 
-RATE = ("optim.lr", "optim.lr_factor")
+RATE = ("optim.lr", "optim.full_lr", "optim.lr_factor", "peft.lr")
 METHOD = ("peft.", *RATE)
 """Settings that are what is compared."""
 BEGUN = ("peft.adapter",)
@@ -108,7 +109,9 @@ class Run:
     @property
     def lr(self) -> float:
         """The peak learning rate."""
-        return float(self.config["optim.lr"]) * float(self.config["optim.lr_factor"])
+        given = {name: self.config[f"optim.{name}"] for name in ("lr", "full_lr", "lr_factor")}
+        method = PeftMethod(self.config["peft.method"])
+        return peak_lr(OptimConfig(**given), PeftConfig(method=method, lr=self.config["peft.lr"])).value
 
     @property
     def hours(self) -> float:

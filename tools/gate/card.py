@@ -11,6 +11,7 @@ from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.gate.rules import Check
 from tools.markdown import cell_of, without_folders
+from trainers.config.derived import Peak, peak_lr
 from trainers.config.schema import plain, read
 from trainers.rundir.files import try_json
 
@@ -30,7 +31,8 @@ def write_card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: l
 
 def card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: list[Check], rules: Path) -> str:
     """Return the card's text, with the metadata that the hub reads in front."""
-    config, manifest, summary = plain(read(run / "config.yaml")), try_json(run / "manifest.json"), try_json(run / "summary.json")
+    settings = read(run / "config.yaml")
+    config, manifest, summary = plain(settings), try_json(run / "manifest.json"), try_json(run / "summary.json")
     is_adapter = (run / "export" / "adapter_config.json").is_file()
     base, data = config["model"]["id"], config["data"]
     metadata: dict[str, Any] = {
@@ -46,7 +48,7 @@ def card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: list[Ch
         f"# {config['name']}" + ("" if run.resolve().name == config["name"] else f": {run.resolve().name}"),
         _model(base, is_adapter, summary),
         "## Data\n\n" + _lines(_data(data, manifest)),
-        "## Training\n\n" + _lines(_training(config, summary)),
+        "## Training\n\n" + _lines(_training(config, summary, peak_lr(settings.optim, settings.peft))),
         "## Figures\n\n" + _figures(ours, theirs),
         f"## Gate\n\nHeld against `{rules.name}`, and passed:\n\n" + _lines([f"{check.rule}: {check.words}" for check in checks]),
         "## Limits\n\n" + _lines(_limits(ours, theirs)),
@@ -81,12 +83,12 @@ def _data(data: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     ]
 
 
-def _training(config: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+def _training(config: dict[str, Any], summary: dict[str, Any], peak: Peak) -> list[str]:
     optim, train, peft = config["optim"], config["train"], config["peft"]
     lines = [
         f"method: {peft['method'] if peft['method'] != 'none' else 'full fine-tuning'}",
         f"{summary.get('steps') or 0:,} steps of {train['global_batch']} rows, {summary.get('tokens') or 0:,} supervised tokens",
-        f"{optim['name']}, peak learning rate {optim['lr'] * optim['lr_factor']:g}, {optim['schedule']}",
+        f"{optim['name']}, peak learning rate {peak.value:g}, {optim['schedule']}",
         f"compute in {train['precision']}, {config['engine']['name']}, {summary.get('world_size')} rank(s), seed {config['seed']}",
     ]
     if summary.get("gpu_hours") is not None:

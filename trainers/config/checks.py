@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.deepspeed_keys import check_overrides
+from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import (
     AdapterInit,
@@ -42,10 +43,12 @@ POSITIVE = (
     "data.seq_len",
     "data.processes",
     "optim.lr",
+    "optim.full_lr",
     "optim.lr_factor",
     "optim.eps",
     "optim.clip",
     "engine.replicate",
+    "peft.lr",
     "peft.rank",
     "peft.alpha",
     "peft.lr_ratio",
@@ -149,6 +152,7 @@ def validate(config: RunConfig) -> None:
     _validate_engine(config.engine)
     _validate_training(config)
     validate_evaluation(config.evaluation)
+    peak_lr(config.optim, config.peft)
 
 
 def _validate_model(model: ModelConfig) -> None:
@@ -268,34 +272,29 @@ def validate_evaluation(evaluation: EvaluationConfig) -> None:
         raise ConfigError("evaluation.extract", evaluation.extract, f"has {groups} groups, and one says what is compared", "'A: (.*)'")
 
 
-LORA = ("rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
+LORA = ("lr", "rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
 ADALORA = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
 PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.none: (),
     PeftMethod.freeze: ("freeze", "last_blocks"),
     PeftMethod.lora: (*LORA, "init", "quantise"),
     PeftMethod.dora: LORA,
-    PeftMethod.ia3: ("targets", "modules_to_save", "adapter"),
-    PeftMethod.prompt: ("virtual_tokens", "init", "adapter"),
-    PeftMethod.prefix: ("virtual_tokens", "encoder_size", "adapter"),
-    PeftMethod.ptuning: ("virtual_tokens", "encoder_size"),
-    PeftMethod.adalora: ("rank", "alpha", "dropout", "targets", "modules_to_save", *ADALORA),
+    PeftMethod.ia3: ("lr", "targets", "modules_to_save", "adapter"),
+    PeftMethod.prompt: ("lr", "virtual_tokens", "init", "adapter"),
+    PeftMethod.prefix: ("lr", "virtual_tokens", "encoder_size", "adapter"),
+    PeftMethod.ptuning: ("lr", "virtual_tokens", "encoder_size"),
+    PeftMethod.adalora: ("lr", "rank", "alpha", "dropout", "targets", "modules_to_save", *ADALORA),
 }
 VIRTUAL = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
 INITS = {
     PeftMethod.lora: (AdapterInit.default, AdapterInit.gaussian, AdapterInit.pissa, AdapterInit.loftq),
     PeftMethod.prompt: (AdapterInit.default, AdapterInit.vocabulary),
 }
-UNAVAILABLE = {
-    PeftMethod.houlsby: "the peft library has no bottleneck adapters, so that nothing could load the export",
-}
 
 
 def _validate_peft(config: RunConfig) -> None:
     """Refuse what the named method does not have or cannot do."""
     peft = config.peft
-    if peft.method in UNAVAILABLE:
-        raise ConfigError("peft.method", str(peft.method), UNAVAILABLE[peft.method], "peft=lora, which trains as few parameters")
     if peft.quantise is not Quantisation.none and peft.method in (PeftMethod.none, PeftMethod.freeze):
         reason = f"peft.method={peft.method} trains weights of the model itself, and 4 bits cannot hold a small step"
         raise ConfigError("peft.quantise", str(peft.quantise), reason, "peft=qlora, which trains adapters beside them")

@@ -101,4 +101,5 @@ def _nearest(path: str, key: str) -> str:
             for name in difflib.get_close_matches(wanted, names.values(), 1, 0.6 if wanted == key else 0.99):
                 full = next(full for full, last in names.items() if last == name)
                 return f"did you mean {OURS[full]}?" if full in OURS else f"did you mean engine.overrides.{full}?"
-    return f"known here: {', '.join(here.values())}"
+    at = f"engine.overrides.{section}".removesuffix(".")
+    return f"{at} has: {', '.join(KNOWN[section])}"

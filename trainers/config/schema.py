@@ -68,7 +68,7 @@ class ObjectiveName(StrEnum):
 
 
 class PeftMethod(StrEnum):
-    """Parameter-efficient methods; `none` trains every parameter. Those in UNAVAILABLE are refused by name."""
+    """Parameter-efficient methods; `none` trains every parameter."""
 
     none = "none"
     freeze = "freeze"
@@ -79,7 +79,6 @@ class PeftMethod(StrEnum):
     prefix = "prefix"
     ptuning = "ptuning"
     adalora = "adalora"
-    houlsby = "houlsby"
 
 
 class AdapterBias(StrEnum):
@@ -245,6 +244,8 @@ class PeftConfig:
 
     method: PeftMethod = PeftMethod.none
     """`none` is full fine-tuning, `freeze` trains a part of the model, the others add an adapter to a base that stays as it is."""
+    lr: float | None = None
+    """Peak learning rate of the method, which its preset sets with the source; `optim.lr` replaces it."""
     rank: int = 8
     """lora, dora, adalora (at first): columns of the two small matrices; at most the smaller side of each matrix that is adapted."""
     alpha: float = 16.0
@@ -335,18 +336,20 @@ class OptimConfig:
 
     name: OptimizerName = OptimizerName.adamw
     """`adamw`, or `sgd` without momentum."""
-    lr: float = 1e-5
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate, whatever the method; empty takes `peft.lr` for adapters and `full_lr` for all else."""
+    full_lr: float = 1e-5
+    """Peak learning rate where weights of the model itself are trained: peft=none and peft=freeze."""
     lr_factor: float = 1.0
-    """Multiplies `lr`: a sweep around rates that differ by method, or one step from those of large models to those of a small one."""
+    """Multiplies whichever rate is used: a sweep around rates that differ by method, or the step from large models to a small one."""
     schedule: Schedule = Schedule.cosine
     """Shape after warm-up."""
     warmup_steps: int = 0
-    """Optimizer steps of linear warm-up, lr / warmup_steps at the first; 0 takes `warmup_fraction`."""
+    """Optimizer steps of linear warm-up, peak / warmup_steps at the first; 0 takes `warmup_fraction`."""
     warmup_fraction: float = 0.0
     """Warm-up as a share of all steps, for runs counted in epochs. In [0, 1]."""
     min_lr_fraction: float = 0.0
-    """Learning rate that the schedule reaches behind the last step, as a share of `lr`. In [0, 1]."""
+    """Learning rate that the schedule reaches behind the last step, as a share of the peak. In [0, 1]."""
     decay_fraction: float = 0.2
     """Share of all steps that `wsd` spends on its final linear decay. In [0, 1]."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])

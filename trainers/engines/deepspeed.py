@@ -162,7 +162,7 @@ class ZeRO3Engine:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         betas = (optim.betas[0], optim.betas[1])
-        on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=optim.lr, betas=betas, eps=optim.eps, adamw_mode=True)
+        on_host: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=0.0, betas=betas, eps=optim.eps, adamw_mode=True)
         return on_host
 
     def _begin_state(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trainers import host
+from trainers.config.derived import peak_lr
 from trainers.config.schema import CheckpointConfig, DataConfig, EngineName, Offload, OptimizerName, RunConfig, parse, plain
 from trainers.engines.base import COMPUTE, nvme_buffers
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
@@ -53,6 +54,8 @@ class Plan:
     engine: str
     method: str
     precision: str
+    learning_rate: str
+    """At the end of warm-up, and the setting that gives it."""
     place: Place
     data: Data
     microbatch: int
@@ -148,6 +151,7 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         engine=_engine_words(config),
         method=_method_words(config),
         precision=str(config.train.precision),
+        learning_rate=str(peak_lr(config.optim, config.peft)),
         place=place,
         data=data,
         microbatch=config.train.microbatch,
@@ -191,6 +195,7 @@ def _key(config: RunConfig, place: Place, seq_len: int) -> str:
     kept = replace(config, name="", run_dir="", data=DataConfig(), checkpoint=CheckpointConfig(), log=type(config.log)(), seed=0)
     settings = plain(kept)
     settings["optim"] = {"name": settings["optim"]["name"]}
+    del settings["peft"]["lr"]
     for name in ("steps", "epochs", "eval_every", "patience"):
         settings["train"].pop(name)
     return json.dumps([settings, asdict(place), seq_len], sort_keys=True)

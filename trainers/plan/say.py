@@ -77,7 +77,8 @@ def _saving(plan: Plan) -> list[tuple[str, str]]:
 
 def _work(plan: Plan) -> list[tuple[str, str]]:
     tokens = plan.global_batch * plan.data.seq_len
-    rows = [("a step", f"{plan.global_batch} rows, {tokens:,} tokens where all are full, {plan.flops:.3g} FLOPs over all ranks")]
+    rows = [("peak learning rate", plan.learning_rate)]
+    rows += [("a step", f"{plan.global_batch} rows, {tokens:,} tokens where all are full, {plan.flops:.3g} FLOPs over all ranks")]
     sent = "; ".join(f"{gib(size)} by {name}" for name, size in plan.sent.items())
     return [*rows, ("sent by a rank in a step", sent or "nothing")]
 
@@ -148,5 +149,7 @@ def say_change(plan: Plan, base: Plan, console: Console) -> None:
     slower = ""
     if plan.step_seconds is not None and base.step_seconds is not None:
         slower = f", {plan.step_seconds[1] * plan.place.size / (base.step_seconds[1] * base.place.size):.2f} x the GPU-hours a step"
+    rate = "" if plan.learning_rate == base.learning_rate else f", learning rate {plan.learning_rate}"
     verdict = plan.verdict
-    console.print(f"  [{COLOURS[verdict]}]{verdict:<12}[/] {gib(plan.most_needed)}{slower}: {' '.join(plan.overrides)}", soft_wrap=True)
+    line = f"  [{COLOURS[verdict]}]{verdict:<12}[/] {gib(plan.most_needed)}{slower}{rate}: {' '.join(plan.overrides)}"
+    console.print(line, soft_wrap=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from trainers.config.derived import peak_lr
 from trainers.config.schema import RunConfig, WandbMode, plain
 from trainers.rundir.files import read_json
 from trainers.rundir.paths import MANIFEST
@@ -66,7 +67,7 @@ class Mirror:
             "id": wandb_id(config),
             "resume": "allow",
             "dir": config.run_dir,
-            "config": plain(config),
+            "config": plain(config) | {"peak_lr": peak_lr(config.optim, config.peft).value},
             "tags": ["full" if config.peft.method == "none" else str(config.peft.method), str(config.engine.name), *config.log.tags],
         }
         settings = {"silent": True, "console": "off", "init_timeout": WANDB_WAIT_S / 2, "login_timeout": 1}
