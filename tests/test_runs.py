@@ -70,9 +70,9 @@ def test_a_live_run_is_seen_and_ended(base: Path, chats: Path, cache: Path, tmp_
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["absent"], 2, "absent: is no directory"),
-        (["logs", "conf"], 2, "conf: is no run directory"),
-        (["cancel", "conf"], 2, "conf: is no run directory"),
+        (["absent"], 2, "absent: is not a directory"),
+        (["logs", "conf"], 2, "conf: is not a run directory"),
+        (["cancel", "conf"], 2, "conf: is not a run directory"),
         (["requeue", "RUN"], 2, "was not submitted to SLURM; its command continues it: "),
         (["cancel", "RUN"], 0, "is not running"),
         (["logs", "RUN", "--rank", "7"], 2, "there is no such log yet"),

@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")
     elif kind == "logs":
         parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-        parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+        parser.add_argument("-f", "--follow", action="store_true", help="continue as it grows, until Ctrl-C")
         parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose log (default 0)")
     else:
         parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directory")
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = [options.dir] if kind == "list" else [options.run] if kind == "logs" else options.runs
     for path in given:
         if not path.is_dir() or (kind != "list" and not is_run(path)):
-            print(f"error: {path}: is no {'directory' if kind == 'list' else 'run directory'}", file=sys.stderr)
+            print(f"error: {path}: is not a {'directory' if kind == 'list' else 'run directory'}", file=sys.stderr)
             return Exit.bad_input
     try:
         if kind == "list":
@@ -176,7 +176,7 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
 
 
 def _slow_ranks(status: dict[str, Any]) -> str:
-    """Say which ranks hold all up, where the run has found any."""
+    """Say which ranks block the others, where the run has found any."""
     found = status.get("stragglers")
     if not found:
         return ""

@@ -64,7 +64,7 @@ class Progress:
     skipped: int = 0
     """Steps skipped for non-finite gradients, a spike, or for want of a supervised token."""
     ahead: int = 0
-    """Steps' worth of rows that were left out by rollbacks: the stream stands so much further."""
+    """Steps' worth of rows that were left out by rollbacks: the stream is so much further."""
     seconds: float = 0.0
     """Seconds spent on steps, over all attempts."""
     device_seconds: float = 0.0
@@ -89,7 +89,7 @@ class Save:
     failure: str = ""
     """Why there is no such checkpoint now, the same on every rank."""
     error: BaseException | None = None
-    """What is no failure to write, and ends the run."""
+    """What is not a failure to write, and ends the run."""
     seconds: float = 0.0
     """From its beginning to the end of its commit."""
 
@@ -186,7 +186,7 @@ class Checkpointer:
             why = "checkpoint.strict is set" if older else "there is no older one"
             raise NoCheckpoint(f"no checkpoint of step {save.progress.step}, and {why}: {save.failure}")
         log.warning(
-            "no checkpoint of step %d (%d in a row): %s; the run goes on and tries again in %.0f s",
+            "no checkpoint of step %d (%d in a row): %s; the run continues and tries again in %.0f s",
             save.progress.step,
             self.failures,
             save.failure,

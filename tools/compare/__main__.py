@@ -4,7 +4,7 @@ python -m tools.compare runs/sweeps/compare_quickstart                     the r
 python -m tools.compare runs/a runs/b --html compare.html --csv runs.csv   a page that opens offline; a line a run
 python -m tools.compare SWEEP --price 2.5                                  what GPU-hours cost
 
-Figures come from each run's directory, those with intervals from RUN/evaluation, which `python -m tools.evaluate` makes. Each method is
+Metrics come from each run's directory, those with intervals from RUN/evaluation, which `python -m tools.evaluate` makes. Each method is
 shown at the best of its rates by held-out loss, with what all of them cost. Runs that differ in more than their method (data, chat
 template, base, tokens, rows or settings of evaluation), have not ended, or have no finite loss are named, with both values, and not
 compared. No run is started, no model opened.

@@ -7,7 +7,7 @@ python -m tools.evaluate some/model --like runs/mine --out OUT  any model direct
 python -m tools.evaluate runs/mine --judge http://host:8000/v1 --judge-model NAME
 
 Settings come from the run's own config.yaml (evaluation.*); options here take their place. A loss is a mean over supervised tokens;
-answers are the most likely token at every place, the same whatever the batch and the number of processes. Figures and their 95 %
+answers are the most likely token at every place, the same whatever the batch and the number of processes. Metrics and their 95 %
 intervals go to RUN/evaluation, with every answer. What is measured already, also of another run's base, is not measured again, and a
 stopped command continues where it was. `python -m tools.compare` puts runs side by side.
 

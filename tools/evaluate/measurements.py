@@ -37,7 +37,7 @@ class Measurement:
     files: str = ""
     """What identifies its own files."""
     lm_eval: dict[str, Any] | None = None
-    """Figures of standard benchmarks."""
+    """Metrics of standard benchmarks."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what the workers need."""

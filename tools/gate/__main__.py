@@ -42,7 +42,7 @@ RULES = Path(__file__).resolve().parents[2] / "conf" / "gate" / "default.yaml"
 ROOM = 4096
 """Tokens that a prompt may have."""
 NOTHING = "-"
-"""Stands where a row has its answer, which is not looked at."""
+"""What a row has in the place of an answer, which is not looked at."""
 
 
 class NotMeasured(Exception):

@@ -71,7 +71,7 @@ def _matching(model: PreTrainedModel, patterns: list[str]) -> set[str]:
 
 
 def _before_last_blocks(model: PreTrainedModel, count: int) -> set[str]:
-    """Return what stands in front of the last `count` blocks in the model's order; raises ConfigError where it has not so many."""
+    """Return what comes before the last `count` blocks in the model's order; raises ConfigError where it has not so many."""
     lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists or count > lists[0][1]:
         reason = f"the model has {lists[0][1] if lists else 'no'} blocks"

@@ -19,7 +19,7 @@ from trainers.model.weights import Origin
 from trainers.peft.update import Update
 
 ADAPTER = "default"
-"""peft's name for the one adapter, which stands in the names of live tensors and not in those of the export."""
+"""peft's name for the one adapter, which is in the names of live tensors and not in those of the export."""
 FILE = "adapter_model.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Adapters beside layers: the peft library says what they are and how they begin, layer by layer."""
+"""Adapters on layers: the peft library says what they are and how they begin, layer by layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
 
 def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adapter:
-    """Put an adapter beside each layer that is aimed at, and freeze the rest."""
+    """Put an adapter on each layer that is aimed at, and freeze the rest."""
     settings = config.peft
     _require_modules(model, settings)
     before: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -164,7 +164,7 @@ def _require_rank(settings: PeftConfig, layers: Mapping[str, Any]) -> None:
 
 
 def _require_untied(model: PreTrainedModel, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
-    """Raise ConfigError where an adapter stands on one of two tied tensors: the base's file would not hold the pair any more."""
+    """Raise ConfigError where an adapter is on one of two tied tensors: the base's file would not hold the pair any more."""
     for alias, name in tied_names(model).items():
         for tied in (alias, name):
             if after.get(tied) is not before[tied]:
@@ -203,7 +203,7 @@ class Adapters:
         self.order: list[str] = []
 
     def begin_names(self, tied: Collection[str]) -> None:
-        """Put names into the base's order, an adapter's behind the weight of its layer; names that are others' aliases are left out."""
+        """Put names into the base's order, an adapter's after the weight of its layer; names that are others' aliases are left out."""
         place = {name: number for number, name in enumerate(self.origin.names())}
         of_layer = {path: place[self.sources[f"{path}.base_layer.weight"]] for path in self.bases}
         places = {name: of_layer[self.made[name]] if name in self.made else place.get(self.sources[name]) for name in self.shapes}
@@ -211,7 +211,7 @@ class Adapters:
         self.order = [name for _, name in sorted(kept, key=lambda item: item[0])]
 
     def names(self) -> list[str]:
-        """Return the base's order, an adapter behind its layer's weight."""
+        """Return the base's order, an adapter after its layer's weight."""
         return self.order
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -292,7 +292,7 @@ class Adapters:
 
 
 def _begin_at_loss(layer: Any) -> None:
-    """Let LoRA stand for what NF4 loses of its layer, as far as its rank goes.
+    """Let LoRA hold what NF4 loses of its layer, as far as its rank goes.
 
     LoftQ (arXiv 2310.08659, algorithm 1) with one alternation, peft's default: the base stays NF4 of what it was, so that the
     adapter belongs to it. The singular values are divided by LoRA's scale, which LoftQ leaves out.

@@ -1,4 +1,4 @@
-"""Figures: metrics.jsonl is the truth, the progress bar and W&B are its mirrors."""
+"""Metrics: metrics.jsonl is the truth, the progress bar and W&B are its mirrors."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Metrics:
         if not self.active or not self.attempt.is_current():
             return
         if taken := row.keys() & figures.keys():
-            raise ValueError(f"a figure of the objective has the name of another number: {', '.join(sorted(taken))}")
+            raise ValueError(f"a value of the objective has the name of another number: {', '.join(sorted(taken))}")
         row = {"kind": kind_of(row)} | finite({**row, **figures})
         with self.path.open("a") as file:
             if not os.path.samestat(os.fstat(file.fileno()), self.file) and not self.attempt.is_current(at_once=True):
