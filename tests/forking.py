@@ -44,7 +44,7 @@ OURS = ("launcher", "trainers", "tools")
 NOT_BEFOREHAND = {"deepspeed", "wandb", "wandb_workspaces", "lm_eval", "datasets", "pyarrow", "hydra_plugins", "submitit", *OURS}
 """What starts threads or changes state as it is imported."""
 ALSO = ("transformers.models.llama.modeling_llama",)
-READ_BY_IMPORTS = ("PYTHON", "LD_", "LC_", "LANG", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "HOME", "XDG_", "DS_", "CUDA_HOME", "USE_")
+READ_BY_IMPORTS = ("PYTHON", "LD_", "LC_", "LANG", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "HOME", "XDG_", "CUDA_HOME", "USE_")
 OF_EACH_PROCESS = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONSAFEPATH"}
 PR_SET_PDEATHSIG, PR_SET_MM, PR_SET_MM_MAP, PR_SET_CHILD_SUBREAPER = 1, 35, 14, 36
 FAR_FD = 600
