@@ -26,7 +26,7 @@ from peft_cases import (
 from trainers.config.checks import validate
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Offload, PeftConfig, PeftMethod
-from trainers.engines.base import build_engine
+from trainers.engines.build import build_engine
 from trainers.peft.adalora import Pruning, _pull_to_orthogonal
 from trainers.peft.saved import export_adapter, reopen_adapter
 from trainers.peft.update import Part

@@ -24,7 +24,7 @@ from peft_cases import (
 from trainers import host
 from trainers.checkpoint import Checkpointer, NoCheckpoint, Progress
 from trainers.config.schema import CheckpointConfig
-from trainers.engines.base import build_engine
+from trainers.engines.build import build_engine
 from trainers.rundir.attempt import Attempt, Superseded, newest_attempt
 from trainers.rundir.checkpoints import is_lowest
 from trainers.world import World

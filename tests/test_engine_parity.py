@@ -31,7 +31,7 @@ from trainers.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from trainers.engines.base import build_engine
+from trainers.engines.build import build_engine
 from trainers.engines.fsdp import sum_of_squares
 from trainers.objectives import NextToken
 from trainers.world import World

@@ -14,7 +14,8 @@ from command import ROOT, arguments, damaged_bases, environment, launch, read_ro
 from conftest import save_tiny
 
 from trainers.config.errors import ConfigError
-from trainers.engines.fsdp import find_blocks, require_small_groups
+from trainers.engines.fsdp import require_groups
+from trainers.model.blueprint import find_blocks
 
 OFFLOADS = ["zero3", "zero3_offload", "fsdp_offload"]
 
@@ -149,10 +150,10 @@ def test_a_model_without_blocks_is_sent_to_zero3() -> None:
     blocks = find_blocks(model)
     assert len(blocks) == 2
     with pytest.raises(ConfigError, match="outside its blocks"):
-        require_small_groups(model, blocks[:1])
+        require_groups(model, blocks[:1])
     model.model.layers = None
     with pytest.raises(ConfigError, match="names no repeated blocks") as no_blocks:
-        find_blocks(model)
+        require_groups(model, find_blocks(model))
     assert "engine=zero3" in no_blocks.value.remedy
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from trainers import host
 from trainers.config.errors import ConfigError
+from trainers.engines import deepspeed, fsdp
 from trainers.host import GIB, MIB, HostMemory, Limit
 
 ROOT = Path(__file__).parents[1]
@@ -126,16 +127,16 @@ def test_importing_it_is_light() -> None:
 @pytest.mark.parametrize(
     ("on_host", "bytes_each"),
     [
-        (host.zero3_on_host(optimizer=True, parameters=False), 20),
-        (host.zero3_on_host(optimizer=True, parameters=True), 22),
-        (host.zero3_on_host(optimizer=True, parameters=True, compute_bytes=4), 24),
-        (host.zero3_on_host(optimizer=True, parameters=False, moments=0), 12),
-        (host.zero3_on_host(optimizer=False, parameters=True), 2),
-        (host.zero3_on_host(optimizer=False, parameters=False, swapped=True), 16),
-        (host.fsdp_on_host(optimizer=True, parameters=True), 16),
-        (host.fsdp_on_host(optimizer=True, parameters=True, moments=0), 8),
-        (host.fsdp_on_host(optimizer=True, parameters=False), 8),
-        (host.fsdp_on_host(optimizer=False, parameters=False), 0),
+        (deepspeed.bytes_on_host(optimizer=True, parameters=False), 20),
+        (deepspeed.bytes_on_host(optimizer=True, parameters=True), 22),
+        (deepspeed.bytes_on_host(optimizer=True, parameters=True, compute_bytes=4), 24),
+        (deepspeed.bytes_on_host(optimizer=True, parameters=False, moments=0), 12),
+        (deepspeed.bytes_on_host(optimizer=False, parameters=True), 2),
+        (deepspeed.bytes_on_host(optimizer=False, parameters=False, swapped=True), 16),
+        (fsdp.bytes_on_host(optimizer=True, parameters=True), 16),
+        (fsdp.bytes_on_host(optimizer=True, parameters=True, moments=0), 8),
+        (fsdp.bytes_on_host(optimizer=True, parameters=False), 8),
+        (fsdp.bytes_on_host(optimizer=False, parameters=False), 0),
     ],
 )
 def test_host_memory_in_closed_form(on_host: dict[str, int], bytes_each: int) -> None:
@@ -147,7 +148,7 @@ def test_host_memory_in_closed_form(on_host: dict[str, int], bytes_each: int) ->
 
 
 def test_a_run_that_cannot_fit_is_refused_with_its_parts() -> None:
-    on_host = host.zero3_on_host(optimizer=True, parameters=True)
+    on_host = deepspeed.bytes_on_host(optimizer=True, parameters=True)
     needed = host.host_bytes_needed(parameters=8_000_000_000, local_ranks=8, world_size=8, on_host=on_host)
     host.require_host_memory(needed, Limit(needed.total, "physical memory"))
     with pytest.raises(ConfigError) as refused:

@@ -48,7 +48,7 @@ from trainers.config.schema import (
     PeftMethod,
     Precision,
 )
-from trainers.engines.base import build_engine
+from trainers.engines.build import build_engine
 from trainers.model.blueprint import export
 from trainers.model.weights import origin_of
 from trainers.objectives import NextToken

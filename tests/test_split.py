@@ -18,7 +18,7 @@ from trainers.config.schema import OptimConfig, PeftConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
-from trainers.engines.base import build_engine
+from trainers.engines.build import build_engine
 from trainers.health.isolation import require_isolation
 from trainers.loop import train
 from trainers.optim import learning_rate

@@ -22,7 +22,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import ObjectiveName
 from trainers.data.loader import Loader
 from trainers.data.prepare import Prepared
-from trainers.engines.base import build_engine
+from trainers.engines.build import build_engine
 from trainers.health.spikes import Limits
 from trainers.loop import train
 from trainers.objectives import Loss, NextToken, make_objective

@@ -20,7 +20,7 @@ from tools.bench import load as bench_load
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, EngineName, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
-from trainers.engines.base import build_engine
+from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint, export, make_blueprint
 from trainers.model.safetensors_files import Weights
 from trainers.model.weights import Checkpoint, Origin, load_parts, materialise, origin_of, require_tied, require_written, slices, tied_names

@@ -36,7 +36,8 @@ from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
-from trainers.engines.base import Engine, build_engine, require_parts
+from trainers.engines.base import Engine
+from trainers.engines.build import build_engine, require_parts
 from trainers.health import preflight
 from trainers.health.activity import watch
 from trainers.health.guard import TrainingFailed

@@ -84,24 +84,6 @@ def memory_available(root: Path = ROOT, environment: Mapping[str, str] | None = 
     return max(0, min(free))
 
 
-def zero3_on_host(*, optimizer: bool, parameters: bool, swapped: bool = False, compute_bytes: int = 2, moments: int = 2) -> dict[str, int]:
-    """Return bytes a trainable parameter takes on the host, by part, where ZeRO-3 offloads these to `cpu`.
-
-    `swapped` says that the optimizer is on NVMe: reduced gradients stay on the host all the same, and a checkpoint passes through
-    it whole. In host memory DeepSpeed holds gradients twice, as they are summed and as the optimizer gets them.
-    `compute_bytes` is 2 for bf16 and 4 for fp32; `moments` 2 for AdamW and 0 for plain SGD.
-    """
-    parts = {"float32 master weights": 4, "optimizer state": 4 * moments, "float32 gradients": 8} if optimizer else {}
-    parts |= {"float32 gradients": 4, "a checkpoint on its way": 4 + 4 * moments} if swapped else {}
-    return parts | ({"parameters in the compute type": compute_bytes} if parameters else {})
-
-
-def fsdp_on_host(*, optimizer: bool, parameters: bool, moments: int = 2) -> dict[str, int]:
-    """Return bytes a trainable parameter takes on the host, by part, under FSDP2: parameters bring gradients and state along."""
-    parts = {"float32 parameters": 4, "float32 gradients": 4} if parameters else {}
-    return parts | ({"optimizer state": 4 * moments} if parameters or optimizer else {})
-
-
 def host_bytes_needed(
     *,
     parameters: int,

@@ -225,7 +225,7 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         import trainers.engines.fsdp  # noqa: F401 - its imports are not part of building
         from trainers.data.loader import Loader
         from trainers.data.prepare import Prepared
-        from trainers.engines.base import build_engine, require_parts
+        from trainers.engines.build import build_engine, require_parts
         from trainers.model.blueprint import flops_per_token, make_blueprint
         from trainers.processes import die_with_parent
         from trainers.rundir.attempt import Attempt

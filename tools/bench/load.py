@@ -114,7 +114,7 @@ def run_rank(options: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig
 
-    from trainers.engines.base import build_engine
+    from trainers.engines.build import build_engine
     from trainers.model.safetensors_files import Weights
     from trainers.processes import die_with_parent
     from trainers.world import World

@@ -292,7 +292,7 @@ def _on_gpu(case: Case, world: Any, folder: Path) -> dict[str, Any]:
 
 
 def _take_steps(case: Case, world: Any, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> Any:
-    from trainers.engines.base import build_engine
+    from trainers.engines.build import build_engine
     from trainers.objectives import make_objective
     from trainers.plan.simulate import LR, Marked, whole_batch
     from trainers.step import take_step

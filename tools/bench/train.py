@@ -140,7 +140,7 @@ Figures = tuple[float, float, float]
 
 def _ours(config: RunConfig, world: World, data: Prepared, blueprint: Blueprint, loader: Loader) -> Figures:
     """Train with the product's own loop and engine; its metrics.jsonl gives the time of each step."""
-    from trainers.engines.base import build_engine
+    from trainers.engines.build import build_engine
     from trainers.loop import train as train_run
     from trainers.rundir.attempt import Attempt
     from trainers.rundir.metrics import host_bytes_peak

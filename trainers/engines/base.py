@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from trainers import host
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError
-from trainers.config.schema import EngineName, Offload, OptimizerName, Precision, RunConfig
+from trainers.config.schema import Offload, Precision, RunConfig
 from trainers.model.blueprint import Blueprint
+from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Update
 from trainers.world import World
@@ -38,11 +39,59 @@ def accepts_all(norm: float) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Live tensors of one kind."""
+
+    kind: Literal["parameters", "gradients", "optimizer", "buffers"]
+    """What they are for; `buffers` are those between ranks."""
+    home: Offload
+    """Where they are between uses; `none` is the device."""
+    tensors: list[Tensor]
+
+
 class Engine(Protocol):
     """A model, its gradients and its optimizer, sharded over ranks. Every method is collective: all ranks call it."""
 
+    config: RunConfig
+    model: PreTrainedModel
     adaptation: Adaptation
     """What is trained and what is exported."""
+    blocks: list[nn.Module]
+    """The model's repeated blocks, in their order."""
+    settling_steps: int
+    """How many first steps differ from those after them in what is allocated when."""
+
+    def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
+        """Build on meta, adapt and shard: all that needs neither values nor memory for them."""
+        ...
+
+    @staticmethod
+    def require_parts(config: RunConfig) -> None:
+        """Have what the engine needs on this machine; raises ConfigError. Not collective."""
+        ...
+
+    @staticmethod
+    def reach(config: RunConfig, blocks: Sequence[nn.Module]) -> int:
+        """Return how many blocks the engine gathers ahead, or keeps, next to the one that computes."""
+        ...
+
+    @staticmethod
+    def on_host(config: RunConfig) -> dict[str, int]:
+        """Return bytes a trainable parameter takes in host memory where state is offloaded, by part."""
+        ...
+
+    @staticmethod
+    def steps_on_device(config: RunConfig) -> bool:
+        """Tell whether the optimizer's step is taken on the device, wherever its state is between steps."""
+        ...
+
+    def fill(self, origin: Origin | None) -> None:
+        """Give this rank's parts memory, with the values of `origin`, and make the optimizer.
+
+        Without an origin nothing has values, and other ranks need not exist: a plan does this under FakeTensorMode.
+        """
+        ...
 
     def forward(self, batch: Batch, needs: Needs = ...) -> Output:
         """Return the log-probabilities of the labels, with a graph while training, and what else is needed."""
@@ -79,6 +128,10 @@ class Engine(Protocol):
         """Return names and shapes of all tensors of the model, tied ones once."""
         ...
 
+    def tensors(self) -> list[Placed]:
+        """Return this rank's live tensors by what they are for, and where they are between uses."""
+        ...
+
     def state_bytes(self) -> dict[str, int]:
         """Return this rank's bytes by class: frozen weights, what is trained, its gradients at their peak, the optimizer's state."""
         ...
@@ -90,32 +143,6 @@ class Engine(Protocol):
     def close(self) -> None:
         """Remove what this run has put outside its run directory."""
         ...
-
-
-def require_parts(config: RunConfig, world: World) -> None:
-    """Have what the engine needs on this machine, before data is prepared or ranks wait for each other; raises ConfigError."""
-    engine = config.engine
-    if engine.offload_param is not Offload.none or engine.offload_optimizer is not Offload.none:
-        threads = host.threads_per_rank(world.local_size)
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's optimizer brings an OpenMP of its own, which reads this
-        torch.set_num_threads(threads)
-    if engine.name is EngineName.zero3:
-        from trainers.engines.deepspeed import require_ops
-
-        require_ops(config)
-
-
-def build_engine(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
-    """Build the engine the config names, weights loaded."""
-    if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
-        log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
-    if config.engine.name is EngineName.fsdp:
-        from trainers.engines.fsdp import FSDPEngine
-
-        return FSDPEngine(config, world, blueprint)
-    from trainers.engines.deepspeed import ZeRO3Engine
-
-    return ZeRO3Engine(config, world, blueprint)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -131,26 +158,19 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def require_host(config: RunConfig, world: World, model: nn.Module) -> None:
+def require_host(config: RunConfig, world: World, built: Engine) -> None:
     """Refuse an offloading run, before weights are read, where host memory cannot hold it; say what it takes of the host."""
-    engine = config.engine
-    optimizer, parameters = engine.offload_optimizer is Offload.cpu, engine.offload_param is Offload.cpu
+    engine, model = config.engine, built.model
     if engine.offload_optimizer is Offload.none and engine.offload_param is Offload.none:
         return
     log.info("offloading: %d threads each for %d ranks on %d cores", torch.get_num_threads(), world.local_size, host.cores())
-    moments = 0 if config.optim.name is OptimizerName.sgd else 2
-    if engine.name is EngineName.fsdp:
-        on_host = host.fsdp_on_host(optimizer=optimizer, parameters=parameters, moments=moments)
-    else:
-        compute = COMPUTE[config.train.precision].itemsize
-        swapped = engine.offload_optimizer is Offload.nvme
-        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
+    parameters = engine.offload_param is Offload.cpu
     numels = [p.numel() for p in model.parameters()]
     needed = host.host_bytes_needed(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         local_ranks=world.local_size,
         world_size=world.size,
-        on_host=on_host,
+        on_host=built.on_host(config),
         frozen_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad) if parameters else 0,
         buffers=nvme_buffers(config, world.size, numels),
     )
@@ -185,9 +205,14 @@ def unpacked_numel(adaptation: Adaptation, name: str, stored: int) -> int:
     return math.prod(adaptation.packed[name]) if name in adaptation.packed else stored
 
 
+def update_tensors(update: Update | None) -> list[Tensor]:
+    """Return what the method keeps of this rank's elements."""
+    return [tensor for kinds in update.elements.values() for tensor in kinds.values()] if update is not None else []
+
+
 def update_statement(update: Update | None, where: str) -> dict[str, str]:
     """Say type, bytes a rank and place of what the method keeps of this rank's elements, by its name; nothing where it keeps none."""
-    kept = [tensor for kinds in update.elements.values() for tensor in kinds.values()] if update is not None else []
+    kept = update_tensors(update)
     if update is None or not kept:
         return {}
     return {update.name: statement(update.name, kept, torch.float32, sum(tensor.nbytes for tensor in kept), where)}

@@ -10,7 +10,7 @@ import mmap
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -31,19 +31,20 @@ from trainers.engines.base import (
     HOST,
     NVME_BUFFERS,
     Accepts,
+    Placed,
     accepts_all,
     checkpoint_activations,
     counted,
     frozen_statement,
     in_short,
     move_buffers,
-    require_host,
     statement,
     unpacked_numel,
     update_statement,
+    update_tensors,
 )
 from trainers.engines.ops import import_deepspeed, require_op
-from trainers.model.blueprint import Blueprint
+from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adapt import adapt
@@ -52,6 +53,8 @@ from trainers.peft.update import Part
 from trainers.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+REUSED = 1_000_000_000
+"""Elements up to which DeepSpeed keeps what it will need again, and gathers at most; its own defaults of both."""
 
 
 class ZeRO3Engine:
@@ -60,19 +63,10 @@ class ZeRO3Engine:
     model: PreTrainedModel
     adaptation: Adaptation
     nvme: Path | None
+    settling_steps = 1
+    """The first finds out what to gather ahead."""
 
     def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
-        """Build on meta, partition parameter by parameter with this rank's elements read from disk, then the optimizer."""
-        self.outline(config, world, blueprint)
-        require_host(config, world, self.model)
-        self.nvme = begin_nvme(config, world, sum(p.numel() for p in self.model.parameters()))
-        try:
-            self.fill(self.adaptation.origin)
-        except BaseException:
-            self.close()
-            raise
-
-    def outline(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
         """Build on meta and adapt: all that needs neither values nor memory for them."""
         self.world, self.blueprint, self.config = world, blueprint, config
         self.compute = COMPUTE[config.train.precision]
@@ -81,6 +75,7 @@ class ZeRO3Engine:
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
+        self.blocks = find_blocks(self.model)
         library = import_deepspeed()
         for collective in ("reduce_scatter_tensor", "all_gather_into_tensor"):
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
@@ -88,8 +83,39 @@ class ZeRO3Engine:
         library.init_distributed(verbose=False, auto_mpi_discovery=False)
         self.mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
 
+    @staticmethod
+    def require_parts(config: RunConfig) -> None:
+        """Have DeepSpeed's compiled parts that this run needs, built if need be; raises ConfigError."""
+        require_ops(config)
+
+    @staticmethod
+    def reach(config: RunConfig, blocks: Sequence[nn.Module]) -> int:
+        """Return how many blocks DeepSpeed keeps for their next use, or gathers ahead, by its own limit in elements."""
+        return -(-REUSED // max(1, sum(p.numel() for p in blocks[-1].parameters())))
+
+    @staticmethod
+    def on_host(config: RunConfig) -> dict[str, int]:
+        """Return bytes a trainable parameter takes on the host, by part."""
+        engine = config.engine
+        return bytes_on_host(
+            optimizer=engine.offload_optimizer is Offload.cpu,
+            parameters=engine.offload_param is Offload.cpu,
+            swapped=engine.offload_optimizer is Offload.nvme,
+            compute_bytes=COMPUTE[config.train.precision].itemsize,
+            moments=0 if config.optim.name is OptimizerName.sgd else 2,
+        )
+
+    @staticmethod
+    def steps_on_device(config: RunConfig) -> bool:
+        """Tell whether the optimizer runs on the device: where its state is offloaded it runs on the host."""
+        return config.engine.offload_optimizer is Offload.none
+
     def fill(self, origin: Origin | None) -> None:
         """Give this rank's partitions memory, with the values of `origin` where there is one, and make the optimizer."""
+        if origin is None:
+            believe_ranks()
+        else:
+            self.nvme = begin_nvme(self.config, self.world, sum(p.numel() for p in self.model.parameters()))
         largest = max(p.numel() for p in self.model.parameters())
         hidden_size = self.blueprint.config.get_text_config().hidden_size
         self.settings = settings(self.config, hidden_size, -(-largest // self.world.size), self.nvme, self.world)
@@ -344,6 +370,18 @@ class ZeRO3Engine:
         shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items() if name not in tied}
         return shapes | self.adaptation.packed
 
+    def tensors(self) -> list[Placed]:
+        """Return this rank's live tensors; the model's buffers, and those between ranks, are always on the device."""
+        weights, state = self.config.engine.offload_param, self.config.engine.offload_optimizer
+        return [
+            Placed("parameters", Offload.none, list(self.model.buffers())),
+            Placed("parameters", weights, [p.ds_tensor for p in self.parameters.values()]),
+            Placed("parameters", state, list(self.optimizer.fp32_partitioned_groups_flat)),
+            Placed("gradients", state, self._gradients()),
+            Placed("optimizer", state, [*self._moments(), *update_tensors(self.adaptation.update)]),
+            Placed("buffers", Offload.none, [b.buffer for b in self.optimizer.ipg_buckets.values() if b.buffer is not None]),
+        ]
+
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's partitions by class, on NVMe, too; what is gathered of other ranks' is not among them.
 
@@ -377,10 +415,6 @@ class ZeRO3Engine:
         masters = self.optimizer.fp32_partitioned_groups_flat
         return [self.optimizer.grad_partitions_flat_buffer, *(master.grad for master in masters if master.grad is not None)]
 
-    def reduce_buffers(self) -> list[Tensor]:
-        """Return what gradients are collected in before they are reduced."""
-        return [bucket.buffer for bucket in self.optimizer.ipg_buckets.values() if bucket.buffer is not None]
-
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         (parameters, frozen), size = self._trained_and_frozen(), self.state_bytes()
@@ -407,6 +441,18 @@ class ZeRO3Engine:
         """Remove this node's files on NVMe."""
         if self.nvme is not None and self.world.local_rank == 0:
             shutil.rmtree(self.nvme, ignore_errors=True)
+
+
+def bytes_on_host(*, optimizer: bool, parameters: bool, swapped: bool = False, compute_bytes: int = 2, moments: int = 2) -> dict[str, int]:
+    """Return bytes a trainable parameter takes on the host, by part, where these are offloaded to `cpu`.
+
+    `swapped` says that the optimizer is on NVMe: reduced gradients stay on the host all the same, and a checkpoint passes through
+    it whole. In host memory DeepSpeed holds gradients twice, as they are summed and as the optimizer gets them.
+    `compute_bytes` is 2 for bf16 and 4 for fp32; `moments` 2 for AdamW and 0 for plain SGD.
+    """
+    parts = {"float32 master weights": 4, "optimizer state": 4 * moments, "float32 gradients": 8} if optimizer else {}
+    parts |= {"float32 gradients": 4, "a checkpoint on its way": 4 + 4 * moments} if swapped else {}
+    return parts | ({"parameters in the compute type": compute_bytes} if parameters else {})
 
 
 def believe_ranks() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,25 @@ from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output, forward
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Offload, OptimConfig, RunConfig
+from trainers.config.schema import Offload, OptimConfig, OptimizerName, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
     Accepts,
+    Placed,
     accepts_all,
     checkpoint_activations,
     counted,
     frozen_statement,
     in_short,
     move_buffers,
-    require_host,
     require_type,
     statement,
     unpacked_numel,
     update_statement,
+    update_tensors,
 )
-from trainers.model.blueprint import Blueprint
+from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adapt import adapt
@@ -52,27 +53,43 @@ STRAY_SHARE = 0.1
 class FSDPEngine:
     """The Engine over fully_shard; parameters, gradients and AdamW state are float32 DTensors, split over all ranks."""
 
-    def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
-        """Build on meta, shard, materialise, read this rank's slices, make the optimizer: in this order."""
-        self.outline(config, world, blueprint)
-        require_host(config, world, self.model)
-        self.fill(self.adaptation.origin)
+    settling_steps = 0
 
-    def outline(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
+    def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
         """Build on meta, adapt and shard: all that needs neither values nor memory for them."""
         self.world, self.blueprint, self.config = world, blueprint, config
         self.compute, engine = COMPUTE[config.train.precision], config.engine
         self.offloaded = engine.offload_param is Offload.cpu
-        self.visits = engine.offload_optimizer is Offload.cpu and not self.offloaded
+        self.visits = engine.offload_optimizer is Offload.cpu and self.steps_on_device(config)
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.model = blueprint.build()
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
         self.blocks = find_blocks(self.model)
-        require_small_groups(self.model, self.blocks)
+        require_groups(self.model, self.blocks)
         self._shard()
         self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
+
+    @staticmethod
+    def require_parts(config: RunConfig) -> None:
+        """Need nothing but torch."""
+
+    @staticmethod
+    def reach(config: RunConfig, blocks: Sequence[nn.Module]) -> int:
+        """Return how many blocks are gathered ahead."""
+        return config.engine.prefetch
+
+    @staticmethod
+    def on_host(config: RunConfig) -> dict[str, int]:
+        """Return bytes a trainable parameter takes on the host, by part: parameters include gradients and state."""
+        parameters, optimizer = config.engine.offload_param is Offload.cpu, config.engine.offload_optimizer is Offload.cpu
+        return bytes_on_host(optimizer=optimizer, parameters=parameters, moments=0 if config.optim.name is OptimizerName.sgd else 2)
+
+    @staticmethod
+    def steps_on_device(config: RunConfig) -> bool:
+        """Tell whether the optimizer's state visits the device, where it does not live there."""
+        return config.engine.offload_param is Offload.none
 
     def fill(self, origin: Origin | None) -> None:
         """Give this rank's slices memory, with the values of `origin` where there is one, and make the optimizer."""
@@ -213,6 +230,17 @@ class FSDPEngine:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in tied}
         return shapes | self.adaptation.packed
 
+    def tensors(self) -> list[Placed]:
+        """Return this rank's live tensors; the model's buffers are always on the device."""
+        weights, state = self.config.engine.offload_param, self.config.engine.offload_optimizer
+        return [
+            Placed("parameters", Offload.none, list(self.model.buffers())),
+            Placed("parameters", weights, list(self.model.parameters())),
+            Placed("gradients", weights, [p.grad for p in self.model.parameters() if p.grad is not None]),
+            Placed("optimizer", state, self._moments()),
+            Placed("optimizer", weights, update_tensors(self.adaptation.update)),
+        ]
+
     def state_bytes(self) -> dict[str, int]:
         """Return the bytes of this rank's parts of live tensors by class; gradients are whole where they wait for the last microbatch."""
         parameters, frozen = self._trained_and_frozen()
@@ -264,25 +292,15 @@ class FSDPEngine:
         return words + (f", in {copies} copies" if copies > 1 else "")
 
 
-def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the repeated blocks of an architecture, the outermost ones: what transformers' own sharding plan names `layers.*`.
+def require_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
+    """Raise ConfigError where a model has no blocks, or much of it is outside of blocks and embeddings.
 
-    Where the plan does not fit the architecture (GPT-2's `h`), the lists of modules that transformers must not split.
-    Raises ConfigError where there is none: a model in one group would be gathered whole on every rank.
+    That would be one group, gathered whole on every rank.
     """
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
-    planned = [name for name in lists if f"{name}.*" in (model.fsdp_plan or {})]
-    unsplit = set(model._no_split_modules or [])
-    names = planned or [name for name, layers in lists.items() if type(layers[0]).__name__ in unsplit]
-    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
-    if not outermost:
+    remedy = "engine=zero3, which splits each tensor by itself"
+    if not blocks:
         reason = f"{type(model).__name__} names no repeated blocks, so fsdp cannot shard it block by block"
-        raise ConfigError("engine.name", "fsdp", reason, "engine=zero3, which splits each tensor by itself")
-    return [block for name in outermost for block in lists[name]]
-
-
-def require_small_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
-    """Raise ConfigError if much of a model stands outside its blocks and embeddings: it would be gathered whole on every rank."""
+        raise ConfigError("engine.name", "fsdp", reason, remedy)
     ends = (model.get_input_embeddings(), model.get_output_embeddings(), getattr(model, ENCODER, None))
     placed = {id(p) for module in (*blocks, *ends) if module is not None for p in module.parameters()}
     stray = {name: p.numel() for name, p in model.named_parameters() if id(p) not in placed}
@@ -293,7 +311,7 @@ def require_small_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> Non
         reason = (
             f"{share:.0%} of {type(model).__name__} stands outside its blocks ({largest}, ...): it would be gathered whole on every rank"
         )
-        raise ConfigError("engine.name", "fsdp", reason, "engine=zero3, which splits each tensor by itself")
+        raise ConfigError("engine.name", "fsdp", reason, remedy)
 
 
 def _load(model: PreTrainedModel, origin: Origin) -> None:
@@ -309,6 +327,12 @@ def _local_block(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         return tensor, (0,) * tensor.ndim
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tensor.to_local(), tuple(offset)
+
+
+def bytes_on_host(*, optimizer: bool, parameters: bool, moments: int = 2) -> dict[str, int]:
+    """Return bytes a trainable parameter takes on the host, by part, where these are offloaded."""
+    parts = {"float32 parameters": 4, "float32 gradients": 4} if parameters else {}
+    return parts | ({"optimizer state": 4 * moments} if parameters or optimizer else {})
 
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -388,6 +388,19 @@ def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
         output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, limit), do_sample=False)  # type: ignore[operator]
     prompt, answer = tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return {"prompt": str(prompt), "answer": str(answer).strip()}
+
+
+def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the repeated blocks of an architecture, the outermost ones: what transformers' own sharding plan names `layers.*`.
+
+    Where the plan does not fit the architecture (GPT-2's `h`), the lists of modules that transformers must not split. Some have none.
+    """
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)}
+    planned = [name for name in lists if f"{name}.*" in (model.fsdp_plan or {})]
+    unsplit = set(model._no_split_modules or [])
+    names = planned or [name for name, layers in lists.items() if type(layers[0]).__name__ in unsplit]
+    outermost = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
+    return [block for name in outermost for block in lists[name]]
 
 
 def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig, attended: float, frozen: Collection[str] = ()) -> float:

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainers.config.schema import EngineName, Offload, OptimizerName, Precision, RunConfig
+from trainers.config.schema import Offload, OptimizerName, Precision, RunConfig
+from trainers.engines.build import class_of
 from trainers.plan.request import HardwareConfig, Place
 from trainers.plan.trace import Moment
 
@@ -90,8 +91,7 @@ def step_seconds(
     wires = sum(size / (GIGA * bandwidth(key.split()[1], place, hardware) * share.wires) for key, size in sent.items())
     engine, host, fetched = config.engine, 0.0, 0.0
     numbers = 0 if config.optim.name is OptimizerName.sgd else 2
-    visits = engine.name is EngineName.fsdp and engine.offload_param is Offload.none
-    if engine.offload_optimizer is not Offload.none and visits:  # moments come to the device and go back
+    if engine.offload_optimizer is not Offload.none and class_of(config).steps_on_device(config):  # moments come to the device and go back
         fetched += trained * 4 * 2 * numbers
     elif engine.offload_optimizer is not Offload.none:  # the host reads gradient and state and writes state; weights come back
         host = trained * 4 * (2 * (1 + numbers) + 1) / (GIGA * share.host)

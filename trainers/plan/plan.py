@@ -9,8 +9,9 @@ from typing import Any
 
 from trainers import host
 from trainers.config.derived import peak_lr
-from trainers.config.schema import CheckpointConfig, DataConfig, EngineName, Offload, OptimizerName, RunConfig, parse, plain
-from trainers.engines.base import COMPUTE, nvme_buffers
+from trainers.config.schema import CheckpointConfig, DataConfig, Offload, OptimizerName, RunConfig, parse, plain
+from trainers.engines.base import nvme_buffers
+from trainers.engines.build import class_of
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
 from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
@@ -233,20 +234,13 @@ def _host_limit(place: Place, device: HardwareConfig | None) -> float:
 
 def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, int]:
     """Return bytes of a node's memory by part; those of offloaded state by the rules by which a run is refused."""
-    engine, compute = config.engine, COMPUTE[config.train.precision].itemsize
-    optimizer, parameters = engine.offload_optimizer is Offload.cpu, engine.offload_param is Offload.cpu
-    moments = 0 if config.optim.name is OptimizerName.sgd else 2
-    if engine.name is EngineName.fsdp:
-        on_host = host.fsdp_on_host(optimizer=optimizer, parameters=parameters, moments=moments)
-    else:
-        swapped = engine.offload_optimizer is Offload.nvme
-        on_host = host.zero3_on_host(optimizer=optimizer, parameters=parameters, swapped=swapped, compute_bytes=compute, moments=moments)
+    engine, parameters = config.engine, config.engine.offload_param is Offload.cpu
     sizes = [simulation.largest, simulation.parameters - simulation.largest]
     needed = host.host_bytes_needed(
         parameters=simulation.trainable,
         local_ranks=place.ranks_per_node,
         world_size=place.size // engine.replicate,
-        on_host=on_host,
+        on_host=class_of(config).on_host(config),
         frozen_bytes=simulation.state_bytes["frozen"] * place.size // engine.replicate if parameters else 0,
         buffers=nvme_buffers(config, place.size, sizes),
     )

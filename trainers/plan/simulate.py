@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainers.batch import Batch, Needs, Output
-from trainers.config.schema import EngineName, Offload, PeftMethod, RunConfig
-from trainers.engines.base import Accepts
-from trainers.engines.fsdp import FSDPEngine, find_blocks
-from trainers.model.blueprint import Blueprint
+from trainers.config.schema import Offload, PeftMethod, RunConfig
+from trainers.engines.base import Accepts, Engine
+from trainers.engines.build import class_of, end_groups, outline
+from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.objectives import CHOICES
 from trainers.peft import nf4
-from trainers.peft.base import Adaptation
 from trainers.plan.allocator import replay
 from trainers.plan.trace import Kind, Moment, Trace, combine
 from trainers.step import take_step
@@ -35,8 +35,6 @@ MICROBATCHES = 3
 """The first, which finds no gradients, the last, which may reduce them, and one that stands for all between."""
 LR = 1e-3
 """Of the simulated step: no number of a plan depends on it."""
-REUSED = 1_000_000_000
-"""Elements up to which DeepSpeed keeps what it will need again, and gathers at most; its own defaults of both."""
 
 
 class Alone(World):
@@ -92,12 +90,7 @@ def ranks(size: int, local_size: int) -> Iterator[World]:
     try:
         yield Alone(rank=0, local_rank=0, size=size, local_size=local_size, device=torch.device("cpu"))
     finally:
-        if "deepspeed" in sys.modules:
-            from trainers.engines.deepspeed import end_groups
-
-            end_groups()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        end_groups()
         sys.excepthook = hook
         if before is None:
             os.environ.pop("LOCAL_RANK", None)
@@ -140,9 +133,9 @@ def _two_depths(config: RunConfig, blueprint: Blueprint, world: World) -> _Depth
     blocks = find_blocks(blueprint.build())
     kinds = [_signature(block) for block in blocks]
     full = len(kinds)
-    edge = 1 + config.engine.prefetch
-    if config.engine.name is EngineName.zero3:
-        edge = 1 + -(-REUSED // max(1, sum(p.numel() for p in blocks[-1].parameters())))
+    if not full:
+        return None
+    edge = 1 + class_of(config).reach(config, blocks)
     for period in range(1, 9):
         alone = next((n + 1 for n in range(full - period - 1, -1, -1) if kinds[n] != kinds[n + period]), 0)  # those at the front
         few = 2 * (edge + alone + period)
@@ -227,21 +220,21 @@ def _place(moment: Moment, depth: int, edge: int) -> tuple[str, int | None, int 
 
 
 def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, gpus: bool = False) -> Simulation:
-    """Take one step, or with ZeRO-3, which learns in the first what to gather ahead, two of which the second counts."""
+    """Take the first step that is like those after it."""
     config = _in_memory(config)
-    zero3 = config.engine.name is EngineName.zero3
-    engine, objective = _outlined(config, world, blueprint), CHOICES[config.objective.name](config.objective)
+    engine, objective = outline(config, world, blueprint), CHOICES[config.objective.name](config.objective)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
     count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
     batches = [whole_batch(config.train.microbatch, seq_len) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
     evaluated = whole_batch(rows, seq_len) if rows > config.train.microbatch else None
-    stepping: Callable[[], AbstractContextManager[Any]] = nullcontext if zero3 else unset_fake_temporarily  # DTensor has a mode of its own
+    has_dtensors = any(isinstance(p, DTensor) for p in engine.model.parameters())
+    stepping: Callable[[], AbstractContextManager[Any]] = unset_fake_temporarily if has_dtensors else nullcontext  # DTensor has its own
     with warnings.catch_warnings(), _few_chunks(trace), fake, trace:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         engine.fill(None)
-        for _ in range(2 if zero3 else 1):
+        for _ in range(engine.settling_steps + 1):
             trace.restart()
             without_values = [batch.map(fake.from_tensor) for batch in batches]
             take_step(Marked(engine, trace, stepping, gpus), objective, without_values, world, lr=LR, targets=1)  # type: ignore[arg-type]
@@ -252,7 +245,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
                 engine.forward(evaluated.map(fake.from_tensor), objective.needs)
         size = engine.state_bytes()
     shapes = engine.shapes()
-    adaptation: Adaptation = engine.adaptation
+    adaptation = engine.adaptation
     replayed, update = replay(trace), adaptation.update
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     return Simulation(
@@ -294,19 +287,6 @@ def _in_memory(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, engine=dataclasses.replace(engine, nvme_path=None, **swapped)) if swapped else config
 
 
-def _outlined(config: RunConfig, world: World, blueprint: Blueprint) -> Any:
-    if config.engine.name is EngineName.fsdp:
-        engine: Any = FSDPEngine.__new__(FSDPEngine)
-        engine.outline(config, world, blueprint)
-        return engine
-    from trainers.engines.deepspeed import ZeRO3Engine, believe_ranks
-
-    engine = ZeRO3Engine.__new__(ZeRO3Engine)
-    engine.outline(config, world, blueprint)
-    believe_ranks()
-    return engine
-
-
 class Marked:
     """An engine that notes the moments of a step, on tensors with or without values; the step is taken by `trainers.step.take_step`.
 
@@ -314,11 +294,11 @@ class Marked:
     """
 
     def __init__(
-        self, engine: Any, trace: Trace, stepping: Callable[[], AbstractContextManager[Any]] = nullcontext, gpus: bool = False
+        self, engine: Engine, trace: Trace, stepping: Callable[[], AbstractContextManager[Any]] = nullcontext, gpus: bool = False
     ) -> None:
         """Mark the blocks from now on, until the optimizer's step is done."""
         self.engine, self.trace, self.stepping, self.gpus, self.number = engine, trace, stepping, gpus, 0
-        self.marks = _Marks(trace, engine.blocks if isinstance(engine, FSDPEngine) else find_blocks(engine.model))  # fully_shard renames
+        self.marks = _Marks(trace, engine.blocks)
         _label(engine, trace, gpus)
 
     def forward(self, batch: Batch, needs: Needs) -> Output:
@@ -345,22 +325,10 @@ class Marked:
         return norm
 
 
-def _label(engine: Any, trace: Trace, gpus: bool) -> None:
+def _label(engine: Engine, trace: Trace, gpus: bool) -> None:
     """Say which of the storages that are there hold state, and which of them a GPU run has in host memory."""
-    settings = engine.config.engine
-    weights = Kind.host if gpus and settings.offload_param is not Offload.none else Kind.parameters
-    state = Kind.host if gpus and settings.offload_optimizer is not Offload.none else Kind.optimizer
-    trace.label(engine.model.buffers(), Kind.parameters)
-    trace.label(engine._moments(), state)
-    if isinstance(engine, FSDPEngine):
-        gradients = [p.grad for p in engine.model.parameters() if p.grad is not None]
-        trace.label(engine.model.parameters(), weights)
-        trace.label(gradients, Kind.gradients if weights is Kind.parameters else Kind.host)
-        return
-    trace.label((p.ds_tensor for p in engine.parameters.values()), weights)
-    trace.label(engine.optimizer.fp32_partitioned_groups_flat, Kind.parameters if state is Kind.optimizer else Kind.host)
-    trace.label(engine._gradients(), Kind.gradients if state is Kind.optimizer else Kind.host)
-    trace.label(engine.reduce_buffers(), Kind.buffers)
+    for placed in engine.tensors():
+        trace.label(placed.tensors, Kind.host if gpus and placed.home is not Offload.none else Kind[placed.kind])
 
 
 class _Marks:

@@ -1,0 +1,67 @@
+"""The engine that a config names: what it needs of this machine, its outline without values, and the whole of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+import torch
+
+from trainers import host
+from trainers.config.schema import EngineName, Offload, RunConfig
+from trainers.engines.base import Engine, require_host
+from trainers.model.blueprint import Blueprint
+from trainers.world import World
+
+log = logging.getLogger("fulltune")
+
+
+def class_of(config: RunConfig) -> type[Engine]:
+    """Return the class of the engine that the config names; one that is not named is not imported."""
+    if config.engine.name is EngineName.fsdp:
+        from trainers.engines.fsdp import FSDPEngine
+
+        return FSDPEngine
+    from trainers.engines.deepspeed import ZeRO3Engine
+
+    return ZeRO3Engine
+
+
+def require_parts(config: RunConfig, world: World) -> None:
+    """Have what the engine needs on this machine, before data is prepared or ranks wait for each other; raises ConfigError."""
+    engine = config.engine
+    if engine.offload_param is not Offload.none or engine.offload_optimizer is not Offload.none:
+        threads = host.threads_per_rank(world.local_size)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's optimizer brings an OpenMP of its own, which reads this
+        torch.set_num_threads(threads)
+    class_of(config).require_parts(config)
+
+
+def outline(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
+    """Build the engine without values: model on `meta`, adapters, sharding. `fill` gives it memory."""
+    return class_of(config)(config, world, blueprint)
+
+
+def build_engine(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
+    """Build the engine the config names, weights loaded."""
+    if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
+        log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
+    engine = outline(config, world, blueprint)
+    require_host(config, world, engine)
+    try:
+        engine.fill(engine.adaptation.origin)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def end_groups() -> None:
+    """End torch's process groups with those that an engine's library remembers, so that others can be begun."""
+    if "deepspeed" in sys.modules:
+        from trainers.engines.deepspeed import end_groups
+
+        end_groups()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
