@@ -40,8 +40,8 @@ from trainers.engines.base import Engine
 from trainers.engines.build import build_engine, require_parts
 from trainers.health import preflight
 from trainers.health.activity import watch
-from trainers.health.guard import TrainingFailed
 from trainers.health.isolation import require_isolation
+from trainers.health.spikes import TrainingFailed
 from trainers.health.watchdog import watchdog
 from trainers.loop import Outcome, as_figures, train
 from trainers.model.blueprint import (

@@ -16,7 +16,7 @@ from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
 from trainers.evaluation import HeldOut
 from trainers.health.activity import watch
-from trainers.health.guard import Guard, Spike, TrainingFailed
+from trainers.health.spikes import Guard, Spike, TrainingFailed
 from trainers.health.stragglers import Stragglers
 from trainers.objectives import make_objective
 from trainers.optim import learning_rate, require_warmup_ends
