@@ -7,7 +7,7 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo venv check docs format test test-slow test-all test-soak clean
+.PHONY: help demo compare-demo venv check docs format test test-slow test-slow-others test-slow-slurm test-all test-soak clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
@@ -59,8 +59,15 @@ format: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow and not soak'
 
+# Tests on a SLURM cluster wait most of their time: the others run meanwhile.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m 'slow and not soak'
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-slow-others test-slow-slurm
+
+test-slow-others: $(STAMP)
+	$(BIN)/python -m pytest -m 'slow and not soak and not slurm'
+
+test-slow-slurm: $(STAMP)
+	$(BIN)/python -m pytest -m 'slow and not soak and slurm'
 
 test-all: test test-slow
 
