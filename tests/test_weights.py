@@ -21,7 +21,8 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, EngineName, ModelConfig, Precision, RunConfig, TrainConfig
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
 from trainers.engines.build import build_engine
-from trainers.model.blueprint import Blueprint, export, make_blueprint
+from trainers.model.blueprint import Blueprint, make_blueprint
+from trainers.model.export import export, export_plan
 from trainers.model.safetensors_files import Weights
 from trainers.model.weights import Checkpoint, Origin, load_parts, materialise, origin_of, require_tied, require_written, slices, tied_names
 from trainers.world import World
@@ -437,7 +438,15 @@ def test_added_tokens_are_special_and_carried_by_the_export(tmp_path: Path) -> N
     assert tokenizer_hash(tokenizer) != tokenizer_hash(plain)
     blueprint = make_blueprint(model, 0, tokenizer)
     live = blueprint.build("cpu").state_dict()
-    export(((name, tensor) for name, tensor in live.items() if name != "lm_head.weight"), blueprint, tokenizer, [], tmp_path / "out", True)
+    export(
+        ((name, tensor) for name, tensor in live.items() if name != "lm_head.weight"),
+        export_plan(blueprint.build(), torch.float32),
+        blueprint,
+        tokenizer,
+        [],
+        tmp_path / "out",
+        True,
+    )
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.config.vocab_size == 35
     assert torch.equal(again.get_input_embeddings().weight[34], live["model.embed_tokens.weight"][:33].double().mean(0).float())

@@ -88,7 +88,8 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     import torch
 
     from trainers.data.tokenizer import load_tokenizer, stop_ids
-    from trainers.model.blueprint import export, export_plan, make_blueprint
+    from trainers.model.blueprint import make_blueprint
+    from trainers.model.export import export, export_plan
 
     tokenizer = load_tokenizer(config)
     require_same_tokenizer(folder.parent.parent, tokenizer)
@@ -101,7 +102,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     num_bytes = sum(tensor.nbytes for tensor in plan.values())
     require_space(num_bytes, out)
     weights = with_bar(pieces(plan, stored, buffers), num_bytes)
-    export(weights, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
+    export(weights, plan, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
     files = list(out.glob("*.safetensors"))
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started
     print(f"{out}: {folder.name} of {folder.parent.parent} in {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s")

@@ -16,10 +16,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -44,16 +44,8 @@ from trainers.health.isolation import require_isolation
 from trainers.health.spikes import TrainingFailed
 from trainers.health.watchdog import watchdog
 from trainers.loop import Outcome, as_figures, train
-from trainers.model.blueprint import (
-    Blueprint,
-    check_export,
-    export,
-    flops_per_token,
-    make_blueprint,
-    positions_limit,
-    reopen,
-    sample_answer,
-)
+from trainers.model.blueprint import Blueprint, flops_per_token, make_blueprint, positions_limit
+from trainers.model.export import check_export, export, reopen, sample_answer
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
@@ -68,6 +60,7 @@ from trainers.world import Stopped, World
 gc.enable()
 
 log = logging.getLogger("fulltune")
+T = TypeVar("T")
 STARTED = time.monotonic()
 COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
 """What torch lets a collective wait: with a watchdog, which ends hung runs and names the rank, longer than any work."""
@@ -144,8 +137,8 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
     require_parts(config, world)
-    data = prepare(config, progress=world.rank == 0)
     tokenizer = load_tokenizer(config)
+    data = prepare(config, progress=world.rank == 0, tokenizer=tokenizer)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
     watch.enter(Phase.connecting)
     preflight.require_gpu(world)
@@ -256,13 +249,15 @@ def finish(
     """
     run_dir = Path(config.run_dir)
     folder = run_dir / "export"
-    is_adapter = engine.adaptation.library_config is not None
-    weights, first, mark = heedful(engine.weights(), world, attempt), world.rank == 0, f".attempt-{attempt.number}"
+    adaptation, first, mark = engine.adaptation, world.rank == 0, f".attempt-{attempt.number}"
+    is_adapter = adaptation.library_config is not None
+    weights = while_current(engine.weights(), world, attempt)
     if is_adapter:
-        export_adapter(weights, engine.adaptation, tokenizer, folder, first, mark)
+        sums = export_adapter(weights, adaptation, tokenizer, folder, first, mark)
     else:
-        export(weights, blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
-    check_export(folder, heedful(engine.weights(), world, attempt), read=world.rank == 0, file=FILE if is_adapter else "model.safetensors")
+        sums = export(weights, adaptation.plan(), blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
+    planned = while_current(adaptation.plan().items(), world, attempt)
+    check_export(folder, planned, sums, read=first, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
@@ -272,9 +267,9 @@ def finish(
     if world.rank == 0:
         if is_adapter and outcome.progress.step > outcome.progress.skipped:
             require_moved(folder)
-        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, engine.adaptation)
+        sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, adaptation)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-        trained = sum(torch.Size(shapes[name]).numel() for name in engine.adaptation.trained)
+        trained = sum(torch.Size(shapes[name]).numel() for name in adaptation.trained)
         figures |= {
             "wall_seconds": time.monotonic() - STARTED,
             "parameters": parameters,
@@ -288,9 +283,9 @@ def finish(
         attempt.set_status(State.done, step=outcome.progress.step)
 
 
-def heedful(weights: Iterator[tuple[str, torch.Tensor]], world: World, attempt: Attempt) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield tensors until a rank is asked to stop, on all ranks alike; the end is not reached once a newer attempt has started."""
-    for item in weights:
+def while_current(items: Iterable[T], world: World, attempt: Attempt) -> Iterator[T]:
+    """Yield items until a rank is asked to stop, on all ranks alike; the end needs that no newer attempt has started."""
+    for item in items:
         if world.any(world.signalled is not None)[0]:
             raise Stopped("a signal while exporting")
         watch.beat()
@@ -310,7 +305,7 @@ def _try_export(
 ) -> dict[str, str] | None:
     """Open the export as a user would, compare it with the trainer on one row, let it answer; not where it is too large for that.
 
-    The weights have been compared bit for bit: this is about config and code, so that rounding to 16 bits may show.
+    The weights have been compared byte for byte: this is about config and code, so that rounding to 16 bits may show.
     """
     is_adapter = adaptation.library_config is not None
     base = blueprint.folder if is_adapter else None

@@ -80,14 +80,14 @@ def matched(options: argparse.Namespace, dtype: str | None) -> tuple[Merge, Path
 
 def write_model(merge: Merge, base: Path, plan: dict[str, Tensor], dtype: str | None, out: Path, shard_bytes: int) -> None:
     """Write what `plan` lists to OUT, with the base's config and a tokenizer; OUT is complete or absent."""
-    from trainers.model.blueprint import write_folder
+    from trainers.model.export import write_folder
 
     def configure(staging: Path) -> None:
         write_config(merge, base, dtype, staging)
         copy_rest(base, [adapter.files.folder for adapter in merge.adapters], staging)
 
     weights = with_bar(readable(merge, plan), sum(tensor.nbytes for tensor in plan.values()), "merging")
-    write_folder(weights, lambda: plan, configure, out.resolve(), write=True, shard_bytes=shard_bytes)
+    write_folder(weights, plan, configure, out.resolve(), write=True, shard_bytes=shard_bytes)
 
 
 def summary(merge: Merge, plan: dict[str, Tensor], out: Path, seconds: float) -> str:

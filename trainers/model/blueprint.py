@@ -1,13 +1,11 @@
-"""The model outside any engine: built without weights, grown to its tokenizer, exported and reopened."""
+"""The model outside any engine: built without weights, grown to its tokenizer; its blocks, positions and FLOPs."""
 
 from __future__ import annotations
 
 import copy
 import difflib
-import json
 import math
-import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +13,12 @@ from typing import Any, Protocol
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,8 +27,7 @@ from transformers import (
 from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Attention, ModelConfig
-from trainers.model.safetensors_files import INDEX, TYPES, Weights, listed
-from trainers.model.weights import is_finite, load_parts, materialise, origin_of, tied_names
+from trainers.model.weights import load_parts, materialise, origin_of, tied_names
 
 SHARD_BYTES = 4 << 30
 
@@ -198,196 +194,6 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     known: type[PreTrainedModel] | None = mapping.get(type(config), None)
     return known
-
-
-def export_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what an export of `model` holds, on `meta`: its tensors by name, in its order, in the type of the export; tied ones once."""
-    tied = tied_names(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
-    return {name: torch.empty(tensor.shape, dtype=types[name], device="meta") for name, tensor in state.items()}
-
-
-def export(
-    weights: Iterable[tuple[str, Tensor]],
-    blueprint: Blueprint,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: list[int],
-    folder: Path,
-    write: bool,
-    shard_bytes: int = SHARD_BYTES,
-    mark: str = "",
-) -> None:
-    """Write a Hugging Face directory, complete or absent. Every rank drains `weights`; the one with `write` writes.
-
-    `weights` yields each tensor of `export_plan` whole, or the consecutive pieces of its elements, and one is held at a time.
-    """
-
-    def configure(staging: Path) -> None:
-        _write_configs(blueprint, tokenizer, stop_ids, staging)
-
-    write_folder(weights, lambda: export_plan(blueprint.build(), blueprint.saved_dtype), configure, folder, write, shard_bytes, mark=mark)
-
-
-def write_folder(
-    weights: Iterable[tuple[str, Tensor]],
-    plan_of: Callable[[], dict[str, Tensor]],
-    configure: Callable[[Path], None],
-    folder: Path,
-    write: bool,
-    shard_bytes: int | None = None,
-    file: str = "model.safetensors",
-    mark: str = "",
-) -> None:
-    """Write what `configure` adds and the tensors of a plan to a folder that is complete or absent; without `write` drain them only.
-
-    `file` names the one file that they are in; with `shard_bytes` there may be several. `mark` tells the staging folder from that of
-    others who write the same at the same time. Nothing is put into place where the end of `weights` raises, the last thing that is done.
-    """
-    if not write:
-        for _ in weights:
-            pass
-        return
-    staging = folder.with_name(f"{folder.name}{mark}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    older = folder.exists()
-    staging.mkdir(parents=True)
-    try:
-        plan = plan_of()
-        require_space(plan, staging)
-        configure(staging)
-        _write_weights(weights, plan, staging, _shards(plan, shard_bytes) if shard_bytes else [plan], file)
-        if older:
-            shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def require_space(plan: dict[str, Tensor], folder: Path) -> None:
-    """Raise RuntimeError unless the tensors fit on the disk that `folder` is on."""
-    need, have = sum(tensor.nbytes for tensor in plan.values()), shutil.disk_usage(folder).free
-    if need > have:
-        raise RuntimeError(f"not exported: {folder} needs {need:,} bytes and has {have:,} free; free space, then the same command again")
-
-
-def _write_weights(
-    weights: Iterable[tuple[str, Tensor]], plan: dict[str, Tensor], folder: Path, shards: list[dict[str, Tensor]], file: str
-) -> None:
-    """Write the files' headers, then each piece to its place as it comes; raises RuntimeError for values that are not finite."""
-    places = _begin_files(shards, folder, file)
-    left = {name: tensor.nbytes for name, tensor in plan.items()}
-    for name, piece in weights:
-        if name not in plan or piece.dtype != plan[name].dtype or piece.nbytes > left[name]:
-            raise RuntimeError(f"not exported: {name} is {piece.dtype} of {list(piece.shape)}, which does not fit the model")
-        if not is_finite(piece):
-            raise RuntimeError(f"not exported: {name} holds values that are not finite in {str(piece.dtype).removeprefix('torch.')}")
-        path, end = places[name]
-        with path.open("r+b") as opened:
-            opened.seek(end - left[name])
-            opened.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        left[name] -= piece.nbytes
-    if missing := [name for name, count in left.items() if count]:
-        raise RuntimeError(f"not exported: {listed(missing)} did not come whole")
-
-
-def _shards(plan: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
-    """Split the tensors over files of at most `shard_bytes`, in their order; a larger tensor has a file of its own."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in plan.items():
-        if shards[-1] and size + tensor.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    return shards
-
-
-def _begin_files(shards: list[dict[str, Tensor]], folder: Path, file: str) -> dict[str, tuple[Path, int]]:
-    """Write each file's header, and the index where there are several; return each tensor's file and the place of its end in it."""
-    places: dict[str, tuple[Path, int]] = {}
-    for number, tensors in enumerate(shards, 1):
-        path = folder / (file if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
-        header, ends = _header(tensors)
-        path.write_bytes(header)
-        places |= {name: (path, end) for name, end in ends.items()}
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {name: path.name for name, (path, _) in places.items()}}
-        (folder / INDEX).write_text(json.dumps(index, indent=1))
-    return places
-
-
-def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
-    """Return the header of a safetensors file, byte for byte that of save_file, and where in the file each tensor ends."""
-    names = {dtype: name for name, dtype in TYPES.items()}
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):  # large items first: all are aligned
-        tensor = tensors[name]
-        begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {name: start + entries[name]["data_offsets"][1] for name in tensors}
-
-
-def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: Path) -> None:
-    """Write config, tokenizer and a generation config that stops at the end of a turn."""
-    config = blueprint.config
-    if (architecture := model_class(config)) is not None:
-        config.architectures = [architecture.__name__]
-    config.dtype = blueprint.saved_dtype
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    base = blueprint.folder
-    known = base is not None and (base / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(str(base)) if known else GenerationConfig.from_model_config(config)
-    stops = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else list(generation.eos_token_id or [])
-    generation.eos_token_id = list(dict.fromkeys([*stops, *stop_ids])) or None
-    if generation.pad_token_id is None and tokenizer.pad_token_id is not None:
-        generation.pad_token_id = tokenizer.pad_token_id
-    if any(getattr(generation, name) not in (None, 1.0, 50) for name in ("temperature", "top_p", "top_k")):
-        generation.do_sample = True  # older models ship sampling settings without it, which is no longer saved
-    generation.save_pretrained(folder)
-
-
-def check_export(folder: Path, live: Iterable[tuple[str, Tensor]], read: bool, file: str = "model.safetensors") -> None:
-    """Reopen the export and compare each tensor with the live one, bit for bit. Every rank drains `live`; one reads.
-
-    Raises RuntimeError that names the first tensor that is missing, left over or different.
-    """
-    weights = Weights(folder, file) if read else None
-    left = set(weights.stored) if weights else set()
-    for name, tensor in live:
-        if weights is None:
-            continue
-        if name not in left or not torch.equal(weights.read_whole(name), tensor):
-            raise RuntimeError(f"the export in {folder} is wrong at {name}: {'another value' if name in left else 'missing'}")
-        left.remove(name)
-    if left:
-        raise RuntimeError(f"the export in {folder} holds {min(left)}, which the model does not")
-
-
-def reopen(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """Load the export as a user would, with plain transformers, on the CPU."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model.eval()
-    return model
-
-
-def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], num_tokens: int) -> dict[str, str]:
-    """Return a greedy answer to a prompt as {"prompt", "answer"}, within the model's positions."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + num_tokens
-    ids = torch.tensor([list(prompt_ids)[-max(1, longest - num_tokens) :]])
-    limit = min(num_tokens, longest - ids.shape[1])
-    with torch.no_grad():
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, limit), do_sample=False)  # type: ignore[operator]
-    prompt, answer = tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-    return {"prompt": str(prompt), "answer": str(answer).strip()}
 
 
 def find_blocks(model: PreTrainedModel) -> list[nn.Module]:

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from trainers.config.checks import VIRTUAL
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConfig
-from trainers.model.blueprint import Blueprint, export_plan
+from trainers.model.blueprint import Blueprint
+from trainers.model.export import export_plan
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation, Adapter, FullTraining, VirtualTokens, near
 from trainers.peft.layers import inject

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.config.errors import ConfigError
-from trainers.model.blueprint import write_folder
+from trainers.model.export import Sums, write_folder
 from trainers.model.safetensors_files import Weights, listed
 from trainers.model.weights import is_finite
 from trainers.peft.base import FILE, Adaptation, Adapter, VirtualTokens
@@ -89,14 +89,14 @@ def export_adapter(
     folder: Path,
     write: bool,
     mark: str = "",
-) -> None:
+) -> Sums:
     """Write a PEFT adapter directory, complete or absent. Every rank drains `weights`; the one with `write` writes."""
 
     def configure(staging: Path) -> None:
         adaptation.library_config.save_pretrained(str(staging))
         tokenizer.save_pretrained(staging)
 
-    write_folder(weights, adaptation.plan, configure, folder, write, file=FILE, mark=mark)
+    return write_folder(weights, adaptation.plan(), configure, folder, write, file=FILE, mark=mark)
 
 
 def require_moved(folder: Path) -> None:
