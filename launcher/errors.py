@@ -115,7 +115,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
     if isinstance(error, ConfigError):
         return _report(error.path, error.value, error.reason, overrides, error.remedy and f"try     {error.remedy}")
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"error: {shown(Path(error.problem_mark.name))}:{error.problem_mark.line + 1}: is no YAML: {error.problem}"
+        return f"error: {shown(Path(error.problem_mark.name))}:{error.problem_mark.line + 1}: is not valid YAML: {error.problem}"
     if isinstance(error, OverrideParseException):
         return _unreadable(error.override)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

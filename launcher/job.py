@@ -156,7 +156,7 @@ def _refuse_other_files(run_dir: Path) -> None:
         return
     others = sorted(path.name for path in run_dir.iterdir() if path.name not in OURS and not path.name.startswith("."))
     if others:
-        reason = f"exists and is no run directory: it holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
+        reason = f"exists and is not a run directory: it holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
         raise ConfigError("run_dir", str(run_dir), reason, "run_dir=DIR that is new or empty")
 
 
@@ -296,7 +296,7 @@ def mark_failed(attempt: Attempt, **error: object) -> None:
 def only_launcher(job: Job, wait_s: float = 2.0) -> Iterator[int]:
     """Hold this machine's lock on the run directory; yields its descriptor, for children to hold it too.
 
-    Raises ConfigError where another launcher still holds it. Ranks that a killed one left behind are saving, or are killed after
+    Raises ConfigError where another launcher still holds it. Ranks that a killed one left running are saving, or are killed after
     launch.shutdown_s: their end is awaited.
     """
     path = job.run_dir / f".launcher-{socket.gethostname()}.lock"

@@ -143,7 +143,7 @@ def test_an_older_run_without_a_newer_field_continues(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_run_is_refused_and_an_empty_one_taken(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigError, match=r"no run directory: it holds thesis.tex"):
+    with pytest.raises(ConfigError, match=r"not a run directory: it holds thesis.tex"):
         freeze(job_in(tmp_path))
     (tmp_path / "out" / "thesis.tex").unlink()
     freeze(job_in(tmp_path))

@@ -25,12 +25,12 @@ RATE = ("optim.lr", "optim.full_lr", "optim.lr_factor", "peft.lr")
 METHOD = ("peft.", *RATE)
 """Settings that are what is compared."""
 BEGUN = ("peft.adapter",)
-"""Of those, what a run began with beside its base: what that had seen, it has seen too."""
+"""Of those, what a run began with in addition to its base: what that had seen, it has seen too."""
 FREE = (
     *("name", "run_dir", "log.", "limits.", "evaluation.", "checkpoint.", "data."),
     *("train.eval_every", "train.eval_microbatch", "train.sample_tokens", "train.step_timeout_s", "train.max_skipped"),
 )
-"""Settings that change no figure of the comparison, or whose content is compared instead of their name."""
+"""Settings that change no metric of the comparison, or whose content is compared instead of their name."""
 COST = ("engine.", "train.microbatch", "train.activation_checkpointing", "train.deterministic", "model.attention")
 """Settings that change what a run costs, and not what it learns."""
 RECIPE = ("optim.",)
@@ -54,7 +54,7 @@ WORDS = {
     "answered": "evaluation of answers",
     "dtype": "type it is evaluated in",
 }
-"""What must agree, beside settings."""
+"""What must agree, in addition to settings."""
 FOLLOWS = {
     "prepared": {"tokens", "input_tokens", "first_rows", "last_rows", "eval_tokens", "held_out_set"},
     "steps": {"tokens", "input_tokens", "last_rows"},
@@ -241,7 +241,7 @@ def _own_faults(run: Run, status: dict[str, Any]) -> list[str]:
 
 
 def _own_notes(run: Run) -> list[str]:
-    """Return what is to be known of a run beside its figures."""
+    """Return what is to be known of a run in addition to its metrics."""
     notes = [f"{run.summary['skipped_steps']} steps updated nothing"] if run.summary.get("skipped_steps") else []
     if run.state == "done" and run.ours is None:
         notes.append(f"is not evaluated: python -m tools.evaluate {run.run_dir}")

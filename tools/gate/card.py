@@ -1,4 +1,4 @@
-"""A model card from a run's own records: data, method, figures, limits, in the form that the hub reads."""
+"""A model card from a run's own records: data, method, metrics, limits, in the form that the hub reads."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: list[Ch
         _model(base, is_adapter, summary),
         "## Data\n\n" + _lines(_data(data, manifest)),
         "## Training\n\n" + _lines(_training(config, summary, peak_lr(settings.optim, settings.peft))),
-        "## Figures\n\n" + _figures(ours, theirs),
+        "## Metrics\n\n" + _figures(ours, theirs),
         f"## Gate\n\nHeld against `{rules.name}`, and passed:\n\n" + _lines([f"{check.rule}: {check.words}" for check in checks]),
         "## Limits\n\n" + _lines(_limits(ours, theirs)),
         "## Made by\n\n" + _lines(_made_by(manifest)),
@@ -120,7 +120,7 @@ def _estimate(estimate: Estimate | None) -> str:
 
 
 def _limits(ours: Evaluation, theirs: Evaluation | None) -> list[str]:
-    """Say what the figures do not."""
+    """Say what the metrics do not."""
     lines = [
         f"Measured on {len(ours.documents.get('held_out', []))} held-out documents of the training data's own kind, and on nothing else."
     ]

@@ -252,7 +252,7 @@ SAMPLED = "sampled"
 
 
 def validate_evaluation(evaluation: EvaluationConfig) -> None:
-    """Refuse files that are not there, an expression that is none, and answers that nothing measures."""
+    """Refuse files that are not there, an expression that is not valid, and answers that nothing measures."""
     for name in ("path", "general"):
         value = getattr(evaluation, name)
         if value not in (None, SAMPLED) and looks_local(value) and not Path(value).exists():
@@ -267,7 +267,9 @@ def validate_evaluation(evaluation: EvaluationConfig) -> None:
         groups = re.compile(evaluation.extract).groups
     except re.error as error:
         known = ", ".join(EXTRACTS)
-        raise ConfigError("evaluation.extract", evaluation.extract, f"is no regular expression: {error}", f"one of {known}") from error
+        raise ConfigError(
+            "evaluation.extract", evaluation.extract, f"is not a valid regular expression: {error}", f"one of {known}"
+        ) from error
     if groups != 1:
         raise ConfigError("evaluation.extract", evaluation.extract, f"has {groups} groups, and one says what is compared", "'A: (.*)'")
 
@@ -297,7 +299,7 @@ def _validate_peft(config: RunConfig) -> None:
     peft = config.peft
     if peft.quantise is not Quantisation.none and peft.method in (PeftMethod.none, PeftMethod.freeze):
         reason = f"peft.method={peft.method} trains weights of the model itself, and 4 bits cannot hold a small step"
-        raise ConfigError("peft.quantise", str(peft.quantise), reason, "peft=qlora, which trains adapters beside them")
+        raise ConfigError("peft.quantise", str(peft.quantise), reason, "peft=qlora, which trains adapters in addition to them")
     foreign = [item.name for item in dataclasses.fields(PeftConfig) if item.name not in ("method", *PEFT_FIELDS[peft.method])]
     owners = {name: ", ".join(method for method, names in PEFT_FIELDS.items() if name in names) for name in foreign}
     remedies = {name: f"leave it out; it is for {methods}" for name, methods in owners.items()}
@@ -308,9 +310,9 @@ def _validate_peft(config: RunConfig) -> None:
         if "" in getattr(peft, name):
             raise ConfigError(f"peft.{name}", getattr(peft, name), "a name is empty")
     if "all-linear" in peft.targets and len(peft.targets) > 1:
-        raise ConfigError("peft.targets", peft.targets, "all-linear stands for itself", "peft.targets=[all-linear]")
+        raise ConfigError("peft.targets", peft.targets, "all-linear must be the only target", "peft.targets=[all-linear]")
     if peft.init not in INITS.get(peft.method, (AdapterInit.default,)):
-        raise ConfigError("peft.init", str(peft.init), f"is no beginning for peft.method={peft.method}", "peft.init=default")
+        raise ConfigError("peft.init", str(peft.init), f"is not a valid start for peft.method={peft.method}", "peft.init=default")
     if peft.init is AdapterInit.loftq and peft.quantise is Quantisation.none:
         raise ConfigError("peft.init", "loftq", "begins at what quantising loses, and the base is not quantised", "peft=loftq")
     if peft.init is AdapterInit.pissa and peft.quantise is not Quantisation.none:

@@ -1,6 +1,6 @@
 """Which keys of DeepSpeed's JSON `engine.overrides` may set: the rest is refused before a job is submitted.
 
-tests/test_engine_config.py compares this with the installed DeepSpeed. It stands here, and not beside the engine, so that a
+tests/test_engine_config.py compares this with the installed DeepSpeed. It is here, and not next to the engine, so that a
 login node can check it without importing DeepSpeed.
 """
 
@@ -91,7 +91,7 @@ def check_overrides(overrides: dict[str, Any], prefix: str = "") -> None:
 
 
 def _nearest(path: str, key: str) -> str:
-    """Name the nearest known key, wherever it stands: most mistakes are a typo, a missing stage3_, or a key one level too high."""
+    """Name the nearest known key, at any level: most mistakes are a typo, a missing stage3_, or a key one level too high."""
     section = path.rpartition(".")[0]
     known = {f"{at}.{name}".lstrip("."): name for at, names in KNOWN.items() for name in names}
     known |= {name: name.rpartition(".")[2] for name in OURS}

@@ -82,7 +82,7 @@ class PeftMethod(StrEnum):
 
 
 class AdapterBias(StrEnum):
-    """Which biases of the base are trained beside LoRA's matrices: none, those of the adapted layers, or all."""
+    """Which biases of the base are trained in addition to LoRA's matrices: none, those of the adapted layers, or all."""
 
     none = "none"
     adapted = "adapted"
@@ -207,7 +207,7 @@ class DataConfig:
     eval_path: str | None = None
     """Held-out rows, like `path`; empty takes `eval_fraction` of the rows."""
     eval_fraction: float = 0.0
-    """Share of the rows held out, grouped by first prompt so that none stands on both sides. In [0, 0.5]."""
+    """Share of the rows held out, grouped by first prompt so that none is on both sides. In [0, 0.5]."""
     layout: Layout = Layout.auto
     """Row layout; `auto` recognises and prints it."""
     template: str | None = None
@@ -223,7 +223,7 @@ class DataConfig:
     max_lost_fraction: float = 0.1
     """Largest share of supervised tokens that truncating and dropping may lose before the run stops. In [0, 1]."""
     skip_bad_rows: bool = False
-    """Count bad rows and go on, instead of stopping at the first ones with file, line and reason."""
+    """Count bad rows and continue, instead of stopping at the first ones with file, line and reason."""
     processes: int | None = None
     """Processes that tokenise; empty is one a core."""
     prepared_dir: str | None = None
@@ -275,7 +275,7 @@ class PeftConfig:
     freeze: list[str] = field(default_factory=list)
     """freeze: parameters that stay, by shell patterns of their names, as ['*embed_tokens*','model.layers.[0-9].*']."""
     last_blocks: int | None = None
-    """freeze: train only so many blocks at the end, and what comes behind them."""
+    """freeze: train only so many blocks at the end, and what follows them."""
     target_rank: int = 4
     """adalora: mean rank of the layers in the end; below `rank`."""
     tinit: int = 0
@@ -297,7 +297,7 @@ class EngineConfig:
     """How parameters, gradients and optimizer state are sharded over ranks, and what of it is kept off the device."""
 
     name: EngineName = EngineName.fsdp
-    """`fsdp` is PyTorch's fully_shard (FSDP2), `zero3` DeepSpeed's ZeRO stage 3; the figures are the same."""
+    """`fsdp` is PyTorch's fully_shard (FSDP2), `zero3` DeepSpeed's ZeRO stage 3; the losses are the same."""
     offload_param: Offload = Offload.none
     """Where parameters live between uses. fsdp: `cpu` takes gradients and optimizer along; `nvme` needs zero3."""
     offload_optimizer: Offload = Offload.none
@@ -325,7 +325,7 @@ class EngineConfig:
     param_persistence_threshold: int | None = None
     """zero3: parameters up to this size stay whole on every rank; empty is 10 x hidden size: norms and biases."""
     overlap_comm: bool = True
-    """zero3: reduce gradients on a stream of their own while backward goes on."""
+    """zero3: reduce gradients on a stream of their own while backward continues."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """zero3: keys of DeepSpeed's JSON that no field here sets, as +engine.overrides.zero_optimization.stage3_max_live_parameters=1e8."""
 
@@ -349,7 +349,7 @@ class OptimConfig:
     warmup_fraction: float = 0.0
     """Warm-up as a share of all steps, for runs counted in epochs. In [0, 1]."""
     min_lr_fraction: float = 0.0
-    """Learning rate that the schedule reaches behind the last step, as a share of the peak. In [0, 1]."""
+    """Learning rate that the schedule reaches after the last step, as a share of the peak. In [0, 1]."""
     decay_fraction: float = 0.2
     """Share of all steps that `wsd` spends on its final linear decay. In [0, 1]."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -381,7 +381,7 @@ class TrainConfig:
     eval_every: int | None = None
     """Optimizer steps between evaluations; empty evaluates before the first and after the last step only."""
     eval_microbatch: int | None = None
-    """Rows a rank evaluates at once; empty takes `microbatch`. Changes memory, never the figure."""
+    """Rows a rank evaluates at once; empty takes `microbatch`. Changes memory, never the loss."""
     patience: int | None = None
     """Evaluations in a row without a better loss that end the run early; empty never does."""
     min_improvement: float = 0.0
@@ -407,7 +407,7 @@ class CheckpointConfig:
     every: int | None = None
     """Optimizer steps between checkpoints; empty saves when the run is asked to stop or to save, and after the last step."""
     every_minutes: float | None = None
-    """Minutes between checkpoints, beside `every`; by rank 0's clock, at the next step's end."""
+    """Minutes between checkpoints, in addition to `every`; by rank 0's clock, at the next step's end."""
     keep_last: int = 2
     """Newest checkpoints that are kept; at least 1."""
     keep_every: int | None = None
@@ -415,9 +415,9 @@ class CheckpointConfig:
     keep_best: int = 0
     """Keep so many checkpoints of lowest evaluation loss; a new best one is saved at once."""
     asynchronous: bool = True
-    """Copy the state to host memory, where a node has twice the room, and write it while training goes on; false waits."""
+    """Copy the state to host memory, where a node has twice the room, and write it while training continues; false waits."""
     strict: bool = False
-    """End the run when a checkpoint cannot be written; otherwise it goes on and tries again while there is an older one."""
+    """End the run when a checkpoint cannot be written; otherwise it continues and tries again while there is an older one."""
 
 
 @dataclass(kw_only=True)
@@ -452,7 +452,7 @@ class EvaluationConfig:
     metrics: list[Metric] = field(default_factory=lambda: [Metric.exact_match, Metric.rouge_l])
     """What answers are measured by; the first is the task's score."""
     extract: str = "auto"
-    """What exact_match compares: `hashes` (the number behind ####), `number` (the last), `whole`, or a regular expression's first group."""
+    """What exact_match compares: `hashes` (the number after ####), `number` (the last), `whole`, or a regular expression's first group."""
     max_new_tokens: int = 256
     """Longest answer in tokens; one that does not end by then counts as unfinished."""
     general: str | None = None
@@ -463,7 +463,7 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class LogConfig:
-    """Figures: metrics.jsonl is always written; W&B mirrors it."""
+    """Metrics: metrics.jsonl is always written; W&B mirrors it."""
 
     wandb: WandbMode = WandbMode.auto
     """Mirror to Weights & Biases."""
@@ -474,7 +474,7 @@ class LogConfig:
     group: str | None = None
     """W&B group, to compare runs side by side."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags besides the method and the engine."""
+    """W&B tags in addition to the method and the engine."""
     peak_tflops: float | None = None
     """The device's dense matrix peak in TFLOP/s, for MFU; empty looks the device up."""
 
@@ -503,7 +503,7 @@ class RunConfig:
 
 
 def read(path: Path | str) -> RunConfig:
-    """Read a frozen config.yaml of a run that is over, whose data may be gone; raises ConfigError on what is no config."""
+    """Read a frozen config.yaml of a run that is over, whose data may be gone; raises ConfigError on what is not a config."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -519,7 +519,7 @@ def read_at(run_dir: Path) -> RunConfig:
 
 
 def parse(values: dict[str, Any]) -> RunConfig:
-    """Return the config that `plain` has made plain; raises ConfigError on what is none."""
+    """Return the config that `plain` has made plain; raises ConfigError on what is not a config."""
     from omegaconf import OmegaConf
 
     return _typed(lambda: OmegaConf.create(escaped(values)), "config")

@@ -9,14 +9,14 @@ from typing import Any
 from trainers.config.errors import ConfigError
 
 VERSION = 2
-"""Of plan.json and what its figures mean: raise it when either changes."""
+"""Of plan.json and what its numbers mean: raise it when either changes."""
 UNFIT = 3
 """Exit code of trainers.plan where a run does not fit; 1 is that of a process that failed."""
 
 
 @dataclass(kw_only=True)
 class HardwareConfig:
-    """A kind of device, and the node it stands in; bandwidths in GB/s, 10^9 bytes, in one direction."""
+    """A kind of device, and the node it is in; bandwidths in GB/s, 10^9 bytes, in one direction."""
 
     name: str = "any"
     """`any` compares the memory with each device that is known; every other name estimates time and cost, too."""
@@ -55,7 +55,7 @@ class PlanConfig:
 
 
 def validate_hardware(hardware: HardwareConfig, plan: PlanConfig) -> None:
-    """Raise ConfigError for figures that nothing can be made of."""
+    """Raise ConfigError for numbers that nothing can be made of."""
     if plan.tokens is not None and not 0 < plan.tokens < math.inf:
         raise ConfigError("plan.tokens", plan.tokens, "must be a number greater than 0")
     for item in fields(HardwareConfig):

@@ -26,7 +26,7 @@ OLD_HOST = "api.wandb.ai"
 
 
 class Mirror:
-    """W&B in a thread of its own: slow, failing or absent, it never holds up or ends a run, and never prompts."""
+    """W&B in a thread of its own: slow, failing or absent, it never blocks or ends a run, and never prompts."""
 
     def __init__(self, config: RunConfig) -> None:
         """Start the thread; rows wait in a queue until W&B answers."""
@@ -44,7 +44,7 @@ class Mirror:
         self.rows.put(None)
         self.thread.join(WANDB_WAIT_S)
         if self.thread.is_alive():
-            log.warning("W&B did not finish within %.0f s and is left behind; metrics.jsonl has every row", WANDB_WAIT_S)
+            log.warning("W&B did not finish within %.0f s and is abandoned; metrics.jsonl has every row", WANDB_WAIT_S)
 
     def _work(self) -> None:
         try:
@@ -52,7 +52,7 @@ class Mirror:
             while (row := self.rows.get()) is not None:
                 run.log({key: value for key, value in row.items() if key != "kind"})
             run.finish()
-        except Exception as error:  # whatever W&B raises, the run goes on
+        except Exception as error:  # whatever W&B raises, the run continues
             log.warning("W&B is off for this run (%s: %s); metrics.jsonl has every row", type(error).__name__, error)
 
     def _begin(self) -> Any:
