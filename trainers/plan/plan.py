@@ -12,6 +12,7 @@ from trainers.config.derived import peak_lr
 from trainers.config.schema import CheckpointConfig, DataConfig, Offload, OptimizerName, RunConfig, parse, plain
 from trainers.engines.base import nvme_buffers
 from trainers.engines.build import class_of
+from trainers.model.blueprint import Blueprint
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
 from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
@@ -37,11 +38,11 @@ class Plan:
     name: str
     run_dir: str
     version: int = VERSION
-    verdicts: dict[str, str]
+    verdicts: dict[str, str] = field(default_factory=dict)
     """By device: `fits`, `tight`, `does not fit`, or `unknown` where nobody says how much memory there is."""
-    capacity: dict[str, float]
+    capacity: dict[str, float] = field(default_factory=dict)
     """Bytes by device."""
-    needed: dict[str, float]
+    needed: dict[str, float] = field(default_factory=dict)
     """Bytes of the device by device: the tensors, the allocator's slack, and what stands outside of it."""
     peak: dict[str, float]
     """Bytes by kind where tensors stand highest."""
@@ -70,7 +71,7 @@ class Plan:
     """Bytes of a node's memory by part."""
     staged: int
     """Bytes of a node's memory that copies of the state take while they are saved, where there is room for them."""
-    host_limit: float
+    host_limit: float = 0.0
     """Bytes of a node's memory; 0 where it is not known."""
     checkpoint_bytes: int
     """Of all ranks together."""
@@ -118,30 +119,54 @@ Simulations = dict[str, Simulation]
 def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanConfig, known: Simulations) -> Plan:
     """Plan one run; `known` holds the simulations so far, and takes this one's.
 
-    Raises ConfigError for what cannot be planned as it is: the model's config cannot be had, or the engine refuses.
+    Raises ConfigError for what cannot be planned as it is: the model's config could not be loaded, or the engine refuses.
     """
     began = time.monotonic()
     config, place = parse(variant.run), variant.place
+    one = hardware[0] if len(hardware) == 1 else None
     blueprint, notes = read_model(config)
     data = read_data(config, settings)
-    key = _key(config, place, data.seq_len)
-    if key not in known:
-        with ranks(place.size, place.ranks_per_node) as world:
-            known[key] = simulate(config, blueprint, world, data.seq_len, place.gpus)
-    simulation = known[key]
+    simulation = _simulated(config, place, blueprint, data.seq_len, known)
     saved = blueprint.saved_dtype.itemsize
     moments = [*simulation.moments, *_export(config, simulation, saved)]
-    peak = max(moments, key=lambda moment: moment.total)
-    microbatches = config.train.global_batch // (place.size * config.train.microbatch)
-    flops, _, sent = totals(simulation.moments, microbatches)
+    plan = _describe(variant, config, data, simulation, moments, saved)
+    plan.notes += notes
+    plan.host_limit = _host_limit(place, one)
+    _decide(plan, place, hardware, _highest(moments))
+    if one is not None and place.gpus:
+        plan.save_seconds = plan.checkpoint_bytes / (1e9 * one.storage_gb_s)
+    if Offload.nvme in (config.engine.offload_param, config.engine.offload_optimizer):
+        plan.notes.append("no time is estimated: how fast NVMe is read and written is not known")
+    elif one is not None and place.gpus:
+        _price(plan, config, one, simulation, moments)
+    plan.seconds = time.monotonic() - began
+    return plan
+
+
+def _simulated(config: RunConfig, place: Place, blueprint: Blueprint, seq_len: int, known: Simulations) -> Simulation:
+    key = _key(config, place, seq_len)
+    if key not in known:
+        with ranks(place.size, place.ranks_per_node) as world:
+            known[key] = simulate(config, blueprint, world, seq_len, place.gpus)
+    return known[key]
+
+
+def _highest(moments: list[Moment]) -> Moment:
+    return max(moments, key=lambda moment: moment.total)
+
+
+def _microbatches(config: RunConfig, place: Place) -> int:
+    return config.train.global_batch // (place.size * config.train.microbatch)
+
+
+def _describe(variant: Variant, config: RunConfig, data: Data, simulation: Simulation, moments: list[Moment], saved_bytes: int) -> Plan:
+    """Return a plan with what the run is and what its step takes, without verdicts, times and price."""
+    place, peak = variant.place, _highest(moments)
+    flops, _, sent = totals(simulation.moments, _microbatches(config, place))
     checkpoint = simulation.trainable * (4 if config.optim.name is OptimizerName.sgd else 12) + simulation.update_bytes
-    one = hardware[0] if len(hardware) == 1 else None
-    plan = Plan(
+    return Plan(
         name=config.name,
         run_dir=config.run_dir,
-        verdicts={},
-        capacity={},
-        needed={},
         peak={str(kind): size for kind, size in peak.peak.items() if kind is not Kind.host},
         peak_at=words_of(peak, _depth(moments)),
         slack=simulation.slack if place.gpus else 0,
@@ -162,33 +187,25 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         sent=_by_collective(sent, place),
         host=_host(config, place, simulation),
         staged=checkpoint * place.ranks_per_node * config.engine.replicate // place.size if config.checkpoint.asynchronous else 0,
-        host_limit=_host_limit(place, one),
         checkpoint_bytes=checkpoint,
-        export_bytes=simulation.adapter_bytes or simulation.parameters * saved,
-        notes=notes,
+        export_bytes=simulation.adapter_bytes or simulation.parameters * saved_bytes,
         overrides=variant.overrides,
-        moments=[
-            {
-                "name": moment.name,
-                "microbatch": moment.microbatch,
-                "block": moment.block,
-                "bytes": {str(k): v for k, v in moment.peak.items()},
-            }
-            for moment in moments
-        ],
+        moments=[_as_json(moment) for moment in moments],
     )
-    _judge(plan, place, hardware, peak)
-    if one is not None and place.gpus:
-        plan.save_seconds = checkpoint / (1e9 * one.storage_gb_s)
-    if Offload.nvme in (config.engine.offload_param, config.engine.offload_optimizer):
-        plan.notes.append("no time is estimated: how fast NVMe is read and written is not known")
-    elif one is not None and place.gpus:
-        own = config.engine.replicate / place.size
-        rank = (simulation.trainable * own, float(simulation.state_bytes["frozen"]))
-        fast, slow = (step_seconds(config, place, one, moments, microbatches, share, *rank) for share in (FAST, SLOW))
-        plan.step_seconds, plan.price, plan.assumptions = (fast, slow), one.price, list(ASSUMPTIONS)
-    plan.seconds = time.monotonic() - began
-    return plan
+
+
+def _as_json(moment: Moment) -> dict[str, Any]:
+    sizes = {str(kind): size for kind, size in moment.peak.items()}
+    return {"name": moment.name, "microbatch": moment.microbatch, "block": moment.block, "bytes": sizes}
+
+
+def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Simulation, moments: list[Moment]) -> None:
+    """Add the seconds of a step on a device, and the device's price."""
+    own = config.engine.replicate / plan.place.size
+    rank = (simulation.trainable * own, float(simulation.state_bytes["frozen"]))
+    microbatches = _microbatches(config, plan.place)
+    fast, slow = (step_seconds(config, plan.place, device, moments, microbatches, share, *rank) for share in (FAST, SLOW))
+    plan.step_seconds, plan.price, plan.assumptions = (fast, slow), device.price, list(ASSUMPTIONS)
 
 
 def _key(config: RunConfig, place: Place, seq_len: int) -> str:
@@ -202,7 +219,7 @@ def _key(config: RunConfig, place: Place, seq_len: int) -> str:
     return json.dumps([settings, asdict(place), seq_len], sort_keys=True)
 
 
-def _judge(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Moment) -> None:
+def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Moment) -> None:
     """Compare what is needed with what each device has; ranks without a GPU share this machine's memory."""
     if not place.gpus:
         limit = _host_limit(place, None) / place.ranks_per_node
