@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,51 +171,43 @@ def main(arguments: list[str] | None = None) -> int:
 
 def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
     """Run one life undisturbed and many harmed ones; print what came of them, and return the exit code."""
-    tiny = ["model.train_tokenizer=512", "model.architecture.hidden_size=64", "model.architecture.num_hidden_layers=2"]
-    small = [*tiny, "data.seq_len=64", "train.global_batch=4", "train.microbatch=1", "train.eval_every=null", "data.eval_fraction=0"]
-    rest = [
-        "optim.warmup_steps=2",
-        "checkpoint.every=1",
-        "checkpoint.keep_last=3",
-        f"engine={engine}",
-        f"train.steps={4 * kills + 20}",
-        "train.sample_tokens=0",
-    ]
-    whole = Harmed(run_dir=folder / "whole", overrides=[*small, *rest], rng=random.Random(seed))
-    run = Harmed(run_dir=folder / "harmed", overrides=[*small, *rest], rng=random.Random(seed))
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("a run that nobody harms", total=kills + 6)
-        whole.finish()
-        bar.advance(task)
-        for number in range(kills):
-            bar.update(task, description=f"kill {number + 1} of {kills}")
-            tried(run, "killed in a save", run.kill_in_save)
-            bar.advance(task)
-        while len(run.complete()) < 2:  # one to be damaged, one to go on from
-            _kill_when_saved(run, max(map(number_of, run.complete()), default=0) + 2)
-        for name, harmful in (
-            ("a byte flipped", lambda: flip_newest(run)),
-            ("step-999999 planted", lambda: plant(run)),
-            ("a full disk of 3 MB", lambda: small_disk(run)),
-            ("a read-only folder", lambda: read_only(run)),
-        ):
+    overrides = _overrides(kills, engine)
+    whole = Harmed(run_dir=folder / "whole", overrides=overrides, rng=random.Random(seed))
+    run = Harmed(run_dir=folder / "harmed", overrides=overrides, rng=random.Random(seed))
+    harms: list[tuple[str, Callable[[], object]]] = [("a run that nobody harms", whole.finish)]
+    harms += [(f"kill {number} of {kills}", partial(tried, run, "killed in a save", run.kill_in_save)) for number in range(1, kills + 1)]
+    others = {
+        "a byte flipped": flip_newest,
+        "step-999999 planted": plant,
+        "a full disk of 3 MB": small_disk,
+        "a read-only folder": read_only,
+    }
+    harms += [("two checkpoints", lambda: _save_two(run))]
+    harms += [(name, partial(tried, run, name, partial(harmful, run))) for name, harmful in others.items()]
+    harms += [("to the end", run.finish)]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=len(harms))
+        for name, harmful in harms:
             bar.update(task, description=name)
-            tried(run, name, harmful)
+            harmful()
             bar.advance(task)
-        bar.update(task, description="to the end")
-        run.finish()
-        bar.advance(task)
     same = _trace(run.run_dir) == _trace(whole.run_dir)
     same = same and _digest(run.run_dir / "export") == _digest(whole.run_dir / "export")
     return report(run, same)
+
+
+def _overrides(kills: int, engine: str) -> list[str]:
+    tiny = ["model.train_tokenizer=512", "model.architecture.hidden_size=64", "model.architecture.num_hidden_layers=2"]
+    small = ["data.seq_len=64", "train.global_batch=4", "train.microbatch=1", "train.eval_every=null", "data.eval_fraction=0"]
+    saves = ["checkpoint.every=1", "checkpoint.keep_last=3", f"train.steps={4 * kills + 20}", "train.sample_tokens=0"]
+    return [*tiny, *small, "optim.warmup_steps=2", *saves, f"engine={engine}"]
+
+
+def _save_two(run: Harmed) -> None:
+    """Let the run save until there are two checkpoints: one to be damaged, one to continue from."""
+    while len(run.complete()) < 2:
+        _kill_when_saved(run, max(map(number_of, run.complete()), default=0) + 2)
 
 
 def tried(run: Harmed, name: str, harmful: Callable[[], str]) -> None:

@@ -79,9 +79,7 @@ def answers(
     The same for any batch. A prompt that leaves no room for so many tokens in the model's positions is answered alone, as far as they go.
     """
     limit = positions_limit(model.config)[0] or 1 << 60
-    for module in model.modules():  # peft reads it from one of the models that it is made of, by method
-        if hasattr(module, "generation_config"):
-            module.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=pad_id, do_sample=False)  # type: ignore[assignment]
+    _generate_greedily(model, stops, pad_id)
     prompts = {int(document): np.asarray(table.prompt(int(document)), np.int64) for document in documents}
     roomy = {document: ids for document, ids in prompts.items() if len(ids) + max_new_tokens <= limit}
     cramped = [[document] for document in prompts if document not in roomy]
@@ -91,14 +89,18 @@ def answers(
         for document, ids in zip(chunk, found, strict=True):
             finished = bool(ids) and ids[-1] in stops
             kept = ids[:-1] if finished else ids
-            yield {
-                "document": document,
+            texts = {
                 "prompt": _text(tokenizer, prompts[document], special=True),
                 "reference": _text(tokenizer, reference(table, document)),
                 "answer": _text(tokenizer, kept),
-                "ids": kept,
-                "finished": finished,
             }
+            yield {"document": document, **texts, "ids": kept, "finished": finished}
+
+
+def _generate_greedily(model: PreTrainedModel, stops: Sequence[int], pad_id: int) -> None:
+    for module in model.modules():  # peft reads it from one of the models that it is made of, by method
+        if hasattr(module, "generation_config"):
+            module.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=pad_id, do_sample=False)  # type: ignore[assignment]
 
 
 def _chunks(model: PreTrainedModel, prompts: dict[int, Ints], batch: int, pad_id: int) -> list[list[int]]:

@@ -20,44 +20,51 @@ def collect_verdicts(folder: Path, ours: Evaluation, theirs: Evaluation, setting
 
     Nothing is made up: what failed is counted by kind, in judge.json and on the terminal, and is asked again by the next call.
     """
-    others = {row["document"]: row["answer"] for row in theirs.answers}
-    questions = [
-        Question(
-            document=row["document"], prompt=row["prompt"], reference=row["reference"], answer=row["answer"], other=others[row["document"]]
-        )
-        for row in ours.answers
-        if row["document"] in others
-    ]
+    questions = _questions(ours, theirs)
     if not questions:
         print("there are no answers to judge: --rows N", flush=True)
         return False
     file = folder / f"{JUDGED}.jsonl"
     keys = {question.document: _key(question, settings) for question in questions}
-    rows = [row for row in read_lines(file) if row.get("key") == keys.get(row.get("document", -1))] if file.is_file() else []
-    known = [Verdict.from_row({name: value for name, value in row.items() if name != "key"}) for row in rows]
+    known = _kept(file, keys)
     told = {(verdict.document, verdict.swapped) for verdict in known if verdict.scores is not None}
-    if len(told) < 2 * len(questions) and (reason := check(settings)):
-        verdicts = [*known, *_not_asked(questions, told)]
-    else:
-        reason = ""
-        console = Console(stderr=True)
-        words = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("verdicts"), TimeRemainingColumn())
-        bar = Progress(*words, console=console, disable=not console.is_terminal)
-        task = bar.add_task("", total=2 * len(questions), completed=len(told))
-        with file.open("a", encoding="utf-8") as opened, bar:
-
-            def took(verdict: Verdict) -> None:
-                opened.write(json.dumps(verdict.as_row() | {"key": keys[verdict.document]}) + "\n")
-                opened.flush()
-                bar.advance(task)
-
-            verdicts = ask(questions, settings, known, took)
+    reason = check(settings) if len(told) < 2 * len(questions) else ""
+    verdicts = [*known, *_not_asked(questions, told)] if reason else _asked(questions, settings, known, file, keys)
     found = tally(verdicts)
-    where = urlsplit(settings.url)
-    about = {"model": settings.model, "host": where.hostname, "answers": answers_key(ours, theirs), "reason": reason}
+    about = {"model": settings.model, "host": urlsplit(settings.url).hostname, "answers": answers_key(ours, theirs), "reason": reason}
     write_json(folder / f"{JUDGED}.json", about | found)
     print(judged_words(about | found), flush=True)
     return bool(found["scored"])
+
+
+def _questions(ours: Evaluation, theirs: Evaluation) -> list[Question]:
+    """Return the answers that both models have given, as what a judge is asked."""
+    others = {row["document"]: row["answer"] for row in theirs.answers}
+    names = ("document", "prompt", "reference", "answer")
+    both = [row for row in ours.answers if row["document"] in others]
+    return [Question(**{name: row[name] for name in names}, other=others[row["document"]]) for row in both]
+
+
+def _kept(file: Path, keys: dict[int, str]) -> list[Verdict]:
+    """Return the verdicts that a file has of just these questions."""
+    rows = [row for row in read_lines(file) if row.get("key") == keys.get(row.get("document", -1))] if file.is_file() else []
+    return [Verdict.from_row({name: value for name, value in row.items() if name != "key"}) for row in rows]
+
+
+def _asked(questions: list[Question], settings: Judge, known: list[Verdict], file: Path, keys: dict[int, str]) -> list[Verdict]:
+    """Return a verdict for each question and order; what is new is written to the file as it comes, with a bar."""
+    console = Console(stderr=True)
+    words = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TextColumn("verdicts"), TimeRemainingColumn())
+    bar = Progress(*words, console=console, disable=not console.is_terminal)
+    task = bar.add_task("", total=2 * len(questions), completed=sum(verdict.scores is not None for verdict in known))
+    with file.open("a", encoding="utf-8") as opened, bar:
+
+        def took(verdict: Verdict) -> None:
+            opened.write(json.dumps(verdict.as_row() | {"key": keys[verdict.document]}) + "\n")
+            opened.flush()
+            bar.advance(task)
+
+        return ask(questions, settings, known, took)
 
 
 def _key(question: Question, settings: Judge) -> str:
