@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tools.bench.engines import engine_preset
+from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config.schema import (
     AdapterBias,

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import TINY, Ranks, blueprint_for, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tools.bench.engines import engine_preset
+from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, Batch
 from trainers.config.schema import (
     DataConfig,

@@ -15,7 +15,8 @@ import pytest
 
 from tools.bench.__main__ import main as bench
 from tools.bench.checkpoint import STATE_BYTES, costs_of, num_parameters
-from tools.bench.engines import Run, _table, llama_sizes
+from tools.bench.engines import Run, _table
+from tools.bench.orders import llama_sizes
 from tools.bench.ranks import RanksFailed, start_ranks, wait_for
 from tools.markdown import put_section
 

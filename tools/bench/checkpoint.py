@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tools.bench.arguments import at_least
-from tools.bench.engines import PRESETS, Run, compare, done_of, head, llama_sizes, table_lines
+from tools.bench.engines import Run, compare, done_of, head, table_lines
+from tools.bench.orders import PRESETS, llama_sizes
 from trainers.config.schema import Precision
 
 STATE_BYTES = 12

@@ -10,50 +10,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
-from tools.bench.ranks import FAILED, STOPPED, RanksFailed, explaining, leave, raise_on_signals, start_ranks, wait_for
+from tools.bench.orders import PRESETS, engine_preset
+from tools.bench.ranks import FAILED, STOPPED, RanksFailed, raise_on_signals, start_ranks, wait_for
 from tools.markdown import cell_of, put_section
 from trainers import host
-from trainers.config.schema import (
-    DataConfig,
-    EngineConfig,
-    EngineName,
-    LogConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ObjectiveName,
-    Offload,
-    OptimConfig,
-    Precision,
-    RunConfig,
-    Schedule,
-    TrainConfig,
-    WandbMode,
-)
+from trainers.config.schema import EngineName, Precision
 from trainers.rundir.rows import last_step, read_rows, steps
-
-if TYPE_CHECKING:
-    from trainers.checkpoint import Checkpointer
-    from trainers.data.loader import Loader
-    from trainers.data.prepare import Prepared
-    from trainers.data.table import TokenTable
-    from trainers.engines.base import Engine
-    from trainers.rundir.attempt import Attempt
-    from trainers.world import World
-
-
-PRESETS = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "engine").glob("*.yaml") if not file.stem.endswith("nvme"))
-"""Engines by the names that the launcher has for them; NVMe needs a path of this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,150 +141,11 @@ def _progress(run_dir: Path, num_steps: int) -> str:
     return f"step {done} of {num_steps}" if done else "building"
 
 
-def engine_preset(name: str) -> dict[str, Any]:
-    """Return the fields of EngineConfig that conf/engine/NAME.yaml sets; the launcher and Hydra may not be there."""
-    import yaml
-
-    preset: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "conf" / "engine" / f"{name}.yaml").read_text())
-    kinds: dict[str, Callable[[Any], Any]] = {"name": EngineName, "offload_param": Offload, "offload_optimizer": Offload}
-    return {key: kinds[key](value) if key in kinds else value for key, value in preset.items()}
-
-
 def run_rank(options: argparse.Namespace) -> None:
     """Train as one rank."""
-    from trainers.checkpoint import Checkpointer
+    from tools.bench.training import run_rank
 
-    with training_rank(Path(options.run_dir)) as (training, _, _):
-        checkpointer = Checkpointer(training.config.checkpoint, training.attempt, training.world)
-        checkpointer.save = lambda *_, **__: None  # type: ignore[method-assign] # the loop ends with one, which nobody reads
-        training.run(checkpointer)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """What a rank trains, and with what."""
-
-    config: RunConfig
-    world: World
-    attempt: Attempt
-    engine: Engine
-    data: Prepared
-    rows: Loader
-    flops_per_token: float
-
-    def run(self, checkpointer: Checkpointer) -> None:
-        """Train in our loop."""
-        from trainers.loop import train
-
-        train(self.config, self.world, self.attempt, self.engine, self.data, self.rows, self.flops_per_token, checkpointer)
-
-
-@contextmanager
-def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dict[str, Any]]]:
-    """Give a rank its training, its order and a place for a Run's figures; leave these, or why there are none, in run_dir.
-
-    It trains with the preset's engine, from random weights, in our loop, on rows that depend on nothing but their number.
-    """
-    with explaining(run_dir):
-        order = json.loads((run_dir / "order.json").read_text())
-
-        import torch
-        from tokenizers import Tokenizer
-        from tokenizers.models import WordLevel
-        from transformers import PreTrainedTokenizerFast
-
-        import trainers.engines.fsdp  # noqa: F401 - its imports are not part of building
-        from trainers.data.loader import Loader
-        from trainers.data.prepare import Prepared
-        from trainers.engines.build import build_engine, require_parts
-        from trainers.model.blueprint import flops_per_token, make_blueprint
-        from trainers.processes import die_with_parent
-        from trainers.rundir.attempt import Attempt
-        from trainers.world import World
-
-        die_with_parent()
-        world = World.from_environment()
-        config = _config(order, run_dir, world.size)
-        require_parts(config, world)
-        world.connect()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"-": 0}, unk_token="-")), pad_token="-")
-        blueprint = make_blueprint(config.model, config.seed, tokenizer)
-        table = _packed_rows(config.train.global_batch * order["steps"], order["seq_len"], blueprint.config.vocab_size)
-        data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
-        loader = Loader(table, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=0)
-        world.barrier()
-        started = time.perf_counter()
-        figures: dict[str, Any] = {}
-        with closing(build_engine(config, world, blueprint)) as engine:
-            if world.device.type == "cuda":
-                torch.cuda.synchronize()
-            figures["build_seconds"] = world.max([time.perf_counter() - started])[0]
-            flops = flops_per_token(engine.shapes(), blueprint.config, table.mean_attended())
-            training = Training(
-                config=config,
-                world=world,
-                attempt=Attempt(Path(config.run_dir)),
-                engine=engine,
-                data=data,
-                rows=loader,
-                flops_per_token=flops,
-            )
-            yield training, order, figures
-            figures["parameters"] = sum(math.prod(shape) for shape in engine.shapes().values())
-        figures["device"] = torch.cuda.get_device_name() if world.device.type == "cuda" else ""
-        leave(run_dir, "done", json.dumps(figures))
-        sys.stdin.readline()
-
-
-def _config(order: dict[str, Any], run_dir: Path, ranks: int) -> RunConfig:
-    return RunConfig(
-        run_dir=str(run_dir),
-        model=ModelConfig(architecture={"model_type": "llama"} | llama_sizes(order["parameters"], order["seq_len"])),
-        data=DataConfig(path="unused", seq_len=order["seq_len"]),
-        objective=ObjectiveConfig(name=ObjectiveName.cpt),
-        engine=EngineConfig(**engine_preset(order["engine"])),
-        optim=OptimConfig(lr=1e-4, schedule=Schedule.constant),
-        train=TrainConfig(
-            steps=order["steps"],
-            global_batch=ranks * order["microbatch"],
-            microbatch=order["microbatch"],
-            precision=Precision(order["precision"]),
-            activation_checkpointing=order["checkpointing"],
-        ),
-        log=LogConfig(wandb=WandbMode.disabled),
-    )
-
-
-def llama_sizes(parameters: int, seq_len: int) -> dict[str, int]:
-    """Return a Llama of about so many parameters: width / depth near 128, a quarter of the weights or less for the vocabulary."""
-    width = 128 * max(1, round((parameters * 128 / 12) ** (1 / 3) / 128))
-    inner = 64 * round(width * 8 / 3 / 64)
-    vocabulary = 1 << max(8, min(15, int(math.log2(max(1, parameters / (8 * width))))))
-    block = 3 * width * width + 3 * width * inner + 2 * width
-    return {
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": max(1, round((parameters - 2 * vocabulary * width) / block)),
-        "num_attention_heads": width // 64,
-        "num_key_value_heads": width // 128,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": max(2048, seq_len),
-    }
-
-
-def _packed_rows(rows: int, seq_len: int, vocabulary: int) -> TokenTable:
-    """Return at least `rows` packed rows of random documents, an eighth of a row to a whole one long, frequent tokens among them."""
-    from trainers.data.pack import pack
-    from trainers.data.table import TokenTable
-
-    random = np.random.default_rng(0)
-    lengths = random.integers(max(2, seq_len // 8), seq_len + 1, 2 * rows, dtype=np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    tokens = (vocabulary * random.random(offsets[-1]) ** 3).astype(np.int32)
-    supervised = np.ones(len(tokens), np.uint8)
-    supervised[offsets[:-1]] = 0
-    order, starts = pack(lengths, seq_len)
-    return TokenTable(tokens=tokens, supervised=supervised, offsets=offsets, order=order, rows=starts)
+    run_rank(options)
 
 
 def _section(options: argparse.Namespace, ranks: int, runs: dict[str, Run | str]) -> str:

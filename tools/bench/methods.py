@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tools.bench.arguments import at_least
-from tools.bench.engines import PRESETS
 from tools.bench.machine import gpu_words, versions
+from tools.bench.orders import PRESETS
 from tools.bench.ranks import FAILED, STOPPED
 from tools.markdown import cell_of, put_section
 from trainers import host

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tools.bench.engines import training_rank
+from tools.bench.training import training_rank
 from trainers.checkpoint import Checkpointer, Progress
 from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
