@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from pathlib import Path
@@ -21,7 +20,7 @@ from launcher.fields import all_fields, choices, expected, names_at
 from launcher.origin import UNSET, shown, where_set
 from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import rows_words
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, alike
 
 # Ours, and what transformers, TRL, axolotl, LLaMA-Factory and accelerate call it: too far apart for a comparison of letters to find.
 THEIR_NAMES = {
@@ -201,15 +200,11 @@ def nearest(path: str) -> list[str]:
     """Return up to three valid names close to a wrong one, as dotted paths or GROUP=PRESET: at its own level first, then anywhere."""
     parent, _, name = path.rpartition(".")
     prefix = f"{parent}." if parent else ""
-    level = [prefix + match for match in difflib.get_close_matches(name, names_at(parent), n=2, cutoff=0.55)]
-    whole = difflib.get_close_matches(path, list(all_fields()), n=2, cutoff=0.78)
-    same_name = [known for known in all_fields() if _close(name, known.rpartition(".")[2])]
+    level = [prefix + match for match in alike(name, names_at(parent), 2, 0.55)]
+    whole = alike(path, all_fields(), 2, 0.78)
+    same_name = [known for known in all_fields() if alike(name, [known.rpartition(".")[2]], 1, 0.85)]
     found = OURS[name] + same_name if name in OURS else level + whole + same_name
     return list(dict.fromkeys(found))[:3]
-
-
-def _close(name: str, known: str) -> bool:
-    return difflib.SequenceMatcher(None, name, known).ratio() >= 0.85
 
 
 def _report(path: str, value: Any, reason: str, overrides: list[str], *advice: str) -> str:
@@ -247,7 +242,7 @@ def _no_preset(file: str, overrides: list[str]) -> str:
     if group == "method":
         return f"error: conf/method/{name}.yaml: `method` is now `peft`, whose presets have their learning rates\n  try     /peft: {name}"
     known = GlobalHydra.instance().config_loader().get_group_options(group)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    near = alike(name, known, 3, 0.4)
     setter = next((text for text in overrides if text.lstrip("+").startswith(f"{group}=")), "")
     lines = [f"error: `{group}` = {name!r}: there is no conf/{group}/{name}.yaml"]
     lines += [f"  set by  command line: {setter}" if setter else "  set by  the defaults list of a file in conf/"]
@@ -274,7 +269,7 @@ def _wrong_type(full_key: str, reason: str, overrides: list[str]) -> str:
     if field is None:
         return _report(path, UNSET, reason, overrides)
     value = where_set(path, overrides)[1]
-    near = difflib.get_close_matches(str(value), choices(field.type), n=1, cutoff=0.4)
+    near = alike(str(value), choices(field.type), 1, 0.4)
     return _report(path, UNSET, f"must be {expected(field.type)}", overrides, f"nearest {path}={near[0]}" if near else "")
 
 

@@ -13,6 +13,7 @@ from launcher.config import is_plain, ranks_per_node, world_size
 from launcher.ending import settle
 from launcher.job import ROOT, Job, mark_submitted, next_attempt, only_launcher
 from launcher.silence import Silence
+from trainers import host
 
 OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_SLURM_ATTEMPT")
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
@@ -70,9 +71,8 @@ def _torchrun_source() -> str:
 
 def additions(job: Job) -> dict[str, str]:
     """Return the environment variables that ranks get besides the launcher's own."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // ranks_per_node(job.launch))))
+    threads = os.environ.get("OMP_NUM_THREADS", str(host.threads_per_rank(ranks_per_node(job.launch))))
     grace = str(job.launch.shutdown_s)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.launch.gpus_per_node == 0 else {}
     return {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "FULLTUNE_LAUNCHER": str(os.getpid()), "FULLTUNE_GRACE_S": grace, **hidden}

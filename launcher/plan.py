@@ -23,6 +23,7 @@ from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import try_json
+from trainers.units import in_bytes
 
 HARDWARE = ROOT / "conf" / "hardware"
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -109,16 +110,16 @@ def _refused(job: Job, found: dict[str, Any]) -> ConfigError:
     if found["host_short"]:
         memory = job.launch.memory
         return ConfigError("launch.memory", memory, f"{job.run_dir.name} does not fit: {found['host_short']}", force)
-    devices = [f"{name} has {found['capacity'][name] / 2**30:,.1f}" for name in found["verdicts"]]
-    needed = max(found["needed"].values()) / 2**30
-    reason = f"{job.run_dir.name} does not fit: a rank needs {needed:,.1f} GiB of its GPU, and {', '.join(devices)}"
+    devices = [f"{name} has {in_bytes(found['capacity'][name])}" for name in found["verdicts"]]
+    needed = in_bytes(max(found["needed"].values()))
+    reason = f"{job.run_dir.name} does not fit: a rank needs {needed} of its GPU, and {', '.join(devices)}"
     return ConfigError("hardware", job.hardware.name, reason, force)
 
 
 def _say_fitting(found: dict[str, Any]) -> None:
     fits = [name for name, verdict in found.get("verdicts", {}).items() if verdict != "does not fit"]
     if fits:
-        print(f"planned: a rank needs {max(found['needed'].values()) / 2**30:,.1f} GiB of its GPU: fits {', '.join(fits)}", flush=True)
+        print(f"planned: a rank needs {in_bytes(max(found['needed'].values()))} of its GPU: fits {', '.join(fits)}", flush=True)
 
 
 def _known(job: Job, request: Request) -> dict[str, Any]:

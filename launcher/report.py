@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trainers.rundir.files import try_json
+from trainers.units import in_bytes, in_time
 
 
 def print_new(log: Path, shown: int) -> int:
@@ -53,11 +56,11 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens", _number(summary.get("tokens"), ",d")),
         ("tokens/s", _number(summary.get("tokens_per_second"), ",.0f")),
         ("MFU", _number(summary.get("mfu"), ".1%")),
-        ("peak device memory", _bytes(summary.get("device_bytes_peak"))),
-        ("peak host memory", _bytes(summary.get("host_bytes_peak"))),
+        ("peak device memory", _written(partial(in_bytes, digits=2), summary.get("device_bytes_peak"))),
+        ("peak host memory", _written(partial(in_bytes, digits=2), summary.get("host_bytes_peak"))),
         ("trained parameters", _share(summary.get("trainable_parameters"), summary.get("parameters"))),
-        ("training time", _minutes(summary.get("train_seconds"))),
-        ("wall time, last attempt", _minutes(summary.get("wall_seconds"))),
+        ("training time", _written(in_time, summary.get("train_seconds"))),
+        ("wall time, last attempt", _written(in_time, summary.get("wall_seconds"))),
         ("GPU hours", _number(summary.get("gpu_hours") or None, ".2f")),
         ("export", summary.get("export") or ""),
         *_sample(summary.get("sample")),
@@ -65,8 +68,8 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in lines if value]
 
 
-def _minutes(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds / 60:.1f} min"
+def _written(write: Callable[[float], str], value: float | None) -> str:
+    return "" if value is None else write(value)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -77,10 +80,6 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None:
         return ""
     return f"{after:.4f}" if before is None else f"{before:.4f} -> {after:.4f}"
-
-
-def _bytes(value: float | None) -> str:
-    return f"{value / 2**30:.2f} GiB" if value else ""
 
 
 def _share(trained: int | None, total: int | None) -> str:

@@ -12,7 +12,8 @@ import pytest
 from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.engines import deepspeed, fsdp
-from trainers.host import GIB, MIB, HostMemory, Limit
+from trainers.host import HostMemory, Limit
+from trainers.units import GIB, MIB, in_bytes
 
 ROOT = Path(__file__).parents[1]
 
@@ -164,4 +165,4 @@ def test_a_run_that_cannot_fit_is_refused_with_its_parts() -> None:
 
 def test_parts_of_nothing_are_not_named() -> None:
     assert str(HostMemory({"optimizer state": 3 * GIB, "pinned buffers": 0})) == "3.0 GiB optimizer state"
-    assert host.gib(5 * MIB) == "5.0 MiB"
+    assert in_bytes(5 * MIB) == "5.0 MiB"

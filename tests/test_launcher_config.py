@@ -16,6 +16,7 @@ from launcher.config import LaunchConfig, count_gpus, ranks_per_node, run_config
 from launcher.fields import all_fields
 from launcher.help import experiments, fields, presets
 from launcher.job import frozen_text, make_job
+from trainers import host
 from trainers.config.checks import load
 from trainers.config.derived import peak_lr
 from trainers.config.schema import plain
@@ -186,7 +187,7 @@ def test_ranks_get_their_share_of_cores_and_find_the_trainer(model: Path, monkey
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     job = make_job(compose([f"model.id={model}", "data=python_docs", "launch.gpus_per_node=0", "launch.processes=2"]))
     environment = local.environment(job)
-    assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert int(environment["OMP_NUM_THREADS"]) == max(1, host.cores() // 2)
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
     assert run_config(compose([f"model.id={model}", "data=python_docs"])).name == "run"

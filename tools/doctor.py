@@ -39,12 +39,13 @@ from rich.table import Table
 from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.processes import die_with_parent
+from trainers.units import GIB, in_bytes
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 MARKS = {OK: "[green]✓[/]", NOTE: "[dim]·[/]", WARN: "[yellow]![/]", FAIL: "[bold red]✗[/]"}
 OPS = ("cpu_adam", "async_io")
 IMPORT_LIMIT_S, BUILD_LIMIT_S, HUB_LIMIT_S, GRACE_S = 120.0, 3600.0, 2.0, 10.0
-DISK_BYTES, SHM_BYTES, MEMLOCK_BYTES, OPEN_FILES = 20 * host.GIB, host.GIB, host.GIB, 4096
+DISK_BYTES, SHM_BYTES, MEMLOCK_BYTES, OPEN_FILES = 20 * GIB, GIB, GIB, 4096
 """Below these a warning: a checkpoint of 1B parameters is 12 GB; nccl and pinned buffers take shared and locked memory."""
 
 
@@ -182,7 +183,7 @@ def _cores() -> Check:
 
 def _memory() -> Check:
     limit = host.memory_limit()
-    return Check("host memory", OK, f"{host.gib(limit.bytes)} ({limit.source}), {host.gib(host.memory_available())} of it free")
+    return Check("host memory", OK, f"{in_bytes(limit.bytes)} ({limit.source}), {in_bytes(host.memory_available())} of it free")
 
 
 def _disks() -> list[Check]:
@@ -205,8 +206,8 @@ def _disk(name: str, folder: Path) -> Check:
             name, FAIL, f"{folder}: cannot be written ({error.strerror})", "free space, or FULLTUNE_CACHE / HF_HOME on another disk"
         )
     if free < DISK_BYTES:
-        return Check(name, WARN, f"{folder}: {host.gib(free)} free", "a checkpoint takes 12 bytes a trained parameter: free space")
-    return Check(name, OK, f"{folder}: {host.gib(free)} free")
+        return Check(name, WARN, f"{folder}: {in_bytes(free)} free", "a checkpoint takes 12 bytes a trained parameter: free space")
+    return Check(name, OK, f"{folder}: {in_bytes(free)} free")
 
 
 def _shared_memory() -> Check:
@@ -215,7 +216,7 @@ def _shared_memory() -> Check:
     except OSError:
         return Check("/dev/shm", WARN, "is not there", "nccl between a node's GPUs needs it: mount it")
     remedy = "" if size >= SHM_BYTES else "nccl between a node's GPUs needs more: docker run --ipc=host or --shm-size=16g"
-    return Check("/dev/shm", WARN if remedy else OK, host.gib(size), remedy)
+    return Check("/dev/shm", WARN if remedy else OK, in_bytes(size), remedy)
 
 
 def _ulimits() -> list[Check]:
@@ -230,7 +231,7 @@ def _ulimits() -> list[Check]:
             NOTE if little else OK,
             "unlimited"
             if locked == unlimited
-            else host.gib(locked) + ("; enough unless DeepSpeed pins buffers for NVMe" if little else ""),
+            else in_bytes(locked) + ("; enough unless DeepSpeed pins buffers for NVMe" if little else ""),
             "ulimit -l unlimited, or engine.pin_memory=false" if little else "",
         ),
     ]
@@ -375,7 +376,7 @@ def _devices() -> list[Check]:
     rows = []
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        found = f"{gpu.name}, {host.gib(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}, driver {driver}"
+        found = f"{gpu.name}, {in_bytes(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}, driver {driver}"
         rows.append(Check(f"GPU {index}", OK, found))
     return [*rows, Check("NCCL", OK, ".".join(str(part) for part in torch.cuda.nccl.version()))]
 

@@ -34,6 +34,7 @@ from trainers.rundir.beats import read_beats
 from trainers.rundir.ending import Exit
 from trainers.rundir.paths import attempt_folder, log_file
 from trainers.rundir.rows import last_step, read_rows, steps
+from trainers.units import in_time
 
 WATCH_S, FOLLOW_S = 2.0, 0.5
 SILENT_S = 60.0
@@ -115,7 +116,7 @@ def table_of(folder: Path) -> Table:
         rate = "" if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}"
         loss = "" if line.loss is None else f"{line.loss:.4f}"
         name = escape(str(line.run_dir.relative_to(folder)))
-        table.add_row(name, state, steps, loss, rate, _duration(line.left_s), line.job, escape(line.note))
+        table.add_row(name, state, steps, loss, rate, "" if line.left_s is None else in_time(line.left_s), line.job, escape(line.note))
     return table
 
 
@@ -171,7 +172,7 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
         return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}: the same command continues the run"
     if state == "running":
         silent = time.time() - max((beat.written for beat in read_beats(run_dir).values()), default=status.get("time", 0.0))
-        return ("running", _slow_ranks(status)) if silent < SILENT_S else ("silent", f"no rank wrote for {_duration(silent)}")
+        return ("running", _slow_ranks(status)) if silent < SILENT_S else ("silent", f"no rank wrote for {in_time(silent)}")
     return state, ""
 
 
@@ -227,13 +228,6 @@ def requeue(run_dir: Path) -> int:
 def _tell(error: str, done: str) -> int:
     print(f"error: {error}" if error else done, file=sys.stderr if error else sys.stdout)
     return Exit.failed if error else 0
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes = int(seconds // 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
 
 if __name__ == "__main__":

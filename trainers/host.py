@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
+from trainers.units import GIB, MIB, in_bytes
 
-GIB = 1 << 30
-MIB = 1 << 20
 ROOT = Path("/")
 UNLIMITED = 1 << 60
 """Bytes from which a limit means that there is no limit: cgroup v1 writes 2^63 rounded down to a page, and no host has an exbibyte."""
@@ -43,12 +42,7 @@ class HostMemory:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        return " + ".join(f"{gib(size)} {name}" for name, size in self.parts.items() if size)
-
-
-def gib(size: float) -> str:
-    """Write bytes as GiB, or as MiB where that would be nothing."""
-    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / MIB:,.1f} MiB"
+        return " + ".join(f"{in_bytes(amount)} {name}" for name, amount in self.parts.items() if amount)
 
 
 def cores(root: Path = ROOT) -> int:
@@ -110,7 +104,7 @@ def require_host_memory(needed: HostMemory, limit: Limit, path: str = "engine.of
     """Raise ConfigError, with the parts and the remedies, where a node cannot hold what its ranks put into host memory."""
     if needed.total <= limit.bytes:
         return
-    reason = f"a node needs about {gib(needed.total)} of host memory ({needed}), and may use {gib(limit.bytes)} ({limit.source})"
+    reason = f"a node needs about {in_bytes(needed.total)} of host memory ({needed}), and may use {in_bytes(limit.bytes)} ({limit.source})"
     raise ConfigError(path, value, reason, "more nodes, engine=zero3_nvme, peft=lora, fewer ranks a node, or a larger memory limit")
 
 

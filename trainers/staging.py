@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from trainers import host
+from trainers.units import in_bytes
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -32,7 +33,7 @@ class HostCopy:
             [self.is_short] = self.world.any(needed > free // 2)
             if self.is_short:
                 words = "checkpoints are written while training waits: a copy of the state takes %s a node, and %s of host memory are free"
-                log.warning(words, host.gib(needed), host.gib(free))
+                log.warning(words, in_bytes(needed), in_bytes(free))
         return self.is_short
 
     def of(self, state: Any, path: tuple[object, ...] = ()) -> Any:

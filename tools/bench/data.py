@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from trainers import host
 from trainers.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
         )
         bare = _bare(tokenizer, encoder, rows)
         table.add_row("bare tokenizer, one core, offsets and no mask", f"{bare:,.0f} rows/s", "")
-        for processes in sorted({1, sources.cores()}):
+        for processes in sorted({1, host.cores()}):
             rate, documents = _encode(encoder, rows, processes)
             reference = f"{REFERENCE['rows_per_second']:,} rows/s" if processes == 1 else ""
             table.add_row(f"rows to masked tokens, {processes} process(es)", f"{rate:,.0f} rows/s", reference)

@@ -25,6 +25,7 @@ from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.schema import EngineName, Precision
 from trainers.rundir.rows import last_step, read_rows, steps
+from trainers.units import in_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,8 +181,8 @@ def _table(runs: dict[str, Run | str], done: list[tuple[str, Run]]) -> list[str]
         "tokens/s": lambda run: f"{run.speed():,.0f}" if on_gpu else None,
         f"tokens/s : {name}": lambda run: f"{run.speed() / first.speed():.2f}",
         "MFU": lambda run: None if (mfu := run.median("mfu")) is None else f"{mfu:.1%}",
-        "peak device bytes a rank": lambda run: _mib(run.steps[-1]["device_bytes_peak"]),
-        "peak host bytes a rank": lambda run: _mib(run.steps[-1]["host_bytes_peak"]),
+        "peak device bytes a rank": lambda run: None if (peak := run.steps[-1]["device_bytes_peak"]) is None else in_bytes(peak),
+        "peak host bytes a rank": lambda run: in_bytes(run.steps[-1]["host_bytes_peak"]),
         "seconds to build": lambda run: f"{run.build_seconds:.1f}" if on_gpu else None,
         f"time to build : {name}": lambda run: None if on_gpu else f"{run.build_seconds / first.build_seconds:.2f}",
         f"loss from {name}": lambda run: _relative(run.difference(first, "loss")),
@@ -211,7 +212,3 @@ def _legend(done: list[tuple[str, Run]]) -> str:
 
 def _relative(difference: float) -> str:
     return (f"{difference:.1e}" if difference else "0") if math.isfinite(difference) else "not finite"
-
-
-def _mib(size: int | None) -> str | None:
-    return None if size is None else f"{size / 2**20:,.0f} MiB"

@@ -30,6 +30,7 @@ from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.schema import Precision
 from trainers.rundir.rows import evaluations, last_step, read_rows, steps
+from trainers.units import in_bytes
 
 METHODS = {
     "none": "full fine-tuning",
@@ -336,7 +337,7 @@ def _section(options: argparse.Namespace, results: dict[str, Result]) -> str:
 
 def _about(options: argparse.Namespace, same: dict[str, Any], figures: dict[str, Any]) -> str:
     """Say what was run, on what."""
-    machine = f"{host.cores()} cores, {host.gib(host.memory_limit().bytes)} of memory, no GPU"
+    machine = f"{host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU"
     if figures["gpu_hours"] is not None:
         import torch
 

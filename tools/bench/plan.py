@@ -34,6 +34,7 @@ from trainers.config.schema import (
     RunConfig,
     TrainConfig,
 )
+from trainers.units import in_bytes
 
 if TYPE_CHECKING:
     from trainers.model.blueprint import Blueprint
@@ -200,22 +201,18 @@ def run(options: argparse.Namespace) -> None:
             if not same or abs(ratio - 1) > TOLERANCE:
                 wrong.append(f"{ranks} ranks, {case.name}: predicted {predicted}, found {found}")
             allocated = found.get("allocated")
-            beside = ("", "") if allocated is None else (_mib(allocated), f"{predicted['peak'] / allocated:.3f}")
+            beside = ("", "") if allocated is None else (in_bytes(allocated, 2), f"{predicted['peak'] / allocated:.3f}")
             figures = (
                 f"{predicted['parameters']:,}",
                 "equal" if same else "differ",
-                _mib(predicted["peak"]),
-                _mib(found["peak"]),
+                in_bytes(predicted["peak"], 2),
+                in_bytes(found["peak"], 2),
                 f"{ratio:.4f}",
             )
             table.add_row(str(ranks), case.name, *figures, *beside)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if wrong:
         raise RuntimeError("\n".join(wrong))
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:,.2f} MiB"
 
 
 def blueprint_of_case(case: Case) -> Blueprint:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from trainers import host
 from trainers.config.derived import peak_lr
 from trainers.config.schema import (
     DataConfig,
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         "peak bytes: fulltune",
         "transformers",
         "ratio",
-        title=f"{options.steps} steps, median of {options.runs} runs each, {len(os.sched_getaffinity(0))} cores",
+        title=f"{options.steps} steps, median of {options.runs} runs each, {host.cores()} cores",
     )
     for shape, words in SHAPES.items():
         figures: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
@@ -101,7 +101,7 @@ def run_one(options: argparse.Namespace) -> None:
     from trainers.model.blueprint import make_blueprint
     from trainers.world import World
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(host.cores())
     world = World.from_environment()
     world.connect()
     with tempfile.TemporaryDirectory() as run_dir:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tools.compare.gather import Curve
 from tools.compare.methods import Comparison, Method
 from tools.evaluate.intervals import Estimate
-from trainers.host import GIB
+from trainers.units import GIB, in_short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def _of_curves(
         axes.set_ylim(min(held_out) - 2 * room, max(held_out) + room)
         axes.set_xlabel(unit)
         axes.set_ylabel("nats a token")
-        axes.xaxis.set_major_formatter(lambda value, _place: _short(value))
+        axes.xaxis.set_major_formatter(lambda value, _place: in_short(value))
         _legend(axes)
 
     return Picture(title=title, words=words, svg=_draw(title, plot))
@@ -121,14 +121,6 @@ def smooth(losses: list[float]) -> list[float]:
     """Return the mean of each loss and those before it, as many as a twentieth of all."""
     width = max(1, len(losses) // 20)
     return [sum(losses[max(0, at + 1 - width) : at + 1]) / len(losses[max(0, at + 1 - width) : at + 1]) for at in range(len(losses))]
-
-
-def _short(value: float) -> str:
-    """Return a number of an axis in few characters."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
 
 
 def _learn_forget(comparison: Comparison) -> Picture | None:

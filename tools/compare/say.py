@@ -18,7 +18,7 @@ from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import of_json
 from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
 from tools.markdown import cell_of
-from trainers.host import GIB, MIB
+from trainers.units import in_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +71,12 @@ def spent(comparison: Comparison) -> Grid:
         ("method", lambda method: method.label + ("" if method.best.has_same_costs else " ‡")),
         ("tokens/s", lambda method: _number(method.best.summary.get("input_tokens_per_second"), "{:,.0f}")),
         ("MFU", lambda method: _number(method.best.summary.get("mfu"), "{:.1%}")),
-        ("peak device memory", lambda method: size(method.best.summary.get("device_bytes_peak"))),
-        ("peak host memory", lambda method: size(method.best.summary.get("host_bytes_peak"))),
+        ("peak device memory", lambda method: _size(method.best.summary.get("device_bytes_peak"))),
+        ("peak host memory", lambda method: _size(method.best.summary.get("host_bytes_peak"))),
         (hours, lambda method: f"{method.best.hours:.3g}"),
         (f"{hours} of all rates", lambda method: f"{method.search_hours:.3g} ({len(method.tried)})"),
         ("cost of all rates", lambda method: _number(cost_of(method.best, comparison.price, method.search_hours), "{:,.2f}")),
-        ("on disk", lambda method: size(method.best.export_bytes or None)),
+        ("on disk", lambda method: _size(method.best.export_bytes or None)),
     ]
     return _grid("What they cost", comparison.methods, columns)
 
@@ -108,16 +108,12 @@ def _trained(method: Method) -> str:
     return NOTHING if not trained or not whole else f"{trained:,} ({trained / whole:.1%})"
 
 
+def _size(num_bytes: float | None) -> str:
+    return NOTHING if num_bytes is None else in_bytes(num_bytes, 2)
+
+
 def _number(value: Any, form: str) -> str:
     return NOTHING if value is None else form.format(value)
-
-
-def size(count: float | None) -> str:
-    """Return bytes in GiB, MiB or KiB."""
-    if count is None:
-        return NOTHING
-    unit, divisor = ("GiB", GIB) if count >= GIB else ("MiB", MIB) if count >= MIB else ("KiB", 1024)
-    return f"{count / divisor:,.2f} {unit}"
 
 
 def conclusions(comparison: Comparison) -> list[str]:

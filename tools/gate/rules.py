@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import yaml
 from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.evaluate.scores import is_refusal
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import Metric
 from trainers.data.formats import ROLES
 
@@ -87,8 +86,7 @@ def read_rules(file: Path) -> Rules:
     fields = {item.name: str(item.type) for item in dataclasses.fields(Rules)}
     for name, value in found.items():
         if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, 1)
-            raise ConfigError(f"{file}: {name}", value, "there is no such rule", f"did you mean {near[0]}?" if near else ", ".join(fields))
+            raise ConfigError(f"{file}: {name}", value, "there is no such rule", did_you_mean(str(name), fields) or ", ".join(fields))
         if not _fits(value, fields[name]):
             raise ConfigError(f"{file}: {name}", value, f"must be {fields[name].replace(' | None', ', or null')}")
     rules = Rules(**found)

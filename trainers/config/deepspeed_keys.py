@@ -6,10 +6,9 @@ login node can check it without importing DeepSpeed.
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, alike
 
 ZERO = [
     "contiguous_gradients",
@@ -98,7 +97,7 @@ def _nearest(path: str, key: str) -> str:
     here = {full: name for full, name in known.items() if full.rpartition(".")[0] == section}
     for names in (here, known):
         for wanted in (f"stage3_{key}", key):
-            for name in difflib.get_close_matches(wanted, names.values(), 1, 0.6 if wanted == key else 0.99):
+            for name in alike(wanted, names.values(), 1, 0.6 if wanted == key else 0.99):
                 full = next(full for full, last in names.items() if last == name)
                 return f"did you mean {OURS[full]}?" if full in OURS else f"did you mean engine.overrides.{full}?"
     at = f"engine.overrides.{section}".removesuffix(".")

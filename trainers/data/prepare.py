@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
@@ -194,7 +195,7 @@ class Store:
 def _encode_all(config: RunConfig, encoder: Encoder, path: str | None, store: Store, advance: Callable[[int], None]) -> None:
     rows = sources.rows(config.data, path, config.objective.name)
     bad: list[str] = []
-    for documents in encode_rows(encoder, rows, config.data.processes or sources.cores()):
+    for documents in encode_rows(encoder, rows, config.data.processes or host.cores()):
         if documents.error is not None:
             raise ConfigError(*documents.error)
         bad.extend(documents.bad)

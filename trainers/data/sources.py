@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,8 +209,3 @@ READERS: dict[str, Callable[[Path], Iterator[tuple[Any, int]]]] = {
     ".txt": _read_text,
     ".md": _read_text,
 }
-
-
-def cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

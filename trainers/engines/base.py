@@ -21,6 +21,7 @@ from trainers.model.blueprint import Blueprint
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Update
+from trainers.units import in_bytes
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -182,7 +183,7 @@ def require_host(config: RunConfig, world: World, built: Engine) -> None:
     for parts in world.gather(refused):  # each node has a limit of its own, and no rank may go on alone
         if parts is not None:
             raise ConfigError(*parts)  # type: ignore[misc]
-    log.info("host memory: about %s a node (%s)", host.gib(needed.total), needed)
+    log.info("host memory: about %s a node (%s)", in_bytes(needed.total), needed)
 
 
 def nvme_buffers(config: RunConfig, world_size: int, numels: list[int]) -> int:

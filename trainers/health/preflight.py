@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainers.host import GIB, PROCESS_BYTES, gib, memory_available
+from trainers.host import PROCESS_BYTES, memory_available
 from trainers.rundir.files import write_json
+from trainers.units import GIB, in_bytes
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -282,10 +283,10 @@ def _shortages(reading: Reading, first: Reading) -> list[str]:
     if abs(off) - unsure > CLOCK_S:
         said.append(f"its clock is {abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} that of rank 0 on {first.host}: is NTP running?")
     if reading.memory_free_bytes < PROCESS_BYTES * reading.local_size:
-        said.append(f"{gib(reading.memory_free_bytes)} of host memory are free for {reading.local_size} ranks, before any weights")
+        said.append(f"{in_bytes(reading.memory_free_bytes)} of host memory are free for {reading.local_size} ranks, before any weights")
     for name, free in (("run_dir", reading.run_dir_free_bytes), ("the prepared data", reading.cache_free_bytes)):
         if free is not None and free < DISK_BYTES:
-            said.append(f"{gib(free)} are free on the disk of {name}")
+            said.append(f"{in_bytes(free)} are free on the disk of {name}")
     return said
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ from transformers import (
 )
 
 from trainers.config.checks import looks_local
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import Attention, ModelConfig
 from trainers.model.weights import load_parts, materialise, origin_of, tied_names
 
@@ -141,21 +140,18 @@ def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary) -> PreTrain
         known = AutoConfig.for_model(kind)
     except (ValueError, KeyError) as error:
         raise ConfigError(
-            "model.architecture.model_type", kind, "transformers has no such architecture", _near(kind, CONFIG_MAPPING)
+            "model.architecture.model_type", kind, "transformers has no such architecture", did_you_mean(kind, CONFIG_MAPPING)
         ) from error
     for name, value in fields.items():
         if not hasattr(known, name):
-            raise ConfigError(f"model.architecture.{name}", value, f"{type(known).__name__} has no such field", _near(name, vars(known)))
+            raise ConfigError(
+                f"model.architecture.{name}", value, f"{type(known).__name__} has no such field", did_you_mean(name, vars(known))
+            )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
         return AutoConfig.for_model(kind, **({"vocab_size": len(tokenizer)} | special | fields))
     except Exception as error:  # transformers' own check of types and of sizes that do not divide
         raise ConfigError("model.architecture", fields, " ".join(str(error).split())) from error
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(names), 1)
-    return f"did you mean {close[0]}?" if close else ""
 
 
 def _fetch(model: ModelConfig) -> tuple[Path, str | None]:

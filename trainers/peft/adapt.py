@@ -10,12 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trainers.config.checks import VIRTUAL
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConfig
 from trainers.model.blueprint import Blueprint
 from trainers.model.export import export_plan
 from trainers.model.weights import Origin
-from trainers.peft.base import Adaptation, Adapter, FullTraining, VirtualTokens, near
+from trainers.peft.base import Adaptation, Adapter, FullTraining, VirtualTokens
 from trainers.peft.layers import inject
 from trainers.peft.nf4 import pack_base
 from trainers.peft.saved import Continued, require_same_adapter
@@ -67,7 +67,7 @@ def _matching(model: PreTrainedModel, patterns: list[str]) -> set[str]:
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError("peft.freeze", pattern, "matches no parameter of the model", near(pattern, names))
+            raise ConfigError("peft.freeze", pattern, "matches no parameter of the model", did_you_mean(pattern, names, 3))
     return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,12 +160,6 @@ def base_name(config: RunConfig) -> str | None:
 def plain_list(names: Any) -> Any:
     """Return a set of names as a sorted list."""
     return sorted(names) if isinstance(names, (set, list)) else names
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """Return a remedy that names what is spelt alike, or nothing."""
-    close = difflib.get_close_matches(name, list(dict.fromkeys(names)), 3)
-    return f"did you mean {', '.join(close)}?" if close else ""
 
 
 @contextmanager

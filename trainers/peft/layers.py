@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import AdapterBias, AdapterInit, PeftConfig, PeftMethod, RunConfig
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin, slices, tied_names
 from trainers.peft import adalora
-from trainers.peft.base import ADAPTER, Adapter, base_name, near, plain_list, seeded
+from trainers.peft.base import ADAPTER, Adapter, base_name, plain_list, seeded
 from trainers.peft.nf4 import round_trip
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
@@ -142,7 +142,7 @@ def _require_modules(model: PreTrainedModel, settings: PeftConfig) -> None:
     for where, name, paths, what in wanted:
         if not any(_ends(path, name) for path in paths):
             leaves = [path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()]
-            remedy = near(name, leaves) or f"it has {listed(list(dict.fromkeys(leaves)), 12)}"
+            remedy = did_you_mean(name, leaves, 3) or f"it has {listed(list(dict.fromkeys(leaves)), 12)}"
             raise ConfigError(f"peft.{where}", name, f"{type(model).__name__} has no {what} of this name", remedy)
 
 

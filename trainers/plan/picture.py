@@ -6,8 +6,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from trainers.host import GIB
 from trainers.plan.plan import WORDS, Plan
+from trainers.units import GIB
 
 COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377")
 """Paul Tol's bright scheme, which the colour-blind can tell apart."""

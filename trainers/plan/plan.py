@@ -18,6 +18,7 @@ from trainers.plan.inputs import Data, read_data, read_model
 from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
 from trainers.plan.simulate import Simulation, ranks, simulate
 from trainers.plan.trace import Kind, Moment
+from trainers.units import GIB, in_bytes
 
 TIGHT = 0.9
 """Share of a device's memory above which a run that fits is tight: a longer row than expected, or another NCCL, ends it."""
@@ -228,11 +229,11 @@ def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Mome
         return
     on_host = sum(plan.host.values())
     if plan.host_limit and on_host > plan.host_limit:
-        plan.host_short = f"a node needs {host.gib(on_host)} of host memory and has {host.gib(plan.host_limit)}"
+        plan.host_short = f"a node needs {in_bytes(on_host)} of host memory and has {in_bytes(plan.host_limit)}"
     elif plan.host_limit and on_host + plan.staged > plan.host_limit / 2 and plan.staged:
-        plan.notes.append(f"checkpoints wait for the disk: a node has no room for a copy of the state ({host.gib(plan.staged)})")
+        plan.notes.append(f"checkpoints wait for the disk: a node has no room for a copy of the state ({in_bytes(plan.staged)})")
     for device in hardware:
-        capacity, needed = device.memory_gib * host.GIB, peak.total + plan.slack + device.overhead_gib * host.GIB
+        capacity, needed = device.memory_gib * GIB, peak.total + plan.slack + device.overhead_gib * GIB
         plan.capacity[device.name], plan.needed[device.name] = capacity, needed
         plan.verdicts[device.name] = "does not fit" if plan.host_short else _verdict(needed, capacity)
 
@@ -243,10 +244,10 @@ def _verdict(needed: float, capacity: float) -> str:
 
 def _host_limit(place: Place, device: HardwareConfig | None) -> float:
     if place.memory_gib:
-        return place.memory_gib * host.GIB
+        return place.memory_gib * GIB
     if not place.gpus:
         return float(host.memory_limit(place.ranks_per_node).bytes) if place.is_here else 0.0
-    return device.host_memory_gib * host.GIB if device is not None else 0.0
+    return device.host_memory_gib * GIB if device is not None else 0.0
 
 
 def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, int]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from trainers.host import gib
 from trainers.plan.plan import WORDS, Plan
+from trainers.units import in_bytes, in_short, in_time
 
 COLOURS = {"fits": "green", "tight": "yellow", "unknown": "yellow", "does not fit": "red"}
 
@@ -21,7 +21,7 @@ def say(plan: Plan, console: Console) -> None:
         soft_wrap=True,
     )
     for name, verdict in plan.verdicts.items():
-        of = f"{gib(plan.needed[name])} of {gib(plan.capacity[name])}" if plan.capacity[name] else gib(plan.needed[name])
+        of = f"{in_bytes(plan.needed[name])} of {in_bytes(plan.capacity[name])}" if plan.capacity[name] else in_bytes(plan.needed[name])
         console.print(f"  [{COLOURS[verdict]}]{verdict:<12}[/] {name:<8} {of} a rank")
     console.print()
     console.print(_memory(plan))
@@ -39,15 +39,15 @@ def _memory(plan: Plan) -> Table:
     table = Table("memory of a rank where it stands highest", "bytes", title=plan.peak_at, title_justify="left", box=None, padding=(0, 2))
     table.columns[1].justify = "right"
     for kind, words in WORDS.items():
-        table.add_row(words, gib(plan.peak.get(str(kind), 0.0)))
-    table.add_row("tensors together", gib(sum(plan.peak.values())))
+        table.add_row(words, in_bytes(plan.peak.get(str(kind), 0.0)))
+    table.add_row("tensors together", in_bytes(sum(plan.peak.values())))
     name = next(iter(plan.needed))
     outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack
     if plan.place.gpus:
-        table.add_row("slack of torch's allocator (its rules, replayed for this step)", gib(plan.slack))
-        table.add_row("outside of it: CUDA context and NCCL (conf/hardware)", gib(outside))
+        table.add_row("slack of torch's allocator (its rules, replayed for this step)", in_bytes(plan.slack))
+        table.add_row("outside of it: CUDA context and NCCL (conf/hardware)", in_bytes(outside))
     else:
-        table.add_row("the process itself", gib(outside))
+        table.add_row("the process itself", in_bytes(outside))
     return table
 
 
@@ -58,28 +58,28 @@ def _size(plan: Plan) -> list[tuple[str, str]]:
 
 def _host(plan: Plan) -> list[tuple[str, str]]:
     total = sum(plan.host.values())
-    limit = f" of {gib(plan.host_limit)}" if plan.host_limit else ""
-    parts = " + ".join(f"{gib(size)} {name}" for name, size in plan.host.items())
-    staged = f", and {gib(plan.staged)} for a copy of the state while it is saved" if plan.staged else ""
-    return [("host memory of a node", f"{gib(total)}{limit} ({parts}{staged})")] if plan.place.gpus else []
+    limit = f" of {in_bytes(plan.host_limit)}" if plan.host_limit else ""
+    parts = " + ".join(f"{in_bytes(size)} {name}" for name, size in plan.host.items())
+    staged = f", and {in_bytes(plan.staged)} for a copy of the state while it is saved" if plan.staged else ""
+    return [("host memory of a node", f"{in_bytes(total)}{limit} ({parts}{staged})")] if plan.place.gpus else []
 
 
 def _saving(plan: Plan) -> list[tuple[str, str]]:
-    words = gib(plan.checkpoint_bytes)
+    words = in_bytes(plan.checkpoint_bytes)
     if plan.save_seconds is not None:
         late = plan.save_seconds > plan.place.save_s
         words += f", {plan.save_seconds:,.0f} s to write"
         words += (
             f": longer than the {plan.place.save_s:,.0f} s before a kill" if late else f" (of {plan.place.save_s:,.0f} s before a kill)"
         )
-    return [("a checkpoint", words), ("the export", gib(plan.export_bytes))]
+    return [("a checkpoint", words), ("the export", in_bytes(plan.export_bytes))]
 
 
 def _work(plan: Plan) -> list[tuple[str, str]]:
     tokens = plan.global_batch * plan.data.seq_len
     rows = [("peak learning rate", plan.learning_rate)]
     rows += [("a step", f"{plan.global_batch} rows, {tokens:,} tokens where all are full, {plan.flops:.3g} FLOPs over all ranks")]
-    sent = "; ".join(f"{gib(size)} by {name}" for name, size in plan.sent.items())
+    sent = "; ".join(f"{in_bytes(size)} by {name}" for name, size in plan.sent.items())
     return [*rows, ("sent by a rank in a step", sent or "nothing")]
 
 
@@ -92,10 +92,10 @@ def _cost(plan: Plan) -> list[tuple[str, str]]:
     fast, slow = plan.step_seconds
     rows.append(("seconds a step", f"{fast:.3g} to {slow:.3g}"))
     if (day := plan.tokens_per_day()) is not None:
-        rows.append(("tokens a day", " to ".join(map(_short, day))))
+        rows.append(("tokens a day", " to ".join(map(in_short, day))))
     if (seconds := plan.run_seconds()) is not None:
         hours = [second / 3600 for second in seconds]
-        rows += [("the whole run", f"{_hours(hours[0])} to {_hours(hours[1])}, {_spent(plan, hours)}")]
+        rows += [("the whole run", f"{in_time(seconds[0])} to {in_time(seconds[1])}, {_spent(plan, hours)}")]
     return rows
 
 
@@ -109,17 +109,6 @@ def _data(plan: Plan) -> str:
     data = plan.data
     tokens = "" if data.tokens is None else f"{data.tokens:,.0f} tokens in {data.rows:,.0f} rows a pass: "
     return f"{tokens}{data.source}"
-
-
-def _hours(hours: float) -> str:
-    return f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
-
-
-def _short(count: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return f"{count:,.0f}"
 
 
 def say_all(plans: list[Plan], console: Console) -> None:
@@ -151,5 +140,5 @@ def say_change(plan: Plan, base: Plan, console: Console) -> None:
         slower = f", {plan.step_seconds[1] * plan.place.size / (base.step_seconds[1] * base.place.size):.2f} x the GPU-hours a step"
     rate = "" if plan.learning_rate == base.learning_rate else f", learning rate {plan.learning_rate}"
     verdict = plan.verdict
-    line = f"  [{COLOURS[verdict]}]{verdict:<12}[/] {gib(plan.most_needed)}{slower}{rate}: {' '.join(plan.overrides)}"
+    line = f"  [{COLOURS[verdict]}]{verdict:<12}[/] {in_bytes(plan.most_needed)}{slower}{rate}: {' '.join(plan.overrides)}"
     console.print(line, soft_wrap=True)
