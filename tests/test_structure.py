@@ -11,7 +11,7 @@ from tools.structure import run, source
 MOST_RUN_FILES, MOST_RUN_LINES = 64, 3100
 MOST_STEP_FILES, MOST_STEP_LINES = 19, 360
 MOST_SMALL_COLLECTIVES = 2
-"""Of a steady step on two ranks, beside those that move weights and gradients."""
+"""Of a steady step on two ranks, without those that move weights and gradients."""
 
 
 def test_functions_are_short() -> None:

@@ -37,8 +37,9 @@ from trainers.rundir.checkpoints import (
     why_incomplete,
     why_not_of,
 )
-from trainers.rundir.files import finite, read_json, write_json
+from trainers.rundir.files import read_json, write_json
 from trainers.rundir.paths import CHECKPOINTS, MANIFEST, SAVE_NOW, STOP
+from trainers.rundir.rows import finite
 from trainers.staging import HostCopy, bytes_of
 from trainers.world import World
 

@@ -22,9 +22,8 @@ from trainers.objectives import make_objective
 from trainers.optim import learning_rate, require_warmup_ends
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.beats import Phase
-from trainers.rundir.files import finite
 from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
-from trainers.rundir.rows import history
+from trainers.rundir.rows import finite, history
 from trainers.step import StepResult, take_step
 from trainers.world import World, seed_step
 

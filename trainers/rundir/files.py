@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import socket
 from pathlib import Path
@@ -46,8 +45,3 @@ def try_row(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with None for numbers that are not finite, which JSON does not have."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}

@@ -19,10 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trainers.config.schema import Precision, RunConfig, WandbMode
 from trainers.rundir.attempt import Attempt
-from trainers.rundir.files import finite
 from trainers.rundir.mirror import Mirror
 from trainers.rundir.paths import METRICS, log_file
-from trainers.rundir.rows import Kind, Row, kind_of, number, read_rows, until
+from trainers.rundir.rows import Kind, Row, finite, kind_of, number, read_rows, until
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)

@@ -123,3 +123,8 @@ def taken_steps(rows: Iterable[Row]) -> list[tuple[float, float]]:
 def number(value: float | None) -> float:
     """Return a number of a row, nan for null."""
     return math.nan if value is None else float(value)
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with None for numbers that are not finite, which JSON does not have."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
