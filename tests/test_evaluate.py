@@ -315,7 +315,7 @@ def test_any_model_directory_can_be_measured(evaluated: Path, chats: Path, cache
         (["nowhere"], "no such directory"),
         (["EMPTY"], "is neither a run nor a folder of runs nor a model"),
         (["RUN", "--metrics", "rouge"], "`--metrics` = 'rouge': there is no such metric"),
-        (["RUN", "--extract", "(a"], "is not a regular expression"),
+        (["RUN", "--extract", "(a"], "is not a valid regular expression"),
         (["RUN", "--extract", "abc"], "has 0 groups"),
         (["RUN", "--rows", "-1"], "`--rows` = -1: must be greater than 0"),
         (["RUN", "--general", "gone.txt"], "no such file or directory"),
