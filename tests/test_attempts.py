@@ -24,6 +24,7 @@ from launcher.job import freeze, make_job, next_attempt
 from launcher.silence import Silence
 from trainers.health.watchdog import LAST_RESORT_S
 from trainers.rundir.attempt import Attempt
+from trainers.rundir.ending import State
 
 SOON_S = 40
 COMMON = ("train.steps=24", "checkpoint.every=3", "train.eval_every=8", "data.packing=false")
@@ -213,7 +214,7 @@ def test_a_launcher_judges_no_newer_attempt(tmp_path: Path) -> None:
     write_beat(job.run_dir, 0, 100.0)
     newer = Attempt(job.run_dir)
     newer.begin(newer.claim())
-    newer.set_status("running", attempt=newer.number)
+    newer.set_status(State.running, attempt=newer.number)
     assert not passes(watch, clock, 200)
     assert settle(job, ours, 1, None) == 76
     assert status_of(job.run_dir)["state"] == "running"

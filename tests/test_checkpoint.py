@@ -27,6 +27,7 @@ from trainers.config.schema import CheckpointConfig
 from trainers.engines.build import build_engine
 from trainers.rundir.attempt import Attempt, Superseded, newest_attempt
 from trainers.rundir.checkpoints import is_lowest
+from trainers.rundir.ending import State
 from trainers.world import World
 
 SMALL = 3 << 20
@@ -43,7 +44,7 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-class Life:
+class Saving:
     """One attempt of a run of a real engine, and what it can be asked to do; each method is collective."""
 
     def __init__(self, world: World, folder: Path, run_dir: Path, case: str = "lora", engine: str = "fsdp", **settings: Any) -> None:
@@ -69,8 +70,8 @@ class Life:
         return self.said.lines
 
 
-def same(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    return all((ours[name] == tensor).all() for name, tensor in theirs.items())
+def same(saving: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return all((saving[name] == tensor).all() for name, tensor in theirs.items())
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -87,17 +88,17 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def save_while_training(world: World, folder: Path, run_dir: Path, engine: str) -> tuple[bool, bool, list[str]]:
-    life = Life(world, folder, run_dir, engine=engine)
-    life.train(0)
-    then = life.weights()
-    life.saver.save(life.engine, Progress(step=1, tokens=5))
-    life.train(1)  # changes the live tensors while they are written
-    life.saver.finish()
-    again = Life(world, folder, run_dir, engine=engine)
+    saving = Saving(world, folder, run_dir, engine=engine)
+    saving.train(0)
+    then = saving.weights()
+    saving.saver.save(saving.engine, Progress(step=1, tokens=5))
+    saving.train(1)  # changes the live tensors while they are written
+    saving.saver.finish()
+    again = Saving(world, folder, run_dir, engine=engine)
     progress = again.saver.restore(again.engine)
     first = same(again.weights(), then) and progress == Progress(step=1, tokens=5)
     again.train(1)
-    return first, same(again.weights(), life.weights()), life.end() + again.end()
+    return first, same(again.weights(), saving.weights()), saving.end() + again.end()
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3", pytest.param("zero3_offload", marks=pytest.mark.cpu_adam)])
@@ -115,21 +116,21 @@ def test_a_save_is_of_its_moment_while_training_goes_on(
 
 
 def save_steps(world: World, folder: Path, run_dir: Path, losses: dict[int, float | None], settings: dict[str, Any]) -> list[str]:
-    life = Life(world, folder, run_dir, **settings)
+    saving = Saving(world, folder, run_dir, **settings)
     for step, loss in losses.items():
-        life.train(step)
-        life.saver.save(life.engine, Progress(step=step), loss)
-    life.saver.finish()
-    return life.end()
+        saving.train(step)
+        saving.saver.save(saving.engine, Progress(step=step), loss)
+    saving.saver.finish()
+    return saving.end()
 
 
 def restored(world: World, folder: Path, run_dir: Path) -> tuple[int | str, list[str]]:
-    life = Life(world, folder, run_dir)
+    saving = Saving(world, folder, run_dir)
     try:
-        found: int | str = life.saver.restore(life.engine).step
+        found: int | str = saving.saver.restore(saving.engine).step
     except NoCheckpoint as error:
         found = str(error)
-    return found, life.end()
+    return found, saving.end()
 
 
 def test_a_loss_that_is_not_finite_is_never_the_lowest_and_hides_none() -> None:
@@ -170,11 +171,11 @@ def flip(folder: Path) -> Path:
 
 
 def go_on(world: World, folder: Path, run_dir: Path) -> int:
-    life = Life(world, folder, run_dir)
-    begun = life.saver.restore(life.engine).step
-    life.train(1)
-    life.saver.save(life.engine, Progress(step=begun + 1), wait=True)
-    life.end()
+    saving = Saving(world, folder, run_dir)
+    begun = saving.saver.restore(saving.engine).step
+    saving.train(1)
+    saving.saver.save(saving.engine, Progress(step=begun + 1), wait=True)
+    saving.end()
     return begun
 
 
@@ -206,25 +207,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def fill_and_save(world: World, folder: Path, run_dir: Path, disk: Path, first: bool, strict: bool) -> tuple[str, list[str], int]:
     """Save once where there is room (with `first`), take the room away behind the check's back, and save again."""
-    life = Life(world, folder, run_dir, case="freeze", strict=strict)
+    saving = Saving(world, folder, run_dir, case="freeze", strict=strict)
     outcome = "went on"
     try:
         if first:
-            life.saver.save(life.engine, Progress(step=1), wait=True)
+            saving.saver.save(saving.engine, Progress(step=1), wait=True)
         if world.rank == 0:
             (disk / "filler").write_bytes(bytes(SMALL - sum(path.stat().st_size for path in disk.rglob("*") if path.is_file()) - (1 << 16)))
         world.barrier()
-        life.train(1)
-        life.saver.save(life.engine, Progress(step=2))
-        life.saver.finish()
+        saving.train(1)
+        saving.saver.save(saving.engine, Progress(step=2))
+        saving.saver.finish()
         if world.rank == 0:
             (disk / "filler").unlink()
-        life.saver.failed_at -= 100
-        assert life.saver.wishes()[1] is (world.rank == 0)
-        life.saver.save(life.engine, Progress(step=3), wait=True)
+        saving.saver.failed_at -= 100
+        assert saving.saver.requests()[1] is (world.rank == 0)
+        saving.saver.save(saving.engine, Progress(step=3), wait=True)
     except NoCheckpoint as error:
         outcome = str(error)
-    return outcome, life.end(), life.saver.all_failures
+    return outcome, saving.end(), saving.saver.all_failures
 
 
 @pytest.mark.parametrize(("first", "strict"), [(True, False), (True, True), (False, False)])
@@ -248,20 +249,20 @@ def test_a_full_disk_ends_a_run_only_where_it_must(
 
 
 def save_late(world: World, folder: Path, run_dir: Path) -> str:
-    life = Life(world, folder, run_dir)
-    life.train(0)
-    life.saver.save(life.engine, Progress(step=1), wait=True)
+    saving = Saving(world, folder, run_dir)
+    saving.train(0)
+    saving.saver.save(saving.engine, Progress(step=1), wait=True)
     if world.rank == 0:
-        assert Attempt(run_dir).claim() == life.attempt.number + 1
+        assert Attempt(run_dir).claim() == saving.attempt.number + 1
         (run_dir / "checkpoints" / ".step-000009.attempt-2.tmp").mkdir()
         with pytest.raises(Superseded):
-            life.saver._rotate()
-        life.attempt.is_current = lambda at_once=False: True  # type: ignore[method-assign]  # stopped just behind its look
-        life.saver._rotate()
-        del life.attempt.is_current
+            saving.saver._rotate()
+        saving.attempt.is_current = lambda at_once=False: True  # type: ignore[method-assign]  # stopped just behind its look
+        saving.saver._rotate()
+        del saving.attempt.is_current
     world.barrier()
     try:
-        life.saver.save(life.engine, Progress(step=2), wait=True)
+        saving.saver.save(saving.engine, Progress(step=2), wait=True)
     except Superseded as error:
         return str(error)
     return "saved"
@@ -273,21 +274,21 @@ def test_an_older_attempt_saves_nothing(ranks: Callable[[int], Ranks], tiny_llam
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [".step-000009.attempt-2.tmp", "step-000001"]
     (run_dir / "status.json").write_text("{}")
     late, current = Attempt(run_dir, 1), Attempt(run_dir, newest_attempt(run_dir))
-    late.set_status("failed")
+    late.set_status(State.failed)
     assert json.loads((run_dir / "status.json").read_text()) == {}
-    current.set_status("running")
+    current.set_status(State.running)
     assert json.loads((run_dir / "status.json").read_text())["state"] == "running"
 
 
 def save_short(world: World, folder: Path, run_dir: Path) -> tuple[list[str], bool]:
-    life = Life(world, folder, run_dir)
+    saving = Saving(world, folder, run_dir)
     truly = host.memory_available
     host.memory_available = (lambda: 4096) if world.rank == 1 else truly  # type: ignore[assignment]  # one node alone has no room
     try:
-        life.saver.save(life.engine, Progress(step=1))
+        saving.saver.save(saving.engine, Progress(step=1))
     finally:
         host.memory_available = truly
-    return life.end(), bool(life.saver.copy.tensors)
+    return saving.end(), bool(saving.saver.copy.tensors)
 
 
 def test_where_memory_is_short_training_waits(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
@@ -299,11 +300,11 @@ def test_where_memory_is_short_training_waits(ranks: Callable[[int], Ranks], tin
 
 def test_files_ask_for_a_save_and_a_stop(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
     saver = Checkpointer(CheckpointConfig(), Attempt(run_dir), World(rank=0, local_rank=0, size=1, device=torch.device("cpu")))
-    assert saver.wishes() == (False, False)
+    assert saver.requests() == (False, False)
     (run_dir / "save_now").touch()
     (run_dir / "stop").touch()
-    assert saver.wishes() == (True, True)
-    assert saver.wishes() == (False, False)
+    assert saver.requests() == (True, True)
+    assert saver.requests() == (False, False)
     saver.config.every_minutes = 0.001
     saver.saved_at -= 1
-    assert saver.wishes() == (False, True)
+    assert saver.requests() == (False, True)

@@ -13,7 +13,9 @@ import pytest
 
 from trainers.config.schema import LogConfig, RunConfig, WandbMode
 from trainers.rundir.attempt import Attempt
+from trainers.rundir.ending import State
 from trainers.rundir.metrics import Metrics
+from trainers.rundir.rows import Kind
 
 ROOT = Path(__file__).parents[1]
 ROW = {"loss": 1.0, "tokens_per_second": 3.0, "step_seconds": 0.1}
@@ -28,7 +30,7 @@ def test_a_record_is_cut_back_to_the_step_a_run_continues_from(tmp_path: Path) -
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 5, "lo')  # killed while writing
     with metrics_in(tmp_path) as metrics:
         assert [row["step"] for row in metrics.start(2)] == [1, 2]
-        metrics.write({"step": 3, "loss": float("nan")} | {key: ROW[key] for key in ("tokens_per_second", "step_seconds")})
+        metrics.write(Kind.step, {"step": 3, "loss": float("nan")} | {key: ROW[key] for key in ("tokens_per_second", "step_seconds")})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert rows[2]["loss"] is None
@@ -38,18 +40,18 @@ def test_a_record_is_cut_back_to_the_step_a_run_continues_from(tmp_path: Path) -
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with metrics_in(tmp_path, rank=1) as metrics:
         metrics.start(0)
-        metrics.write({"step": 1} | ROW)
+        metrics.write(Kind.step, {"step": 1} | ROW)
     assert not list(tmp_path.iterdir())
 
 
 def test_status_keeps_what_it_knew_and_forgets_an_old_error(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path)
-    attempt.set_status("running", attempt=1, step=3)
+    attempt.set_status(State.running, attempt=1, step=3)
     attempt.record_failure({"message": "x"}, at=1.0)
-    attempt.set_status("preempted")
+    attempt.set_status(State.preempted)
     assert json.loads((tmp_path / "status.json").read_text())["state"] == "failed"
-    attempt.set_status("submitted")
-    attempt.set_status("running")
+    attempt.set_status(State.submitted)
+    attempt.set_status(State.running)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["attempt"], status["step"]) == ("running", 1, 3)
     assert "error" not in status
@@ -61,6 +63,7 @@ from pathlib import Path
 from trainers.config.schema import LogConfig, RunConfig, WandbMode
 from trainers.rundir.metrics import Metrics, log_to_terminal
 from trainers.rundir.attempt import Attempt
+from trainers.rundir.rows import Kind
 folder = Path(sys.argv[1])
 (folder / "manifest.json").write_text(json.dumps({"wandb_id": "abc12345"}))
 log_to_terminal(0)
@@ -69,7 +72,7 @@ metrics.start(0)
 slowest = 0.0
 for step in range(1, 6):
     started = time.perf_counter()
-    metrics.write({"step": step, "loss": 1.0, "tokens_per_second": 3.0, "step_seconds": 0.1})
+    metrics.write(Kind.step, {"step": step, "loss": 1.0, "tokens_per_second": 3.0, "step_seconds": 0.1})
     slowest = max(slowest, time.perf_counter() - started)
     time.sleep(0.2)
 started = time.perf_counter()

@@ -27,10 +27,11 @@ from trainers.config.checks import validate
 from trainers.config.errors import ConfigError
 from trainers.health import preflight
 from trainers.health.blockage import Blockage
-from trainers.health.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, judge
-from trainers.health.stragglers import EVERY, IN_A_ROW, Named, Slow, Stragglers, slow_ranks
+from trainers.health.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, find_faults
+from trainers.health.stragglers import EVERY, IN_A_ROW, Reported, Straggler, Stragglers, find_stragglers
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.beats import Beat
+from trainers.rundir.ending import State
 from trainers.world import World
 
 HOST = socket.gethostname()
@@ -73,7 +74,7 @@ def late(seconds: float) -> tuple[tuple[float, float], ...]:
     ],
 )
 def test_what_is_wrong_is_named_with_rank_and_host(rank: int, more: dict[str, Any], fatal: bool, words: list[str]) -> None:
-    findings = judge(with_rank(rank, **more), SLOW)
+    findings = find_faults(with_rank(rank, **more), SLOW)
     assert [(finding.rank, finding.host, finding.fatal) for finding in findings] == [(rank, f"node{rank // 2}", fatal)]
     assert all(word in str(findings[0]) for word in words), findings[0]
 
@@ -90,7 +91,7 @@ def test_what_is_wrong_is_named_with_rank_and_host(rank: int, more: dict[str, An
     ],
 )
 def test_nobody_is_named_where_all_is_well(readings: list[Reading]) -> None:
-    assert judge(readings, SLOW) == []
+    assert find_faults(readings, SLOW) == []
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 4])
@@ -101,19 +102,19 @@ def test_links_that_differ_by_design_are_not_slow(num_nodes: int) -> None:
         Reading(rank=rank, host=f"node{rank // 4}", kind="cuda", product_s=1e-3, clocks=CLOCKS, link_s=LINK_BYTES["cuda"] / speed)
         for rank, speed in enumerate(speeds)
     ]
-    assert judge(readings, SLOW) == []
+    assert find_faults(readings, SLOW) == []
 
 
 def test_a_node_without_most_of_its_gpus_is_the_one_that_is_named() -> None:
     """Though the CPU's figures are of another kind, and there are more of them."""
     readings = [replace(reading, kind="cpu") if reading.rank else reading for reading in nodes()]
-    assert [finding.rank for finding in judge(readings, SLOW)] == [1, 2, 3, 4, 5]
+    assert [finding.rank for finding in find_faults(readings, SLOW)] == [1, 2, 3, 4, 5]
 
 
 def test_of_two_ranks_the_faster_counts_and_what_is_of_a_node_is_said_once() -> None:
     slower = [replace(reading, product_s=1e-3 * (1 + reading.rank), link_s=None) for reading in nodes(2)]
-    assert [finding.rank for finding in judge(slower, SLOW)] == [1]
-    full = judge([replace(reading, run_dir_free_bytes=0) for reading in nodes()], SLOW)
+    assert [finding.rank for finding in find_faults(slower, SLOW)] == [1]
+    full = find_faults([replace(reading, run_dir_free_bytes=0) for reading in nodes()], SLOW)
     assert [finding.rank for finding in full] == [0, 2, 4]
 
 
@@ -122,10 +123,10 @@ def test_a_clock_is_only_as_far_off_as_the_shortest_barrier_allows() -> None:
     first = Reading(rank=0, host="a", clocks=((10.0, 1e-3), (11.0, 1e-3)))
     stopped = Reading(rank=1, host="b", clocks=((15.0, 5.0), (11.0, 2e-3)))
     assert clock_off(first, stopped) == (0.0, 2e-3)
-    assert judge([first, stopped], SLOW) == []
+    assert find_faults([first, stopped], SLOW) == []
     first = replace(first, clocks=first.clocks[:1])
-    assert judge([first, replace(stopped, clocks=((15.0, 5.0),))], SLOW) == []
-    assert len(judge([first, replace(stopped, clocks=((15.0, 1e-3),))], SLOW)) == 1
+    assert find_faults([first, replace(stopped, clocks=((15.0, 5.0),))], SLOW) == []
+    assert len(find_faults([first, replace(stopped, clocks=((15.0, 1e-3),))], SLOW)) == 1
 
 
 def test_the_first_bad_rank_is_that_of_status_json() -> None:
@@ -231,12 +232,12 @@ def test_a_clock_that_is_off_is_measured(ranks: Callable[[int], Any], tmp_path: 
 
 
 def test_a_rank_is_named_after_several_gatherings_and_for_as_long() -> None:
-    named, slow = Named(), {1: Slow("device", 4.0)}
+    named, slow = Reported(), {1: Straggler("device", 4.0)}
     for _ in range(3):  # hiccups
         assert [named.update(found) for found in (slow, slow, {})] == [([], [])] * 3
     assert [named.update(slow) for _ in range(IN_A_ROW + 1)] == [([], []), ([], []), ([1], []), ([], [])]
-    assert [named.update(found) for found in ({}, {}, {1: Slow("device", 9.0)})] == [([], [])] * 3
-    assert named.slow == {1: Slow("device", 9.0)}
+    assert [named.update(found) for found in ({}, {}, {1: Straggler("device", 9.0)})] == [([], [])] * 3
+    assert named.slow == {1: Straggler("device", 9.0)}
     assert [named.update({}) for _ in range(IN_A_ROW)] == [([], []), ([], []), ([], [1])]
     assert named.slow == {}
 
@@ -253,7 +254,7 @@ def test_a_rank_is_named_after_several_gatherings_and_for_as_long() -> None:
     ],
 )
 def test_who_is_slow(data_s: list[float], product_s: list[float], expected: dict[int, str]) -> None:
-    found = slow_ranks(data_s, product_s, step_s=2.0, slow=SLOW, slice_s=0.0)
+    found = find_stragglers(data_s, product_s, step_s=2.0, slow=SLOW, slice_s=0.0)
     assert {rank: slow.what for rank, slow in found.items()} == expected
 
 
@@ -303,11 +304,11 @@ def steps_with_probes(world: World) -> list[int]:
 
 def test_stragglers_pass_from_the_status_and_stay_in_a_failure(tmp_path: Path) -> None:
     attempt = Attempt(tmp_path)
-    attempt.set_status("running", step=3, stragglers={"ranks": [1]})
+    attempt.set_status(State.running, step=3, stragglers={"ranks": [1]})
     assert status_of(tmp_path)["stragglers"] == {"ranks": [1]}
-    attempt.set_status("running", step=4)
+    attempt.set_status(State.running, step=4)
     assert "stragglers" not in status_of(tmp_path)
-    attempt.set_status("running", step=5, stragglers={"ranks": [1]})
+    attempt.set_status(State.running, step=5, stragglers={"ranks": [1]})
     attempt.record_failure({"rank": 0}, at=1.0)
     assert status_of(tmp_path)["stragglers"] == {"ranks": [1]}
 

@@ -38,6 +38,7 @@ from trainers.health.blockage import find_blockage
 from trainers.health.watchdog import Watchdog
 from trainers.rundir.attempt import Attempt, read_status
 from trainers.rundir.beats import Beat, Phase, read_beats
+from trainers.rundir.ending import State
 
 FAULTS = """
 # FAULT=rank:step:what:folder: strikes that rank in that step, once: where the folder is not there yet
@@ -358,7 +359,7 @@ def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:
     assert attempt.record_failure({"rank": 2}, at=19.0)
     assert not attempt.record_failure({"rank": 3}, at=28.0, together_s=5.0)
     assert attempt.record_failure({"rank": 4}, at=22.0, together_s=5.0)
-    attempt.set_status("running", attempt=3)
+    attempt.set_status(State.running, attempt=3)
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["error"]["rank"]) == ("failed", 4)
     assert attempt.record_failure({"rank": 5, "ranks": [5]}, at=18.5), "a watchdog's"
     assert not attempt.record_failure({"rank": 6, "message": "was killed"}, at=18.0, together_s=10.0), "as it was ended"
@@ -390,7 +391,7 @@ def test_the_agent_names_the_rank_that_was_killed_first(
 
     def fail(_arguments: list[str]) -> None:
         if stopped:
-            Attempt(tmp_path).set_status("preempted")
+            Attempt(tmp_path).set_status(State.preempted)
         raise ChildFailedError("trainers", failures)
 
     monkeypatch.setattr(agent.run, "main", fail)
@@ -408,13 +409,13 @@ def test_tasks_of_one_slurm_job_tell_its_failure_from_an_earlier_one(tmp_path: P
     monkeypatch.setenv("FULLTUNE_SLURM_ATTEMPT", "7.0")
     Attempt(tmp_path).record_failure({"rank": 1}, at=1.0)
     late = Attempt(tmp_path)
-    assert late.has_ended("failed")
-    late.set_status("preempted")
+    assert late.has_ended(State.failed)
+    late.set_status(State.preempted)
     assert not late.record_failure({"rank": 0}, at=2.0)
     assert (status_of(tmp_path)["state"], status_of(tmp_path)["error"]["rank"]) == ("failed", 1)
     monkeypatch.setenv("FULLTUNE_SLURM_ATTEMPT", "7.1")
     again = Attempt(tmp_path)
-    assert not again.has_ended("failed")
+    assert not again.has_ended(State.failed)
     assert again.record_failure({"rank": 2}, at=3.0)
     assert status_of(tmp_path)["error"]["rank"] == 2
 

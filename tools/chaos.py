@@ -8,7 +8,7 @@ A small model is trained on this Python's documentation by the command a user ty
 is too small and the folder is read-only. After each the same command is given again. In the end the whole trace, with losses,
 gradient norms and rows, must be that of a run that nobody harmed, bit for bit.
 
-Exit codes: 0 every life resumed exactly and no checkpoint was lost, 1 not so, 2 bad arguments, 130 Ctrl-C.
+Exit codes: 0 every attempt resumed exactly and no checkpoint was lost, 1 not so, 2 bad arguments, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from trainers.rundir.checkpoints import number_of, steps, why_incomplete
 from trainers.rundir.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
-LIFE_S = 300.0
-"""Longest that a life of the run may take."""
+ATTEMPT_S = 300.0
+"""Longest that an attempt may take."""
 SMALL_DISK = 3 << 20
 PLANTED = 999_999
 KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "rows_hash", "eval_loss")
@@ -78,7 +78,7 @@ class Harmed:
         return {path: _digest(path) for path in steps(self.run_dir / "checkpoints") if not why_incomplete(path)}
 
     def start(self) -> subprocess.Popen[bytes]:
-        """Start a life of the run."""
+        """Start an attempt."""
         log = (self.run_dir.parent / f"{self.run_dir.name}.log").open("ab")
         with log:
             return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
@@ -87,13 +87,13 @@ class Harmed:
         """Return the highest step that has a folder of the run's own."""
         return max((step for step in map(number_of, steps(self.run_dir / "checkpoints")) if step != PLANTED), default=0)
 
-    def life_until(self, condition: Callable[[], bool]) -> None:
-        """Start a life, wait for a condition, and kill its ranks; raises Wrong where it ended before."""
-        process, until = self.start(), time.monotonic() + LIFE_S
+    def attempt_until(self, condition: Callable[[], bool]) -> None:
+        """Start an attempt, wait for a condition, and kill its ranks; raises Wrong where it ended before."""
+        process, until = self.start(), time.monotonic() + ATTEMPT_S
         try:
             while not condition():
                 if process.poll() is not None or time.monotonic() > until:
-                    raise Wrong(f"a life ended by itself with exit code {process.poll()}: {self.run_dir}.log")
+                    raise Wrong(f"an attempt ended by itself with exit code {process.poll()}: {self.run_dir}.log")
                 time.sleep(0.001)
             killed = _ranks(self.run_dir)
             for pid in killed:
@@ -101,7 +101,7 @@ class Harmed:
                     os.kill(pid, signal.SIGKILL)
             process.wait(60)
             if not killed or process.returncode == 0:
-                raise Wrong(f"a life ended before its ranks could be killed: {self.run_dir}.log")
+                raise Wrong(f"an attempt ended before its ranks could be killed: {self.run_dir}.log")
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -112,7 +112,7 @@ class Harmed:
         """Start the run and kill every rank at a random byte of a save; return where that was."""
         wanted = self.newest() + self.rng.randint(1, 2)
         folder = self.run_dir / "checkpoints"
-        left = set(folder.glob(".step-*.tmp"))  # by lives that were killed
+        left = set(folder.glob(".step-*.tmp"))  # by attempts that were killed
         size = max((_size(path) for path in steps(folder)), default=1 << 20)
         offset, at = self.rng.randrange(size), "behind a save"
 
@@ -123,14 +123,14 @@ class Harmed:
                 at = f"at byte {reached:,} of about {size:,}"
             return reached > offset or self.newest() >= wanted
 
-        self.life_until(is_there)
+        self.attempt_until(is_there)
         return at
 
     def finish(self) -> None:
         """Give the command again and let it come to its end."""
         process = self.start()
         try:
-            if process.wait(LIFE_S) != 0:
+            if process.wait(ATTEMPT_S) != 0:
                 raise Wrong(f"the run did not end well (exit code {process.returncode}): {self.run_dir}.log")
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -138,7 +138,7 @@ class Harmed:
             process.wait(60)
 
     def begun_from(self) -> int:
-        """Return the step that the newest life continued from."""
+        """Return the step that the newest attempt continued from."""
         logs = sorted((self.run_dir / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
         said = (logs[-1] / "rank-0.log").read_text()
         found = [line for line in said.splitlines() if "continuing from" in line]
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
-    """Run one life undisturbed and many harmed ones; print what came of them, and return the exit code."""
+    """Run one attempt undisturbed and many harmed ones; print what came of them, and return the exit code."""
     overrides = _overrides(kills, engine)
     whole = Harmed(run_dir=folder / "whole", overrides=overrides, rng=random.Random(seed))
     run = Harmed(run_dir=folder / "harmed", overrides=overrides, rng=random.Random(seed))
@@ -211,7 +211,7 @@ def _save_two(run: Harmed) -> None:
 
 
 def tried(run: Harmed, name: str, harmful: Callable[[], str]) -> None:
-    """Do harm once; what was complete before, and is not rotated since, must be as it was, and the life goes on from the newest."""
+    """Do harm once; what was complete before and is kept must be as it was, and the next attempt continues from the newest."""
     tally = run.tallies.setdefault(name, Tally())
     before = run.complete()
     expected = max((number_of(path) for path in before), default=0)
@@ -234,7 +234,7 @@ def tried(run: Harmed, name: str, harmful: Callable[[], str]) -> None:
 
 
 def flip_newest(run: Harmed) -> str:
-    """Flip one bit of the newest checkpoint's largest file, and kill the life that passes over it."""
+    """Flip one bit of the newest checkpoint's largest file, and kill the attempt that passes over it."""
     newest = list(run.complete())[-1]
     file = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     data = bytearray(file.read_bytes())
@@ -305,14 +305,14 @@ def read_only(run: Harmed) -> str:
 
 
 def _kill_when_saved(run: Harmed, step: int) -> str:
-    run.life_until(lambda: run.newest() >= step)
+    run.attempt_until(lambda: run.newest() >= step)
     return f"killed behind step {step}"
 
 
 def _kill_when_said(run: Harmed, words: str) -> None:
     log = run.run_dir.parent / f"{run.run_dir.name}.log"
     begin = log.stat().st_size
-    run.life_until(lambda: words.encode() in log.read_bytes()[begin:])
+    run.attempt_until(lambda: words.encode() in log.read_bytes()[begin:])
 
 
 def report(run: Harmed, same: bool) -> int:
@@ -322,8 +322,8 @@ def report(run: Harmed, same: bool) -> int:
         table.add_row(name, str(tally.tried), str(tally.exact), str(tally.lost), tally.note)
     Console(width=110).print(table)
     good = same and all(tally.exact == tally.tried and not tally.lost for tally in run.tallies.values())
-    lives = len(list((run.run_dir / "logs").glob("attempt-*")))
-    print(f"{lives} lives; the trace of all of them and the export {'are' if same else 'are NOT'} those of the run that nobody harmed")
+    attempts = len(list((run.run_dir / "logs").glob("attempt-*")))
+    print(f"{attempts} attempts; their trace and the export {'are' if same else 'are NOT'} those of the run that nobody harmed")
     print(f"checkpoints lost: {sum(tally.lost for tally in run.tallies.values())}")
     return 0 if good else 1
 

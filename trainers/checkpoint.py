@@ -114,7 +114,7 @@ class Checkpointer:
         self.warned_of_grace = False
         self.saved_step, self.all_failures = 0, 0
 
-    def wishes(self) -> tuple[bool, bool]:
+    def requests(self) -> tuple[bool, bool]:
         """Tell whether a stop and a save are asked for, by a file in the run directory or by the clock. Not collective: rank 0 looks."""
         if self.world.rank != 0:
             return False, False
@@ -342,7 +342,7 @@ def _taken(path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        log.warning("%s is not heeded: it cannot be removed (%s)", path, error.strerror)
+        log.warning("%s is ignored: it cannot be removed (%s)", path, error.strerror)
         return False
     return True
 

@@ -22,8 +22,9 @@ from trainers.objectives import make_objective
 from trainers.optim import learning_rate, require_warmup_ends
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.beats import Phase
+from trainers.rundir.ending import State
 from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak, peak_tflops
-from trainers.rundir.rows import finite, history
+from trainers.rundir.rows import Kind, finite, history
 from trainers.step import StepResult, take_step
 from trainers.world import World, seed_step
 
@@ -90,7 +91,8 @@ def train(
         watch.enter(Phase.evaluating, step)
         found = held_out.measure(engine, objective, step)
         if found is not None:
-            metrics.write({"step": step, "tokens": tokens, "eval_loss": found.loss, "eval_tokens": held_out.sizes.labels}, found.figures)
+            row = {"step": step, "tokens": tokens, "eval_loss": found.loss, "eval_tokens": held_out.sizes.labels}
+            metrics.write(Kind.evaluation, row, found.figures)
         return found is not None
 
     def save(progress: Progress, wait: bool = False) -> None:
@@ -99,7 +101,7 @@ def train(
         checkpointer.save(engine, progress, held_out.loss_at(progress.step), wait)
 
     def report() -> list[float]:
-        stop, save_now = checkpointer.wishes()
+        stop, save_now = checkpointer.requests()
         late = world.rank == 0 and not attempt.is_current()
         claims = (stop or world.signalled is not None, save_now, checkpointer.is_writing(), late)
         return [*map(float, claims), float(device_bytes_peak() or 0), float(host_bytes_peak()), *guard.norms()]
@@ -145,10 +147,10 @@ def train(
             if peak is not None:
                 outcome.mfu = flops_per_token * progress.input_tokens / (peak * 1e12 * progress.device_seconds)
                 row["mfu"] = flops_per_token * sizes.tokens / (peak * 1e12 * seconds * world.size)
-            metrics.write(row | stragglers.gather(progress.step, data_seconds, seconds), result.figures)
+            metrics.write(Kind.step, row | stragglers.gather(progress.step, data_seconds, seconds), result.figures)
             if world.rank == 0 and time.monotonic() - status_at > STATUS_EVERY_S:
                 status_at = time.monotonic()
-                attempt.set_status("running", step=progress.step, num_steps=num_steps, **stragglers.entry())
+                attempt.set_status(State.running, step=progress.step, num_steps=num_steps, **stragglers.entry())
             outcome.stopped = asked.stop  # what is due is evaluated as the run continues
             if not outcome.stopped and held_out.is_due(progress.step):
                 outcome.stopped = not evaluate(progress.step, progress.tokens)
@@ -162,7 +164,7 @@ def train(
         save(progress, wait=True)  # whatever the export meets, the training is kept
         outcome.saved_step, outcome.failed_saves = checkpointer.saved_step, checkpointer.all_failures
         if outcome.stopped and world.rank == 0:  # before anything slow, such as a mirror that does not answer, delays it
-            attempt.set_status("preempted", step=outcome.saved_step)
+            attempt.set_status(State.preempted, step=outcome.saved_step)
     outcome.progress, outcome.eval_losses = progress, held_out.losses
     return outcome
 
@@ -230,7 +232,8 @@ def _go_back(
     past = world.from_first(history(metrics.cut(back.step)))
     held_out.losses, held_out.at = past.eval_losses, -1
     guard.recall(past.taken)
-    metrics.write({"step": back.step, "rollback_from": progress.step + 1, "rows_left_out_steps": ahead - back.ahead})
+    row = {"step": back.step, "rollback_from": progress.step + 1, "rows_left_out_steps": ahead - back.ahead}
+    metrics.write(Kind.rollback, row)
     return replace(back, ahead=ahead)
 
 

@@ -143,10 +143,10 @@ def check(world: World, folder: Path, cache: Path, slow: float) -> tuple[list[Re
     """
     own = inspect(world, folder, cache)
     readings = world.gather(own)
-    findings = judge(readings, slow)
+    findings = find_faults(readings, slow)
     if world.size > 1 and not any(finding.fatal for finding in findings):
         readings = world.gather(replace(own, clocks=_read_clocks(world), **_try_links(world)))
-        findings = judge(readings, slow)
+        findings = find_faults(readings, slow)
     fatal = [finding for finding in findings if finding.fatal]
     if world.rank == 0 and not readings[0].write_fault:
         ranks = [asdict(reading) | {"clock_off_s": clock_off(readings[0], reading)} for reading in readings]
@@ -233,7 +233,7 @@ def _try_links(world: World) -> dict[str, Any]:
     return {"link_s": min(times), "link_fault": fault}
 
 
-def judge(readings: Sequence[Reading], slow: float) -> list[Finding]:
+def find_faults(readings: Sequence[Reading], slow: float) -> list[Finding]:
     """Name what is wrong, then what is slow, which is `slow` x the median of all. What is of a node is said once, of its first rank."""
     kind = "cuda" if any(reading.kind == "cuda" for reading in readings) else "cpu"
     findings = [Finding(reading.rank, reading.host, what, fatal=True) for reading in readings for what in _faults(reading, kind)]

@@ -17,7 +17,7 @@ log = logging.getLogger("fulltune")
 DISAGREEMENT = 1e-5
 """Largest relative difference of the gradient norm between ranks."""
 WINDOW, FEWEST = 100, 20
-"""Steps that are remembered, and steps that must be before any is judged."""
+"""Steps that are remembered, and steps that must be before a limit is known."""
 TO_SIGMA = 1.4826
 """Standard deviations in a median absolute deviation of normal numbers."""
 LEAST = 0.05
@@ -59,7 +59,7 @@ def _median(ordered: list[float]) -> float:
 
 
 class Spikes:
-    """The last ordinary steps of a run; a function of its metrics, so that a continued run judges as one that was not stopped."""
+    """The last ordinary steps of a run; a function of its metrics, so that a continued run has the limits of one that was not stopped."""
 
     def __init__(self, threshold: float) -> None:
         """Remember nothing yet."""

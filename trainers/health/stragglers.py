@@ -1,4 +1,4 @@
-"""Who slows all ranks down. In synchronous training all steps take equally long: a rank is judged by what it does by itself."""
+"""Who slows all ranks down. In synchronous training all steps take equally long: what counts is what a rank does by itself."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ DATA_SHARE = 0.05
 
 
 @dataclass(frozen=True)
-class Slow:
+class Straggler:
     """What of a rank is slow (its device or its data), and by what factor."""
 
     what: str
     factor: float
 
 
-def slow_ranks(data_s: list[float], product_s: list[float], step_s: float, slow: float, slice_s: float) -> dict[int, Slow]:
+def find_stragglers(data_s: list[float], product_s: list[float], step_s: float, slow: float, slice_s: float) -> dict[int, Straggler]:
     """Return the ranks of which data or device take more than `slow` x the median of all, in seconds by rank."""
     data = outliers(dict(enumerate(data_s)), slow, max(slice_s, DATA_SHARE * step_s))
     device = outliers(dict(enumerate(product_s)), slow, slice_s)
-    found = {rank: Slow("data", factor) for rank, factor in data.items()}
-    return found | {rank: Slow("device", factor) for rank, factor in device.items()}  # a slow device takes longer for data too
+    found = {rank: Straggler("data", factor) for rank, factor in data.items()}
+    return found | {rank: Straggler("device", factor) for rank, factor in device.items()}  # a slow device takes longer for data too
 
 
-class Named:
+class Reported:
     """The ranks that are named: those that were slow, and have not been quick since, IN_A_ROW gatherings long."""
 
     def __init__(self) -> None:
         """Name nobody."""
-        self.slow: dict[int, Slow] = {}
+        self.slow: dict[int, Straggler] = {}
         self.streaks: dict[int, int] = {}
 
-    def update(self, found: Mapping[int, Slow]) -> tuple[list[int], list[int]]:
+    def update(self, found: Mapping[int, Straggler]) -> tuple[list[int], list[int]]:
         """Take what one gathering found; return the ranks that are named from now on, and those that are no longer."""
         differ = found.keys() ^ self.slow.keys()
         self.streaks = {rank: self.streaks.get(rank, 0) + 1 for rank in differ}
@@ -69,7 +69,7 @@ class Stragglers:
 
     def __init__(self, world: World, slow: float) -> None:
         """Prepare the probe; collective."""
-        self.world, self.slow, self.named = world, slow, Named()
+        self.world, self.slow, self.named = world, slow, Reported()
         self.data_s: deque[float] = deque(maxlen=WINDOW)
         self.product_s: deque[float] = deque(maxlen=WINDOW)
         self.probe_every, self.gathered_at = 1, 0
@@ -83,7 +83,7 @@ class Stragglers:
             self.product_s.append(self.product.seconds())
 
     def gather(self, step: int, data_s: float, step_s: float) -> dict[str, Any]:
-        """Take the seconds of a step until its first collective, and of the whole; every EVERY steps, judge. Collective.
+        """Take the seconds of a step until its first collective, and of the whole; every EVERY steps, compare. Collective.
 
         Not before there are WINDOW new probes. Returns, on rank 0 after a gathering, the ranks that are named.
         """
@@ -100,7 +100,7 @@ class Stragglers:
         if self.world.rank != 0:
             return {}
         slice_s = SLICE_S[self.world.device.type]
-        new, gone = self.named.update(slow_ranks(figures[:size], figures[size:], step_s, self.slow, slice_s))
+        new, gone = self.named.update(find_stragglers(figures[:size], figures[size:], step_s, self.slow, slice_s))
         for rank in new:
             slow = self.named.slow[rank]
             reason = f"its {slow.what} takes {slow.factor:.1f} x the median of all (limits.slow_node)"

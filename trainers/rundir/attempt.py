@@ -144,11 +144,11 @@ class Attempt:
                 staging.rename(path)
                 return True
 
-    def set_status(self, state: str, **more: object) -> None:
+    def set_status(self, state: State, **more: object) -> None:
         """Update status.json: the state and whatever else is known, where the rules of ending.py let it follow what is there."""
         with _alone(self.run_dir):
             known = read_json(self.run_dir / STATUS)
-            self._write_status(with_state(known, self._ended(known), State(state)), **more)
+            self._write_status(with_state(known, self._ended(known), state), **more)
 
     def record_failure(self, error: dict[str, Any], at: float, together_s: float = 0.0, over_stop: bool = False) -> bool:
         """Mark the run failed with an error of the time `at`, where the rules of ending.py let it; tell whether it was."""
@@ -160,7 +160,7 @@ class Attempt:
         of_slurm = {} if self._slurm_attempt is None else {"slurm_attempt": self._slurm_attempt}
         return status is not None and self.write_json(self.run_dir / STATUS, status | {"time": time.time()} | of_slurm | more)
 
-    def has_ended(self, *states: str) -> bool:
+    def has_ended(self, *states: State) -> bool:
         """Tell whether status.json says one of these states, of this attempt; False where it cannot be read."""
         return self._ended(read_status(self.run_dir)) in states
 

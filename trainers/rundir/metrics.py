@@ -21,7 +21,7 @@ from trainers.config.schema import Precision, RunConfig, WandbMode
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.mirror import Mirror
 from trainers.rundir.paths import METRICS, log_file
-from trainers.rundir.rows import Kind, Row, finite, kind_of, number, read_rows, until
+from trainers.rundir.rows import Kind, Row, finite, number, read_rows, until
 
 log = logging.getLogger("fulltune")
 console = Console(stderr=True)
@@ -127,8 +127,8 @@ class Metrics:
             staging.rename(self.path)
         return kept
 
-    def write(self, row: Row, figures: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Append a row with its kind, unless a newer attempt has begun to; readers see whole lines. A non-finite number becomes null.
+    def write(self, kind: Kind, row: Row, figures: Mapping[str, float] = MappingProxyType({})) -> None:
+        """Append a row of this kind, unless a newer attempt has begun to; readers see whole lines. A non-finite number becomes null.
 
         `figures` are an objective's own numbers: they go into the row under their names, and into the progress line.
         """
@@ -136,21 +136,20 @@ class Metrics:
             return
         if taken := row.keys() & figures.keys():
             raise ValueError(f"a value of the objective has the name of another number: {', '.join(sorted(taken))}")
-        row = {"kind": kind_of(row)} | finite({**row, **figures})
+        row = {"kind": kind} | finite({**row, **figures})
         with self.path.open("a") as file:
             if not os.path.samestat(os.fstat(file.fileno()), self.file) and not self.attempt.is_current(at_once=True):
                 return
             file.write(json.dumps(row, allow_nan=False) + "\n")
         if self.mirror is not None:
             self.mirror.log(row)
-        self._show(row, "".join(f"  {name} {value:.4g}" for name, value in figures.items()))
+        self._show(kind, row, "".join(f"  {name} {value:.4g}" for name, value in figures.items()))
 
-    def _show(self, row: Row, more: str) -> None:
-        kind = kind_of(row)
-        if kind == Kind.evaluation:
+    def _show(self, kind: Kind, row: Row, more: str) -> None:
+        if kind is Kind.evaluation:
             tokens = f"{row['eval_tokens']:,}"
             log.info("step %d: held-out loss %.4f%s over %s tokens", row["step"], number(row["eval_loss"]), more, tokens)
-        if kind != Kind.step:
+        if kind is not Kind.step:
             return
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.update(self.task, completed=row["step"], loss=loss, more=more, speed=f"{row['tokens_per_second']:,.0f}")
