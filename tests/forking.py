@@ -1,12 +1,12 @@
-"""Start `python -m NAME` and `python -c TEXT` in milliseconds: as a fork of a process that has imported what all of ours import.
+"""Start `python -m NAME` and `python -c TEXT` in milliseconds, as forks of a process that has imported torch and transformers.
 
-Importing torch and transformers is four fifths of a short run. Here every process has a child of its own, its forker, that has
-imported them and done nothing else. To start Python a process asks its forker. The fork becomes a child of the process that asked,
-and has what a started program has: its own pid, signals, environment, working directory, open files, /proc entries, and a forker.
-Our own code is not imported beforehand: each process loads it anew, from its own PYTHONPATH.
+Importing them is four fifths of a short run. Here every process has a child of its own, its forker, that has imported them and done
+nothing else. To start Python, a process asks its forker, whose fork becomes a child of the process that asked (the fork's parent
+exits, and PR_SET_CHILD_SUBREAPER hands it over). The fork has what a started program has: its own signals, environment, working
+directory, open files, /proc entries, and a forker. It imports our code anew, from its own PYTHONPATH.
 
-Two things differ from a real start: all share the seed of hash(), and the memory of imports. A process starts for real where
-FULLTUNE_FORK is not in its environment, where a variable that imports read differs, or where another program starts it.
+Two things differ from a real start: all forks share the seed of hash() and the pages of imported modules. Python is started for real
+where FULLTUNE_FORK is not in the environment, where a variable that imports read differs, or where another program starts it.
 """
 
 from __future__ import annotations
@@ -233,11 +233,14 @@ def wait_for_request(connection: socket.socket) -> tuple[dict[str, Any], list[in
             os._exit(0)
         between = os.fork()
         if between == 0:
+            between = os.getpid()
             if os.fork() != 0:
                 os._exit(0)
-            request = pickle.loads(content)
-            while os.getppid() != request["parent"]:
+            while os.getppid() == between:
                 os.sched_yield()
+            request = pickle.loads(content)
+            if os.getppid() != request["parent"]:  # died meanwhile
+                os._exit(1)
             return request, files
         os.waitpid(between, 0)
         close(files)
