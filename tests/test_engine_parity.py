@@ -137,8 +137,17 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool, str]
     return reference
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("size", [1, 2, 3])
+QUICK = [(1, "fsdp"), (2, "fsdp"), (2, "fsdp_offload"), (3, "zero3")]
+SIZES = [
+    pytest.param(size, engine, marks=[] if (size, engine) in QUICK else pytest.mark.slow)
+    for size in (1, 2, 3)
+    for engine in ("fsdp", "fsdp_offload", "zero3")
+]
+
+
+@pytest.mark.parametrize(
+    ("size", "engine"), [*SIZES, *(pytest.param(size, "zero3_offload", marks=pytest.mark.cpu_adam) for size in (1, 2, 3))]
+)
 def test_llama_equals_the_plain_loop(ranks: Callable[[int], Ranks], references: Any, size: int, engine: str) -> None:
     cases = {1: [(True, "adamw")], 2: [(True, "adamw"), (False, "adamw"), (True, "sgd")], 3: [(False, "adamw"), (True, "sgd")]}
     for tied, optim in cases[size]:
@@ -154,7 +163,7 @@ def test_llama_equals_the_plain_loop(ranks: Callable[[int], Ranks], references: 
         (2, {"engine.replicate": 2}),
         (4, {"engine.replicate": 2, "engine.shard": 2}),
         (2, {"engine.sync_each_microbatch": False}),
-        (4, {"engine.replicate": 2, "engine.sync_each_microbatch": False}),
+        pytest.param(4, {"engine.replicate": 2, "engine.sync_each_microbatch": False}, marks=pytest.mark.slow),
         (2, {"engine.reshard_after_forward": False, "engine.prefetch": 2}),
         (2, {"engine.offload_optimizer": Offload.cpu}),
     ],
@@ -168,11 +177,14 @@ def test_fsdp_knobs_change_no_figure(ranks: Callable[[int], Ranks], references: 
 @pytest.mark.parametrize(
     "more",
     [
-        {"engine.sub_group_size": 1000},
+        pytest.param({"engine.sub_group_size": 1000}, marks=pytest.mark.slow),
         pytest.param({"engine.offload_optimizer": Offload.cpu, "engine.sub_group_size": 1000}, marks=pytest.mark.cpu_adam),
-        {"engine.offload_param": Offload.cpu},
+        pytest.param({"engine.offload_param": Offload.cpu}, marks=pytest.mark.slow),
         {"engine.param_persistence_threshold": 0, "engine.overlap_comm": False, "engine.reduce_bucket_size": 4096},
-        {"engine.overrides": {"zero_optimization": {"contiguous_gradients": False, "stage3_max_live_parameters": 10000}}},
+        pytest.param(
+            {"engine.overrides": {"zero_optimization": {"contiguous_gradients": False, "stage3_max_live_parameters": 10000}}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -189,8 +201,17 @@ STYLES = {
 }
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-@pytest.mark.parametrize("style", STYLES)
+QUICK_STYLES = [("mixtral", "fsdp"), ("qwen3", "fsdp"), ("gemma2", "zero3"), ("gpt2", "zero3")]
+
+
+@pytest.mark.parametrize(
+    ("style", "engine"),
+    [
+        pytest.param(style, engine, marks=[] if (style, engine) in QUICK_STYLES else pytest.mark.slow)
+        for style in STYLES
+        for engine in ("fsdp", "zero3")
+    ],
+)
 def test_other_architectures_equal_the_plain_loop(ranks: Callable[[int], Ranks], tmp_path: Path, style: str, engine: str) -> None:
     torch.manual_seed(0)
     common = {key: value for key, value in TINY.items() if style != "gpt2" or not key.startswith(("hidden", "inter", "num", "max"))}
@@ -200,7 +221,7 @@ def test_other_architectures_equal_the_plain_loop(ranks: Callable[[int], Ranks],
     assert_same_run(ranks(2).call(train_on_ranks, tmp_path / "model", 2, engine)[0], reference)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_activation_checkpointing_changes_nothing(ranks: Callable[[int], Ranks], tiny_llama: Path, engine: str) -> None:
     runs = [partial(train_on_ranks, activation_checkpointing=on) for on in (False, True)]
     plain, checkpointed = (ranks(2).call(run, tiny_llama, 1, engine)[0] for run in runs)
@@ -208,7 +229,7 @@ def test_activation_checkpointing_changes_nothing(ranks: Callable[[int], Ranks],
     assert plain["norms"] == checkpointed["norms"]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [ENGINES[0], *(pytest.param(engine, marks=pytest.mark.slow) for engine in ENGINES[1:3]), ENGINES[3]])
 def test_bf16_stays_near_float32(ranks: Callable[[int], Ranks], references: Any, engine: str) -> None:
     """Within 1 % over 20 steps; a bfloat16 number has 8 bits, 0.4 %, and losses are means over many."""
     folder, reference = references(True, "adamw")
