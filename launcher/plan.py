@@ -67,7 +67,7 @@ def plan(jobs: Sequence[Job], compose: Compose | None = None) -> int:
 def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
     """Raise ConfigError where a run does not fit the GPUs that it would be submitted to; what cannot be known stops nothing.
 
-    A run that has begun is not planned, nor is one whose plan stands in its directory already, of the same settings and code.
+    A run that has begun is not planned, nor is one whose plan is in its directory already, of the same settings and code.
     """
     for job in jobs:
         require_joinable(job)
@@ -105,7 +105,7 @@ def _plan_what_can_be(requests: list[Request]) -> None:
 
 
 def _refused(job: Job, found: dict[str, Any]) -> ConfigError:
-    """Return what stands against a run: its host memory, or that of its GPUs."""
+    """Return what keeps a run from fitting: its host memory, or that of its GPUs."""
     force = "python -m launcher ... mode=plan says what would make it fit; launch.force=true submits it all the same"
     if found["host_short"]:
         memory = job.launch.memory

@@ -18,7 +18,7 @@ from tools.bench.methods import SAME, Result, Trial, recommended_lr, require_sam
 
 
 def test_methods_are_compared_at_equal_tokens(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    """Two methods that run and one that the config refuses; stopped after the first run, the same command goes on from there."""
+    """Two methods that run and one that the config refuses; stopped after the first run, the same command continues from there."""
     out, runs = tmp_path / "figures.md", tmp_path / "runs"
     out.write_text("# By hand\n")
     given = ["--model", str(base), "--data", str(chats), "--methods", "none", "ia3", "prompt", "--runs", str(runs), "--out", str(out)]
@@ -32,7 +32,7 @@ def test_methods_are_compared_at_equal_tokens(base: Path, chats: Path, cache: Pa
     finally:
         stopped.kill()
     assert stopped.returncode == 130, said
-    assert "goes on from there" in said[1]
+    assert "continues from there" in said[1]
     assert "| IA3 | not run |" in said[0]
     wait_until_gone(next(runs.glob("ia3-*")))
     assert out.read_text() == "# By hand\n"

@@ -1,4 +1,4 @@
-"""Harm a run's checkpoints in earnest, and see that the run goes on from the newest complete one by itself.
+"""Harm a run's checkpoints for real, and check that the run continues from the newest complete one by itself.
 
 python -m tools.chaos save --kills 30
 python -m tools.chaos save --kills 3 --engine zero3 --dir /tmp/chaos
@@ -46,7 +46,7 @@ KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "rows_hash", "eval
 
 
 class Wrong(Exception):
-    """A run that did not go on as it must."""
+    """A run that did not continue as it must."""
 
 
 @dataclass(kw_only=True)
@@ -114,7 +114,7 @@ class Harmed:
         folder = self.run_dir / "checkpoints"
         left = set(folder.glob(".step-*.tmp"))  # by attempts that were killed
         size = max((_size(path) for path in steps(folder)), default=1 << 20)
-        offset, at = self.rng.randrange(size), "behind a save"
+        offset, at = self.rng.randrange(size), "after a save"
 
         def is_there() -> bool:
             nonlocal at
@@ -256,7 +256,7 @@ def plant(run: Harmed) -> str:
 
 
 def small_disk(run: Harmed) -> str:
-    """Move the checkpoints to a full disk of 3 MB: no save succeeds, the older ones stay, the run goes on."""
+    """Move the checkpoints to a full disk of 3 MB: no save succeeds, the older ones stay, the run continues."""
     folder, kept = run.run_dir / "checkpoints", run.run_dir / "kept"
     newest = list(run.complete())[-1]
     if os.geteuid() or _size(newest) > SMALL_DISK - (1 << 18):
@@ -283,7 +283,7 @@ def small_disk(run: Harmed) -> str:
 
 
 def read_only(run: Harmed) -> str:
-    """Make the folder of checkpoints read-only: no save succeeds, the older ones stay, the run goes on."""
+    """Make the folder of checkpoints read-only: no save succeeds, the older ones stay, the run continues."""
     folder = str(run.run_dir / "checkpoints")
     if os.geteuid():
         os.chmod(folder, 0o555)
@@ -306,7 +306,7 @@ def read_only(run: Harmed) -> str:
 
 def _kill_when_saved(run: Harmed, step: int) -> str:
     run.attempt_until(lambda: run.newest() >= step)
-    return f"killed behind step {step}"
+    return f"killed after step {step}"
 
 
 def _kill_when_said(run: Harmed, words: str) -> None:

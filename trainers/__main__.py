@@ -122,7 +122,7 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
             return Exit.superseded
         first = attempt.record_failure({"rank": world.rank, "host": socket.gethostname(), "exit_code": code} | error, at)
         stopped = not first and attempt.has_ended(State.preempted)
-    except Exception as other:  # a full disk, no memory, a file that is no JSON
+    except Exception as other:  # a full disk, no memory, a file that is not JSON
         unwritten = f"\n(status.json could not be written: {other})"
     shown = unwritten or (first and "FULLTUNE_LAUNCHER" not in os.environ)
     log.log(logging.ERROR if shown else logging.DEBUG, "rank %d: %s%s", world.rank, error.get("traceback") or error["message"], unwritten)
@@ -207,7 +207,7 @@ def train_and_export(
 
 
 def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) -> None:
-    """Refuse documents longer than a model's learned positions; rotary positions go on, with a warning."""
+    """Refuse documents longer than a model's learned positions; rotary positions continue, with a warning."""
     limit, learned = positions_limit(blueprint.config)
     longest = max(int(np.diff(table.offsets).max()) for table in (data.train, data.eval) if table is not None)
     if limit is None or longest <= limit:
@@ -215,7 +215,7 @@ def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) ->
     reason = f"documents have up to {longest} tokens, the model was made for {limit} positions"
     if learned:
         raise ConfigError("data.seq_len", config.data.seq_len, reason, f"data.seq_len={limit}")
-    log.warning("data.seq_len = %d: %s; it has not learned what lies behind: data.seq_len=%d", config.data.seq_len, reason, limit)
+    log.warning("data.seq_len = %d: %s; it has not learned later positions: data.seq_len=%d", config.data.seq_len, reason, limit)
 
 
 def _require_same_data(run_dir: Path, data: Prepared) -> None:

@@ -193,7 +193,7 @@ def _advanced(progress: Progress, sizes: Sizes, taken: bool, seconds: float, num
 def _row(
     progress: Progress, result: StepResult, lr: float, sizes: Sizes, seconds: float, asked: Asked, epoch: float, row_ids: Ints
 ) -> dict[str, Any]:
-    """Return what metrics.jsonl says of a step, the objective's own figures aside."""
+    """Return what metrics.jsonl says of a step, without the objective's own numbers."""
     return {
         "step": progress.step,
         "epoch": epoch,
@@ -238,7 +238,7 @@ def _go_back(
 
 
 def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
-    """Return the figures of summary.json that the loop knows; collective."""
+    """Return the values of summary.json that the loop knows; collective."""
     progress, losses = outcome.progress, outcome.eval_losses
     device_peak, host_peak = world.max([float(device_bytes_peak() or 0), float(host_bytes_peak())])
     seconds = max(progress.seconds, 1e-9)

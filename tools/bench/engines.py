@@ -1,4 +1,4 @@
-"""Engines beside each other on the same random model and rows."""
+"""Engines next to each other on the same random model and rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
     """And of each step: whether a save was in flight at its end."""
 
     def median(self, figure: str) -> float | None:
-        """Return a figure's median over the steps after the first; None where it is not known."""
+        """Return a metric's median over the steps after the first; None where it is not known."""
         values = [row[figure] for row in self.steps[1:] if row[figure] is not None]
         return statistics.median(values) if values else None
 
@@ -56,7 +56,7 @@ class Run:
         return " to ".join("not finite" if row["loss"] is None else f"{row['loss']:.4f}" for row in (self.steps[0], self.steps[-1]))
 
     def difference(self, other: Run, figure: str) -> float:
-        """Return the largest relative difference of a figure to another run's over all steps; infinite where one is not finite."""
+        """Return the largest relative difference of a metric to another run's over all steps; infinite where one is not finite."""
         pairs = [(ours[figure], theirs[figure]) for ours, theirs in zip(self.steps, other.steps, strict=True)]
         return max(math.inf if None in pair else abs(pair[0] - pair[1]) / max(abs(pair[1]), 1e-30) for pair in pairs)
 

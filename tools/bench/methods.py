@@ -1,4 +1,4 @@
-"""Parameter-efficient methods beside full fine-tuning: the same rows in the same order, each run by the command that a user types."""
+"""Parameter-efficient methods next to full fine-tuning: the same rows in the same order, each run by the command that a user types."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ METHODS = {
 CONF = Path(__file__).parents[2] / "conf"
 CLASSES = ("frozen", "trainable", "gradients", "optimizer")
 SAME = ("steps", "rows", "tokens", "input_tokens", "skipped_steps", "eval_tokens", "prepared")
-"""Figures that all runs must have in common."""
+"""Values that all runs must have in common."""
 ADALORA_STEPS = 3600
 """About the steps of the runs that conf/peft/adalora.yaml has its schedule from."""
 BAD_INPUT = 2
@@ -95,7 +95,7 @@ class Result:
         return None if best is None or math.isinf(self.trials[best].loss) else best
 
     def further(self, most: int) -> list[int]:
-        """Return the place of one more rate, beside the best where that is the first or the last, unless there are enough."""
+        """Return the place of one more rate, next to the best where that is the first or the last, unless there are enough."""
         best = self.best()
         if best is None or len(self.trials) >= most:
             return []
@@ -145,7 +145,7 @@ def run(options: argparse.Namespace) -> int:
                     _go_on(options, method, result, bar)
     except KeyboardInterrupt:
         print(_section(options, results), end="")
-        print(f"stopped: what is finished stays in {options.runs}, and the same command goes on from there", file=sys.stderr)
+        print(f"stopped: what is finished stays in {options.runs}, and the same command continues from there", file=sys.stderr)
         return STOPPED
     text, trials = _section(options, results), _trials(results)
     print(text, end="")
@@ -280,7 +280,7 @@ def _try(options: argparse.Namespace, method: str, lr: float, show: Callable[[in
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Let a run that goes on save and stop."""
+    """Let a run that continues save and stop."""
     if child.poll() is None:
         child.terminate()
         try:
@@ -300,7 +300,7 @@ def _why(run_dir: Path, log: Path) -> str:
 
 
 def _read(run_dir: Path, lr: float, is_old: bool) -> Trial:
-    """Return what a finished run leaves behind."""
+    """Return what a finished run leaves."""
     figures = json.loads((run_dir / "summary.json").read_text("utf-8"))
     rows = read_rows(run_dir)
     figures["eval_tokens"] = evaluations(rows)[0]["eval_tokens"]

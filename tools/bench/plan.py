@@ -1,4 +1,4 @@
-"""A plan's bytes beside those of real runs on this machine's CPU: state to the byte, and the peak of tensors."""
+"""A plan's bytes next to those of real runs on this machine's CPU: state to the byte, and the peak of tensors."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ GPU_CASES = [
 
 
 def run_gpu(options: argparse.Namespace) -> None:
-    """Print, and write to `--out`, predicted peaks beside torch.cuda.max_memory_allocated; raises RuntimeError where one is further off."""
+    """Print, and write to `--out`, predicted peaks and torch.cuda.max_memory_allocated; raises RuntimeError where one is further off."""
     import torch
 
     if not torch.cuda.is_available():
@@ -170,7 +170,7 @@ def run_gpu(options: argparse.Namespace) -> None:
                 wrong.append(lines[-1])
     if options.out is not None:
         machine = f"{gpu_words(torch.cuda.get_device_name())}, {versions('torch', 'transformers', 'peft')}, {date.today().isoformat()}"
-        put_section(options.out, "\n".join(["## A plan beside real runs", "", f"`{options.line}` ({machine})", "", *lines]))
+        put_section(options.out, "\n".join(["## A plan next to real runs", "", f"`{options.line}` ({machine})", "", *lines]))
     if wrong:
         raise RuntimeError("\n".join(wrong))
 
@@ -189,7 +189,7 @@ def run(options: argparse.Namespace) -> None:
         run_gpu(options)
         return
     cases = [case for case in CASES if case.ranks in options.ranks and case.size in options.sizes]
-    table = Table("ranks", "run", "parameters", "state bytes", title="a plan beside real runs")
+    table = Table("ranks", "run", "parameters", "state bytes", title="a plan next to real runs")
     for column in ("peak: predicted", "traced", "ratio", "torch's allocator, with gloo's copies", "ratio"):
         table.add_column(column, justify="right")
     wrong = []

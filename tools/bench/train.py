@@ -1,4 +1,4 @@
-"""The loop, beside a bare transformers loop."""
+"""The loop, next to a bare transformers loop."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Training:
 
 @contextmanager
 def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dict[str, Any]]]:
-    """Give a rank its training, its order and a place for a Run's figures; leave these, or why there are none, in run_dir.
+    """Give a rank its training, its order and a place for a Run's numbers; leave these, or why there are none, in run_dir.
 
     It trains with the preset's engine, from random weights, in our loop, on rows that depend on nothing but their number.
     """

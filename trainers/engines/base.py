@@ -180,7 +180,7 @@ def require_host(config: RunConfig, world: World, built: Engine) -> None:
         host.require_host_memory(needed, host.memory_limit(world.local_size), "engine.offload_optimizer", str(engine.offload_optimizer))
     except ConfigError as error:
         refused = (error.path, error.value, error.reason, error.remedy)
-    for parts in world.gather(refused):  # each node has a limit of its own, and no rank may go on alone
+    for parts in world.gather(refused):  # each node has a limit of its own, and no rank may continue alone
         if parts is not None:
             raise ConfigError(*parts)  # type: ignore[misc]
     log.info("host memory: about %s a node (%s)", in_bytes(needed.total), needed)
@@ -202,7 +202,7 @@ def counted(total: int, trained: int) -> str:
 
 
 def unpacked_numel(adaptation: Adaptation, name: str, stored: int) -> int:
-    """Return how many parameters a tensor stands for, of which `stored` elements are kept."""
+    """Return how many parameters a tensor represents, of which `stored` elements are kept."""
     return math.prod(adaptation.packed[name]) if name in adaptation.packed else stored
 
 

@@ -167,7 +167,7 @@ class ZeRO3Engine:
         require_tied(self.model)
 
     def _read_buffers(self, origin: Origin, made: dict[str, Any]) -> None:
-        """Read what is no parameter; raises RuntimeError if anything of the model stays unwritten."""
+        """Read what is not a parameter; raises RuntimeError if anything of the model stays unwritten."""
         names, buffers = set(origin.names()), dict(self.model.named_buffers())
         for name in names - set(made):
             buffers[name].copy_(origin.read(name, (0,) * buffers[name].ndim, tuple(buffers[name].shape)))
@@ -212,7 +212,7 @@ class ZeRO3Engine:
             self.optimizer._optimizer_states_and_gradient_swap_out(number)
 
     def _sub_groups(self) -> Iterator[tuple[int, Tensor, dict[str, tuple[int, int]]]]:
-        """Yield each sub-group: its number, its flat master weights, and where each parameter's elements stand in them."""
+        """Yield each sub-group: its number, its flat master weights, and where each parameter's elements are in them."""
         names = {p.ds_id: name for name, p in self.parameters.items()}
         for number, group in enumerate(self.optimizer.fp16_groups):
             places, offset = {}, 0
@@ -295,7 +295,7 @@ class ZeRO3Engine:
         self._gather_persistent()
 
     def _clear_gradients(self) -> None:
-        """Leave no gradient behind: DeepSpeed would take it again for a parameter that gets none in the next step."""
+        """Leave no gradient: DeepSpeed would take it again for a parameter that gets none in the next step."""
         self.optimizer.grad_partitions_flat_buffer.zero_()
         for master in self.optimizer.fp32_partitioned_groups_flat:
             if master.grad is not None:

@@ -47,7 +47,7 @@ from trainers.peft.update import Part
 from trainers.world import World
 
 STRAY_SHARE = 0.1
-"""Largest share of all parameters that may stand outside blocks and embeddings."""
+"""Largest share of all parameters that may be outside blocks and embeddings."""
 
 
 class FSDPEngine:
@@ -281,7 +281,7 @@ class FSDPEngine:
         }
 
     def close(self) -> None:
-        """Do nothing: all that is left behind is in the run directory."""
+        """Do nothing: all that remains is in the run directory."""
 
     def _layout(self) -> str:
         """Say how the model is cut: groups, the largest one's share, ranks, and copies where there are several."""
@@ -308,9 +308,7 @@ def require_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
     if sum(stray.values()) > STRAY_SHARE * total:
         largest = max(stray, key=lambda name: stray[name])
         share = sum(stray.values()) / total
-        reason = (
-            f"{share:.0%} of {type(model).__name__} stands outside its blocks ({largest}, ...): it would be gathered whole on every rank"
-        )
+        reason = f"{share:.0%} of {type(model).__name__} is outside its blocks ({largest}, ...): it would be gathered whole on every rank"
         raise ConfigError("engine.name", "fsdp", reason, remedy)
 
 

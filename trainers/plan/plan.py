@@ -1,4 +1,4 @@
-"""A plan: whether a run fits, where its memory goes, what it sends, saves and costs. Plain figures, as plan.json holds them."""
+"""A plan: whether a run fits, where its memory goes, what it sends, saves and costs. Plain numbers, as plan.json holds them."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Plan:
     capacity: dict[str, float] = field(default_factory=dict)
     """Bytes by device."""
     needed: dict[str, float] = field(default_factory=dict)
-    """Bytes of the device by device: the tensors, the allocator's slack, and what stands outside of it."""
+    """Bytes of the device by device: the tensors, the allocator's slack, and what is outside of it."""
     peak: dict[str, float]
-    """Bytes by kind where tensors stand highest."""
+    """Bytes by kind where tensors are highest."""
     peak_at: str
     slack: int
     state: dict[str, int]
@@ -86,7 +86,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     assumptions: list[str] = field(default_factory=list)
     moments: list[dict[str, Any]] = field(default_factory=list)
-    """The step, moment by moment: `name`, `microbatch`, `block`, and bytes by kind where memory stands highest in each."""
+    """The step, moment by moment: `name`, `microbatch`, `block`, and bytes by kind where memory is highest in each."""
     overrides: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -266,7 +266,7 @@ def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, 
 
 
 def _export(config: RunConfig, simulation: Simulation, saved: int) -> list[Moment]:
-    """Return the moment in which the largest tensor stands whole on a device to be written; those of adapters are small."""
+    """Return the moment in which the largest tensor is whole on a device to be written; those of adapters are small."""
     if config.engine.offload_param is not Offload.none or simulation.adapter_bytes:
         return []
     end = simulation.moments[-1]

@@ -36,7 +36,7 @@ def say(plan: Plan, console: Console) -> None:
 
 
 def _memory(plan: Plan) -> Table:
-    table = Table("memory of a rank where it stands highest", "bytes", title=plan.peak_at, title_justify="left", box=None, padding=(0, 2))
+    table = Table("memory of a rank at its peak", "bytes", title=plan.peak_at, title_justify="left", box=None, padding=(0, 2))
     table.columns[1].justify = "right"
     for kind, words in WORDS.items():
         table.add_row(words, in_bytes(plan.peak.get(str(kind), 0.0)))

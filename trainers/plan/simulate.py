@@ -32,7 +32,7 @@ from trainers.step import take_step
 from trainers.world import World
 
 MICROBATCHES = 3
-"""The first, which finds no gradients, the last, which may reduce them, and one that stands for all between."""
+"""The first, which finds no gradients, the last, which may reduce them, and one for all between."""
 LR = 1e-3
 """Of the simulated step: no number of a plan depends on it."""
 
@@ -72,13 +72,13 @@ class Simulation:
     update_bytes: int
     """Bytes that the method itself keeps of what is trained, over all ranks, as AdaLoRA its importance."""
     slack: int
-    """Bytes that torch's allocator needs beyond those of tensors where these stand highest."""
+    """Bytes that torch's allocator needs beyond those of tensors where these are highest."""
     reserved: int | None
     """Bytes that it takes where the device has them; None where two depths tell of all, for it grows with gaps and not in a line."""
 
     @property
     def peak(self) -> Moment:
-        """Return the moment in which the device's memory stands highest."""
+        """Return the moment in which the device's memory is highest."""
         return max(self.moments, key=lambda moment: moment.total)
 
 
@@ -99,7 +99,7 @@ def ranks(size: int, local_size: int) -> Iterator[World]:
 def simulate(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, gpus: bool = False) -> Simulation:
     """Take a step of rows of `seq_len` tokens with the config's engine; with `gpus` what is offloaded is not counted on the device.
 
-    Where blocks repeat themselves, two depths are simulated and all figures continued from there in a straight line.
+    Where blocks repeat themselves, two depths are simulated and all numbers continued from there in a straight line.
     Raises ConfigError for what the engine or the method refuses.
     """
     depths = _two_depths(config, blueprint, world)
@@ -119,7 +119,7 @@ class _Depths:
 
     @property
     def edge(self) -> int:
-        """Return how many blocks are taken as they stand at the beginning; the others of `few` are at the end."""
+        """Return how many blocks are taken as they are at the beginning; the others of `few` are at the end."""
         return self.few // 2
 
 
@@ -167,7 +167,7 @@ def shortened(blueprint: Blueprint, depth: int) -> Blueprint:
 
 
 def _continued(few: Simulation, more: Simulation, depths: _Depths) -> Simulation:
-    """Continue each figure of two depths to the full one: blocks at the ends as they are there, those between in a straight line."""
+    """Continue each number of two depths to the full one: blocks at the ends as they are there, those between in a straight line."""
     slope = (depths.full - depths.few) / depths.period
 
     def line(a: float, b: float) -> float:
@@ -214,7 +214,7 @@ def _all_blocks(group: list[Moment], depths: _Depths) -> list[Moment]:
 
 
 def _place(moment: Moment, depth: int, edge: int) -> tuple[str, int | None, int | None]:
-    """Return a moment's name, microbatch and block; from the end, below 0, for those behind the first `edge` blocks."""
+    """Return a moment's name, microbatch and block; from the end, below 0, for those after the first `edge` blocks."""
     block = moment.block if moment.block is None or moment.block < edge else moment.block - depth
     return moment.name, moment.microbatch, block
 
