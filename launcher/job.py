@@ -31,6 +31,7 @@ from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, escaped, plain, read
 from trainers.plan.request import HardwareConfig, PlanConfig
+from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, newest_attempt, read_state, read_status
 from trainers.rundir.ending import State, with_state
 from trainers.rundir.files import write_json
@@ -51,7 +52,10 @@ PACKAGES = (
 )
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
 CHANGEABLE = ("train.step_timeout_s:", "limits.", "evaluation.")
-OURS = {"config.yaml", "plan.json", "plan.svg", "manifest.json", "code.diff", "status.json", "slurm.json", "slurm", "code"}
+OURS = {
+    *(paths.CONFIG, paths.PLAN, paths.PLAN_PICTURE, paths.MANIFEST, paths.DIFF),
+    *(paths.STATUS, paths.SLURM_RECORD, paths.SLURM, paths.CODE),
+}
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
 """Changes as `git apply` takes them, whatever the user has configured."""
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
@@ -70,7 +74,7 @@ class Job:
     @property
     def config_path(self) -> Path:
         """The frozen config, the only argument of a rank."""
-        return self.run_dir / "config.yaml"
+        return self.run_dir / paths.CONFIG
 
 
 def make_job(config: JobConfig) -> Job:
@@ -123,12 +127,12 @@ def _freeze(job: Job) -> None:
         job.config_path.unlink()
     if job.config_path.exists() or not publish(job.config_path, frozen_text(job.run)):
         _refuse_other_settings(job)
-    if not (job.run_dir / "manifest.json").exists():
+    if not (job.run_dir / paths.MANIFEST).exists():
         version, diff = code_version()
         if diff:
-            publish(job.run_dir / "code.diff", diff)
-        publish(job.run_dir / "manifest.json", json.dumps(manifest(version), indent=2) + "\n")
-    publish(job.run_dir / "status.json", json.dumps({"state": State.submitted, "step": 0, "attempt": 0}) + "\n")
+            publish(job.run_dir / paths.DIFF, diff)
+        publish(job.run_dir / paths.MANIFEST, json.dumps(manifest(version), indent=2) + "\n")
+    publish(job.run_dir / paths.STATUS, json.dumps({"state": State.submitted, "step": 0, "attempt": 0}) + "\n")
 
 
 def publish(path: Path, content: str | bytes) -> bool:
@@ -152,7 +156,7 @@ def publish(path: Path, content: str | bytes) -> bool:
 
 
 def _refuse_other_files(run_dir: Path) -> None:
-    if (run_dir / "config.yaml").exists():
+    if (run_dir / paths.CONFIG).exists():
         return
     others = sorted(path.name for path in run_dir.iterdir() if path.name not in OURS and not path.name.startswith("."))
     if others:
@@ -162,7 +166,7 @@ def _refuse_other_files(run_dir: Path) -> None:
 
 def _never_began(run_dir: Path) -> bool:
     """Tell a run whose ranks refused their input before the first attempt: its settings may be corrected."""
-    return (run_dir / "config.yaml").exists() and read_state(run_dir) == State.failed and not (run_dir / "logs").exists()
+    return (run_dir / paths.CONFIG).exists() and read_state(run_dir) == State.failed and not (run_dir / paths.LOGS).exists()
 
 
 def _refuse_other_settings(job: Job) -> None:
@@ -279,7 +283,7 @@ def _versions() -> dict[str, str]:
 
 def mark_submitted(job: Job) -> None:
     """Forget how the last attempt ended, so that this one's end is not mistaken for it; step and attempt stay."""
-    write_json(job.run_dir / "status.json", with_state(read_status(job.run_dir), None, State.submitted, time=time.time()))
+    write_json(job.run_dir / paths.STATUS, with_state(read_status(job.run_dir), None, State.submitted, time=time.time()))
 
 
 def next_attempt(job: Job) -> Attempt:

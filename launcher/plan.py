@@ -21,6 +21,7 @@ from launcher.process import prepare_child
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
+from trainers.rundir import paths
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import try_json
 from trainers.units import in_bytes
@@ -71,7 +72,7 @@ def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
     """
     for job in jobs:
         require_joinable(job)
-    jobs = [job for job in jobs if not job.launch.force and _place(job.launch).gpus and not (job.run_dir / "logs").exists()]
+    jobs = [job for job in jobs if not job.launch.force and _place(job.launch).gpus and not (job.run_dir / paths.LOGS).exists()]
     wanted = [(job, request_of(job)) for job in jobs]
     new = [request for job, request in wanted if not _known(job, request)]
     if new:
@@ -124,7 +125,7 @@ def _say_fitting(found: dict[str, Any]) -> None:
 
 def _known(job: Job, request: Request) -> dict[str, Any]:
     """Return the plan in a run directory if it answers this request; empty where it does not."""
-    found = try_json(job.run_dir / "plan.json")
+    found = try_json(job.run_dir / paths.PLAN)
     return found if found.get("asked") == asdict(request) and found.get("version") == VERSION else {}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.job import Job
+from trainers.rundir import paths
 from trainers.rundir.files import try_json
 
 ANSWER_S = 20.0
@@ -25,7 +26,7 @@ STUCK = re.compile(
 
 def record_of(run_dir: Path) -> dict[str, Any]:
     """Return `id`, `log` and `time` of the job that was last submitted for a run; empty where there is none."""
-    return try_json(run_dir / "slurm.json")
+    return try_json(run_dir / paths.SLURM_RECORD)
 
 
 def _run(*line: str, timeout_s: float = ANSWER_S) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trainers.rundir import paths
 from trainers.rundir.files import try_json
 from trainers.units import in_bytes, in_time
 
@@ -26,7 +27,7 @@ def print_new(log: Path, shown: int) -> int:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """Return summary.json; empty where there is none that can be read."""
-    return try_json(run_dir / "summary.json")
+    return try_json(run_dir / paths.SUMMARY)
 
 
 def print_summary(run_dir: Path) -> None:

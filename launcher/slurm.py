@@ -24,6 +24,7 @@ from launcher.report import print_new
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config.errors import ConfigError
+from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, read_state
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import write_json
@@ -56,7 +57,7 @@ def submit(job: Job) -> int:
         record = queue.record_of(job.run_dir)
         print(f"job {record['id']} of this run is {state}: nothing to submit\n  stop     scancel {record['id']}")
     else:
-        (record,) = hand_over([job], job.run_dir / "slurm")
+        (record,) = hand_over([job], job.run_dir / paths.SLURM)
         print(
             f"submitted as job {record['id']} ({job.launch.nodes} node(s), {world_size(job.launch)} rank(s)): {job.run_dir}\n"
             f"  queue    squeue -j {record['id']}\n"
@@ -71,7 +72,7 @@ def submit(job: Job) -> int:
 
 def submit_array(jobs: list[Job], folder: Path) -> None:
     """Hand frozen jobs to SLURM as one array, with what submitit sends in `folder`/slurm; raises ConfigError where it refuses."""
-    first = str(hand_over(jobs, folder / "slurm")[0]["id"]).partition("_")[0]
+    first = str(hand_over(jobs, folder / paths.SLURM)[0]["id"]).partition("_")[0]
     print(
         f"submitted as array {first} ({len(jobs)} points, {min(len(jobs), jobs[0].launch.array_parallelism)} at once)\n"
         f"  queue    squeue -j {first}\n"
@@ -124,7 +125,7 @@ def hand_over(jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
         raise _refused(jobs[0], str(error)) from error
     records = [{"id": done.job_id, "log": str(folder / f"{done.job_id}_0_log.out"), "time": time.time()} for done in submitted]
     for job, record in zip(jobs, records, strict=True):
-        write_json(job.run_dir / "slurm.json", record)
+        write_json(job.run_dir / paths.SLURM_RECORD, record)
     return records
 
 
@@ -132,7 +133,7 @@ def commands(job: Job) -> list[str]:
     """Return the text that sbatch gets, with its srun line, and what it amounts to for each rank."""
     python = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(job.run_dir / 'slurm'))}"
     text = _make_sbatch_string(
-        command=python, folder=job.run_dir / "slurm", **parameters(job, job.run_dir / "code" if job.launch.snapshot else ROOT)
+        command=python, folder=job.run_dir / paths.SLURM, **parameters(job, job.run_dir / paths.CODE if job.launch.snapshot else ROOT)
     )
     return [text, *local.rank_lines(job, "<first node of the job>")]
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from launcher.job import ROOT
 from trainers.config.errors import ConfigError
+from trainers.rundir import paths
 
 
 def take(run_dir: Path) -> Path:
     """Copy what git tracks, and what it does not ignore, to RUN_DIR/code once; returns that. Raises ConfigError outside a checkout."""
-    code = run_dir / "code"
+    code = run_dir / paths.CODE
     if code.is_dir():
         return code
     line = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]

@@ -17,6 +17,7 @@ from launcher.queue import ask, record_of
 from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config.errors import ConfigError
+from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, read_status
 from trainers.rundir.checkpoints import newest_step
 from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
@@ -140,7 +141,7 @@ def requeue_elsewhere(job: Job, place: Topology) -> None:
         *record.get("failures", []),
         {"step": newest_step(job.run_dir), "node": node, "message": error.get("message", "")},
     ]
-    write_json(job.run_dir / "slurm.json", record | {"failures": failures})
+    write_json(job.run_dir / paths.SLURM_RECORD, record | {"failures": failures})
     last = [failure["step"] for failure in failures[-FRUITLESS:]]
     if last == [last[0]] * FRUITLESS:
         print(f"failed {FRUITLESS} times in a row without a new checkpoint: not queued again", flush=True)

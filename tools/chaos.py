@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from trainers.rundir import paths
 from trainers.rundir.checkpoints import number_of, steps, why_incomplete
 from trainers.rundir.rows import read_rows
 
@@ -75,7 +76,7 @@ class Harmed:
 
     def complete(self) -> dict[Path, str]:
         """Return the complete checkpoints, oldest first, with a hash of all that is in them."""
-        return {path: _digest(path) for path in steps(self.run_dir / "checkpoints") if not why_incomplete(path)}
+        return {path: _digest(path) for path in steps(self.run_dir / paths.CHECKPOINTS) if not why_incomplete(path)}
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start an attempt."""
@@ -85,7 +86,7 @@ class Harmed:
 
     def newest(self) -> int:
         """Return the highest step that has a folder of the run's own."""
-        return max((step for step in map(number_of, steps(self.run_dir / "checkpoints")) if step != PLANTED), default=0)
+        return max((step for step in map(number_of, steps(self.run_dir / paths.CHECKPOINTS)) if step != PLANTED), default=0)
 
     def attempt_until(self, condition: Callable[[], bool]) -> None:
         """Start an attempt, wait for a condition, and kill its ranks; raises Wrong where it ended before."""
@@ -111,7 +112,7 @@ class Harmed:
     def kill_in_save(self) -> str:
         """Start the run and kill every rank at a random byte of a save; return where that was."""
         wanted = self.newest() + self.rng.randint(1, 2)
-        folder = self.run_dir / "checkpoints"
+        folder = self.run_dir / paths.CHECKPOINTS
         left = set(folder.glob(".step-*.tmp"))  # by attempts that were killed
         size = max((_size(path) for path in steps(folder)), default=1 << 20)
         offset, at = self.rng.randrange(size), "after a save"
@@ -139,7 +140,7 @@ class Harmed:
 
     def begun_from(self) -> int:
         """Return the step that the newest attempt continued from."""
-        logs = sorted((self.run_dir / "logs").glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
+        logs = sorted((self.run_dir / paths.LOGS).glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
         said = (logs[-1] / "rank-0.log").read_text()
         found = [line for line in said.splitlines() if "continuing from" in line]
         return int(found[-1].rpartition(": step ")[2].partition(",")[0]) if found else 0
@@ -193,7 +194,7 @@ def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
             harmful()
             bar.advance(task)
     same = _trace(run.run_dir) == _trace(whole.run_dir)
-    same = same and _digest(run.run_dir / "export") == _digest(whole.run_dir / "export")
+    same = same and _digest(run.run_dir / paths.EXPORT) == _digest(whole.run_dir / paths.EXPORT)
     return report(run, same)
 
 
@@ -246,7 +247,7 @@ def flip_newest(run: Harmed) -> str:
 def plant(run: Harmed) -> str:
     """Copy the newest checkpoint to a name far ahead."""
     newest = list(run.complete())[-1]
-    planted = run.run_dir / "checkpoints" / f"step-{PLANTED}"
+    planted = run.run_dir / paths.CHECKPOINTS / f"step-{PLANTED}"
     shutil.copytree(newest, planted)
     try:
         wanted = _kill_when_saved(run, number_of(newest) + 1)
@@ -257,7 +258,7 @@ def plant(run: Harmed) -> str:
 
 def small_disk(run: Harmed) -> str:
     """Move the checkpoints to a full disk of 3 MB: no save succeeds, the older ones stay, the run continues."""
-    folder, kept = run.run_dir / "checkpoints", run.run_dir / "kept"
+    folder, kept = run.run_dir / paths.CHECKPOINTS, run.run_dir / "kept"
     newest = list(run.complete())[-1]
     if os.geteuid() or _size(newest) > SMALL_DISK - (1 << 18):
         return "skipped: root must mount it, and a checkpoint fit"
@@ -284,7 +285,7 @@ def small_disk(run: Harmed) -> str:
 
 def read_only(run: Harmed) -> str:
     """Make the folder of checkpoints read-only: no save succeeds, the older ones stay, the run continues."""
-    folder = str(run.run_dir / "checkpoints")
+    folder = str(run.run_dir / paths.CHECKPOINTS)
     if os.geteuid():
         os.chmod(folder, 0o555)
         try:
@@ -322,7 +323,7 @@ def report(run: Harmed, same: bool) -> int:
         table.add_row(name, str(tally.tried), str(tally.exact), str(tally.lost), tally.note)
     Console(width=110).print(table)
     good = same and all(tally.exact == tally.tried and not tally.lost for tally in run.tallies.values())
-    attempts = len(list((run.run_dir / "logs").glob("attempt-*")))
+    attempts = len(list((run.run_dir / paths.LOGS).glob("attempt-*")))
     print(f"{attempts} attempts; their trace and the export {'are' if same else 'are NOT'} those of the run that nobody harmed")
     print(f"checkpoints lost: {sum(tally.lost for tally in run.tallies.values())}")
     return 0 if good else 1

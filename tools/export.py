@@ -31,6 +31,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from trainers.config.checks import require_model_directory
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Attention, PeftMethod, RunConfig, read
+from trainers.rundir import paths
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,7 +84,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     started = time.monotonic()
     require_absent(out)
     folder = find_checkpoint(checkpoint)
-    config = read_config(folder.parent.parent / "config.yaml", model)
+    config = read_config(folder.parent.parent / paths.CONFIG, model)
 
     import torch
 
@@ -130,11 +131,11 @@ def find_checkpoint(path: Path) -> Path:
     path = path.resolve()
     if not path.is_dir():
         raise Refused(f"{path}: no such checkpoint or run directory")
-    if not (path / "checkpoints").is_dir() and not (path / "config.yaml").is_file():
+    if not (path / paths.CHECKPOINTS).is_dir() and not (path / paths.CONFIG).is_file():
         if wrong := why_incomplete(path):
             raise Refused(f"{path} is not a complete checkpoint: {wrong}")
         return path
-    newest = next((folder for folder in reversed(steps(path / "checkpoints")) if not why_incomplete(folder)), None)
+    newest = next((folder for folder in reversed(steps(path / paths.CHECKPOINTS)) if not why_incomplete(folder)), None)
     if newest is None:
         raise Refused(f"{path / 'checkpoints'} has no complete checkpoint")
     return newest
@@ -168,7 +169,7 @@ def require_same_tokenizer(run_dir: Path, tokenizer: PreTrainedTokenizerFast) ->
     from trainers.data.tokenizer import template_hash, tokenizer_hash
     from trainers.rundir.files import read_json
 
-    prepared = read_json(run_dir / "manifest.json").get("data") or {}
+    prepared = read_json(run_dir / paths.MANIFEST).get("data") or {}
     for what, now in (("tokenizer", tokenizer_hash(tokenizer)), ("chat template", template_hash(tokenizer))):
         key = f"{what.split()[-1]}_hash"
         if key in prepared and prepared[key] != now:

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
+from trainers.rundir import paths
 from trainers.rundir.attempt import newest_attempt, read_status
 from trainers.rundir.beats import read_beats
 from trainers.rundir.ending import Exit
@@ -131,7 +132,7 @@ def runs_below(folder: Path) -> Iterator[Path]:
 
 def is_run(folder: Path) -> bool:
     """Tell whether a folder is a run directory."""
-    return (folder / "config.yaml").is_file() and (folder / "status.json").is_file()
+    return (folder / paths.CONFIG).is_file() and (folder / paths.STATUS).is_file()
 
 
 def line_of(run_dir: Path, queue: dict[str, str] | None) -> Line:
@@ -210,7 +211,7 @@ def cancel(run_dir: Path) -> int:
     if read_status(run_dir).get("state") != "running":
         print(f"{run_dir}: is not running", file=sys.stderr)
         return 0
-    (run_dir / "stop").touch()
+    (run_dir / paths.STOP).touch()
     print(f"{run_dir}: saves at its next step, and ends; the same command continues it")
     return 0
 
@@ -219,7 +220,7 @@ def requeue(run_dir: Path) -> int:
     """Put a run's SLURM job back into the queue."""
     job = str(record_of(run_dir).get("id", ""))
     if not job:
-        line = " ".join(json.loads((run_dir / "manifest.json").read_text())["command"])
+        line = " ".join(json.loads((run_dir / paths.MANIFEST).read_text())["command"])
         print(f"error: {run_dir}: was not submitted to SLURM; its command continues it: {line}", file=sys.stderr)
         return Exit.bad_input
     return _tell(ask("scontrol", "requeue", job), f"{run_dir}: job {job} is in the queue again")

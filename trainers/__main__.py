@@ -50,6 +50,7 @@ from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
 from trainers.processes import exit_after
+from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.beats import Phase
 from trainers.rundir.ending import Exit, State
@@ -143,7 +144,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     watch.enter(Phase.connecting)
     preflight.require_gpu(world)
     world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
-    world.require_agreement("config.yaml", hashlib.sha256((run_dir / "config.yaml").read_bytes()).hexdigest())
+    world.require_agreement("config.yaml", hashlib.sha256((run_dir / paths.CONFIG).read_bytes()).hexdigest())
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
     _require_same_data(run_dir, data)
@@ -220,17 +221,17 @@ def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) ->
 
 def _require_same_data(run_dir: Path, data: Prepared) -> None:
     """Refuse to continue a run on other data than it began with: files can change under the same name."""
-    begun = read_json(run_dir / "manifest.json").get("prepared")
-    if begun is not None and begun != data.path.name and (run_dir / "checkpoints").is_dir():
+    begun = read_json(run_dir / paths.MANIFEST).get("prepared")
+    if begun is not None and begun != data.path.name and (run_dir / paths.CHECKPOINTS).is_dir():
         reason = f"the data has changed since this run began (prepared as {begun}, now {data.path.name})"
         raise ConfigError("run_dir", str(run_dir), reason, "put the data back, or take a new run_dir")
 
 
 def _note_sources(attempt: Attempt, data: Prepared, blueprint: Blueprint) -> None:
     """Add to manifest.json what only preparation knows: fingerprints of data, tokenizer, template, and the base's commit."""
-    manifest = read_json(attempt.run_dir / "manifest.json")
+    manifest = read_json(attempt.run_dir / paths.MANIFEST)
     manifest |= {"data": data.report, "base_revision": blueprint.revision, "prepared": data.path.name}
-    attempt.write_json(attempt.run_dir / "manifest.json", manifest)
+    attempt.write_json(attempt.run_dir / paths.MANIFEST, manifest)
 
 
 def finish(
@@ -248,7 +249,7 @@ def finish(
     Raises Stopped on every rank where one is asked to stop while the export is written or read again.
     """
     run_dir = Path(config.run_dir)
-    folder = run_dir / "export"
+    folder = run_dir / paths.EXPORT
     adaptation, first, mark = engine.adaptation, world.rank == 0, f".attempt-{attempt.number}"
     is_adapter = adaptation.library_config is not None
     weights = while_current(engine.weights(), world, attempt)
@@ -278,7 +279,7 @@ def finish(
             "export": str(folder),
             "sample": sample,
         }
-        if not attempt.write_json(run_dir / "summary.json", figures):
+        if not attempt.write_json(run_dir / paths.SUMMARY, figures):
             attempt.require_current()
         attempt.set_status(State.done, step=outcome.progress.step)
 

@@ -29,6 +29,7 @@ from tools.bench.ranks import FAILED, STOPPED
 from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.schema import Precision
+from trainers.rundir import paths
 from trainers.rundir.rows import evaluations, last_step, read_rows, steps
 from trainers.units import in_bytes
 
@@ -257,7 +258,7 @@ def _try(options: argparse.Namespace, method: str, lr: float, show: Callable[[in
     given = [*_overrides(options), *settings(method, options.rank, options.steps), f"optim.lr={lr:g}"]
     key = hashlib.sha256("\n".join([*given, preset(method)]).encode()).hexdigest()[:8]
     run_dir = options.runs / f"{method}-{lr:g}-{key}"
-    is_old = (run_dir / "summary.json").exists()
+    is_old = (run_dir / paths.SUMMARY).exists()
     options.runs.mkdir(parents=True, exist_ok=True)
     log = options.runs / f"{run_dir.name}.log"
     with log.open("wb") as file:
@@ -293,7 +294,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 def _why(run_dir: Path, log: Path) -> str:
     """Return why a run did not end, in one line without folders of this machine: what the launcher refused, or the ranks' error."""
     refused = [line for line in log.read_text("utf-8", "replace").splitlines() if line.startswith("error: ")]
-    status = run_dir / "status.json"
+    status = run_dir / paths.STATUS
     error = json.loads(status.read_text("utf-8")).get("error", {}) if status.exists() else {}
     said = refused[-1].removeprefix("error: ") if refused else error.get("message", "it left no reason").splitlines()[0]
     return re.sub(r"(?<![\w.])~?/(?:[^\s/'\"`]+/)+", "", said)
@@ -301,11 +302,11 @@ def _why(run_dir: Path, log: Path) -> str:
 
 def _read(run_dir: Path, lr: float, is_old: bool) -> Trial:
     """Return what a finished run leaves."""
-    figures = json.loads((run_dir / "summary.json").read_text("utf-8"))
+    figures = json.loads((run_dir / paths.SUMMARY).read_text("utf-8"))
     rows = read_rows(run_dir)
     figures["eval_tokens"] = evaluations(rows)[0]["eval_tokens"]
-    figures["prepared"] = json.loads((run_dir / "manifest.json").read_text("utf-8"))["prepared"]
-    figures["export_bytes"] = sum(file.stat().st_size for file in (run_dir / "export").glob("*.safetensors"))
+    figures["prepared"] = json.loads((run_dir / paths.MANIFEST).read_text("utf-8"))["prepared"]
+    figures["export_bytes"] = sum(file.stat().st_size for file in (run_dir / paths.EXPORT).glob("*.safetensors"))
     return Trial(lr=lr, figures=figures, step_seconds=[row["step_seconds"] for row in steps(rows)], is_old=is_old)
 
 

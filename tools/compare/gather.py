@@ -17,6 +17,7 @@ from tools.evaluate.record import FOLDER, Evaluation, Judged
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, PeftConfig, PeftMethod, RunConfig, plain
+from trainers.rundir import paths
 from trainers.rundir.attempt import read_status
 from trainers.rundir.files import try_json
 from trainers.rundir.rows import Kind, Row, kind_of, read_rows
@@ -134,7 +135,7 @@ class Run:
 def load(run_dir: Path, name: str) -> Run:
     """Read a run directory, as far as it can be read; raises ConfigError where its config.yaml cannot."""
     status = read_status(run_dir)
-    summary, manifest = try_json(run_dir / "summary.json"), try_json(run_dir / "manifest.json")
+    summary, manifest = try_json(run_dir / paths.SUMMARY), try_json(run_dir / paths.MANIFEST)
     ours, base = (record.load(run_dir / FOLDER, subject) for subject in ("run", "base"))
     judged = None if ours is None or base is None else record.load_judged(run_dir / FOLDER, ours, base)
     trained, evaluated, marks = _curves(run_dir, int(summary.get("world_size") or 1))
@@ -142,16 +143,16 @@ def load(run_dir: Path, name: str) -> Run:
         run_dir=run_dir,
         name=name,
         state=str(status.get("state", "unknown")),
-        config=_settings(run_dir / "config.yaml"),
+        config=_settings(run_dir / paths.CONFIG),
         summary=summary,
         manifest=manifest,
-        plan=try_json(run_dir / "plan.json"),
+        plan=try_json(run_dir / paths.PLAN),
         trained=trained,
         evaluated=evaluated,
         marks=marks | _marks(summary, manifest, ours, base, judged),
         ours=ours,
         base=base,
-        export_bytes=sum(file.stat().st_size for file in (run_dir / "export").glob("*.safetensors")),
+        export_bytes=sum(file.stat().st_size for file in (run_dir / paths.EXPORT).glob("*.safetensors")),
         judged=judged,
     )
     run.faults += _own_faults(run, status)
@@ -297,8 +298,8 @@ def _setting_of(path: str) -> Callable[[Run], Any]:
 
 def _data_settings(run: Run, runs: list[Run]) -> str:
     """Say which settings of its data a run does not share."""
-    paths = sorted(path for path in run.config if path.startswith("data."))
-    found = [(path, common) for path in paths for stray, common in _strays(runs, _setting_of(path)) if stray is run]
+    names = sorted(name for name in run.config if name.startswith("data."))
+    found = [(path, common) for path in names for stray, common in _strays(runs, _setting_of(path)) if stray is run]
     return "".join(f"; {path} = {_short(run.config.get(path))}, the others' {_short(common)}" for path, common in found)
 
 

@@ -16,6 +16,7 @@ from tools.runs import is_run, runs_below
 from trainers.config.checks import validate_evaluation
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, plain, read_at
+from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import State
 
@@ -81,9 +82,9 @@ def _runs(path: Path, options: argparse.Namespace) -> tuple[list[Measurement], l
     if not runs:
         raise ConfigError("RUN_OR_MODEL", str(path), "is neither a run nor a folder of runs nor a model")
     states = {run: read_state(run) for run in runs}
-    done = [run for run in runs if states[run] == State.done and (run / "export").is_dir()]
+    done = [run for run in runs if states[run] == State.done and (run / paths.EXPORT).is_dir()]
     configs = {run: with_options(read_at(run), options) for run in done}
-    found = [Measurement(name="run", config=configs[run], folder=run / "export", out=run / FOLDER) for run in done]
+    found = [Measurement(name="run", config=configs[run], folder=run / paths.EXPORT, out=run / FOLDER) for run in done]
     return found, [f"{run} is {states[run]}, not done" for run in runs if run not in done]
 
 

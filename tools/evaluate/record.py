@@ -17,11 +17,12 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import EvaluationConfig, Metric
 from trainers.data.cache import content_key
 from trainers.data.sources import digest
+from trainers.rundir import paths
 from trainers.rundir.files import try_json, try_row, write_json
 from trainers.rundir.rows import finite
 
 VERSION = 1
-FOLDER, JUDGED = "evaluation", "judge"
+FOLDER, JUDGED = paths.EVALUATION, "judge"
 LOSSES = ("held_out", "general")
 PLAIN = ("tokens", "repetition")
 """Metrics of answers other than scores."""

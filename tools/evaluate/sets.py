@@ -22,6 +22,7 @@ from trainers.data.prepare import Prepared, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
 from trainers.model.blueprint import positions_limit
+from trainers.rundir import paths
 from trainers.rundir.files import try_json
 
 Ints = NDArray[np.int64]
@@ -55,7 +56,7 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
 def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared:
     """Return a run's data as it was prepared; raises ConfigError where it has changed since."""
     run_dir = Path(config.run_dir)
-    begun = try_json(run_dir / "manifest.json").get("prepared")
+    begun = try_json(run_dir / paths.MANIFEST).get("prepared")
     kept = cache_root(config.data.prepared_dir) / str(begun)
     if begun is not None and kept.is_dir():  # the files that it is made of may have moved
         return open_prepared(kept)
@@ -77,7 +78,7 @@ def general(subject: Subject, device: torch.device) -> EvalSet | None:
         return None
     if name == SAMPLED:
         return _sampled(subject, device, rows)
-    if (Path(name) / "config.yaml").is_file():
+    if (Path(name) / paths.CONFIG).is_file():
         prepared = _prepared(read_at(Path(name)), tokenizer)
         if prepared.eval is None:
             raise ConfigError("evaluation.general", name, "the run held no rows out", "a file of text, or `sampled`")

@@ -34,6 +34,7 @@ from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prom
 from tools.runs import is_run
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataSource, Layout, ObjectiveName, RunConfig, TooLong, read_at
+from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import try_json, write_json
@@ -85,7 +86,7 @@ def gate(options: argparse.Namespace) -> int:
     ours, theirs = (record.load(run / FOLDER, name) for name in ("run", "base"))
     if ours is None:
         raise ConfigError("RUN", str(run), "is not evaluated", f"python -m tools.evaluate {run}")
-    if ours.about.get("files") != record.digest_of(run / "export"):
+    if ours.about.get("files") != record.digest_of(run / paths.EXPORT):
         raise ConfigError("RUN", str(run), "its export is not the one that was evaluated", f"python -m tools.evaluate {run}")
     checks = hold(rules, ours, theirs)
     if not checks and not prompts:
@@ -105,7 +106,7 @@ def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, op
     """Return the export's answer to each prompt; raises NotMeasured, and ConfigError for a prompt that the chat template refuses."""
     if config.objective.name is ObjectiveName.cpt:
         raise ConfigError("prompts", rules.prompts, "the run was trained on plain text, which has no prompts", "prompts: null")
-    layout, rows = rows_of(prompts, try_json(run / "manifest.json").get("data", {}))
+    layout, rows = rows_of(prompts, try_json(run / paths.MANIFEST).get("data", {}))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "prompts.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
@@ -113,7 +114,7 @@ def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, op
         data = dataclasses.replace(data, max_lost_fraction=1.0, skip_bad_rows=False)
         asked = dataclasses.replace(config.evaluation, path=str(file), rows=len(prompts), general=None, max_new_tokens=rules.max_new_tokens)
         config = dataclasses.replace(config, data=data, evaluation=asked)
-        subject = Measurement(name="gate", config=config, folder=run / "export", out=run / FOLDER)
+        subject = Measurement(name="gate", config=config, folder=run / paths.EXPORT, out=run / FOLDER)
         if run_workers([subject], batch=options.batch, device=options.device, dtype=options.dtype) != Exit.done:
             raise NotMeasured
         part = subject.parts.get("answers", {"documents": []})

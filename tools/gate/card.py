@@ -13,6 +13,7 @@ from tools.gate.rules import Check
 from tools.markdown import cell_of, without_folders
 from trainers.config.derived import Peak, peak_lr
 from trainers.config.schema import plain, read
+from trainers.rundir import paths
 from trainers.rundir.files import try_json
 
 MARK = "<!-- made by python -m tools.gate -->"
@@ -20,9 +21,9 @@ MARK = "<!-- made by python -m tools.gate -->"
 
 def write_card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: list[Check], rules: Path) -> Path:
     """Write RUN/export/README.md, or RUN/evaluation/README.md where somebody has put another one there; return its path."""
-    file = run / "export" / "README.md"
+    file = run / paths.EXPORT / "README.md"
     if file.exists() and MARK not in file.read_text("utf-8", "replace"):
-        file = run / "evaluation" / "README.md"
+        file = run / paths.EVALUATION / "README.md"
     staging = file.with_name(".README.md.tmp")
     staging.write_text(card(run, ours, theirs, checks, rules), "utf-8")
     staging.rename(file)
@@ -31,9 +32,9 @@ def write_card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: l
 
 def card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: list[Check], rules: Path) -> str:
     """Return the card's text, with the metadata that the hub reads in front."""
-    settings = read(run / "config.yaml")
-    config, manifest, summary = plain(settings), try_json(run / "manifest.json"), try_json(run / "summary.json")
-    is_adapter = (run / "export" / "adapter_config.json").is_file()
+    settings = read(run / paths.CONFIG)
+    config, manifest, summary = plain(settings), try_json(run / paths.MANIFEST), try_json(run / paths.SUMMARY)
+    is_adapter = (run / paths.EXPORT / "adapter_config.json").is_file()
     base, data = config["model"]["id"], config["data"]
     metadata: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",

@@ -22,6 +22,7 @@ from trainers.config.errors import ConfigError
 from trainers.model.safetensors_files import FLOATS, Weights, listed
 from trainers.model.weights import is_finite, tied_names
 from trainers.peft.base import ADAPTER, FILE
+from trainers.rundir import paths
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
@@ -52,7 +53,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
     import peft
 
     if not (folder / CONFIG).is_file():
-        hint = f"; {folder / 'export'} has one" if (folder / "export" / CONFIG).is_file() else ""
+        hint = f"; {folder / 'export'} has one" if (folder / paths.EXPORT / CONFIG).is_file() else ""
         raise Unfit(f"{folder} {f'is not an adapter, it has no {CONFIG}' if folder.is_dir() else 'is not a directory'}{hint}")
     try:
         with warnings.catch_warnings():

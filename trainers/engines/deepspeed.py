@@ -50,6 +50,7 @@ from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Part
+from trainers.rundir import paths
 from trainers.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -120,7 +121,7 @@ class ZeRO3Engine:
         hidden_size = self.blueprint.config.get_text_config().hidden_size
         self.settings = settings(self.config, hidden_size, -(-largest // self.world.size), self.nvme, self.world)
         if self.world.rank == 0 and origin is not None:
-            (Path(self.config.run_dir) / "deepspeed.json").write_text(json.dumps(self.settings, indent=1) + "\n")
+            (Path(self.config.run_dir) / paths.DEEPSPEED).write_text(json.dumps(self.settings, indent=1) + "\n")
         self._partition(origin)
         self.engine, self.optimizer = import_deepspeed().initialize(
             model=self.model, optimizer=self._make_optimizer(native=origin is not None), config=copy.deepcopy(self.settings)

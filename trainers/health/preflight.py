@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.host import PROCESS_BYTES, memory_available
+from trainers.rundir import paths
 from trainers.rundir.files import write_json
 from trainers.units import GIB, in_bytes
 from trainers.world import World
@@ -150,7 +151,7 @@ def check(world: World, folder: Path, cache: Path, slow: float) -> tuple[list[Re
     fatal = [finding for finding in findings if finding.fatal]
     if world.rank == 0 and not readings[0].write_fault:
         ranks = [asdict(reading) | {"clock_off_s": clock_off(readings[0], reading)} for reading in readings]
-        write_json(folder / "preflight.json", {"found": [asdict(finding) for finding in findings], "ranks": ranks})
+        write_json(folder / paths.PREFLIGHT, {"found": [asdict(finding) for finding in findings], "ranks": ranks})
     if fatal:
         raise BadNode(fatal)
     return readings, findings

@@ -27,6 +27,7 @@ from trainers.config.errors import ConfigError
 from trainers.plan.plan import Plan, Simulations, make_plan
 from trainers.plan.request import UNFIT, Request, from_dict
 from trainers.plan.say import say, say_all, say_change
+from trainers.rundir import paths
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import write_json
 
@@ -84,8 +85,8 @@ def write(plan: Plan, asked: dict[str, Any]) -> None:
     seconds = plan.run_seconds()
     hours = None if seconds is None else [second * plan.place.size / 3600 for second in seconds]
     told = {"verdict": plan.verdict, "tokens_per_day": plan.tokens_per_day(), "run_seconds": seconds, "gpu_hours": hours}
-    write_json(folder / "plan.json", asdict(plan) | told | {"asked": asked})
-    draw(plan, folder / "plan.svg")
+    write_json(folder / paths.PLAN, asdict(plan) | told | {"asked": asked})
+    draw(plan, folder / paths.PLAN_PICTURE)
 
 
 def try_changes(request: Request, out: Console) -> int:
