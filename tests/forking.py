@@ -70,6 +70,9 @@ class Forker:
             try:
                 send(self.connection, pickle.dumps(request), files)
                 answer, _ = receive(self.connection)
+            except BaseException:  # a signal's handler has raised, say: the answer would be taken for that to the next request
+                self.owner = 0
+                raise
             finally:
                 LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
         if not answer.isdigit():
