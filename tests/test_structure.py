@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,13 @@ def test_no_module_needs_itself() -> None:
 
 def test_no_import_goes_up() -> None:
     assert source.upward(run.ROOT, source.imports(run.ROOT).all()) == []
+
+
+def test_no_test_imports_another() -> None:
+    found = [
+        file.name for file in (run.ROOT / "tests").glob("*.py") if re.search(r"^\s*(from|import) test_", file.read_text(), re.MULTILINE)
+    ]
+    assert found == []
 
 
 def test_cycles_and_imports_that_go_up_are_found(tmp_path: Path) -> None:
