@@ -21,6 +21,7 @@ from launcher.compose import checked
 from launcher.config import Backend, Mode
 from launcher.job import Job, freeze, make_job
 from launcher.report import read_summary
+from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
@@ -50,7 +51,8 @@ def launch(composed: Sequence[tuple[list[str], DictConfig]], constant: set[str])
     _require_one_launch(jobs)
     if points[0][1] is Mode.dry_run:
         for job in jobs:
-            print(f"# {job.run_dir}\n{chr(10).join(slurm.commands(job) if _on_slurm(job) else local.commands(job))}\n")
+            commands = slurm.commands(job) if _on_slurm(job) else local.commands(job)
+            print("\n".join([f"# {job.run_dir}", f"# peak learning rate {peak_lr(job.run.optim, job.run.peft)}", *commands, ""]))
         _forget_sweep(jobs[0].run_dir.parent)
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
     if points[0][1] is Mode.plan:

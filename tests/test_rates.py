@@ -60,9 +60,9 @@ def first_steps(words: list[str], num_steps: int = 2000) -> tuple[float, float]:
 
 
 def pairs() -> list[object]:
-    """Each preset with one experiment and each experiment with two presets; all others in the slow suite."""
+    """Each preset with one experiment and each experiment with LoRA; all others in the slow suite."""
     sampled = {(EXPERIMENTS[number % len(EXPERIMENTS)], preset) for number, preset in enumerate(PRESETS)}
-    sampled |= {(experiment, preset) for experiment in EXPERIMENTS for preset in ("none", "lora")}
+    sampled |= {(experiment, "lora") for experiment in EXPERIMENTS}
     every = [(experiment, preset) for experiment in EXPERIMENTS for preset in PRESETS]
     return [pytest.param(*pair, marks=() if pair in sampled else pytest.mark.slow) for pair in every]
 
@@ -151,6 +151,7 @@ def test_microbatches_are_what_a_rank_accumulates() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.for_real
 def test_the_table_of_all_rates_is_printed_without_torch() -> None:
     program = """
 import runpy, sys

@@ -40,6 +40,7 @@ def test_a_failing_point_stops_no_other(base: Path, chats: Path, cache: Path, tm
 def test_a_dry_run_prints_every_point_and_leaves_nothing(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     said = launch(cache, command(base, chats, tmp_path / "sweep", "optim.lr=1e-2,1e-3", "mode=dry_run"))
     assert said.count("-m trainers ") == 2
+    assert said.count("# peak learning rate 0.01, from optim.lr") == 1
     assert not (tmp_path / "sweep").exists()
 
 
