@@ -203,7 +203,7 @@ def test_how_an_older_attempt_ends_is_not_said_of_the_newer(base: Path, chats: P
         require_exact(run_dir, whole)
 
 
-def test_a_launcher_judges_no_newer_attempt(tmp_path: Path) -> None:
+def test_a_launcher_leaves_a_newer_attempt_alone(tmp_path: Path) -> None:
     """It was stopped, or is on a node that was cut off: silence, and an exit code, are of its own ranks alone."""
     job = make_job(compose(["+exp=quickstart_base", f"run_dir={tmp_path}/out", "limits.prepare_s=30"]))
     freeze(job)
@@ -270,7 +270,7 @@ def wandb_rows(run_dir: Path) -> tuple[set[str], list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("processes", "killed"), [pytest.param(1, False, marks=pytest.mark.soak), (2, True)], ids=["preempted", "and killed"]
 )
-def test_wandb_has_one_run_and_each_step_once_across_lives(
+def test_wandb_has_one_run_and_each_step_once_across_attempts(
     base: Path, chats: Path, cache: Path, tmp_path: Path, processes: int, killed: bool
 ) -> None:
     """Three preemptions. A kill -9 leaves rows behind the last checkpoint that are trained again: they come twice, the same."""

@@ -12,7 +12,21 @@ import pytest
 from command import ROOT
 
 from trainers.rundir.attempt import Attempt, read_state, read_status
-from trainers.rundir.ending import TOGETHER_S, Ending, Exit, State, Status, ending_of, exit_of, with_failure, with_state
+from trainers.rundir.ending import (
+    TOGETHER_S,
+    Ending,
+    Exit,
+    Failure,
+    State,
+    Status,
+    ending_of,
+    exit_of,
+    first_killed,
+    first_word,
+    stops_others,
+    with_failure,
+    with_state,
+)
 
 FAILED: Status = {"state": "failed", "error": {"message": "first", "time": 100.0, "rank": 1}, "step": 3}
 HUNG: Status = {"state": "failed", "error": {"message": "rank 1 did not arrive", "time": 100.0, "ranks": [1]}, "step": 3}
@@ -81,6 +95,27 @@ def test_a_stop_that_was_asked_for_is_no_failure() -> None:
 )
 def test_what_the_launcher_concludes(code: int, status: Status, was_asked: bool, is_current: bool, ending: Ending) -> None:
     assert ending_of(code, status, was_asked=was_asked, is_current=is_current) is ending
+
+
+@pytest.mark.parametrize(
+    ("failures", "killed", "code", "stops"),
+    [
+        ([Failure(0, 1, 100.0), Failure(1, -15, 101.0)], None, 1, False),  # rank 0 has said why, and the agent ended rank 1
+        ([Failure(0, -15, 100.0), Failure(1, 1, 100.0)], None, 1, False),  # found in the other order, in the same second
+        ([Failure(0, 2, 100.0), Failure(1, 1, 100.5)], None, 2, False),
+        ([Failure(0, 1, 101.0), Failure(1, -9, 100.0)], 1, 1, True),
+        ([Failure(0, 1, 100.0), Failure(1, -9, 105.0)], 1, 1, False),  # found late: its death is what rank 0 met
+        ([Failure(0, 1, 100.0), Failure(1, -9, 130.0)], None, 1, False),  # torch's agent killed what was left
+        ([Failure(0, -6, 102.0), Failure(1, -9, 101.0)], 1, 1, True),  # NCCL aborts once a peer has gone
+        ([Failure(0, -15, 100.0), Failure(1, -15, 100.0)], 0, 1, False),  # nobody has said anything
+        ([Failure(0, 75, 101.0), Failure(1, -11, 100.0)], 1, 75, True),
+    ],
+)
+def test_a_death_that_caused_the_others_is_told_from_those_it_caused(
+    failures: list[Failure], killed: int | None, code: int, stops: bool
+) -> None:
+    found = first_killed(failures)
+    assert (found.rank if found else None, first_word(failures), stops_others(failures)) == (killed, code, stops)
 
 
 def test_exit_codes_are_those_that_scripts_rely_on() -> None:

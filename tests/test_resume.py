@@ -1,4 +1,4 @@
-"""Whatever ends a run, the same command goes on as if nothing had: the trace of all its lives is that of one."""
+"""Whatever ends a run, the same command continues as if nothing had: the trace of all its attempts is that of one."""
 
 from __future__ import annotations
 

@@ -339,7 +339,7 @@ def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 1
         ([beat(0), Beat(rank=1, limit_s=10.0)], [1], [1], "rank 1 never began; rank 0 waits"),
     ],
 )
-def test_who_holds_all_up(beats: list[Beat], silent: list[int], ranks: list[int], words: str) -> None:
+def test_who_blocks_the_others(beats: list[Beat], silent: list[int], ranks: list[int], words: str) -> None:
     blockage = find_blockage({beat.rank: beat for beat in beats}, silent)
     assert [beat.rank for beat in blockage.blockers] == ranks
     assert words in blockage.message(60.0, "why")

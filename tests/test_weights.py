@@ -24,7 +24,17 @@ from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint, make_blueprint
 from trainers.model.export import export, export_plan
 from trainers.model.safetensors_files import Weights
-from trainers.model.weights import Checkpoint, Origin, load_parts, materialise, origin_of, require_tied, require_written, slices, tied_names
+from trainers.model.weights import (
+    Origin,
+    StoredModel,
+    load_parts,
+    materialise,
+    origin_of,
+    require_tied,
+    require_written,
+    slices,
+    tied_names,
+)
 from trainers.world import World
 
 STYLES: dict[str, dict[str, Any]] = {
@@ -464,7 +474,7 @@ def test_a_random_model_cannot_be_smaller_than_its_tokenizer(tmp_path: Path) -> 
 
 def test_a_part_that_the_origin_does_not_know_is_named(tmp_path: Path) -> None:
     origin = open_origin(blueprint_of(save_tiny(tmp_path, tied=True)))
-    assert isinstance(origin, Checkpoint)
+    assert isinstance(origin, StoredModel)
     parts = {name: (torch.zeros(shape), (0,) * len(shape)) for name, shape in origin.shapes.items()}
     load_parts(origin, parts)
     with pytest.raises(RuntimeError, match="another stayed unwritten"):

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from trainers.processes import send
 from trainers.rundir.attempt import Attempt, newest_attempt
 from trainers.rundir.beats import read_beats
-from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
+from trainers.rundir.ending import TOGETHER_S, Exit, Failure, State, first_killed, first_word, killed_by, stops_others
 
 LATE_S = 15
 """For ranks to end by themselves once the run has failed: those that save get longer only while it has not."""
@@ -37,23 +37,17 @@ def main(arguments: list[str]) -> int:
     try:
         run.main(arguments)
     except ChildFailedError as error:
-        failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)  # where equal, in the order they were found in
-        said = [failure for _, failure in failures if failure.exitcode > 0]
-        late = failures[0][1].timestamp + TOGETHER_S  # torch's agent kills those that are still there 30 s after the first
-        killed = [(rank, failure) for rank, failure in failures if failure.exitcode == -signal.SIGKILL and failure.timestamp <= late]
-        if failures[0][1].exitcode < 0 and not (said and failures[0][1].exitcode == -signal.SIGTERM):
-            killed = failures  # others that die of a signal do so because another rank failed: NCCL aborts, this agent sends SIGTERM
-        if not killed:
-            return int(said[0].exitcode)
-        rank, failure = killed[0]
-        cause = {"rank": rank, "host": socket.gethostname(), "message": f"rank {rank} {killed_by(failure.exitcode)}"}
-        first = failures[0][1].exitcode  # of a death the others are told by SIGTERM, and may say that they stopped
-        died = first < 0 and first != -signal.SIGTERM
-        attempt.record_failure(cause | {"exit_code": failure.exitcode}, at=failure.timestamp, together_s=TOGETHER_S, over_stop=died)
+        failures = [Failure(rank, failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()]
+        killed, code = first_killed(failures), first_word(failures)
+        if killed is None:
+            return code
+        message = f"rank {killed.rank} {killed_by(killed.code)}"
+        cause = {"rank": killed.rank, "host": socket.gethostname(), "message": message, "exit_code": killed.code}
+        attempt.record_failure(cause, at=killed.at, together_s=TOGETHER_S, over_stop=stops_others(failures))
         return Exit.failed
     except SignalException:
         return Exit.failed
-    return 0
+    return Exit.done
 
 
 def _end_late_ranks(attempt: Attempt) -> None:

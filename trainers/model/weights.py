@@ -96,7 +96,7 @@ class Conversion:
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
-class Checkpoint:
+class StoredModel:
     """The Origin in a directory of safetensors files, keys matched with names as transformers' from_pretrained does."""
 
     def __init__(self, model: PreTrainedModel, weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -407,7 +407,7 @@ def origin_of(model: PreTrainedModel, blueprint: Values) -> Origin:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     rows = blueprint.vocab_on_disk
     grown = {} if rows is None else {name: (rows, *shapes[name][1:]) for name in _rows_of_vocabulary(model) if name in shapes}
-    origin = Checkpoint(model, Weights(blueprint.folder), shapes | grown)
+    origin = StoredModel(model, Weights(blueprint.folder), shapes | grown)
     return Grown(origin, grown, max(shapes[name][0] for name in grown)) if grown else origin
 
 

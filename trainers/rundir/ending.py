@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
 
@@ -116,6 +117,43 @@ def exit_of(ending: Ending, interrupted: bool) -> Exit:
         return Exit.interrupted
     codes = {Ending.done: Exit.done, Ending.stopped: Exit.stopped, Ending.superseded: Exit.superseded, Ending.refused: Exit.bad_input}
     return codes.get(ending, Exit.failed)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank's process that did not end with 0, as torch's agent found it."""
+
+    rank: int
+    code: int
+    """Negative where a signal ended it."""
+    at: float
+    """In whole seconds."""
+
+
+def first_killed(failures: list[Failure]) -> Failure | None:
+    """Return the process whose death is the cause of all failures; None where a rank has said what the cause is.
+
+    The first to die of a signal, unless that was the agent's own SIGTERM after another rank's error. Else one that was killed soon
+    after the first failure: torch's agent kills what is left 30 s later, and what dies of other signals, such as NCCL's abort, does
+    so because another rank has failed.
+    """
+    ordered = sorted(failures, key=lambda failure: failure.at)  # where equal, in the order in which they were found
+    first, said = ordered[0], any(failure.code > 0 for failure in ordered)
+    if first.code < 0 and not (said and first.code == -signal.SIGTERM):
+        return first
+    return next((failure for failure in ordered if failure.code == -signal.SIGKILL and failure.at <= first.at + TOGETHER_S), None)
+
+
+def first_word(failures: list[Failure]) -> int:
+    """Return the exit code of the first rank that ended by itself; Exit.failed where none did."""
+    codes = [failure.code for failure in sorted(failures, key=lambda failure: failure.at) if failure.code > 0]
+    return codes[0] if codes else Exit.failed
+
+
+def stops_others(failures: list[Failure]) -> bool:
+    """Tell whether a death came first: the agent stops the other ranks by SIGTERM because of it, and they may say that they stopped."""
+    first = min(failures, key=lambda failure: failure.at)
+    return first.code < 0 and first.code != -signal.SIGTERM
 
 
 def killed_by(code: int) -> str:
