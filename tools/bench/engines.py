@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import statistics
@@ -23,7 +22,7 @@ from tools.bench.orders import PRESETS, engine_preset
 from tools.bench.ranks import FAILED, STOPPED, RanksFailed, raise_on_signals, start_ranks, wait_for
 from tools.markdown import cell_of, put_section
 from trainers import host
-from trainers.config.schema import EngineName, Precision
+from trainers.config.schema import Precision
 from trainers.rundir.rows import last_step, read_rows, steps
 from trainers.units import in_bytes
 
@@ -121,8 +120,10 @@ def _compare(options: argparse.Namespace, command: str, section: Section, folder
 
 def _train(options: argparse.Namespace, command: str, name: str, ranks: int, run_dir: Path, on_gpu: bool) -> Run | str:
     """Train with an engine on ranks of its own; returns why not where it is not installed, and raises RanksFailed if it fails."""
-    if engine_preset(name)["name"] is EngineName.zero3 and importlib.util.find_spec("deepspeed") is None:
-        return "not installed: pip install deepspeed"
+    from trainers.engines.build import missing_package
+
+    if (package := missing_package(engine_preset(name)["name"])) is not None:
+        return f"not installed: pip install {package}"
     kept = {key: value for key, value in vars(options).items() if isinstance(value, (bool, int, str))}
     (run_dir / "order.json").write_text(json.dumps(kept | {"engine": name}))
     threads = 1 if ranks > 1 and not on_gpu else host.threads_per_rank(ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import sys
@@ -26,6 +27,11 @@ def class_of(config: RunConfig) -> type[Engine]:
     from trainers.engines.deepspeed import ZeRO3Engine
 
     return ZeRO3Engine
+
+
+def missing_package(name: EngineName) -> str | None:
+    """Return the package that an engine needs and that is not installed; None where it has what it needs."""
+    return "deepspeed" if name is EngineName.zero3 and importlib.util.find_spec("deepspeed") is None else None
 
 
 def require_parts(config: RunConfig, world: World) -> None:
