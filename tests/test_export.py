@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Glm4Mo
 from tools import export
 from trainers.config.schema import ModelConfig, RunConfig, plain
 from trainers.model.blueprint import make_blueprint
-from trainers.model.export import check_export, export_plan
+from trainers.model.export import check_export, export_contents
 from trainers.model.export import export as write_export
 
 MIB = 2**20
@@ -269,7 +269,7 @@ def test_the_end_of_a_run_holds_one_tensor_at_a_time_and_refuses_what_is_not_who
     tokenizer = AutoTokenizer.from_pretrained(base)
     blueprint = make_blueprint(ModelConfig(id=str(base)), 0, tokenizer)
     shapes = {name: tensor.shape for name, tensor in random_state(base).items()}
-    plan = export_plan(blueprint.build(), blueprint.saved_dtype)
+    contents = export_contents(blueprint.build(), blueprint.saved_dtype)
     held: list[weakref.ref[Tensor]] = []
 
     def weights(names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -279,21 +279,21 @@ def test_the_end_of_a_run_holds_one_tensor_at_a_time_and_refuses_what_is_not_who
             held.append(weakref.ref(tensor))
             yield name, tensor
 
-    write_export(weights(list(shapes)), plan, blueprint, tokenizer, [], tmp_path / "out", write=True)
+    write_export(weights(list(shapes)), contents, blueprint, tokenizer, [], tmp_path / "out", write=True)
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == shapes.keys()
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight did not come whole"):
-        write_export(weights([name for name in shapes if name != NORM]), plan, blueprint, tokenizer, [], tmp_path / "half", write=True)
+        write_export(weights([name for name in shapes if name != NORM]), contents, blueprint, tokenizer, [], tmp_path / "half", write=True)
     with pytest.raises(RuntimeError, match="does not fit the model"):
-        write_export(iter([(NORM, torch.ones(64))]), plan, blueprint, tokenizer, [], tmp_path / "half", write=True)
+        write_export(iter([(NORM, torch.ones(64))]), contents, blueprint, tokenizer, [], tmp_path / "half", write=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_what_is_read_again_must_be_what_was_written(base: Path, tmp_path: Path) -> None:
     tokenizer, state = AutoTokenizer.from_pretrained(base), random_state(base)
     blueprint = make_blueprint(ModelConfig(id=str(base)), 0, tokenizer)
-    plan, folder = export_plan(blueprint.build(), blueprint.saved_dtype), tmp_path / "out"
-    sums = write_export(iter(state.items()), plan, blueprint, tokenizer, [], folder, write=True)
-    check_export(folder, plan.items(), sums, read=True)
+    contents, folder = export_contents(blueprint.build(), blueprint.saved_dtype), tmp_path / "out"
+    sums = write_export(iter(state.items()), contents, blueprint, tokenizer, [], folder, write=True)
+    check_export(folder, contents.items(), sums, read=True)
     file = folder / "model.safetensors"
     written, values = file.read_bytes(), load_file(file)
     for wrong, said in (
@@ -308,8 +308,8 @@ def test_what_is_read_again_must_be_what_was_written(base: Path, tmp_path: Path)
     ):
         file.write_bytes(wrong)
         with pytest.raises(RuntimeError, match=said):
-            check_export(folder, plan.items(), sums, read=True)
-    check_export(folder, plan.items(), {}, read=False)  # as the ranks that do not write
+            check_export(folder, contents.items(), sums, read=True)
+    check_export(folder, contents.items(), {}, read=False)  # as the ranks that do not write
 
 
 MEASURED = """

@@ -22,7 +22,7 @@ from trainers.config.schema import DataConfig, EngineName, ModelConfig, Precisio
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint, make_blueprint
-from trainers.model.export import export, export_plan
+from trainers.model.export import export, export_contents
 from trainers.model.safetensors_files import Weights
 from trainers.model.weights import (
     Origin,
@@ -450,7 +450,7 @@ def test_added_tokens_are_special_and_carried_by_the_export(tmp_path: Path) -> N
     live = blueprint.build("cpu").state_dict()
     export(
         ((name, tensor) for name, tensor in live.items() if name != "lm_head.weight"),
-        export_plan(blueprint.build(), torch.float32),
+        export_contents(blueprint.build(), torch.float32),
         blueprint,
         tokenizer,
         [],

@@ -90,7 +90,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
 
     from trainers.data.tokenizer import load_tokenizer, stop_ids
     from trainers.model.blueprint import make_blueprint
-    from trainers.model.export import export, export_plan
+    from trainers.model.export import export, export_contents
 
     tokenizer = load_tokenizer(config)
     require_same_tokenizer(folder.parent.parent, tokenizer)
@@ -99,11 +99,11 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
         blueprint.saved_dtype = getattr(torch, dtype)
     stored = Stored(folder)
     buffers = stored.require_fits(blueprint)
-    plan = export_plan(blueprint.build(), blueprint.saved_dtype)
-    num_bytes = sum(tensor.nbytes for tensor in plan.values())
+    contents = export_contents(blueprint.build(), blueprint.saved_dtype)
+    num_bytes = sum(tensor.nbytes for tensor in contents.values())
     require_space(num_bytes, out)
-    weights = with_bar(pieces(plan, stored, buffers), num_bytes)
-    export(weights, plan, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
+    weights = with_bar(pieces(contents, stored, buffers), num_bytes)
+    export(weights, contents, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
     files = list(out.glob("*.safetensors"))
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started
     print(f"{out}: {folder.name} of {folder.parent.parent} in {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s")
@@ -295,9 +295,9 @@ def _read_piece(storage: Any, num_bytes: int) -> Tensor:
     return piece
 
 
-def pieces(plan: dict[str, Tensor], stored: Stored, buffers: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def pieces(contents: dict[str, Tensor], stored: Stored, buffers: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield what an export holds in pieces of its type."""
-    for name, tensor in plan.items():
+    for name, tensor in contents.items():
         for piece in [buffers[name]] if name in buffers else stored.read(name):
             yield name, piece.to(tensor.dtype)
 

@@ -256,9 +256,9 @@ def finish(
     if is_adapter:
         sums = export_adapter(weights, adaptation, tokenizer, folder, first, mark)
     else:
-        sums = export(weights, adaptation.plan(), blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
-    planned = while_current(adaptation.plan().items(), world, attempt)
-    check_export(folder, planned, sums, read=first, file=FILE if is_adapter else "model.safetensors")
+        sums = export(weights, adaptation.contents(), blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
+    wanted = while_current(adaptation.contents().items(), world, attempt)
+    check_export(folder, wanted, sums, read=first, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():

@@ -76,7 +76,7 @@ class Merge:
                 reason = f"{adapter.files.folder} has more at {listed(more, 3)}; without `peft:` it combines whole matrices of any method"
                 raise Unfit(f"--method {self.combination.method} combines the matrices of plain LoRA alone, and {reason}")
 
-    def plan(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    def contents(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """Return what the merged model holds, on `meta`, in the order to read in; in `dtype`, or each tensor in the type of the base's."""
         state = self.blueprint.build().state_dict()
         names = list(dict.fromkeys([*self.origin.names(), *sorted(self.untied)]))
@@ -91,9 +91,9 @@ class Merge:
         types = [FLOATS[origin.weights.stored[key].type] for key in keys]
         return max(types, key=lambda kind: (kind.itemsize, str(kind)))
 
-    def pieces(self, plan: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def pieces(self, contents: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the merged model's tensors in order: changed ones whole, the others in pieces of the base's."""
-        for name, meta in plan.items():
+        for name, meta in contents.items():
             changing = [(adapter, weight) for adapter, weight in zip(self.adapters, self.weights, strict=True) if adapter.changes(name)]
             made = self._combined(name, changing).to(meta.dtype) if changing else None
             if made is not None:

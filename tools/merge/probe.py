@@ -23,10 +23,10 @@ TOLERANCE = 1e-3
 """Largest difference over the largest logit that rounding makes of float32."""
 
 
-def probe(merge: Merge, plan: dict[str, Tensor], out: Path) -> int:
+def probe(merge: Merge, contents: dict[str, Tensor], out: Path) -> int:
     """Print how far the merged model is from base and adapter; returns 1 where float32 rounding does not explain it."""
     transformers.utils.logging.disable_progress_bar()
-    need, have = sum(tensor.numel() for tensor in plan.values()) * 4 * 5 // 4, host.memory_available()
+    need, have = sum(tensor.numel() for tensor in contents.values()) * 4 * 5 // 4, host.memory_available()
     if need > have:
         print(f"not compared: the model whole and in float32 needs {need:,} bytes of memory, and {have:,} are free")
         return 0
@@ -38,7 +38,7 @@ def probe(merge: Merge, plan: dict[str, Tensor], out: Path) -> int:
     if found is None:
         print(f"not compared: peft cannot run these adapters with their base as --method {merge.combination.method} combines them")
         return 0
-    rounded = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in plan.values() if tensor.is_floating_point()} - {"float32"})
+    rounded = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in contents.values() if tensor.is_floating_point()} - {"float32"})
     print(
         f"largest difference of a logit to base and adapter: {found.largest:.2g}, of logits up to {found.scale:.3g};"
         f" the same most likely token at {found.same} of {found.positions} positions"

@@ -40,18 +40,18 @@ def write(options: argparse.Namespace) -> int:
     out: Path = options.out
     require_absent(out)
     dtype = None if options.dtype == "saved" else options.dtype
-    merge, base, plan = matched(options, dtype)
-    require_space(sum(tensor.nbytes for tensor in plan.values()), out)
-    write_model(merge, base, plan, dtype, out, int(options.shard_gib * 2**30))
+    merge, base, contents = matched(options, dtype)
+    require_space(sum(tensor.nbytes for tensor in contents.values()), out)
+    write_model(merge, base, contents, dtype, out, int(options.shard_gib * 2**30))
 
     from tools.merge.probe import probe  # torch is there by now
 
     names = " + ".join(f"{weight:g} x {folder}" if weight != 1 else str(folder) for folder, weight in options.adapters)
     print(f"{out}: {base} + {names}")
-    print(summary(merge, plan, out, time.monotonic() - started))
+    print(summary(merge, contents, out, time.monotonic() - started))
     if merge.untied:
         print(f"{', '.join(sorted(merge.untied))} is no longer tied: OUT has a copy, and tie_word_embeddings=false")
-    code = 0 if options.no_probe else probe(merge, plan, out)
+    code = 0 if options.no_probe else probe(merge, contents, out)
     print(f'open it: AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")')
     return code
 
@@ -71,31 +71,31 @@ def matched(options: argparse.Namespace, dtype: str | None) -> tuple[Merge, Path
         require_apart(options.out, [base, *(files.folder for files in adapters)])
         blueprint = base_blueprint(base, options.trust_remote_code, adapters)
         merge = Merge(blueprint, adapters, [weight for _, weight in options.adapters], combination)
-        return merge, base, merge.plan(None if dtype is None else getattr(torch, dtype))
+        return merge, base, merge.contents(None if dtype is None else getattr(torch, dtype))
     except Unfit as error:
         raise Refused(str(error)) from error
     except ConfigError as error:
         raise Refused(f"the base {error.value}: {'; '.join(filter(None, (error.reason, error.remedy)))}") from error
 
 
-def write_model(merge: Merge, base: Path, plan: dict[str, Tensor], dtype: str | None, out: Path, shard_bytes: int) -> None:
-    """Write what `plan` lists to OUT, with the base's config and a tokenizer; OUT is complete or absent."""
+def write_model(merge: Merge, base: Path, contents: dict[str, Tensor], dtype: str | None, out: Path, shard_bytes: int) -> None:
+    """Write what `contents` lists to OUT, with the base's config and a tokenizer; OUT is complete or absent."""
     from trainers.model.export import write_folder
 
     def configure(staging: Path) -> None:
         write_config(merge, base, dtype, staging)
         copy_rest(base, [adapter.files.folder for adapter in merge.adapters], staging)
 
-    weights = with_bar(readable(merge, plan), sum(tensor.nbytes for tensor in plan.values()), "merging")
-    write_folder(weights, plan, configure, out.resolve(), write=True, shard_bytes=shard_bytes)
+    weights = with_bar(readable(merge, contents), sum(tensor.nbytes for tensor in contents.values()), "merging")
+    write_folder(weights, contents, configure, out.resolve(), write=True, shard_bytes=shard_bytes)
 
 
-def summary(merge: Merge, plan: dict[str, Tensor], out: Path, seconds: float) -> str:
+def summary(merge: Merge, contents: dict[str, Tensor], out: Path, seconds: float) -> str:
     """Return in one line what was written."""
     files = list(out.glob("*.safetensors"))
-    changed = sum(any(one.changes(name) for one in merge.adapters) for name in plan)
+    changed = sum(any(one.changes(name) for one in merge.adapters) for name in contents)
     size = sum(path.stat().st_size for path in files)
-    return f"{changed} of {len(plan)} tensors changed, {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s"
+    return f"{changed} of {len(contents)} tensors changed, {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s"
 
 
 def read_combination(options: argparse.Namespace) -> Combination:
@@ -145,12 +145,12 @@ def require_apart(out: Path, sources: Sequence[Path]) -> None:
                 raise Refused(f"{out} would be written over {source}: name another directory")
 
 
-def readable(merge: Merge, plan: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def readable(merge: Merge, contents: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield the merged tensors; raises Damaged for values that cannot be used."""
     from tools.merge.adapter import Unfit
 
     try:
-        yield from merge.pieces(plan)
+        yield from merge.pieces(contents)
     except ConfigError as error:
         raise Damaged(f"the base {error.value}: {error.reason}") from error
     except Unfit as error:

@@ -22,7 +22,7 @@ Sums = dict[str, int]
 """CRC-32 of the bytes of each tensor as they were written."""
 
 
-def export_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def export_contents(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return what an export of `model` holds, on `meta`: its tensors by name, in its order, in the type of the export; tied ones once."""
     tied = tied_names(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
@@ -32,7 +32,7 @@ def export_plan(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
 
 def export(
     weights: Iterable[tuple[str, Tensor]],
-    plan: dict[str, Tensor],
+    contents: dict[str, Tensor],
     blueprint: Blueprint,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: list[int],
@@ -43,18 +43,18 @@ def export(
 ) -> Sums:
     """Write a Hugging Face directory, complete or absent. Every rank drains `weights`; the one with `write` writes.
 
-    `weights` yields each tensor of `plan` whole, or the consecutive pieces of its elements, and one is held at a time.
+    `weights` yields each tensor of `contents` whole, or the consecutive pieces of its elements, and one is held at a time.
     """
 
     def configure(staging: Path) -> None:
         _write_configs(blueprint, tokenizer, stop_ids, staging)
 
-    return write_folder(weights, plan, configure, folder, write, shard_bytes, mark=mark)
+    return write_folder(weights, contents, configure, folder, write, shard_bytes, mark=mark)
 
 
 def write_folder(
     weights: Iterable[tuple[str, Tensor]],
-    plan: dict[str, Tensor],
+    contents: dict[str, Tensor],
     configure: Callable[[Path], None],
     folder: Path,
     write: bool,
@@ -62,7 +62,7 @@ def write_folder(
     file: str = "model.safetensors",
     mark: str = "",
 ) -> Sums:
-    """Write what `configure` adds and the tensors of a plan to a folder that is complete or absent; without `write` drain them only.
+    """Write what `configure` adds and the tensors of `contents` to a folder that is complete or absent; without `write` drain them only.
 
     Returns the checksums of what was written, for `check_export`.
     `file` names the one file that they are in; with `shard_bytes` there may be several. `mark` tells the staging folder from that of
@@ -77,9 +77,9 @@ def write_folder(
     older = folder.exists()
     staging.mkdir(parents=True)
     try:
-        require_space(plan, staging)
+        require_space(contents, staging)
         configure(staging)
-        sums = _write_weights(weights, plan, staging, _shards(plan, shard_bytes) if shard_bytes else [plan], file)
+        sums = _write_weights(weights, contents, staging, _shards(contents, shard_bytes) if shard_bytes else [contents], file)
         if older:
             shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
@@ -89,22 +89,22 @@ def write_folder(
         raise
 
 
-def require_space(plan: dict[str, Tensor], folder: Path) -> None:
+def require_space(contents: dict[str, Tensor], folder: Path) -> None:
     """Raise RuntimeError unless the tensors fit on the disk that `folder` is on."""
-    need, have = sum(tensor.nbytes for tensor in plan.values()), shutil.disk_usage(folder).free
+    need, have = sum(tensor.nbytes for tensor in contents.values()), shutil.disk_usage(folder).free
     if need > have:
         raise RuntimeError(f"not exported: {folder} needs {need:,} bytes and has {have:,} free; free space, then the same command again")
 
 
 def _write_weights(
-    weights: Iterable[tuple[str, Tensor]], plan: dict[str, Tensor], folder: Path, shards: list[dict[str, Tensor]], file: str
+    weights: Iterable[tuple[str, Tensor]], contents: dict[str, Tensor], folder: Path, shards: list[dict[str, Tensor]], file: str
 ) -> Sums:
     """Write the files' headers, then each piece to its place as it comes; raises RuntimeError for values that are not finite."""
-    sums = dict.fromkeys(plan, 0)
+    sums = dict.fromkeys(contents, 0)
     places = _begin_files(shards, folder, file)
-    left = {name: tensor.nbytes for name, tensor in plan.items()}
+    left = {name: tensor.nbytes for name, tensor in contents.items()}
     for name, piece in weights:
-        if name not in plan or piece.dtype != plan[name].dtype or piece.nbytes > left[name]:
+        if name not in contents or piece.dtype != contents[name].dtype or piece.nbytes > left[name]:
             raise RuntimeError(f"not exported: {name} is {piece.dtype} of {list(piece.shape)}, which does not fit the model")
         if not is_finite(piece):
             raise RuntimeError(f"not exported: {name} holds values that are not finite in {str(piece.dtype).removeprefix('torch.')}")
@@ -124,11 +124,11 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _shards(plan: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+def _shards(contents: dict[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
     """Split the tensors over files of at most `shard_bytes`, in their order; a larger tensor has a file of its own."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in plan.items():
+    for name, tensor in contents.items():
         if shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append({})
             size = 0
@@ -187,14 +187,14 @@ def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, sto
     generation.save_pretrained(folder)
 
 
-def check_export(folder: Path, plan: Iterable[tuple[str, Tensor]], sums: Sums, read: bool, file: str = "model.safetensors") -> None:
+def check_export(folder: Path, contents: Iterable[tuple[str, Tensor]], sums: Sums, read: bool, file: str = "model.safetensors") -> None:
     """Read the export again and compare type, shape and checksum of each tensor with what was written.
 
-    Every rank drains `plan`; one reads. Raises RuntimeError that names the first tensor that is missing, left over or different.
+    Every rank drains `contents`; one reads. Raises RuntimeError that names the first tensor that is missing, left over or different.
     """
     weights = Weights(folder, file) if read else None
     left = set(weights.stored) if weights else set()
-    for name, tensor in plan:
+    for name, tensor in contents:
         if weights is None:
             continue
         found = weights.read_whole(name) if name in left else None

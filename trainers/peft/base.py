@@ -37,7 +37,7 @@ class Adaptation(Protocol):
     update: Update | None
     """What the method does around each update of the optimizer."""
 
-    def plan(self) -> dict[str, Tensor]:
+    def contents(self) -> dict[str, Tensor]:
         """Return the tensors of the export on `meta`, as they would be saved now."""
         ...
 
@@ -65,7 +65,7 @@ class FullTraining:
     library_config: Any = None
     update: Update | None = None
 
-    def plan(self) -> dict[str, Tensor]:
+    def contents(self) -> dict[str, Tensor]:
         """Return the model's tensors on `meta`, in the type of the export."""
         return self.expected
 
@@ -87,7 +87,7 @@ class Adapter:
     trained: set[str]
     names: dict[str, str]
     """The tensors of the export by their names in the model, with the names they are saved under."""
-    plan: Callable[[], dict[str, Tensor]]
+    contents: Callable[[], dict[str, Tensor]]
     """Returns the tensors of the export on `meta`, as they would be saved now."""
     as_saved: Callable[[str, Tensor], Tensor]
     """Makes an exported tensor of a live one."""
@@ -128,7 +128,7 @@ class VirtualTokens:
         """Return where an adapter directory holds each trained tensor, where there is one that makes nothing but itself."""
         return dict.fromkeys(self.trained, next(iter(self.expected)))
 
-    def plan(self) -> dict[str, Tensor]:
+    def contents(self) -> dict[str, Tensor]:
         """Return what the trained tensors make, on `meta`."""
         return self.expected
 

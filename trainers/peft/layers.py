@@ -56,7 +56,7 @@ def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adapter
         origin=adapters,
         trained=trained,
         names=keys,
-        plan=lambda: expected if pruning is None else {key: pruning.as_saved(key, tensor) for key, tensor in expected.items()},
+        contents=lambda: expected if pruning is None else {key: pruning.as_saved(key, tensor) for key, tensor in expected.items()},
         as_saved=adapters.as_saved if pruning is None else pruning.as_saved,
         library_config=saved_config,
         lr_scales={name: settings.lr_ratio for name in trained if "lora_B" in name or after[name].ndim == 1},  # as peft's LoRA+ divides

@@ -49,7 +49,7 @@ class Continued:
             self.weights = Weights(folder, FILE)
         except ConfigError as error:
             raise ConfigError("peft.adapter", str(folder), error.reason, error.remedy) from error
-        stored, expected = self.weights.stored, adaptation.plan()
+        stored, expected = self.weights.stored, adaptation.contents()
         wrong = [f"lacks {listed(lost)}"] if (lost := sorted(expected.keys() - stored.keys())) else []
         wrong += [f"holds {listed(more)}, which the run's has not"] if (more := sorted(stored.keys() - expected.keys())) else []
         wrong += [
@@ -96,7 +96,7 @@ def export_adapter(
         adaptation.library_config.save_pretrained(str(staging))
         tokenizer.save_pretrained(staging)
 
-    return write_folder(weights, adaptation.plan(), configure, folder, write, file=FILE, mark=mark)
+    return write_folder(weights, adaptation.contents(), configure, folder, write, file=FILE, mark=mark)
 
 
 def require_moved(folder: Path) -> None:

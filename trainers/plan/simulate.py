@@ -254,7 +254,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         parameters=sum(numels.values()),
         trainable=sum(numel for name, numel in numels.items() if name in adaptation.trained),
         largest=max(numels.values()),
-        adapter_bytes=0 if adaptation.library_config is None else sum(tensor.nbytes for tensor in adaptation.plan().values()),
+        adapter_bytes=0 if adaptation.library_config is None else sum(tensor.nbytes for tensor in adaptation.contents().values()),
         update_bytes=sum(numels[name] for name in update.names) * update.bytes_per_element if update is not None else 0,
         slack=replayed.slack,
         reserved=replayed.reserved,
