@@ -13,7 +13,6 @@ Exit codes: 0 every attempt resumed exactly and no checkpoint was lost, 1 not so
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -34,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tools.command import ended, parser_of
 from trainers.rundir import paths
 from trainers.rundir.checkpoints import number_of, steps, why_incomplete
 from trainers.rundir.rows import read_rows
@@ -148,9 +148,7 @@ class Harmed:
 
 def main(arguments: list[str] | None = None) -> int:
     """Harm a run; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("chaos", __doc__)
     parser.add_argument("what", choices=["save"], help="what is harmed: saves and checkpoints")
     parser.add_argument("--kills", type=int, default=30, metavar="N", help="kills at random bytes of a save (default 30)")
     parser.add_argument("--engine", default="fsdp", help="engine preset (default fsdp)")
@@ -159,15 +157,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.kills < 1:
         parser.error(f"--kills {options.kills}: must be at least 1")
-    try:
+
+    def work() -> int:
         with _workplace(options.dir) as folder:
             return harm(folder, options.kills, options.engine, options.seed)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except Wrong as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+
+    return ended(work, failures=(Wrong,))
 
 
 def harm(folder: Path, kills: int, engine: str, seed: int) -> int:

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tools.command import ended, parser_of
 from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.processes import die_with_parent
@@ -61,9 +62,7 @@ class Check:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the checks, print them; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("doctor", __doc__)
     parser.add_argument("--build", action=argparse.BooleanOptionalAction, default=True, help="build DeepSpeed's ops if they are not yet")
     parser.add_argument("--only", metavar="NAME,...", default=",".join(SECTIONS), help=f"some of {', '.join(SECTIONS)} (default all)")
     parser.add_argument(
@@ -78,12 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         parser.error(f"--only {','.join(unknown)}: there is {', '.join(SECTIONS)}")
-    try:
-        checks = examine(sections, options.build)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return _report(checks, options.json)
+    return ended(lambda: _report(examine(sections, options.build), options.json))
 
 
 def examine(sections: list[str], build: bool) -> list[Check]:

@@ -13,11 +13,9 @@ Exit codes: 0 written, 1 the checkpoint is damaged or not finite, or the disk fa
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import shutil
-import signal
 import sys
 import time
 import zipfile
@@ -28,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from tools.command import Refused, ended, parser_of
 from trainers.config.checks import require_model_directory
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Attention, PeftMethod, RunConfig, read
@@ -43,19 +42,13 @@ PIECE_BYTES = 1 << 20
 DTYPES = ("saved", "float32", "bfloat16", "float16")
 
 
-class Refused(Exception):
-    """What was asked for cannot be done: says why and what can."""
-
-
 class Damaged(Exception):
     """A file of the checkpoint cannot be read."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Export a checkpoint; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("export", __doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="RUN_DIR/checkpoints/step-NNNNNN, or RUN_DIR")
     parser.add_argument("out", metavar="OUT", type=Path, help="the directory to write; absent, or empty")
     parser.add_argument("--shard-gib", type=float, default=4.0, help="largest file in GiB; a larger tensor has its own (default 4)")
@@ -64,19 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 0 < options.shard_gib < math.inf:
         parser.error(f"--shard-gib {options.shard_gib:g}: must be a number greater than 0")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing half-written stays
-    try:
-        write(options.checkpoint, options.out, int(options.shard_gib * 2**30), options.dtype, options.model)
-    except KeyboardInterrupt:
-        print(f"stopped: {options.out} was not written", file=sys.stderr)
-        return 130
-    except (Refused, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Damaged, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return ended(
+        lambda: write(options.checkpoint, options.out, int(options.shard_gib * 2**30), options.dtype, options.model),
+        lambda: f"stopped: {options.out} was not written",
+        failures=(Damaged, RuntimeError, OSError),
+    )
 
 
 def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str | None) -> None:

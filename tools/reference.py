@@ -9,7 +9,6 @@ Exit codes: 0 printed, 2 no such group.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +16,7 @@ from typing import Any, get_type_hints
 from launcher.config import JobConfig
 from launcher.fields import Field, all_fields, choices, expected
 from launcher.help import CONF
+from tools.command import parser_of
 from tools.markdown import cell_of
 from trainers.config.schema import plain
 
@@ -28,9 +28,7 @@ RUN = "run"
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the reference; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.reference", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("reference", __doc__)
     parser.add_argument("groups", metavar="GROUP", nargs="*", help="print these groups alone: " + ", ".join(groups()))
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.groups if name not in groups()]:

@@ -12,7 +12,6 @@ Exit codes: 0 done, 1 SLURM refuses, 2 bad arguments, 130 Ctrl-C.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -29,6 +28,7 @@ from rich.table import Table
 
 from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
 from launcher.report import print_new
+from tools.command import parser_of
 from trainers.rundir import paths
 from trainers.rundir.attempt import newest_attempt, read_status
 from trainers.rundir.beats import read_beats
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     kind = words[0] if words and words[0] in ("logs", "cancel", "requeue") else "list"
-    parser = argparse.ArgumentParser(prog="python -m tools.runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("runs", __doc__)
     if kind == "list":
         parser.add_argument("dir", nargs="?", type=Path, default=Path("runs"), metavar="DIR", help="where to look (default runs)")
         parser.add_argument("--watch", action="store_true", help="again every two seconds, until Ctrl-C")

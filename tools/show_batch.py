@@ -6,7 +6,6 @@ python -m tools.show_batch model=hf model.id=DIR data=files data.path=FILE --row
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from launcher.compose import compose
 from launcher.config import run_config
+from tools.command import ended, parser_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 
@@ -28,19 +28,12 @@ SUPERVISED, CONTEXT, BOUNDARY = "bold green", "dim", "bold magenta"
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the first rows of the first step; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.show_batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("show_batch", __doc__)
     parser.add_argument("overrides", nargs="*", help="settings as for `python -m launcher`, such as +exp=quickstart data.packing=false")
     parser.add_argument("--rows", type=int, default=3, help="rows to show (default 3)")
     parser.add_argument("--split", choices=["train", "eval"], default="train", help="which rows (default train)")
     options = parser.parse_args(arguments)
-    try:
-        show(run_config(compose(options.overrides)), options.rows, options.split)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: show(run_config(compose(options.overrides)), options.rows, options.split))
 
 
 def show(config: RunConfig, num_rows: int, split: str) -> None:

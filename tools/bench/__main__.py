@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from tools.bench import checkpoint, data, engines, load, methods, plan, train
+from tools.command import parser_of
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "data": (data, "preparation speed and packing efficiency, next to the best public packer's on GSM8K"),
@@ -56,9 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("bench", __doc__)
     commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     for name, (module, words) in COMMANDS.items():
         command = commands.add_parser(name, help=words)

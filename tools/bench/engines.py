@@ -19,10 +19,11 @@ from rich.console import Console
 from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
 from tools.bench.orders import PRESETS, engine_preset
-from tools.bench.ranks import FAILED, STOPPED, RanksFailed, raise_on_signals, start_ranks, wait_for
+from tools.bench.ranks import RanksFailed, raise_on_signals, start_ranks, wait_for
 from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.schema import Precision
+from trainers.rundir.ending import Exit
 from trainers.rundir.rows import last_step, read_rows, steps
 from trainers.units import in_bytes
 
@@ -89,7 +90,7 @@ def compare(options: argparse.Namespace, command: str, section: Section, folder:
         return _compare(options, command, section, folder)
     except KeyboardInterrupt:
         print("stopped: no process and no temporary file is left", file=sys.stderr)
-        return STOPPED
+        return Exit.interrupted
 
 
 def _compare(options: argparse.Namespace, command: str, section: Section, folder: Path | None) -> int:
@@ -115,7 +116,7 @@ def _compare(options: argparse.Namespace, command: str, section: Section, folder
     print(text, end="")
     if options.out is not None:
         put_section(options.out, text)
-    return FAILED if failed or not any(isinstance(run, Run) for run in runs.values()) else 0
+    return Exit.failed if failed or not any(isinstance(run, Run) for run in runs.values()) else 0
 
 
 def _train(options: argparse.Namespace, command: str, name: str, ranks: int, run_dir: Path, on_gpu: bool) -> Run | str:

@@ -25,11 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
 from tools.bench.orders import PRESETS
-from tools.bench.ranks import FAILED, STOPPED
 from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.schema import Precision
 from trainers.rundir import paths
+from trainers.rundir.ending import Exit
 from trainers.rundir.rows import evaluations, last_step, read_rows, steps
 from trainers.units import in_bytes
 
@@ -147,12 +147,12 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(_section(options, results), end="")
         print(f"stopped: what is finished stays in {options.runs}, and the same command continues from there", file=sys.stderr)
-        return STOPPED
+        return Exit.interrupted
     text, trials = _section(options, results), _trials(results)
     print(text, end="")
     if options.out is not None and any(trial.figures for _, trial in trials):
         put_section(options.out, text)
-    return FAILED if not trials or any(trial.reason for _, trial in trials) else 0
+    return Exit.failed if not trials or any(trial.reason for _, trial in trials) else 0
 
 
 def _trials(results: dict[str, Result]) -> list[tuple[str, Trial]]:

@@ -19,8 +19,6 @@ SAMPLE_S = 0.02
 """Seconds between two looks at the ranks: at their memory, or whether they are done."""
 TOGETHER_S = 1.0
 REASON_LENGTH = 400
-FAILED, STOPPED = 1, 130
-"""Exit codes."""
 
 
 class RanksFailed(RuntimeError):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tools.command import ended, parser_of
 from tools.compare import say
 from tools.compare.methods import Comparison, compare
 from trainers.config.errors import ConfigError
@@ -28,9 +29,7 @@ from trainers.rundir.ending import Exit
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare runs; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("compare", __doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR", help="run directories, or folders of them such as a sweep's")
     parser.add_argument("--html", type=Path, metavar="FILE", help="one page with tables, plots and answers, which needs no network")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables as Markdown")
@@ -38,13 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wandb", action="store_true", help="write the same as a W&B report; needs a network and a key")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour (default: plan.json's, where a plan was made)")
     options = parser.parse_args(arguments)
-    try:
-        return run(options)
-    except KeyboardInterrupt:
-        return Exit.interrupted
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return Exit.bad_input
+    return ended(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -17,12 +17,12 @@ Exit codes: 0 done, 1 a model could not be measured, or the judge has scored not
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
+from tools.command import ended, parser_of
 from tools.evaluate.judge import Judge
 from tools.evaluate.measurements import Measurement, keep, measurements_of
 from tools.evaluate.say import table_of
@@ -38,21 +38,11 @@ DTYPES = ("float32", "bfloat16", "float64")
 def main(arguments: list[str] | None = None) -> int:
     """Measure runs; returns the exit code."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    try:
-        return evaluate(options)
-    except KeyboardInterrupt:
-        print("stopped: what was measured is kept, and the same command continues from there", file=sys.stderr)
-        return Exit.interrupted
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return Exit.bad_input
+    return ended(lambda: evaluate(options), lambda: "stopped: what was measured is kept, and the same command continues from there")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("evaluate", __doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_MODEL", help="run directories, folders of them, or one model")
     parser.add_argument(
         "--like", type=Path, metavar="RUN", help="for a model directory: the run whose rows and settings it is measured with"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from tools.command import ended, parser_of
 from tools.evaluate import record
 from tools.evaluate.measurements import Measurement
 from tools.evaluate.record import FOLDER
@@ -52,7 +52,7 @@ class NotMeasured(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Hold a run against rules; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.gate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("gate", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run that is done and evaluated")
     parser.add_argument("--rules", type=Path, default=RULES, metavar="FILE", help="what it must reach (default conf/gate/default.yaml)")
     parser.add_argument("--no-card", action="store_true", help="write no model card")
@@ -61,21 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
     machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPU where there is one")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type to compute in (default float32)")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C
-    try:
-        return gate(options)
-    except KeyboardInterrupt:
-        print("stopped: nothing was decided", file=sys.stderr)
-        return Exit.interrupted
-    except NotMeasured:
-        return Exit.failed
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return Exit.bad_input
+    return ended(lambda: gate(options), lambda: "stopped: nothing was decided")
 
 
 def gate(options: argparse.Namespace) -> int:
-    """Hold a run against rules and say so; returns the exit code, raises ConfigError and NotMeasured."""
+    """Hold a run against rules and say so; returns the exit code, raises ConfigError."""
     run: Path = options.run
     if not is_run(run):
         raise ConfigError("RUN", str(run), "is not a run directory")
@@ -92,7 +82,10 @@ def gate(options: argparse.Namespace) -> int:
     if not checks and not prompts:
         raise ConfigError("--rules", str(options.rules), "asks nothing, so that any model would pass", "a rule, or prompts")
     if prompts:
-        checks += hold_prompts(rules, prompts, answer(read_at(run), run, prompts, rules, options))
+        try:
+            checks += hold_prompts(rules, prompts, answer(read_at(run), run, prompts, rules, options))
+        except NotMeasured:
+            return Exit.failed
     passed = all(check.passed for check in checks if check.decides)
     verdict = {"passed": passed, "rules": str(options.rules), "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     write_json(run / FOLDER / "gate.json", verdict | {"checks": [dataclasses.asdict(check) for check in checks]})

@@ -26,11 +26,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from pathlib import Path
 
-from tools.export import DTYPES, Damaged, Refused
+from tools.command import ended
+from tools.export import DTYPES, Damaged
 from tools.merge.write import write
 
 USAGE = "python -m tools.merge ADAPTER[=WEIGHT] [ADAPTER[=WEIGHT] ...] OUT [options]"
@@ -55,19 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if not 0 < options.shard_gib < math.inf:
         parser.error(f"--shard-gib {options.shard_gib:g}: must be a number greater than 0")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: nothing half-written stays
-    try:
-        return write(options)
-    except KeyboardInterrupt:
+
+    def stopped() -> str:
         complete = (options.out / "config.json").is_file()
-        print(f"stopped: {options.out} {'is complete, and was not compared' if complete else 'was not written'}", file=sys.stderr)
-        return 130
-    except Refused as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (Damaged, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return f"stopped: {options.out} {'is complete, and was not compared' if complete else 'was not written'}"
+
+    return ended(lambda: write(options), stopped, failures=(Damaged, RuntimeError, OSError))
 
 
 def adapter(word: str) -> tuple[Path, float]:

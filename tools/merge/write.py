@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tools.export import Damaged, Refused, require_absent, require_space, with_bar
+from tools.command import Refused
+from tools.export import Damaged, require_absent, require_space, with_bar
 from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ModelConfig

@@ -7,19 +7,17 @@ python -m tools.structure --longest 10
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
 
+from tools.command import parser_of
 from tools.structure import run, source
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the numbers of this checkout; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.structure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("structure", __doc__)
     parser.add_argument("--source", action="store_true", help="read the source alone and train nothing")
     parser.add_argument("--longest", type=int, default=0, metavar="N", help="list the longest functions")
     parser.add_argument("--files", action="store_true", help="list the files of a run with their lines")
