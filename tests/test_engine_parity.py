@@ -80,7 +80,7 @@ def train_on_ranks(world: World, folder: Path, microbatch: int, engine: str = "f
     built = build_engine(config_for(folder, engine, optim, **more), world, blueprint_for(folder))
     losses, norms = [], []
     for rows in uneven_batches():
-        weight = sum(int((labels != IGNORE).sum()) for _, labels in rows)
+        targets = sum(int((labels != IGNORE).sum()) for _, labels in rows)
         mine = rows[world.rank :: world.size]
         chunks = [mine[start : start + microbatch] for start in range(0, len(mine), microbatch)]
         local = 0.0
@@ -89,10 +89,10 @@ def train_on_ranks(world: World, folder: Path, microbatch: int, engine: str = "f
             positions = torch.arange(LENGTH).expand(ids.shape)
             batch = Batch.of(ids, labels, positions)
             loss = NextToken()(built.forward(batch), batch).total
-            built.backward(loss / weight, last=number == len(chunks))
+            built.backward(loss / targets, last=number == len(chunks))
             local += loss.item()
         norms.append(built.step(LR[optim]))
-        losses.append(world.sum([local])[0] / weight)
+        losses.append(world.sum([local])[0] / targets)
     weights = {name: tensor.float().numpy() for name, tensor in built.weights()}
     return {"losses": losses, "norms": norms, "weights": weights, "report": built.report()}
 

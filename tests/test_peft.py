@@ -110,14 +110,14 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
     frozen = {name: local.clone() for name, (_, local) in locals_of(engine).items() if name not in trained}
     losses, norms, still, importance = [], [], [], {}
     for step, (ids, labels) in zip(range(steps), rows_of_steps(), strict=False):
-        weight = int((labels != IGNORE).sum())
+        targets = int((labels != IGNORE).sum())
         mine = slice(world.rank, None, world.size)
         chunks = list(zip(ids[mine].split(2), labels[mine].split(2), strict=True))
         local = 0.0
         for number, chunk in enumerate(chunks, 1):
             batch = batch_of(*chunk)
             loss = NextToken()(engine.forward(batch), batch).total
-            engine.backward(loss / weight, last=number == len(chunks))
+            engine.backward(loss / targets, last=number == len(chunks))
             local += loss.item()
         if step == 1:
             still = unmoved(engine, trained)
@@ -126,7 +126,7 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
         if engine.adaptation.update is not None:
             engine.adaptation.update.at(step, STEPS)
         norms.append(engine.step(LR))
-        losses.append(world.sum([local])[0] / weight)
+        losses.append(world.sum([local])[0] / targets)
         if engine.adaptation.update is not None and step == LOOK:
             importance = {
                 name: world.sum([float(mean.double().sum()) for mean in means.values()])

@@ -62,11 +62,11 @@ def run_plainly(model_dir: Path, table: TokenTable) -> dict[str, Any]:
     losses, gradients = [], []
     for step in range(STEPS):
         rows = list(plain_rows(table))
-        weight = sum(int((labels != IGNORE).sum()) for _, labels in rows)
+        targets = sum(int((labels != IGNORE).sum()) for _, labels in rows)
         total = 0.0
         for ids, labels in rows:
             logps = model(input_ids=ids[None]).logits[0].log_softmax(-1)
-            loss = torch.nn.functional.nll_loss(logps, labels, ignore_index=IGNORE, reduction="sum") / weight
+            loss = torch.nn.functional.nll_loss(logps, labels, ignore_index=IGNORE, reduction="sum") / targets
             loss.backward()
             total += loss.item()
         losses.append(total)

@@ -252,7 +252,7 @@ class Stored:
     def _read_chunk(self, place: Any, dtype: Any, count: int) -> Iterator[Tensor]:
         """Yield what one rank saved of a tensor: torch.save's zip archive, whose one storage is read piece by piece.
 
-        torch.load would hold the chunk whole. Damage shows in the archive's checksum, at the latest with the last piece.
+        torch.load would hold the chunk twice and does not compare checksums. Here damage shows at the latest with the last piece.
         """
         path = self.folder / place.relative_path
         try:

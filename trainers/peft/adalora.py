@@ -80,11 +80,11 @@ class Pruning:
         What peft adds to the loss of a forward: orth_reg_weight times the mean of ||A A^T - I||_F and ||B^T B - I||_F over all layers
         (section 3.1, without the square). It does not depend on data, so that it is added once a step and not to the loss that is reported.
         """
-        weight = self.settings.orth_reg_weight / (2 * len(self.paths))
-        for name, part in parts.items() if weight else ():
+        factor = self.settings.orth_reg_weight / (2 * len(self.paths))
+        for name, part in parts.items() if factor else ():
             if _parse(name)[1] != "E":
                 gradient = _pull_to_orthogonal(gather(name), rows=_parse(name)[1] == "A").reshape(-1)
-                part.grad.add_(gradient[part.start : part.start + part.grad.numel()].to(part.grad.device), alpha=weight)
+                part.grad.add_(gradient[part.start : part.start + part.grad.numel()].to(part.grad.device), alpha=factor)
 
     @torch.no_grad()
     def after(self, parts: Mapping[str, Part], total: Callable[[list[float]], list[float]]) -> bool:
