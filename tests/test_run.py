@@ -129,12 +129,11 @@ def whole(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.TempPat
     return run_dir
 
 
-@pytest.mark.for_real
 @pytest.mark.parametrize(
     "how",
     [
         signal.SIGTERM,
-        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=[pytest.mark.slow, pytest.mark.for_real]),
         *(pytest.param(how, marks=pytest.mark.soak) for how in (signal.SIGINT, signal.SIGUSR2)),
     ],
     ids=lambda how: how.name,
