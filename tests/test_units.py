@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainers.units import GIB, KIB, MIB, in_bytes, in_short, in_time
+from trainers.units import GIB, KIB, MIB, in_bytes, in_digits, in_time
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_times(seconds: float, text: str) -> None:
     ("number", "text"), [(0, "0"), (999, "999"), (307_156, "307k"), (1_328_256, "1.33M"), (70.56e9, "70.6B"), (15e12, "15T")]
 )
 def test_counts(number: float, text: str) -> None:
-    assert in_short(number) == text
+    assert in_digits(number) == text

@@ -40,6 +40,7 @@ from tools.command import ended, parser_of
 from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.processes import die_with_parent
+from trainers.rundir.ending import killed_by
 from trainers.units import GIB, in_bytes
 
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
@@ -317,7 +318,7 @@ class _Child:
         if code == 0 and self.answer.exists():
             rows: list[dict[str, str]] = json.loads(self.answer.read_text())
             return rows
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
+        how = killed_by(code) if code < 0 else "failed"
         return f"{how}{self._last_words()}"
 
     def _last_words(self) -> str:

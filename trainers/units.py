@@ -22,7 +22,7 @@ def in_time(seconds: float) -> str:
     return f"{seconds / 3600:.3g} h" if seconds < 2 * 86_400 else f"{seconds / 86_400:,.1f} days"
 
 
-def in_short(number: float) -> str:
+def in_digits(number: float) -> str:
     """Write a count with up to three digits: 307k, 1.33M, 70.6B, 15T."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= unit:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from tools.bench.ranks import leave, start_ranks, wait_for, write_line
 from trainers.config.schema import DataConfig, EngineConfig, EngineName, Precision, RunConfig, TrainConfig
+from trainers.units import in_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -47,9 +48,7 @@ def run(options: argparse.Namespace) -> None:
             for ranks in options.ranks:
                 console.print(f"loading it with {engine} on {ranks} ranks")
                 peak, seconds = measure_loading(Path(folder), engine, ranks)
-                table.add_row(
-                    engine, str(ranks), f"{total / 2**20:,.0f} MiB", f"{peak / 2**20:,.0f} MiB", f"{peak / total:.2f}", f"{seconds:.1f}"
-                )
+                table.add_row(engine, str(ranks), in_bytes(total), in_bytes(peak), f"{peak / total:.2f}", f"{seconds:.1f}")
     Console().print(table)
     Console().print("memory: the sum of /proc/PID/smaps_rollup's Pss, above what it was before the checkpoint was opened", style="dim")
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
+from trainers.rundir.ending import killed_by
 
 SAMPLE_S = 0.02
 """Seconds between two looks at the ranks: at their memory, or whether they are done."""
@@ -82,11 +83,11 @@ def _failure(children: list[subprocess.Popen[bytes]], run_dir: Path) -> RanksFai
     reasons = sorted(run_dir.glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
     for rank, child in enumerate(children):
         if child.returncode == -signal.SIGKILL:
-            return RanksFailed(f"rank {rank} was killed by SIGKILL (out of memory, or kill -9)", _end_of_log(run_dir, rank))
+            return RanksFailed(f"rank {rank} {killed_by(child.returncode)}", _end_of_log(run_dir, rank))
     if reasons:
         return RanksFailed(reasons[0].read_text(), _end_of_log(run_dir, int(reasons[0].stem)))
     rank, code = next((rank, child.returncode) for rank, child in enumerate(children) if child.returncode is not None)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    how = killed_by(code) if code < 0 else f"ended with exit code {code}"
     return RanksFailed(f"rank {rank} {how}", _end_of_log(run_dir, rank))
 
 

@@ -32,6 +32,7 @@ from trainers.config.schema import (
     TrainConfig,
     WandbMode,
 )
+from trainers.units import in_bytes
 
 if TYPE_CHECKING:
     from trainers.data.loader import Loader
@@ -77,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
         if abs(ours["loss"] - bare["loss"]) > 1e-3 * abs(bare["loss"]):
             raise RuntimeError(f"the two loops do not train the same: last losses {ours['loss']} and {bare['loss']}")
         speed, peak = ours["speed"] / bare["speed"], ours["peak"] / bare["peak"]
-        sizes = (f"{ours['peak'] / 2**20:,.0f} MiB", f"{bare['peak'] / 2**20:,.0f} MiB", f"{peak:.2f}")
+        sizes = (in_bytes(ours["peak"]), in_bytes(bare["peak"]), f"{peak:.2f}")
         table.add_row(f"{shape}: {words}", f"{ours['speed']:,.0f}", f"{bare['speed']:,.0f}", f"{speed:.2f}", *sizes)
     Console().print(table)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tools.compare.gather import Curve
 from tools.compare.methods import Comparison, Method
 from tools.evaluate.intervals import Estimate
-from trainers.units import GIB, in_short
+from trainers.units import GIB, in_digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +111,7 @@ def _of_curves(
         axes.set_ylim(min(held_out) - 2 * room, max(held_out) + room)
         axes.set_xlabel(unit)
         axes.set_ylabel("nats a token")
-        axes.xaxis.set_major_formatter(lambda value, _place: in_short(value))
+        axes.xaxis.set_major_formatter(lambda value, _place: in_digits(value))
         _legend(axes)
 
     return Picture(title=title, words=words, svg=_draw(title, plot))

@@ -229,19 +229,19 @@ def frozen_statement(frozen: Iterable[tuple[Tensor, Tensor]], compute: torch.dty
         raise RuntimeError("a frozen weight has a gradient")
     packed = [part for _, part in frozen if part.dtype is torch.uint8]
     rest = [part for _, part in frozen if part.dtype is not torch.uint8]
-    parts = [f"nf4, {_mib(packed)}" + (f" {where}" if where else "")] if packed else []
+    parts = [f"nf4, {_a_rank(packed)}" + (f" {where}" if where else "")] if packed else []
     parts += [statement("frozen weights", rest, compute, sum(tensor.nbytes for tensor in rest), where)] if rest else []
     return "; ".join(parts) or "none"
 
 
-def _mib(tensors: Iterable[Tensor]) -> str:
-    return f"{sum(tensor.nbytes for tensor in tensors) / 2**20:,.1f} MiB a rank"
+def _a_rank(tensors: Iterable[Tensor]) -> str:
+    return f"{in_bytes(sum(tensor.nbytes for tensor in tensors))} a rank"
 
 
 def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes: int, where: str) -> str:
     """Say type, bytes a rank and place of one kind of state; raises RuntimeError if a live tensor has another type or place."""
     require_type(what, live, wanted, where)
-    return f"{in_short(wanted)}, {num_bytes / 2**20:,.1f} MiB a rank" + (f" {where}" if where else "")
+    return f"{in_short(wanted)}, {in_bytes(num_bytes)} a rank" + (f" {where}" if where else "")
 
 
 def require_type(what: str, live: Iterable[Tensor], wanted: torch.dtype, where: str = "") -> None:

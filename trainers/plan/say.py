@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers.plan.plan import WORDS, Plan
-from trainers.units import in_bytes, in_short, in_time
+from trainers.units import in_bytes, in_digits, in_time
 
 COLOURS = {"fits": "green", "tight": "yellow", "unknown": "yellow", "does not fit": "red"}
 
@@ -92,7 +92,7 @@ def _cost(plan: Plan) -> list[tuple[str, str]]:
     fast, slow = plan.step_seconds
     rows.append(("seconds a step", f"{fast:.3g} to {slow:.3g}"))
     if (day := plan.tokens_per_day()) is not None:
-        rows.append(("tokens a day", " to ".join(map(in_short, day))))
+        rows.append(("tokens a day", " to ".join(map(in_digits, day))))
     if (seconds := plan.run_seconds()) is not None:
         hours = [second / 3600 for second in seconds]
         rows += [("the whole run", f"{in_time(seconds[0])} to {in_time(seconds[1])}, {_spent(plan, hours)}")]
