@@ -142,7 +142,7 @@ def test_a_stopped_rank_is_named_by_the_others(base: Path, chats: Path, cache: P
         ("raise", ["ValueError: the fault of this test", "Traceback"]),
         pytest.param("memory", ["MemoryError", "Traceback"], marks=pytest.mark.slow),
         pytest.param("kill", ["rank 1 was killed by SIGKILL (out of memory, or kill -9)"], marks=pytest.mark.slow),
-        pytest.param("sleep", ["rank 1 did not arrive: it is in step 8, at trainers/loop.py", "sitecustomize.py"], marks=pytest.mark.soak),
+        pytest.param("sleep", ["rank 1 did not arrive: it is in step 8, at trainers/", "sitecustomize.py"], marks=pytest.mark.soak),
         pytest.param("gil", ["rank 1 has not been heard of for", "is alive", "rank 0 waits in step 8"], marks=pytest.mark.slow),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_rank_that_hangs_while_it_prepares_is_named(base: Path, chats: Path, c
     line = arguments(base, chats, run_dir, *STEPS, "limits.prepare_s=6")
     with started(line, with_fault(cache, tmp_path, rank=1, step=-1, what="sleep")) as process:
         said = finish(process, run_dir)
-    assert "rank 1 did not arrive: it is in preparing data, at trainers/__main__.py" in said.splitlines()[-1]
+    assert "rank 1 did not arrive: it is in preparing data, at trainers/" in said.splitlines()[-1]
     assert "limits.prepare_s" in said.splitlines()[-1]
     assert "in strike" in stacks_of(run_dir, 1)
     goes_on(cache, [*line, "limits.prepare_s=100"], run_dir)
