@@ -61,7 +61,7 @@ test: $(STAMP)
 
 # Tests on a SLURM cluster wait most of their time: the others run meanwhile.
 test-slow: $(STAMP)
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-slow-others test-slow-slurm
+	@$(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-slow-others test-slow-slurm
 
 test-slow-others: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow and not soak and not slurm'
