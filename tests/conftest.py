@@ -174,7 +174,7 @@ def start_require(folder: Path, op: str = "cpu_adam", limit_s: float = 100, **en
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The one real build of the suite, asked for by two processes at once where an old lock stands in the way."""
+    """The one real build of the suite, asked for by two processes at once where a killed build of torch has left its lock."""
     skip_without("cpu_adam")
     folder = tmp_path_factory.mktemp("extensions")
     lock = folder / "cpu_adam" / "lock"
@@ -209,7 +209,7 @@ def cpu_adam(request: pytest.FixtureRequest) -> None:
     if not ops.is_built("cpu_adam"):
         skip_without("cpu_adam")
         folder = request.getfixturevalue("built")[0]
-        shutil.copytree(folder / "cpu_adam", ops.folder_of("cpu_adam"), dirs_exist_ok=True)
+        shutil.copytree(folder / ops.folder_of("cpu_adam").name, ops.folder_of("cpu_adam"), dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")

@@ -448,9 +448,7 @@ def _probe_look(op: str) -> list[Check]:
     missing = ops.missing_for(op)
     if missing is not None:
         return [Check(title, WARN, missing.reason, f"{missing.remedy}; {USED_BY[op]} needs it")]
-    left = ops.left_lock(op)
-    found = "not built yet" + (f"; the lock {left} was left by a build that was killed: the next build removes it" if left else "")
-    return [Check(title, WARN if left else NOTE, found, "python -m tools.doctor builds it, or the first run that needs it does")]
+    return [Check(title, NOTE, "not built yet", "python -m tools.doctor builds it, or the first run that needs it does")]
 
 
 def _probe_build(op: str) -> list[Check]:

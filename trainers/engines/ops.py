@@ -1,12 +1,14 @@
 """DeepSpeed's compiled ops: built once on a node, in a process of their own with a time limit, and refused with a remedy.
 
-Left alone, DeepSpeed compiles an op when it is first used, without a limit, and waits forever for a lock that a killed run left.
+Left alone, DeepSpeed compiles an op when it is first used, without a limit, and waits forever for a lock that a killed run left. Here
+each build has a folder of its own, where torch's lock stands in nobody's way, and is renamed into place once it is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -42,8 +44,6 @@ NEEDS = {"async_io": ("pin_memory",)}
 """Ops that an op loads before itself."""
 LIMIT_S = 1200.0
 """Longest build, and longest wait for somebody else's: on two cores cpu_adam takes 41 s, async_io 2.6 min, on busy ones 6.7."""
-QUIET_S = 120.0
-"""Seconds in which a live builder, perhaps on another node, is sure to have written something into its folder."""
 POLL_S, REMIND_S, CHECK_S, GRACE_S = 0.2, 30.0, 30.0, 3.0
 BUILD = """
 import os, signal, sys
@@ -58,6 +58,8 @@ die_with_parent(int(sys.argv[2]), signal.SIGTERM)  # end with who asked, the com
 from deepspeed.ops import op_builder
 getattr(op_builder, sys.argv[1])().load(verbose=True)
 """
+INSTRUCTIONS_FILE = "instructions.json"
+"""What a built op may use of its processor."""
 AIO_PROGRAM = "#include <libaio.h>\nint main() { return io_submit(0, 0, 0); }\n"
 INSTRUCTIONS = re.compile(r"sse|ssse|avx|fma|f16c|bmi|abm|adx|amx|aes|gfni|sha|pclmul|movbe|asimd|sve")
 
@@ -113,14 +115,8 @@ def missing_for(name: str) -> Missing | None:
 
 
 def is_built(name: str) -> bool:
-    """Tell whether op `name` can be loaded without compiling; what only DeepSpeed built itself counts as not built."""
-    return all(_stamp_fits(op) for op in (*NEEDS.get(name, ()), name))
-
-
-def left_lock(name: str) -> Path | None:
-    """Return torch's lock of op `name` where no process of this node holds it, as a killed build leaves it."""
-    locks = [folder_of(op) / "lock" for op in (*NEEDS.get(name, ()), name)]
-    return next((lock for lock in locks if lock.exists() and _holder(lock) is None), None)
+    """Tell whether op `name` can be loaded without compiling; what DeepSpeed built itself does not count."""
+    return all(_library(op).is_file() for op in (*NEEDS.get(name, ()), name))
 
 
 class Unbuildable(Exception):
@@ -136,14 +132,12 @@ def _require(op: str, limit_s: float) -> None:
     if _load(op):
         return
     _make_root()
-    deadline = time.monotonic() + limit_s
-    with _guard(op, deadline) as died_here:
+    with _guard(op, limit_s):
         if _load(op):
             return
         missing = missing_for(op)
         if missing is not None:
             raise Unbuildable(missing.reason, missing.remedy)
-        _clear_lock(op, died_here, deadline)
         _build(op, limit_s)
     if not _load(op):
         raise Unbuildable(f"was built in {folder_of(op)}, but does not load", f"remove {folder_of(op)}, and start again")
@@ -160,9 +154,9 @@ def _load(op: str) -> bool:
     builder = _builder(op)
     if builder.name in OpBuilder._loaded_ops:
         return True
-    if not _stamp_fits(op):
+    if not is_built(op):
         return False
-    lacking = set(_read_stamp(op)["instructions"]) - set(_instructions())
+    lacking = set(json.loads((folder_of(op) / INSTRUCTIONS_FILE).read_text())) - set(_instructions())
     if lacking:
         reason = f"{folder_of(op)} was built on a processor with {', '.join(sorted(lacking)[:4])}, which this one lacks"
         raise Unbuildable(reason, "TORCH_EXTENSIONS_DIR=DIR in the environment, a folder for each kind of node")
@@ -174,7 +168,7 @@ def _load(op: str) -> bool:
         spec.loader.exec_module(module)
     except ImportError as error:
         log.warning("%s does not load (%s): built again", _library(op), error)
-        _stamp_file(op).unlink(missing_ok=True)
+        shutil.rmtree(folder_of(op), ignore_errors=True)
         return False
     OpBuilder._loaded_ops[builder.name] = module
     with contextlib.redirect_stdout(io.StringIO()):
@@ -183,34 +177,33 @@ def _load(op: str) -> bool:
 
 
 def _build(op: str, limit_s: float) -> None:
-    """Compile op in a session of its own, of which nothing is left whatever happens; raises Unbuildable."""
-    folder = folder_of(op)
-    report = folder / "fulltune-build.log"
-    was_there = _library(op).exists()
-    if _stamp_file(op).exists():  # of another torch, another compiler or a file that changed since: its objects are too
-        shutil.rmtree(folder)
-        was_there = False
-    folder.mkdir(parents=True, exist_ok=True)
+    """Compile op in a folder and a session of its own, of which nothing but a log is left whatever happens; raises Unbuildable."""
+    folder, name = folder_of(op), str(_builder(op).name)
+    report, partial = folder.with_suffix(".log"), folder.with_suffix(f".{socket.gethostname()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+    partial.mkdir()
     log.info("building DeepSpeed's %s, once on this machine: a minute or more (log %s)", op, report)
-    start, ended = time.monotonic(), False
-    with report.open("w") as output:
-        line = [sys.executable, "-P", "-c", BUILD, BUILDERS[op], str(os.getpid()), str(Path(__file__).parents[2])]
-        process = subprocess.Popen(
-            line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=_build_environment(), start_new_session=True
-        )
-        try:
-            code = process.wait(timeout=limit_s)
-            ended = True
-        except subprocess.TimeoutExpired:
-            raise Unbuildable(f"was not built in {limit_s:.0f} s", f"see {report}; a machine this busy may need another try") from None
-        finally:
-            _end_session(process)
-            (folder / "lock").unlink(missing_ok=True)
-            if not ended and not was_there:
-                _discard_objects(folder)
-    if code != 0 or not _library(op).exists():
-        raise Unbuildable(f"does not build: {_compiler_words(report)}", f"the whole log is {report}")
-    _write_stamp(op)
+    start = time.monotonic()
+    try:
+        with report.open("w") as output:
+            line = [sys.executable, "-P", "-c", BUILD, BUILDERS[op], str(os.getpid()), str(Path(__file__).parents[2])]
+            environment = _build_environment() | {"TORCH_EXTENSIONS_DIR": str(partial)}
+            process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+            )
+            try:
+                code = process.wait(timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                raise Unbuildable(f"was not built in {limit_s:.0f} s", f"see {report}; a machine this busy may need another try") from None
+            finally:
+                _end_session(process)
+        if code != 0 or not (partial / name / f"{name}.so").is_file():
+            raise Unbuildable(f"does not build: {_compiler_words(report)}", f"the whole log is {report}")
+        (partial / name / INSTRUCTIONS_FILE).write_text(json.dumps(_instructions()))
+        with contextlib.suppress(OSError):  # another node was first
+            (partial / name).rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     log.info("built DeepSpeed's %s in %.0f s", op, time.monotonic() - start)
 
 
@@ -239,13 +232,6 @@ def _session_members(session: int) -> list[int]:
     return members
 
 
-def _discard_objects(folder: Path) -> None:
-    """Remove what a killed compiler may have left half-written; the log stays."""
-    for file in folder.iterdir():
-        if file.suffix != ".log":
-            file.unlink()
-
-
 def _compiler_words(report: Path) -> str:
     """Return the first lines that the compiler wrote about its first failure, or the log's last lines."""
     lines = [line.strip()[:300] for line in report.read_text("utf-8", "replace").splitlines() if line.strip()]
@@ -258,85 +244,29 @@ def _compiler_words(report: Path) -> str:
 
 
 @contextlib.contextmanager
-def _guard(op: str, deadline: float) -> Iterator[bool]:
-    """Be the only one that builds in this folder; yields whether the last one was killed, on this node, while it did.
+def _guard(op: str, limit_s: float) -> Iterator[None]:
+    """Be the only one that builds this op; the kernel frees the lock with the process that holds it, unlike torch's lock file."""
+    from filelock import FileLock, Timeout
 
-    The kernel frees the guard with the process that holds it, unlike torch's lock file; only the mark is left then.
-    """
-    from filelock import FileLock
-
-    root = folder_of(op).parent
-    mark, lock = root / "fulltune.building", FileLock(root / "fulltune.lock")
-    _acquire(lock, mark, op, deadline)
+    lock, mark = FileLock(folder_of(op).with_suffix(".lock")), folder_of(op).with_suffix(".building")
+    deadline, patience_s = time.monotonic() + limit_s, POLL_S
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=patience_s)
+        except Timeout:
+            who, patience_s = host.read_text(mark), min(REMIND_S, max(POLL_S, deadline - time.monotonic()))
+            level = logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.DEBUG
+            log.log(level, "waiting for DeepSpeed's %s: %s is building", op, who)
+            if time.monotonic() > deadline:
+                raise Unbuildable(
+                    f"another process is still building ({who})", f"wait for it or end it; its lock is {lock.lock_file}"
+                ) from None
     try:
-        died_here = host.read_text(mark).startswith(f"{socket.gethostname()} ")
         mark.write_text(f"{socket.gethostname()} process {os.getpid()}")
-        yield died_here
+        yield
     finally:
         mark.unlink(missing_ok=True)
         lock.release()
-
-
-def _acquire(lock: Any, mark: Path, op: str, deadline: float) -> None:
-    from filelock import Timeout
-
-    said = float("-inf")
-    while True:
-        with contextlib.suppress(Timeout):
-            lock.acquire(timeout=POLL_S)
-            return
-        if time.monotonic() > deadline:
-            raise Unbuildable(
-                f"another process is still building ({host.read_text(mark)})", f"wait for it or end it; its lock is {lock.lock_file}"
-            )
-        said = _remind(said, f"waiting for DeepSpeed's {op}: {host.read_text(mark)} is building")
-
-
-def _clear_lock(op: str, died_here: bool, deadline: float) -> None:
-    """Remove torch's lock where nobody holds it, wait where somebody does: torch itself would wait forever for either.
-
-    A live builder has the file open, so that one on this node shows in /proc. One on another node, which shares the folder
-    but not our guard, shows by what it writes.
-    """
-    lock, said = folder_of(op) / "lock", float("-inf")
-    while lock.exists():
-        holder = _holder(lock)
-        if holder is None and (died_here or _quiet_s(lock.parent) > QUIET_S):
-            log.warning("removed %s: a build that was killed had left it", lock)
-            lock.unlink(missing_ok=True)
-            return
-        who = f"process {holder}" if holder else "another node, perhaps,"
-        if time.monotonic() > deadline:
-            raise Unbuildable(f"{who} still holds {lock}", f"wait for it or end it; if nobody builds, remove {lock}")
-        said = _remind(said, f"waiting for DeepSpeed's {op}: {who} is building (lock {lock})")
-        time.sleep(POLL_S)
-
-
-def _remind(said: float, message: str) -> float:
-    """Log `message` at most every REMIND_S seconds, by one rank of a machine; returns when it was said last."""
-    if time.monotonic() - said < REMIND_S:
-        return said
-    log.log(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.DEBUG, message)
-    return time.monotonic()
-
-
-def _holder(file: Path) -> int | None:
-    """Return a process of this node that has `file` open."""
-    target = os.path.realpath(file)
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(entry) == target:
-                return int(entry.parts[2])
-    return None
-
-
-def _quiet_s(folder: Path) -> float:
-    """Return seconds since anything in `folder` was written."""
-    times = [folder.stat().st_mtime]
-    for file in folder.iterdir():
-        with contextlib.suppress(OSError):
-            times.append(file.stat().st_mtime)
-    return time.time() - max(times)
 
 
 def _compiler() -> list[str]:
@@ -449,45 +379,15 @@ def _builder(op: str) -> Any:
 
 
 def folder_of(op: str) -> Path:
-    """Return the folder that holds a built op, and its lock while it is built."""
-    return _extensions_root() / str(_builder(op).name)
+    """Return the folder of a built op, named by what it is valid for; the processor is compared as it is loaded."""
+    import torch
+
+    versions = (torch.__version__, import_deepspeed().__version__, sys.version.split()[0], os.environ.get("CXX", ""))
+    return _extensions_root() / f"fulltune-{op}-{hashlib.sha256(repr(versions).encode()).hexdigest()[:12]}"
 
 
 def _library(op: str) -> Path:
     return folder_of(op) / f"{_builder(op).name}.so"
-
-
-def _stamp_file(op: str) -> Path:
-    return folder_of(op) / "fulltune.json"
-
-
-def _identity(op: str) -> dict[str, Any]:
-    """Return what a built op is valid for, and which file it is: other environments share the folder, and build there too."""
-    import torch
-
-    file = _library(op).stat()
-    versions = {"torch": torch.__version__, "deepspeed": import_deepspeed().__version__, "python": sys.version.split()[0]}
-    return versions | {"compiler": os.environ.get("CXX", ""), "size": file.st_size, "modified": file.st_mtime_ns}
-
-
-def _stamp_fits(op: str) -> bool:
-    try:
-        known = _read_stamp(op)
-        return all(known.get(key) == value for key, value in _identity(op).items())
-    except (OSError, ValueError):
-        return False
-
-
-def _read_stamp(op: str) -> dict[str, Any]:
-    known: dict[str, Any] = json.loads(_stamp_file(op).read_text())
-    return known
-
-
-def _write_stamp(op: str) -> None:
-    """Note what was built; written last and renamed, so that it never vouches for half an op."""
-    partial = _stamp_file(op).with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(_identity(op) | {"instructions": _instructions()}))
-    partial.rename(_stamp_file(op))
 
 
 @functools.cache
