@@ -108,6 +108,15 @@ def _memory(children: list[subprocess.Popen[bytes]]) -> list[int]:
     return [sum(int(line.split()[1]) * 1024 for line in those if line.startswith("Pss:")) for those in lines]
 
 
+def _config(options: argparse.Namespace) -> RunConfig:
+    return RunConfig(
+        run_dir=options.run_dir,
+        data=DataConfig(path="unused"),
+        engine=EngineConfig(name=EngineName(options.engine)),
+        train=TrainConfig(precision=Precision.fp32),
+    )
+
+
 def run_rank(options: argparse.Namespace) -> None:
     """Load as one rank: say when ready, wait for a line, build the engine, and say when the last block was read."""
     import torch
@@ -122,12 +131,7 @@ def run_rank(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     world = World.from_environment()
     world.connect()
-    config = RunConfig(
-        run_dir=options.run_dir,
-        data=DataConfig(path="unused"),
-        engine=EngineConfig(name=EngineName(options.engine)),
-        train=TrainConfig(precision=Precision.fp32),
-    )
+    config = _config(options)
     tiny = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 32}
     build_engine(config, world, _llama(tiny))  # what is imported on the way is not the checkpoint's
     blueprint = _llama({})

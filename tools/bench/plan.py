@@ -37,8 +37,10 @@ from trainers.config.schema import (
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:
+    from trainers.engines.base import Engine
     from trainers.model.blueprint import Blueprint
     from trainers.plan.trace import Trace
+    from trainers.world import World
 
 LIMIT_S = 900.0
 COLLECTIVES = ("reduce_scatter_tensor", "reduce_scatter_single", "all_reduce")
@@ -268,7 +270,7 @@ def run_rank(options: argparse.Namespace) -> None:
         world.disconnect()
 
 
-def _traced(case: Case, world: Any, folder: Path) -> dict[str, Any]:
+def _traced(case: Case, world: World, folder: Path) -> dict[str, Any]:
     """Take real steps, with every operator's allocations noted."""
     from trainers.plan.trace import Trace
 
@@ -278,7 +280,7 @@ def _traced(case: Case, world: Any, folder: Path) -> dict[str, Any]:
     return {"state": engine.state_bytes(), "peak": max(moment.total for moment in trace.moments())}
 
 
-def _on_gpu(case: Case, world: Any, folder: Path) -> dict[str, Any]:
+def _on_gpu(case: Case, world: World, folder: Path) -> dict[str, Any]:
     """Take the same steps on the GPU, and ask torch for its peak."""
     import torch
 
@@ -288,14 +290,14 @@ def _on_gpu(case: Case, world: Any, folder: Path) -> dict[str, Any]:
     return {"state": engine.state_bytes(), "peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
-def _take_steps(case: Case, world: Any, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> Any:
+def _take_steps(case: Case, world: World, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> Engine:
     from trainers.engines.build import build_engine
     from trainers.objectives import make_objective
     from trainers.plan.simulate import LR, Marked, whole_batch
     from trainers.step import take_step
 
     config = case.config(str(folder))
-    engine: Any = build_engine(config, world, blueprint_of_case(case))
+    engine = build_engine(config, world, blueprint_of_case(case))
     objective = make_objective(config.objective, ())
     built()
     for _ in range(2):
@@ -329,7 +331,7 @@ def _without_copies_of_gloo(trace: Trace) -> Iterator[None]:
             setattr(dist, name, function)
 
 
-def _allocated(case: Case, world: Any, folder: Path) -> int:
+def _allocated(case: Case, world: World, folder: Path) -> int:
     """Return the peak of what torch's CPU allocator hands out in the same steps, from its own reports to torch's profiler."""
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile

@@ -47,22 +47,27 @@ def build_once(root: Path, name: str, build: Callable[[Path], None], what: str) 
         if folder.is_dir():
             return folder, True
         _remove_stale(root, name)
-        (root / f"{name}.holder").write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}")
-        partial = root / f"tmp-{name}-{socket.gethostname()}-{os.getpid()}"
-        partial.mkdir()
-        try:
-            build(partial)
-            partial.rename(folder)
-        except OSError as error:
-            raise ConfigError(
-                "data.prepared_dir", str(root), f"{what} cannot be written: {error}", "free space, or name another folder"
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            (root / f"{name}.holder").unlink(missing_ok=True)
+        _build(root, name, build, what)
         return folder, False
     finally:
         lock.release()
+
+
+def _build(root: Path, name: str, build: Callable[[Path], None], what: str) -> None:
+    """Let `build` fill a temporary folder and rename it, with a file that tells those who wait which process this is."""
+    holder, partial = root / f"{name}.holder", root / f"tmp-{name}-{socket.gethostname()}-{os.getpid()}"
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%H:%M:%S')}")
+    partial.mkdir()
+    try:
+        build(partial)
+        partial.rename(root / name)
+    except OSError as error:
+        raise ConfigError(
+            "data.prepared_dir", str(root), f"{what} cannot be written: {error}", "free space, or name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        holder.unlink(missing_ok=True)
 
 
 def remembered(key: str, compute: Callable[[], str]) -> str:
