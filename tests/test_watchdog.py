@@ -165,6 +165,7 @@ def test_a_rank_that_fails_in_a_step_is_named(base: Path, chats: Path, cache: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.for_real
 def test_kill_9_of_torchrun_or_launcher_leaves_nothing_and_the_same_command_goes_on(
     base: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -186,6 +187,7 @@ def test_kill_9_of_torchrun_or_launcher_leaves_nothing_and_the_same_command_goes
 
 
 @pytest.mark.soak
+@pytest.mark.for_real
 def test_kill_9_of_torchrun_takes_ranks_that_have_only_just_begun(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """They still import torch, and cannot have asked the kernel to end with their parent."""
     run_dir = tmp_path / "run"
@@ -199,7 +201,9 @@ def test_kill_9_of_torchrun_takes_ranks_that_have_only_just_begun(base: Path, ch
 
 
 def child_of(pid: int) -> int:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=True, timeout=10).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-P", str(pid), "-f", "trainers"], capture_output=True, text=True, check=True, timeout=10
+    ).stdout.split()
     assert len(found) == 1
     return int(found[0])
 
