@@ -1,7 +1,7 @@
 """DeepSpeed's compiled ops: built once on a node, in a process of their own with a time limit, and refused with a remedy.
 
 Left alone, DeepSpeed compiles an op when it is first used, without a limit, and waits forever for a lock that a killed run left. Here
-each build has a folder of its own, where torch's lock stands in nobody's way, and is renamed into place once it is whole.
+each build has a folder of its own, where torch's lock blocks no other build. The folder is renamed into place once it is whole.
 """
 
 from __future__ import annotations
