@@ -50,8 +50,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What ranks ask for at the end of a step, and the largest of what they took."""
+class Reports:
+    """What the ranks reported together with a step's loss: requests of any of them, and the largest memory peaks."""
 
     stop: bool
     save: bool
@@ -129,8 +129,8 @@ def train(
                 update.at(progress.step, num_steps)
             result = take_step(engine, objective, batches, world, lr=lr, targets=targets, limits=limits, report=report)
             seconds = time.perf_counter() - started
-            asked = _asked(result, guard)
-            if asked.superseded:
+            reports = _read_reports(result, guard)
+            if reports.superseded:
                 raise Superseded(f"a newer attempt of this run has started; attempt {attempt.number} writes nothing any more")
             try:
                 taken = guard.check(progress.step + 1, result.loss, result.grad_norm, targets, limits)
@@ -143,7 +143,7 @@ def train(
                 continue
             progress = _advanced(progress, sizes, taken, seconds, world.size)
             outcome.train_loss = result.loss
-            row = _row(progress, result, lr, sizes, seconds, asked, rows.epoch(progress.step), row_ids)
+            row = _row(progress, result, lr, sizes, seconds, reports, rows.epoch(progress.step), row_ids)
             if peak is not None:
                 outcome.mfu = flops_per_token * progress.input_tokens / (peak * 1e12 * progress.device_seconds)
                 row["mfu"] = flops_per_token * sizes.tokens / (peak * 1e12 * seconds * world.size)
@@ -151,13 +151,13 @@ def train(
             if world.rank == 0 and time.monotonic() - status_at > STATUS_EVERY_S:
                 status_at = time.monotonic()
                 attempt.set_status(State.running, step=progress.step, num_steps=num_steps, **stragglers.entry())
-            outcome.stopped = asked.stop  # what is due is evaluated as the run continues
+            outcome.stopped = reports.stop  # what is due is evaluated as the run continues
             if not outcome.stopped and held_out.is_due(progress.step):
                 outcome.stopped = not evaluate(progress.step, progress.tokens)
-            if not asked.writing:
+            if not reports.writing:
                 checkpointer.finish()
             is_best = held_out.at == progress.step and checkpointer.is_best(held_out.losses)
-            if not outcome.stopped and (asked.save or is_best or checkpointer.due(progress.step)):
+            if not outcome.stopped and (reports.save or is_best or checkpointer.due(progress.step)):
                 save(progress)
         if held_out.is_stalled():
             log.info("stopping early: %d evaluations brought no improvement", config.train.patience)
@@ -169,11 +169,11 @@ def train(
     return outcome
 
 
-def _asked(result: StepResult, guard: Guard) -> Asked:
+def _read_reports(result: StepResult, guard: Guard) -> Reports:
     """Take what ranks reported with the loss; raises TrainingFailed where they disagree on the gradient norm of the step before."""
     stop, save, writing, late, device_bytes, host_bytes, *norms = result.reports
     guard.require_agreement(norms)
-    return Asked(bool(stop), bool(save), bool(writing), bool(late), int(device_bytes), int(host_bytes))
+    return Reports(bool(stop), bool(save), bool(writing), bool(late), int(device_bytes), int(host_bytes))
 
 
 def _advanced(progress: Progress, sizes: Sizes, taken: bool, seconds: float, num_ranks: int) -> Progress:
@@ -191,7 +191,7 @@ def _advanced(progress: Progress, sizes: Sizes, taken: bool, seconds: float, num
 
 
 def _row(
-    progress: Progress, result: StepResult, lr: float, sizes: Sizes, seconds: float, asked: Asked, epoch: float, row_ids: Ints
+    progress: Progress, result: StepResult, lr: float, sizes: Sizes, seconds: float, reports: Reports, epoch: float, row_ids: Ints
 ) -> dict[str, Any]:
     """Return what metrics.jsonl says of a step, without the objective's own numbers."""
     return {
@@ -204,8 +204,8 @@ def _row(
         "tokens_per_second": sizes.labels / seconds,
         "input_tokens_per_second": sizes.tokens / seconds,
         "step_seconds": seconds,
-        "device_bytes_peak": asked.device_bytes or None,
-        "host_bytes_peak": asked.host_bytes,
+        "device_bytes_peak": reports.device_bytes or None,
+        "host_bytes_peak": reports.host_bytes,
         "mfu": None,
         "skipped": progress.skipped,
         "rows_hash": f"{zlib.crc32(row_ids.tobytes()):08x}",
