@@ -309,6 +309,7 @@ def finished(base: Path, chats: Path, cache: Path, tmp_path_factory: pytest.Temp
         patch.delenv(forking.SWITCH, raising=False)  # one run of the session is as a user's, process by process
         said = launch(cache, arguments(base, chats, run_dir, "log.wandb=offline", "checkpoint.every=4"))
     assert "held-out loss" in said
+    assert "Warning" not in said
     return run_dir
 
 

@@ -117,7 +117,7 @@ def counted_step(world: World, model: Path, limits: Limits) -> tuple[Any, dict[s
     ).step(0)
     before = {name: tensor.clone() for name, tensor in engine.weights()}
     calls: dict[str, int] = {}
-    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "all_gather_object", "broadcast_object_list")}
+    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list")}
 
     def counting(name: str) -> Any:
         def call(*args: Any, **named: Any) -> Any:

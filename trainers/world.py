@@ -147,9 +147,9 @@ class World:
         if self.size == 1:
             return list(map(float, sums)), list(map(float, maxima))
         mine = torch.tensor([*sums, *maxima], dtype=torch.float64)
-        every = mine.new_empty(self.size * len(mine))
-        dist.all_gather_into_tensor(every, mine, group=self.group)
-        by_rank = every.view(self.size, -1)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine, group=self.group)
+        by_rank = torch.stack(every)
         return by_rank[:, : len(sums)].sum(0).tolist(), by_rank[:, len(sums) :].amax(0).tolist()
 
     def _reduce(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
