@@ -24,12 +24,13 @@ import numpy, torch
 def word(pid, name):
     return open(f"/proc/{pid}/{name}").read()
 status = dict(line.split(":", 1) for line in word("self", "status").splitlines())
+# signals 32 and 33 are the C library's own: a shell may hand them down ignored, and no program can ask for that
 print(json.dumps({
     "argv": [sys.argv, sys.orig_argv], "path": sys.path, "cwd": os.getcwd(), "executable": sys.executable,
     "environment": sorted(item for item in os.environ.items()), "line": word("self", "cmdline"),
     "proc environment": sorted(word("self", "environ").split("\\0")), "exe": os.readlink("/proc/self/exe"), "name": status["Name"],
     "signals": [str(signal.getsignal(number)).split(" at ")[0] for number in sorted(signal.valid_signals())],
-    "masks": [status[name] for name in ("SigBlk", "SigIgn", "SigPnd")], "threads": status["Threads"],
+    "masks": [int(status[name], 16) & ~(3 << 31) for name in ("SigBlk", "SigIgn", "SigPnd")], "threads": status["Threads"],
     "files": sorted(fd for fd in os.listdir("/proc/self/fd") if int(fd) < 600), "read": sys.stdin.read(),
     "buffering": [(file.line_buffering, file.write_through, file.errors) for file in (sys.stdout, sys.stderr)],
     "parent": os.getppid() == int(os.environ["PARENT"]), "leads": [os.getsid(0) == os.getpid(), os.getpgid(0) == os.getpid()],
