@@ -20,11 +20,15 @@ from local_server import JsonRequests, LocalServer
 
 WRITE = """
 import json, sys
+from tools.compare.__main__ import ENDING_S
 from tools.compare.wandb_report import NoReport, write_report
+from trainers.processes import exit_after
 try:
     print(json.dumps(["written", write_report(**json.loads(sys.argv[1]))]))
 except NoReport as error:
     print(json.dumps(["refused", str(error)]))
+sys.stdout.flush()
+exit_after(ENDING_S, 0)  # as tools.compare ends
 """
 REPORT = {
     "entity": None,

@@ -24,7 +24,11 @@ from tools.command import ended, parser_of
 from tools.compare import say
 from tools.compare.methods import Comparison, compare
 from trainers.config.errors import ConfigError
+from trainers.processes import exit_after
 from trainers.rundir.ending import Exit
+
+ENDING_S = 10
+"""For this process to end after a W&B report: wandb waits for a service process of its own, which may not answer."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wandb", action="store_true", help="write the same as a W&B report; needs a network and a key")
     parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour (default: plan.json's, where a plan was made)")
     options = parser.parse_args(arguments)
-    return ended(lambda: run(options))
+    code = ended(lambda: run(options))
+    if options.wandb:
+        sys.stdout.flush()
+        exit_after(ENDING_S, code)
+    return code
 
 
 def run(options: argparse.Namespace) -> int:
