@@ -11,7 +11,7 @@ from typing import Any
 from trainers.batch import Sizes
 from trainers.checkpoint import Checkpointer, Progress
 from trainers.config.schema import OnSpike, RunConfig
-from trainers.data.loader import Ints, Loader
+from trainers.data.loader import Ints, Rows
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
 from trainers.evaluation import HeldOut
@@ -68,7 +68,7 @@ def train(
     attempt: Attempt,
     engine: Engine,
     data: Prepared,
-    rows: Loader,
+    rows: Rows,
     flops_per_token: float,
     checkpointer: Checkpointer | None = None,
 ) -> Outcome:

@@ -66,7 +66,7 @@ def take_step(
     mean, *rest = (value / targets if targets else math.nan for value in sums)
 
     def accepts(norm: float) -> bool:
-        return not mean > limits.loss and norm <= limits.grad_norm
+        return math.isfinite(norm) and not limits.exceeded(mean, norm)
 
     grad_norm = engine.step(lr, accepts) if targets else 0.0
     return StepResult(loss=mean, grad_norm=grad_norm, figures=dict(zip(names, rest, strict=True)), reports=reports)

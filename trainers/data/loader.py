@@ -24,6 +24,7 @@ class Rows(Protocol):
     """What the loop asks for data: every answer is a function of the step, so that nothing of it is saved."""
 
     num_steps: int
+    pad_id: int
 
     def table(self, step: int) -> TokenTable:
         """Return the table that a step takes its rows from."""
