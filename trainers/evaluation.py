@@ -28,7 +28,6 @@ class Evaluation:
     """What was measured on the held-out rows, per target."""
 
     loss: float
-    targets: int
     figures: dict[str, float] = field(default_factory=dict)
     """The objective's own, as `eval_NAME`."""
 
@@ -55,7 +54,7 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
     engine.train(True)
     names = sorted(sums)
     mean, *rest = (total / targets if targets else math.nan for total in world.sum([sums[name] for name in names]))
-    return Evaluation(loss=mean, targets=targets, figures={f"eval_{name}": value for name, value in zip(names[1:], rest, strict=True)})
+    return Evaluation(loss=mean, figures={f"eval_{name}": value for name, value in zip(names[1:], rest, strict=True)})
 
 
 class HeldOut:
