@@ -53,8 +53,8 @@ def expected(experiment: str, preset: str) -> float:
 def first_steps(words: list[str], num_steps: int = 2000) -> tuple[float, float]:
     """The rates of the first step and of the first one after warm-up."""
     job = unchecked(words)
-    warmup = warmup_steps(job.optim, num_steps)
-    first, top = (learning_rate(job.optim, job.peft, step, num_steps) for step in (0, warmup))
+    warmup, peak = warmup_steps(job.optim, num_steps), peak_lr(job.optim, job.peft).value
+    first, top = (learning_rate(job.optim, peak, step, num_steps) for step in (0, warmup))
     assert first == (top / warmup if warmup else top)
     return first, top
 

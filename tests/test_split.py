@@ -14,7 +14,7 @@ from tables import EPS, LENGTHS, LR, STEPS, blueprint_for, config_for, ragged_ta
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
-from trainers.config.schema import OptimConfig, PeftConfig
+from trainers.config.schema import OptimConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
@@ -58,7 +58,7 @@ def run_plainly(model_dir: Path, table: TokenTable) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95), eps=EPS
     )
-    optim = OptimConfig(lr=LR, warmup_steps=1)
+    optim = OptimConfig(warmup_steps=1)
     losses, gradients = [], []
     for step in range(STEPS):
         rows = list(plain_rows(table))
@@ -73,7 +73,7 @@ def run_plainly(model_dir: Path, table: TokenTable) -> dict[str, Any]:
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, PeftConfig(), step, STEPS)
+            group["lr"] = learning_rate(optim, LR, step, STEPS)
         optimizer.step()
         optimizer.zero_grad()
     return {"losses": losses, "gradients": gradients, "weights": model.state_dict()}

@@ -10,8 +10,8 @@ import pytest
 from tools.structure import run, source
 
 MOST_RUN_FILES, MOST_RUN_LINES = 65, 3100
-MOST_STEP_FILES, MOST_STEP_LINES = 19, 350
-"""On one rank; a slow machine adds a few. To be lowered: the aim is 40 files and 2,500 lines of a run, 15 files of a step."""
+MOST_STEP_FILES, MOST_STEP_LINES = 18, 350
+"""On one rank; a slow machine adds a few. CONTRIBUTING.md says why these."""
 MOST_SMALL_COLLECTIVES = 2
 """Of a steady step on two ranks, without those that move weights and gradients."""
 

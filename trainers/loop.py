@@ -10,6 +10,7 @@ from typing import Any
 
 from trainers.batch import Sizes
 from trainers.checkpoint import Checkpointer, Progress
+from trainers.config.derived import peak_lr
 from trainers.config.schema import OnSpike, RunConfig
 from trainers.data.loader import Ints, Rows
 from trainers.data.prepare import Prepared
@@ -76,7 +77,8 @@ def train(
 
     Raises Superseded where a newer attempt has started, TrainingFailed where the run cannot continue.
     """
-    num_steps, peak = rows.num_steps, peak_tflops(config)
+    num_steps, peak = rows.num_steps, peak_lr(config.optim, config.peft).value
+    tflops = peak_tflops(config)
     require_warmup_ends(config.optim, num_steps)
     update = engine.adaptation.update
     if update is not None:
@@ -124,7 +126,7 @@ def train(
             sizes = rows.table(progress.step).sizes(row_ids)
             data_seconds = time.perf_counter() - began
             targets, limits = objective.targets(sizes), guard.limits()
-            lr = learning_rate(config.optim, config.peft, progress.step, num_steps)
+            lr = learning_rate(config.optim, peak, progress.step, num_steps)
             if update is not None:
                 update.at(progress.step, num_steps)
             result = take_step(engine, objective, batches, world, lr=lr, targets=targets, limits=limits, report=report)
@@ -144,9 +146,9 @@ def train(
             progress = _advanced(progress, sizes, taken, seconds, world.size)
             outcome.train_loss = result.loss
             row = _row(progress, result, lr, sizes, seconds, reports, rows.epoch(progress.step), row_ids)
-            if peak is not None:
-                outcome.mfu = flops_per_token * progress.input_tokens / (peak * 1e12 * progress.device_seconds)
-                row["mfu"] = flops_per_token * sizes.tokens / (peak * 1e12 * seconds * world.size)
+            if tflops is not None:
+                outcome.mfu = flops_per_token * progress.input_tokens / (tflops * 1e12 * progress.device_seconds)
+                row["mfu"] = flops_per_token * sizes.tokens / (tflops * 1e12 * seconds * world.size)
             metrics.write(Kind.step, row | stragglers.gather(progress.step, data_seconds, seconds), result.figures)
             if world.rank == 0 and time.monotonic() - status_at > STATUS_EVERY_S:
                 status_at = time.monotonic()

@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, Schedule
+from trainers.config.schema import OptimConfig, OptimizerName, Schedule
 
 
-def learning_rate(optim: OptimConfig, peft: PeftConfig, step: int, num_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule, at its floor after the last step.
+def learning_rate(optim: OptimConfig, peak: float, step: int, num_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up to `peak`, then the schedule, at its floor after the last step.
 
     Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
     """
-    warmup, peak = warmup_steps(optim, num_steps), peak_lr(optim, peft).value
+    warmup = warmup_steps(optim, num_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / (num_steps - warmup)
@@ -38,7 +37,7 @@ def require_warmup_ends(optim: OptimConfig, num_steps: int) -> None:
     """Raise ConfigError if the steps of warm-up that a config names do not end within the run."""
     if optim.warmup_steps >= num_steps and optim.warmup_steps:
         reason = f"warm-up never ends: the run has {num_steps} steps"
-        raise ConfigError("optim.warmup_steps", optim.warmup_steps, reason, "optim.warmup_fraction=0.03")
+        raise ConfigError("optim.warmup_steps", optim.warmup_steps, reason, "optim.warmup_steps=0 optim.warmup_fraction=0.03")
 
 
 def warmup_steps(optim: OptimConfig, num_steps: int) -> int:

@@ -234,7 +234,8 @@ def _validate_training(config: RunConfig) -> None:
             "optim.warmup_fraction", optim.warmup_fraction, f"optim.warmup_steps is also given ({optim.warmup_steps})", "set one to 0"
         )
     if train.steps is not None and optim.warmup_steps >= train.steps and optim.warmup_steps:
-        raise ConfigError("optim.warmup_steps", optim.warmup_steps, f"warm-up never ends within train.steps = {train.steps}")
+        reason = f"warm-up never ends within train.steps = {train.steps}"
+        raise ConfigError("optim.warmup_steps", optim.warmup_steps, reason, "optim.warmup_steps=0 optim.warmup_fraction=0.03")
     has_eval = config.data.eval_path is not None or config.data.eval_fraction > 0
     for name in ("eval_every", "patience"):
         if getattr(train, name) is not None and not has_eval:
