@@ -6,9 +6,11 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +194,42 @@ def test_a_flipped_byte_is_found_and_the_older_one_continues(ranks: Callable[[in
     for path in (newest, older):
         flip(path)
     assert "can be read; move them away" in str(ranks(2).call(restored, tiny_llama, run_dir)[0][0])
+
+
+def plant(folder: Path, marker: Path) -> None:
+    """Put code into a checkpoint's table of contents, and its hash into the manifest: what an attacker can write."""
+    contents = folder / ".metadata"
+    found = pickle.loads(contents.read_bytes())
+    found.planner_data = Touch(marker)
+    contents.write_bytes(pickle.dumps(found))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sizes"][contents.name] = contents.stat().st_size
+    manifest["sha256"][contents.name] = hashlib.sha256(contents.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@dataclass
+class Touch:
+    """Makes a file where it is unpickled."""
+
+    path: Path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_with_code_in_it_is_skipped_and_nothing_runs(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path, tmp_path: Path
+) -> None:
+    ranks(2).call(save_steps, tiny_llama, run_dir, {1: None, 2: None}, {})
+    newest, marker = run_dir / "checkpoints" / "step-000002", tmp_path / "ran"
+    plant(newest, marker)
+    step, said = ranks(2).call(restored, tiny_llama, run_dir)[0]
+    assert step == 1
+    assert any(f"skipping {newest}" in line and "names posix.mkdir" in line for line in said), said
+    assert not marker.exists()
+    pickle.loads((newest / ".metadata").read_bytes())
+    assert marker.exists()  # the code was real
 
 
 @pytest.fixture

@@ -198,11 +198,11 @@ class Stored:
 
     def __init__(self, folder: Path) -> None:
         """Read the checkpoint's table of contents; raises Damaged."""
-        from torch.distributed.checkpoint import FileSystemReader
+        from trainers.engines.stored import Foreign, read_contents
 
         self.folder = folder
         try:
-            metadata = FileSystemReader(folder).read_metadata()
+            metadata = read_contents(folder)
             entries = {name.removeprefix("model."): name for name in metadata.state_dict_metadata if name.startswith("model.")}
             self.tensors: dict[str, Any] = {name: metadata.state_dict_metadata[entry] for name, entry in entries.items()}
             model = set(entries.values())
@@ -210,6 +210,8 @@ class Stored:
                 (index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items() if index.fqn in model
             }
             self.shapes = {name: tuple(tensor.size) for name, tensor in self.tensors.items()}
+        except Foreign as error:
+            raise Damaged(f"{folder} is not a checkpoint: {error}") from error
         except Exception as error:  # whatever bytes other than a pickle unpickle to
             raise Damaged(f"{folder / '.metadata'} is damaged: {error!r}") from error
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -44,6 +43,7 @@ from trainers.engines.base import (
     update_tensors,
 )
 from trainers.engines.ops import import_deepspeed, require_op
+from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
@@ -309,7 +309,7 @@ class ZeRO3Engine:
     def load(self, folder: Path) -> None:
         """Restore master weights and moments at any world size, then take the parameters over from them."""
         state = self.state()
-        dcp.load(state, checkpoint_id=folder)
+        load_state(state, folder)
         for number, master, places in self._sub_groups():
             with self._present(number):
                 moments = self.optimizer.optimizer.state.get(master, {})

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,6 +36,7 @@ from trainers.engines.base import (
     update_statement,
     update_tensors,
 )
+from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
@@ -200,8 +200,8 @@ class FSDPEngine:
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
         state = self.state()
-        dcp.load(state, checkpoint_id=folder)
-        options = StateDictOptions(ignore_frozen_params=True, strict=False)  # dcp.load misses no key of what is trained
+        load_state(state, folder)
+        options = StateDictOptions(ignore_frozen_params=True, strict=False)  # load_state misses no key of what is trained
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
         if self.adaptation.update is not None:
             self.adaptation.update.load(state)
