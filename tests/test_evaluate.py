@@ -75,10 +75,7 @@ def measured(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_no_figure_depends_on_ranks_or_batches(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tools.evaluate.worker.die_with_parent", lambda: None)
+def test_no_figure_depends_on_ranks_or_batches(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
     splits = [(1, 8), (2, 3), (3, 1), (1, 1), (3, 8)] if dtype == "float32" else [(1, 8), (3, 3)]
     found = []
     for number, (size, batch) in enumerate(splits):
@@ -233,7 +230,6 @@ def test_text_that_the_base_wrote_measures_how_far_a_model_has_gone_from_it(eval
 
 def test_what_is_measured_is_not_measured_again(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tools.evaluate.worker.die_with_parent", lambda: None)
         from tools.evaluate.worker import main
 
         file = request_of(tmp_path, finished, 2, rows=4, max_new_tokens=6)

@@ -33,6 +33,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from launcher.process import prepare_child
 from tools.command import ended, parser_of
 from trainers.rundir import paths
 from trainers.rundir.checkpoints import number_of, steps, why_incomplete
@@ -82,7 +83,7 @@ class Harmed:
         """Start an attempt."""
         log = (self.run_dir.parent / f"{self.run_dir.name}.log").open("ab")
         with log:
-            return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare_child(()))
 
     def newest(self) -> int:
         """Return the highest step that has a folder of the run's own."""

@@ -20,11 +20,14 @@ HALTED = ("stopped", "dead", "gone")
 """What a process that makes no progress is."""
 
 
-def die_with_parent(parent: int | None = None, number: signal.Signals = signal.SIGKILL) -> None:
-    """Ask the kernel to send this process a signal when its parent ends, however it ends; end where `parent` has ended before."""
+def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> None:
+    """Ask the kernel to send this process a signal when its parent ends, however it ends; end where `parent` has ended before.
+
+    The parent says who it is, in what it hands on: asked here, a process whose parent is gone would take its heir for it.
+    """
     if LIBC is not None:
         LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-    if parent is not None and os.getppid() != parent:
+    if os.getppid() != parent:
         os._exit(1)
 
 

@@ -63,7 +63,7 @@ class World:
     def watch_signals(self) -> None:
         """Let signals set the stop flag (and, before the first step, raise Stopped); let the kernel end this rank with its parent."""
         agent = os.environ.get("FULLTUNE_AGENT")
-        die_with_parent(int(agent) if agent else None)
+        die_with_parent(int(agent) if agent else os.getppid())  # nobody says who started a rank without our agent
         for number in STOP_SIGNALS:
             signal.signal(number, self._flag)
         signal.signal(signal.SIGALRM, self._raise_again)

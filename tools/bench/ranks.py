@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.process import prepare_child
 from trainers.config.errors import ConfigError
 from trainers.rundir.ending import killed_by
 
@@ -45,7 +46,9 @@ def start_ranks(command: list[str], count: int, run_dir: Path, threads: int = 1)
             env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
             line = [sys.executable, "-m", "tools.bench", *command]
             with (run_dir / f"{rank}.log").open("wb") as log:
-                children.append(subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env))
+                children.append(
+                    subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, preexec_fn=prepare_child(()))
+                )
         yield children
     finally:
         for child in children:

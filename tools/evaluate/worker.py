@@ -31,7 +31,6 @@ from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
 from trainers.host import cores
-from trainers.processes import die_with_parent
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import read_json, write_json
 
@@ -56,7 +55,6 @@ class Part:
 
 def main(arguments: list[str]) -> int:
     """Measure this process's share of what is asked for; returns the exit code."""
-    die_with_parent()
     request, rank, size = json.loads(Path(arguments[0]).read_text("utf-8")), int(arguments[1]), int(arguments[2])
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from launcher.process import prepare_child
 from tools.evaluate.measurements import Measurement
 from trainers.config.errors import ConfigError
 from trainers.host import cores
@@ -65,7 +66,15 @@ def started(request: Path, logs: list[Path]) -> Iterator[list[subprocess.Popen[s
             line = [sys.executable, "-m", "tools.evaluate.worker", str(request), str(rank), str(len(logs))]
             with log.open("w") as errors:
                 environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-                child = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True)
+                child = subprocess.Popen(
+                    line,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=prepare_child(()),
+                )
             children.append(child)
         yield children
     finally:

@@ -222,7 +222,7 @@ def encode_rows(encoder: Encoder, rows: Iterator[Row], processes: int) -> Iterat
 def _encode_parallel(encoder: Encoder, chunks: Iterator[list[Row]], processes: int) -> Iterator[Documents]:
     # Forked, so that nothing is imported again and the encoder is not pickled. The first submit forks all of them.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(encoder,)) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(encoder, os.getpid())) as pool:
         waiting: deque[Future[Documents]] = deque()
         for chunk in chunks:
             waiting.append(pool.submit(_encode_chunk, chunk))
@@ -235,9 +235,9 @@ def _encode_parallel(encoder: Encoder, chunks: Iterator[list[Row]], processes: i
 _worker_encoder: Encoder | None = None
 
 
-def _start_worker(encoder: Encoder) -> None:
+def _start_worker(encoder: Encoder, parent: int) -> None:
     global _worker_encoder
-    die_with_parent()
+    die_with_parent(parent)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process; the parent decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive the fork, and the processes fill the cores

@@ -1,0 +1,95 @@
+"""No process outlives its parent, whatever ends that one and however early."""
+
+from __future__ import annotations
+
+import ast
+import os
+import select
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from command import ROOT
+
+from trainers.data import prepare
+from trainers.data.sources import Row
+from trainers.processes import die_with_parent
+
+
+class Never:
+    """An encoder whose documents nobody waits for."""
+
+    def encode(self, rows: list[Row]) -> None:
+        time.sleep(60)
+
+
+def ends_within(reader: int, seconds: float) -> bytes:
+    """Return what comes through a pipe until all who hold its other end are gone; fails where some are left."""
+    said, until = b"", time.monotonic() + seconds
+    while select.select([reader], [], [], max(0.0, until - time.monotonic()))[0]:
+        data = os.read(reader, 100)
+        if not data:
+            return said
+        said += data
+    pytest.fail("a process is left")
+
+
+def lose_the_race(writer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepare data as a rank does, with workers that ask the kernel for its end only once it has ended; they write a byte each."""
+    mine = os.getpid()
+
+    def late(parent: int) -> None:
+        os.write(writer, b"f")
+        while os.getppid() == mine:
+            time.sleep(0.005)
+        die_with_parent(parent)
+        os.write(writer, b"w")
+
+    monkeypatch.setattr(prepare, "die_with_parent", late)
+    rows = (Row(data="{}", file="x", line=number) for number in range(prepare.SMALL))
+    list(prepare.encode_rows(Never(), rows, 2))  # type: ignore[arg-type]
+
+
+def test_a_worker_forked_just_before_its_rank_was_killed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker asks the kernel for its parent's end only once that has ended: the race, lost every time."""
+    reader, writer = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        try:
+            lose_the_race(writer, monkeypatch)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        assert os.read(reader, 1) == b"f"
+    finally:
+        os.kill(rank, signal.SIGKILL)
+        os.waitpid(rank, 0)
+    assert b"w" not in ends_within(reader, 20)
+    os.close(reader)
+
+
+def test_a_process_whose_parent_is_another_one_ends() -> None:
+    child = os.fork()
+    if child == 0:
+        die_with_parent(os.getppid() + 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+
+
+ASK_THEMSELVES = {"trainers/engines/ops.py": "BUILD", "tools/doctor.py": "_answer"}
+"""Programs that get the id of who starts them and ask the kernel, as their first act."""
+
+
+def test_every_process_that_is_started_ends_with_who_started_it() -> None:
+    alone = []
+    for path in (path for room in ("launcher", "trainers", "tools") for path in (ROOT / room).rglob("*.py")):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            if isinstance(call.func, ast.Attribute) and call.func.attr in ("Popen", "fork", "Process", "ProcessPoolExecutor"):
+                guards = {"preexec_fn", "initializer"} & {keyword.arg for keyword in call.keywords}
+                alone += [] if guards else [str(path.relative_to(ROOT))]
+    assert sorted(alone) == sorted(ASK_THEMSELVES)
+    for name, where in ASK_THEMSELVES.items():
+        text = Path(ROOT / name).read_text()
+        assert "die_with_parent(int(" in text.partition(where)[2]
