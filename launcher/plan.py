@@ -175,7 +175,7 @@ def _ask(command: str, requests: list[Request]) -> bool:
         sys.stdout.flush()
         line = [sys.executable, "-m", "trainers.plan"]
         child = subprocess.Popen(
-            line, stdin=subprocess.PIPE, text=True, env=_environment(), start_new_session=True, preexec_fn=prepare_child(())
+            line, stdin=subprocess.PIPE, text=True, env=_environment(), start_new_session=True, preexec_fn=prepare_child()
         )
         try:
             child.communicate(json.dumps(asked))

@@ -50,14 +50,14 @@ def run(
             signal.signal(number, handler)
 
 
-def prepare_child(hold: tuple[signal.Signals, ...]) -> Callable[[], None] | None:
-    """Return what the child calls before its program starts; None where the system has no prctl."""
-    return partial(_prepare, hold, os.getpid()) if sys.platform == "linux" else None
+def prepare_child(hold: tuple[signal.Signals, ...] = (), last: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """Return what the child calls before its program starts; None where the system has no prctl. It gets `last` when this process ends."""
+    return partial(_prepare, hold, last, os.getpid()) if sys.platform == "linux" else None
 
 
-def _prepare(hold: tuple[signal.Signals, ...], parent: int) -> None:
+def _prepare(hold: tuple[signal.Signals, ...], last: signal.Signals, parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, hold)
-    die_with_parent(parent, signal.SIGTERM)
+    die_with_parent(parent, last)
 
 
 def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int, is_lost: Callable[[], bool]) -> int:

@@ -83,7 +83,7 @@ class Harmed:
         """Start an attempt."""
         log = (self.run_dir.parent / f"{self.run_dir.name}.log").open("ab")
         with log:
-            return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare_child(()))
+            return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare_child())
 
     def newest(self) -> int:
         """Return the highest step that has a folder of the run's own."""

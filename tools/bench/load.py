@@ -124,10 +124,8 @@ def run_rank(options: argparse.Namespace) -> None:
 
     from trainers.engines.build import build_engine
     from trainers.model.safetensors_files import Weights
-    from trainers.processes import die_with_parent
     from trainers.world import World
 
-    die_with_parent()
     torch.set_num_threads(1)
     world = World.from_environment()
     world.connect()

@@ -264,7 +264,7 @@ def _try(options: argparse.Namespace, method: str, lr: float, show: Callable[[in
     log = options.runs / f"{run_dir.name}.log"
     with log.open("wb") as file:
         line = [sys.executable, "-m", "launcher", *given, f"run_dir={_quoted(str(run_dir))}"]
-        child = subprocess.Popen(line, stdout=file, stderr=file, preexec_fn=prepare_child(()))
+        child = subprocess.Popen(line, stdout=file, stderr=file, preexec_fn=prepare_child())
     try:
         until = time.monotonic() + options.timeout
         while child.poll() is None and time.monotonic() < until:

@@ -47,7 +47,9 @@ def start_ranks(command: list[str], count: int, run_dir: Path, threads: int = 1)
             line = [sys.executable, "-m", "tools.bench", *command]
             with (run_dir / f"{rank}.log").open("wb") as log:
                 children.append(
-                    subprocess.Popen(line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, preexec_fn=prepare_child(()))
+                    subprocess.Popen(
+                        line, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, preexec_fn=prepare_child(last=signal.SIGKILL)
+                    )
                 )
         yield children
     finally:

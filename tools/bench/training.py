@@ -32,7 +32,6 @@ from trainers.engines.base import Engine
 from trainers.engines.build import build_engine, require_parts
 from trainers.loop import train
 from trainers.model.blueprint import flops_per_token, make_blueprint
-from trainers.processes import die_with_parent
 from trainers.rundir.attempt import Attempt
 from trainers.world import World
 
@@ -70,7 +69,6 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
     """
     with explaining(run_dir):
         order = json.loads((run_dir / "order.json").read_text())
-        die_with_parent()
         world = World.from_environment()
         config = config_of(order, run_dir, world.size)
         require_parts(config, world)

@@ -73,7 +73,7 @@ def started(request: Path, logs: list[Path]) -> Iterator[list[subprocess.Popen[s
                     text=True,
                     env=environment,
                     start_new_session=True,
-                    preexec_fn=prepare_child(()),
+                    preexec_fn=prepare_child(last=signal.SIGKILL),
                 )
             children.append(child)
         yield children

@@ -43,7 +43,7 @@ LINE_EVERY_S = 10.0
 def log_to(folder: Path, rank: int, world_size: int) -> None:
     """Send this rank's log to rank-R.log."""
     folder.mkdir(parents=True, exist_ok=True)
-    to_file = logging.FileHandler(log_file(folder, rank))
+    to_file = logging.FileHandler(log_file(folder, rank), encoding="utf-8", errors="replace")
     to_file.setFormatter(logging.Formatter(f"%(asctime)s rank {rank}/{world_size} %(levelname)s %(message)s"))
     log.addHandler(to_file)
 
