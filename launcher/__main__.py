@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from launcher import config as schema
 from launcher import help as help_text
-from launcher import local, plan, slurm, sweep, torchrun
-from launcher.compose import CONF, checked, compose_with, explained
+from launcher import local, plan, presets, slurm, sweep, torchrun
+from launcher.compose import checked, compose_with, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
 from launcher.job import Job, freeze, frozen_text, make_job
 from launcher.report import print_summary
@@ -48,7 +48,9 @@ def main() -> int:
     arguments = get_args_parser().parse_args()
     sweep.prepare_hydra()
     schema.register()
-    help_text.register()
+    help_text.register(arguments.config_dir)
+    for file in presets.hidden(arguments.config_dir):
+        print(f"{file} is not used: fulltune has a preset of that name; give yours another", file=sys.stderr)
     with explained(arguments.overrides, arguments.config_dir):
         try:
             composed = compose_command_line()
@@ -68,7 +70,7 @@ def compose_command_line() -> DictConfig | None:
     """Let Hydra read sys.argv; None where it only printed (--help, --cfg, --info), or has run a sweep (--multirun)."""
     composed: list[DictConfig] = []
 
-    @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+    @hydra.main(config_path=str(presets.CONF), config_name="config", version_base="1.3")
     def take(config: DictConfig) -> None:
         composed.append(config)
 

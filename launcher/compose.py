@@ -21,10 +21,10 @@ from launcher import config as schema
 from launcher.config import JobConfig, run_config, validate_launch, world_size
 from launcher.errors import BAD_INPUT, explain, unknown
 from launcher.fields import all_fields, names_at
+from launcher.presets import CONF
 from trainers.config.checks import check_world, validate
 from trainers.config.errors import ConfigError
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
 BAD_INPUT_EXIT = 2
 
 

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from launcher.fields import all_fields, choices
+from launcher.presets import CONF, files, groups, own
 from trainers.config.schema import plain
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+
+def register(config_dir: str | None = None) -> None:
+    """Make `${presets:}`, `${experiments:}` and `${fields:}` known to conf/config.yaml, with one's own presets."""
+    folders = [CONF, *own(config_dir)]
+    for name, resolver in (("presets", partial(presets, folders)), ("experiments", partial(experiments, folders)), ("fields", fields)):
+        OmegaConf.register_new_resolver(name, resolver, replace=True)
 
 
-def register() -> None:
-    """Make `${presets:}`, `${experiments:}` and `${fields:}` known to conf/config.yaml."""
-    for resolver in (presets, experiments, fields):
-        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
-
-
-def presets() -> str:
+def presets(folders: Sequence[Path] = (CONF,)) -> str:
     """Return one line a group."""
-    groups = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate"))
-    return "\n".join(f"  {group.name:<10} {', '.join(sorted(file.stem for file in group.glob('*.yaml')))}" for group in groups)
+    return "\n".join(f"  {group:<10} {', '.join(file.stem for file in files(group, folders))}" for group in groups())
 
 
-def experiments() -> str:
+def experiments(folders: Sequence[Path] = (CONF,)) -> str:
     """Return one line an experiment: its name and the first comment of its file."""
-    return "\n".join(f"  +exp={file.stem:<17} {_summary(file)}" for file in sorted((CONF / "exp").glob("*.yaml")))
+    return "\n".join(f"  +exp={file.stem:<17} {_summary(file)}" for file in files("exp", folders))
 
 
 def _summary(file: Path) -> str:

@@ -75,7 +75,14 @@ def additions(job: Job) -> dict[str, str]:
     threads = os.environ.get("OMP_NUM_THREADS", str(host.threads_per_rank(ranks_per_node(job.launch))))
     grace = str(job.launch.shutdown_s)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.launch.gpus_per_node == 0 else {}
-    return {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "FULLTUNE_LAUNCHER": str(os.getpid()), "FULLTUNE_GRACE_S": grace, **hidden}
+    return {
+        "OMP_NUM_THREADS": threads,
+        "PYTHONPATH": path,
+        "PYTHONSAFEPATH": "1",
+        "FULLTUNE_LAUNCHER": str(os.getpid()),
+        "FULLTUNE_GRACE_S": grace,
+        **hidden,
+    }
 
 
 def environment(job: Job) -> dict[str, str]:

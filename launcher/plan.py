@@ -17,6 +17,7 @@ import yaml
 
 from launcher.config import Backend, JobConfig, LaunchConfig, gpus_per_node, ranks_per_node
 from launcher.job import ROOT, Job, make_job, require_joinable
+from launcher.presets import CONF
 from launcher.process import prepare_child
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
@@ -26,7 +27,7 @@ from trainers.rundir.ending import Exit
 from trainers.rundir.files import try_json
 from trainers.units import in_bytes
 
-HARDWARE = ROOT / "conf" / "hardware"
+HARDWARE = CONF / "hardware"
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 UNREACHABLE = ("model.id", "model.tokenizer")
 """Fields whose files the compute nodes may reach where this machine does not."""
@@ -192,7 +193,7 @@ def _ask(command: str, requests: list[Request]) -> bool:
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     kept = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
-    return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _variants(job: Job, compose: Compose) -> list[Variant]:

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from launcher.compose import CONF, compose
+from launcher.compose import compose
+from launcher.presets import CONF
 from trainers.config import deepspeed_keys
 from trainers.config.checks import check_world
 from trainers.config.deepspeed_keys import check_overrides

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from launcher.compose import CONF, UnknownSettingError, compose, refuse_unknown
+from launcher.compose import UnknownSettingError, compose, refuse_unknown
 from launcher.config import JobConfig
 from launcher.errors import THEIR_NAMES
 from launcher.fields import all_fields
+from launcher.presets import CONF
 
 ROOT = CONF.parent
 BASE = ["+exp=quickstart_base"]

@@ -17,8 +17,9 @@ import pytest
 
 from launcher import ending, local, process
 from launcher import job as job_module
-from launcher.compose import CONF, compose
+from launcher.compose import compose
 from launcher.job import Job, freeze, make_job, mark_submitted, next_attempt, only_launcher
+from launcher.presets import CONF
 from launcher.report import rows
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from command import ROOT
 
-from launcher.compose import CONF, compose, compose_with, unchecked
+from launcher.compose import compose, compose_with, unchecked
 from launcher.job import Job, differences, freeze, frozen_text, make_job, require_joinable
 from launcher.plan import changes_of
+from launcher.presets import CONF
 from trainers.config.derived import Peak, microbatches, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, PeftMethod, TrainConfig, read

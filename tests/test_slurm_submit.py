@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from launcher import slurm, task
-from launcher.compose import CONF, compose
+from launcher.compose import compose
 from launcher.config import Backend, LaunchConfig, minutes, validate_launch
 from launcher.job import Job, make_job
+from launcher.presets import CONF
 from launcher.topology import from_slurm
 from trainers.config.errors import ConfigError
 from trainers.rundir.attempt import Attempt

@@ -15,9 +15,14 @@ class Refused(Exception):
     """What was asked for cannot be done: says why and what can."""
 
 
+def called_as(name: str) -> str:
+    """Return what a tool is called by on this command line: `fulltune NAME`, or `python -m tools.NAME`."""
+    return sys.argv[0] if sys.argv[0].startswith("fulltune ") else f"python -m tools.{name}"
+
+
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return the parser of `python -m tools.NAME`, whose help is the module's docstring."""
-    return argparse.ArgumentParser(prog=f"python -m tools.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return the parser of a tool, whose help is the module's docstring."""
+    return argparse.ArgumentParser(prog=called_as(name), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def ended(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from launcher.compose import CONF, unchecked
+from launcher.compose import unchecked
+from launcher.presets import CONF
 from tools.markdown import cell_of
 from trainers.config.derived import Peak, peak_lr
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 
 from launcher.config import JobConfig
 from launcher.fields import Field, all_fields, choices, expected
-from launcher.help import CONF
+from launcher.presets import CONF
 from tools.command import parser_of
 from tools.markdown import cell_of
 from trainers.config.schema import plain

@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from launcher.presets import CONF
 from tools.command import ended, parser_of
 from tools.evaluate import record
 from tools.evaluate.measurements import Measurement
@@ -39,7 +40,7 @@ from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import try_json, write_json
 
-RULES = Path(__file__).resolve().parents[2] / "conf" / "gate" / "default.yaml"
+RULES = CONF / "gate" / "default.yaml"
 ROOM = 4096
 """Tokens that a prompt may have."""
 NOTHING = "-"

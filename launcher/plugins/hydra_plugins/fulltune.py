@@ -1,16 +1,18 @@
-"""What Hydra's sweepers start their points through. Hydra takes such a class from a module of `hydra_plugins` alone."""
+"""What Hydra takes from a module of `hydra_plugins` alone: what sweepers start their points through, and one's own presets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from launcher import sweep
+from launcher import presets, sweep
 
 
 class Points(Launcher):  # type: ignore[misc]
@@ -27,3 +29,12 @@ class Points(Launcher):  # type: ignore[misc]
         """Run or submit a batch of points; a sweeper that looks for the best gets their held-out losses."""
         composed = [(list(given), self.loader.load_sweep_config(self.config, list(given))) for given in job_overrides]
         return sweep.launch(composed, self.constant)
+
+
+class OwnPresets(SearchPathPlugin):  # type: ignore[misc]
+    """Lets a command line choose from ./conf too."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Look there after our own presets, which no file of another project can replace."""
+        if (folder := presets.beside()) is not None:
+            search_path.append("./conf", f"file://{folder}")
