@@ -222,6 +222,8 @@ class DataConfig:
     """What becomes of a row over `seq_len`."""
     max_lost_fraction: float = 0.1
     """Largest share of supervised tokens that truncating and dropping may lose before the run stops. In [0, 1]."""
+    ignore: list[str] = field(default_factory=list)
+    """Fields of rows and turns that are read as if they were not there, such as [images,weight]."""
     skip_bad_rows: bool = False
     """Count bad rows and continue, instead of stopping at the first ones with file, line and reason."""
     processes: int | None = None

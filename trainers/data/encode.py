@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, Supervise, TooLong
-from trainers.data import formats, masks
+from trainers.data import fields, formats, masks
 from trainers.data.formats import BadRow
 from trainers.data.masks import Rendered, Span, Template
 from trainers.data.sources import Row, parse
@@ -40,6 +40,8 @@ class Documents:
     counts: dict[str, int]
     bad: list[str] = field(default_factory=list)
     """File, line and reason of each bad row."""
+    unread: set[str] = field(default_factory=set)
+    """Fields that rows have and nobody reads."""
     error: tuple[str, object, str, str] | None = None
     """A ConfigError's parts, which survive the way back from another process where the exception does not."""
 
@@ -63,16 +65,21 @@ class Encoder:
     seq_len: int
     too_long: TooLong
     seed: int
+    ignore: Sequence[str] = ()
+    """Fields of rows and turns that are left out before anything reads them."""
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
         rendered, groups, bad = [], [], []
+        unread: set[str] = set()
         try:
             for row in rows:
                 try:
-                    text, prompt = self.render(parse(row))
+                    data = fields.without(parse(row), self.ignore)
+                    text, prompt = self.render(data)
                     rendered.append(text)
                     groups.append(self._group(prompt))
+                    unread |= fields.unread(data, self.layout)
                 except BadRow as error:
                     bad.append(f"{row.file}:{row.line}: {error}")
         except ConfigError as error:
@@ -80,11 +87,13 @@ class Encoder:
         documents = [self._documents(rendered[at : at + BATCH], groups[at : at + BATCH]) for at in range(0, len(rendered), BATCH)]
         whole = join(documents)
         whole.counts.update(rows=len(rows), bad=len(bad))
-        whole.bad = bad
+        whole.bad, whole.unread = bad, unread
         return whole
 
     def render(self, row: Any) -> tuple[Rendered, str]:
         """Return a row as text with its trained spans, and its first prompt; raises BadRow, or ConfigError without a needed template."""
+        if isinstance(row, dict):
+            fields.check(row, self.layout)
         if self.layout is Layout.text:
             text = formats.to_text(row)
             return masks.plain_text(text, self.bos, self.eos), text
@@ -92,7 +101,8 @@ class Encoder:
         if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
             return self._render_pair(row)
         messages = formats.to_messages(row, self.layout)
-        prompt = formats.first_prompt(messages)
+        prompt, untrained = formats.first_prompt(messages), fields.untrained(row, self.layout, messages)
+        self._require_supervision(row)
         if self.objective is ObjectiveName.cpt:
             return self._render_conversation_text(messages, formats.to_tools(row)), prompt
         if self.template is None:
@@ -102,10 +112,25 @@ class Encoder:
                 f"the tokenizer has no chat template, and rows of layout `{self.layout}` need one",
                 "data.template=chatml, or a Jinja file",
             )
-        return masks.render(self.template, messages, formats.to_tools(row), self.supervise), prompt
+        template = _with_variables(self.template, fields.template_variables(row))
+        return masks.render(template, messages, formats.to_tools(row), self.supervise, untrained), prompt
+
+    def _require_supervision(self, row: formats.Row) -> None:
+        """Raise ConfigError where turns say that they are not trained, and everything is."""
+        if (self.objective is ObjectiveName.cpt or self.supervise is Supervise.all) and fields.has_flags(row, self.layout):
+            path, remedy = (
+                ("objective.name", "objective=sft")
+                if self.objective is ObjectiveName.cpt
+                else ("data.supervise", "data.supervise=assistant")
+            )
+            value = str(self.objective if self.objective is ObjectiveName.cpt else self.supervise)
+            raise ConfigError(path, value, "trains every token, and rows have turns that say that they are not trained", remedy)
 
     def _render_pair(self, row: Any) -> tuple[Rendered, str]:
         prompt, completion = formats.to_pair(row, self.layout)
+        if formats.system_of(row) or formats.to_tools(row):
+            reason = "rows have a system text or tools, which have no place without a chat template"
+            raise ConfigError("data.template", None, reason, "data.template=chatml, or data.ignore=[system,system_prompt,tools]")
         between = "" if self.layout is Layout.prompt_completion else "\n"
         if self.objective is ObjectiveName.cpt or self.supervise is Supervise.all:
             return masks.plain_text(f"{prompt}{between}{completion}", self.bos, self.eos), prompt
@@ -225,6 +250,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         seq_len=config.data.seq_len,
         too_long=config.data.too_long,
         seed=config.seed,
+        ignore=config.data.ignore,
     )
 
 
@@ -272,8 +298,13 @@ def join(documents: list[Documents]) -> Documents:
         groups=np.concatenate([_NOTHING[3], *(item.groups for item in documents)]),
         counts={name: sum(item.counts.get(name, 0) for item in documents) for name in COUNTS},
         bad=[line for item in documents for line in item.bad],
+        unread=set().union(*(item.unread for item in documents)),
         error=next((item.error for item in documents if item.error), None),
     )
+
+
+def _with_variables(template: Template, variables: dict[str, Any]) -> Template:
+    return replace(template, variables=template.variables | variables) if variables else template
 
 
 def _flat(ids: list[list[int]]) -> tuple[NDArray[np.int32], Ints]:

@@ -24,6 +24,8 @@ SHAREGPT_ROLES = {
 }
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 KEPT_KEYS = ("name", "tool_call_id")
+SYSTEM_KEYS = ("system", "system_prompt")
+TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
 class BadRow(Exception):
@@ -63,8 +65,8 @@ def to_messages(row: Row, layout: Layout) -> list[Message]:
     else:
         prompt, completion = to_pair(row, layout)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    if isinstance(row.get("system"), str) and row["system"].strip() and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": row["system"]}, *messages]
+    if (system := system_of(row)) and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRow("has no assistant turn")
     return messages
@@ -97,11 +99,21 @@ def to_text(row: Row) -> str:
     return text
 
 
+def system_of(row: Row) -> str:
+    """Return the system text that a row holds outside its turns, or ''."""
+    found = next((row[key] for key in SYSTEM_KEYS if row.get(key)), "")
+    if not isinstance(found, str):
+        raise BadRow(f"has a system text that is {_kind(found)}, not a string")
+    return found if found.strip() else ""
+
+
 def to_tools(row: Row) -> list[Any] | None:
     """Return the tool definitions of a row, given as a list or as JSON; None where it has none."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         tools = _parse_json(tools, "tools")
+    if not tools and row.get("functions"):  # OpenAI's earlier form
+        tools = [{"type": "function", "function": function} for function in row["functions"]]
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
@@ -120,6 +132,12 @@ def first_prompt(messages: list[Message]) -> str:
         if message["role"] == "user":
             return str(message.get("content", ""))
     return str(messages[0].get("content", ""))
+
+
+def conversation_of(row: Row) -> Any:
+    """Return the turns of a row of one conversation as they are in it; None where it has none."""
+    key = _conversation_key(row)
+    return None if key is None else row[key]
 
 
 def _conversation_key(row: Row) -> str | None:
@@ -142,6 +160,9 @@ def _conversation(row: Row, layout: Layout) -> list[Message]:
     if key is None:
         raise BadRow("has no `messages` or `conversations`")
     turns = row[key]
+    others = [other for other in CONVERSATION_KEYS if other != key and row.get(other) not in (None, turns)]
+    if others:
+        raise BadRow(f"has two conversations, in `{key}` and `{others[0]}`; data.ignore=[{others[0]}] reads the first")
     if layout is Layout.sharegpt and isinstance(turns, list):
         turns = [_from_sharegpt(turn, number) for number, turn in enumerate(turns, 1)]
     return _turns(turns, key)
@@ -156,7 +177,7 @@ def _from_sharegpt(turn: object, number: int) -> object:
     value = turn.get("value")
     if name == "function_call" and isinstance(value, str):
         return {"role": "assistant", "tool_calls": _parse_calls(value)}
-    return {"role": SHAREGPT_ROLES[name], "content": value}
+    return {"role": SHAREGPT_ROLES[name], "content": value} | {key: turn[key] for key in (*KEPT_KEYS, *REASONING_KEYS) if key in turn}
 
 
 def _parse_calls(value: str) -> list[Any]:
@@ -182,8 +203,9 @@ def _turn(turn: object, number: int) -> Message:
     reasoning = next((turn[key] for key in REASONING_KEYS if isinstance(turn.get(key), str) and turn[key]), None)
     if reasoning is not None:
         message["reasoning_content"] = reasoning
-    if turn.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(turn["tool_calls"], number)
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else None)
+    if calls:
+        message["tool_calls"] = _tool_calls(calls, number)
     content = _content(turn.get("content"), number)
     if content is not None:
         message["content"] = content
@@ -202,6 +224,10 @@ def _check_content(message: Message, number: int) -> None:
 def _content(content: object, number: int) -> str | None:
     if content is None or isinstance(content, str):
         return content
+    parts = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    for part in parts:
+        if part not in TEXT_PARTS:
+            raise BadRow(f"turn {number} has a part of type {part!r}, and only text is trained")
     if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
         return "".join(part["text"] for part in content)
     raise BadRow(f"turn {number} has content that is {_kind(content)}, not a string")

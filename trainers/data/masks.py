@@ -100,9 +100,13 @@ def plain_text(text: str, bos: str, eos: str) -> Rendered:
 
 
 def render(
-    template: Template, messages: list[Message], tools: list[Any] | None = None, supervise: Supervise = Supervise.assistant
+    template: Template,
+    messages: list[Message],
+    tools: list[Any] | None = None,
+    supervise: Supervise = Supervise.assistant,
+    untrained: frozenset[int] = frozenset(),
 ) -> Rendered:
-    """Render a conversation with the spans that `supervise` asks for, each through its end-of-turn text.
+    """Render a conversation with the spans that `supervise` asks for, each through its end-of-turn text, without turns in `untrained`.
 
     Raises BadRow where the template refuses the row or leaves a supervised turn out, and ConfigError where nothing marks
     the end of the last turn, since a model trained so would never stop.
@@ -120,6 +124,8 @@ def render(
             "the chat template puts nothing after the last assistant turn, so the model would never learn to stop",
             "add {{ eos_token }} after the assistant's content in the template, or data.template=chatml",
         )
+    last = numbers[-len(turns) :]
+    turns = [turn for number, turn in zip(last, turns, strict=True) if number not in untrained]
     spans = [(turn.start, turn.text_end if turn.end is None else turn.end) for turn in turns]
     return Rendered(text, _merge_marked(marked, turns) if marked else spans)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
-from trainers.data import formats, sources
+from trainers.data import fields, formats, sources
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
 from trainers.data.formats import BadRow
@@ -37,14 +37,14 @@ from trainers.world import STOP_SIGNALS
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1
+VERSION = 2
 """Of what is on disk and how it was made: raise it when either changes."""
 SMALL = 2000
 """Rows up to which starting processes costs more than it saves."""
 CHUNK = 512
 SHOWN = 5
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-RENDERING = ("layout", "supervise", "seq_len", "too_long", "eval_fraction", "packing", "skip_bad_rows", "max_lost_fraction")
+RENDERING = ("layout", "supervise", "seq_len", "too_long", "eval_fraction", "packing", "skip_bad_rows", "max_lost_fraction", "ignore")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +132,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
         "template_hash": template_hash(tokenizer),
         **counts,
         "overlap": overlap,
+        "unread": sorted(set().union(*(store.unread for store in stores.values()))),
         "seconds": round(seconds, 3),
         "rows_per_second": round(counts["rows"] / seconds, 1),
         "splits": report,
@@ -146,7 +147,7 @@ def find_layout(config: RunConfig, path: str | None) -> Layout:
     reason = "there are no rows"
     for row in islice(sources.rows(config.data, path, config.objective.name), 100):
         try:
-            return formats.recognise(sources.parse(row))
+            return formats.recognise(fields.without(sources.parse(row), config.data.ignore))
         except BadRow as error:
             reason = f"{row.file}:{row.line} {error}" if reason == "there are no rows" else reason
     known = ", ".join(layout for layout in Layout if layout is not Layout.auto)
@@ -163,6 +164,7 @@ class Store:
         self.lengths: list[NDArray[np.int64]] = []
         self.groups: list[NDArray[np.uint64]] = []
         self.counts = dict.fromkeys(COUNTS, 0)
+        self.unread: set[str] = set()
         self.num_documents = 0
 
     def add(self, documents: Documents) -> None:
@@ -173,6 +175,7 @@ class Store:
         self.groups.append(documents.groups)
         self.num_documents += len(documents.lengths)
         self.counts = {name: self.counts[name] + documents.counts.get(name, 0) for name in COUNTS}
+        self.unread |= documents.unread
 
     def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint64]]:
         """Return (tokens, supervised, lengths, groups), the first two memory-mapped."""
@@ -356,6 +359,8 @@ def summary(report: dict[str, Any]) -> str:
         f"  lost  {report['supervised_lost']:,} supervised tokens ({lost:.2%}): rows truncated {report['truncated']:,}, "
         f"dropped {report['dropped']:,}, split {report['split']:,}, bad {report['bad']:,}, also in eval {report['overlap']:,}"
     )
+    if report.get("unread"):
+        lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
     return "\n".join(lines)
 
 

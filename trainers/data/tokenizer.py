@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, RunConfig
-from trainers.data import formats, masks, sources
+from trainers.data import fields, formats, masks, sources
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.formats import BadRow
 
@@ -106,7 +106,7 @@ def is_trained(config: RunConfig) -> bool:
 
 def _trained_folder(config: RunConfig) -> Path:
     marks = sources.fingerprint(config.data, sources.data_path(config.data), config.objective.name)
-    key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, *marks)
+    key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, config.data.ignore, *marks)
     return cache_root(config.data.prepared_dir) / f"tokenizer-{key}"
 
 
@@ -135,7 +135,7 @@ def _texts(config: RunConfig) -> Iterator[str]:
     rows = sources.rows(config.data, sources.data_path(config.data), config.objective.name)
     for row in islice(rows, TRAINING_ROWS):
         try:
-            data = sources.parse(row)
+            data = fields.without(sources.parse(row), config.data.ignore)
             yield from _strings(data, config.data.layout)
         except BadRow:
             continue  # preparation names it
