@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, Supervise, TooLong
-from trainers.data import fields, formats, masks
+from trainers.data import formats, masks
 from trainers.data.formats import BadRow
 from trainers.data.masks import Rendered, Span, Template
 from trainers.data.sources import Row, parse
@@ -75,11 +75,11 @@ class Encoder:
         try:
             for row in rows:
                 try:
-                    data = fields.without(parse(row), self.ignore)
+                    data = parse(row, self.ignore)
                     text, prompt = self.render(data)
+                    unread |= self._unread(data)
                     rendered.append(text)
                     groups.append(self._group(prompt))
-                    unread |= fields.unread(data, self.layout)
                 except BadRow as error:
                     bad.append(f"{row.file}:{row.line}: {error}")
         except ConfigError as error:
@@ -90,16 +90,25 @@ class Encoder:
         whole.bad, whole.unread = bad, unread
         return whole
 
+    def _unread(self, row: Any) -> set[str]:
+        """Return the fields of a row that nobody reads; raises BadRow for those that matter and are not honoured."""
+        if self.layout is Layout.text and row.keys() == {"text"}:
+            return set()
+        from trainers.data import fields
+
+        fields.check(row, self.layout)
+        return fields.unread(row, self.layout)
+
     def render(self, row: Any) -> tuple[Rendered, str]:
         """Return a row as text with its trained spans, and its first prompt; raises BadRow, or ConfigError without a needed template."""
-        if isinstance(row, dict):
-            fields.check(row, self.layout)
         if self.layout is Layout.text:
             text = formats.to_text(row)
             return masks.plain_text(text, self.bos, self.eos), text
         plain = self.template is None or self.objective is ObjectiveName.cpt
         if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
             return self._render_pair(row)
+        from trainers.data import fields
+
         messages = formats.to_messages(row, self.layout)
         prompt, untrained = formats.first_prompt(messages), fields.untrained(row, self.layout, messages)
         self._require_supervision(row)
@@ -117,6 +126,8 @@ class Encoder:
 
     def _require_supervision(self, row: formats.Row) -> None:
         """Raise ConfigError where turns say that they are not trained, and everything is."""
+        from trainers.data import fields
+
         if (self.objective is ObjectiveName.cpt or self.supervise is Supervise.all) and fields.has_flags(row, self.layout):
             path, remedy = (
                 ("objective.name", "objective=sft")

@@ -58,19 +58,6 @@ READ = {
 }
 
 
-def without(row: Any, names: Sequence[str]) -> Any:
-    """Return a row without the fields `names`, of its own and of its turns."""
-    if not names or not isinstance(row, dict):
-        return row
-    return {key: _turns_without(value, names) for key, value in row.items() if key not in names}
-
-
-def _turns_without(value: Any, names: Sequence[str]) -> Any:
-    if not isinstance(value, list):
-        return value
-    return [{key: held for key, held in turn.items() if key not in names} if isinstance(turn, dict) else turn for turn in value]
-
-
 def check(row: Row, layout: Layout) -> None:
     """Raise BadRow, which names the field, where a row or a turn holds what is known to matter and is not honoured."""
     for name in row.keys() & REFUSED_ROW.keys():

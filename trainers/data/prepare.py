@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
-from trainers.data import fields, formats, sources
+from trainers.data import formats, sources
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
 from trainers.data.formats import BadRow
@@ -147,7 +147,7 @@ def find_layout(config: RunConfig, path: str | None) -> Layout:
     reason = "there are no rows"
     for row in islice(sources.rows(config.data, path, config.objective.name), 100):
         try:
-            return formats.recognise(fields.without(sources.parse(row), config.data.ignore))
+            return formats.recognise(sources.parse(row, config.data.ignore))
         except BadRow as error:
             reason = f"{row.file}:{row.line} {error}" if reason == "there are no rows" else reason
     known = ", ".join(layout for layout in Layout if layout is not Layout.auto)

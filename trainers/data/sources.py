@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +29,28 @@ class Row(NamedTuple):
     """Line of a text file, counted from 1, or number of the row in other files."""
 
 
-def parse(row: Row) -> Any:
-    """Return a row's data, from JSON where it is bytes; raises BadRow where that fails."""
-    if not isinstance(row.data, bytes):
-        return row.data
+def parse(row: Row, ignore: Sequence[str] = ()) -> Any:
+    """Return a row's data without the fields `ignore`, from JSON where it is bytes; raises BadRow where that fails."""
+    data = _from_json(row.data) if isinstance(row.data, bytes) else row.data
+    return _without(data, ignore) if ignore else data
+
+
+def _without(row: Any, names: Sequence[str]) -> Any:
+    """Return a row without the fields `names`, of its own and of its turns."""
+    if not isinstance(row, dict):
+        return row
+    return {key: _turns_without(value, names) for key, value in row.items() if key not in names}
+
+
+def _turns_without(value: Any, names: Sequence[str]) -> Any:
+    if not isinstance(value, list):
+        return value
+    return [{key: held for key, held in turn.items() if key not in names} if isinstance(turn, dict) else turn for turn in value]
+
+
+def _from_json(text: bytes) -> Any:
     try:
-        return json.loads(row.data.decode("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:

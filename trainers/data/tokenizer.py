@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, RunConfig
-from trainers.data import fields, formats, masks, sources
+from trainers.data import formats, masks, sources
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.formats import BadRow
 
@@ -135,7 +135,7 @@ def _texts(config: RunConfig) -> Iterator[str]:
     rows = sources.rows(config.data, sources.data_path(config.data), config.objective.name)
     for row in islice(rows, TRAINING_ROWS):
         try:
-            data = fields.without(sources.parse(row), config.data.ignore)
+            data = sources.parse(row, config.data.ignore)
             yield from _strings(data, config.data.layout)
         except BadRow:
             continue  # preparation names it
