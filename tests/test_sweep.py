@@ -6,9 +6,19 @@ import json
 import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
 from command import ROOT, arguments, environment, launch, read_rows, wait_for_step, wait_until_gone
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from launcher.compose import CONF, typed
+from launcher.config import register
+from launcher.sweep import PointLoader
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -104,3 +114,55 @@ def test_values_arrive_unchanged(base: Path, chats: Path, cache: Path, tmp_path:
     found = {path.parent.name: yaml.safe_load(path.read_text())["name"] for path in folder.glob("*/config.yaml")}
     assert sorted(found.values()) == sorted(values)
     assert all(name.isascii() and not set(name) & set(" %|#'\"") for name in found)
+
+
+CONSTANT = ("model=hf", "model.id=x", "data=files", "data.path=y", "run_dir=z", "train={steps: 3}")
+POINTS = [
+    ("seed=1", "optim.lr=1e-2"),
+    ("seed=2", "optim.lr=3e-3"),
+    ("peft=lora", "peft.rank=4", "seed=1"),
+    ("peft=lora", "peft.rank=16", "seed=2"),
+    ("peft=ia3", "seed=1"),
+    ("train.steps=7", "seed=1"),
+    ("peft=lora", "peft.targets=[q_proj,v_proj]", "seed=3"),
+    ("name='a, b'", "data.eval_path=null"),
+    ("+launch.sbatch.qos=low", "seed=1"),
+    ("++model.architecture.vocab_size=8", "seed=1"),
+    ("evaluation.rows=5", "train.sample_tokens=0"),
+]
+
+
+def test_points_composed_once_and_copied_are_those_that_hydra_composes() -> None:
+    """Files are merged once for each choice of files, and each point is equal to Hydra's own in every field."""
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = Counted(GlobalHydra.instance().config_loader())
+        master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+        points = PointLoader(loader, {text.partition("=")[0] for text in CONSTANT})
+        for given in POINTS:
+            found = points.load_sweep_config(master, [*CONSTANT, *given])
+            expected = loader.load_sweep_config(master, [*CONSTANT, *given])
+            with read_write(expected), open_dict(expected):
+                del expected["hydra"]
+            assert OmegaConf.to_container(found, resolve=True) == OmegaConf.to_container(expected, resolve=True)
+            assert typed(found) == typed(expected)
+        loader.count = 0
+        for number in range(50):
+            assert points.load_sweep_config(master, [*CONSTANT, f"seed={number}", "optim.lr=2e-3"]).seed == number
+        assert loader.count == 0
+        with pytest.raises(HydraException, match=r"seed"):
+            points.load_sweep_config(master, [*CONSTANT, "seed=few"])
+
+
+class Counted:
+    """Hydra's loader, which counts the points that it composes."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.count = loader, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def load_sweep_config(self, *arguments: Any) -> DictConfig:
+        self.count += 1
+        return self.loader.load_sweep_config(*arguments)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,15 +23,17 @@ class Points(Launcher):  # type: ignore[misc]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what composes a point, and which settings the command line gives to all."""
-        self.loader, self.config = hydra_context.config_loader, config
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {override.key_or_group: override.is_sweep_override() for override in parsed}  # the last one of a key counts
         self.constant = {key for key, is_swept in swept.items() if not is_swept}
+        self.config, self.loader = config, sweep.PointLoader(hydra_context.config_loader, self.constant)
+        context: Any = hydra_context
+        context.config_loader = self.loader  # the sweeper composes every point too, to see whether it can be
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run or submit a batch of points; a sweeper that looks for the best gets their held-out losses."""
-        composed = [(list(given), self.loader.load_sweep_config(self.config, list(given))) for given in job_overrides]
-        return sweep.launch(composed, self.constant)
+        points = ((list(given), self.loader.load_sweep_config(self.config, list(given))) for given in job_overrides)
+        return sweep.launch(points, Path(os.path.abspath(Path(str(self.config.hydra.sweep.dir)).expanduser())), self.constant)
 
 
 class OwnPresets(SearchPathPlugin):  # type: ignore[misc]
