@@ -21,6 +21,7 @@ from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
+from trainers.terminal import never_fail
 
 
 class Starter(Protocol):
@@ -42,6 +43,7 @@ WHAT_TO_TYPE = """Nothing to run yet. Try one of
 
 def main() -> int:
     """Run the command line; returns the exit code that --help documents."""
+    never_fail()
     if len(sys.argv) == 1:
         print(WHAT_TO_TYPE, file=sys.stderr)
         return Exit.bad_input

@@ -18,10 +18,10 @@ import yaml
 from launcher.config import Backend, JobConfig, LaunchConfig, gpus_per_node, ranks_per_node
 from launcher.job import ROOT, Job, make_job, require_joinable
 from launcher.presets import CONF
-from launcher.process import prepare_child
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
+from trainers.processes import prepare_child
 from trainers.rundir import paths
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import try_json

@@ -8,9 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 
-from trainers.processes import die_with_parent
+from trainers.processes import prepare_child
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 KILL_AFTER_S = 30  # beyond the time that ranks get to save: torchrun kills its workers first
@@ -48,16 +47,6 @@ def run(
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def prepare_child(hold: tuple[signal.Signals, ...] = (), last: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
-    """Return what the child calls before its program starts; None where the system has no prctl. It gets `last` when this process ends."""
-    return partial(_prepare, hold, last, os.getpid()) if sys.platform == "linux" else None
-
-
-def _prepare(hold: tuple[signal.Signals, ...], last: signal.Signals, parent: int) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, hold)
-    die_with_parent(parent, last)
 
 
 def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int, is_lost: Callable[[], bool]) -> int:

@@ -22,6 +22,7 @@ from trainers.rundir.attempt import Attempt, read_status
 from trainers.rundir.checkpoints import newest_step
 from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
 from trainers.rundir.files import write_json
+from trainers.terminal import never_fail
 
 ANSWER_S = 60.0
 FRUITLESS = 3
@@ -41,6 +42,7 @@ class Task:
 
     def __call__(self) -> None:
         """Run this task's rank; exits with its code, which SLURM shows as the job's."""
+        never_fail()
         os.environ["FULLTUNE_SLURM_ATTEMPT"] = f"{os.environ.get('SLURM_JOB_ID')}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
         try:
             code = run(self.job)

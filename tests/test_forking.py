@@ -14,7 +14,7 @@ import forking
 import pytest
 from command import ROOT, wait_for
 
-from launcher.process import prepare_child
+from trainers.processes import prepare_child
 
 pytestmark = pytest.mark.skipif(forking.SWITCH not in os.environ, reason=f"{forking.SWITCH}=0: all starts are real")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from trainers.config.errors import ConfigError
 from trainers.rundir.ending import Exit
+from trainers.terminal import never_fail
 
 
 class Refused(Exception):
@@ -21,7 +22,8 @@ def called_as(name: str) -> str:
 
 
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a tool, whose help is the module's docstring."""
+    """Return the parser of a tool, whose help is the module's docstring. From here on nothing that is printed fails."""
+    never_fail()
     return argparse.ArgumentParser(prog=called_as(name), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from launcher.compose import unchecked
 from launcher.presets import CONF
+from tools.command import parser_of
 from tools.markdown import cell_of
 from trainers.config.derived import Peak, peak_lr
 
@@ -16,7 +16,7 @@ PRESETS = sorted(file.stem for file in (CONF / "peft").glob("*.yaml"))
 
 def main() -> int:
     """Print the table, and which settings the rates come from."""
-    argparse.ArgumentParser(prog="python -m tools.rates", description=__doc__).parse_args()
+    parser_of("rates", __doc__).parse_args()
     peaks = {(exp, peft): peak_of([f"+exp={exp}", f"peft={peft}"]) for exp in EXPERIMENTS for peft in PRESETS}
     print("\n".join([*table(peaks), "", *sources(peaks)]))
     return 0

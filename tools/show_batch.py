@@ -1,4 +1,4 @@
-"""Show rows as the model will see them: decoded, supervised tokens in colour, document boundaries, counts.
+"""Show rows as the model will see them: decoded, supervised tokens in colour, or in [[ ]] where there is none, document boundaries, counts.
 
 python -m tools.show_batch +exp=quickstart
 python -m tools.show_batch model=hf model.id=DIR data=files data.path=FILE --rows 5
@@ -51,11 +51,11 @@ def show(config: RunConfig, num_rows: int, split: str) -> None:
     console.print(summary(prepared.report), highlight=False, markup=False)
     order = row_order(config.seed, 0, len(table)) if split == "train" else range(len(table))
     for row in list(order)[:num_rows]:
-        console.print(render_row(table, int(row), tokenizer))
+        console.print(render_row(table, int(row), tokenizer, marks=console.color_system is None or console.no_color), soft_wrap=True)
 
 
-def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return a row as coloured text, each of its documents under a heading with its counts."""
+def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase, marks: bool = False) -> Text:
+    """Return a row as coloured text, each of its documents under a heading with its counts; `marks` puts what is trained into [[ ]]."""
     documents = table.documents(row)
     text = Text(f"── row {row}: {len(documents)} documents ", style=BOUNDARY)
     for document in documents:
@@ -63,7 +63,8 @@ def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase) 
         tokens, supervised = table.tokens[span].tolist(), table.supervised[span].tolist()
         text.append(f"\n── document {document}: {len(tokens)} tokens, {sum(supervised)} supervised ──\n", style=BOUNDARY)
         for ids, trained in runs_of(tokens, supervised):
-            text.append(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), style=SUPERVISED if trained else CONTEXT)
+            said = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            text.append(f"[[{said}]]" if trained and marks else said, style=SUPERVISED if trained else CONTEXT)
     return text
 
 

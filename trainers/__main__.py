@@ -56,6 +56,7 @@ from trainers.rundir.beats import Phase
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import read_json
 from trainers.rundir.metrics import console, log_to, log_to_terminal
+from trainers.terminal import never_fail
 from trainers.world import Stopped, World
 
 gc.enable()
@@ -75,6 +76,7 @@ EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
 
 def main(path: str) -> int:
     """Run one rank to its exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint, 76 a newer attempt has started."""
+    never_fail()
     world = World.from_environment()
     log_to_terminal(world.rank)
     attempt = Attempt(Path(path).parent)

@@ -22,6 +22,7 @@ from trainers.processes import send
 from trainers.rundir.attempt import Attempt, newest_attempt
 from trainers.rundir.beats import read_beats
 from trainers.rundir.ending import TOGETHER_S, Exit, Failure, State, first_killed, first_word, killed_by, stops_others
+from trainers.terminal import never_fail
 
 LATE_S = 15
 """For ranks to end by themselves once the run has failed: those that save get longer only while it has not."""
@@ -29,6 +30,7 @@ LATE_S = 15
 
 def main(arguments: list[str]) -> int:
     """Run torch's agent to its end; returns the exit code of the first rank that failed, or 0."""
+    never_fail()
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ["FULLTUNE_AGENT"] = str(os.getpid())  # ranks end with this process, also where it ends before they could ask for that
     run_dir = Path(arguments[-1]).parent

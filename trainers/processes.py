@@ -9,6 +9,8 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -29,6 +31,16 @@ def die_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> Non
         LIBC.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def prepare_child(hold: tuple[signal.Signals, ...] = (), last: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """Return what the child calls before its program starts; None where the system has no prctl. It gets `last` when this process ends."""
+    return partial(_prepare, hold, last, os.getpid()) if sys.platform == "linux" else None
+
+
+def _prepare(hold: tuple[signal.Signals, ...], last: signal.Signals, parent: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, hold)
+    die_with_parent(parent, last)
 
 
 def exit_after(seconds: float, code: int) -> None:

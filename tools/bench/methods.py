@@ -22,13 +22,13 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from launcher.process import prepare_child
 from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
 from tools.bench.orders import PRESETS
 from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.schema import Precision
+from trainers.processes import prepare_child
 from trainers.rundir import paths
 from trainers.rundir.ending import Exit
 from trainers.rundir.rows import evaluations, last_step, read_rows, steps

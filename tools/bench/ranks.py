@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launcher.process import prepare_child
 from trainers.config.errors import ConfigError
+from trainers.processes import prepare_child
 from trainers.rundir.ending import killed_by
 
 SAMPLE_S = 0.02

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from launcher.process import prepare_child
 from tools.evaluate.measurements import Measurement
 from trainers.config.errors import ConfigError
 from trainers.host import cores
+from trainers.processes import prepare_child
 from trainers.rundir.ending import Exit
 
 STOP_S = 10.0

@@ -32,12 +32,14 @@ from pathlib import Path
 from tools.command import ended
 from tools.export import DTYPES, Damaged
 from tools.merge.write import write
+from trainers.terminal import never_fail
 
 USAGE = "python -m tools.merge ADAPTER[=WEIGHT] [ADAPTER[=WEIGHT] ...] OUT [options]"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Merge adapters; returns the exit code."""
+    never_fail()
     parser = argparse.ArgumentParser(usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "adapters", metavar="ADAPTER[=WEIGHT]", nargs="+", type=adapter, help="a PEFT directory, and its weight (default 1)"

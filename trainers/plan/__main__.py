@@ -30,6 +30,7 @@ from trainers.plan.say import say, say_all, say_change
 from trainers.rundir import paths
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import write_json
+from trainers.terminal import never_fail
 
 gc.enable()
 
@@ -39,6 +40,7 @@ ENOUGH = 4
 
 def main() -> int:
     """Plan, print and write; returns 0 where every run fits, 3 where one does not, 2 for bad input."""
+    never_fail()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     asked = json.load(sys.stdin)
