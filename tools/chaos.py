@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from launcher.process import prepare_child
 from tools.command import ended, parser_of
+from trainers.processes import prepare_child
 from trainers.rundir import paths
 from trainers.rundir.checkpoints import number_of, steps, why_incomplete
 from trainers.rundir.rows import read_rows

@@ -10,7 +10,7 @@ from typing import Any
 class _Lossy(io.FileIO):
     """A file whose writes never fail: what a closed pipe, a full disk or a terminal that is gone does not take is lost."""
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         """Write what can be written."""
         try:
             return super().write(data)
