@@ -19,9 +19,9 @@ from launcher.job import Job, freeze, frozen_text, make_job
 from launcher.report import print_summary
 from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError
+from trainers.processes import never_fail
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
-from trainers.terminal import never_fail
 
 
 class Starter(Protocol):

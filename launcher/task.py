@@ -17,12 +17,12 @@ from launcher.queue import ask, record_of
 from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
 from trainers.config.errors import ConfigError
+from trainers.processes import never_fail
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, read_status
 from trainers.rundir.checkpoints import newest_step
 from trainers.rundir.ending import TOGETHER_S, Exit, State, killed_by
 from trainers.rundir.files import write_json
-from trainers.terminal import never_fail
 
 ANSWER_S = 60.0
 FRUITLESS = 3

@@ -14,7 +14,7 @@ import pytest
 from command import ROOT, environment
 
 KOREAN = "안녕하세요"
-SAY = "from trainers.terminal import never_fail; never_fail(); import sys; "
+SAY = "from trainers.processes import never_fail; never_fail(); import sys; "
 ASCII = {"PYTHONIOENCODING": "ascii"}
 NO_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 
 from trainers.config.errors import ConfigError
+from trainers.processes import never_fail
 from trainers.rundir.ending import Exit
-from trainers.terminal import never_fail
 
 
 class Refused(Exception):

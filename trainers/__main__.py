@@ -49,14 +49,13 @@ from trainers.model.export import check_export, export, reopen, sample_answer
 from trainers.peft.base import FILE, Adaptation
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.processes import exit_after
+from trainers.processes import exit_after, never_fail
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.beats import Phase
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import read_json
 from trainers.rundir.metrics import console, log_to, log_to_terminal
-from trainers.terminal import never_fail
 from trainers.world import Stopped, World
 
 gc.enable()

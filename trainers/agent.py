@@ -18,11 +18,10 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from trainers.processes import send
+from trainers.processes import never_fail, send
 from trainers.rundir.attempt import Attempt, newest_attempt
 from trainers.rundir.beats import read_beats
 from trainers.rundir.ending import TOGETHER_S, Exit, Failure, State, first_killed, first_word, killed_by, stops_others
-from trainers.terminal import never_fail
 
 LATE_S = 15
 """For ranks to end by themselves once the run has failed: those that save get longer only while it has not."""

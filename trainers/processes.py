@@ -1,9 +1,10 @@
-"""Processes of a run: ending with a parent, ending in any case, what the system knows of one, and signals to one. No torch."""
+"""Processes of a run: ending with a parent, or in any case but for what they print; what the system knows of one, and signals. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 """Loaded before a fork, in which loading may wait for a lock for ever."""
@@ -68,3 +70,30 @@ def send(host: str, pid: int, run_dir: Path, *numbers: signal.Signals) -> None:
         if str(run_dir).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
             for number in numbers:
                 os.kill(pid, number)
+
+
+class _Lossy(io.FileIO):
+    """A file whose writes never fail: what a closed pipe, a full disk or a terminal that is gone does not take is lost."""
+
+    def write(self, data: Any, /) -> int:
+        """Write what can be written."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def never_fail() -> None:
+    """Let standard output and error take any text, replacing what their encoding does not have, and lose what nobody takes.
+
+    A run is done though its sample is in Korean and the terminal in ASCII, and though `| head` has read enough.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)  # other ones are a test's, or None where it is closed
+        if type(stream) is not io.TextIOWrapper or type(getattr(stream.buffer, "raw", stream.buffer)) is not io.FileIO:
+            continue
+        stream.flush()
+        lossy: Any = _Lossy(stream.fileno(), "w", closefd=False)
+        buffer = lossy if stream.write_through else io.BufferedWriter(lossy)
+        lines, through = stream.line_buffering, stream.write_through
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "replace", line_buffering=lines, write_through=through))

@@ -32,7 +32,7 @@ from pathlib import Path
 from tools.command import ended
 from tools.export import DTYPES, Damaged
 from tools.merge.write import write
-from trainers.terminal import never_fail
+from trainers.processes import never_fail
 
 USAGE = "python -m tools.merge ADAPTER[=WEIGHT] [ADAPTER[=WEIGHT] ...] OUT [options]"
 

@@ -27,10 +27,10 @@ from trainers.config.errors import ConfigError
 from trainers.plan.plan import Plan, Simulations, make_plan
 from trainers.plan.request import UNFIT, Request, from_dict
 from trainers.plan.say import say, say_all, say_change
+from trainers.processes import never_fail
 from trainers.rundir import paths
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import write_json
-from trainers.terminal import never_fail
 
 gc.enable()
 
