@@ -15,11 +15,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, Layout, ModelConfig, RunConfig, Supervise
+from trainers.data import masks
+from trainers.data import template as chat_template
+from trainers.data.at_once import all_at_once
 from trainers.data.encode import encoder_of
 from trainers.data.formats import BadRow, to_messages
-from trainers.data.masks import CHATML, Rendered, fill, plain_pair, render, shared_length, template_of
+from trainers.data.masks import CHATML, Rendered, fill, plain_pair, render, template_of
 from trainers.data.sources import Row
 from trainers.data.tokenizer import stop_ids
+from trainers.data.turns import shared_length
 from trainers.data.words import word_cache
 
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": "two"}'}}
@@ -240,6 +244,105 @@ def test_shared_length_counts_characters():
         assert shared_length(one, other) == expected
 
 
+WORDS = [
+    *("ok", "Hello there", "  spaced ", "1", "a\nb\n", "<|im_end|>", "x <|im_start|>user\nhi", "</s>", "[INST] hi [/INST]", "user"),
+    *("\ud55c\uae00 \U0001f44b", "<tool_response>r</tool_response>", '{"a": 1}', "assistant\n", "\n\nq", 'line\\n "q"', "</result>", " "),
+]
+
+
+def random_turns(random):
+    """A conversation of up to some twenty turns, whose texts repeat and look like a template's own."""
+    turns = [{"role": "system", "content": "Be brief."}] if random.random() < 0.4 else []
+    has_calls = random.random() < 0.6
+    for _ in range(random.randint(1, 6)):
+        turns += [{"role": "user", "content": random.choice(WORDS)} for _ in range(random.choice([1] * 12 + [2]))]
+        for _ in range(random.choice([0, 0, 1, 2] if has_calls else [0])):
+            function = {"name": random.choice(["add", "sub"]), "arguments": {"a": 1, "b": random.choice(WORDS)}}
+            call = {"role": "assistant", "tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
+            call |= {"content": random.choice(["", "", random.choice(WORDS)])}
+            call |= {"reasoning_content": random.choice(WORDS)} if random.random() < 0.3 else {}
+            turns += [call, {"role": "tool", "content": random.choice(WORDS), "tool_call_id": "call00001", "name": function["name"]}]
+        answer = {"role": "assistant", "content": random.choice(WORDS) + "."}
+        kind = random.random()
+        if kind < 0.4:
+            answer |= {"reasoning_content": "so"} if kind < 0.2 else {"content": f"<think>\n{random.choice(WORDS)}\n</think>\n\nyes"}
+        turns += [answer] * random.choice([1] * 12 + [2])
+    return turns + [{"role": "user", "content": "bye"}] * (random.random() < 0.2)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def rendered_or_refused(template, turns, tools):
+    try:
+        return render(template, turns, tools)
+    except (BadRow, ConfigError) as error:
+        return str(error)
+
+
+def require_equal_ways(template, monkeypatch, rows):
+    """All turns from one rendering are those that a rendering each finds, and so are refusals; returns how many came that way."""
+    found = []
+
+    def spied(*arguments):
+        found.append(all_at_once(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(masks, "all_at_once", spied)
+    for number in range(rows):
+        random = Random(number)
+        turns, tools = random_turns(random), random.choice([None, TOOLS])
+        monkeypatch.setattr(masks, "MANY", 3)
+        at_once = rendered_or_refused(template, turns, tools)
+        monkeypatch.setattr(masks, "MANY", 10**9)
+        assert rendered_or_refused(template, turns, tools) == at_once, turns
+    return sum(map(len, found))
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_turns_found_in_one_rendering_are_those_of_a_rendering_each(name, monkeypatch):
+    template = template_of(tokenizer_of(name), name)
+    assert require_equal_ways(template, monkeypatch, 50) > 20
+
+
+def long_row(kind, turns=200):
+    """A conversation of so many answers, the user's words repeating; with tool calls twice as many assistant turns."""
+    row = []
+    for number in range(turns):
+        thought = {"reasoning_content": f"thought {number}"} if "thoughts" in kind else {}
+        row.append({"role": "user", "content": "go on with the work"})
+        if "calls" in kind:
+            function = {"name": "look", "arguments": {"where": f"page {number}"}}
+            call = {"role": "assistant", "content": "", "tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
+            row += [call | thought, {"role": "tool", "content": "found " * 5, "tool_call_id": "call00001", "name": "look"}]
+        row.append({"role": "assistant", "content": f"I have done step {number}.", **thought})
+    return row
+
+
+CALLERS = ["chatml", "llama3", "inst", "think", "deepseek"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in TOKENS for kind in ("answers", "thoughts")]
+    + [(name, kind) for name in CALLERS for kind in ("calls", "calls and thoughts")],
+)
+def test_a_row_of_many_turns_takes_the_text_of_three_renderings(name, kind, monkeypatch):
+    """And not one for each turn: what is rendered is counted, in lengths of the row."""
+    lengths = []
+    plain = chat_template._render
+
+    def counted(*arguments, **options):
+        found = plain(*arguments, **options)
+        lengths.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(chat_template, "_render", counted)
+    rendered = render(template_of(tokenizer_of(name), name), long_row(kind))
+    assert len(rendered.spans) == (400 if "calls" in kind else 200)
+    assert sum(lengths) < 3 * len(rendered.text)
+
+
 REAL_TOKENS = [
     "<|im_start|>",
     "<|im_end|>",
@@ -282,6 +385,17 @@ def test_real_templates(name, special):
         assert (
             rendered.text == fill(template, CONVERSATIONS[key], None) == tokenizer.apply_chat_template(CONVERSATIONS[key], tokenize=False)
         )
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["chatml", "gemma3", "llama3_1", "mistral_v2v3", "phi3", "phi_4", "qwen2_5", "qwen3"])
+def test_real_turns_found_in_one_rendering_are_those_of_a_rendering_each(name, monkeypatch):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "tokenizers" / "mistral_v1")
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in REAL_TOKENS])
+    tokenizer.chat_template = (SHARED / "templates" / f"{name}.jinja").read_text()
+    assert require_equal_ways(template_of(tokenizer, name), monkeypatch, 40) > 20
 
 
 @needs_shared
