@@ -20,7 +20,7 @@ MANY = 3
 
 
 def all_at_once(row: Conversation, numbers: list[int], marked: MarkedRow, text: str) -> dict[int, Place]:
-    """Return what `own_text` would of the turns that stand alone between two marks, from one rendering with all turns replaced.
+    """Return what `own_text` would of the turns that are alone between two marks, from one rendering with all turns replaced.
 
     `text` is the rendering of `marked`. Turns that this cannot tell are left out.
     """

@@ -59,7 +59,7 @@ class MarkedRow:
 def parts_of(messages: list[Message], tools: list[Any] | None, trained: Collection[int]) -> list[Part]:
     """Return what a template should write of a row; of reasoning, only that of the `trained` turns (their numbers from 0).
 
-    A model that answers sees no more of earlier reasoning than its template shows it, so that is no loss where the turn is not trained.
+    A model that answers sees no more of earlier reasoning than its template shows it, so nothing is lost where the turn is not trained.
     """
     found = [part for number, tool in enumerate(tools or []) for part in _of_tool(tool, number)]
     functions = {call["function"]["name"] for message in messages for call in message.get("tool_calls") or []}
