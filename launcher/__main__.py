@@ -15,7 +15,8 @@ from launcher import help as help_text
 from launcher import local, plan, presets, slurm, sweep, torchrun
 from launcher.compose import checked, compose_with, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
-from launcher.job import Job, freeze, frozen_text, make_job
+from launcher.freeze import freeze
+from launcher.job import Job, frozen_text, make_job
 from launcher.report import print_summary
 from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError
@@ -96,8 +97,8 @@ def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
     if config.mode is Mode.plan:
         return plan.plan([job], compose)
     validate_machine(job.launch)
-    is_done = read_state(job.run_dir) == State.done
-    if config.launch.backend is Backend.slurm and not is_done and not slurm.states([job])[0]:
+    waiting = slurm.require_free(job)
+    if config.launch.backend is Backend.slurm and read_state(job.run_dir) != State.done and not waiting:
         plan.require_fit([job], compose)
     freeze(job)
     if read_state(job.run_dir) == State.done:

@@ -61,7 +61,7 @@ class LaunchConfig:
     qos: str | None = None
     """SLURM's quality of service."""
     time: str | None = None
-    """SLURM's time limit of the job, as MINUTES, HH:MM:SS or DAYS-HH:MM:SS; it is saved before that and queued again."""
+    """SLURM's time limit, as MINUTES, HH:MM:SS, DAYS-HH or DAYS-HH:MM:SS (1-0 is a day); the job saves before that and is queued again."""
     cpus_per_gpu: int | None = None
     """CPU cores of a rank in a SLURM job; empty is the cluster's default."""
     memory: str | None = None
@@ -91,7 +91,7 @@ class LaunchConfig:
     snapshot: bool = False
     """Copy the code into the run directory and run that: later edits do not reach a job that waits or is queued again."""
     array_parallelism: int = 32
-    """Points of a sweep that run at once on SLURM."""
+    """Points of a sweep that run at once on SLURM, those of earlier submissions included."""
     force: bool = False
     """Submit to SLURM without looking first whether the run fits the GPUs; mode=plan says more."""
     wait: bool = False

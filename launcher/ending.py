@@ -13,16 +13,16 @@ from trainers.rundir.attempt import Attempt, read_status
 from trainers.rundir.ending import Ending, Exit, State, ending_of, exit_of, killed_by
 
 
-def settle(job: Job, attempt: Attempt, code: int, signalled: int | None) -> int:
+def settle(job: Job, attempt: Attempt, code: int, signalled: int | None, last_words: str = "") -> int:
     """Print how the run ended and return the launcher's exit code; raises ConfigError where ranks refused a setting.
 
-    `code` is the child's, `signalled` the signal that we passed on.
+    `code` is the child's, `signalled` the signal that we passed on, `last_words` what the scheduler says where no rank has begun.
     """
     status = read_status(job.run_dir)
     is_current = code == Exit.done or attempt.is_current(at_once=True)
     ending = ending_of(code, status, was_asked=signalled is not None, is_current=is_current)
     if ending is Ending.unexplained:
-        mark_failed(attempt, **_unsaid(job, code))
+        mark_failed(attempt, **_unsaid(job, code, last_words))
         status = read_status(job.run_dir)
     if ending is Ending.superseded:
         _say("a newer attempt of this run has started elsewhere: this one has ended, and wrote nothing since")
@@ -42,8 +42,10 @@ def settle(job: Job, attempt: Attempt, code: int, signalled: int | None) -> int:
     return exit_of(ending, interrupted=signalled == signal.SIGINT)
 
 
-def _unsaid(job: Job, code: int) -> dict[str, object]:
+def _unsaid(job: Job, code: int, last_words: str) -> dict[str, object]:
     """Return the error of ranks that left none."""
+    if last_words:
+        return {"message": last_words}
     if code >= 0:
         return {"message": f"the ranks ended with exit code {code} and left no reason"}
     if is_plain(job.launch):

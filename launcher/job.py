@@ -1,4 +1,4 @@
-"""A job and its run directory: made once, frozen once, joined by every later start of the same command."""
+"""A job and its run directory: what is written there of the run as a whole and of each attempt, and who may start it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import fcntl
 import getpass
 import hashlib
 import importlib.metadata
-import json
 import os
 import platform
 import secrets
@@ -29,12 +28,13 @@ from launcher.config import JobConfig, LaunchConfig, run_config
 from launcher.process import KILL_AFTER_S
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import RunConfig, escaped, plain, read
+from trainers.config.numerics import NUMERICS
+from trainers.config.schema import RunConfig, escaped, plain
 from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.rundir import paths
-from trainers.rundir.attempt import Attempt, newest_attempt, read_state, read_status
+from trainers.rundir.attempt import Attempt, newest_attempt, read_status
 from trainers.rundir.ending import State, with_state
-from trainers.rundir.files import write_json
+from trainers.rundir.files import try_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
@@ -51,11 +51,6 @@ PACKAGES = (
     "numpy",
 )
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
-CHANGEABLE = ("train.step_timeout_s:", "limits.", "evaluation.")
-OURS = {
-    *(paths.CONFIG, paths.PLAN, paths.PLAN_PICTURE, paths.MANIFEST, paths.DIFF),
-    *(paths.STATUS, paths.SLURM_RECORD, paths.SLURM, paths.CODE),
-}
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
 """Changes as `git apply` takes them, whatever the user has configured."""
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
@@ -89,52 +84,6 @@ def frozen_text(run: RunConfig) -> str:
     return HEADER + text.replace("\noptim:\n", f"\noptim: # peak learning rate {peak_lr(run.optim, run.peft)}\n", 1)
 
 
-def freeze(job: Job) -> None:
-    """Make the run directory and its config.yaml, or join the run that is there.
-
-    Raises ConfigError where the directory cannot be written, holds other files, or is a run with other settings.
-    Any number of machines may call this at once: the first config.yaml wins, the others compare.
-    """
-    try:
-        _freeze(job)
-    except OSError as error:
-        reason = f"cannot be written: {error.strerror or error} ({error.filename or job.run_dir})"
-        raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that you may write") from error
-
-
-def require_joinable(job: Job) -> None:
-    """Raise ConfigError where `freeze` would: the directory holds other files, or a run with other settings. Writes nothing."""
-    try:
-        if job.run_dir.exists():
-            _refuse_other_files(job.run_dir)
-        if job.config_path.exists() and not _never_began(job.run_dir):
-            changed = _kept(_differing(job))
-            if changed:
-                raise _other_settings(job, changed)
-    except OSError as error:
-        raise ConfigError(
-            "run_dir", str(job.run_dir), f"cannot be read: {error.strerror or error}", "run_dir=DIR that you may write"
-        ) from error
-
-
-def _freeze(job: Job) -> None:
-    job.run_dir.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        job.run_dir.mkdir()
-    except FileExistsError:
-        _refuse_other_files(job.run_dir)
-    if _never_began(job.run_dir):
-        job.config_path.unlink()
-    if job.config_path.exists() or not publish(job.config_path, frozen_text(job.run)):
-        _refuse_other_settings(job)
-    if not (job.run_dir / paths.MANIFEST).exists():
-        version, diff = code_version()
-        if diff:
-            publish(job.run_dir / paths.DIFF, diff)
-        publish(job.run_dir / paths.MANIFEST, json.dumps(manifest(version), indent=2) + "\n")
-    publish(job.run_dir / paths.STATUS, json.dumps({"state": State.submitted, "step": 0, "attempt": 0}) + "\n")
-
-
 def publish(path: Path, content: str | bytes) -> bool:
     """Write a file that appears complete or not at all; False where one was there, which stays as it is."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
@@ -155,93 +104,57 @@ def publish(path: Path, content: str | bytes) -> bool:
     return True
 
 
-def _refuse_other_files(run_dir: Path) -> None:
-    if (run_dir / paths.CONFIG).exists():
-        return
-    others = sorted(path.name for path in run_dir.iterdir() if path.name not in OURS and not path.name.startswith("."))
-    if others:
-        reason = f"exists and is not a run directory: it holds {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}"
-        raise ConfigError("run_dir", str(run_dir), reason, "run_dir=DIR that is new or empty")
-
-
-def _never_began(run_dir: Path) -> bool:
-    """Tell a run whose ranks refused their input before the first attempt: its settings may be corrected."""
-    return (run_dir / paths.CONFIG).exists() and read_state(run_dir) == State.failed and not (run_dir / paths.LOGS).exists()
-
-
-def _refuse_other_settings(job: Job) -> None:
-    """Take a continued run's new limits and evaluation, which change nothing of what is trained; raise ConfigError for other changes."""
-    found = _differing(job)
-    changed = _kept(found)
-    if found and not changed:
-        temporary = job.run_dir / f".config.yaml.{socket.gethostname()}.{os.getpid()}"
-        temporary.write_text(frozen_text(job.run), encoding="utf-8")
-        temporary.replace(job.config_path)
-    if changed:
-        raise _other_settings(job, changed)
-
-
-def _kept(changed: list[str]) -> list[str]:
-    """Return those of changed settings that a continued run must keep."""
-    return [line for line in changed if not line.startswith(CHANGEABLE)]
-
-
-def _differing(job: Job) -> list[str]:
-    """Return the settings that differ from those of the run in the directory; of learning rates the one that is used."""
-    return differences(_at_one_rate(frozen_run(job)), _at_one_rate(job.run))
-
-
-def _at_one_rate(run: RunConfig) -> dict[str, Any]:
-    """Return settings with the rate that is used as `optim.lr`, wherever it comes from: a run may have begun before its preset had one."""
-    rate = peak_lr(run.optim, run.peft).rate
-    optim, peft = dataclasses.replace(run.optim, lr=rate, full_lr=0.0), dataclasses.replace(run.peft, lr=None)
-    return dict(plain(dataclasses.replace(run, optim=optim, peft=peft)))
-
-
-def _other_settings(job: Job, changed: list[str]) -> ConfigError:
-    reason = "is a run with other settings\n" + "\n".join(f"    {line}" for line in changed)
-    return ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new, or the settings of this run")
-
-
-def frozen_run(job: Job) -> RunConfig:
-    """Return the run in the run directory, fields that are newer than its config.yaml at their defaults."""
-    try:
-        return read(job.config_path)
-    except ConfigError as error:
-        reason = f"its config.yaml does not fit this version: {error.path} {error.reason}"
-        raise ConfigError("run_dir", str(job.run_dir), reason, "run_dir=DIR that is new") from error
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return `field: old -> new` for each field that differs; `run_dir` itself may be named in another way."""
-    lines: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        path, before, after = prefix + key, old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, path + ".")
-        elif before != after and path != "run_dir":
-            lines.append(f"{path}: {_yaml(before)} -> {_yaml(after)}")
-    return lines
-
-
-def _yaml(value: Any) -> str:
-    return "null" if value is None else json.dumps(value, ensure_ascii=False)
-
-
 def manifest(code: dict[str, Any]) -> dict[str, Any]:
     """Return where a run comes from: command, version of the code, packages, machine, scheduler, and the W&B id of all its attempts."""
     return {
-        "command": [sys.executable, "-m", "launcher", *sys.argv[1:]],
+        "command": command_line(),
         "directory": os.getcwd(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": _now(),
         "host": socket.gethostname(),
         "user": _user(),
         "code": code,
+        "numerics": NUMERICS,
         "python": platform.python_version(),
         "packages": _versions(),
         "scheduler": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SLURM_") and "JOB" in name},
         "wandb_id": secrets.token_hex(4),
     }
+
+
+def command_line() -> list[str]:
+    """Return the command that this process was started with."""
+    return [sys.executable, "-m", "launcher", *sys.argv[1:]]
+
+
+def note_attempt(job: Job) -> None:
+    """Add to manifest.json with which code and packages an attempt starts, and say where they are not those of the attempt before.
+
+    Its uncommitted changes are kept where they are not the ones that code.diff has.
+    """
+    known, number = try_json(job.run_dir / paths.MANIFEST), newest_attempt(job.run_dir) + 1
+    version, diff = code_version()
+    before = [entry for entry in known.get("attempts", []) if entry["number"] < number]
+    entry: dict[str, Any] = {"number": number, "time": _now(), "host": socket.gethostname(), "code": version, "packages": _versions()}
+    last = before[-1] if before else {"number": 1, **{key: known.get(key) or {} for key in ("code", "packages")}}
+    if diff and version["diff_sha256"] != known.get("code", {}).get("diff_sha256"):
+        entry["diff"] = f"code.attempt-{number}.diff"
+        (job.run_dir / entry["diff"]).unlink(missing_ok=True)
+        publish(job.run_dir / entry["diff"], diff)
+    for line in _what_changed(last, entry):
+        print(f"warning: since attempt {last['number']} {line}", file=sys.stderr, flush=True)
+    write_json(job.run_dir / paths.MANIFEST, known | {"attempts": [*before, entry]})
+
+
+def _what_changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return a line for what differs of code and packages between two attempts."""
+    old, new = before["code"], now["code"]
+    lines = []
+    if old.get("git_sha") != new["git_sha"]:
+        lines.append(f"the code has changed: commit {old.get('git_sha')} -> {new['git_sha']}")
+    elif old.get("diff_sha256") != new["diff_sha256"]:
+        lines.append(f"the code has changed: other uncommitted changes on commit {new['git_sha']}, in {now.get('diff', paths.DIFF)}")
+    packages = [(name, before["packages"].get(name), now["packages"].get(name)) for name in PACKAGES]
+    return lines + [f"{name} has changed: {old} -> {new}" for name, old, new in packages if before["packages"] and old != new]
 
 
 def code_version() -> tuple[dict[str, Any], bytes]:
@@ -264,6 +177,10 @@ def _git(*arguments: str) -> bytes | None:
         if done.returncode == 0 and (ROOT / ".git").exists():
             return done.stdout
     return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _user() -> str:
@@ -303,9 +220,8 @@ def only_launcher(job: Job, wait_s: float = 2.0) -> Iterator[int]:
     Raises ConfigError where another launcher still holds it. Ranks that a killed one left running are saving, or are killed after
     launch.shutdown_s: their end is awaited.
     """
-    path = job.run_dir / f".launcher-{socket.gethostname()}.lock"
     began, said = time.monotonic(), False
-    with path.open("a+") as lock:
+    with _lock_file(job).open("a+") as lock:
         while not _locked(lock):
             lock.seek(0)
             holder = lock.read().strip()
@@ -331,6 +247,18 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
+
+
+def holder(job: Job) -> int | None:
+    """Return the process id of the launcher of this machine that runs a run, or was killed and its ranks still live; None without one."""
+    with contextlib.suppress(FileNotFoundError), _lock_file(job).open("r+") as lock:
+        if not _locked(lock):
+            return int(lock.read().strip() or 0)
+    return None
+
+
+def _lock_file(job: Job) -> Path:
+    return job.run_dir / f".launcher-{socket.gethostname()}.lock"
 
 
 def _locked(lock: IO[str]) -> bool:

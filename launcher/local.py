@@ -11,7 +11,7 @@ from pathlib import Path
 from launcher import process
 from launcher.config import is_plain, ranks_per_node, world_size
 from launcher.ending import settle
-from launcher.job import ROOT, Job, mark_submitted, next_attempt, only_launcher
+from launcher.job import ROOT, Job, mark_submitted, next_attempt, note_attempt, only_launcher
 from launcher.silence import Silence
 from trainers import host
 
@@ -40,8 +40,10 @@ def commands(job: Job) -> list[str]:
 
 def start(job: Job, line: list[str]) -> int:
     """Run one command of this machine to its end, under the run directory's lock; returns the launcher's exit code."""
+    process.say_leftovers()
     with only_launcher(job) as lock:
         mark_submitted(job)
+        note_attempt(job)
         attempt, shutdown_s = next_attempt(job), job.launch.shutdown_s
         sys.stdout.flush()
         code, signalled = process.run(line, environment(job), shutdown_s, keep_open=(lock,), is_lost=Silence(job, attempt).is_lost)
@@ -86,8 +88,9 @@ def additions(job: Job) -> dict[str, str]:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """Return the whole environment of the ranks; what belongs to a run that this launcher was started in is left out."""
-    return {name: value for name, value in os.environ.items() if name not in OF_A_RUN} | additions(job)
+    """Return the whole environment of the ranks, without what is of a run or a rank that this launcher was started in."""
+    foreign = {*OF_A_RUN, *process.leftovers()}
+    return {name: value for name, value in os.environ.items() if name not in foreign} | additions(job)
 
 
 def rank_lines(job: Job, master: str) -> list[str]:

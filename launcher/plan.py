@@ -16,8 +16,10 @@ from typing import Any
 import yaml
 
 from launcher.config import Backend, JobConfig, LaunchConfig, gpus_per_node, ranks_per_node
-from launcher.job import ROOT, Job, make_job, require_joinable
+from launcher.freeze import require_joinable
+from launcher.job import ROOT, Job, make_job
 from launcher.presets import CONF
+from launcher.process import leftovers
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
@@ -28,7 +30,6 @@ from trainers.rundir.files import try_json
 from trainers.units import in_bytes
 
 HARDWARE = CONF / "hardware"
-OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 UNREACHABLE = ("model.id", "model.tokenizer")
 """Fields whose files the compute nodes may reach where this machine does not."""
 SIZES = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
@@ -192,7 +193,7 @@ def _ask(command: str, requests: list[Request]) -> bool:
 
 def _environment() -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    kept = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    kept = {name: value for name, value in os.environ.items() if name not in leftovers()}
     return kept | {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
 
 

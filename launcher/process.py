@@ -1,4 +1,4 @@
-"""Run one child to its end: hand signals on, outlive nothing, leave no orphan."""
+"""Run one child to its end: hand signals on, outlive nothing, leave no orphan; and what it must not find in its environment."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from trainers.processes import prepare_child
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 KILL_AFTER_S = 30  # beyond the time that ranks get to save: torchrun kills its workers first
+
+OF_A_RANK = (
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "NNODES"),
+    *("GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_NAME", "ROLE_WORLD_SIZE"),
+)
+OF_OTHER_LAUNCHERS = ("TORCHELASTIC_", "PET_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "ACCELERATE_", "FSDP_")
+"""What torchrun, MPI and accelerate tell their processes by: torch, DeepSpeed and transformers would believe it."""
 
 
 def run(
@@ -63,3 +70,15 @@ def _wait(child: subprocess.Popen[bytes], received: list[int], shutdown_s: int, 
             deadline = time.monotonic() + shutdown_s + KILL_AFTER_S
         if (deadline is not None and time.monotonic() > deadline) or is_lost():
             os.killpg(child.pid, signal.SIGKILL)
+
+
+def leftovers() -> list[str]:
+    """Return the variables by which ranks would take themselves for those of another job."""
+    return sorted(name for name in os.environ if name in OF_A_RANK or name.startswith(OF_OTHER_LAUNCHERS))
+
+
+def say_leftovers() -> None:
+    """Say which variables are ignored, where there are any."""
+    if found := leftovers():
+        values = " ".join(f"{name}={os.environ[name]}" for name in found[:8])
+        print(f"ignored, of another job: {values}{' ...' if len(found) > 8 else ''}", file=sys.stderr, flush=True)

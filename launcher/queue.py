@@ -11,6 +11,7 @@ from typing import Any
 
 from launcher.job import Job
 from trainers.rundir import paths
+from trainers.rundir.beats import read_beats
 from trainers.rundir.files import try_json
 
 ANSWER_S = 20.0
@@ -24,8 +25,47 @@ STUCK = re.compile(
 """Reasons for which a job waits until somebody changes it or the cluster: SLURM's "Job Reason Codes"."""
 
 
+REMEDIES = (
+    ("JobHeldUser", "scontrol release {id} starts it"),
+    ("JobHeldAdmin", "the cluster's administrators hold it; ask them, or scancel {id}"),
+    (".*Account.*", "scancel {id}, and another launch.account"),
+    ("InvalidQOS|QOSNotAllowed", "scancel {id}, and another launch.qos"),
+    ("BadConstraints", "scancel {id}, and another launch.constraint (sinfo --format=%f lists them)"),
+    ("Reservation.*", "scancel {id}, and launch.reservation=null or another"),
+    ("Dependency.*", "scancel {id}, and leave out launch.sbatch.dependency"),
+    ("Partition(TimeLimit|Config)|.*Wall.*", "scancel {id}, and a shorter launch.time or another launch.partition (sinfo lists limits)"),
+    ("Partition(Down|Inactive)", "wait until partition is up, or scancel {id}, and another launch.partition"),
+    (".*", "scancel {id}, and fewer launch.nodes or another launch.partition (sinfo lists what there is)"),
+)
+"""Reasons for which a job does not start as it is, and what lets it start; the first that fits counts."""
+LAST_LINES = 8
+
+
+def remedy_of(reason: str, number: str) -> str:
+    """Return what lets a job start that waits for this reason."""
+    return next(text for pattern, text in REMEDIES if re.fullmatch(pattern, reason)).format(id=number)
+
+
+def last_words(run_dir: Path) -> str:
+    """Return how a run's job ended of which no rank began, with the last lines that the scheduler's shell has written; empty where one did.
+
+    A checkout that was moved, a module that is not there, an image that cannot be fetched: no rank could say so.
+    """
+    record = record_of(run_dir)
+    if not record or any(beat.written > record["time"] for beat in read_beats(run_dir).values()):
+        return ""
+    began = [path for path in (run_dir / paths.LOGS).glob("attempt-*") if path.stat().st_mtime > record["time"]]
+    log = Path(record.get("log", ""))
+    if began or not log.is_file():
+        return ""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+    how = f" as {end}" if (end := ended_as(str(record["id"]))) else ""
+    said = f"job {record['id']} ended{how} before any rank began; {log} ends with"
+    return "\n".join([said, *(f"    {line}" for line in lines)])
+
+
 def record_of(run_dir: Path) -> dict[str, Any]:
-    """Return `id`, `log` and `time` of the job that was last submitted for a run; empty where there is none."""
+    """Return `id`, `log`, `time`, `run_dir` and `launch` of the job that was last submitted for a run; empty where there is none."""
     return try_json(run_dir / paths.SLURM_RECORD)
 
 

@@ -42,6 +42,8 @@ def print_summary(run_dir: Path) -> None:
     table = Table(title=str(run_dir.name), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
+    if (run_dir / paths.EXPORT).is_dir():  # the directory may have been moved or copied since
+        summary |= {"export": run_dir / paths.EXPORT}
     for name, value in rows(summary):
         table.add_row(name, value)
     Console().print(table, markup=False)
@@ -63,7 +65,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("training time", _written(in_time, summary.get("train_seconds"))),
         ("wall time, last attempt", _written(in_time, summary.get("wall_seconds"))),
         ("GPU hours", _number(summary.get("gpu_hours") or None, ".2f")),
-        ("export", summary.get("export") or ""),
+        ("export", str(summary.get("export") or "")),
         *_sample(summary.get("sample")),
     ]
     return [(name, value) for name, value in lines if value]

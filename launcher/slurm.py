@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,16 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
 from launcher import local, queue
-from launcher.config import minutes, ranks_per_node, world_size
+from launcher.changes import differences, field_of
+from launcher.config import Backend, minutes, ranks_per_node, world_size
 from launcher.ending import settle
-from launcher.job import ROOT, Job, mark_submitted
+from launcher.job import ROOT, Job, mark_failed, mark_submitted, next_attempt
+from launcher.process import leftovers, say_leftovers
 from launcher.report import print_new
 from launcher.snapshot import take
 from launcher.task import Task
 from trainers.config.errors import ConfigError
+from trainers.config.schema import plain
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, read_state
 from trainers.rundir.ending import Exit, State
@@ -34,6 +37,8 @@ LOOK_S = 3.0
 """Time that squeue gets to report the state of a job that has just been submitted."""
 OTHERS_S = 60
 """Ranks that still run so long after the first has ended are ended: their own watchdogs have had the time to."""
+OURS_ALONE = ("wait", "force", "array_parallelism", "shutdown_s")
+"""Fields of launch that are no part of a job that waits."""
 HINTS = (
     ("account", "launch.account"),
     ("partition", "launch.partition"),
@@ -55,8 +60,14 @@ def submit(job: Job) -> int:
     """
     if state := states([job])[0]:
         record = queue.record_of(job.run_dir)
-        print(f"job {record['id']} of this run is {state}: nothing to submit\n  stop     scancel {record['id']}")
+        require_same_launch(job, state)
+        number = record["id"]
+        print(f"job {number} of this run is {state}: nothing to submit\n  stop     scancel {number}", flush=True)
+        if reason := queue.reason_in(state):
+            print(f"  starts   {queue.remedy_of(reason, str(number))}", flush=True)
     else:
+        if read_state(job.run_dir) == State.submitted and (said := queue.last_words(job.run_dir)):
+            print(said, file=sys.stderr, flush=True)
         (record,) = hand_over([job], job.run_dir / paths.SLURM)
         print(
             f"submitted as job {record['id']} ({job.launch.nodes} node(s), {world_size(job.launch)} rank(s)): {job.run_dir}\n"
@@ -70,11 +81,17 @@ def submit(job: Job) -> int:
     return _follow(job, record) if job.launch.wait else Exit.done
 
 
-def submit_array(jobs: list[Job], folder: Path) -> None:
-    """Hand frozen jobs to SLURM as one array, with what submitit sends in `folder`/slurm; raises ConfigError where it refuses."""
-    first = str(hand_over(jobs, folder / paths.SLURM)[0]["id"]).partition("_")[0]
+def submit_array(jobs: list[Job], folder: Path, under_way: Sequence[Job] = ()) -> None:
+    """Hand frozen jobs to SLURM as one array, with what submitit sends in `folder`/slurm; raises ConfigError where it refuses.
+
+    Points that are `under_way` count among those that may run at once: where they are as many already, the array begins after them.
+    """
+    at_once = min(len(jobs), jobs[0].launch.array_parallelism - len(under_way))
+    after = [] if at_once > 0 else [str(queue.record_of(job.run_dir)["id"]) for job in under_way]
+    at_once = at_once if at_once > 0 else min(len(jobs), jobs[0].launch.array_parallelism)
+    first = str(hand_over(jobs, folder / paths.SLURM, at_once, after)[0]["id"]).partition("_")[0]
     print(
-        f"submitted as array {first} ({len(jobs)} points, {min(len(jobs), jobs[0].launch.array_parallelism)} at once)\n"
+        f"submitted as array {first} ({len(jobs)} points, {at_once} at once{', after those in the queue' if after else ''})\n"
         f"  queue    squeue -j {first}\n"
         f"  logs     {folder / 'slurm'}\n"
         f"  stop     scancel {first}; a single point scancel {first}_INDEX\n"
@@ -84,13 +101,46 @@ def submit_array(jobs: list[Job], folder: Path) -> None:
     _warn_where_stuck(first)
 
 
+def require_free(job: Job) -> str:
+    """Return SLURM's word for the run's job, empty where it neither waits nor runs.
+
+    Raises ConfigError where the run was moved away from under it, or is to be started in another way all the same.
+    """
+    record = queue.record_of(job.run_dir)
+    if not record:
+        return ""
+    is_ours = job.launch.backend is Backend.slurm
+    number = str(record["id"])
+    state = states([job])[0] if is_ours else (queue.in_queue(number) or {}).get(number, "")
+    home = Path(record.get("run_dir", job.run_dir))
+    if state and home != job.run_dir and not (home.exists() and home.samefile(job.run_dir)):
+        if (home / paths.CONFIG).exists():  # a copy: that job is the original's
+            return ""
+        reason = f"job {number} of this run is {state}, and looks for it in {home}"
+        raise ConfigError("run_dir", str(job.run_dir), reason, f"scancel {number}, then this command again")
+    if state and not is_ours:
+        reason = f"job {number} of this run is {state}"
+        raise ConfigError("launch.backend", str(job.launch.backend), reason, f"launch=slurm, or scancel {number} first")
+    return state
+
+
+def require_same_launch(job: Job, state: str) -> None:
+    """Raise ConfigError where a job that waits or runs was submitted with other launch settings than these: it keeps its own."""
+    record = queue.record_of(job.run_dir)
+    changed = differences(record.get("launch", {}), plain(job.launch)) if "launch" in record else []
+    changed = [line for line in changed if field_of(line) not in OURS_ALONE]
+    if changed:
+        lines = "\n".join(f"    launch.{line}" for line in changed)
+        reason = f"job {record['id']} of this run is {state}, with other launch settings, and keeps them\n{lines}"
+        raise ConfigError("launch.backend", "slurm", reason, f"scancel {record['id']}, then this command again: the run continues")
+
+
 def _warn_where_stuck(job_id: str) -> None:
     """Say so where SLURM has taken a job that it will not start: more nodes than there are, or for longer than they may be had."""
     words = queue.in_queue(job_id, timeout_s=LOOK_S) or {}
     for reason in sorted({queue.reason_in(word) for word in words.values()} - {""}):
         print(
-            f"warning: SLURM does not start job {job_id} as it is: {reason}\n"
-            f"  remedy: scancel {job_id}, and change launch.nodes, launch.time or launch.partition (sinfo lists what there is)",
+            f"warning: SLURM does not start job {job_id} as it is: {reason}\n  remedy: {queue.remedy_of(reason, job_id)}",
             file=sys.stderr,
             flush=True,
         )
@@ -105,8 +155,8 @@ def states(jobs: list[Job]) -> list[str]:
     return found
 
 
-def hand_over(jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
-    """Submit one job, or several as an array; returns what is noted in each run directory: `id`, `log` and `time`."""
+def hand_over(jobs: list[Job], folder: Path, at_once: int = 1, after: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Submit one job, or several as an array of which `at_once` run, once jobs `after` have ended; returns what each directory notes."""
     if "%" in str(folder):
         raise ConfigError("run_dir", str(folder.parent), "SLURM would take the % for its own in names of logs", "a directory without %")
     root = take(folder.parent) if jobs[0].launch.snapshot else ROOT
@@ -115,18 +165,37 @@ def hand_over(jobs: list[Job], folder: Path) -> list[dict[str, Any]]:
     try:
         with _clean_environment():
             executor = SlurmExecutor(folder=folder)
-            executor.update_parameters(**parameters(jobs[0], root), array_parallelism=jobs[0].launch.array_parallelism)
+            executor.update_parameters(**_after(parameters(jobs[0], root), after), array_parallelism=at_once)
             if len(jobs) == 1:
                 submitted = [executor.submit(Task(jobs[0]))]
             else:
                 with executor.batch():
                     submitted = [executor.submit(Task(job)) for job in jobs]
     except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
-        raise _refused(jobs[0], str(error)) from error
-    records = [{"id": done.job_id, "log": str(folder / f"{done.job_id}_0_log.out"), "time": time.time()} for done in submitted]
+        refused = _refused(jobs[0], str(error))
+        for job in jobs:
+            mark_failed(next_attempt(job), message=str(refused), setting=refused.parts(), exit_code=Exit.bad_input)
+        raise refused from error
+    records = [
+        {
+            "id": done.job_id,
+            "log": str(folder / f"{done.job_id}_0_log.out"),
+            "time": time.time(),
+            "run_dir": str(job.run_dir),
+            "launch": plain(job.launch),
+        }
+        for job, done in zip(jobs, submitted, strict=True)
+    ]
     for job, record in zip(jobs, records, strict=True):
         write_json(job.run_dir / paths.SLURM_RECORD, record)
     return records
+
+
+def _after(given: dict[str, Any], jobs: Sequence[str]) -> dict[str, Any]:
+    """Return submitit's parameters with the dependency on these jobs' ends, in addition to one that the settings have."""
+    more = given["additional_parameters"]
+    all_of = [text for text in (more.get("dependency"), f"afterany:{':'.join(jobs)}" if jobs else None) if text]
+    return given | {"additional_parameters": more | ({"dependency": ",".join(all_of)} if all_of else {})}
 
 
 def commands(job: Job) -> list[str]:
@@ -176,8 +245,9 @@ def parameters(job: Job, root: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def _clean_environment() -> Iterator[None]:
     """Hide an outer job's variables from the one that is submitted; where SLURM's configuration is must stay known."""
+    say_leftovers()
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    with submitit.helpers.clean_env():
+    with submitit.helpers.clean_env(extra_names=leftovers()):
         os.environ.update(kept)
         yield
 
@@ -201,16 +271,28 @@ def _refused(job: Job, said: str) -> ConfigError:
 def follow_all(jobs: list[Job]) -> int:
     """Wait until all jobs have left the queue; returns the exit code of a sweep."""
     waiting, codes = list(jobs), [Exit.done]
-    while waiting:
-        words = queue.states(waiting) or ["unknown"] * len(waiting)  # squeue may be busy: who follows, waits
-        ended = [job for job, word in zip(waiting, words, strict=True) if not word]
-        waiting = [job for job in waiting if job not in ended]
-        for job in ended:
-            state = read_state(job.run_dir)
-            codes.append(Exit.done if state == State.done else Exit.failed)
-            print(f"{state:>10}  {job.run_dir.name}", flush=True)
-        time.sleep(LOOK_EVERY_S if waiting else 0)
+    try:
+        while waiting:
+            words = queue.states(waiting) or ["unknown"] * len(waiting)  # squeue may be busy: who follows, waits
+            ended = [job for job, word in zip(waiting, words, strict=True) if not word]
+            waiting = [job for job in waiting if job not in ended]
+            for job in ended:
+                codes.append(_say_ended(job))
+            time.sleep(LOOK_EVERY_S if waiting else 0)
+    except KeyboardInterrupt:
+        left = sorted({str(queue.record_of(job.run_dir).get("id", "")) for job in waiting} - {""})
+        print(f"{len(left)} job(s) of the sweep continue; scancel {' '.join(left)} ends them", file=sys.stderr, flush=True)
+        raise
     return max(codes)
+
+
+def _say_ended(job: Job) -> Exit:
+    """Print how a point has ended, with the scheduler's last lines where no rank began; returns its part of the exit code."""
+    state = read_state(job.run_dir)
+    print(f"{state:>10}  {job.run_dir.name}", flush=True)
+    if state == State.submitted:
+        print(queue.last_words(job.run_dir), flush=True)
+    return Exit.done if state == State.done else Exit.failed
 
 
 def _follow(job: Job, record: dict[str, Any]) -> int:
@@ -221,7 +303,8 @@ def _follow(job: Job, record: dict[str, Any]) -> int:
             ended = queue.in_queue(str(record["id"])) == {}
             shown = print_new(Path(record["log"]), shown)
             if ended:
-                return settle(job, attempt, Exit.done if read_state(job.run_dir) == State.done else Exit.failed, None)
+                code = Exit.done if read_state(job.run_dir) == State.done else Exit.failed
+                return settle(job, attempt, code, None, queue.last_words(job.run_dir))
             time.sleep(LOOK_EVERY_S)
     except KeyboardInterrupt:
         print(f"job {record['id']} continues; scancel {record['id']} ends it", file=sys.stderr)

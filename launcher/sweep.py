@@ -23,7 +23,8 @@ from launcher import local, plan, slurm
 from launcher.compose import checked
 from launcher.config import Backend, Mode
 from launcher.fields import all_fields
-from launcher.job import Job, freeze, make_job
+from launcher.freeze import freeze
+from launcher.job import Job, make_job
 from launcher.report import read_summary
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
@@ -163,8 +164,11 @@ def slurm_array(jobs: list[Job]) -> None:
     under_way = [job for job, word in zip(rest, words, strict=True) if word]
     missing = [job for job, word in zip(rest, words, strict=True) if not word]
     print(f"{len(jobs)} points: {len(done)} done, {len(under_way)} in the queue, {len(missing)} to submit", flush=True)
+    for job, word in zip(rest, words, strict=True):
+        if word:
+            slurm.require_same_launch(job, word)
     if missing:
-        slurm.submit_array(missing, missing[0].run_dir.parent)
+        slurm.submit_array(missing, missing[0].run_dir.parent, under_way)
     codes.append(slurm.follow_all(jobs) if jobs[0].launch.wait else Exit.done)
 
 

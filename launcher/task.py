@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher import local, process
-from launcher.job import Job, mark_failed, next_attempt
+from launcher.job import Job, mark_failed, next_attempt, note_attempt
 from launcher.queue import ask, record_of
 from launcher.silence import LOOK_EVERY_S, Silence
 from launcher.topology import Topology, from_slurm
@@ -68,6 +68,8 @@ def run(job: Job) -> int:
 
     place = from_slurm(os.environ, job.launch, _parse_node_list(os.environ.get("SLURM_JOB_NODELIST", "")))
     attempt = next_attempt(job)
+    if place.rank == 0:
+        note_attempt(job)
     is_lost = is_beyond_help(job, attempt) if place.rank == 0 else lambda: False
     code, signalled = process.run(
         [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD

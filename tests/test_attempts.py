@@ -20,7 +20,8 @@ from command import ROOT, arguments, environment, launch, pids_of, read_rows, st
 
 from launcher.compose import compose
 from launcher.ending import settle
-from launcher.job import freeze, make_job, next_attempt
+from launcher.freeze import freeze
+from launcher.job import make_job, next_attempt
 from launcher.silence import Silence
 from trainers.health.watchdog import LAST_RESORT_S
 from trainers.rundir.attempt import Attempt

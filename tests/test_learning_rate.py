@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from trainers.config.derived import peak_lr
+from trainers.config.derived import learning_rate, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, PeftConfig, Schedule
 from trainers.evaluation import stalled
-from trainers.optim import learning_rate, require_warmup_ends
+from trainers.optim import require_warmup_ends
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))

@@ -11,14 +11,15 @@ import pytest
 import yaml
 from command import ROOT
 
+from launcher.changes import differences
 from launcher.compose import compose, compose_with, unchecked
-from launcher.job import Job, differences, freeze, frozen_text, make_job, require_joinable
+from launcher.freeze import freeze, require_joinable
+from launcher.job import Job, frozen_text, make_job
 from launcher.plan import changes_of
 from launcher.presets import CONF
-from trainers.config.derived import Peak, microbatches, peak_lr
+from trainers.config.derived import Peak, learning_rate, microbatches, peak_lr, warmup_steps
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, PeftMethod, TrainConfig, read
-from trainers.optim import learning_rate, warmup_steps
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "exp").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "peft").glob("*.yaml"))
@@ -141,6 +142,7 @@ def test_a_run_from_before_methods_had_rates_continues_with_the_same_words(tmp_p
     assert peak_lr(old.optim, old.peft) == Peak("optim.lr", 2e-4, 1.0)
     freeze(dataclasses.replace(job, run=dataclasses.replace(job.run, limits=dataclasses.replace(job.run.limits, save_s=7.0))))
     assert read(job.config_path).limits.save_s == 7.0
+    (job.run_dir / "metrics.jsonl").write_text('{"kind": "evaluation", "step": 0, "eval_loss": 1.0}\n')
     with pytest.raises(ConfigError) as refused:
         require_joinable(job_in(tmp_path, "peft=lora", "peft.lr=1e-4"))
     assert refused.value.reason.splitlines()[1:] == ["    optim.lr: 0.0002 -> 0.0001"]

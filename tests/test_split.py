@@ -14,6 +14,7 @@ from tables import EPS, LENGTHS, LR, STEPS, blueprint_for, config_for, ragged_ta
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
+from trainers.config.derived import learning_rate
 from trainers.config.schema import OptimConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
@@ -21,7 +22,6 @@ from trainers.data.table import TokenTable
 from trainers.engines.build import build_engine
 from trainers.health.isolation import require_isolation
 from trainers.loop import train
-from trainers.optim import learning_rate
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows
 from trainers.world import World

@@ -29,7 +29,8 @@ from command import (
 from conftest import free_port
 
 from launcher.compose import compose
-from launcher.job import freeze, make_job, next_attempt
+from launcher.freeze import freeze
+from launcher.job import make_job, next_attempt
 from launcher.silence import LATER_S, Silence
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError

@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from launcher.queue import ask, ended_as, in_queue, reason_in, record_of
+from launcher.queue import ask, ended_as, in_queue, last_words, reason_in, record_of
 from launcher.report import print_new
 from tools.command import parser_of
 from trainers.rundir import paths
@@ -43,7 +43,7 @@ SILENT_S = 60.0
 TAIL_BYTES = 1 << 16
 LATELY = 20
 """Steps that the time left is estimated from."""
-STYLES = {"done": "green", "running": "cyan", "failed": "red", "silent": "red", "lost": "red", "preempted": "yellow"}
+STYLES = {"done": "green", "running": "cyan", "failed": "red", "silent": "red", "lost": "red", "unreadable": "red", "preempted": "yellow"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def show(folder: Path, watch: bool) -> int:
 def table_of(folder: Path) -> Table:
     """Return the table of all runs below a folder."""
     queue = in_queue()
-    lines = [line_of(run_dir, queue) for run_dir in runs_below(folder)]
+    lines = [_line(run_dir, queue) for run_dir in runs_below(folder)]
     table = Table(title=f"{len(lines)} runs below {folder}", title_justify="left")
     for name in ("run", "state", "step", "loss", "tokens/s", "left", "job", ""):
         table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "left") else "left", overflow="fold")
@@ -133,6 +133,14 @@ def runs_below(folder: Path) -> Iterator[Path]:
 def is_run(folder: Path) -> bool:
     """Tell whether a folder is a run directory."""
     return (folder / paths.CONFIG).is_file() and (folder / paths.STATUS).is_file()
+
+
+def _line(run_dir: Path, queue: dict[str, str] | None) -> Line:
+    """Return what is known of a run; of one whose files hold what no run writes, that."""
+    try:
+        return line_of(run_dir, queue)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return Line(run_dir=run_dir, state="unreadable", note=f"a file of it holds what no run writes: {error!r}")
 
 
 def line_of(run_dir: Path, queue: dict[str, str] | None) -> Line:
@@ -169,8 +177,9 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
         notes += [f"does not start as it is: {reason}"] if (reason := reason_in(word)) else []
         return word.partition(" ")[0].lower(), "; ".join(notes)
     if state in ("running", "submitted") and job and queue is not None and not word:
-        end = ended_as(job)
-        return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}: the same command continues the run"
+        end, said = ended_as(job), last_words(run_dir)
+        why = f": {said.splitlines()[-1].strip()}" if said else ""
+        return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}{why}; the same command continues the run"
     if state == "running":
         silent = time.time() - max((beat.written for beat in read_beats(run_dir).values()), default=status.get("time", 0.0))
         return ("running", _slow_ranks(status)) if silent < SILENT_S else ("silent", f"no rank wrote for {in_time(silent)}")

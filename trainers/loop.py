@@ -10,7 +10,7 @@ from typing import Any
 
 from trainers.batch import Sizes
 from trainers.checkpoint import Checkpointer, Progress
-from trainers.config.derived import peak_lr
+from trainers.config.derived import learning_rate, peak_lr
 from trainers.config.schema import OnSpike, RunConfig
 from trainers.data.loader import Ints, Rows
 from trainers.data.prepare import Prepared
@@ -20,7 +20,7 @@ from trainers.health.activity import watch
 from trainers.health.spikes import Guard, Spike, TrainingFailed
 from trainers.health.stragglers import Stragglers
 from trainers.objectives import make_objective
-from trainers.optim import learning_rate, require_warmup_ends
+from trainers.optim import require_warmup_ends
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.beats import Phase
 from trainers.rundir.ending import State

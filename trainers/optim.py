@@ -1,8 +1,7 @@
-"""The learning rate of a step, and the optimizer with its parameter groups."""
+"""The optimizer with its parameter groups, and the learning rate that it is given."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,27 +9,7 @@ import torch
 from torch import Tensor
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, OptimizerName, Schedule
-
-
-def learning_rate(optim: OptimConfig, peak: float, step: int, num_steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up to `peak`, then the schedule, at its floor after the last step.
-
-    Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
-    """
-    warmup = warmup_steps(optim, num_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / (num_steps - warmup)
-    if optim.schedule is Schedule.cosine:
-        shape = (1 + math.cos(math.pi * done)) / 2
-    elif optim.schedule is Schedule.linear:
-        shape = 1 - done
-    elif optim.schedule is Schedule.wsd:
-        shape = min(1.0, (num_steps - step) / max(1, round(optim.decay_fraction * num_steps)))
-    else:
-        return peak
-    return peak * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * shape)
+from trainers.config.schema import OptimConfig, OptimizerName
 
 
 def require_warmup_ends(optim: OptimConfig, num_steps: int) -> None:
@@ -38,11 +17,6 @@ def require_warmup_ends(optim: OptimConfig, num_steps: int) -> None:
     if optim.warmup_steps >= num_steps and optim.warmup_steps:
         reason = f"warm-up never ends: the run has {num_steps} steps"
         raise ConfigError("optim.warmup_steps", optim.warmup_steps, reason, "optim.warmup_steps=0 optim.warmup_fraction=0.03")
-
-
-def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
-    """Return the steps of warm-up."""
-    return min(optim.warmup_steps or round(optim.warmup_fraction * num_steps), num_steps - 1)
 
 
 def decay_groups(parameters: Iterable[tuple[Tensor, int, float]], weight_decay: float) -> list[dict[str, Any]]:

@@ -33,8 +33,11 @@ from trainers.config.schema import (
 
 
 def load(path: Path | str) -> RunConfig:
-    """Read a frozen config.yaml; raises ConfigError on an unknown field, a wrong type or what cannot work."""
-    config = read(path)
+    """Read a frozen config.yaml: the directory that it is in is the run's, wherever that was made.
+
+    Raises ConfigError on an unknown field, a wrong type or what cannot work.
+    """
+    config = dataclasses.replace(read(path), run_dir=str(Path(path).absolute().parent))
     validate(config)
     return config
 

@@ -1,11 +1,12 @@
-"""What follows from several settings together: the learning rate with its source, and how a step's rows are split."""
+"""What follows from several settings together: the learning rate with its source, a run's length, and how a step's rows are split."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, PeftMethod, TrainConfig
+from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, PeftMethod, Schedule, TrainConfig
 
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
@@ -52,6 +53,37 @@ def _given(optim: OptimConfig, peft: PeftConfig) -> tuple[str, float]:
     if optim.name is OptimizerName.sgd:
         raise ConfigError("optim.lr", None, f"peft.lr = {peft.lr:g} is a rate for adamw, and optim.name is sgd", "optim.lr=1e-2")
     return "peft.lr", peft.lr
+
+
+def learning_rate(optim: OptimConfig, peak: float, step: int, num_steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up to `peak`, then the schedule, at its floor after the last step.
+
+    Cosine: Loshchilov and Hutter 2017, eq. 5, one cycle. WSD (warm-up, stable, decay): Hu et al. 2024, section 4.
+    """
+    warmup = warmup_steps(optim, num_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / (num_steps - warmup)
+    if optim.schedule is Schedule.cosine:
+        shape = (1 + math.cos(math.pi * done)) / 2
+    elif optim.schedule is Schedule.linear:
+        shape = 1 - done
+    elif optim.schedule is Schedule.wsd:
+        shape = min(1.0, (num_steps - step) / max(1, round(optim.decay_fraction * num_steps)))
+    else:
+        return peak
+    return peak * (optim.min_lr_fraction + (1 - optim.min_lr_fraction) * shape)
+
+
+def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
+    """Return the steps of warm-up."""
+    return min(optim.warmup_steps or round(optim.warmup_fraction * num_steps), num_steps - 1)
+
+
+def length(train: TrainConfig, table_rows: int) -> tuple[int, int]:
+    """Return the rows that a run takes over all ranks, a row of a second epoch again, and its steps, the last of which may be short."""
+    rows = train.steps * train.global_batch if train.steps is not None else max(1, round((train.epochs or 1.0) * table_rows))
+    return rows, math.ceil(rows / train.global_batch)
 
 
 def microbatches(train: TrainConfig, world_size: int) -> int:

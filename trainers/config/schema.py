@@ -372,6 +372,8 @@ class TrainConfig:
     """Optimizer steps; give this or `epochs`."""
     epochs: float | None = None
     """Passes over the training rows; give this or `steps`. One pass when neither is given."""
+    extend: bool = False
+    """Let a run that has begun or is done have more `steps` or `epochs`, where the steps until now stay the same; else it is refused."""
     global_batch: int = 16
     """Rows an optimizer step over all ranks; divisible by ranks x `microbatch`."""
     microbatch: int = 1

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch
+from trainers.config.derived import length
 from trainers.config.schema import TrainConfig
 from trainers.data.table import TokenTable
 
@@ -56,10 +57,7 @@ class Loader:
             raise ValueError("the table has no rows")
         self.rows, self.seed, self.rank, self.world_size, self.pad_id = table, seed, rank, world_size, pad_id
         self.global_batch, self.microbatch = train.global_batch, train.microbatch
-        epochs = 1.0 if train.epochs is None else train.epochs
-        self.num_rows = train.steps * train.global_batch if train.steps is not None else max(1, round(epochs * len(table)))
-        """Rows of the whole run, over all ranks; a row of a second epoch counts again."""
-        self.num_steps = math.ceil(self.num_rows / self.global_batch)
+        self.num_rows, self.num_steps = length(train, len(table))
 
     def table(self, step: int) -> TokenTable:
         """Return the table: the same in every step."""

@@ -33,6 +33,13 @@ class Kind(StrEnum):
 KEYS = {"eval_loss": Kind.evaluation, "rollback_from": Kind.rollback, "loss": Kind.step}
 """By which of its keys a row without a kind is told."""
 
+NUMBERS: dict[str, tuple[str, ...]] = {
+    Kind.step: ("loss", "grad_norm", "skipped"),
+    Kind.evaluation: ("eval_loss",),
+    Kind.rollback: ("rollback_from",),
+}
+"""What a row of a kind has, null where it is not finite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class History:
@@ -62,7 +69,8 @@ def history(rows: list[Row]) -> History:
 def read_rows(run_dir: Path, last_bytes: int | None = None) -> list[Row]:
     """Return the rows of a run's metrics.jsonl, or those in its last bytes; empty where there is no such file.
 
-    Half lines are left out: the last one of a run that writes or was killed, and the first one of `last_bytes`.
+    Half lines are left out: the last one of a run that writes or was killed, and the first one of `last_bytes`. So is what no run
+    writes: a line without a step, or without the numbers of its kind.
     """
     try:
         with (run_dir / METRICS).open("rb") as file:
@@ -71,7 +79,13 @@ def read_rows(run_dir: Path, last_bytes: int | None = None) -> list[Row]:
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []
-    return [row for line in text.splitlines() if (row := try_row(line)) is not None]
+    return [row for line in text.splitlines() if (row := try_row(line)) is not None and is_whole(row)]
+
+
+def is_whole(row: Row) -> bool:
+    """Tell whether a row has its step, and the numbers by which others read its kind."""
+    needed = NUMBERS.get(kind_of(row), ())
+    return type(row.get("step")) is int and all(name in row and isinstance(row[name], int | float | None) for name in needed)
 
 
 def kind_of(row: Row) -> str:

@@ -1,0 +1,75 @@
+"""What the settings of a run and of a command differ in, and which of it a continued run takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from trainers.config.derived import peak_lr
+from trainers.config.schema import EngineName, OnSpike, RunConfig, plain
+
+TAKEN = (
+    *("name", "checkpoint.", "evaluation.", "limits.", "log.", "data.processes", "data.prepared_dir"),
+    *("train.microbatch", "train.activation_checkpointing", "train.eval_microbatch", "train.eval_every", "train.sample_tokens"),
+    *("train.step_timeout_s", "train.max_skipped", "train.deterministic"),
+)
+"""Settings, and groups that end with a point, that change nothing of what is trained: how much memory, how fast, what is written.
+
+A microbatch or a kernel may round differently, as another number of ranks does."""
+TAKEN_UNDER_FSDP = tuple(
+    f"engine.{name}"
+    for name in (
+        *("offload_param", "offload_optimizer", "pin_memory", "reshard_after_forward"),
+        *("replicate", "shard", "prefetch", "sync_each_microbatch"),
+    )
+)
+PERMISSION = "train.extend"
+"""Allows a change, and is none."""
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return `field: old -> new` for each field that differs; `run_dir` itself may be named in another way."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        path, before, after = prefix + key, old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, path + ".")
+        elif before != after and path not in ("run_dir", PERMISSION):
+            lines.append(f"{path}: {_yaml(before)} -> {_yaml(after)}")
+    return lines
+
+
+def field_of(line: str) -> str:
+    """Return the field that a line of `differences` is about."""
+    return line.partition(": ")[0]
+
+
+def differing(old: RunConfig, new: RunConfig) -> list[str]:
+    """Return the settings in which two runs differ; of learning rates the one that is used."""
+    return differences(_at_one_rate(old), _at_one_rate(new))
+
+
+def kept(changed: list[str], old: RunConfig, new: RunConfig) -> list[str]:
+    """Return those of changed settings that a continued run must keep."""
+    return [line for line in changed if not _is_taken(field_of(line), old, new)]
+
+
+def _is_taken(path: str, old: RunConfig, new: RunConfig) -> bool:
+    if path in ("checkpoint.every", "checkpoint.every_minutes") and OnSpike.rollback in (old.train.on_spike, new.train.on_spike):
+        return False  # a rollback goes to the last checkpoint
+    if path == "train.eval_every" and (old.train.patience, new.train.patience) != (None, None):
+        return False  # patience counts evaluations
+    known = TAKEN + (TAKEN_UNDER_FSDP if new.engine.name is EngineName.fsdp else ())
+    return any(path == name or (name.endswith(".") and path.startswith(name)) for name in known)
+
+
+def _at_one_rate(run: RunConfig) -> dict[str, Any]:
+    """Return settings with the rate that is used as `optim.lr`, wherever it comes from: a run may have begun before its preset had one."""
+    rate = peak_lr(run.optim, run.peft).rate
+    optim, peft = dataclasses.replace(run.optim, lr=rate, full_lr=0.0), dataclasses.replace(run.peft, lr=None)
+    return dict(plain(dataclasses.replace(run, optim=optim, peft=peft)))
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else json.dumps(value, ensure_ascii=False)
