@@ -25,7 +25,7 @@ TAKEN_UNDER_FSDP = tuple(
     )
 )
 PERMISSION = "train.extend"
-"""Allows a change, and is none."""
+"""Allows a change without being one."""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -37,7 +37,7 @@ def continues_from(run_dir: Path, old: RunConfig, new: RunConfig) -> int:
         raise _new_run(run_dir, old, new, "how long this run is, is not known yet")
     before, after = length(old.train, rows)[1], length(new.train, rows)[1]
     if after <= before:
-        reason = f"this run has {before} steps, and {after} are not more; `touch {run_dir / paths.STOP}` ends one that is running"
+        reason = f"this run has {before} steps, and {after} is not longer; `touch {run_dir / paths.STOP}` ends one that is running"
         raise ConfigError(*_asked(new), reason, "the settings of this run")
     if new.train.patience is not None:
         raise _new_run(run_dir, old, new, "train.patience decides when this run ends", after - before)

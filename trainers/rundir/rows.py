@@ -70,7 +70,7 @@ def read_rows(run_dir: Path, last_bytes: int | None = None) -> list[Row]:
     """Return the rows of a run's metrics.jsonl, or those in its last bytes; empty where there is no such file.
 
     Half lines are left out: the last one of a run that writes or was killed, and the first one of `last_bytes`. So is what no run
-    writes: a line without a step, or without the numbers of its kind.
+    writes: a line without a step, or with something else where its kind has a number.
     """
     try:
         with (run_dir / METRICS).open("rb") as file:
@@ -83,9 +83,13 @@ def read_rows(run_dir: Path, last_bytes: int | None = None) -> list[Row]:
 
 
 def is_whole(row: Row) -> bool:
-    """Tell whether a row has its step, and the numbers by which others read its kind."""
+    """Tell whether a row has a step, and numbers where others look for them."""
     needed = NUMBERS.get(kind_of(row), ())
-    return type(row.get("step")) is int and all(name in row and isinstance(row[name], int | float | None) for name in needed)
+    return type(row.get("step")) is int and all(name in row for name in needed[:1]) and all(_is_number(row.get(name)) for name in needed)
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def kind_of(row: Row) -> str:
@@ -127,10 +131,10 @@ def taken_steps(rows: Iterable[Row]) -> list[tuple[float, float]]:
     """Return (loss, gradient norm) of the steps that updated the weights."""
     taken, skipped = [], 0
     for row in steps(rows):
-        pair = number(row["loss"]), number(row["grad_norm"])
-        if row["skipped"] == skipped and all(map(math.isfinite, pair)):
+        pair, skipped_until = (number(row["loss"]), number(row.get("grad_norm"))), row.get("skipped", skipped)
+        if skipped_until == skipped and all(map(math.isfinite, pair)):
             taken.append(pair)
-        skipped = row["skipped"]
+        skipped = skipped_until
     return taken
 
 
