@@ -38,7 +38,7 @@ LOOK_S = 3.0
 OTHERS_S = 60
 """Ranks that still run so long after the first has ended are ended: their own watchdogs have had the time to."""
 OURS_ALONE = ("wait", "force", "array_parallelism", "shutdown_s")
-"""Fields of launch that are no part of a job that waits."""
+"""Fields of launch that a waiting job knows nothing of."""
 HINTS = (
     ("account", "launch.account"),
     ("partition", "launch.partition"),
