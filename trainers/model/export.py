@@ -11,28 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.model.blueprint import Blueprint, model_class
+from trainers.model.blueprint import Blueprint
 from trainers.model.safetensors_files import INDEX, TYPES, Weights, listed
-from trainers.model.weights import is_finite, tied_names
+from trainers.model.saved_form import Pieces, SavedForm, misfit
 
 SHARD_BYTES = 4 << 30
 Sums = dict[str, int]
 """CRC-32 of the bytes of each tensor as they were written."""
 
 
-def export_contents(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what an export of `model` holds, on `meta`: its tensors by name, in its order, in the type of the export; tied ones once."""
-    tied = tied_names(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    types = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in state.items()}
-    return {name: torch.empty(tensor.shape, dtype=types[name], device="meta") for name, tensor in state.items()}
-
-
 def export(
-    weights: Iterable[tuple[str, Tensor]],
-    contents: dict[str, Tensor],
+    weights: Pieces,
+    form: SavedForm,
     blueprint: Blueprint,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: list[int],
@@ -43,13 +35,15 @@ def export(
 ) -> Sums:
     """Write a Hugging Face directory, complete or absent. Every rank drains `weights`; the one with `write` writes.
 
-    `weights` yields each tensor of `contents` whole, or the consecutive pieces of its elements, and one is held at a time.
+    `weights` yields each of the model's tensors whole, or the consecutive pieces of its elements, and one is held at a time; of those
+    that files hold in another shape all that belongs together.
     """
 
     def configure(staging: Path) -> None:
-        _write_configs(blueprint, tokenizer, stop_ids, staging)
+        write_configs(form.config, blueprint, tokenizer, stop_ids, staging)
 
-    return write_folder(weights, contents, configure, folder, write, shard_bytes, mark=mark)
+    pieces = form.written(weights) if write else weights
+    return write_folder(pieces, form.contents, configure, folder, write, shard_bytes, mark=mark)
 
 
 def write_folder(
@@ -99,15 +93,13 @@ def require_space(contents: dict[str, Tensor], folder: Path) -> None:
 def _write_weights(
     weights: Iterable[tuple[str, Tensor]], contents: dict[str, Tensor], folder: Path, shards: list[dict[str, Tensor]], file: str
 ) -> Sums:
-    """Write the files' headers, then each piece to its place as it comes; raises RuntimeError for values that are not finite."""
+    """Write the files' headers, then each piece to its place as it comes; raises RuntimeError for what is missing or does not fit."""
     sums = dict.fromkeys(contents, 0)
     places = _begin_files(shards, folder, file)
     left = {name: tensor.nbytes for name, tensor in contents.items()}
     for name, piece in weights:
         if name not in contents or piece.dtype != contents[name].dtype or piece.nbytes > left[name]:
-            raise RuntimeError(f"not exported: {name} is {piece.dtype} of {list(piece.shape)}, which does not fit the model")
-        if not is_finite(piece):
-            raise RuntimeError(f"not exported: {name} holds values that are not finite in {str(piece.dtype).removeprefix('torch.')}")
+            raise misfit(name, piece)
         path, end = places[name]
         with path.open("r+b") as opened:
             opened.seek(end - left[name])
@@ -167,11 +159,10 @@ def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, {name: start + entries[name]["data_offsets"][1] for name in tensors}
 
 
-def _write_configs(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: Path) -> None:
+def write_configs(
+    config: PreTrainedConfig, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: Path
+) -> None:
     """Write config, tokenizer and a generation config that stops at the end of a turn."""
-    config = blueprint.config
-    if (architecture := model_class(config)) is not None:
-        config.architectures = [architecture.__name__]
     config.dtype = blueprint.saved_dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -18,7 +18,9 @@ from trainers.config.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-TYPES = FLOATS | {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+TYPES = FLOATS | INTEGERS | {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+PIECE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ class Weights:
         """Return a whole tensor."""
         shape = self.stored[key].shape
         return self.read(key, (0,) * len(shape), shape)
+
+    def pieces(self, key: str) -> Iterator[Tensor]:
+        """Yield a tensor in consecutive pieces: some of its rows at a time, PIECE_BYTES or one row."""
+        shape = self.stored[key].shape
+        if not shape:
+            yield self.read_whole(key)
+            return
+        row = math.prod(shape[1:]) * TYPES[self.stored[key].type].itemsize
+        step = max(1, PIECE_BYTES // max(1, row))
+        for start in range(0, shape[0], step):
+            yield self.read(key, (start, *(0 for _ in shape[1:])), (min(step, shape[0] - start), *shape[1:]))
 
 
 def _fill(view: memoryview, file: FileIO, at: int) -> None:

@@ -25,16 +25,19 @@ from transformers.core_model_loading import (
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
 )
 
 from trainers.config.errors import ConfigError
 from trainers.health.activity import watch
-from trainers.model.safetensors_files import FLOATS, Weights, listed
+from trainers.model.safetensors_files import FLOATS, TYPES, Weights, listed
 
 log = logging.getLogger("fulltune")
 
+LEGACY = re.compile(r"rotary_emb\.inv_freq|(^|\.)position_ids$")
+"""Buffers that earlier versions of transformers saved, and that are calculated now."""
 MEAN_ROWS = 1024
 """Rows of an embedding that are read at once for its mean."""
 
@@ -109,6 +112,10 @@ class StoredModel:
         self.conversions: dict[str, Conversion] = {}
         self.twins: dict[str, str] = {}
         self.held: tuple[Conversion | None, dict[str, Tensor]] = (None, {})
+        self.used: list[WeightTransform] = []
+        """transformers' conversions that any key took, which save_pretrained would take back."""
+        self.rest: list[str] = []
+        """Keys of parts that the model does not have."""
         made, wrong = self._match()
         self._tie()
         missing = [name for name in shapes if name not in self.keys and name not in self.conversions]
@@ -136,19 +143,20 @@ class StoredModel:
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         state, prefix = self.model.state_dict(), self.model.base_model_prefix
         found: dict[str, Conversion] = {}
-        unplaced = []
+        unplaced: dict[str, str] = {}
         for key in sorted(self.weights.stored, key=dot_natural_key):
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:  # saved under the model's own names
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             if name not in state:
-                unplaced.append(key)
+                unplaced[key] = name
             elif pattern is None:
                 self.keys.setdefault(name, key)
             else:
                 conversion = found.setdefault(name, Conversion(name, by_pattern[pattern]))
                 conversion.sources.setdefault(pattern, []).append(key)
-        self._warn_unplaced(unplaced)
+        self.used = [entry for entry in mapping if entry.was_used()]
+        self._sort_unplaced(unplaced)
         return self._try(found.values())
 
     def _try(self, conversions: Iterable[Conversion]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -164,11 +172,21 @@ class StoredModel:
                 self.conversions[name], made[name] = conversion, tuple(tensor.shape)
         return made, wrong
 
-    def _warn_unplaced(self, keys: list[str]) -> None:
-        patterns = [*(self.model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
-        unknown = [key for key in keys if not any(re.search(pattern, key) for pattern in patterns)]
-        if unknown:
-            log.warning("the model has no place for %d tensors of the checkpoint, which are left out: %s", len(unknown), listed(unknown))
+    def _sort_unplaced(self, unplaced: dict[str, str]) -> None:
+        """Tell parts of a larger model from leftovers: unused buffers and scales of modules that the model has. `unplaced` has their names."""
+        modules = dict(self.model.named_modules())
+        for key, name in unplaced.items():
+            path = name.rpartition(".")[0]
+            owns = path in modules and any(True for _ in modules[path].parameters(recurse=False))
+            in_block = path in modules and any(part.isdigit() for part in path.split("."))
+            if not (owns or in_block or LEGACY.search(key)) and self.weights.stored[key].type in TYPES:
+                self.rest.append(key)
+        if self.rest:
+            log.warning("%d tensors of the base are of no part that is trained, and stay as they are: %s", len(self.rest), listed(self.rest))
+        ignored = [LEGACY, *map(re.compile, self.model._keys_to_ignore_on_load_unexpected or ())]
+        left = [key for key in unplaced if key not in set(self.rest) and not any(pattern.search(key) for pattern in ignored)]
+        if left:
+            log.warning("the model has no place for %d tensors of the checkpoint, which are left out: %s", len(left), listed(left))
 
     def _tie(self) -> None:
         """Read a tied tensor under whichever of its names is on disk; where both are, they are compared block by block."""

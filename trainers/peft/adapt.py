@@ -13,7 +13,7 @@ from trainers.config.checks import VIRTUAL
 from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConfig
 from trainers.model.blueprint import Blueprint
-from trainers.model.export import export_contents
+from trainers.model.saved_form import saved_form
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation, Adapter, FullTraining, VirtualTokens
 from trainers.peft.layers import inject
@@ -57,9 +57,9 @@ def _train_part(model: PreTrainedModel, origin: Origin, settings: PeftConfig, bl
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("peft.freeze", settings.freeze, "freezes every parameter", "fewer patterns")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters, expected = dict(model.named_parameters()), export_contents(model, blueprint.saved_dtype)
-    live = {name for name in expected if name not in parameters or name in trained}
-    return FullTraining(origin=origin, trained=trained, expected=expected, live=live, dtype=blueprint.saved_dtype)
+    parameters, form = dict(model.named_parameters()), saved_form(model, origin, blueprint.config, lambda _: blueprint.saved_dtype)
+    live = {name for name in form.live if name not in parameters or name in trained}
+    return FullTraining(origin=origin, trained=trained, form=form, live=live, dtype=blueprint.saved_dtype)
 
 
 def _matching(model: PreTrainedModel, patterns: list[str]) -> set[str]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainers.config.checks import looks_local
 from trainers.config.schema import RunConfig
+from trainers.model.saved_form import SavedForm
 from trainers.model.weights import Origin
 from trainers.peft.update import Update
 
@@ -56,8 +57,8 @@ class FullTraining:
 
     origin: Origin
     trained: set[str]
-    expected: dict[str, Tensor]
-    """The tensors of the export on `meta`."""
+    form: SavedForm
+    """How the model is written."""
     live: Collection[str]
     """Those that are taken from the engine; the rest is in `origin` as it was."""
     dtype: torch.dtype
@@ -66,16 +67,16 @@ class FullTraining:
     update: Update | None = None
 
     def contents(self) -> dict[str, Tensor]:
-        """Return the model's tensors on `meta`, in the type of the export."""
-        return self.expected
+        """Return what the export's files hold, on `meta`."""
+        return self.form.contents
 
     def lr_scale(self, name: str) -> float:
         """Return 1.0: all is trained at the run's learning rate."""
         return 1.0
 
     def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield what is trained as it is, what is frozen as the base has it."""
-        for name in self.expected:
+        """Yield what is trained as it is, what is frozen as the base has it, under the names that the model has for them."""
+        for name in self.form.live:
             yield name, _in_type(gather(name) if name in self.live else read_whole(self.origin, name), self.dtype)
 
 

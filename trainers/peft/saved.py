@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainers.config.errors import ConfigError
 from trainers.model.export import Sums, write_folder
 from trainers.model.safetensors_files import Weights, listed
+from trainers.model.saved_form import finite
 from trainers.model.weights import is_finite
 from trainers.peft.base import FILE, Adaptation, Adapter, VirtualTokens
 
@@ -96,7 +97,7 @@ def export_adapter(
         adaptation.library_config.save_pretrained(str(staging))
         tokenizer.save_pretrained(staging)
 
-    return write_folder(weights, adaptation.contents(), configure, folder, write, file=FILE, mark=mark)
+    return write_folder(finite(weights), adaptation.contents(), configure, folder, write, file=FILE, mark=mark)
 
 
 def require_moved(folder: Path) -> None:
