@@ -27,9 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Glm4Mo
 
 from tools import export
 from trainers.config.schema import ModelConfig, RunConfig, plain
-from trainers.model.blueprint import make_blueprint
-from trainers.model.export import check_export, export_contents
+from trainers.model.blueprint import Blueprint, make_blueprint
+from trainers.model.export import check_export
 from trainers.model.export import export as write_export
+from trainers.model.saved_form import SavedForm, saved_form
+from trainers.model.weights import origin_of
 
 MIB = 2**20
 KINDS = {
@@ -229,6 +231,11 @@ def random_state(base: Path) -> dict[str, Tensor]:
     return {name: torch.randn(tensor.shape) for name, tensor in model.named_parameters()}
 
 
+def form_of(blueprint: Blueprint) -> SavedForm:
+    model = blueprint.build()
+    return saved_form(model, origin_of(model, blueprint), blueprint.config, lambda _: blueprint.saved_dtype)
+
+
 @pytest.fixture
 def made(base: Path, tmp_path: Path) -> Path:
     """A complete checkpoint of the tied model, one rank's; its base may be moved away."""
@@ -259,7 +266,8 @@ def test_persistent_buffers_that_zero3_does_not_save_come_from_the_base(base: Pa
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "glm")
     state = {name: torch.randn(tensor.numel()) for name, tensor in model.named_parameters()}
     tool(make_run(tmp_path / "run", tmp_path / "glm", state), tmp_path / "out")
-    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == load_file(tmp_path / "glm" / "model.safetensors").keys()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert torch.equal(found[name], torch.arange(4.0))
     assert found.keys() == state.keys() | {name}
     assert all(torch.equal(found[name].flatten(), tensor) for name, tensor in state.items())
@@ -269,7 +277,7 @@ def test_the_end_of_a_run_holds_one_tensor_at_a_time_and_refuses_what_is_not_who
     tokenizer = AutoTokenizer.from_pretrained(base)
     blueprint = make_blueprint(ModelConfig(id=str(base)), 0, tokenizer)
     shapes = {name: tensor.shape for name, tensor in random_state(base).items()}
-    contents = export_contents(blueprint.build(), blueprint.saved_dtype)
+    form = form_of(blueprint)
     held: list[weakref.ref[Tensor]] = []
 
     def weights(names: list[str]) -> Iterator[tuple[str, Tensor]]:
@@ -279,20 +287,21 @@ def test_the_end_of_a_run_holds_one_tensor_at_a_time_and_refuses_what_is_not_who
             held.append(weakref.ref(tensor))
             yield name, tensor
 
-    write_export(weights(list(shapes)), contents, blueprint, tokenizer, [], tmp_path / "out", write=True)
+    write_export(weights(list(shapes)), form, blueprint, tokenizer, [], tmp_path / "out", write=True)
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == shapes.keys()
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight did not come whole"):
-        write_export(weights([name for name in shapes if name != NORM]), contents, blueprint, tokenizer, [], tmp_path / "half", write=True)
+        write_export(weights([name for name in shapes if name != NORM]), form, blueprint, tokenizer, [], tmp_path / "half", write=True)
     with pytest.raises(RuntimeError, match="does not fit the model"):
-        write_export(iter([(NORM, torch.ones(64))]), contents, blueprint, tokenizer, [], tmp_path / "half", write=True)
+        write_export(iter([(NORM, torch.ones(64))]), form, blueprint, tokenizer, [], tmp_path / "half", write=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 def test_what_is_read_again_must_be_what_was_written(base: Path, tmp_path: Path) -> None:
     tokenizer, state = AutoTokenizer.from_pretrained(base), random_state(base)
     blueprint = make_blueprint(ModelConfig(id=str(base)), 0, tokenizer)
-    contents, folder = export_contents(blueprint.build(), blueprint.saved_dtype), tmp_path / "out"
-    sums = write_export(iter(state.items()), contents, blueprint, tokenizer, [], folder, write=True)
+    form, folder = form_of(blueprint), tmp_path / "out"
+    contents = form.contents
+    sums = write_export(iter(state.items()), form, blueprint, tokenizer, [], folder, write=True)
     check_export(folder, contents.items(), sums, read=True)
     file = folder / "model.safetensors"
     written, values = file.read_bytes(), load_file(file)

@@ -143,7 +143,7 @@ def train_case(world: World, folder: Path, case: str, engine_name: str, out: Pat
     if out is not None and engine.adaptation.library_config is not None:
         export_adapter(engine.weights(), engine.adaptation, NoTokenizer(), out, write=world.rank == 0)
     elif out is not None:
-        export(engine.weights(), engine.adaptation.contents(), engine.blueprint, NoTokenizer(), [], out, write=world.rank == 0)
+        export(engine.weights(), engine.adaptation.form, engine.blueprint, NoTokenizer(), [], out, write=world.rank == 0)
     shapes = engine.shapes()
     sizes = {name: torch.Size(shapes[name]).numel() for name in trained}
     return {

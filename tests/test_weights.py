@@ -22,8 +22,9 @@ from trainers.config.schema import DataConfig, EngineName, ModelConfig, Precisio
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint, make_blueprint
-from trainers.model.export import export, export_contents
+from trainers.model.export import export
 from trainers.model.safetensors_files import Weights
+from trainers.model.saved_form import SavedForm, saved_form
 from trainers.model.weights import (
     Origin,
     StoredModel,
@@ -65,6 +66,11 @@ def blueprint_of(folder: Path, **more: Any) -> Blueprint:
 
 def open_origin(blueprint: Blueprint) -> Origin:
     return origin_of(blueprint.build(), blueprint)
+
+
+def form_of(blueprint: Blueprint) -> SavedForm:
+    model = blueprint.build()
+    return saved_form(model, origin_of(model, blueprint), blueprint.config, lambda _: blueprint.saved_dtype)
 
 
 def reference(folder: Path) -> dict[str, Tensor]:
@@ -450,7 +456,7 @@ def test_added_tokens_are_special_and_carried_by_the_export(tmp_path: Path) -> N
     live = blueprint.build("cpu").state_dict()
     export(
         ((name, tensor) for name, tensor in live.items() if name != "lm_head.weight"),
-        export_contents(blueprint.build(), torch.float32),
+        form_of(blueprint),
         blueprint,
         tokenizer,
         [],

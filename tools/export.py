@@ -34,9 +34,9 @@ from trainers.rundir import paths
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from trainers.model.blueprint import Blueprint
+    from trainers.model.weights import Origin
 
 PIECE_BYTES = 1 << 20
 DTYPES = ("saved", "float32", "bfloat16", "float16")
@@ -75,7 +75,9 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
 
     from trainers.data.tokenizer import load_tokenizer, stop_ids
     from trainers.model.blueprint import make_blueprint
-    from trainers.model.export import export, export_contents
+    from trainers.model.export import export
+    from trainers.model.saved_form import saved_form
+    from trainers.model.weights import origin_of
 
     tokenizer = load_tokenizer(config)
     require_same_tokenizer(folder.parent.parent, tokenizer)
@@ -83,12 +85,16 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     if dtype != "saved":
         blueprint.saved_dtype = getattr(torch, dtype)
     stored = Stored(folder)
-    buffers = stored.require_fits(blueprint)
-    contents = export_contents(blueprint.build(), blueprint.saved_dtype)
-    num_bytes = sum(tensor.nbytes for tensor in contents.values())
-    require_space(num_bytes, out)
-    weights = with_bar(pieces(contents, stored, buffers), num_bytes)
-    export(weights, contents, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
+    built = blueprint.build()
+    has_values = blueprint.folder is None or any(blueprint.folder.glob("*.safetensors"))
+    if not has_values:
+        print(f"{blueprint.folder} has no weights: names in files are transformers' own for this architecture, and nothing else is copied")
+    origin = origin_of(built, blueprint) if has_values else None
+    buffers = stored.require_fits(built, origin)
+    form = saved_form(built, origin, blueprint.config, lambda _: blueprint.saved_dtype)
+    require_space(sum(tensor.nbytes for tensor in form.contents.values()), out)
+    weights = with_bar(pieces(form.live, stored, buffers), sum(tensor.nbytes for tensor in form.live.values()))
+    export(weights, form, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
     files = list(out.glob("*.safetensors"))
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started
     print(f"{out}: {folder.name} of {folder.parent.parent} in {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s")
@@ -215,15 +221,14 @@ class Stored:
         except Exception as error:  # whatever bytes other than a pickle unpickle to
             raise Damaged(f"{folder / '.metadata'} is damaged: {error!r}") from error
 
-    def require_fits(self, blueprint: Blueprint) -> dict[str, Tensor]:
+    def require_fits(self, model: PreTrainedModel, origin: Origin | None) -> dict[str, Tensor]:
         """Return the persistent buffers, which ZeRO-3 does not save: they are those of the base.
 
         Raises Refused unless the checkpoint has the tensors of the model and no others, in their shapes.
         """
         from trainers.model.safetensors_files import listed
-        from trainers.model.weights import origin_of, tied_names
+        from trainers.model.weights import tied_names
 
-        model = blueprint.build()
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied, absent = tied_names(model), [name for name in shapes if name not in self.shapes]
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -235,8 +240,11 @@ class Stored:
         if wrong := [f"{verb} {listed(names, most=3)}" for verb, names in kinds if names]:
             raise Refused(f"{self.folder} is not of the model that config.yaml names: it {'; it '.join(wrong)}")
         buffers = [name for name in absent if name not in parameters]
-        origin = origin_of(model, blueprint) if buffers else None
-        return {name: origin.read(name, (0,) * len(shapes[name]), shapes[name]) for name in buffers} if origin else {}
+        if buffers and origin is None:
+            raise Refused(f"{self.folder} has no {listed(buffers, most=3)}, and the base's weights are not there: --model DIR")
+        if origin is None:
+            return {}
+        return {name: origin.read(name, (0,) * len(shapes[name]), shapes[name]) for name in buffers}
 
     def read(self, name: str) -> Iterator[Tensor]:
         """Yield the elements of a tensor in order, as flat pieces in the type they are saved in."""
@@ -283,7 +291,7 @@ def _read_piece(storage: Any, num_bytes: int) -> Tensor:
 
 
 def pieces(contents: dict[str, Tensor], stored: Stored, buffers: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield what an export holds in pieces of its type."""
+    """Yield the model's tensors in pieces of the type of the export."""
     for name, tensor in contents.items():
         for piece in [buffers[name]] if name in buffers else stored.read(name):
             yield name, piece.to(tensor.dtype)

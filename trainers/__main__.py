@@ -46,7 +46,7 @@ from trainers.health.watchdog import watchdog
 from trainers.loop import Outcome, as_figures, train
 from trainers.model.blueprint import Blueprint, flops_per_token, make_blueprint, positions_limit
 from trainers.model.export import check_export, export, reopen, sample_answer
-from trainers.peft.base import FILE, Adaptation
+from trainers.peft.base import FILE, Adaptation, FullTraining
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
 from trainers.processes import exit_after, never_fail
@@ -257,7 +257,8 @@ def finish(
     if is_adapter:
         sums = export_adapter(weights, adaptation, tokenizer, folder, first, mark)
     else:
-        sums = export(weights, adaptation.contents(), blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
+        assert isinstance(adaptation, FullTraining)
+        sums = export(weights, adaptation.form, blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
     wanted = while_current(adaptation.contents().items(), world, attempt)
     check_export(folder, wanted, sums, read=first, file=FILE if is_adapter else "model.safetensors")
     probe = make_batch(data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from tools.merge.adapter import PREFIX, Adapter, AdapterFiles, Unfit
 from trainers.model.blueprint import Blueprint
 from trainers.model.safetensors_files import FLOATS, listed
+from trainers.model.saved_form import SavedForm, saved_form
 from trainers.model.weights import Grown, Origin, origin_of, tied_names
 from trainers.peft.base import ADAPTER, read_whole, seeded
 
@@ -76,12 +77,9 @@ class Merge:
                 reason = f"{adapter.files.folder} has more at {listed(more, 3)}; without `peft:` it combines whole matrices of any method"
                 raise Unfit(f"--method {self.combination.method} combines the matrices of plain LoRA alone, and {reason}")
 
-    def contents(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        """Return what the merged model holds, on `meta`, in the order to read in; in `dtype`, or each tensor in the type of the base's."""
-        state = self.blueprint.build().state_dict()
-        names = list(dict.fromkeys([*self.origin.names(), *sorted(self.untied)]))
-        kinds = {name: (dtype or self._type(name)) if state[name].is_floating_point() else state[name].dtype for name in names}
-        return {name: torch.empty(state[name].shape, dtype=kinds[name], device="meta") for name in names}
+    def form(self, dtype: torch.dtype | None) -> SavedForm:
+        """Return what the merged model holds and how it is written; in `dtype`, or each tensor in the type of the base's."""
+        return saved_form(self.blueprint.build(), self.origin, self.blueprint.config, lambda name: dtype or self._type(name))
 
     def _type(self, name: str) -> torch.dtype:
         """Return the type that the base's file has a tensor in; the widest of those that it is made of."""
@@ -92,8 +90,9 @@ class Merge:
         return max(types, key=lambda kind: (kind.itemsize, str(kind)))
 
     def pieces(self, contents: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the merged model's tensors in order: changed ones whole, the others in pieces of the base's."""
-        for name, meta in contents.items():
+        """Yield the merged model's tensors in the order to read in: changed ones whole, the others in pieces of the base's."""
+        for name in dict.fromkeys([*self.origin.names(), *sorted(self.untied)]):
+            meta = contents[name]
             changing = [(adapter, weight) for adapter, weight in zip(self.adapters, self.weights, strict=True) if adapter.changes(name)]
             made = self._combined(name, changing).to(meta.dtype) if changing else None
             if made is not None:

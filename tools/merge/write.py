@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from tools.merge.adapter import AdapterFiles
     from tools.merge.combine import Combination, Merge
+    from trainers.model.saved_form import SavedForm
 
 TOKENIZER = (
     "tokenizer*",
@@ -41,23 +42,23 @@ def write(options: argparse.Namespace) -> int:
     out: Path = options.out
     require_absent(out)
     dtype = None if options.dtype == "saved" else options.dtype
-    merge, base, contents = matched(options, dtype)
-    require_space(sum(tensor.nbytes for tensor in contents.values()), out)
-    write_model(merge, base, contents, dtype, out, int(options.shard_gib * 2**30))
+    merge, base, form = matched(options, dtype)
+    require_space(sum(tensor.nbytes for tensor in form.contents.values()), out)
+    write_model(merge, base, form, dtype, out, int(options.shard_gib * 2**30))
 
     from tools.merge.probe import probe  # torch is there by now
 
     names = " + ".join(f"{weight:g} x {folder}" if weight != 1 else str(folder) for folder, weight in options.adapters)
     print(f"{out}: {base} + {names}")
-    print(summary(merge, contents, out, time.monotonic() - started))
+    print(summary(merge, form.live, out, time.monotonic() - started))
     if merge.untied:
         print(f"{', '.join(sorted(merge.untied))} is no longer tied: OUT has a copy, and tie_word_embeddings=false")
-    code = 0 if options.no_probe else probe(merge, contents, out)
+    code = 0 if options.no_probe else probe(merge, form.live, out)
     print(f'open it: AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")')
     return code
 
 
-def matched(options: argparse.Namespace, dtype: str | None) -> tuple[Merge, Path, dict[str, Tensor]]:
+def matched(options: argparse.Namespace, dtype: str | None) -> tuple[Merge, Path, SavedForm]:
     """Return the adapters put on their base, the base's directory, and what OUT will hold; raises Refused for what does not fit."""
     combination = read_combination(options)
 
@@ -72,23 +73,23 @@ def matched(options: argparse.Namespace, dtype: str | None) -> tuple[Merge, Path
         require_apart(options.out, [base, *(files.folder for files in adapters)])
         blueprint = base_blueprint(base, options.trust_remote_code, adapters)
         merge = Merge(blueprint, adapters, [weight for _, weight in options.adapters], combination)
-        return merge, base, merge.contents(None if dtype is None else getattr(torch, dtype))
+        return merge, base, merge.form(None if dtype is None else getattr(torch, dtype))
     except Unfit as error:
         raise Refused(str(error)) from error
     except ConfigError as error:
         raise Refused(f"the base {error.value}: {'; '.join(filter(None, (error.reason, error.remedy)))}") from error
 
 
-def write_model(merge: Merge, base: Path, contents: dict[str, Tensor], dtype: str | None, out: Path, shard_bytes: int) -> None:
-    """Write what `contents` lists to OUT, with the base's config and a tokenizer; OUT is complete or absent."""
+def write_model(merge: Merge, base: Path, form: SavedForm, dtype: str | None, out: Path, shard_bytes: int) -> None:
+    """Write the merged model as `form` says to OUT, with the base's config and a tokenizer; OUT is complete or absent."""
     from trainers.model.export import write_folder
 
     def configure(staging: Path) -> None:
-        write_config(merge, base, dtype, staging)
+        write_config(merge, base, form, dtype, staging)
         copy_rest(base, [adapter.files.folder for adapter in merge.adapters], staging)
 
-    weights = with_bar(readable(merge, contents), sum(tensor.nbytes for tensor in contents.values()), "merging")
-    write_folder(weights, contents, configure, out.resolve(), write=True, shard_bytes=shard_bytes)
+    weights = with_bar(readable(merge, form.live), sum(tensor.nbytes for tensor in form.live.values()), "merging")
+    write_folder(form.written(weights), form.contents, configure, out.resolve(), write=True, shard_bytes=shard_bytes)
 
 
 def summary(merge: Merge, contents: dict[str, Tensor], out: Path, seconds: float) -> str:
@@ -158,10 +159,8 @@ def readable(merge: Merge, contents: dict[str, Tensor]) -> Iterator[tuple[str, T
         raise Refused(str(error)) from error
 
 
-def write_config(merge: Merge, base: Path, dtype: str | None, folder: Path) -> None:
+def write_config(merge: Merge, base: Path, form: SavedForm, dtype: str | None, folder: Path) -> None:
     """Write the base's config as it is but for the type, a vocabulary that has grown and tensors that are no longer tied."""
-    from trainers.model.blueprint import model_class
-
     config: dict[str, Any] = json.loads((base / "config.json").read_text("utf-8"))
     text = merge.blueprint.config.get_text_config()
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
@@ -179,8 +178,7 @@ def write_config(merge: Merge, base: Path, dtype: str | None, folder: Path) -> N
         for part in parts:
             if "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
-    if (architecture := model_class(merge.blueprint.config)) is not None:
-        config["architectures"] = [architecture.__name__]
+    config["architectures"] = form.config.architectures
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +23,7 @@ from transformers.core_model_loading import (
     dot_natural_key,
 )
 
+from trainers.health.activity import watch
 from trainers.model.safetensors_files import TYPES, Weights, listed
 from trainers.model.weights import Conversion, Origin, StoredModel, is_finite, tied_names
 
@@ -92,10 +92,12 @@ class SavedForm:
     """Tensors of the base that the model has no place for, and that are copied."""
 
     def written(self, weights: Pieces) -> Iterator[tuple[str, Tensor]]:
-        """Yield what files hold of the model's tensors, whole or in consecutive pieces, and then the rest of the base.
+        """Yield the rest of the base, then what files hold of the model's tensors, whole or in consecutive pieces.
 
-        Raises RuntimeError for values that are not finite; the rest is copied whatever it holds.
+        Raises RuntimeError for values that are not finite; the rest is copied whatever it holds. The end of `weights` comes last.
         """
+        for key, pieces in self.rest.items():
+            yield from ((key, piece) for piece in watch.each(pieces()))
         for way in self.ways.values():
             way.done, way.held = 0, {}
         for name, piece in finite(weights):
@@ -103,8 +105,6 @@ class SavedForm:
                 yield from self.ways[name].add(name, piece)
             else:
                 yield self.names.get(name, name), piece
-        for name, pieces in self.rest.items():
-            yield from ((name, piece) for piece in pieces())
 
 
 def finite(weights: Pieces) -> Iterator[tuple[str, Tensor]]:
@@ -127,11 +127,14 @@ def stored_model(origin: object) -> StoredModel | None:
     return origin
 
 
-def saved_form(model: PreTrainedModel, origin: Origin, config: PreTrainedConfig, dtype_of: Callable[[str], torch.dtype]) -> SavedForm:
+def saved_form(
+    model: PreTrainedModel, origin: Origin | None, config: PreTrainedConfig, dtype_of: Callable[[str], torch.dtype]
+) -> SavedForm:
     """Return how a model on `meta` is written whose base's config is `config`, its floating-point tensors in the type of `dtype_of`.
 
     The names are those of save_pretrained after from_pretrained of the same files, which are the base's. Tensors of the base that the
     model has no place for are copied. Where a part of a larger model cannot take its place in the base, it is written alone.
+    Without a checkpoint in `origin` the names are those of save_pretrained of a new model.
     """
     model, stored = copy.deepcopy(model), stored_model(origin)
     tied = tied_names(model)
@@ -212,7 +215,11 @@ def _as_in_base(
     names = {name: known(key) for name, key in names.items()}
     for way in ways.values():
         way.units = [[known(key) for key in unit] for unit in way.units]
-    keys = [*names.values(), *(key for way in ways.values() for unit in way.units for key in unit)]
+    split = tied_names(stored.model).keys()  # a name of its own for what the base has once
+    keys = [
+        *(key for name, key in names.items() if name not in split),
+        *(key for way in ways.values() for unit in way.units for key in unit),
+    ]
     return names, all(key in base for key in keys)
 
 

@@ -173,7 +173,10 @@ class StoredModel:
         return made, wrong
 
     def _sort_unplaced(self, unplaced: dict[str, str]) -> None:
-        """Tell parts of a larger model from leftovers: unused buffers and scales of modules that the model has. `unplaced` has their names."""
+        """Tell parts of a larger model from leftovers, such as unused buffers of modules that the model has.
+
+        `unplaced` has the keys, and the names that they would have in the model.
+        """
         modules = dict(self.model.named_modules())
         for key, name in unplaced.items():
             path = name.rpartition(".")[0]
@@ -182,7 +185,11 @@ class StoredModel:
             if not (owns or in_block or LEGACY.search(key)) and self.weights.stored[key].type in TYPES:
                 self.rest.append(key)
         if self.rest:
-            log.warning("%d tensors of the base are of no part that is trained, and stay as they are: %s", len(self.rest), listed(self.rest))
+            absent = {next(path for path in _paths(unplaced[key]) if path not in modules) for key in self.rest}
+            parts = listed(sorted(absent))
+            log.warning(
+                "%d tensors of the base are of parts that this model does not have, and stay as they are: %s", len(self.rest), parts
+            )
         ignored = [LEGACY, *map(re.compile, self.model._keys_to_ignore_on_load_unexpected or ())]
         left = [key for key in unplaced if key not in set(self.rest) and not any(pattern.search(key) for pattern in ignored)]
         if left:
@@ -404,6 +411,11 @@ def _parents(path: str) -> list[str]:
     """Return the paths that contain a path, innermost first, the root "" last; the root has none."""
     parts = path.split(".")
     return [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)] if path else []
+
+
+def _paths(name: str) -> list[str]:
+    """Return the paths that lead to a name, from its first part to all of it."""
+    return [*_parents(name)[-2::-1], name]
 
 
 def _leaves_first(module: nn.Module, path: str) -> Iterator[str]:
