@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from architectures import save_architecture
 from command import ROOT, arguments, launch, save_in_bf16
 from conftest import WORDS, save_tiny
 from safetensors.torch import load_file, save
@@ -38,9 +39,10 @@ KINDS = {
     "fsdp": ("tied", ["engine=fsdp"]),
     "fsdp-bf16": ("untied-bf16", ["engine=fsdp", "train.precision=bf16"]),
     "zero3": ("tied", ["engine=zero3"]),
+    "fsdp-part-of-larger": ("larger", ["engine=fsdp", "data.packing=false"]),
     "zero3-bf16-3-ranks": ("untied-bf16", ["engine=zero3", "train.precision=bf16", "launch.processes=3", "train.global_batch=6"]),
 }
-SAMPLED = [pytest.param(kind, marks=pytest.mark.slow if "3-ranks" in kind else []) for kind in KINDS]
+SAMPLED = [pytest.param(kind, marks=pytest.mark.slow if "3-ranks" in kind or "part" in kind else []) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,9 @@ def bases(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     tokenizer = AutoTokenizer.from_pretrained(base)
     untied = save_tiny(folder / "untied", tied=False, vocab_size=len(tokenizer), initializer_range=0.1)
     tokenizer.save_pretrained(untied)
-    return {"tied": base, "untied-bf16": save_in_bf16(untied, folder / "untied-bf16")}
+    save_architecture(folder / "larger", "qwen3_5_moe")
+    tokenizer.save_pretrained(folder / "larger")
+    return {"tied": base, "larger": folder / "larger", "untied-bf16": save_in_bf16(untied, folder / "untied-bf16")}
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,17 @@ def test_an_earlier_checkpoint_opens_with_plain_transformers(
     assert not torch.equal(model.model.norm.weight.float(), last.model.norm.weight.float()) or not torch.equal(
         model.get_input_embeddings().weight, last.get_input_embeddings().weight
     )
+
+
+@pytest.mark.slow
+def test_an_export_of_a_part_has_all_of_its_base(bases: dict[str, Path], run_of: Callable[[str], Path]) -> None:
+    folder = run_of("fsdp-part-of-larger") / "export"
+    base, made = load_file(bases["larger"] / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in made.items()} == {name: tensor.shape for name, tensor in base.items()}
+    changed = {name for name in base if not torch.equal(base[name], made[name])}
+    assert changed
+    assert not any("visual" in name for name in changed)
+    assert json.loads((folder / "config.json").read_text()) == json.loads((bases["larger"] / "config.json").read_text())
 
 
 def test_a_run_directory_means_its_newest_complete_checkpoint(

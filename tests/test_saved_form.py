@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from architectures import DENSE, EXPERTS, HYBRID, LARGER, QUICK, save_architecture, tiny_config
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tools.merge import __main__ as merge
 from trainers.batch import IGNORE, Batch, forward
 from trainers.model.blueprint import Blueprint
 from trainers.model.export import check_export, export
@@ -133,6 +135,21 @@ def test_parts_that_the_model_does_not_have_are_copied_and_leftovers_are_not(tmp
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert made.keys() == (tensors | more).keys()
     assert all(torch.equal(made[name], tensor) and made[name].dtype == tensor.dtype for name, tensor in more.items())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5_moe", "mixtral", "llama4"])
+def test_a_merge_has_all_of_its_base_and_changes_what_the_adapter_does(tmp_path: Path, kind: str) -> None:
+    save_architecture(tmp_path / "base", kind)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert merge.main([str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    base, made = load_file(tmp_path / "base" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in made.items()} == {name: tensor.shape for name, tensor in base.items()}
+    changed = {name for name in base if not torch.equal(base[name], made[name])}
+    assert changed
+    assert all("q_proj" in name and "vision" not in name for name in changed)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((tmp_path / "base" / "config.json").read_text())
 
 
 def test_a_part_without_the_rest_is_a_text_model_by_its_config(tmp_path: Path) -> None:
