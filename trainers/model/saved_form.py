@@ -196,7 +196,7 @@ def _reverse(
 
 
 def _units(conversion: Conversion, sources: dict[str, Tensor], names: list[str]) -> list[list[str]]:
-    """Return the names of what each row of a stack becomes, or all names together where rows do not stand alone."""
+    """Return the names of what each row of a stack becomes, or all names together where it needs several rows at once."""
     *first, last = conversion.converter.operations
     rows = next(iter(sources.values())).shape[0] if len(sources) == 1 else 0
     splits = type(last) is SplitModulelist and last.dim == 0 and all(type(op) is Chunk and op.dim > 0 for op in first)
