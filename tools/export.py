@@ -31,6 +31,7 @@ from trainers.config.checks import require_model_directory
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Attention, PeftMethod, RunConfig, read
 from trainers.rundir import paths
+from trainers.rundir.base import pinned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +138,7 @@ def read_config(path: Path, model: str | None) -> RunConfig:
     if not path.is_file():
         raise Refused(f"{path} is missing: it says which model a checkpoint is of, and should be two folders above it")
     try:
-        config = read(path)
+        config = pinned(read(path), path.parent)
     except ConfigError as error:
         raise Refused(f"{path} cannot be read: {error}") from error
     if model is not None and config.model.id is None:

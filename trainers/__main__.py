@@ -52,7 +52,9 @@ from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
 from trainers.processes import exit_after, never_fail
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.base import base_of, pinned, require_same_base
 from trainers.rundir.beats import Phase
+from trainers.rundir.checkpoints import steps
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import read_json
 from trainers.rundir.metrics import console, log_to, log_to_terminal
@@ -134,6 +136,7 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
 def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     """Prepare, connect, build, train, export."""
     run_dir = Path(config.run_dir)
+    given, config = config, pinned(config, run_dir)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(True)
@@ -148,7 +151,8 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / paths.CONFIG).read_bytes()).hexdigest())
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
-    _require_same_data(run_dir, data)
+    base = world.from_first(base_of(given, blueprint.folder, blueprint.revision) if world.rank == 0 else {})
+    _require_same_sources(run_dir, data, base)
     attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
     watch.enter(Phase.checking)
     readings, findings = preflight.check(world, attempt.folder, data.path, config.limits.slow_node)
@@ -157,7 +161,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     if world.rank == 0:
         preflight.say(readings, findings)
         console.print(summary(data.report), soft_wrap=True, highlight=False)
-        _note_sources(attempt, data, blueprint)
+        _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
     watch.enter(Phase.loading)
     with contextlib.closing(build_engine(config, world, blueprint)) as engine:
@@ -220,18 +224,21 @@ def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) ->
     log.warning("data.seq_len = %d: %s; it has not learned later positions: data.seq_len=%d", config.data.seq_len, reason, limit)
 
 
-def _require_same_data(run_dir: Path, data: Prepared) -> None:
-    """Refuse to continue a run on other data than it began with: files can change under the same name."""
+def _require_same_sources(run_dir: Path, data: Prepared, base: dict[str, Any]) -> None:
+    """Refuse to continue a run on other data or another base than it began with: files can change under the same name."""
+    if not steps(run_dir / paths.CHECKPOINTS):
+        return
     begun = read_json(run_dir / paths.MANIFEST).get("prepared")
-    if begun is not None and begun != data.path.name and (run_dir / paths.CHECKPOINTS).is_dir():
+    if begun is not None and begun != data.path.name:
         reason = f"the data has changed since this run began (prepared as {begun}, now {data.path.name})"
-        raise ConfigError("run_dir", str(run_dir), reason, "put the data back, or take a new run_dir")
+        raise ConfigError("run_dir", str(run_dir), reason, f"put the data back, or run_dir={run_dir}-new, which begins again")
+    require_same_base(run_dir, base)
 
 
-def _note_sources(attempt: Attempt, data: Prepared, blueprint: Blueprint) -> None:
-    """Add to manifest.json what only preparation knows: fingerprints of data, tokenizer, template, and the base's commit."""
+def _note_sources(attempt: Attempt, data: Prepared, base: dict[str, Any]) -> None:
+    """Add to manifest.json what only preparation knows: fingerprints of data, tokenizer, template and base, and the base's commit."""
     manifest = read_json(attempt.run_dir / paths.MANIFEST)
-    manifest |= {"data": data.report, "base_revision": blueprint.revision, "prepared": data.path.name}
+    manifest |= {"data": data.report, "base_revision": base["commit"], "base": base, "prepared": data.path.name}
     attempt.write_json(attempt.run_dir / paths.MANIFEST, manifest)
 
 

@@ -15,9 +15,10 @@ from tools.evaluate.record import FOLDER, Evaluation
 from tools.runs import is_run, runs_below
 from trainers.config.checks import validate_evaluation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, plain, read_at
+from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, plain
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
+from trainers.rundir.base import config_of
 from trainers.rundir.ending import State
 
 
@@ -83,7 +84,7 @@ def _runs(path: Path, options: argparse.Namespace) -> tuple[list[Measurement], l
         raise ConfigError("RUN_OR_MODEL", str(path), "is neither a run nor a folder of runs nor a model")
     states = {run: read_state(run) for run in runs}
     done = [run for run in runs if states[run] == State.done and (run / paths.EXPORT).is_dir()]
-    configs = {run: with_options(read_at(run), options) for run in done}
+    configs = {run: with_options(config_of(run), options) for run in done}
     found = [Measurement(name="run", config=configs[run], folder=run / paths.EXPORT, out=run / FOLDER) for run in done]
     return found, [f"{run} is {states[run]}, not done" for run in runs if run not in done]
 
@@ -93,7 +94,7 @@ def _model(path: Path, options: argparse.Namespace) -> Measurement:
     if options.like is not None:
         if not is_run(options.like):
             raise ConfigError("--like", str(options.like), "is not a run directory")
-        config = read_at(options.like)
+        config = config_of(options.like)
     elif options.path is not None and not (path / "adapter_config.json").is_file():
         config = RunConfig(model=ModelConfig(id=str(path)), data=DataConfig(path=options.path))
         options.no_base = True

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from tools.evaluate.subject import Subject
 from trainers.config.checks import SAMPLED
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong, read_at
+from trainers.config.schema import DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong
 from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.pack import one_each
 from trainers.data.prepare import Prepared, open_prepared, prepare
@@ -23,6 +23,7 @@ from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
 from trainers.model.blueprint import positions_limit
 from trainers.rundir import paths
+from trainers.rundir.base import config_of
 from trainers.rundir.files import try_json
 
 Ints = NDArray[np.int64]
@@ -79,7 +80,7 @@ def general(subject: Subject, device: torch.device) -> EvalSet | None:
     if name == SAMPLED:
         return _sampled(subject, device, rows)
     if (Path(name) / paths.CONFIG).is_file():
-        prepared = _prepared(read_at(Path(name)), tokenizer)
+        prepared = _prepared(config_of(Path(name)), tokenizer)
         if prepared.eval is None:
             raise ConfigError("evaluation.general", name, "the run held no rows out", "a file of text, or `sampled`")
         if prepared.report["tokenizer_hash"] != tokenizer_hash(tokenizer):

@@ -34,9 +34,10 @@ from tools.gate.card import write_card
 from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prompts, read_rules
 from tools.runs import is_run
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataSource, Layout, ObjectiveName, RunConfig, TooLong, read_at
+from trainers.config.schema import DataSource, Layout, ObjectiveName, RunConfig, TooLong
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
+from trainers.rundir.base import config_of
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import try_json, write_json
 
@@ -84,7 +85,7 @@ def gate(options: argparse.Namespace) -> int:
         raise ConfigError("--rules", str(options.rules), "asks nothing, so that any model would pass", "a rule, or prompts")
     if prompts:
         try:
-            checks += hold_prompts(rules, prompts, answer(read_at(run), run, prompts, rules, options))
+            checks += hold_prompts(rules, prompts, answer(config_of(run), run, prompts, rules, options))
         except NotMeasured:
             return Exit.failed
     passed = all(check.passed for check in checks if check.decides)
