@@ -418,3 +418,20 @@ def test_a_file_that_cannot_be_read_is_an_error(config, tmp_path):
         (tmp_path / name).write_text("nonsense")
         with pytest.raises(ConfigError, match="cannot be read"):
             prepare.prepare(config(tmp_path / name))
+
+
+def test_prepared_data_that_changed_on_their_disk_are_refused_and_the_remedy_mends_it(config, tmp_path, capfd):
+    settings = config(write(tmp_path / "rows.jsonl", QA))
+    folder = prepare.prepare(settings, progress=True).path
+    assert prepare.prepare(settings, progress=True).reused
+    tokens = next(folder.rglob("tokens.npy"))
+    data = bytearray(tokens.read_bytes())
+    data[-3] ^= 4
+    tokens.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"has changed on its disk: train/tokens\.npy") as refused:
+        prepare.prepare(settings, progress=True)
+    subprocess.run(refused.value.remedy.partition(",")[0], shell=True, check=True, timeout=20)
+    assert not prepare.prepare(settings, progress=True).reused
+    next(folder.rglob("offsets.npy")).unlink()
+    with pytest.raises(ConfigError, match=r"has changed on its disk"):
+        prepare.prepare(settings, progress=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -17,6 +18,8 @@ from trainers.health.activity import watch
 
 POLL_S = 0.2
 REMIND_S = 30.0
+SEAL = "sha256.json"
+"""Of each file of a result: a disk that returns other bytes later trains other tokens."""
 
 
 def cache_root(prepared_dir: str | None) -> Path:
@@ -60,6 +63,7 @@ def _build(root: Path, name: str, build: Callable[[Path], None], what: str) -> N
     partial.mkdir()
     try:
         build(partial)
+        (partial / SEAL).write_text(json.dumps(_digests(partial), indent=1))
         partial.rename(root / name)
     except OSError as error:
         raise ConfigError(
@@ -68,6 +72,30 @@ def _build(root: Path, name: str, build: Callable[[Path], None], what: str) -> N
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         holder.unlink(missing_ok=True)
+
+
+def require_whole(folder: Path, what: str) -> None:
+    """Raise ConfigError where a file of a result is not what was written; results of earlier versions have no hashes."""
+    if not (folder / SEAL).is_file():
+        return
+    try:
+        written = json.loads((folder / SEAL).read_text())
+        found = _digests(folder)
+        changed = sorted(name for name in {*written, *found} if written.get(name) != found.get(name))
+    except (OSError, ValueError) as error:
+        changed = [f"{SEAL} ({error})"]
+    if changed:
+        reason = f"{what} of {folder.name} has changed on its disk: {', '.join(changed[:3])}"
+        raise ConfigError("data.prepared_dir", str(folder.parent), reason, f"rm -r {shlex.quote(str(folder))}, and the same command again")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL):
+        with path.open("rb") as file:
+            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+        watch.beat()
+    return digests
 
 
 def remembered(key: str, compute: Callable[[], str]) -> str:

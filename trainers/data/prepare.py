@@ -23,7 +23,7 @@ from trainers import host
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
-from trainers.data.cache import build_once, cache_root, content_key
+from trainers.data.cache import build_once, cache_root, content_key, require_whole
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
 from trainers.data.formats import BadRow
 from trainers.data.pack import one_each, pack
@@ -64,12 +64,14 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     """Return the run's data, prepared by whichever process comes first; the others wait for it.
 
     Raises ConfigError for bad rows (unless `data.skip_bad_rows`), for more lost than `data.max_lost_fraction`, and where
-    nothing is left to train. `progress` draws a bar on stderr.
+    nothing is left to train. With `progress` this process draws a bar on stderr, and checks the hashes of data that were there already.
     """
     tokenizer = tokenizer or load_tokenizer(config)
     name = f"data-{data_key(config, tokenizer)}"
     root = cache_root(config.data.prepared_dir)
     folder, reused = build_once(root, name, lambda partial: _build(config, tokenizer, partial, progress), "the prepared data")
+    if reused and progress:
+        require_whole(folder, "the prepared data")
     return open_prepared(folder, reused)
 
 
