@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Protocol
 
 import hydra
@@ -23,6 +24,7 @@ from trainers.config.errors import ConfigError
 from trainers.processes import never_fail
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
+from trainers.rundir.files import storage_says
 
 
 class Starter(Protocol):
@@ -67,6 +69,11 @@ def main() -> int:
             return begin(config, lambda more: compose_with(arguments.overrides, more, arguments.config_dir))
         except KeyboardInterrupt:
             return Exit.interrupted
+        except OSError as error:
+            if (said := storage_says(error, Path(config.run_dir))) is None:
+                raise
+            print(f"error: {said}", file=sys.stderr)
+            return Exit.failed
 
 
 def compose_command_line() -> DictConfig | None:

@@ -56,7 +56,7 @@ from trainers.rundir.base import base_of, pinned, require_same_base
 from trainers.rundir.beats import Phase
 from trainers.rundir.checkpoints import steps
 from trainers.rundir.ending import Exit, State
-from trainers.rundir.files import read_json
+from trainers.rundir.files import read_json, storage_says
 from trainers.rundir.metrics import console, log_to, log_to_terminal
 from trainers.world import Stopped, World
 
@@ -107,6 +107,8 @@ def main(path: str) -> int:
     except NoCheckpoint as error:
         return _fail(attempt, world, Exit.failed, {"message": str(error)})
     except Exception as error:
+        if isinstance(error, OSError) and (said := storage_says(error, attempt.run_dir)):
+            return _fail(attempt, world, Exit.failed, {"message": said})
         return _fail(attempt, world, Exit.failed, {"message": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
 
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
 from pathlib import Path
 from typing import Any
+
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What a disk says that takes nothing more."""
+
+
+def storage_says(error: OSError, folder: Path) -> str | None:
+    """Say that the disk of `folder` takes nothing more, and what to do; None where an error is of another kind."""
+    if error.errno not in STORAGE:
+        return None
+    what = f"{os.strerror(error.errno)}: {error.filename or folder}"
+    return f"{what}. Checkpoints that are complete stay. Make room there, and give the same command again"
 
 
 def write_json(path: Path, value: object) -> None:
