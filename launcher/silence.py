@@ -16,6 +16,8 @@ from trainers.rundir.ending import State
 LOOK_EVERY_S = 1.0
 LATER_S = 10.0
 """Than the ranks themselves would have ended the run."""
+ENDED_S = 90.0
+"""For ranks that have said how the run ended, and their agent, to end: a stopped agent never does."""
 STACKS_S = 2.0
 """For stopped ranks to write their stacks before they are killed."""
 
@@ -32,7 +34,7 @@ class Silence:
         self.beats: dict[int, Beat] = {}
 
     def is_lost(self) -> bool:
-        """Tell whether nothing was heard for longer than what the ranks do may take; the run is then marked failed.
+        """Tell whether nothing was heard for longer than what the ranks do may take; the run is then marked failed, unless it has ended.
 
         Not once a newer attempt has started, whose silence does not concern this launcher.
         """
@@ -45,7 +47,9 @@ class Silence:
         if any(beat != self.beats.get(rank) for rank, beat in beats.items()):
             self.beats |= beats
             self.silent_s = 0.0
-        if self.silent_s <= self._limit_s() or read_state(self.job.run_dir) in (State.done, State.preempted):
+        if read_state(self.job.run_dir) in (State.done, State.preempted):
+            return self.silent_s > ENDED_S
+        if self.silent_s <= self._limit_s():
             return False
         if not self.attempt.is_current(at_once=True):
             return False

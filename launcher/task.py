@@ -75,6 +75,8 @@ def run(job: Job) -> int:
         [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD
     )
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would queue the job again once more
+    if code < 0 and attempt.has_ended(State.done):
+        code = Exit.done
     if code < 0:
         who, message = {"rank": place.rank, "host": socket.gethostname(), "exit_code": code}, f"rank {place.rank} {killed_by(code)}"
         attempt.record_failure(who | {"message": message}, time.time(), together_s=TOGETHER_S)  # others may have failed of it first

@@ -29,15 +29,16 @@ from command import (
 from conftest import free_port
 
 from launcher.compose import compose
+from launcher.ending import settle
 from launcher.freeze import freeze
 from launcher.job import make_job, next_attempt
-from launcher.silence import LATER_S, Silence
+from launcher.silence import ENDED_S, LATER_S, Silence
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError
 from trainers.health.activity import FIRST_STEP, Activity
 from trainers.health.blockage import find_blockage
 from trainers.health.watchdog import Watchdog
-from trainers.rundir.attempt import Attempt, read_status
+from trainers.rundir.attempt import Attempt, read_state, read_status
 from trainers.rundir.beats import Beat, Phase, read_beats
 from trainers.rundir.ending import State
 
@@ -437,6 +438,21 @@ def test_the_launcher_gives_up_when_no_rank_writes_any_more(tmp_path: Path) -> N
     clock.now += 3600  # this launcher was stopped as well
     assert passes(watch, clock, 5)
     assert status_of(job.run_dir)["error"]["message"].startswith("rank 0 has not been heard of for")
+
+
+@pytest.mark.parametrize("state", [State.done, State.preempted])
+def test_the_launcher_does_not_wait_for_processes_of_a_run_that_has_ended(tmp_path: Path, state: State) -> None:
+    """Torchrun's agent may be stopped, and a process group may never close."""
+    job = make_job(compose(["+exp=quickstart_base", f"run_dir={tmp_path}/out"]))
+    freeze(job)
+    attempt, clock = next_attempt(job), Clock()
+    watch = Silence(job, attempt, clock)
+    Attempt(job.run_dir).begin(Attempt(job.run_dir).claim())
+    Attempt(job.run_dir).set_status(state)
+    assert not passes(watch, clock, ENDED_S - 1)
+    assert passes(watch, clock, 3)
+    assert read_state(job.run_dir) == state
+    assert settle(job, attempt, -9, None) == {State.done: 0, State.preempted: 75}[state]
 
 
 def test_a_continued_run_takes_new_limits_and_no_other_setting(tmp_path: Path) -> None:

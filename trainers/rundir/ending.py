@@ -81,9 +81,10 @@ def with_failure(
 
     The first failure by time stays, also one of up to `together_s` later. So does a stop that was asked for, since other ranks then
     fail because one has gone, unless it was asked for because of this failure: `over_stop`.
+    Nothing fails a run that is done: a process that does not end is killed.
     What a watchdog has found, an error with `ranks`, stays too: it ends ranks, which may crash while they write their stacks.
     """
-    if ended is State.preempted and not over_stop:
+    if ended is State.done or (ended is State.preempted and not over_stop):
         return None
     error_before = known.get("error", {})
     first = at + CLOCK_S if "ranks" in error_before else at - together_s
