@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from tools.bench.checkpoint import STATE_BYTES, costs_of, num_parameters
 from tools.bench.engines import Run, _table
 from tools.bench.orders import llama_sizes
 from tools.bench.ranks import RanksFailed, start_ranks, wait_for
+from tools.chaos.faults import KINDS
+from tools.chaos.trials import ENGINES, PHASES, draw
 from tools.markdown import put_section
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +154,7 @@ def test_saves_of_both_kinds_are_measured_and_proved(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.for_real  # a fork has a child more
 def test_a_measurement_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     line = [sys.executable, "-m", "tools.bench", "checkpoint", "--parameters", "5e5", "--folder", str(tmp_path), "--every", "1000"]
     child = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -177,6 +181,25 @@ def test_our_loop_is_no_slower_and_no_larger_than_bare_transformers() -> None:
     assert figures["fulltune"]["loss"] == pytest.approx(figures["transformers"]["loss"], rel=1e-4)
     assert figures["fulltune"]["speed"] > 0.8 * figures["transformers"]["speed"]
     assert figures["fulltune"]["peak"] < figures["transformers"]["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.cpu_adam
+@pytest.mark.timeout(1500)
+def test_runs_with_faults_continue_exactly() -> None:
+    """Forty of what `python -m tools.chaos --faults 300` does overnight; docs/reliability.md has its table."""
+    said = tool("tools.chaos", "--faults", "40", timeout_s=1400)
+    assert re.search(r"all +│ +\d\d │ +\d\d │ +0 │ +0 │ +0 │", said), said
+
+
+def test_a_seed_draws_the_same_faults_and_all_kinds_equally_often() -> None:
+    kinds, engines = list(KINDS), list(ENGINES)
+    drawn = [draw(number, 3, kinds, engines) for number in range(4 * len(kinds))]
+    assert drawn == [draw(number, 3, kinds, engines) for number in range(4 * len(kinds))]
+    assert drawn != [draw(number, 4, kinds, engines) for number in range(4 * len(kinds))]
+    assert {kind: sum(fault.kind == kind for fault, _, _ in drawn) for kind in kinds} == dict.fromkeys(kinds, 4)
+    assert {fault.phase for fault, _, _ in drawn} == set(PHASES)
+    assert all(bool(fault.role) == bool(KINDS[fault.kind].roles) for fault, _, _ in drawn)
 
 
 @pytest.mark.slow

@@ -1,54 +1,27 @@
-"""Harm a run's checkpoints for real, and check that the run continues from the newest complete one by itself.
-
-python -m tools.chaos save --kills 30
-python -m tools.chaos save --kills 3 --engine zero3 --dir /tmp/chaos
-
-A small model is trained on this Python's documentation by the command a user types, with a checkpoint each step. Its ranks are killed
-(kill -9) at random byte offsets of a save; then a byte of the newest checkpoint is flipped, a folder step-999999 is planted, the disk
-is too small and the folder is read-only. After each the same command is given again. In the end the whole trace, with losses,
-gradient norms and rows, must be that of a run that nobody harmed, bit for bit.
-
-Exit codes: 0 every attempt resumed exactly and no checkpoint was lost, 1 not so, 2 bad arguments, 130 Ctrl-C.
-"""
+"""Harm the saves of one run many times: kill its ranks at random bytes of a save, damage checkpoints, take the disk away."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tools.command import ended, parser_of
-from trainers.processes import prepare_child
+from tools.chaos.attempts import ATTEMPT_S, PLANTED, Run, Wrong, digest, send, size_of
 from trainers.rundir import paths
-from trainers.rundir.checkpoints import number_of, steps, why_incomplete
-from trainers.rundir.rows import read_rows
+from trainers.rundir.checkpoints import number_of, steps
 
-ROOT = Path(__file__).parents[1]
-ATTEMPT_S = 300.0
-"""Longest that an attempt may take."""
 SMALL_DISK = 3 << 20
-PLANTED = 999_999
-KEYS = ("step", "loss", "lr", "grad_norm", "tokens", "epoch", "rows_hash", "eval_loss")
-
-
-class Wrong(Exception):
-    """A run that did not continue as it must."""
 
 
 @dataclass(kw_only=True)
@@ -63,31 +36,11 @@ class Tally:
 
 
 @dataclass(kw_only=True)
-class Harmed:
-    """A run, and what must survive."""
+class Harmed(Run):
+    """A run, and what came of the harm that was done to it."""
 
-    run_dir: Path
-    overrides: list[str]
     rng: random.Random
     tallies: dict[str, Tally] = field(default_factory=dict)
-
-    def command(self, *more: str) -> list[str]:
-        """Return what a user types."""
-        return [sys.executable, "-m", "launcher", "+exp=quickstart_base", f"run_dir={self.run_dir}", *self.overrides, *more]
-
-    def complete(self) -> dict[Path, str]:
-        """Return the complete checkpoints, oldest first, with a hash of all that is in them."""
-        return {path: _digest(path) for path in steps(self.run_dir / paths.CHECKPOINTS) if not why_incomplete(path)}
-
-    def start(self) -> subprocess.Popen[bytes]:
-        """Start an attempt."""
-        log = (self.run_dir.parent / f"{self.run_dir.name}.log").open("ab")
-        with log:
-            return subprocess.Popen(self.command(), cwd=ROOT, stdout=log, stderr=log, start_new_session=True, preexec_fn=prepare_child())
-
-    def newest(self) -> int:
-        """Return the highest step that has a folder of the run's own."""
-        return max((step for step in map(number_of, steps(self.run_dir / paths.CHECKPOINTS)) if step != PLANTED), default=0)
 
     def attempt_until(self, condition: Callable[[], bool]) -> None:
         """Start an attempt, wait for a condition, and kill its ranks; raises Wrong where it ended before."""
@@ -95,75 +48,34 @@ class Harmed:
         try:
             while not condition():
                 if process.poll() is not None or time.monotonic() > until:
-                    raise Wrong(f"an attempt ended by itself with exit code {process.poll()}: {self.run_dir}.log")
+                    raise Wrong(f"an attempt ended by itself with exit code {process.poll()}: {self.log}")
                 time.sleep(0.001)
-            killed = _ranks(self.run_dir)
+            killed = [pid for pid, role in self.processes().items() if role.startswith("rank")]
             for pid in killed:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                send(pid, signal.SIGKILL)
             process.wait(60)
             if not killed or process.returncode == 0:
-                raise Wrong(f"an attempt ended before its ranks could be killed: {self.run_dir}.log")
+                raise Wrong(f"an attempt ended before its ranks could be killed: {self.log}")
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(60)
-            _wait_gone(self.run_dir)
+            self.kill_all(process)
 
     def kill_in_save(self) -> str:
         """Start the run and kill every rank at a random byte of a save; return where that was."""
         wanted = self.newest() + self.rng.randint(1, 2)
         folder = self.run_dir / paths.CHECKPOINTS
         left = set(folder.glob(".step-*.tmp"))  # by attempts that were killed
-        size = max((_size(path) for path in steps(folder)), default=1 << 20)
+        size = max((size_of(path) for path in steps(folder)), default=1 << 20)
         offset, at = self.rng.randrange(size), "after a save"
 
         def is_there() -> bool:
             nonlocal at
-            reached = max((_size(path) for path in folder.glob(f".step-{wanted:06d}.*.tmp") if path not in left), default=0)
+            reached = max((size_of(path) for path in folder.glob(f".step-{wanted:06d}.*.tmp") if path not in left), default=0)
             if reached > offset:
                 at = f"at byte {reached:,} of about {size:,}"
             return reached > offset or self.newest() >= wanted
 
         self.attempt_until(is_there)
         return at
-
-    def finish(self) -> None:
-        """Give the command again and let it come to its end."""
-        process = self.start()
-        try:
-            if process.wait(ATTEMPT_S) != 0:
-                raise Wrong(f"the run did not end well (exit code {process.returncode}): {self.run_dir}.log")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(60)
-
-    def begun_from(self) -> int:
-        """Return the step that the newest attempt continued from."""
-        logs = sorted((self.run_dir / paths.LOGS).glob("attempt-*"), key=lambda path: int(path.name.removeprefix("attempt-")))
-        said = (logs[-1] / "rank-0.log").read_text()
-        found = [line for line in said.splitlines() if "continuing from" in line]
-        return int(found[-1].rpartition(": step ")[2].partition(",")[0]) if found else 0
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Harm a run; returns the exit code."""
-    parser = parser_of("chaos", __doc__)
-    parser.add_argument("what", choices=["save"], help="what is harmed: saves and checkpoints")
-    parser.add_argument("--kills", type=int, default=30, metavar="N", help="kills at random bytes of a save (default 30)")
-    parser.add_argument("--engine", default="fsdp", help="engine preset (default fsdp)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random offsets (default 0)")
-    parser.add_argument("--dir", type=Path, help="where the runs are kept; otherwise they are deleted where all went well")
-    options = parser.parse_args(arguments)
-    if options.kills < 1:
-        parser.error(f"--kills {options.kills}: must be at least 1")
-
-    def work() -> int:
-        with _workplace(options.dir) as folder:
-            return harm(folder, options.kills, options.engine, options.seed)
-
-    return ended(work, failures=(Wrong,))
 
 
 def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
@@ -189,8 +101,8 @@ def harm(folder: Path, kills: int, engine: str, seed: int) -> int:
             bar.update(task, description=name)
             harmful()
             bar.advance(task)
-    same = _trace(run.run_dir) == _trace(whole.run_dir)
-    same = same and _digest(run.run_dir / paths.EXPORT) == _digest(whole.run_dir / paths.EXPORT)
+    same = run.trace() == whole.trace()
+    same = same and digest(run.run_dir / paths.EXPORT) == digest(whole.run_dir / paths.EXPORT)
     return report(run, same)
 
 
@@ -198,7 +110,7 @@ def _overrides(kills: int, engine: str) -> list[str]:
     tiny = ["model.train_tokenizer=512", "model.architecture.hidden_size=64", "model.architecture.num_hidden_layers=2"]
     small = ["data.seq_len=64", "train.global_batch=4", "train.microbatch=1", "train.eval_every=null", "data.eval_fraction=0"]
     saves = ["checkpoint.every=1", "checkpoint.keep_last=3", f"train.steps={4 * kills + 20}", "train.sample_tokens=0"]
-    return [*tiny, *small, "optim.warmup_steps=2", *saves, f"engine={engine}"]
+    return ["+exp=quickstart_base", *tiny, *small, "optim.warmup_steps=2", *saves, f"engine={engine}"]
 
 
 def _save_two(run: Harmed) -> None:
@@ -256,7 +168,7 @@ def small_disk(run: Harmed) -> str:
     """Move the checkpoints to a full disk of 3 MB: no save succeeds, the older ones stay, the run continues."""
     folder, kept = run.run_dir / paths.CHECKPOINTS, run.run_dir / "kept"
     newest = list(run.complete())[-1]
-    if os.geteuid() or _size(newest) > SMALL_DISK - (1 << 18):
+    if os.geteuid() or size_of(newest) > SMALL_DISK - (1 << 18):
         return "skipped: root must mount it, and a checkpoint fit"
     folder.rename(kept)
     folder.mkdir()
@@ -269,7 +181,7 @@ def small_disk(run: Harmed) -> str:
         (folder / "filler").write_bytes(bytes(free - (1 << 16)))
         _kill_when_said(run, "no checkpoint of step")
         survivor = folder / newest.name
-        if _digest(survivor) != _digest(kept / newest.name):
+        if digest(survivor) != digest(kept / newest.name):
             raise Wrong(f"{survivor} has changed on a full disk")
     finally:
         if not mounted.returncode:
@@ -307,7 +219,7 @@ def _kill_when_saved(run: Harmed, step: int) -> str:
 
 
 def _kill_when_said(run: Harmed, words: str) -> None:
-    log = run.run_dir.parent / f"{run.run_dir.name}.log"
+    log = run.log
     begin = log.stat().st_size
     run.attempt_until(lambda: words.encode() in log.read_bytes()[begin:])
 
@@ -323,54 +235,3 @@ def report(run: Harmed, same: bool) -> int:
     print(f"{attempts} attempts; their trace and the export {'are' if same else 'are NOT'} those of the run that nobody harmed")
     print(f"checkpoints lost: {sum(tally.lost for tally in run.tallies.values())}")
     return 0 if good else 1
-
-
-def _trace(run_dir: Path) -> list[tuple[Any, ...]]:
-    return [tuple(row.get(key) for key in KEYS) for row in read_rows(run_dir)]
-
-
-def _digest(folder: Path) -> str:
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"):
-        whole.update(path.name.encode() + b"\0" + path.read_bytes())
-    return whole.hexdigest()
-
-
-def _size(folder: Path) -> int:
-    """Return the bytes in a folder that may be renamed or deleted meanwhile."""
-    total = 0
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for entry in os.scandir(folder):
-            with contextlib.suppress(FileNotFoundError):
-                total += entry.stat().st_size
-    return total
-
-
-def _ranks(run_dir: Path) -> list[int]:
-    line = ["pgrep", "-f", f"m trainers {run_dir}/"]
-    return [int(pid) for pid in subprocess.run(line, capture_output=True, text=True, check=False, timeout=20).stdout.split()]
-
-
-def _wait_gone(run_dir: Path) -> None:
-    until = time.monotonic() + 60
-    while _ranks(run_dir):
-        if time.monotonic() > until:
-            raise Wrong(f"ranks of {run_dir} are still there a minute after they were killed")
-        time.sleep(0.05)
-
-
-@contextlib.contextmanager
-def _workplace(folder: Path | None) -> Iterator[Path]:
-    if folder is None:
-        made = Path(tempfile.mkdtemp(prefix="fulltune-chaos-"))
-        yield made
-        shutil.rmtree(made)  # where something went wrong it stays, to be looked at
-        return
-    if folder.exists() and any(folder.iterdir()):
-        raise Wrong(f"--dir {folder} exists and is not empty: name another directory")
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder.resolve()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
