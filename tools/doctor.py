@@ -182,7 +182,7 @@ def _memory() -> Check:
 
 
 def _disks() -> list[Check]:
-    from trainers.data.cache import cache_root
+    from trainers.cache import cache_root
 
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     places = {"disk here": Path.cwd(), "disk of prepared data": cache_root(None), "disk of the hub's cache": hub}

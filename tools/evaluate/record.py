@@ -13,9 +13,9 @@ import numpy as np
 from tools.evaluate import intervals
 from tools.evaluate.intervals import LEVEL, Estimate, Floats
 from tools.evaluate.scores import is_refusal, score
+from trainers.cache import content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EvaluationConfig, Metric
-from trainers.data.cache import content_key
 from trainers.data.sources import digest
 from trainers.rundir import paths
 from trainers.rundir.files import try_json, try_row, write_json

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tools.evaluate.subject import Subject
+from trainers.cache import build_once, cache_root, content_key
 from trainers.config.checks import SAMPLED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong
-from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.pack import one_each
 from trainers.data.prepare import Prepared, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table

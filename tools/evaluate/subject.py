@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from tools.evaluate.record import digest_of
+from trainers.cache import content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Quantisation, RunConfig
-from trainers.data.cache import content_key
 from trainers.data.tokenizer import load_tokenizer
 from trainers.model.blueprint import Blueprint, make_blueprint
 from trainers.model.weights import origin_of

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tools.evaluate.judge import NOT_ASKED, PROMPT, Judge, Question, Verdict, ask, check, tally
 from tools.evaluate.record import JUDGED, Evaluation, answers_key, judged_words, read_lines
-from trainers.data.cache import content_key
+from trainers.cache import content_key
 from trainers.rundir.files import write_json
 
 

@@ -25,9 +25,9 @@ from tools.evaluate.record import read_lines
 from tools.evaluate.scores import repetition
 from tools.evaluate.sets import EvalSet, evenly, general, held_out
 from tools.evaluate.subject import Subject
+from trainers.cache import cache_root, content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import parse
-from trainers.data.cache import cache_root, content_key
 from trainers.data.loader import deal
 from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
 from trainers.host import cores

@@ -190,6 +190,8 @@ class ModelConfig:
     """Give the model a row for each token that the tokenizer has beyond it: the mean of its rows. It never shrinks."""
     attention: Attention = Attention.auto
     """Attention backend."""
+    convert: bool = False
+    """Convert weights that are only there as pytorch_model.bin to safetensors, once, into the cache (FULLTUNE_CACHE)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model; only for sources you trust."""
 

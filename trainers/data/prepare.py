@@ -20,10 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers import host
+from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
-from trainers.data.cache import build_once, cache_root, content_key, require_whole
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
 from trainers.data.formats import BadRow
 from trainers.data.pack import one_each, pack

@@ -110,7 +110,7 @@ def digest(file: Path) -> str:
 
 
 def _large_digest(file: Path) -> str:
-    from trainers.data.cache import remembered
+    from trainers.cache import remembered
 
     info = file.stat()
     key = f"{file.resolve()}:{info.st_size}:{info.st_mtime_ns}:{info.st_ino}"
@@ -207,12 +207,16 @@ def _python_docs(objective: ObjectiveName) -> Iterator[Row]:
 
 
 def _hub(data: DataConfig, path: str) -> Any:
-    from datasets import load_dataset
+    import datasets
 
+    from trainers.model import hub
+
+    why = hub.ask(path, kind="dataset").why
+    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or bool(hub.unanswered)  # read when it was imported
     try:
-        return load_dataset(path, split=data.split)
+        return datasets.load_dataset(path, split=data.split)
     except Exception as error:  # whatever the hub client raises: no network, no such data set, a gated one
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = why or hub.first_line(error)
         raise ConfigError("data.path", path, f"is not a file here and could not be loaded from the hub: {reason}") from None
 
 

@@ -8,10 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainers.cache import build_once, cache_root, content_key
+from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, RunConfig
 from trainers.data import formats, masks, sources
-from trainers.data.cache import build_once, cache_root, content_key
 from trainers.data.formats import BadRow
 
 if TYPE_CHECKING:
@@ -81,9 +82,16 @@ def _open(config: RunConfig, name: str) -> Any:
     from transformers import AutoTokenizer
 
     field = "model.tokenizer" if config.model.tokenizer else "model.id"
+    revision, commit, trusted = config.model.revision if name == config.model.id else None, None, config.model.trust_remote_code
+    folder = Path(name)
+    if trusted or not looks_local(name):
+        from trainers.model import hub
+
+        folder, commit = hub.fetch(field, name, revision, hub.TOKENIZER)
+        if trusted:
+            hub.say_whose_code(name, folder, commit)
     try:
-        revision = config.model.revision if name == config.model.id else None
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # whatever transformers or the hub client raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(field, name, f"the tokenizer cannot be loaded: {reason}", "model.tokenizer=DIR with a tokenizer.json") from error

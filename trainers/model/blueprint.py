@@ -156,20 +156,22 @@ def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary) -> PreTrain
 
 def _fetch(model: ModelConfig) -> tuple[Path, str | None]:
     assert model.id is not None
-    if looks_local(model.id):
-        return Path(model.id), None
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    folder, revision = (Path(model.id), None) if looks_local(model.id) else _snapshot(model)
+    if model.convert and not any(folder.glob("*.safetensors")):
+        from trainers.model.convert import converted
 
-    try:
-        folder = snapshot_download(
-            model.id, revision=model.revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.py"]
-        )
-    except RepositoryNotFoundError as error:
-        raise ConfigError("model.id", model.id, "the hub has no such model, or it asks for a token", "hf auth login") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConfigError("model.id", model.id, f"cannot be fetched from the hub: {error}", "name a local directory") from error
-    return Path(folder), Path(folder).name
+        folder = converted(folder)
+    return folder, revision
+
+
+def _snapshot(model: ModelConfig) -> tuple[Path, str | None]:
+    from trainers.model import hub
+
+    assert model.id is not None
+    pickled = hub.require_readable(model.id, model.revision, model.convert)
+    folder, commit = hub.fetch("model.id", model.id, model.revision, hub.BINS if pickled else hub.WEIGHTS)
+    hub.require_weights(model.id, folder, model.convert)
+    return folder, commit
 
 
 def _attention(wanted: Attention, config: PreTrainedConfig) -> str | None:

@@ -57,7 +57,7 @@ class Weights:
             wrong.append(f"{INDEX} promises {listed(lost)}, which {listed(sorted({placed[key] for key in lost}))} does not hold")
         if wrong:
             converts = not self.stored and list(folder.glob("*.bin"))
-            remedy = "convert it: safetensors is the only format that is read" if converts else "fetch the files again"
+            remedy = "model.convert=true reads its pytorch_model.bin, once" if converts else "fetch the files again"
             raise ConfigError("model.id", str(folder), "; ".join(wrong), remedy)
 
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:

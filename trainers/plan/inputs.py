@@ -19,6 +19,7 @@ from trainers.config.schema import Attention, DataSource, ModelConfig, RunConfig
 from trainers.data.loader import LENGTH_MULTIPLE
 from trainers.data.prepare import find_prepared
 from trainers.data.tokenizer import load_tokenizer
+from trainers.model import hub
 from trainers.model.blueprint import Blueprint, blueprint_of, from_architecture
 from trainers.plan.request import PlanConfig
 from trainers.plan.shapes import SHAPES
@@ -115,12 +116,10 @@ def _vocabulary(config: RunConfig) -> int:
 def _fetch(model: ModelConfig) -> PreTrainedConfig:
     """Return a model's config, and have its code where it brings some, of the revision that is named; no weights."""
     assert model.id is not None
+    if not looks_local(model.id):
+        hub.require_readable(model.id, model.revision, model.convert)
+    folder, _ = hub.fetch("model.id", model.id, model.revision, ("config.json", "*.py"))
     try:
-        folder = model.id
-        if not looks_local(model.id):
-            from huggingface_hub import snapshot_download
-
-            folder = snapshot_download(model.id, revision=model.revision, allow_patterns=["config.json", "*.py"])
         found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever transformers or the hub client raises
         reason = (

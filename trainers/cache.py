@@ -24,7 +24,7 @@ SEAL = "sha256.json"
 
 def cache_root(prepared_dir: str | None) -> Path:
     """Return the folder of prepared data; it need not exist yet."""
-    return Path(prepared_dir).expanduser() if prepared_dir else _home() / "prepared"
+    return Path(prepared_dir).expanduser() if prepared_dir else home() / "prepared"
 
 
 def content_key(*parts: object) -> str:
@@ -100,7 +100,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 def remembered(key: str, compute: Callable[[], str]) -> str:
     """Return `compute()`, kept in a file under the hash of `key` where the cache can be written."""
-    file = _home() / "digests" / content_key(key)
+    file = home() / "digests" / content_key(key)
     try:
         return file.read_text()
     except OSError:
@@ -115,7 +115,8 @@ def remembered(key: str, compute: Callable[[], str]) -> str:
     return value
 
 
-def _home() -> Path:
+def home() -> Path:
+    """Return the folder of all that is kept between runs, which FULLTUNE_CACHE names."""
     return Path(os.environ.get("FULLTUNE_CACHE") or "~/.cache/fulltune").expanduser()
 
 
