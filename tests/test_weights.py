@@ -202,7 +202,7 @@ def test_an_index_that_promises_what_its_file_lacks_is_refused(tmp_path: Path) -
 def test_weights_in_another_format_are_named(tmp_path: Path) -> None:
     save_tiny(tmp_path, tied=True)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"model.safetensors is missing\n.*safetensors is the only format"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is missing\n.*model.convert=true reads its pytorch_model.bin"):
         open_origin(blueprint_of(tmp_path))
 
 

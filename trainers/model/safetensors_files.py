@@ -56,7 +56,7 @@ class Weights:
         if lost and not wrong:
             wrong.append(f"{INDEX} promises {listed(lost)}, which {listed(sorted({placed[key] for key in lost}))} does not hold")
         if wrong:
-            converts = not self.stored and list(folder.glob("*.bin"))
+            converts = not self.stored and list(folder.glob("pytorch_model*.bin"))
             remedy = "model.convert=true reads its pytorch_model.bin, once" if converts else "fetch the files again"
             raise ConfigError("model.id", str(folder), "; ".join(wrong), remedy)
 
