@@ -1,4 +1,4 @@
-"""A small run by the command that a user types: its attempts, its processes, and what it leaves behind."""
+"""A small run by the command that a user types: its attempts, its processes, and what it leaves."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from tools.chaos.attempts import Run, send
 from trainers.rundir import paths
 
 PAUSE_S = 3.0
-"""For which a launcher is stopped, as by Ctrl-Z, before it goes on."""
+"""For which a launcher is stopped, as by Ctrl-Z, before it continues."""
 DISK_BYTES = 64 << 20
 FILLER = "filler"
 """What fills a disk."""
@@ -60,7 +60,7 @@ class Kind:
     words: str = ""
     """What the reason in status.json says where the launcher ends with 1, as a regular expression."""
     kills: bool = False
-    """The attempt is killed first, and this is done to what it has left behind."""
+    """The attempt is killed first, and this is done to what it has left."""
     network: str = ""
     """How W&B's server behaves during the attempt: refused, silent or reset."""
     disk: bool = False
@@ -142,7 +142,7 @@ def _vanish(run: Run, fault: Fault, rng: random.Random, pid: int | None) -> None
 
 
 def _turn_clock(run: Run, fault: Fault, rng: random.Random, pid: int | None) -> None:
-    """Give all files the times that a node would whose clock is a day ahead, or behind."""
+    """Give all files the times that a node would whose clock is a day ahead, or late."""
     shift = rng.choice((-DAY_S, DAY_S))
     for path in run.run_dir.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -177,7 +177,7 @@ KINDS = {
     "W&B silent": Kind((), _nothing, frozenset({0}), "", network="silent"),
     "W&B reset": Kind((), _nothing, frozenset({0}), "", network="reset"),
 }
-"""All kinds, by name. A slow disk, and a clock that jumps while a run goes on, are not among them: both take another machine's kernel."""
+"""All kinds, by name. A slow disk, and a clock that jumps during a run, are not among them: both take another machine's kernel."""
 
 
 @contextmanager

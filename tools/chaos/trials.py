@@ -54,7 +54,7 @@ class Verdict:
     inexact: str = ""
     lost: str = ""
     wrong: str = ""
-    """An exit code or a reason that does not fit, a process left behind, or no end."""
+    """An exit code or a reason that does not fit, a process that is left, or no end."""
     seconds: float = 0.0
 
     @property
@@ -229,7 +229,7 @@ def _judge(run: Run, kind: Kind, fault: Fault, code: int) -> str:
 
 
 def _continue(run: Run, kind: Kind, verdict: Verdict) -> None:
-    """Give the command until the run is done; the first time it goes on from the newest checkpoint that is complete."""
+    """Give the command until the run is done; the first time it continues from the newest checkpoint that is complete."""
     expected = max((number_of(path) for path in run.complete()), default=0)
     was_done = read_state(run.run_dir) == State.done
     for again in range(AGAIN):
