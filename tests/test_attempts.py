@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -292,3 +293,21 @@ def test_wandb_has_one_run_and_each_step_once_across_attempts(
     assert sorted(set(mirrored), key=mirrored.index) == written
     assert all(mirrored.count(row) == 1 for row in mirrored if not killed or row[0] <= saved)
     assert [step for step, loss, _ in written if loss is not None] == list(range(1, 61))
+
+
+def test_an_attempt_that_cannot_write_its_number_is_not_taken_for_an_older_one(tmp_path: Path) -> None:
+    """On a full disk a folder can be made, and a file not be written."""
+    text = f"""
+import resource
+from pathlib import Path
+from trainers.rundir.attempt import Attempt
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+attempt = Attempt(Path({str(tmp_path)!r}))
+try:
+    attempt.claim()
+except OSError:
+    raise SystemExit(0 if attempt.is_current(at_once=True) else 1)
+raise SystemExit(2)
+"""
+    subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=60, check=True)
+    assert Attempt(tmp_path).claim() == 2

@@ -108,6 +108,8 @@ def test_what_the_launcher_concludes(code: int, status: Status, was_asked: bool,
         ([Failure(0, 1, 100.0), Failure(1, -9, 130.0)], None, 1, False),  # torch's agent killed what was left
         ([Failure(0, -6, 102.0), Failure(1, -9, 101.0)], 1, 1, True),  # NCCL aborts once a peer has gone
         ([Failure(0, -15, 100.0), Failure(1, -15, 100.0)], 0, 1, False),  # nobody has said anything
+        ([Failure(0, 1, 100.0), Failure(1, 127, 100.0)], 1, 1, False),  # the C library ends a process that gets no memory so
+        ([Failure(0, 127, 100.0), Failure(1, 1, 100.0)], 0, 1, True),
         ([Failure(0, 75, 101.0), Failure(1, -11, 100.0)], 1, 75, True),
     ],
 )

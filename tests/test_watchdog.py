@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -465,3 +466,23 @@ def test_a_continued_run_takes_new_limits_and_no_other_setting(tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"optim.lr"):
         freeze(make_job(compose([*settings, "optim.lr=1e-9", "train.step_timeout_s=70"])))
     assert load(changed.config_path) == frozen
+
+
+def test_a_process_that_has_run_out_of_files_can_still_say_so(tmp_path: Path) -> None:
+    text = f"""
+import os, resource
+from pathlib import Path
+from trainers.processes import free_reserve, keep_reserve
+keep_reserve()
+taken = {{int(name) for name in os.listdir("/proc/self/fd")}}
+resource.setrlimit(resource.RLIMIT_NOFILE, (max(taken), max(taken)))
+try:
+    while True:
+        os.open(os.devnull, os.O_RDONLY)
+except OSError:
+    pass
+free_reserve()
+Path({str(tmp_path / "said")!r}).write_text("no more files")
+"""
+    subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=60, check=True)
+    assert (tmp_path / "said").read_text() == "no more files"

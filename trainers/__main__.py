@@ -49,7 +49,7 @@ from trainers.model.export import check_export, export, reopen, sample_answer
 from trainers.peft.base import FILE, Adaptation, FullTraining
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
-from trainers.processes import exit_after, never_fail
+from trainers.processes import exit_after, free_reserve, keep_reserve, never_fail
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.base import base_of, pinned, require_same_base
@@ -78,6 +78,7 @@ EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
 def main(path: str) -> int:
     """Run one rank to its exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint, 76 a newer attempt has started."""
     never_fail()
+    keep_reserve()
     world = World.from_environment()
     log_to_terminal(world.rank)
     attempt = Attempt(Path(path).parent)
@@ -120,6 +121,7 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
     and what fails once a rank has stopped, fails because it has.
     """
     at = time.time()
+    free_reserve()
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, stopped, unwritten = True, False, ""
     try:

@@ -45,6 +45,22 @@ def _prepare(hold: tuple[signal.Signals, ...], last: signal.Signals, parent: int
     die_with_parent(parent, last)
 
 
+_reserve: list[Any] = []
+"""This process's."""
+
+
+def keep_reserve() -> None:
+    """Keep a little memory and a few open files, for a process that runs out of them to say so."""
+    _reserve.extend([bytearray(4 << 20), *(os.open(os.devnull, os.O_RDONLY) for _ in range(8))])
+
+
+def free_reserve() -> None:
+    """Give it back."""
+    while _reserve:
+        if isinstance(kept := _reserve.pop(), int):
+            os.close(kept)
+
+
 def exit_after(seconds: float, code: int) -> None:
     """End this process with `code` if it is still there then."""
     timer = threading.Timer(seconds, os._exit, (code,))

@@ -88,19 +88,29 @@ def _stop(run: Run, fault: Fault, rng: random.Random, pid: int | None) -> None:
         send(pid, signal.SIGCONT)
 
 
-def _limit(what: int, extra: int) -> Callable[[Run, Fault, random.Random, int | None], None]:
-    """Return what sets a limit of a running process: to `extra`, above what it has where that is memory."""
+def _limit(what: int, extra: int = 0) -> Callable[[Run, Fault, random.Random, int | None], None]:
+    """Return what sets a limit of a running process: to `extra` above what it has."""
 
     def harm(run: Run, fault: Fault, rng: random.Random, pid: int | None) -> None:
         if pid is None:
             return
         try:
-            has = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize() if what == resource.RLIMIT_AS else 0
+            has = _has(pid, what)
             resource.prlimit(pid, what, (has + extra, has + extra))
         except (OSError, ProcessLookupError):  # ended just now
             return
 
     return harm
+
+
+def _has(pid: int, what: int) -> int:
+    """Return what a process has of what a limit is about; of files the lowest number that is free, as the next one would get it."""
+    if what == resource.RLIMIT_AS:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    if what == resource.RLIMIT_NOFILE:
+        taken = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+        return next(number for number in range(len(taken) + 1) if number not in taken)
+    return 0
 
 
 def _fill(run: Run, fault: Fault, rng: random.Random, pid: int | None) -> None:
@@ -165,8 +175,8 @@ KINDS = {
     "term": Kind(ALL, _signal(signal.SIGTERM), frozenset({0, 75}), ""),
     "interrupt": Kind(("launcher",), _signal(signal.SIGINT), frozenset({0, 130}), ""),
     "no memory": Kind(RANKS, _limit(resource.RLIMIT_AS, 1 << 20), frozenset({0, 1}), MEMORY),
-    "no more files": Kind(RANKS, _limit(resource.RLIMIT_NOFILE, 0), frozenset({0, 1}), r"open files|file|descriptor|socket"),
-    "file too large": Kind(RANKS, _limit(resource.RLIMIT_FSIZE, 0), frozenset({0, 1}), r"File too large|left no reason"),
+    "no more files": Kind(RANKS, _limit(resource.RLIMIT_NOFILE), frozenset({0, 1}), r"open files|file|descriptor|socket"),
+    "file too large": Kind(RANKS, _limit(resource.RLIMIT_FSIZE), frozenset({0, 1}), r"File too large|left no reason"),
     "full disk": Kind((), _fill, frozenset({0, 1}), r"[Nn]o space|disk|full|space", disk=True),
     "byte flipped": Kind((), _flip, frozenset({0, 1, -9}), "", kills=True),
     "file truncated": Kind((), _truncate, frozenset({0, 1, -9}), "", kills=True),

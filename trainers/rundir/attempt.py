@@ -107,6 +107,7 @@ class Attempt:
         while True:
             try:
                 attempt_folder(self.run_dir, number).mkdir()
+                self.begin(number)  # what goes wrong from here on is this attempt's
                 break
             except FileExistsError:
                 number += 1

@@ -130,33 +130,41 @@ class Failure:
     at: float
     """In whole seconds."""
 
+    @property
+    def is_silent(self) -> bool:
+        """Tell whether no rank ends so by itself: a signal did it, or a library that ran out of memory."""
+        return self.code not in set(Exit)
+
 
 def first_killed(failures: list[Failure]) -> Failure | None:
     """Return the process whose death is the cause of all failures; None where a rank has said what the cause is.
 
-    The first to die of a signal, unless that was the agent's own SIGTERM after another rank's error. Else one that was killed soon
-    after the first failure: torch's agent kills what is left 30 s later, and what dies of other signals, such as NCCL's abort, does
-    so because another rank has failed.
+    The first to die of a signal, or with a code that no rank gives, unless that was the agent's own SIGTERM after another rank's error.
+    Else one that was killed soon after the first failure: torch's agent kills what is left 30 s later, and what dies of other signals,
+    such as NCCL's abort, does so because another rank has failed.
     """
     ordered = sorted(failures, key=lambda failure: failure.at)  # where equal, in the order in which they were found
-    first, said = ordered[0], any(failure.code > 0 for failure in ordered)
-    if first.code < 0 and not (said and first.code == -signal.SIGTERM):
+    first, said = ordered[0], not all(failure.is_silent for failure in ordered)
+    if first.is_silent and not (said and first.code == -signal.SIGTERM):
         return first
-    return next((failure for failure in ordered if failure.code == -signal.SIGKILL and failure.at <= first.at + TOGETHER_S), None)
+    soon = [failure for failure in ordered if failure.is_silent and failure.at <= first.at + TOGETHER_S]
+    return next((failure for failure in soon if failure.code == -signal.SIGKILL or failure.code > 0), None)
 
 
 def first_word(failures: list[Failure]) -> int:
     """Return the exit code of the first rank that ended by itself; Exit.failed where none did."""
-    codes = [failure.code for failure in sorted(failures, key=lambda failure: failure.at) if failure.code > 0]
+    codes = [failure.code for failure in sorted(failures, key=lambda failure: failure.at) if not failure.is_silent]
     return codes[0] if codes else Exit.failed
 
 
 def stops_others(failures: list[Failure]) -> bool:
     """Tell whether a death came first: the agent stops the other ranks by SIGTERM because of it, and they may say that they stopped."""
     first = min(failures, key=lambda failure: failure.at)
-    return first.code < 0 and first.code != -signal.SIGTERM
+    return first.is_silent and first.code != -signal.SIGTERM
 
 
 def killed_by(code: int) -> str:
-    """Say how a process ended, by its negative exit code."""
+    """Say how a process ended without a word of its own, by its exit code, which is negative where a signal ended it."""
+    if code > 0:
+        return f"ended with exit code {code} and left no reason"
     return f"was killed by {signal.Signals(-code).name}" + (" (out of memory, or kill -9)" if code == -signal.SIGKILL else "")
