@@ -36,6 +36,13 @@ def print_summary(run_dir: Path) -> None:
     if not summary:
         print(f"{run_dir}: done, but summary.json cannot be read")
         return
+    try:
+        _print_table(run_dir, summary)
+    except Exception as error:  # a value of another type than it should have, a terminal that takes no table
+        print(f"{run_dir}: done, but its summary cannot be shown ({type(error).__name__}: {error}): see {run_dir / paths.SUMMARY}")
+
+
+def _print_table(run_dir: Path, summary: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 

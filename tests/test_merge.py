@@ -390,6 +390,12 @@ def configured(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def quantisation_left(base: Path, more: dict[str, Tensor] | None = None) -> None:
+    save_file(load_file(base / "model.safetensors") | (more or {}), base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+
+
 def cut(path: Path, count: int = 100) -> None:
     path.write_bytes(path.read_bytes()[:-count])
 
@@ -424,12 +430,21 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
     "base without weights": (lambda a, b: (b / "model.safetensors").unlink(), ["the base", "model.safetensors is missing"]),
     "truncated base": (lambda a, b: cut(b / "model.safetensors"), ["the base", "truncated"]),
     "quantised base": (
-        lambda a, b: (b / "config.json").write_text(
-            json.dumps(json.loads((b / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}})
-        ),
-        ["is quantised", "--model DIR"],
+        lambda a, b: quantisation_left(b, {"model.norm.codes": torch.zeros(2, 2, dtype=torch.uint8)}),
+        ["quantised (bitsandbytes)", "--model DIR"],
     ),
 }
+
+
+def test_what_is_left_of_quantisation_in_the_base_s_config_is_left_out(
+    bases: dict[str, Path], adapter: Callable[[str], Path], tool: Callable[..., str], tmp_path: Path
+) -> None:
+    base, mine = shutil.copytree(bases["tied"], tmp_path / "base"), shutil.copytree(adapter("lora"), tmp_path / "mine")
+    configured(mine, base_model_name_or_path=str(base))
+    quantisation_left(base)
+    said = tool(mine, tmp_path / "out")
+    assert "largest difference" in said
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
 
     from trainers.data.tokenizer import load_tokenizer, stop_ids
     from trainers.model.blueprint import make_blueprint
-    from trainers.model.export import export
+    from trainers.model.export import export, generation_config
     from trainers.model.saved_form import saved_form
     from trainers.model.weights import origin_of
 
@@ -95,6 +95,8 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     form = saved_form(built, origin, blueprint.config, lambda _: blueprint.saved_dtype)
     require_space(sum(tensor.nbytes for tensor in form.contents.values()), out)
     weights = with_bar(pieces(form.live, stored, buffers), sum(tensor.nbytes for tensor in form.live.values()))
+    if refused := generation_config(blueprint, tokenizer, stop_ids(tokenizer))[1]:
+        print(f"left out of generation_config.json, since transformers does not save it: {', '.join(refused)}")
     export(weights, form, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
     files = list(out.glob("*.safetensors"))
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started

@@ -45,10 +45,10 @@ from trainers.health.spikes import TrainingFailed
 from trainers.health.watchdog import watchdog
 from trainers.loop import Outcome, as_figures, train
 from trainers.model.blueprint import Blueprint, flops_per_token, make_blueprint, positions_limit
-from trainers.model.export import check_export, export, reopen, sample_answer
+from trainers.model.export import check_export, export, rehearse_export, reopen, sample_answer
 from trainers.peft.base import FILE, Adaptation, FullTraining
 from trainers.peft.nf4 import round_base
-from trainers.peft.saved import export_adapter, reopen_adapter, require_moved
+from trainers.peft.saved import export_adapter, rehearse_adapter, reopen_adapter, require_moved
 from trainers.processes import exit_after, free_reserve, keep_reserve, never_fail
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, Superseded
@@ -168,8 +168,24 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
     watch.enter(Phase.loading)
-    with contextlib.closing(build_engine(config, world, blueprint)) as engine:
+    rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
+    with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:
         return train_and_export(config, world, attempt, engine, data, blueprint, tokenizer)
+
+
+def rehearse(world: World, attempt: Attempt, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast, adaptation: Adaptation) -> None:
+    """Let rank 0 try the end of the run before weights are read; raises its ConfigError on every rank. Collective."""
+    fault: dict[str, str] | None = None
+    if world.rank == 0:
+        try:
+            if isinstance(adaptation, FullTraining):
+                rehearse_export(adaptation.form, blueprint, tokenizer, stop_ids(tokenizer), attempt.run_dir / paths.EXPORT)
+            else:
+                rehearse_adapter(adaptation, blueprint, tokenizer, attempt.run_dir / paths.EXPORT)
+        except ConfigError as error:
+            fault = error.parts()
+    if (found := world.from_first(fault)) is not None:
+        raise ConfigError(**found)
 
 
 def train_and_export(
@@ -327,7 +343,7 @@ def _try_export(
     if sum(path.stat().st_size for path in files) > REOPEN_BELOW:
         return None
     if is_adapter:
-        plain = reopen(base, config.model.trust_remote_code) if base else blueprint.build("cpu")
+        plain = reopen(base, config.model.trust_remote_code, blueprint.config) if base else blueprint.build("cpu")
         model = reopen_adapter(folder, round_base(plain, adaptation))
     else:
         model = reopen(folder, config.model.trust_remote_code)
@@ -340,9 +356,18 @@ def _try_export(
     log.info(
         "export reopened with plain %s: %.1e nats a token from the trained model", "peft" if is_adapter else "transformers", difference
     )
+    return _try_sample(config, model, tokenizer, data)
+
+
+def _try_sample(config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerFast, data: Prepared) -> dict[str, str] | None:
+    """Return an answer to the first held-out prompt; a model that does not answer is warned of, and does not fail its run."""
     if not config.train.sample_tokens:
         return None
-    return sample_answer(model, tokenizer, (data.eval or data.train).prompt(0).tolist(), config.train.sample_tokens)
+    try:
+        return sample_answer(model, tokenizer, (data.eval or data.train).prompt(0).tolist(), config.train.sample_tokens)
+    except Exception as error:  # whatever transformers' generate, or code that comes with a model, raises
+        log.warning("no sample answer: %s: %s", type(error).__name__, " ".join(str(error).split()))
+        return None
 
 
 def _as_table(title: str, rows: dict[str, Any]) -> Table:

@@ -15,7 +15,7 @@ from trainers.cache import content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Quantisation, RunConfig
 from trainers.data.tokenizer import load_tokenizer
-from trainers.model.blueprint import Blueprint, make_blueprint
+from trainers.model.blueprint import Blueprint, make_blueprint, open_config
 from trainers.model.weights import origin_of
 from trainers.peft.adapt import adapt
 from trainers.peft.nf4 import round_base
@@ -70,7 +70,10 @@ class Subject:
         where = "auto" if device.type == "cuda" and device.index is None else {"": device} if device.type == "cuda" else None
         folder = self.base if self.folder is None or self.is_adapter else self.folder
         trust = self.config.model.trust_remote_code
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=where, trust_remote_code=trust)
+        config = open_config(folder, trust)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, device_map=where, trust_remote_code=trust
+        )
         model.requires_grad_(False)
         if self.is_adapter:
             assert self.folder is not None

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from tools.merge.adapter import PREFIX, Adapter, AdapterFiles, Unfit
-from trainers.model.blueprint import Blueprint
+from trainers.config.errors import ConfigError
+from trainers.model.blueprint import Blueprint, read_config
 from trainers.model.safetensors_files import FLOATS, listed
 from trainers.model.saved_form import SavedForm, saved_form
 from trainers.model.weights import Grown, Origin, origin_of, tied_names
@@ -183,11 +183,12 @@ def base_blueprint(folder: Path, trust_remote_code: bool, adapters: Sequence[Ada
     Raises Unfit for a base that is quantised, or adapters that do not agree.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = read_config(folder, trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise Unfit(f"the base {folder} cannot be opened: {' '.join(str(error).split())}") from error
-    if getattr(config, "quantization_config", None):
-        raise Unfit(f"the base {folder} is quantised: --model DIR names the model in bf16 or fp32 that it was made of")
+    except ConfigError as error:
+        remedy = "--model DIR names the model in bf16 or fp32 that it was made of"
+        raise Unfit(f"the base {folder} {error.reason}: {remedy}" if "quantised" in error.reason else f"the base {error}") from error
     blueprint = Blueprint(config=config, folder=folder, revision=None, seed=0, trust_remote_code=trust_remote_code)
     model = blueprint.build()
     embedding: Any = model.get_input_embeddings()

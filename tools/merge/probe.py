@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from tools.merge.adapter import units_of
 from tools.merge.combine import LIBRARY_METHODS, METHODS, Merge
 from trainers import host
+from trainers.model.blueprint import open_config
 from trainers.peft.base import ADAPTER
 
 PROBE_ROWS, PROBE_TOKENS = 2, 32
@@ -102,8 +103,10 @@ def adapted(merge: Merge) -> PreTrainedModel | None:
         return None
     if together and any(adapter.beside_plain_lora() for adapter in merge.adapters):
         return None
+    assert merge.blueprint.folder is not None
+    config = open_config(merge.blueprint.folder, merge.blueprint.trust_remote_code)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        str(merge.blueprint.folder), dtype=torch.float32, trust_remote_code=merge.blueprint.trust_remote_code
+        str(merge.blueprint.folder), config=config, dtype=torch.float32, trust_remote_code=merge.blueprint.trust_remote_code
     )
     if merge.blueprint.vocab_on_disk is not None:
         model.resize_token_embeddings(merge.blueprint.config.get_text_config().vocab_size, mean_resizing=False)

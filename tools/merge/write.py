@@ -161,9 +161,14 @@ def readable(merge: Merge, contents: dict[str, Tensor]) -> Iterator[tuple[str, T
 
 def write_config(merge: Merge, base: Path, form: SavedForm, dtype: str | None, folder: Path) -> None:
     """Write the base's config as it is but for the type, a vocabulary that has grown and tensors that are no longer tied."""
+    from trainers.model.blueprint import QUANTISED
+
     config: dict[str, Any] = json.loads((base / "config.json").read_text("utf-8"))
     text = merge.blueprint.config.get_text_config()
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for name in QUANTISED:
+            part.pop(name, None)
     for part in parts if dtype is not None else ():
         if part.keys() & {"dtype", "torch_dtype"}:
             part.pop("torch_dtype", None)

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -13,6 +14,7 @@ from trainers import host
 from trainers.config.schema import EngineName, Offload, RunConfig
 from trainers.engines.base import Engine, require_host
 from trainers.model.blueprint import Blueprint
+from trainers.peft.base import Adaptation
 from trainers.world import World
 
 log = logging.getLogger("fulltune")
@@ -49,13 +51,16 @@ def outline(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
     return class_of(config)(config, world, blueprint)
 
 
-def build_engine(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
-    """Build the engine the config names, weights loaded."""
+def build_engine(
+    config: RunConfig, world: World, blueprint: Blueprint, before_weights: Callable[[Adaptation], None] = lambda _: None
+) -> Engine:
+    """Build the engine the config names, weights loaded; what `before_weights` raises ends it before one is read."""
     if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
         log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
     engine = outline(config, world, blueprint)
     require_host(config, world, engine)
     try:
+        before_weights(engine.adaptation)
         engine.fill(engine.adaptation.origin)
     except BaseException:
         engine.close()

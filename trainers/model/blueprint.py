@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,9 +27,12 @@ from transformers import (
 from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import Attention, ModelConfig
+from trainers.model.safetensors_files import FLOATS, Weights, listed
 from trainers.model.weights import load_parts, materialise, origin_of, tied_names
 
-SHARD_BYTES = 4 << 30
+log = logging.getLogger("fulltune")
+QUANTISED = ("quantization_config", "compression_config")
+"""Fields of a config that say how its weights are quantised."""
 
 
 @dataclass(kw_only=True)
@@ -79,8 +83,46 @@ def make_blueprint(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizer
         config = from_architecture(model.architecture, tokenizer)
     else:
         folder, revision = _fetch(model)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+        config = read_config(folder, model.trust_remote_code)
     return blueprint_of(model, seed, config, len(tokenizer), folder, revision)
+
+
+def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Return a model directory's config; raises ConfigError where its weights are quantised."""
+    config = open_config(folder, trust_remote_code)
+    if methods := _quantisation(config):
+        kinds = listed(_quantised_types(folder))
+        reason = f"holds weights as {kinds}: quantised ({listed(methods)}), which cannot be trained further as they are"
+        raise ConfigError("model.id", str(folder), reason, "name the checkpoint in bf16 or fp32")
+    return config
+
+
+def open_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
+    """Return a model directory's config, without a quantization_config that is left of other weights than those on disk."""
+    config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if (methods := _quantisation(config)) and not _quantised_types(folder):
+        for part in _parts(config):
+            for name in QUANTISED:
+                if hasattr(part, name):
+                    delattr(part, name)
+        said = "%s/config.json asks for quantised weights (%s), and those in its files are not quantised: left out, in the export too"
+        log.warning(said, folder, listed(methods))
+    return config
+
+
+def _quantised_types(folder: Path) -> list[str]:
+    """Return the types of matrices on disk that are not floating-point numbers of 16 bits or more."""
+    return sorted({stored.type for stored in Weights(folder).stored.values() if len(stored.shape) > 1} - set(FLOATS))
+
+
+def _quantisation(config: PreTrainedConfig) -> list[str]:
+    """Return the methods that a config names for itself or a part."""
+    settings = [found for part in _parts(config) for name in QUANTISED if (found := getattr(part, name, None))]
+    return sorted({str(found.get("quant_method", "unnamed") if isinstance(found, dict) else found.quant_method) for found in settings})
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    return [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
 
 
 def blueprint_of(

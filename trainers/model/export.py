@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from trainers.config.errors import ConfigError
 from trainers.model.blueprint import Blueprint
 from trainers.model.safetensors_files import INDEX, TYPES, Weights, listed
 from trainers.model.saved_form import Pieces, SavedForm, misfit
+from trainers.units import in_bytes
 
+log = logging.getLogger("fulltune")
 SHARD_BYTES = 4 << 30
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "top_h", "epsilon_cutoff", "eta_cutoff")
+"""Settings that mean nothing without do_sample."""
 Sums = dict[str, int]
 """CRC-32 of the bytes of each tensor as they were written."""
 
@@ -161,21 +178,80 @@ def _header(tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int]]:
 
 def write_configs(
     config: PreTrainedConfig, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: Path
-) -> None:
-    """Write config, tokenizer and a generation config that stops at the end of a turn."""
+) -> list[str]:
+    """Write config, tokenizer and a generation config that stops at the end of a turn, with the processors and code of the base.
+
+    Returns the settings of the base's generation config that transformers refuses to save, and that are left out.
+    """
     config.dtype = blueprint.saved_dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    base = blueprint.folder
-    known = base is not None and (base / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(str(base)) if known else GenerationConfig.from_model_config(config)
+    generation, refused = generation_config(blueprint, tokenizer, stop_ids)
+    generation.save_pretrained(folder)
+    if blueprint.folder is not None:
+        processors = blueprint.folder.glob("*processor_config.json") if type(config) is type(blueprint.config) else ()
+        for path in (*processors, *(blueprint.folder.glob("*.py") if blueprint.trust_remote_code else ())):
+            shutil.copyfile(path, folder / path.name)
+    return refused
+
+
+def generation_config(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int]) -> tuple[GenerationConfig, list[str]]:
+    """Return the base's generation config with the stop ids of training, and the names of settings that transformers refuses to save."""
+    file = blueprint.folder / "generation_config.json" if blueprint.folder else None
+    refused: list[str] = []
+    try:
+        known = file is not None and file.is_file()
+        generation = (
+            GenerationConfig.from_pretrained(str(blueprint.folder)) if known else GenerationConfig.from_model_config(blueprint.config)
+        )
+    except Exception:  # whatever transformers raises for values of another version, or written by hand
+        generation, refused = _savable(_settings_in(file))
     stops = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else list(generation.eos_token_id or [])
     generation.eos_token_id = list(dict.fromkeys([*stops, *stop_ids])) or None
     if generation.pad_token_id is None and tokenizer.pad_token_id is not None:
         generation.pad_token_id = tokenizer.pad_token_id
-    if any(getattr(generation, name) not in (None, 1.0, 50) for name in ("temperature", "top_p", "top_k")):
+    if generation.do_sample is None and any(getattr(generation, name) not in (None, 0.0, 1.0, 50) for name in SAMPLING):
         generation.do_sample = True  # older models ship sampling settings without it, which is no longer saved
-    generation.save_pretrained(folder)
+    if not _is_savable(generation):
+        generation, more = _savable({name: value for name, value in vars(generation).items() if not name.startswith("_")})
+        refused += more
+    return generation, refused
+
+
+def _settings_in(file: Path | None) -> dict[str, Any]:
+    """Return what a generation config's file says; empty where it is not such a file."""
+    try:
+        settings = json.loads(file.read_text("utf-8")) if file is not None else {}
+    except (OSError, ValueError):
+        log.warning("%s is not JSON: the export has a generation config of its own", file)
+        settings = {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _is_savable(generation: GenerationConfig) -> bool:
+    try:
+        generation.validate(strict=True)
+        generation.to_json_string()
+    except Exception:  # transformers checks types by using them
+        return False
+    return True
+
+
+def _savable(settings: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
+    """Return a generation config of those settings that transformers saves together, and the names of the others.
+
+    One is added at a time, again and again, since some are valid only with others.
+    """
+    kept, left, count = GenerationConfig(), dict(settings), -1
+    while len(left) != count:
+        count = len(left)
+        for name, value in list(left.items()):
+            trial = copy.deepcopy(kept)
+            setattr(trial, name, value)
+            if _is_savable(trial):
+                kept = trial
+                del left[name]
+    return kept, sorted(left)
 
 
 def check_export(folder: Path, contents: Iterable[tuple[str, Tensor]], sums: Sums, read: bool, file: str = "model.safetensors") -> None:
@@ -196,9 +272,70 @@ def check_export(folder: Path, contents: Iterable[tuple[str, Tensor]], sums: Sum
         raise RuntimeError(f"the export in {folder} holds {min(left)}, which the model does not")
 
 
-def reopen(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """Load the export as a user would, with plain transformers, on the CPU."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def rehearse(
+    contents: dict[str, Tensor],
+    configure: Callable[[Path], None],
+    reopened: Callable[[Path], None],
+    blueprint: Blueprint,
+    folder: Path,
+    file: str = "model.safetensors",
+) -> None:
+    """Try the end of a run before it begins: write next to `folder` what `configure` adds and one tensor, open it and remove it.
+
+    Raises ConfigError for a disk that is full or cannot be written, and for what cannot be saved or opened again.
+    """
+    need, have = sum(tensor.nbytes for tensor in contents.values()), shutil.disk_usage(folder.parent).free
+    if need > have:
+        reason = f"the export needs {in_bytes(need)}, and {in_bytes(have)} are free on its disk"
+        raise ConfigError("run_dir", str(folder.parent), reason, "free space, or name another run_dir")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(
+            "run_dir", str(folder.parent), f"{folder} is not a directory, and the export will be", f"mv {folder} {folder}.old"
+        )
+    name = min(contents, key=lambda name: contents[name].nbytes)
+    one = {name: torch.zeros(contents[name].shape, dtype=contents[name].dtype)}
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent) as place:
+            configure(Path(place))
+            _write_weights(one.items(), one, Path(place), [one], file)
+            Weights(Path(place), file).read_whole(name)
+            reopened(Path(place))
+    except Exception as error:  # whatever transformers raises for what it loads and does not save
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if isinstance(error, OSError) and error.errno is not None:  # transformers raises OSError without a number, for files that it misses
+            reason, remedy = f"the export cannot be written there: {said}", "free space, or name another run_dir"
+            raise ConfigError("run_dir", str(folder.parent), reason, remedy) from error
+        reason = f"what this run would export cannot be saved and opened again: {said}"
+        raise ConfigError("model.id", str(blueprint.folder), reason, "correct the config and tokenizer files there") from error
+
+
+def rehearse_export(form: SavedForm, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], folder: Path) -> None:
+    """Rehearse the export of a whole model; raises ConfigError, and says what of the base it will leave out."""
+
+    def configure(place: Path) -> None:
+        if refused := write_configs(form.config, blueprint, tokenizer, stop_ids, place):
+            log.warning("the export leaves out of generation_config.json what transformers does not save: %s", ", ".join(refused))
+
+    def reopened(place: Path) -> None:
+        config = AutoConfig.from_pretrained(place, trust_remote_code=blueprint.trust_remote_code)
+        GenerationConfig.from_pretrained(place)
+        require_same(tokenizer, place, blueprint.trust_remote_code)
+        replace(blueprint, config=config, folder=None).build()
+
+    rehearse(form.contents, configure, reopened, blueprint, folder)
+
+
+def require_same(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_code: bool) -> None:
+    """Raise RuntimeError unless the tokenizer saved in a folder is opened as it was."""
+    again = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if len(again) != len(tokenizer) or again.chat_template != tokenizer.chat_template:
+        raise RuntimeError(f"the tokenizer had {len(tokenizer)} tokens and has {len(again)}, or another chat template, once saved")
+
+
+def reopen(folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """Load the export as a user would, with plain transformers, on the CPU; a base with `config` in place of its own."""
+    more = {} if config is None else {"config": copy.deepcopy(config)}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **more)
     model.eval()
     return model
 
@@ -208,7 +345,11 @@ def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + num_tokens
     ids = torch.tensor([list(prompt_ids)[-max(1, longest - num_tokens) :]])
     limit = min(num_tokens, longest - ids.shape[1])
+    ends = model.generation_config
+    model.generation_config = GenerationConfig(  # the base's may ask for other decoding
+        max_new_tokens=max(1, limit), do_sample=False, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
+    )
     with torch.no_grad():
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max(1, limit), do_sample=False)  # type: ignore[operator]
+        output = model.generate(ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
     prompt, answer = tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
     return {"prompt": str(prompt), "answer": str(answer).strip()}

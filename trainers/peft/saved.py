@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.config.errors import ConfigError
-from trainers.model.export import Sums, write_folder
+from trainers.model.blueprint import Blueprint
+from trainers.model.export import Sums, rehearse, require_same, write_folder
 from trainers.model.safetensors_files import Weights, listed
 from trainers.model.saved_form import finite
 from trainers.model.weights import is_finite
@@ -93,11 +94,25 @@ def export_adapter(
 ) -> Sums:
     """Write a PEFT adapter directory, complete or absent. Every rank drains `weights`; the one with `write` writes."""
 
-    def configure(staging: Path) -> None:
-        adaptation.library_config.save_pretrained(str(staging))
-        tokenizer.save_pretrained(staging)
+    return write_folder(
+        finite(weights), adaptation.contents(), partial(_configure, adaptation, tokenizer), folder, write, file=FILE, mark=mark
+    )
 
-    return write_folder(finite(weights), adaptation.contents(), configure, folder, write, file=FILE, mark=mark)
+
+def _configure(adaptation: Adaptation, tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
+    adaptation.library_config.save_pretrained(str(staging))
+    tokenizer.save_pretrained(staging)
+
+
+def rehearse_adapter(adaptation: Adaptation, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Rehearse the export of an adapter; raises ConfigError."""
+    import peft
+
+    def reopened(place: Path) -> None:
+        peft.PeftConfig.from_pretrained(str(place))
+        require_same(tokenizer, place, blueprint.trust_remote_code)
+
+    rehearse(adaptation.contents(), partial(_configure, adaptation, tokenizer), reopened, blueprint, folder, FILE)
 
 
 def require_moved(folder: Path) -> None:
