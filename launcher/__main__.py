@@ -9,11 +9,12 @@ from typing import Protocol
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from launcher import config as schema
 from launcher import help as help_text
-from launcher import local, plan, presets, slurm, sweep, torchrun
+from launcher import local, plan, presets, slurm, sweep, torchrun, ways
 from launcher.compose import checked, compose_with, explained
 from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
 from launcher.freeze import freeze
@@ -57,10 +58,14 @@ def main() -> int:
     for file in presets.hidden(arguments.config_dir):
         print(f"{file} is not used: fulltune has a preset of that name; give yours another", file=sys.stderr)
     with explained(arguments.overrides, arguments.config_dir):
+        ways.require_ours(arguments)
         try:
             composed = compose_command_line()
         except KeyboardInterrupt:
             return Exit.interrupted
+        except Exception:
+            sweep.forget()
+            raise
         if composed is None:
             return sweep.worst(sweep.codes)
         config = checked(composed)
@@ -82,6 +87,7 @@ def compose_command_line() -> DictConfig | None:
 
     @hydra.main(config_path=str(presets.CONF), config_name="config", version_base="1.3")
     def take(config: DictConfig) -> None:
+        ways.require_own_settings(HydraConfig.get())
         composed.append(config)
 
     before = os.environ.get("HYDRA_FULL_ERROR")

@@ -29,8 +29,11 @@ def _from_command_line(path: str, overrides: list[str]) -> tuple[str, Any] | Non
             override = OverridesParser.create().parse_override(text)
         except HydraException:
             continue
-        value = None if override.is_sweep_override() else override.value()
-        inside = _inside(value, path, override.key_or_group)
+        if override.is_sweep_override():  # a point's value, which this does not say
+            if override.key_or_group == path:
+                return f"command line: {text}", UNSET
+            continue
+        inside = _inside(override.value(), path, override.key_or_group)
         if inside is not UNSET:
             return f"command line: {text}", inside
     return None

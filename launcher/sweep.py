@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from launcher import local, plan, slurm
 from launcher.compose import checked
 from launcher.config import Backend, Mode
 from launcher.fields import all_fields
-from launcher.freeze import freeze
+from launcher.freeze import freeze, require_joinable
 from launcher.job import Job, make_job
 from launcher.report import read_summary
 from trainers.config.derived import peak_lr
@@ -34,6 +35,20 @@ from trainers.rundir.ending import Exit, State
 PLUGINS = Path(__file__).parent / "plugins"
 LONGEST_NAME = 120
 
+RECORD = "multirun.yaml"
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was in a sweep's place."""
+
+    record: Path
+    content: bytes | None
+    missing: list[Path]
+    """Folders that were not there, innermost first."""
+
+
+before: list[Before] = []
 codes: list[int] = []
 """Exit codes of the points that were run or submitted, over all batches of the sweeper."""
 
@@ -104,6 +119,20 @@ def launch(points: Iterable[tuple[list[str], DictConfig]], folder: Path, constan
     Each has its own folder in `folder`, named by those of its overrides whose keys are not `constant`.
     Returns each with its held-out loss (training loss where nothing is held out), once it is known.
     """
+    try:
+        return _launch(points, folder, constant)
+    except ConfigError as error:
+        raise _of_sweep(error, folder) from error
+
+
+def _of_sweep(error: ConfigError, folder: Path) -> ConfigError:
+    """Return an error with a remedy that a sweep takes: its points have no run_dir of their own."""
+    if "run_dir=" not in error.remedy:
+        return error
+    return ConfigError(error.path, error.value, error.reason, f"hydra.sweep.dir={folder}-new, or what the points there began with")
+
+
+def _launch(points: Iterable[tuple[list[str], DictConfig]], folder: Path, constant: set[str]) -> list[JobReturn]:
     overrides, jobs, modes = [], [], []
     for given, config in points:
         job, mode = _point(given, config, folder, constant)
@@ -116,7 +145,7 @@ def launch(points: Iterable[tuple[list[str], DictConfig]], folder: Path, constan
         for job in jobs:
             commands = slurm.commands(job) if _on_slurm(job) else local.commands(job)
             print("\n".join([f"# {job.run_dir}", f"# peak learning rate {peak_lr(job.run.optim, job.run.peft)}", *commands, ""]))
-        _forget_sweep(jobs[0].run_dir.parent)
+        forget()
         return [JobReturn(_return_value=None, status=JobStatus.COMPLETED) for _ in jobs]
     if modes[0] is Mode.plan:
         codes.append(plan.plan(jobs))
@@ -124,6 +153,8 @@ def launch(points: Iterable[tuple[list[str], DictConfig]], folder: Path, constan
     if _on_slurm(jobs[0]):
         rest = [job for job in jobs if read_state(job.run_dir) != State.done]
         plan.require_fit([job for job, word in zip(rest, slurm.states(rest), strict=True) if not word])
+    for job in jobs:
+        require_joinable(job)
     for job in jobs:
         freeze(job)
     (slurm_array if _on_slurm(jobs[0]) else one_by_one)(jobs)
@@ -133,10 +164,23 @@ def launch(points: Iterable[tuple[list[str], DictConfig]], folder: Path, constan
     ]
 
 
-def _forget_sweep(folder: Path) -> None:
-    """Remove the folder that Hydra has made before it asked us, and its multirun.yaml in there, where there is nothing else."""
-    if folder.is_dir() and [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
-        shutil.rmtree(folder)
+def look(folder: Path) -> None:
+    """Note what is in a sweep's place before Hydra makes its folder and multirun.yaml, which it does before it asks us."""
+    record = folder / RECORD
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    before.append(Before(record, record.read_bytes() if record.is_file() else None, missing))
+
+
+def forget() -> None:
+    """Undo what Hydra has made of a sweep that is refused or only printed: its record is again that of the points that are there."""
+    for was in before:
+        if was.content is not None:
+            was.record.write_bytes(was.content)
+        elif was.record.is_file() and not any(path.is_dir() for path in was.record.parent.iterdir()):
+            was.record.unlink()
+        with contextlib.suppress(OSError):  # there are points in it
+            for path in was.missing:
+                path.rmdir()
 
 
 def one_by_one(jobs: list[Job]) -> None:
@@ -150,7 +194,7 @@ def one_by_one(jobs: list[Job]) -> None:
         try:
             codes.append(local.submit(job))
         except ConfigError as error:  # what only the ranks can find
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {_of_sweep(error, job.run_dir.parent)}", file=sys.stderr, flush=True)
             codes.append(Exit.failed)
         if codes[-1] == Exit.interrupted:
             raise KeyboardInterrupt

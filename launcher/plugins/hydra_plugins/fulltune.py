@@ -15,7 +15,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from launcher import presets, sweep
+from launcher import presets, sweep, ways
 
 
 class Points(Launcher):  # type: ignore[misc]
@@ -26,6 +26,9 @@ class Points(Launcher):  # type: ignore[misc]
         parsed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         swept = {override.key_or_group: override.is_sweep_override() for override in parsed}  # the last one of a key counts
         self.constant = {key for key, is_swept in swept.items() if not is_swept}
+        ways.require_own_settings(config.hydra)
+        self.folder = Path(os.path.abspath(Path(str(config.hydra.sweep.dir)).expanduser()))
+        sweep.look(self.folder)
         self.config, self.loader = config, sweep.PointLoader(hydra_context.config_loader, self.constant)
         context: Any = hydra_context
         context.config_loader = self.loader  # the sweeper composes every point too, to see whether it can be
@@ -33,7 +36,7 @@ class Points(Launcher):  # type: ignore[misc]
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run or submit a batch of points; a sweeper that looks for the best gets their held-out losses."""
         points = ((list(given), self.loader.load_sweep_config(self.config, list(given))) for given in job_overrides)
-        return sweep.launch(points, Path(os.path.abspath(Path(str(self.config.hydra.sweep.dir)).expanduser())), self.constant)
+        return sweep.launch(points, self.folder, self.constant)
 
 
 class OwnPresets(SearchPathPlugin):  # type: ignore[misc]
