@@ -48,7 +48,7 @@ def show(config: RunConfig, num_rows: int, split: str) -> None:
     if table is None:
         raise ConfigError("data.eval_fraction", config.data.eval_fraction, "there are no held-out rows to show", "data.eval_fraction=0.05")
     console = Console()
-    console.print(summary(prepared.report), highlight=False, markup=False)
+    console.print(summary(prepared.report, prepared.reused), highlight=False, markup=False)
     order = row_order(config.seed, 0, len(table)) if split == "train" else range(len(table))
     for row in list(order)[:num_rows]:
         console.print(render_row(table, int(row), tokenizer, marks=console.color_system is None or console.no_color), soft_wrap=True)

@@ -164,7 +164,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     watchdog.log_to(attempt.folder)
     if world.rank == 0:
         preflight.say(readings, findings)
-        console.print(summary(data.report), soft_wrap=True, highlight=False)
+        console.print(summary(data.report, data.reused), soft_wrap=True, highlight=False)
         _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
     watch.enter(Phase.loading)

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers import host
+from trainers.config.derived import sources_of
 from trainers.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
+from trainers.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,8 +47,9 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(options, folder)
         tokenizer = load_tokenizer(config)
-        rows = list(sources.rows(config.data, sources.data_path(config.data), config.objective.name))
-        encoder = encoder_of(config, tokenizer, prepare.find_layout(config, sources.data_path(config.data)))
+        source = sources_of(config.data)[0]
+        rows = list(sources.rows(source, config.objective.name))
+        encoder = encoder_of(config, tokenizer, prepare.find_layout(config, source))
         table = Table(
             "measured",
             "here",
@@ -58,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         for processes in sorted({1, host.cores()}):
             rate, documents = _encode(encoder, rows, processes)
             reference = f"{REFERENCE['rows_per_second']:,} rows/s" if processes == 1 else ""
-            table.add_row(f"rows to masked tokens, {processes} process(es)", f"{rate:,.0f} rows/s", reference)
+            table.add_row(f"rows to masked tokens, {plural(processes, 'process')}", f"{rate:,.0f} rows/s", reference)
         lengths = np.concatenate([part.lengths for part in documents])
         started = time.perf_counter()
         packed = len(pack(lengths, options.seq_len)[1]) - 1

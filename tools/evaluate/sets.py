@@ -44,6 +44,9 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
     path = config.evaluation.path
     if path is not None:
         data = dataclasses.replace(config.data, source=DataSource.files, path=path, eval_path=None, eval_fraction=0.0, packing=False)
+        data = dataclasses.replace(data, split=data.eval_split or data.split, eval_split=None)
+        if path != config.data.path:
+            data = dataclasses.replace(data, config=None, data_files=[], revision=None)
         prepared = prepare(dataclasses.replace(config, data=data), tokenizer=tokenizer)
         table: TokenTable | None = prepared.train
     else:

@@ -14,6 +14,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import (
     AdapterInit,
     Attention,
+    DataConfig,
     DataSource,
     EngineConfig,
     EngineName,
@@ -116,6 +117,10 @@ NOT_EMPTY = (
     "model.tokenizer",
     "data.path",
     "data.eval_path",
+    "data.split",
+    "data.eval_split",
+    "data.config",
+    "data.revision",
     "data.template",
     "engine.nvme_path",
     "peft.adapter",
@@ -123,7 +128,9 @@ NOT_EMPTY = (
     "evaluation.general",
     "evaluation.extract",
 )
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet", ".arrow", ".txt", ".md")
+FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""What the name of a file of FILE_TYPES may have after it; parquet and arrow compress their own content."""
 
 
 def value_at(config: object, path: str) -> Any:
@@ -185,7 +192,15 @@ def looks_local(name: str) -> bool:
     """Tell a path from a hub id: it exists, or has not the form OWNER/NAME."""
     if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         return True
-    return Path(name).suffix in FILE_TYPES or name.startswith("runs/")
+    return file_type(name) in FILE_TYPES or name.startswith("runs/")
+
+
+def file_type(name: str) -> str:
+    """Return the suffix that says what a file holds, in small letters and without that of its compression; '' where none does."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def require_model_directory(path: str, value: str) -> None:
@@ -208,6 +223,7 @@ def _validate_data(config: RunConfig) -> None:
         value = getattr(data, name)
         if value is not None and looks_local(value) and not Path(value).exists():
             raise ConfigError(f"data.{name}", value, "no such file or directory")
+    _validate_source(data)
     if data.eval_path is not None and data.eval_fraction:
         raise ConfigError(
             "data.eval_fraction", data.eval_fraction, f"data.eval_path is also given ({data.eval_path})", "give one of the two"
@@ -222,6 +238,18 @@ def _validate_data(config: RunConfig) -> None:
         )
     if data.seq_len < 2:
         raise ConfigError("data.seq_len", data.seq_len, "a row needs two tokens to have one to predict")
+
+
+def _validate_source(data: DataConfig) -> None:
+    """Refuse what only a directory or a hub data set has."""
+    if data.eval_split is not None and data.eval_path is None:
+        raise ConfigError("data.eval_split", data.eval_split, "data.eval_path is not set", f"data.eval_path={data.path}")
+    here = data.source is not DataSource.files or Path(str(data.path)).exists()
+    if data.revision is not None and here:
+        raise ConfigError("data.revision", data.revision, "only a hub data set has revisions", "leave it out")
+    for name in ("config", "data_files"):
+        if getattr(data, name) and here and not Path(str(data.path)).is_dir():
+            raise ConfigError(f"data.{name}", getattr(data, name), "data.path is neither a directory nor a hub data set", "leave it out")
 
 
 def _validate_training(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""What follows from several settings together: the learning rate with its source, a run's length, and how a step's rows are split."""
+"""What follows from several settings together: learning rate and its source, a run's length, where rows come from, a step's split."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, PeftMethod, Schedule, TrainConfig
+from trainers.config.schema import DataConfig, DataSource, OptimConfig, OptimizerName, PeftConfig, PeftMethod, Schedule, TrainConfig
 
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
@@ -31,6 +31,26 @@ class Peak(NamedTuple):
         """Return it in words, with its source."""
         product = f" {self.rate:g} x optim.lr_factor {self.factor:g}" if self.factor != 1 else ""
         return f"{self.value:g}, from {self.setting}{product}"
+
+
+class Source(NamedTuple):
+    """Where rows come from: a file, a directory or a hub data set, and what of it."""
+
+    path: str
+    split: str
+    config: str | None = None
+    patterns: tuple[str, ...] = ()
+    revision: str | None = None
+
+
+def sources_of(data: DataConfig) -> list[Source | None]:
+    """Return where the training rows are, None for Python's documentation, and where the held-out rows of `eval_path` are."""
+    named = (data.config, tuple(data.data_files), data.revision)
+    first = None if data.source is DataSource.python_docs else Source(str(data.path), data.split, *named)
+    if data.eval_path is None:
+        return [first]
+    of_eval = (data.config, (), data.revision) if data.eval_path == data.path else (None, (), None)
+    return [first, Source(data.eval_path, data.eval_split or data.split, *of_eval)]
 
 
 def peak_lr(optim: OptimConfig, peft: PeftConfig) -> Peak:

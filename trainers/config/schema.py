@@ -203,11 +203,19 @@ class DataConfig:
     source: DataSource = DataSource.files
     """Files or a hub id named by `path`, or the documentation of the running Python."""
     path: str | None = None
-    """A jsonl, json, csv, parquet, arrow or text file, a directory of these, or a hub id."""
+    """A jsonl, json, csv, tsv, parquet, arrow or text file, also with .gz, .bz2, .xz or .zst; a directory of these; or a hub id."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a directory whose files or folders are named by splits."""
+    config: str | None = None
+    """Configuration of a hub data set or its clone, such as `main`; empty takes its default one."""
+    data_files: list[str] = field(default_factory=list)
+    """Patterns of the files inside `path` that are read, such as [en/*.jsonl]; empty takes those of `split`."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
     eval_path: str | None = None
     """Held-out rows, like `path`; empty takes `eval_fraction` of the rows."""
+    eval_split: str | None = None
+    """Split of `eval_path`, which may be the data set of `path`; empty is `split`."""
     eval_fraction: float = 0.0
     """Share of the rows held out, grouped by first prompt so that none is on both sides. In [0, 0.5]."""
     layout: Layout = Layout.auto

@@ -78,6 +78,7 @@ class Encoder:
                     data = parse(row, self.ignore)
                     text, prompt = self.render(data)
                     unread |= self._unread(data)
+                    formats.require_characters(text.text)
                     rendered.append(text)
                     groups.append(self._group(prompt))
                 except BadRow as error:

@@ -32,6 +32,38 @@ class BadRow(Exception):
     """A row that cannot be trained on; the message is the reason."""
 
 
+def strict_json(text: str) -> Any:
+    """Return the value of JSON text; raises ValueError also where an object has a key twice, or is too deep."""
+    try:
+        return _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key `{next(name for name in names if names.count(name) > 1)}` twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_distinct)
+
+
+def require_characters(text: str) -> None:
+    """Raise BadRow for text that no tokenizer takes, or that nobody wrote: half of a surrogate pair, a NUL."""
+    if "\0" in text:
+        raise BadRow("has a NUL character: its file is damaged, or not in UTF-8")
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise BadRow(f"has {half}, which is not a character: half of a surrogate pair, or a byte that is not UTF-8") from None
+
+
 def recognise(row: object) -> Layout:
     """Tell the layout of a row from its keys; raises BadRow when none fits."""
     if not isinstance(row, dict):
@@ -118,6 +150,7 @@ def to_tools(row: Row) -> list[Any] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("has `tools` that are not a list of objects")
+    _require_json(tools, "`tools`")
     return tools
 
 
@@ -248,14 +281,23 @@ def _tool_call(call: object, number: int) -> Message:
     arguments = function.get("arguments")
     if isinstance(arguments, str):  # templates iterate over the arguments or turn them into JSON themselves
         arguments = _parse_json(arguments or "{}", "tool call arguments")
+    _require_json(arguments, "tool call arguments")
     kept = {key: call[key] for key in ("id",) if call.get(key) is not None}
     return kept | {"type": "function", "function": {"name": function["name"], "arguments": {} if arguments is None else arguments}}
 
 
 def _parse_json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return strict_json(text)
     except ValueError as error:
+        raise BadRow(f"has {what} that are not JSON: {error}") from None
+
+
+def _require_json(value: Any, what: str) -> None:
+    """Raise BadRow for what JSON has no word for: NaN, which stands for a missing number elsewhere, dates, bytes."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
         raise BadRow(f"has {what} that are not JSON: {error}") from None
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
+from trainers.config.derived import Source, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
@@ -32,17 +33,19 @@ from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
 from trainers.health.activity import watch
 from trainers.processes import die_with_parent
+from trainers.units import plural
 from trainers.world import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 2
+VERSION = 3
 """Of what is on disk and how it was made: raise it when either changes."""
 SMALL = 2000
 """Rows up to which starting processes costs more than it saves."""
 CHUNK = 512
 SHOWN = 5
+MOST_FILES = 8
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 RENDERING = ("layout", "supervise", "seq_len", "too_long", "eval_fraction", "packing", "skip_bad_rows", "max_lost_fraction", "ignore")
 
@@ -72,7 +75,18 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     folder, reused = build_once(root, name, lambda partial: _build(config, tokenizer, partial, progress), "the prepared data")
     if reused and progress:
         require_whole(folder, "the prepared data")
-    return open_prepared(folder, reused)
+    prepared = open_prepared(folder, reused)
+    if reused:
+        _rename(config, prepared.report)
+    return prepared
+
+
+def _rename(config: RunConfig, report: dict[str, Any]) -> None:
+    """Call the files of data that were prepared before by the names that they have now."""
+    names = [name for source in sources_of(config.data) for name in sources.names(source)]
+    if len(names) == len(report["files"]):
+        report["files"] = dict(zip(names, report["files"].values(), strict=True))
+    report["left_out"] = _left_out(config)
 
 
 def find_prepared(config: RunConfig) -> Prepared | None:
@@ -103,22 +117,18 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     data = config.data
     options = {name: str(getattr(data, name)) for name in RENDERING}
     options |= {"objective": str(config.objective.name), "seed": str(config.seed if data.eval_fraction else 0)}
-    marks = [sources.fingerprint(data, path, config.objective.name) for path in _paths(config)]
+    marks = [sources.fingerprint(source, config.objective.name) for source in sources_of(data)]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
-
-
-def _paths(config: RunConfig) -> list[str | None]:
-    path = sources.data_path(config.data)
-    return [path] if config.data.eval_path is None else [path, config.data.eval_path]
 
 
 def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, progress: bool) -> None:
     started = time.monotonic()
-    layouts = [find_layout(config, path) for path in _paths(config)]
+    places = sources_of(config.data)
+    layouts = [find_layout(config, source) for source in places]
     stores = {name: Store(folder, name) for name in ("train", "eval")[: len(layouts)]}
     with _progress(progress) as advance:
-        for store, path, layout in zip(stores.values(), _paths(config), layouts, strict=True):
-            _encode_all(config, encoder_of(config, tokenizer, layout), path, store, advance)
+        for store, source, layout in zip(stores.values(), places, layouts, strict=True):
+            _encode_all(config, encoder_of(config, tokenizer, layout), source, store, advance)
     counts = {name: sum(store.counts[name] for store in stores.values()) for name in COUNTS}
     _check_losses(config, counts)
     splits = _split(config, stores)
@@ -133,8 +143,15 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "template_hash": template_hash(tokenizer),
         **counts,
+        "files": {
+            name: store.files_read.get(name, 0)
+            for store, source in zip(stores.values(), places, strict=True)
+            for name in sources.names(source)
+        },
+        "left_out": _left_out(config),
         "overlap": overlap,
         "unread": sorted(set().union(*(store.unread for store in stores.values()))),
+        "prepared_at": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": round(seconds, 3),
         "rows_per_second": round(counts["rows"] / seconds, 1),
         "splits": report,
@@ -142,17 +159,27 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
     (folder / "report.json").write_text(json.dumps(whole, indent=2))
 
 
-def find_layout(config: RunConfig, path: str | None) -> Layout:
+def _left_out(config: RunConfig) -> dict[str, list[str]]:
+    """Return the files of directories that are not read, by the reason."""
+    found: dict[str, list[str]] = {}
+    for source in sources_of(config.data):
+        for reason, names in sources.left_out(source).items():
+            found.setdefault(reason, []).extend(name for name in names if name not in found.get(reason, []))
+    return found
+
+
+def find_layout(config: RunConfig, source: Source | None) -> Layout:
     """Return the layout of a source, recognised in its first row that has one."""
     if config.data.layout is not Layout.auto:
         return config.data.layout
     reason = "there are no rows"
-    for row in islice(sources.rows(config.data, path, config.objective.name), 100):
+    for row in islice(sources.rows(source, config.objective.name), 100):
         try:
             return formats.recognise(sources.parse(row, config.data.ignore))
         except BadRow as error:
             reason = f"{row.file}:{row.line} {error}" if reason == "there are no rows" else reason
     known = ", ".join(layout for layout in Layout if layout is not Layout.auto)
+    path = source.path if source else None
     raise ConfigError("data.path", path, f"no row has a known layout: {reason}", f"rows of one of: {known}; or set data.layout")
 
 
@@ -167,6 +194,7 @@ class Store:
         self.groups: list[NDArray[np.uint64]] = []
         self.counts = dict.fromkeys(COUNTS, 0)
         self.unread: set[str] = set()
+        self.files_read: dict[str, int] = {}
         self.num_documents = 0
 
     def add(self, documents: Documents) -> None:
@@ -178,6 +206,12 @@ class Store:
         self.num_documents += len(documents.lengths)
         self.counts = {name: self.counts[name] + documents.counts.get(name, 0) for name in COUNTS}
         self.unread |= documents.unread
+
+    def counted(self, rows: Iterator[Row]) -> Iterator[Row]:
+        """Yield rows, and count those of each file."""
+        for row in rows:
+            self.files_read[row.file] = self.files_read.get(row.file, 0) + 1
+            yield row
 
     def arrays(self) -> tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], NDArray[np.uint64]]:
         """Return (tokens, supervised, lengths, groups), the first two memory-mapped."""
@@ -197,8 +231,8 @@ class Store:
             file.unlink()
 
 
-def _encode_all(config: RunConfig, encoder: Encoder, path: str | None, store: Store, advance: Callable[[int], None]) -> None:
-    rows = sources.rows(config.data, path, config.objective.name)
+def _encode_all(config: RunConfig, encoder: Encoder, source: Source | None, store: Store, advance: Callable[[int], None]) -> None:
+    rows = store.counted(sources.rows(source, config.objective.name))
     bad: list[str] = []
     for documents in encode_rows(encoder, rows, config.data.processes or host.cores()):
         if documents.error is not None:
@@ -211,6 +245,7 @@ def _encode_all(config: RunConfig, encoder: Encoder, path: str | None, store: St
         watch.beat()
     if bad and not config.data.skip_bad_rows:
         lines = "".join(f"\n  {line}" for line in bad[:SHOWN])
+        path = source.path if source else None
         raise ConfigError("data.path", path, f"has bad rows; the first ones:{lines}", "mend them, or data.skip_bad_rows=true")
 
 
@@ -344,17 +379,16 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
     }
 
 
-def summary(report: dict[str, Any]) -> str:
-    """Return a report as text for people."""
-    lines = [
-        f"data {report['fingerprint']}: layout {report['layout']}, {report['rows']:,} rows in {report['seconds']:.1f} s "
-        f"({report['rows_per_second']:,.0f} rows/s)"
-    ]
+def summary(report: dict[str, Any], reused: bool = False) -> str:
+    """Return a report as text for people; `reused` is of data that were prepared before."""
+    pace = f"{report['seconds']:.1f} s ({report['rows_per_second']:,.0f} rows/s)"
+    how = f", from the cache, where it is since {report['prepared_at']} (prepared in {pace})" if reused else f" in {pace}"
+    lines = [f"data {report['fingerprint']}: layout {report['layout']}, {plural(report['rows'], 'row')}{how}", *_files_in_words(report)]
     for name, split in report["splits"].items():
         lengths = ", ".join(f"{key} {value:,}" for key, value in split["lengths"].items())
         lines.append(
-            f"  {name:5} {split['documents']:,} documents in {split['rows']:,} rows (filled {split['efficiency']:.2%}), "
-            f"{split['tokens']:,} tokens, {split['supervised_tokens']:,} supervised; document lengths {lengths}"
+            f"  {name:5} {plural(split['documents'], 'document')} in {plural(split['rows'], 'row')} (filled {split['efficiency']:.2%}), "
+            f"{plural(split['tokens'], 'token')}, {split['supervised_tokens']:,} supervised; document lengths {lengths}"
         )
     lost = report["supervised_lost"] / report["supervised_before"]
     lines.append(
@@ -364,6 +398,22 @@ def summary(report: dict[str, Any]) -> str:
     if report.get("unread"):
         lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
     return "\n".join(lines)
+
+
+def _files_in_words(report: dict[str, Any]) -> list[str]:
+    """Return a line for each of the first files that were read, and one for those that were left out."""
+    files = list(report["files"].items())
+    lines = [f"  read  {name}: {plural(count, 'row')}" for name, count in files[:MOST_FILES]]
+    if rest := files[MOST_FILES:]:
+        lines.append(
+            f"  read  {plural(len(rest), 'more file')}: {plural(sum(count for _, count in rest), 'row')}; all are in manifest.json"
+        )
+    others = [f"{reason}: {_few(names)}" for reason, names in report["left_out"].items()]
+    return [*lines, *([f"  left  {'; '.join(others)}"] if others else [])]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 class _progress:  # noqa: N801 - used like a function

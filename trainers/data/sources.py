@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.config.checks import FILE_TYPES
+from trainers.config.checks import COMPRESSED, FILE_TYPES, file_type
+from trainers.config.derived import Source
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, DataSource, ObjectiveName
-from trainers.data.formats import BadRow
+from trainers.config.schema import ObjectiveName
+from trainers.data.formats import BadRow, strict_json
 
-TEXT_TYPES = (".txt", ".md")
-NOT_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")
 LARGE_FILE = 64 << 20
 
 
 class Row(NamedTuple):
-    """A row where it was found; `data` is still JSON text (bytes) for rows of a jsonl file."""
+    """A row where it was found; `data` is still JSON text (bytes) for rows of a jsonl file, and a BadRow where it is damaged."""
 
     data: Any
     file: str
@@ -31,6 +28,8 @@ class Row(NamedTuple):
 
 def parse(row: Row, ignore: Sequence[str] = ()) -> Any:
     """Return a row's data without the fields `ignore`, from JSON where it is bytes; raises BadRow where that fails."""
+    if isinstance(row.data, BadRow):
+        raise row.data
     data = _from_json(row.data) if isinstance(row.data, bytes) else row.data
     return _without(data, ignore) if ignore else data
 
@@ -50,55 +49,73 @@ def _turns_without(value: Any, names: Sequence[str]) -> Any:
 
 def _from_json(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return strict_json(text.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:
         raise BadRow(f"is not JSON: {error}") from None
 
 
-def rows(data: DataConfig, path: str | None, objective: ObjectiveName) -> Iterator[Row]:
-    """Yield the rows of `path` (a file, a directory or a hub id), or of Python's documentation where `path` is None.
+def rows(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
+    """Yield the rows of a source, or of Python's documentation where it is None.
 
-    Raises ConfigError where the path holds no rows of a known type.
+    Raises ConfigError where there are no rows of a known type.
     """
-    if path is None:
+    if source is None:
         yield from _python_docs(objective)
-    elif Path(path).exists():
-        for file in files(path):
+    elif Path(source.path).exists():
+        for file in files(source):
             yield from _read(file)
     else:
-        for number, row in enumerate(_hub(data, path), 1):
-            yield Row(row, f"{path}[{data.split}]", number)
+        from trainers.data import hub
+
+        name = hub.name_of(source)
+        for row, number in hub.rows(source):
+            yield Row(row, name, number)
 
 
-def data_path(data: DataConfig) -> str | None:
-    """Return where the training rows are: a path or hub id, or None for Python's documentation."""
-    return None if data.source is DataSource.python_docs else data.path
-
-
-def fingerprint(data: DataConfig, path: str | None, objective: ObjectiveName) -> list[str]:
-    """Return what identifies the content of `path` in a content hash: digests of file contents, a hub data set's own."""
-    if path is None:
+def fingerprint(source: Source | None, objective: ObjectiveName) -> list[str]:
+    """Return what identifies the rows of a source in a content hash: digests of file contents, a hub data set's own."""
+    if source is None:
         return ["python_docs", sys.version, str(objective)]
-    if Path(path).exists():
-        return [f"{file.suffix}:{digest(file)}" for file in files(path)]
-    return [path, data.split, _hub(data, path)._fingerprint]
+    if Path(source.path).exists():
+        return [f"{file_type(file.name)}:{digest(file)}" for file in files(source)]
+    from trainers.data import hub
+
+    return [repr(source), hub.fingerprint(source)]
 
 
-def files(path: str) -> list[Path]:
+def names(source: Source | None) -> list[str]:
+    """Return what the rows of a source are called by, in their order: `Row.file`."""
+    if source is None:
+        return ["python_docs"]
+    if Path(source.path).exists():
+        return [str(file) for file in files(source)]
+    from trainers.data import hub
+
+    return [hub.name_of(source)]
+
+
+def left_out(source: Source | None) -> dict[str, list[str]]:
+    """Return the files of a directory that are not read, by the reason."""
+    if source is None or not Path(source.path).is_dir():
+        return {}
+    from trainers.data.listing import listing
+
+    return listing(source).left_out
+
+
+def files(source: Source) -> list[Path]:
     """Return the data files of a path in sorted order; raises ConfigError where there are none."""
-    root = Path(path)
-    if root.is_file():
-        found = [root]
-    else:
-        inside = [file for file in sorted(root.rglob("*")) if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-        known = [file for file in inside if file.is_file() and file.suffix in FILE_TYPES and file.name not in NOT_ROWS]
-        structured = [file for file in known if file.suffix not in TEXT_TYPES]
-        found = structured or known  # a README next to data is not data
-    if not found or found[0].suffix not in READERS:
-        raise ConfigError("data.path", path, "holds no data file", f"known types are {' '.join(FILE_TYPES)}")
-    return found
+    root = Path(source.path)
+    if root.is_dir():
+        from trainers.data.listing import listing
+
+        return listing(source).files
+    if file_type(root.name) not in FILE_TYPES:
+        known = f"known types are {' '.join(FILE_TYPES)}, the text ones also with {' '.join(COMPRESSED)} after it"
+        raise ConfigError("data.path", source.path, "is not a data file by its name", f"{known}; an archive is unpacked before")
+    return [root]
 
 
 def digest(file: Path) -> str:
@@ -123,79 +140,21 @@ def _large_digest(file: Path) -> str:
 
 
 def _read(file: Path) -> Iterator[Row]:
-    try:
-        for data, line in READERS[file.suffix](file):
-            yield Row(data, str(file), line)
-    except (OSError, ValueError, csv.Error) as error:  # ValueError: also pyarrow's ArrowInvalid, JSON and UTF-8 errors
-        raise ConfigError("data.path", str(file), f"cannot be read: {error}") from None
-
-
-def _read_jsonl(file: Path) -> Iterator[tuple[Any, int]]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if text.strip():
-                yield text, number
-
-
-def _read_json(file: Path) -> Iterator[tuple[Any, int]]:
-    text = file.read_text("utf-8-sig")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg != "Extra data":
-            raise
-        yield from _read_jsonl(file)  # JSON lines under another name
+    if file.suffix == ".jsonl" and _is_plain(file):
+        with file.open("rb") as stream:
+            yield from (Row(line, str(file), number) for number, line in enumerate(stream, 1) if line.strip())
         return
-    if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list)]
-        if len(lists) != 1:
-            raise ValueError(f"the object holds {len(lists)} lists, and rows are looked for in the only one")
-        content = lists[0]
-    if not isinstance(content, list):
-        raise ValueError("it holds neither a list nor an object with one")
-    yield from zip(content, range(1, len(content) + 1), strict=True)
+    from trainers.data import containers
+
+    for data, line in containers.read(file):
+        yield Row(data, str(file), line)
 
 
-def _read_csv(file: Path) -> Iterator[tuple[Any, int]]:
-    csv.field_size_limit(1 << 30)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        line = 1
-        for row in reader:
-            yield {key: value for key, value in row.items() if key is not None}, line + 1
-            line = reader.line_num
-
-
-def _read_parquet(file: Path) -> Iterator[tuple[Any, int]]:
-    from pyarrow import parquet
-
-    yield from _number_rows(parquet.ParquetFile(file).iter_batches(batch_size=1024))
-
-
-def _read_arrow(file: Path) -> Iterator[tuple[Any, int]]:
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as source:
-        try:
-            reader = pa.ipc.open_file(source)
-            batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
-        except pa.ArrowInvalid:  # the stream form, which `datasets` writes
-            source.seek(0)
-            batches = iter(pa.ipc.open_stream(source))
-        yield from _number_rows(batches)
-
-
-def _number_rows(batches: Iterator[Any]) -> Iterator[tuple[Any, int]]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield row, number
-
-
-def _read_text(file: Path) -> Iterator[tuple[Any, int]]:
-    yield {"text": file.read_text("utf-8-sig")}, 1
+def _is_plain(file: Path) -> bool:
+    """Tell whether a file begins as JSON lines in UTF-8 do, neither compressed nor with a byte order mark."""
+    with file.open("rb") as stream:
+        head = stream.read(4)
+    return head[:1] == b"{" and b"\x00" not in head
 
 
 def _python_docs(objective: ObjectiveName) -> Iterator[Row]:
@@ -204,28 +163,3 @@ def _python_docs(objective: ObjectiveName) -> Iterator[Row]:
     found = python_docs.documents() if objective is ObjectiveName.cpt else python_docs.conversations()
     for number, row in enumerate(found, 1):
         yield Row(row, "python_docs", number)
-
-
-def _hub(data: DataConfig, path: str) -> Any:
-    import datasets
-
-    from trainers.model import hub
-
-    why = hub.ask(path, kind="dataset").why
-    datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or bool(hub.unanswered)  # read when it was imported
-    try:
-        return datasets.load_dataset(path, split=data.split)
-    except Exception as error:  # whatever the hub client raises: no network, no such data set, a gated one
-        reason = why or hub.first_line(error)
-        raise ConfigError("data.path", path, f"is not a file here and could not be loaded from the hub: {reason}") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[tuple[Any, int]]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".txt": _read_text,
-    ".md": _read_text,
-}

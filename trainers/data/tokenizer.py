@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.cache import build_once, cache_root, content_key
 from trainers.config.checks import looks_local
+from trainers.config.derived import sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, RunConfig
 from trainers.data import formats, masks, sources
@@ -113,7 +114,7 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def _trained_folder(config: RunConfig) -> Path:
-    marks = sources.fingerprint(config.data, sources.data_path(config.data), config.objective.name)
+    marks = sources.fingerprint(sources_of(config.data)[0], config.objective.name)
     key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, config.data.ignore, *marks)
     return cache_root(config.data.prepared_dir) / f"tokenizer-{key}"
 
@@ -140,7 +141,7 @@ def _train(config: RunConfig, folder: Path) -> None:
 
 
 def _texts(config: RunConfig) -> Iterator[str]:
-    rows = sources.rows(config.data, sources.data_path(config.data), config.objective.name)
+    rows = sources.rows(sources_of(config.data)[0], config.objective.name)
     for row in islice(rows, TRAINING_ROWS):
         try:
             data = sources.parse(row, config.data.ignore)
@@ -151,7 +152,11 @@ def _texts(config: RunConfig) -> Iterator[str]:
 
 def _strings(data: Any, layout: Layout) -> Iterator[str]:
     layout = formats.recognise(data) if layout is Layout.auto else layout
-    if layout is Layout.text:
-        yield formats.to_text(data)
-    else:
-        yield from (message["content"] for message in formats.to_messages(data, layout) if message.get("content"))
+    found = (
+        [formats.to_text(data)]
+        if layout is Layout.text
+        else [message["content"] for message in formats.to_messages(data, layout) if message.get("content")]
+    )
+    for text in found:
+        formats.require_characters(text)
+        yield text
