@@ -60,6 +60,7 @@ PRIVATE = {
     **{
         name: name
         for name in (
+            "datasets.data_files._get_data_files_patterns",
             "hydra._internal.hydra.Hydra",
             "hydra._internal.utils.create_config_search_path",
             "hydra._internal.utils.get_args_parser",
