@@ -1,7 +1,7 @@
 """Rows of every kind of file but plain JSON lines: json, csv, parquet, arrow, text, and what is compressed or not in UTF-8.
 
 What a container adds is taken away again: the nulls that fill up a struct, JSON kept as text, byte order marks. What is
-not valid becomes a BadRow with its line, where the reader can go on after it.
+not valid becomes a BadRow with its line, where the reader can continue after it.
 """
 
 from __future__ import annotations

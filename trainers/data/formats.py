@@ -294,7 +294,7 @@ def _parse_json(text: str, what: str) -> Any:
 
 
 def _require_json(value: Any, what: str) -> None:
-    """Raise BadRow for what JSON has no word for: NaN, which stands for a missing number elsewhere, dates, bytes."""
+    """Raise BadRow for what JSON has no word for: NaN (elsewhere a missing number), dates, bytes."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
