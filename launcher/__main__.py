@@ -21,7 +21,7 @@ from launcher.freeze import freeze
 from launcher.job import Job, frozen_text, make_job
 from launcher.report import print_summary
 from trainers.config.derived import rows_words
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.processes import never_fail
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
@@ -123,9 +123,9 @@ def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
 
 def dry_run(job: Job, commands: list[str]) -> str:
     """Return the frozen config and every command, as text."""
-    steps = f"{job.run.train.steps} steps" if job.run.train.steps else "steps known once the data are prepared"
+    steps = plural(job.run.train.steps, "step") if job.run.train.steps else "steps known once the data are prepared"
     ranks = world_size(job.launch)
-    size = f"# {ranks} rank(s) on {job.launch.nodes} node(s), {rows_words(job.run.train, ranks)}, {steps}"
+    size = f"# {plural(ranks, 'rank')} on {plural(job.launch.nodes, 'node')}, {rows_words(job.run.train, ranks)}, {steps}"
     return "\n".join([f"# {job.config_path}", frozen_text(job.run), size, *commands])
 
 

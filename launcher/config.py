@@ -12,7 +12,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
 from trainers.plan.request import HardwareConfig, PlanConfig
 
@@ -165,7 +165,7 @@ def validate_launch(launch: LaunchConfig) -> None:
     gpus = gpus_per_node(launch)
     if launch.processes is not None and 0 < gpus < launch.processes:
         remedy = f"launch.processes={gpus}, or launch.gpus_per_node=0 for CPU ranks"
-        raise ConfigError("launch.processes", launch.processes, f"a machine has {gpus} GPU(s), and each rank needs its own", remedy)
+        raise ConfigError("launch.processes", launch.processes, f"a machine has {plural(gpus, 'GPU')}, and each rank needs its own", remedy)
     if launch.rdzv_endpoint is not None:
         host, _, port = launch.rdzv_endpoint.rpartition(":")
         if not host or not port.isdigit():
@@ -207,7 +207,7 @@ def validate_machine(launch: LaunchConfig) -> None:
     wanted, found = launch.gpus_per_node, count_gpus()
     if wanted is not None and wanted > found:
         remedy = "launch.gpus_per_node=null takes what is there, or start it on a machine that has them"
-        raise ConfigError("launch.gpus_per_node", wanted, f"this machine has {found} GPU(s)", remedy)
+        raise ConfigError("launch.gpus_per_node", wanted, f"this machine has {plural(found, 'GPU')}", remedy)
     if launch.nodes > 1 and launch.rdzv_endpoint is None:
         remedy = "launch.rdzv_endpoint=HOST:29500, HOST being one of the nodes, the same on each"
         raise ConfigError("launch.rdzv_endpoint", None, f"{launch.nodes} nodes need a place to meet", remedy)

@@ -20,7 +20,7 @@ from launcher.freeze import require_joinable
 from launcher.job import ROOT, Job, make_job
 from launcher.presets import CONF
 from launcher.process import leftovers
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
 from trainers.processes import prepare_child
@@ -78,7 +78,7 @@ def require_fit(jobs: Sequence[Job], compose: Compose | None = None) -> None:
     wanted = [(job, request_of(job)) for job in jobs]
     new = [request for job, request in wanted if not _known(job, request)]
     if new:
-        print(f"planning {len(new)} run(s) before they are submitted; launch.force=true leaves this out", file=sys.stderr, flush=True)
+        print(f"planning {plural(len(new), 'run')} before submitting; launch.force=true leaves this out", file=sys.stderr, flush=True)
         _plan_what_can_be(new)
     for job, request in wanted:
         found = _known(job, request)

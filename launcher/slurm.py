@@ -25,7 +25,7 @@ from launcher.process import leftovers, say_leftovers
 from launcher.report import print_new
 from launcher.snapshot import take
 from launcher.task import Task
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import plain
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, read_state
@@ -69,8 +69,9 @@ def submit(job: Job) -> int:
         if read_state(job.run_dir) == State.submitted and (said := queue.last_words(job.run_dir)):
             print(said, file=sys.stderr, flush=True)
         (record,) = hand_over([job], job.run_dir / paths.SLURM)
+        size = f"{plural(job.launch.nodes, 'node')}, {plural(world_size(job.launch), 'rank')}"
         print(
-            f"submitted as job {record['id']} ({job.launch.nodes} node(s), {world_size(job.launch)} rank(s)): {job.run_dir}\n"
+            f"submitted as job {record['id']} ({size}): {job.run_dir}\n"
             f"  queue    squeue -j {record['id']}\n"
             f"  log      {record['log']}\n"
             f"  metrics  {job.run_dir / 'metrics.jsonl'}\n"
@@ -281,7 +282,9 @@ def follow_all(jobs: list[Job]) -> int:
             time.sleep(LOOK_EVERY_S if waiting else 0)
     except KeyboardInterrupt:
         left = sorted({str(queue.record_of(job.run_dir).get("id", "")) for job in waiting} - {""})
-        print(f"{len(left)} job(s) of the sweep continue; scancel {' '.join(left)} ends them", file=sys.stderr, flush=True)
+        print(
+            f"{plural(len(left), 'job')} of the sweep still in the queue; scancel {' '.join(left)} ends them", file=sys.stderr, flush=True
+        )
         raise
     return max(codes)
 

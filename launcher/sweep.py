@@ -28,7 +28,7 @@ from launcher.freeze import freeze, require_joinable
 from launcher.job import Job, make_job
 from launcher.report import read_summary
 from trainers.config.derived import peak_lr
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
 
@@ -207,7 +207,7 @@ def slurm_array(jobs: list[Job]) -> None:
     words = slurm.states(rest)
     under_way = [job for job, word in zip(rest, words, strict=True) if word]
     missing = [job for job, word in zip(rest, words, strict=True) if not word]
-    print(f"{len(jobs)} points: {len(done)} done, {len(under_way)} in the queue, {len(missing)} to submit", flush=True)
+    print(f"{plural(len(jobs), 'point')}: {len(done)} done, {len(under_way)} in the queue, {len(missing)} to submit", flush=True)
     for job, word in zip(rest, words, strict=True):
         if word:
             slurm.require_same_launch(job, word)

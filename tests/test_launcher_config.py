@@ -123,9 +123,9 @@ def test_dry_run_imports_little_and_writes_nothing(tmp_path: Path) -> None:
     assert "HEAVY []" in done.stdout
     assert done.stdout.count("-m trainers.agent") == 8
     assert "RANK=63 LOCAL_RANK=7 WORLD_SIZE=64" in done.stdout
-    assert yaml.safe_load(done.stdout.partition("# 64 rank(s)")[0])["optim"]["full_lr"] == 2e-6
+    assert yaml.safe_load(done.stdout.partition("# 64 ranks")[0])["optim"]["full_lr"] == 2e-6
     assert "optim: # peak learning rate 2e-06, from optim.full_lr" in done.stdout
-    assert "64 rows a step, 1 microbatch(es) of 1 on each of 64 rank(s)" in done.stdout
+    assert "64 rows a step, 1 microbatch of 1 on each of 64 ranks" in done.stdout
     assert list(tmp_path.iterdir()) == []
     assert int(done.stdout.split()[-1]) < 700, "modules: 446 take 0.4 s on an idle machine of two cores"
 

@@ -148,7 +148,7 @@ def test_the_product_is_the_known_one_and_takes_no_random_numbers() -> None:
 def test_too_few_gpus_are_named_before_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(rank=11, local_rank=3, size=16, device=torch.device("cuda", 3), local_size=4)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with pytest.raises(BadNode, match=rf"rank 11 on {HOST}: it is number 3 of 4 ranks, and 3 GPUs are seen"):
+    with pytest.raises(BadNode, match=rf"rank 11 on {HOST}: it is number 3 of 4 ranks on this machine, where 3 GPUs can be seen"):
         preflight.require_gpu(world)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     preflight.require_gpu(world)

@@ -28,7 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from tools.command import Refused, ended, parser_of
 from trainers.config.checks import require_model_directory
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Attention, PeftMethod, RunConfig, read
 from trainers.rundir import paths
 from trainers.rundir.base import pinned
@@ -100,7 +100,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     export(weights, form, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
     files = list(out.glob("*.safetensors"))
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started
-    print(f"{out}: {folder.name} of {folder.parent.parent} in {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s")
+    print(f"{out}: {folder.name} of {folder.parent.parent} in {plural(len(files), 'file')} of weights, {size:,} bytes, {seconds:.1f} s")
     print(f'open it: AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")')
 
 

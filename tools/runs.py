@@ -29,6 +29,7 @@ from rich.table import Table
 from launcher.queue import ask, ended_as, in_queue, last_words, reason_in, record_of
 from launcher.report import print_new
 from tools.command import parser_of
+from trainers.config.errors import plural
 from trainers.rundir import paths
 from trainers.rundir.attempt import newest_attempt, read_status
 from trainers.rundir.beats import read_beats
@@ -107,7 +108,7 @@ def table_of(folder: Path) -> Table:
     """Return the table of all runs below a folder."""
     queue = in_queue()
     lines = [_line(run_dir, queue) for run_dir in runs_below(folder)]
-    table = Table(title=f"{len(lines)} runs below {folder}", title_justify="left")
+    table = Table(title=f"{plural(len(lines), 'run')} below {folder}", title_justify="left")
     for name in ("run", "state", "step", "loss", "tokens/s", "left", "job", ""):
         table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "left") else "left", overflow="fold")
     for line in lines:

@@ -15,7 +15,7 @@ from rich.text import Text
 from launcher.compose import compose
 from launcher.config import run_config
 from tools.command import ended, parser_of
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -57,11 +57,11 @@ def show(config: RunConfig, num_rows: int, split: str) -> None:
 def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase, marks: bool = False) -> Text:
     """Return a row as coloured text, each of its documents under a heading with its counts; `marks` puts what is trained into [[ ]]."""
     documents = table.documents(row)
-    text = Text(f"── row {row}: {len(documents)} documents ", style=BOUNDARY)
+    text = Text(f"── row {row}: {plural(len(documents), 'document')} ", style=BOUNDARY)
     for document in documents:
         span = slice(int(table.offsets[document]), int(table.offsets[document + 1]))
         tokens, supervised = table.tokens[span].tolist(), table.supervised[span].tolist()
-        text.append(f"\n── document {document}: {len(tokens)} tokens, {sum(supervised)} supervised ──\n", style=BOUNDARY)
+        text.append(f"\n── document {document}: {plural(len(tokens), 'token')}, {sum(supervised)} supervised ──\n", style=BOUNDARY)
         for ids, trained in runs_of(tokens, supervised):
             said = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
             text.append(f"[[{said}]]" if trained and marks else said, style=SUPERVISED if trained else CONTEXT)

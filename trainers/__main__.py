@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from trainers.batch import IGNORE, Batch, forward
 from trainers.checkpoint import NoCheckpoint
 from trainers.config.checks import check_world, load
-from trainers.config.derived import peak_lr, rows_words
+from trainers.config.derived import peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.data.loader import Loader, make_batch
@@ -165,6 +165,9 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     if world.rank == 0:
         preflight.say(readings, findings)
         console.print(summary(data.report, data.reused), soft_wrap=True, highlight=False)
+        documents = len(data.train.offsets) - 1
+        if scarce := scarcity(config.train, config.data.packing, len(data.train), documents, world.size):
+            log.warning(scarce)
         _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
     watch.enter(Phase.loading)

@@ -28,9 +28,3 @@ def in_digits(number: float) -> str:
         if abs(number) >= unit:
             return f"{number / unit:.3g}{letter}"
     return f"{number:.3g}"
-
-
-def plural(count: int, noun: str) -> str:
-    """Write a count with its noun: 1 rank, 2 ranks, 1 process, 1,000 processes."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
-    return f"{count:,} {noun}{ending}"

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from trainers import host
 from trainers.config.derived import sources_of
+from trainers.config.errors import plural
 from trainers.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
-from trainers.units import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -22,6 +22,7 @@ from tools.bench.orders import PRESETS, engine_preset
 from tools.bench.ranks import RanksFailed, raise_on_signals, start_ranks, wait_for
 from tools.markdown import cell_of, put_section
 from trainers import host
+from trainers.config.errors import plural
 from trainers.config.schema import Precision
 from trainers.rundir.ending import Exit
 from trainers.rundir.rows import last_step, read_rows, steps
@@ -99,7 +100,7 @@ def _compare(options: argparse.Namespace, command: str, section: Section, folder
     gpus = torch.cuda.device_count()
     ranks = options.ranks or gpus or 2
     if gpus and ranks > gpus:
-        options.error(f"--ranks {ranks}: this machine has {gpus} GPU(s), and a rank takes one")
+        options.error(f"--ranks {ranks}: this machine has {plural(gpus, 'GPU')}, and a rank takes one")
     if options.out is not None and not options.out.resolve().parent.is_dir():
         options.error(f"--out {options.out}: there is no such directory")
     runs: dict[str, Run | str] = {}
@@ -131,7 +132,7 @@ def _train(options: argparse.Namespace, command: str, name: str, ranks: int, run
     console = Console(stderr=True)
     with console.status(f"{name}: starting") as status, start_ranks([command, str(run_dir)], ranks, run_dir, threads) as children:
         if not console.is_terminal:
-            print(f"{name}: {ranks} rank(s)", file=sys.stderr)
+            print(f"{name}: {plural(ranks, 'rank')}", file=sys.stderr)
         wait_for(children, run_dir, "done", lambda: status.update(f"{name}: {_progress(run_dir, options.steps)}"))
     rows = steps(read_rows(run_dir))
     run = Run(steps=rows, **json.loads((run_dir / "0.done").read_text()))
@@ -169,7 +170,7 @@ def head(options: argparse.Namespace, ranks: int, done: list[tuple[str, Run]], e
     machine = f"{ranks} of {gpu_words(done[0][1].device)}" if done and done[0][1].device else f"{host.cores()} cores, no GPU"
     model = f"{done[0][1].parameters:,}" if done else f"about {options.parameters:,}"
     what = f"{options.steps} steps of {ranks * options.microbatch} packed rows of {options.seq_len} tokens"
-    about = f"{ranks} rank(s), a Llama of {model} parameters from random weights in {options.precision}{extra}, {what}."
+    about = f"{plural(ranks, 'rank')}, a Llama of {model} parameters from random weights in {options.precision}{extra}, {what}."
     return [f"## `{options.line}`", f"{time.strftime('%Y-%m-%d')}, {machine}; {versions('torch', 'transformers', 'deepspeed')}. {about}"]
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.bench.ranks import leave, start_ranks, wait_for, write_line
+from trainers.config.errors import plural
 from trainers.config.schema import DataConfig, EngineConfig, EngineName, Precision, RunConfig, TrainConfig
 from trainers.units import in_bytes
 
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
         total = 4 * write_checkpoint(Path(folder) / "model", options.gigabytes)
         for engine in options.engine:
             for ranks in options.ranks:
-                console.print(f"loading it with {engine} on {ranks} ranks")
+                console.print(f"loading it with {engine} on {plural(ranks, 'rank')}")
                 peak, seconds = measure_loading(Path(folder), engine, ranks)
                 table.add_row(engine, str(ranks), in_bytes(total), in_bytes(peak), f"{peak / total:.2f}", f"{seconds:.1f}")
     Console().print(table)

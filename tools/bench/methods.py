@@ -27,6 +27,7 @@ from tools.bench.machine import gpu_words, versions
 from tools.bench.orders import PRESETS
 from tools.markdown import cell_of, put_section
 from trainers import host
+from trainers.config.errors import plural
 from trainers.config.schema import Precision
 from trainers.processes import prepare_child
 from trainers.rundir import paths
@@ -346,7 +347,7 @@ def _about(options: argparse.Namespace, same: dict[str, Any], figures: dict[str,
         machine = f"{options.processes} of {gpu_words(torch.cuda.get_device_name())}"
     return (
         f"{time.strftime('%Y-%m-%d')}, {machine}; {versions('torch', 'transformers', 'peft')}. {Path(options.model).name}, "
-        f"{_base_parameters(figures):,} parameters, {options.precision}, {options.engine}, {options.processes} rank(s). Each run: "
+        f"{_base_parameters(figures):,} parameters, {options.precision}, {options.engine}, {plural(options.processes, 'rank')}. Each run: "
         f"{same['steps']} steps of {options.rows} rows of {Path(options.data).name}, {same['input_tokens']:,} tokens of which "
         f"{same['tokens']:,} are supervised, the same in the same order; {same['eval_tokens']:,} supervised tokens are held out."
     )

@@ -11,7 +11,7 @@ from tools.compare.gather import FREE, RATE, Run, flag, is_among, load
 from tools.evaluate.intervals import Estimate, level_of_all, verdict
 from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.runs import runs_below
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 
 NAMES = {
     "none": "full fine-tuning",
@@ -123,7 +123,7 @@ def compare(paths: list[Path], price: float | None) -> Comparison:
     base = next((method.best.base for method in methods if method.best.base is not None), None)
     prices = {run.plan["price"] for run in runs if run.plan.get("price")}
     comparison = Comparison(
-        title=paths[0].resolve().name if len(paths) == 1 else f"{len(runs)} runs",
+        title=paths[0].resolve().name if len(paths) == 1 else plural(len(runs), "run"),
         methods=methods,
         runs=runs,
         metric=metric,

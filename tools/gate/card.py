@@ -12,6 +12,7 @@ from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metr
 from tools.gate.rules import Check
 from tools.markdown import cell_of, without_folders
 from trainers.config.derived import Peak, peak_lr
+from trainers.config.errors import plural
 from trainers.config.schema import plain, read
 from trainers.rundir import paths
 from trainers.rundir.files import try_json
@@ -90,7 +91,8 @@ def _training(config: dict[str, Any], summary: dict[str, Any], peak: Peak) -> li
         f"method: {peft['method'] if peft['method'] != 'none' else 'full fine-tuning'}",
         f"{summary.get('steps') or 0:,} steps of {train['global_batch']} rows, {summary.get('tokens') or 0:,} supervised tokens",
         f"{optim['name']}, peak learning rate {peak.value:g}, {optim['schedule']}",
-        f"compute in {train['precision']}, {config['engine']['name']}, {summary.get('world_size')} rank(s), seed {config['seed']}",
+        f"compute in {train['precision']}, {config['engine']['name']}, {plural(summary.get('world_size') or 0, 'rank')}, "
+        f"seed {config['seed']}",
     ]
     if summary.get("gpu_hours") is not None:
         lines.append(f"{summary['gpu_hours']:.3g} GPU-hours")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tools.command import Refused
 from tools.export import Damaged, require_absent, require_space, with_bar
 from trainers.config.checks import looks_local
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import ModelConfig
 
 if TYPE_CHECKING:
@@ -97,7 +97,9 @@ def summary(merge: Merge, contents: dict[str, Tensor], out: Path, seconds: float
     files = list(out.glob("*.safetensors"))
     changed = sum(any(one.changes(name) for one in merge.adapters) for name in contents)
     size = sum(path.stat().st_size for path in files)
-    return f"{changed} of {len(contents)} tensors changed, {len(files)} files of weights, {size:,} bytes, {seconds:.1f} s"
+    return (
+        f"{changed} of {plural(len(contents), 'tensor')} changed, {plural(len(files), 'file')} of weights, {size:,} bytes, {seconds:.1f} s"
+    )
 
 
 def read_combination(options: argparse.Namespace) -> Combination:

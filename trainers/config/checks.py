@@ -10,7 +10,7 @@ from typing import Any
 
 from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import peak_lr
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import (
     AdapterInit,
     Attention,
@@ -463,7 +463,7 @@ def check_world(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             "train.global_batch",
             train.global_batch,
-            f"is not divisible by {world_size} ranks x train.microbatch {train.microbatch} = {share}",
+            f"is not divisible by {plural(world_size, 'rank')} x train.microbatch {train.microbatch} = {share}",
             f"train.global_batch={near}",
         )
     _check_mesh(config.engine, world_size)
@@ -473,9 +473,9 @@ def _check_mesh(engine: EngineConfig, world_size: int) -> None:
     """Raise ConfigError unless `replicate` x `shard` is the number of ranks."""
     if world_size % engine.replicate:
         near = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
-        reason = f"{world_size} ranks do not divide into as many copies"
+        reason = f"{plural(world_size, 'rank')} cannot be divided into as many copies"
         raise ConfigError("engine.replicate", engine.replicate, reason, f"one of {', '.join(near)}")
     shard = world_size // engine.replicate
     if engine.shard not in (None, shard):
-        reason = f"{world_size} ranks / engine.replicate {engine.replicate} are {shard} ranks a copy"
+        reason = f"{plural(world_size, 'rank')} / engine.replicate {engine.replicate} are {plural(shard, 'rank')} a copy"
         raise ConfigError("engine.shard", engine.shard, reason, f"engine.shard={shard}")

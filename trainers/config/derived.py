@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import DataConfig, DataSource, OptimConfig, OptimizerName, PeftConfig, PeftMethod, Schedule, TrainConfig
 
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
@@ -111,7 +111,22 @@ def microbatches(train: TrainConfig, world_size: int) -> int:
     return train.global_batch // (world_size * train.microbatch)
 
 
+def scarcity(train: TrainConfig, packing: bool, num_rows: int, num_documents: int, world_size: int) -> str | None:
+    """Return what to do about data with fewer rows than one step takes; None where there are enough."""
+    if num_rows >= train.global_batch:
+        return None
+    share = world_size * train.microbatch
+    remedies = [f"train.global_batch={num_rows // share * share}"] if num_rows >= share else []
+    if packing and num_documents >= train.global_batch:
+        remedies.append(f"data.packing=false, which makes {num_documents:,} rows of them")
+    how = "are packed into" if packing else "are"
+    remedy = " or ".join(remedies) or "more data, or a smaller train.global_batch and train.microbatch"
+    reason = f"the data {how} {plural(num_rows, 'row')}, and a step takes {train.global_batch:,}"
+    return f"{reason}: it is short, or takes the same rows more than once. Try {remedy}"
+
+
 def rows_words(train: TrainConfig, world_size: int) -> str:
     """Return how the rows of a step are split, in words."""
-    share = f"{microbatches(train, world_size)} microbatch(es) of {train.microbatch} on each of {world_size} rank(s)"
+    where = "one rank" if world_size == 1 else f"each of {world_size} ranks"
+    share = f"{plural(microbatches(train, world_size), 'microbatch')} of {train.microbatch} on {where}"
     return f"{train.global_batch} rows a step, {share}"

@@ -1,4 +1,4 @@
-"""The error of a setting that cannot work."""
+"""The error of a setting that cannot work, and the words that messages are made of."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def did_you_mean(name: str, names: Iterable[str], most: int = 1) -> str:
     """Return a remedy that names what is spelt alike, or nothing."""
     close = alike(name, names, most)
     return f"did you mean {', '.join(close)}?" if close else ""
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun: 1 rank, 2 ranks, 1 process, 1,000 processes."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count:,} {noun}{ending}"

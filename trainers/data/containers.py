@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from trainers.config.checks import file_type
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.data.formats import BadRow, strict_json
-from trainers.units import plural
 
 LFS_POINTER = b"version https://git-lfs"
 HEAD = len(LFS_POINTER)

@@ -60,4 +60,6 @@ def _explained(source: Source, error: Exception, why: str = "") -> ConfigError:
         )
     if source.revision is not None and "no revision" in why:
         return ConfigError("data.revision", source.revision, f"{source.path}: {why}", "data.revision=main, or another that it has")
-    return ConfigError("data.path", source.path, f"is not a file here and could not be loaded from the hub: {why or asked.first_line(error)}")
+    return ConfigError(
+        "data.path", source.path, f"is not a file here and could not be loaded from the hub: {why or asked.first_line(error)}"
+    )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.derived import Source, sources_of
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
@@ -33,7 +33,6 @@ from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
 from trainers.health.activity import watch
 from trainers.processes import die_with_parent
-from trainers.units import plural
 from trainers.world import STOP_SIGNALS
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output, forward
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimizerName, RunConfig
 from trainers.engines.base import (
     COMPUTE,
@@ -427,7 +427,7 @@ class ZeRO3Engine:
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
         state = statement("optimizer state", self._moments(), torch.float32, size["optimizer"], home)
         return {
-            "parameters": f"{counted(total, trained)}, each split over {self.world.size} ranks",
+            "parameters": f"{counted(total, trained)}, each split over {plural(self.world.size, 'rank')}",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
             "gradient reduction": statement("gradients", self._gradients(), torch.float32, size["gradients"], host),
@@ -607,7 +607,7 @@ def _make_nvme(config: RunConfig, world: World, num_parameters: int, path: Path,
         shutil.rmtree(folder, ignore_errors=True)
         free = shutil.disk_usage(path).free
         if free < need:
-            return f"needs {need:,} bytes on {node} for the state of {world.local_size} ranks, and has {free:,} free"
+            return f"needs {need:,} bytes on {node} for the state of {plural(world.local_size, 'rank')}, and has {free:,} free"
         folder.mkdir()
         os.close(os.open(folder / "probe", os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
     except OSError as error:

@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output, forward
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimConfig, OptimizerName, RunConfig
 from trainers.engines.base import (
     COMPUTE,
@@ -288,7 +288,7 @@ class FSDPEngine:
         groups, copies = [sum(p.nbytes for p in block.parameters()) for block in self.blocks], self.config.engine.replicate
         total = sum(p.nbytes for p in self.model.parameters())
         largest = max(*groups, total - sum(groups)) / total
-        words = f"{len(groups) + 1} groups, the largest {largest:.0%} of all, over {self.world.size // copies} ranks"
+        words = f"{plural(len(groups) + 1, 'group')}, the largest {largest:.0%} of all, over {plural(self.world.size // copies, 'rank')}"
         return words + (f", in {copies} copies" if copies > 1 else "")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainers.config.errors import plural
 from trainers.host import PROCESS_BYTES, memory_available
 from trainers.rundir import paths
 from trainers.rundir.files import write_json
@@ -132,7 +133,8 @@ def require_gpu(world: World) -> None:
     """Raise BadNode where this node has fewer GPUs than ranks, which would fail in words that name neither."""
     seen = torch.cuda.device_count()
     if world.device.type == "cuda" and world.local_rank >= seen:
-        what = f"it is number {world.local_rank} of {world.local_size} ranks, and {seen} GPUs are seen there: look at nvidia-smi"
+        ranks, gpus = plural(world.local_size, "rank"), plural(seen, "GPU")
+        what = f"it is number {world.local_rank} of {ranks} on this machine, where {gpus} can be seen: look at nvidia-smi"
         raise BadNode([Finding(world.rank, socket.gethostname(), what, fatal=True)])
 
 
@@ -284,7 +286,9 @@ def _shortages(reading: Reading, first: Reading) -> list[str]:
     if abs(off) - unsure > CLOCK_S:
         said.append(f"its clock is {abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} that of rank 0 on {first.host}: is NTP running?")
     if reading.memory_free_bytes < PROCESS_BYTES * reading.local_size:
-        said.append(f"{in_bytes(reading.memory_free_bytes)} of host memory are free for {reading.local_size} ranks, before any weights")
+        said.append(
+            f"{in_bytes(reading.memory_free_bytes)} of host memory are free for {plural(reading.local_size, 'rank')}, before any weights"
+        )
     for name, free in (("run_dir", reading.run_dir_free_bytes), ("the prepared data", reading.cache_free_bytes)):
         if free is not None and free < DISK_BYTES:
             said.append(f"{in_bytes(free)} are free on the disk of {name}")

@@ -6,6 +6,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from trainers.config.errors import plural
 from trainers.plan.plan import WORDS, Plan
 from trainers.units import GIB
 
@@ -40,7 +41,7 @@ def draw(plan: Plan, path: Path) -> None:
     axes.set_ylim(0, 1.12 * max(axes.get_ylim()[1], max(totals)))
     axes.set_ylabel("GiB of a rank")
     again = "; (2nd): the second microbatch" if any(part[0]["microbatch"] for part in parts) else ""
-    axes.set_title(f"{plan.name}: memory over a step ({plan.place.size} ranks, {plan.engine}){again}", fontsize=10)
+    axes.set_title(f"{plan.name}: memory over a step ({plural(plan.place.size, 'rank')}, {plan.engine}){again}", fontsize=10)
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8, reverse=True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

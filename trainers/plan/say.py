@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from trainers.config.errors import plural
 from trainers.plan.plan import WORDS, Plan
 from trainers.units import in_bytes, in_digits, in_time
 
@@ -16,8 +17,8 @@ def say(plan: Plan, console: Console) -> None:
     place = plan.place
     kind = "GPU" if place.gpus else "CPU rank"
     console.print(
-        f"[bold]{plan.name}[/]: {plan.model}, {plan.method}, {plan.engine}, {plan.precision}, on {place.nodes} node(s) of "
-        f"{place.ranks_per_node} {kind}(s)",
+        f"[bold]{plan.name}[/]: {plan.model}, {plan.method}, {plan.engine}, {plan.precision}, on {plural(place.nodes, 'node')} of "
+        f"{plural(place.ranks_per_node, kind)}",
         soft_wrap=True,
     )
     for name, verdict in plan.verdicts.items():
