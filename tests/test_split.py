@@ -14,8 +14,9 @@ from tables import EPS, LENGTHS, LR, STEPS, blueprint_for, config_for, ragged_ta
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
-from trainers.config.derived import learning_rate
-from trainers.config.schema import OptimConfig
+from trainers.config.derived import learning_rate, rows_words, scarcity
+from trainers.config.errors import plural
+from trainers.config.schema import OptimConfig, TrainConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
@@ -265,3 +266,19 @@ def test_a_whole_step_without_labels_is_skipped(ranks: Callable[[int], Ranks], u
     assert not result["gradients"]
     model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in result["weights"].items())
+
+
+def test_data_with_fewer_rows_than_a_step_takes_say_so_with_a_remedy() -> None:
+    settings = TrainConfig(global_batch=16, microbatch=2)
+    assert scarcity(settings, True, 16, 40, 2) is None
+    said = scarcity(settings, True, 7, 40, 2)
+    assert said is not None
+    assert "packed into 7 rows, and a step takes 16" in said
+    assert "Try train.global_batch=4 or data.packing=false, which makes 40 rows" in said
+    assert "Try more data" in str(scarcity(settings, False, 1, 1, 2))
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    said = [plural(1, "rank"), plural(2, "rank"), plural(0, "process"), plural(1000, "microbatch")]
+    assert said == ["1 rank", "2 ranks", "0 processes", "1,000 microbatches"]
+    assert rows_words(TrainConfig(global_batch=4, microbatch=4), 1) == "4 rows a step, 1 microbatch of 4 on one rank"
