@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from launcher.process import KILL_AFTER_S
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.numerics import NUMERICS
-from trainers.config.schema import RunConfig, escaped, plain
+from trainers.config.schema import LogConfig, RunConfig, escaped, plain
 from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, newest_attempt, read_status
@@ -53,6 +53,8 @@ PACKAGES = (
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # file systems without hard links
 DIFF = ("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--src-prefix=a/", "--dst-prefix=b/", "HEAD")
 """Changes as `git apply` takes them, whatever the user has configured."""
+OF_WANDB = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "group": "WANDB_RUN_GROUP"}
+PROJECT = "fulltune"
 HEADER = "# The frozen settings of this run: the only input of a rank. Start the same command again to continue; edit nothing here.\n"
 
 
@@ -75,7 +77,22 @@ class Job:
 def make_job(config: JobConfig) -> Job:
     """Split a composed config into a job; `run_dir` becomes absolute, so that ranks find it from any directory."""
     run_dir = Path(os.path.abspath(Path(config.run_dir).expanduser()))
-    return Job(dataclasses.replace(run_config(config), run_dir=str(run_dir)), config.launch, run_dir, config.hardware, config.plan)
+    run = run_config(config)
+    run = dataclasses.replace(run, run_dir=str(run_dir), log=with_environment(run.log, os.environ))
+    return Job(run, config.launch, run_dir, config.hardware, config.plan)
+
+
+def with_environment(log: LogConfig, environment: Mapping[str, str]) -> LogConfig:
+    """Return where W&B keeps a run, what is not set by W&B's own variables: they are those of the launcher, on every rank."""
+    given = {name: environment.get(variable) or None for name, variable in OF_WANDB.items()}
+    tags = [tag.strip() for tag in environment.get("WANDB_TAGS", "").split(",") if tag.strip()]
+    return dataclasses.replace(
+        log,
+        project=log.project or given["project"] or PROJECT,
+        entity=log.entity or given["entity"],
+        group=log.group or given["group"],
+        tags=log.tags or tags,
+    )
 
 
 def frozen_text(run: RunConfig) -> str:
@@ -117,7 +134,7 @@ def manifest(code: dict[str, Any]) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _versions(),
         "scheduler": {name: value for name, value in sorted(os.environ.items()) if name.startswith("SLURM_") and "JOB" in name},
-        "wandb_id": secrets.token_hex(4),
+        "wandb_id": os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4),
     }
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -153,6 +154,8 @@ def _launch(points: Iterable[tuple[list[str], DictConfig]], folder: Path, consta
     if _on_slurm(jobs[0]):
         rest = [job for job in jobs if read_state(job.run_dir) != State.done]
         plan.require_fit([job for job, word in zip(rest, slurm.states(rest), strict=True) if not word])
+    if chosen := os.environ.pop("WANDB_RUN_ID", ""):
+        print(f"WANDB_RUN_ID={chosen} is not used: each point of a sweep is a W&B run of its own", file=sys.stderr, flush=True)
     for job in jobs:
         require_joinable(job)
     for job in jobs:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -15,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from command import ROOT
 from huggingface_hub import constants
 from local_server import JsonRequests, LocalServer
 from safetensors.torch import load_file
@@ -288,3 +292,58 @@ def test_whose_code_runs_is_said(base: Path, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(logging.getLogger("fulltune"), "propagate", True)
     hub.say_whose_code(str(folder), folder, COMMIT)
     assert f"Python code of {folder} (commit {COMMIT}) and of stranger/code runs here" in caplog.text
+
+
+ASK = """
+import sys
+from pathlib import Path
+from trainers.config.errors import ConfigError
+from trainers.model import hub
+try:
+    print(hub.fetch("model.id", "acme/tiny", None, ("config.json",))[0])
+except ConfigError as error:
+    print(error)
+"""
+
+
+def ask_as_a_rank(**variables: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
+    line = [sys.executable, "-c", ASK]
+    done = subprocess.run(line, env=environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_variables_of_the_hub_are_followed(base: Path, tmp_path: Path) -> None:
+    tokens: list[str | None] = []
+
+    class Asked(Requests):
+        def do_GET(self) -> None:
+            if "harnesses" not in self.path:
+                tokens.append(self.headers.get("Authorization"))
+            super().do_GET()
+
+        do_HEAD = do_GET
+
+    class Asks(Hub):
+        requests = Asked
+
+    server, home = Asks(base), tmp_path / "home"
+    (tmp_path / "token").write_text("hf_from_a_file")
+    with server.serving():
+        endpoint = {"HF_ENDPOINT": server.url}
+        found = ask_as_a_rank(**endpoint, HF_HOME=str(home), HF_TOKEN="hf_secret")
+        assert found.startswith(str(home / "hub"))
+        assert set(tokens) == {"Bearer hf_secret"}
+        assert ask_as_a_rank(**endpoint, HF_HOME=str(home), HF_HUB_CACHE=str(tmp_path / "cache")).startswith(str(tmp_path / "cache"))
+        tokens.clear()
+        ask_as_a_rank(**endpoint, HF_HOME=str(tmp_path / "other"), HF_TOKEN_PATH=str(tmp_path / "token"))
+        assert set(tokens) == {"Bearer hf_from_a_file"}
+        tokens.clear()
+        for offline in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+            assert ask_as_a_rank(**endpoint, HF_HOME=str(home), **{offline: "1"}) == found
+            assert "HF_HUB_OFFLINE is set" in ask_as_a_rank(**endpoint, HF_HOME=str(tmp_path / "nothing"), **{offline: "1"})
+        assert not tokens
+    silent = Silent()
+    said = ask_as_a_rank(HF_ENDPOINT=silent.url, HF_HOME=str(tmp_path / "nothing"), HF_HUB_ETAG_TIMEOUT="1")
+    assert f"the hub at {silent.url} does not answer (timed out)" in said

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import arguments, launch, read_rows, stop_at_step
+from command import ROOT, arguments, launch, read_rows, stop_at_step
 from local_server import JsonRequests, LocalServer
+
+from launcher.job import with_environment
+from trainers.config.schema import LogConfig, WandbMode
+from trainers.rundir.mirror import mode_of
 
 
 class Requests(JsonRequests):
@@ -44,6 +48,7 @@ class Server(LocalServer):
         super().__init__()
         self.files: dict[str, dict[str, list[str]]] = {}
         self.configs: dict[str, dict[str, Any]] = {}
+        self.asked: dict[str, dict[str, Any]] = {}
 
     def rows(self, run: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.files[run].get("wandb-history.jsonl", [])]
@@ -90,6 +95,7 @@ class Server(LocalServer):
 
     def upsert(self, variables: dict[str, Any]) -> dict[str, Any]:
         run = variables["name"]
+        self.asked[run] = {name: value for name, value in variables.items() if value is not None} | self.asked.get(run, {})
         new = run not in self.configs
         self.files.setdefault(run, {})
         self.configs[run] = self.configs.get(run, {}) | json.loads(variables["config"] or "{}")
@@ -156,3 +162,87 @@ def test_sync_of_a_run_that_was_stopped_and_continued(server: Server, continued:
         assert 3 <= server.rows(*server.files)[-1]["step"] < 40
     sync(server, tmp_path, run_dir / "wandb")
     assert_mirrors(server, run_dir)
+
+
+MIRROR = """
+import json, os, sys
+from pathlib import Path
+from launcher.config import JobConfig
+from launcher.job import make_job, manifest
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.metrics import Metrics, log_to_terminal
+from trainers.rundir.rows import Kind
+folder = Path(sys.argv[1])
+run = make_job(JobConfig(run_dir=str(folder), name="ours")).run
+(folder / "manifest.json").write_text(json.dumps(manifest({})))
+log_to_terminal(0)
+metrics = Metrics(run, Attempt(folder), 0, 1)
+metrics.start(0)
+metrics.write(Kind.step, {"step": 1, "loss": 1.0, "tokens_per_second": 3.0, "step_seconds": 0.1})
+metrics.close()
+os._exit(0)
+"""
+
+
+def mirrored(server: Server, folder: Path, **variables: str) -> str:
+    """Mirror one row of a run whose settings say nothing of W&B; returns what was said."""
+    folder.mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    environment |= {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url, "HOME": str(folder), "PYTHONPATH": str(ROOT)} | variables
+    line = [sys.executable, "-c", MIRROR, str(folder)]
+    done = subprocess.run(line, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_variables_of_wandb_are_followed_or_named(server: Server, tmp_path: Path) -> None:
+    wanted = {
+        "WANDB_PROJECT": "theirs",
+        "WANDB_ENTITY": "us",
+        "WANDB_RUN_GROUP": "several",
+        "WANDB_NAME": "mine",
+        "WANDB_NOTES": "a note",
+        "WANDB_JOB_TYPE": "trial",
+        "WANDB_TAGS": "one, two",
+        "WANDB_RUN_ID": "chosen",
+        "WANDB_DIR": str(tmp_path / "elsewhere"),
+        "WANDB_INIT_TIMEOUT": "30",
+        "WANDB_RESUME": "never",
+    }
+    (tmp_path / "elsewhere").mkdir()
+    said = mirrored(server, tmp_path / "run", **wanted)
+    asked = server.asked["chosen"]
+    expected = {"project": "theirs", "entity": "us", "groupName": "several", "displayName": "mine", "notes": "a note", "jobType": "trial"}
+    assert {name: asked.get(name) for name in expected} == expected
+    assert {"one", "two", "full"} <= set(asked["tags"])
+    assert len(server.rows("chosen")) == 1
+    assert list((tmp_path / "elsewhere" / "wandb").glob("run-*"))
+    assert not (tmp_path / "run" / "wandb").exists()
+    assert "WANDB_RESUME=never is not used: all attempts" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["WANDB_MODE=offline", "WANDB_MODE=dryrun", "WANDB_MODE=disabled", "WANDB_DISABLED=true"])
+def test_a_mode_of_wandb_is_never_exceeded(server: Server, tmp_path: Path, variable: str) -> None:
+    name, _, value = variable.partition("=")
+    mirrored(server, tmp_path / "run", **{name: value})
+    assert not server.asked
+    recorded = list((tmp_path / "run").glob("wandb/offline-run-*"))
+    assert bool(recorded) is (value in ("offline", "dryrun"))
+
+
+def test_modes() -> None:
+    auto, online, offline, disabled = WandbMode.auto, WandbMode.online, WandbMode.offline, WandbMode.disabled
+    assert [mode_of(mode, {}) for mode in (auto, online, offline, disabled)] == [auto, online, offline, disabled]
+    assert [mode_of(mode, {"WANDB_MODE": "online"}) for mode in (auto, online, offline, disabled)] == [online, online, offline, disabled]
+    assert [mode_of(mode, {"WANDB_MODE": "offline"}) for mode in (auto, online, offline, disabled)] == [offline] * 3 + [disabled]
+    assert [mode_of(mode, {"WANDB_MODE": "Disabled"}) for mode in (auto, online, offline, disabled)] == [disabled] * 4
+
+
+def test_settings_go_before_variables() -> None:
+    variables = {"WANDB_PROJECT": "a", "WANDB_ENTITY": "b", "WANDB_RUN_GROUP": "", "WANDB_TAGS": "x,y"}
+    assert with_environment(LogConfig(), variables) == LogConfig(project="a", entity="b", tags=["x", "y"])
+    own = LogConfig(project="p", entity="e", group="g", tags=["t"])
+    assert with_environment(own, variables) == own
+    assert with_environment(LogConfig(), {}).project == "fulltune"

@@ -182,10 +182,11 @@ def _memory() -> Check:
 
 
 def _disks() -> list[Check]:
+    from huggingface_hub import constants
+
     from trainers.cache import cache_root
 
-    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    places = {"disk here": Path.cwd(), "disk of prepared data": cache_root(None), "disk of the hub's cache": hub}
+    places = {"disk here": Path.cwd(), "disk of prepared data": cache_root(None), "disk of the hub's cache": Path(constants.HF_HUB_CACHE)}
     return [_disk(name, folder) for name, folder in places.items()]
 
 
@@ -480,14 +481,15 @@ class _Said(logging.Handler):
 
 
 def _probe_hub(_: str) -> list[Check]:
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
         return [Check("Hugging Face hub", NOTE, "offline, by HF_HUB_OFFLINE: models and data come from its cache or from disk")]
-    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=HUB_LIMIT_S):
-            return [Check("Hugging Face hub", OK, f"{address} answers")]
+        with urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_LIMIT_S):
+            return [Check("Hugging Face hub", OK, f"{constants.ENDPOINT} answers")]
     except (OSError, ValueError) as error:
-        found = f"{address} does not answer ({getattr(error, 'reason', error)})"
+        found = f"{constants.ENDPOINT} does not answer ({getattr(error, 'reason', error)})"
         return [Check("Hugging Face hub", NOTE, found, "name models and data by local paths, and set HF_HUB_OFFLINE=1")]
 
 

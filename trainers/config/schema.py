@@ -481,14 +481,14 @@ class LogConfig:
 
     wandb: WandbMode = WandbMode.auto
     """Mirror to Weights & Biases."""
-    project: str = "fulltune"
-    """W&B project."""
+    project: str | None = None
+    """W&B project; empty is WANDB_PROJECT, else `fulltune`."""
     entity: str | None = None
-    """W&B user or team; empty is the key's own."""
+    """W&B user or team; empty is WANDB_ENTITY, else the key's own."""
     group: str | None = None
-    """W&B group, to compare runs side by side."""
+    """W&B group, to compare runs side by side; empty is WANDB_RUN_GROUP."""
     tags: list[str] = field(default_factory=list)
-    """W&B tags in addition to the method and the engine."""
+    """W&B tags in addition to the method and the engine; empty is WANDB_TAGS."""
     peak_tflops: float | None = None
     """The device's dense matrix peak in TFLOP/s, for MFU; empty looks the device up."""
 

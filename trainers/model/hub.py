@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 import os
+import socket
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -52,7 +53,19 @@ def fetch(setting: str, name: str, revision: str | None, patterns: tuple[str, ..
         folder = snapshot_download(name, revision=wanted, allow_patterns=list(patterns), local_files_only=here)
     except Exception as error:  # whatever the hub's client and its HTTP library raise
         raise _refused(setting, name, found.why or f"cannot be fetched from the hub: {first_line(error)}") from error
+    if found.commit is not None:
+        _note_commit(Path(folder), revision or "main", found.commit)
     return Path(folder), Path(folder).name
+
+
+def _note_commit(folder: Path, revision: str, commit: str) -> None:
+    """Note which commit a branch or tag was, where the hub's client looks for it offline: it does not do so for a commit."""
+    note = folder.parents[1] / "refs" / revision
+    if revision != commit and (not note.is_file() or note.read_text("utf-8") != commit):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        partial = note.with_name(f".{note.name}.{socket.gethostname()}.{os.getpid()}")
+        partial.write_text(commit, "utf-8")
+        partial.rename(note)
 
 
 def require_readable(name: str, revision: str | None, convert: bool) -> bool:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from trainers.config.schema import Precision, RunConfig, WandbMode
 from trainers.rundir.attempt import Attempt
-from trainers.rundir.mirror import Mirror
+from trainers.rundir.mirror import Mirror, mode_of
 from trainers.rundir.paths import METRICS, log_file
 from trainers.rundir.rows import Kind, Row, finite, number, read_rows, until
 
@@ -106,7 +106,7 @@ class Metrics:
     def start(self, step: int) -> list[Row]:
         """Cut the record back to `step` and return the rows that stay (on rank 0); start the bar and the mirror."""
         kept = self.cut(step)
-        if self.active and self.config.log.wandb is not WandbMode.disabled:
+        if self.active and mode_of(self.config.log.wandb, os.environ) is not WandbMode.disabled:
             self.mirror = Mirror(self.config)
         self.task = self.bar.add_task(self.config.name, total=self.num_steps, completed=step, loss="-", more="", speed="-")
         self.bar.start()

@@ -9,6 +9,7 @@ import os
 import queue
 import socket
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -23,6 +24,22 @@ log = logging.getLogger("fulltune")
 WANDB_WAIT_S = 20.0
 OLD_HOST = "api.wandb.ai"
 """Under which earlier versions of wandb have stored a key; newer ones still take it."""
+KEYS = {"WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"}
+NOT_USED = {
+    "WANDB_RESUME": "all attempts of a run continue one W&B run, whose id is in manifest.json (WANDB_RUN_ID chooses it)",
+    "WANDB_CONSOLE": "RUN_DIR/logs has what ranks print",
+}
+"""Variables of W&B's that a run does not follow, and why. All others are W&B's own matter, or the launcher's."""
+
+
+def mode_of(asked: WandbMode, environment: Mapping[str, str]) -> WandbMode:
+    """Return whether and how W&B mirrors a run: what is asked for, and never more than WANDB_MODE and WANDB_DISABLED allow."""
+    allowed = environment.get("WANDB_MODE", "").lower()
+    if environment.get("WANDB_DISABLED", "").lower() in ("true", "1", "yes", "on") or allowed == "disabled":
+        return WandbMode.disabled
+    if allowed in ("offline", "dryrun") and asked is not WandbMode.disabled:
+        return WandbMode.offline
+    return WandbMode.online if allowed == "online" and asked is WandbMode.auto else asked
 
 
 class Mirror:
@@ -58,19 +75,23 @@ class Mirror:
     def _begin(self) -> Any:
         import wandb
 
+        for name, why in NOT_USED.items():
+            if name in os.environ:
+                log.warning("%s=%s is not used: %s", name, os.environ[name], why)
         config, online = self.config, self._is_online()
         keywords: dict[str, Any] = {
-            "project": config.log.project,
+            "project": config.log.project or "fulltune",
             "entity": config.log.entity,
             "group": config.log.group,
-            "name": config.name,
+            "name": os.environ.get("WANDB_NAME") or config.name,
             "id": wandb_id(config),
             "resume": "allow",
-            "dir": config.run_dir,
+            "dir": os.environ.get("WANDB_DIR") or config.run_dir,
             "config": plain(config) | {"peak_lr": peak_lr(config.optim, config.peft).value},
             "tags": ["full" if config.peft.method == "none" else str(config.peft.method), str(config.engine.name), *config.log.tags],
         }
-        settings = {"silent": True, "console": "off", "init_timeout": WANDB_WAIT_S / 2, "login_timeout": 1}
+        settings = {"silent": True, "console": "off", "login_timeout": 1}
+        settings |= {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": WANDB_WAIT_S / 2}
         if online:
             with contextlib.suppress(wandb.errors.CommError, wandb.errors.UsageError):
                 return _with_steps(wandb.init(mode="online", settings=wandb.Settings(**settings), **keywords))
@@ -80,13 +101,13 @@ class Mirror:
 
     def _is_online(self) -> bool:
         """Tell whether to go online: asked for or left open, a key is at hand, and the server takes a connection."""
-        if self.config.log.wandb is WandbMode.offline or os.environ.get("WANDB_MODE", "online") != "online":
+        if mode_of(self.config.log.wandb, os.environ) is WandbMode.offline:
             return False
         import wandb
 
         url = urlparse(wandb.setup(settings=wandb.Settings(silent=True)).settings.base_url)  # which `wandb login --host` may have set
         host = url.hostname or OLD_HOST
-        if not ("WANDB_API_KEY" in os.environ or any(map(_has_netrc, (host, OLD_HOST)))):
+        if not (KEYS & os.environ.keys() or any(map(_has_netrc, (host, OLD_HOST)))):
             if self.config.log.wandb is WandbMode.online:
                 log.warning("log.wandb=online, but there is no W&B key: recorded offline; `wandb login` stores a key")
             return False
