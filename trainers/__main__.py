@@ -48,7 +48,7 @@ from trainers.model.blueprint import Blueprint, flops_per_token, make_blueprint,
 from trainers.model.export import check_export, export, rehearse_export, reopen, sample_answer
 from trainers.peft.base import FILE, Adaptation, FullTraining
 from trainers.peft.nf4 import round_base
-from trainers.peft.saved import export_adapter, rehearse_adapter, reopen_adapter, require_moved
+from trainers.peft.saved import export_adapter, rehearse_adapter, reopen_adapter
 from trainers.processes import exit_after, free_reserve, keep_reserve, never_fail
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, Superseded
@@ -213,8 +213,9 @@ def train_and_export(
         engine.train(True)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
     world.begin_steps()
-    shapes = engine.shapes()
-    flops = flops_per_token(shapes, blueprint.config, data.train.mean_attended(), shapes.keys() - engine.adaptation.trained)
+    adaptation = engine.adaptation
+    shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
+    flops = flops_per_token(shapes, blueprint.config, data.train.mean_attended(), shapes.keys() - adaptation.trained)
     outcome = train(config, world, attempt, engine, data, loader, flops)
     engine.report()
     stopped = outcome.stopped
@@ -298,15 +299,14 @@ def finish(
     figures, shapes, state = as_figures(outcome, world), engine.shapes(), engine.state_bytes()
     state_bytes = dict(zip(state, map(int, world.sum(list(map(float, state.values())))), strict=True))
     if world.rank == 0:
-        if is_adapter and outcome.progress.step > outcome.progress.skipped:
-            require_moved(folder)
         sample = _try_export(config, folder, blueprint, tokenizer, probe, logps, data, adaptation)
         parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+        unreached = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name in adaptation.unreached)
         trained = sum(torch.Size(shapes[name]).numel() for name in adaptation.trained)
         figures |= {
             "wall_seconds": time.monotonic() - STARTED,
             "parameters": parameters,
-            "trainable_parameters": trained if config.peft.method is not PeftMethod.none else parameters,
+            "trainable_parameters": trained if config.peft.method is not PeftMethod.none else parameters - unreached,
             "state_bytes": state_bytes,
             "export": str(folder),
             "sample": sample,

@@ -14,7 +14,7 @@ from trainers.config.derived import learning_rate, peak_lr
 from trainers.config.schema import OnSpike, RunConfig
 from trainers.data.loader import Ints, Rows
 from trainers.data.prepare import Prepared
-from trainers.engines.base import Engine
+from trainers.engines.base import Engine, require_moved
 from trainers.evaluation import HeldOut
 from trainers.health.activity import watch
 from trainers.health.spikes import Guard, Spike, TrainingFailed
@@ -144,6 +144,8 @@ def train(
                 progress = _go_back(progress, spike, engine, world, checkpointer, guard, held_out, metrics)
                 continue
             progress = _advanced(progress, sizes, taken, seconds, world.size)
+            if taken and progress.step - progress.skipped == 1:
+                require_moved(engine, world)
             outcome.train_loss = result.loss
             row = _row(progress, result, lr, sizes, seconds, reports, rows.epoch(progress.step), row_ids)
             if tflops is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from trainers import host
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Offload, Precision, RunConfig
+from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
+from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Update
@@ -28,6 +32,8 @@ log = logging.getLogger("fulltune")
 NVME_BUFFERS = 5
 """Partitions that DeepSpeed may have in memory at once on their way from NVMe; its own default."""
 HOST = "in host memory"
+BEGINS_AT_ZERO = re.compile(r"\.lora_(B|E|embedding_A)\b")
+"""Names of the tensors that let an adapter begin without an effect, and that every update moves."""
 COMPUTE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -144,6 +150,23 @@ class Engine(Protocol):
     def close(self) -> None:
         """Remove what this run has put outside its run directory."""
         ...
+
+
+def require_moved(engine: Engine, world: World) -> None:
+    """Raise TrainingFailed after the first update where a part of an adapter that begins at zero still is: no gradient reaches it.
+
+    Collective.
+    """
+    names = sorted(name for name in engine.adaptation.trained if BEGINS_AT_ZERO.search(name))
+    if not names:
+        return
+    state = engine.state()["model"]
+    parts = [state[name] for name in names]
+    moved = world.max([float((part.to_local() if isinstance(part, DTensor) else part).any()) for part in parts])
+    if still := [name for name, any_moved in zip(names, moved, strict=True) if not any_moved]:
+        raise TrainingFailed(
+            f"{listed(still)} is zero after the first update: no gradient reaches it; leave its module out of peft.targets"
+        )
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

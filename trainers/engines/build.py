@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -58,6 +59,8 @@ def build_engine(
     if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
         log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
     engine = outline(config, world, blueprint)
+    trained = ",".join(sorted(engine.adaptation.trained))
+    world.require_agreement("which parameters are trained", hashlib.sha256(trained.encode()).hexdigest())
     require_host(config, world, engine)
     try:
         before_weights(engine.adaptation)

@@ -129,6 +129,11 @@ class ZeRO3Engine:
         self.parameters: dict[str, Any] = dict(self.model.named_parameters())
         self.norm = 0.0
         self.accepts: Accepts = accepts_all
+        self.with_gradient: set[str] = set()
+        """Parameters that got a gradient in this step; DeepSpeed reduces the same ones on every rank."""
+        for name, p in self.parameters.items():
+            if p.requires_grad:
+                p.register_hook(lambda _, name=name: self.with_gradient.add(name))
         self.optimizer._get_norm_groups = self._norm_groups
         if origin is not None:
             if not origin.is_exact_in(self.compute):
@@ -258,7 +263,8 @@ class ZeRO3Engine:
             parts = self._parts(update.names)
             update.before(parts, lambda name: _whole(self.parameters[name]))
             parts = {name: replace(part, grad=part.grad.clone()) for name, part in parts.items()}  # DeepSpeed clips some in place
-        self.engine.step()
+        with self._left_alone(self.adaptation.trained - self.with_gradient - parts.keys()):
+            self.engine.step()
         norm = self.norm
         if update is not None and math.isfinite(norm) and accepts(norm):
             if self.config.optim.clip is not None:
@@ -267,7 +273,30 @@ class ZeRO3Engine:
             if update.after(parts, self.world.sum):
                 self._take_over()
         self._clear_gradients()
+        self.with_gradient.clear()
         return norm
+
+    @contextmanager
+    def _left_alone(self, names: Collection[str]) -> Iterator[None]:
+        """Undo what an update does to parameters without a gradient, which DeepSpeed steps and decays with their sub-group."""
+        kept: dict[int, list[Tensor]] = {}
+        if names:
+            for number, parts in self._live_parts(names):
+                kept[number] = [part.clone() for part in parts]
+        yield
+        if names:
+            for number, parts in self._live_parts(names):
+                for part, before in zip(parts, kept[number], strict=True):
+                    part.copy_(before)
+            self._take_over()
+
+    def _live_parts(self, names: Collection[str]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield each sub-group with this rank's elements of some of its parameters: views of master weights and moments."""
+        for number, master, places in self._sub_groups():
+            with self._present(number):
+                moments = self.optimizer.optimizer.state.get(master, {})
+                kinds = [master.data, *(moments[kind] for kind in MOMENTS if kind in moments)]
+                yield number, [kind[slice(*place)] for name, place in places.items() if name in names for kind in kinds]
 
     def _norm_groups(self) -> list[Any]:
         """Return DeepSpeed's norms of its groups; infinite where the step is not accepted, with which DeepSpeed takes none."""
@@ -433,6 +462,7 @@ class ZeRO3Engine:
             "gradient reduction": statement("gradients", self._gradients(), torch.float32, size["gradients"], host),
             "optimizer state": state if size["optimizer"] else "none (SGD)",
             "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),
+            **self.adaptation.notes,
             **update_statement(self.adaptation.update, host),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),

@@ -116,12 +116,14 @@ class FSDPEngine:
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32),
             "offload_policy": CPUOffloadPolicy(pin_memory=self._pins()) if self.offloaded else OffloadPolicy(),
         }
+        unreached = {id(self.model.get_parameter(name)) for name in self.adaptation.unreached}
+        used = [block for block in self.blocks if any(id(p) not in unreached for p in block.parameters())]
         for block in self.blocks:
             fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **how)
         fully_shard(self.model, reshard_after_forward=False, **how)
         if engine.prefetch > 1:  # 1 is fully_shard's own: the next block in backward, and what the CPU has issued ahead in forward
-            for number, block in enumerate(self.blocks):
-                ahead, behind = self.blocks[number + 1 :], self.blocks[:number][::-1]
+            for number, block in enumerate(used):
+                ahead, behind = used[number + 1 :], used[:number][::-1]
                 block.set_modules_to_forward_prefetch(ahead[: engine.prefetch])  # type: ignore[operator]
                 block.set_modules_to_backward_prefetch(behind[: engine.prefetch])  # type: ignore[operator]
 
@@ -275,6 +277,7 @@ class FSDPEngine:
             "gradient reduction": statement("gradients", [], torch.float32, size["gradients"], until),
             "optimizer state": state if moments else "none (SGD)",
             "frozen weights": frozen_statement(((p, _local_block(p)[0]) for p in frozen), self.compute, home),
+            **self.adaptation.notes,
             **update_statement(self.adaptation.update, home),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),

@@ -13,6 +13,8 @@ from trainers.config.checks import VIRTUAL
 from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConfig
 from trainers.model.blueprint import Blueprint
+from trainers.model.reach import find_unreached, groups_of
+from trainers.model.safetensors_files import listed
 from trainers.model.saved_form import saved_form
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation, Adapter, FullTraining, VirtualTokens
@@ -25,9 +27,16 @@ from trainers.peft.tokens import prepend_tokens
 def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: Blueprint, compute: torch.dtype) -> Adaptation:
     """Apply the run's method to a model on `meta`: what is frozen is stored in the compute type, what is trained in float32.
 
-    Raises ConfigError, before any value is read, for what the model does not have or the method cannot do with it.
+    What the data never reach is frozen first: no method trains it. Raises ConfigError, before any value is read, for what the model
+    does not have or the method cannot do with it.
     """
     method, settings = config.peft.method, config.peft
+    numels = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    unreached = find_unreached(model, config.data.seq_len)
+    parts = list(groups_of(unreached, numels))
+    left = {id(model.get_parameter(name)) for name in unreached}
+    for name in unreached:
+        model.get_parameter(name).requires_grad_(False)
     adaptation: Adaptation
     if method is PeftMethod.none or method is PeftMethod.freeze:
         adaptation = _train_part(model, origin, settings, blueprint)
@@ -35,7 +44,10 @@ def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: 
         reason = f"the model grows from {blueprint.vocab_on_disk} rows, and an adapter is loaded onto a base that has not grown"
         raise ConfigError("peft.method", str(method), reason, "train with tokens that the base has rows for, or peft=none or freeze")
     else:
-        adaptation = prepend_tokens(model, origin, config) if method in VIRTUAL else inject(model, origin, config)
+        adaptation = prepend_tokens(model, origin, config) if method in VIRTUAL else inject(model, origin, config, unreached, parts)
+    adaptation.unreached = {name for name, parameter in model.named_parameters() if id(parameter) in left}
+    if unreached:
+        adaptation.notes["never reached"] = _unreached_words(parts, unreached, numels)
     if settings.quantise is Quantisation.nf4:
         pack_base(model, adaptation)
     if settings.adapter is not None:
@@ -48,14 +60,20 @@ def adapt(model: PreTrainedModel, origin: Origin, config: RunConfig, blueprint: 
     return adaptation
 
 
+def _unreached_words(parts: list[str], unreached: set[str], numels: dict[str, int]) -> str:
+    """Say what the data never reach, and its share of all parameters."""
+    share = sum(numels[name] for name in unreached) / sum(numels.values())
+    return f"{listed(parts, most=4)}: {len(unreached)} tensors, {share:.2%} of all parameters, frozen and exported as they came"
+
+
 def _train_part(model: PreTrainedModel, origin: Origin, settings: PeftConfig, blueprint: Blueprint) -> FullTraining:
     """Train every parameter, or those that are not frozen; the export is a whole model, with frozen tensors as the base has them."""
     if settings.method is PeftMethod.freeze:
         frozen = _before_last_blocks(model, settings.last_blocks) if settings.last_blocks else _matching(model, settings.freeze)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name not in frozen)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ConfigError("peft.freeze", settings.freeze, "freezes every parameter", "fewer patterns")
+            raise ConfigError("peft.freeze", settings.freeze, "freezes every parameter that the data reach", "fewer patterns")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     parameters, form = dict(model.named_parameters()), saved_form(model, origin, blueprint.config, lambda _: blueprint.saved_dtype)
     live = {name for name in form.live if name not in parameters or name in trained}

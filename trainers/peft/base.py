@@ -29,6 +29,10 @@ class Adaptation(Protocol):
     origin: Origin
     trained: set[str]
     """Names of the parameters that are trained."""
+    unreached: set[str]
+    """Names of the parameters that no row of the data reaches; they are frozen."""
+    notes: dict[str, str]
+    """What the start-up table says of what is trained, by title."""
     packed: dict[str, tuple[int, ...]]
     """Shapes of the frozen matrices that are stored in 4 bits, by name."""
     dtype: torch.dtype
@@ -62,6 +66,8 @@ class FullTraining:
     live: Collection[str]
     """Those that are taken from the engine; the rest is in `origin` as it was."""
     dtype: torch.dtype
+    unreached: set[str] = field(default_factory=set)
+    notes: dict[str, str] = field(default_factory=dict)
     packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
     library_config: Any = None
     update: Update | None = None
@@ -96,6 +102,8 @@ class Adapter:
     lr_scales: dict[str, float] = field(default_factory=dict)
     """Learning rates over the run's, where they differ."""
     update: Update | None = None
+    unreached: set[str] = field(default_factory=set)
+    notes: dict[str, str] = field(default_factory=dict)
     packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
 
@@ -106,7 +114,8 @@ class Adapter:
     def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield the adapter's tensors under the names that peft gives them."""
         for name, key in self.names.items():
-            yield key, _in_type(self.as_saved(name, gather(name)), self.dtype)
+            whole = read_whole(self.origin, name) if name in self.unreached else gather(name)
+            yield key, _in_type(self.as_saved(name, whole), self.dtype)
 
 
 @dataclass(kw_only=True)
@@ -120,6 +129,8 @@ class VirtualTokens:
     make: Callable[[dict[str, Tensor]], dict[str, Tensor]]
     """Makes the tensors of the export of all trained ones."""
     library_config: Any
+    unreached: set[str] = field(default_factory=set)
+    notes: dict[str, str] = field(default_factory=dict)
     packed: dict[str, tuple[int, ...]] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
     update: Update | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -11,30 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from trainers.config.errors import ConfigError, did_you_mean
+from trainers.config.errors import ConfigError
 from trainers.config.schema import AdapterBias, AdapterInit, PeftConfig, PeftMethod, RunConfig
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin, slices, tied_names
 from trainers.peft import adalora
 from trainers.peft.base import ADAPTER, Adapter, base_name, plain_list, seeded
 from trainers.peft.nf4 import round_trip
+from trainers.peft.targets import ADAPTABLE, adapted_words, ends, exclusion, require_modules, targets_that_work
 
-ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
 
+def inject(model: PreTrainedModel, origin: Origin, config: RunConfig, unreached: Collection[str], parts: Sequence[str]) -> Adapter:
+    """Put an adapter on each layer that is aimed at, and freeze the rest.
 
-def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adapter:
-    """Put an adapter on each layer that is aimed at, and freeze the rest."""
+    `unreached` names the parameters that the data never reach, and `parts` the modules that they make up: no adapter is put there.
+    """
     settings = config.peft
-    _require_modules(model, settings)
+    require_modules(model, settings, parts)
     before: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    library_config = _library_config(settings, model)
+    library_config = _library_config(settings, model, parts)
     library_config.base_model_name_or_path = base_name(config)
     library_config.revision = config.model.revision
-    _put_in(library_config, model)
-    layers = _tuner_layers(model)
-    _require_single(layers)
+    layers = _adapted(model, library_config, settings, parts)
+    for name in unreached:
+        before[name].requires_grad_(False)  # `bias: all` has let it be trained
     _require_rank(settings, layers)
     if settings.method is PeftMethod.adalora:
         for layer in layers.values():
@@ -59,16 +62,49 @@ def inject(model: PreTrainedModel, origin: Origin, config: RunConfig) -> Adapter
         contents=lambda: expected if pruning is None else {key: pruning.as_saved(key, tensor) for key, tensor in expected.items()},
         as_saved=adapters.as_saved if pruning is None else pruning.as_saved,
         library_config=saved_config,
+        notes={"adapters": adapted_words(before, layers, settings, unreached)},
         lr_scales={name: settings.lr_ratio for name in trained if "lora_B" in name or after[name].ndim == 1},  # as peft's LoRA+ divides
         update=pruning,
     )
 
 
-def _library_config(settings: PeftConfig, model: PreTrainedModel) -> Any:
+def _adapted(model: PreTrainedModel, library_config: Any, settings: PeftConfig, parts: Sequence[str]) -> dict[str, Any]:
+    """Let peft adapt a model and return its layers by path; raises ConfigError with the targets that can be adapted."""
+    pristine = copy.deepcopy(model)
+    try:
+        return _single_layers(model, library_config)
+    except ConfigError as error:
+        asked = dataclasses.replace(settings, modules_to_save=[])
+
+        def put(other: PreTrainedModel, names: list[str]) -> object:
+            return _single_layers(other, _library_config(dataclasses.replace(asked, targets=names), other, parts))
+
+        work = targets_that_work(pristine, put, parts)
+        remedy = f"peft.targets=[{','.join(work)}]" if work and set(work) != set(settings.targets) else error.remedy
+        raise ConfigError(error.path, settings.targets, error.reason, remedy) from error
+
+
+def _single_layers(model: PreTrainedModel, library_config: Any) -> dict[str, Any]:
+    """Put peft's layers into a model and return them by path; raises ConfigError where it refuses, or would adapt a stack of matrices."""
+    _put_in(library_config, model)
+    layers = _tuner_layers(model)
+    for path, layer in layers.items():
+        if not isinstance(layer.get_base_layer(), ADAPTABLE):
+            raise _no_stacks([path])
+    return layers
+
+
+def _no_stacks(names: Sequence[str]) -> ConfigError:
+    reason = f"the matrices of {listed(names)} are one stack, such as all experts of a block, and no adapter is put on a stack here"
+    return ConfigError("peft.targets", list(names), reason)
+
+
+def _library_config(settings: PeftConfig, model: PreTrainedModel, parts: Sequence[str]) -> Any:
     import peft
 
     targets: Any = "all-linear" if settings.targets == ["all-linear"] else settings.targets or None
-    same = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
+    same: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
+    same |= {"exclude_modules": exclusion(parts)}
     if settings.method is PeftMethod.ia3:
         return peft.IA3Config(**same, feedforward_modules=_feedforward(settings, model))
     alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
@@ -94,7 +130,7 @@ def _feedforward(settings: PeftConfig, model: PreTrainedModel) -> list[str] | No
         return None
     names = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)] if "all-linear" in settings.targets else []
     aimed = [*settings.targets, *names]
-    return [name for name in aimed if any(_ends(name, suffix) for suffix in known)]
+    return [name for name in aimed if any(ends(name, suffix) for suffix in known)]
 
 
 def _put_in(library_config: Any, model: nn.Module, empty: bool = True) -> None:
@@ -106,7 +142,9 @@ def _put_in(library_config: Any, model: nn.Module, empty: bool = True) -> None:
         try:
             peft.inject_adapter_in_model(library_config, model, ADAPTER, low_cpu_mem_usage=empty)
         except (ValueError, TypeError, NotImplementedError) as error:
-            reason, remedy = " ".join(str(error).split()), ""
+            if stacks := getattr(library_config, "target_parameters", None):
+                raise _no_stacks(sorted(stacks)) from error
+            reason, remedy = re.sub(r"^\[PEFT:\w+\] ", "", " ".join(str(error).split())).partition(". ")[0], ""
             if not library_config.target_modules:
                 reason, remedy = f"peft has no choice of its own for {type(model).__name__}", "peft.targets=[NAME,...] or [all-linear]"
             raise ConfigError("peft.targets", plain_list(library_config.target_modules or []), reason, remedy) from error
@@ -125,33 +163,6 @@ def _keys(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]
     saved = peft.get_peft_model_state_dict(model, dict(state), ADAPTER, save_embedding_layers=False)
     names = {id(tensor): name for name, tensor in state.items()}
     return {names[id(tensor)]: f"base_model.model.{key}" for key, tensor in saved.items()}
-
-
-def _ends(path: str, name: str) -> bool:
-    """Tell whether a name means the module at a path, as peft matches them."""
-    return path == name or path.endswith(f".{name}")
-
-
-def _require_modules(model: PreTrainedModel, settings: PeftConfig) -> None:
-    """Raise ConfigError for a name that no module has, with those that are near."""
-    modules = dict(model.named_modules())
-    adaptable = [path for path, module in modules.items() if isinstance(module, ADAPTABLE)]
-    weighty = [path for path, module in modules.items() if path and next(module.parameters(), None) is not None]
-    wanted = [("targets", name, adaptable, "layer") for name in settings.targets if name != "all-linear"]
-    wanted += [("modules_to_save", name, weighty, "module with weights") for name in settings.modules_to_save]
-    for where, name, paths, what in wanted:
-        if not any(_ends(path, name) for path in paths):
-            leaves = [path.rpartition(".")[2] for path in paths if not path.rpartition(".")[2].isdigit()]
-            remedy = did_you_mean(name, leaves, 3) or f"it has {listed(list(dict.fromkeys(leaves)), 12)}"
-            raise ConfigError(f"peft.{where}", name, f"{type(model).__name__} has no {what} of this name", remedy)
-
-
-def _require_single(layers: Mapping[str, Any]) -> None:
-    """Raise ConfigError where peft would adapt a stack of matrices as one, such as all experts of a block."""
-    for path, layer in layers.items():
-        if not isinstance(layer.get_base_layer(), ADAPTABLE):
-            reason = f"peft adapts the matrices of {path} as one stack, which is not sharded here yet"
-            raise ConfigError("peft.targets", path, reason, "the attention's layers: peft.targets=[q_proj,k_proj,v_proj,o_proj]")
 
 
 def _require_rank(settings: PeftConfig, layers: Mapping[str, Any]) -> None:
@@ -256,6 +267,7 @@ class Adapters:
 
     def _config_of_one(self, path: str) -> Any:
         config = copy.deepcopy(self.library_config)
+        config.exclude_modules = None
         config.target_modules, config.modules_to_save, config.bias = {"layer"}, None, "none"
         if self.settings.method is PeftMethod.ia3:
             config.feedforward_modules = {"layer"} if path in self.inward else set()

@@ -115,15 +115,6 @@ def rehearse_adapter(adaptation: Adaptation, blueprint: Blueprint, tokenizer: Pr
     rehearse(adaptation.contents(), partial(_configure, adaptation, tokenizer), reopened, blueprint, folder, FILE)
 
 
-def require_moved(folder: Path) -> None:
-    """Raise RuntimeError where a matrix that begins at zero, and that every update moves, is zero in the export: it was not trained."""
-    weights = Weights(folder, FILE)
-    filled = [name for name, stored in weights.stored.items() if "lora_B" in name and 0 not in stored.shape]
-    still = [name for name in filled if not weights.read_whole(name).any()]
-    if still:
-        raise RuntimeError(f"the export in {folder} is wrong: {listed(still)} is zero after training")
-
-
 def reopen_adapter(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     """Load the adapter onto its base as a user would, with plain peft; raises RuntimeError where a key is missing or left over."""
     import peft
