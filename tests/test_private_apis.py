@@ -27,6 +27,7 @@ PRIVATE = {
     "_C": "torch._C",
     "_attn_implementation": "transformers.configuration_utils.PreTrainedConfig._attn_implementation",
     "_buffers": "torch.nn.modules.module.Module._buffers",
+    "_can_set_experts_implementation": f"{PRETRAINED}._can_set_experts_implementation",
     "_cdata": "torch._C.StorageBase._cdata",
     "_convert_to_deepspeed_param": f"{INIT}._convert_to_deepspeed_param",
     "_device_types": f"{PROCESS_GROUP}.ProcessGroup._device_types",

@@ -91,10 +91,10 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     if not has_values:
         print(f"{blueprint.folder} has no weights: names in files are transformers' own for this architecture, and nothing else is copied")
     origin = origin_of(built, blueprint) if has_values else None
-    buffers = stored.require_fits(built, origin)
+    stored.require_fits(built, origin, config.data.seq_len)
     form = saved_form(built, origin, blueprint.config, lambda _: blueprint.saved_dtype)
     require_space(sum(tensor.nbytes for tensor in form.contents.values()), out)
-    weights = with_bar(pieces(form.live, stored, buffers), sum(tensor.nbytes for tensor in form.live.values()))
+    weights = with_bar(pieces(form.live, stored, origin), sum(tensor.nbytes for tensor in form.live.values()))
     if refused := generation_config(blueprint, tokenizer, stop_ids(tokenizer))[1]:
         print(f"left out of generation_config.json, since transformers does not save it: {', '.join(refused)}")
     export(weights, form, blueprint, tokenizer, stop_ids(tokenizer), out.resolve(), write=True, shard_bytes=shard_bytes)
@@ -224,30 +224,28 @@ class Stored:
         except Exception as error:  # whatever bytes other than a pickle unpickle to
             raise Damaged(f"{folder / '.metadata'} is damaged: {error!r}") from error
 
-    def require_fits(self, model: PreTrainedModel, origin: Origin | None) -> dict[str, Tensor]:
-        """Return the persistent buffers, which ZeRO-3 does not save: they are those of the base.
+    def require_fits(self, model: PreTrainedModel, origin: Origin | None, seq_len: int) -> None:
+        """Raise Refused unless the checkpoint has the tensors of the model that rows of `seq_len` tokens reach, in their shapes.
 
-        Raises Refused unless the checkpoint has the tensors of the model and no others, in their shapes.
+        There may be no foreign ones. What else it lacks is the base's: persistent buffers, which ZeRO-3 does not save, and what is
+        never reached.
         """
+        from trainers.model.reach import find_unreached
         from trainers.model.safetensors_files import listed
         from trainers.model.weights import tied_names
 
         shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tied, absent = tied_names(model), [name for name in shapes if name not in self.shapes]
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        lacks = [name for name in absent if name in parameters and name not in tied]
+        absent = {name for name in shapes if name not in self.shapes} - tied_names(model).keys()
+        lacks = {name for name, _ in model.named_parameters(remove_duplicate=False)} & absent
+        lacks -= find_unreached(model, seq_len) if lacks else set()
         foreign = [name for name in self.shapes if name not in shapes]
         fits = {name: self.shapes.get(name) in (None, shape, (math.prod(shape),)) for name, shape in shapes.items()}
         misshapen = [f"{name} {list(self.shapes[name])} where the model has {list(shapes[name])}" for name in fits if not fits[name]]
-        kinds = (("lacks", lacks), ("has also", foreign), ("has", misshapen))
+        kinds = (("lacks", sorted(lacks)), ("has also", foreign), ("has", misshapen))
         if wrong := [f"{verb} {listed(names, most=3)}" for verb, names in kinds if names]:
             raise Refused(f"{self.folder} is not of the model that config.yaml names: it {'; it '.join(wrong)}")
-        buffers = [name for name in absent if name not in parameters]
-        if buffers and origin is None:
-            raise Refused(f"{self.folder} has no {listed(buffers, most=3)}, and the base's weights are not there: --model DIR")
-        if origin is None:
-            return {}
-        return {name: origin.read(name, (0,) * len(shapes[name]), shapes[name]) for name in buffers}
+        if absent and origin is None:
+            raise Refused(f"{self.folder} has no {listed(sorted(absent), most=3)}, and the base's weights are not there: --model DIR")
 
     def read(self, name: str) -> Iterator[Tensor]:
         """Yield the elements of a tensor in order, as flat pieces in the type they are saved in."""
@@ -293,10 +291,12 @@ def _read_piece(storage: Any, num_bytes: int) -> Tensor:
     return piece
 
 
-def pieces(contents: dict[str, Tensor], stored: Stored, buffers: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the model's tensors in pieces of the type of the export."""
+def pieces(contents: dict[str, Tensor], stored: Stored, base: Origin | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the model's tensors in pieces of the type of the export: of the checkpoint, and of the base what that does not hold."""
+    from trainers.peft.base import read_whole
+
     for name, tensor in contents.items():
-        for piece in [buffers[name]] if name in buffers else stored.read(name):
+        for piece in [read_whole(base, name)] if base and name not in stored.tensors else stored.read(name):
             yield name, piece.to(tensor.dtype)
 
 

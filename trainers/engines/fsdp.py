@@ -38,6 +38,7 @@ from trainers.engines.base import (
 )
 from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
+from trainers.model.reach import groups_of
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adapt import adapt
@@ -67,7 +68,8 @@ class FSDPEngine:
         if config.train.activation_checkpointing:
             checkpoint_activations(self.model)
         self.blocks = find_blocks(self.model)
-        require_groups(self.model, self.blocks)
+        self.unreached = unreached_modules(self.model, self.adaptation.unreached, self.blocks)
+        require_groups(self.model, [*self.blocks, *self.unreached])
         self._shard()
         self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
 
@@ -118,7 +120,7 @@ class FSDPEngine:
         }
         unreached = {id(self.model.get_parameter(name)) for name in self.adaptation.unreached}
         used = [block for block in self.blocks if any(id(p) not in unreached for p in block.parameters())]
-        for block in self.blocks:
+        for block in (*self.blocks, *self.unreached):
             fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **how)
         fully_shard(self.model, reshard_after_forward=False, **how)
         if engine.prefetch > 1:  # 1 is fully_shard's own: the next block in backward, and what the CPU has issued ahead in forward
@@ -288,11 +290,24 @@ class FSDPEngine:
 
     def _layout(self) -> str:
         """Say how the model is cut: groups, the largest one's share, ranks, and copies where there are several."""
-        groups, copies = [sum(p.nbytes for p in block.parameters()) for block in self.blocks], self.config.engine.replicate
+        groups, copies = (
+            [sum(p.nbytes for p in block.parameters()) for block in (*self.blocks, *self.unreached)],
+            self.config.engine.replicate,
+        )
         total = sum(p.nbytes for p in self.model.parameters())
         largest = max(*groups, total - sum(groups)) / total
         words = f"{plural(len(groups) + 1, 'group')}, the largest {largest:.0%} of all, over {plural(self.world.size // copies, 'rank')}"
         return words + (f", in {copies} copies" if copies > 1 else "")
+
+
+def unreached_modules(model: nn.Module, unreached: set[str], blocks: list[nn.Module]) -> list[nn.Module]:
+    """Return the modules outside of blocks that the data never reach: as groups of their own they are never gathered."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    found: list[nn.Module] = []
+    for path in groups_of(unreached, {name: p.numel() for name, p in model.named_parameters()}):
+        module = dict(model.named_modules()).get(path)
+        found += module if isinstance(module, nn.ModuleList) else [module] if module is not None else []
+    return [module for module in found if id(module) not in inside]
 
 
 def require_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:

@@ -24,17 +24,18 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
     """Return the parameters of a model on `meta` on which no log-probability of a text row depends, by name; the model stays as it is.
 
     They get no gradient, whatever the values are. Experts that no token was sent to count as reached.
-    A short row reaches all of most models; of others one of `seq_len` tokens is asked, as some parts only see long rows.
-    Code that needs values where there are none tells nothing: then all parameters count as reached, and a warning says so.
+    A short row reaches all of most models. Others are asked again with a row of `seq_len` tokens, as some parts only see long rows, and
+    with another answer wherever the model's code looks at a value to decide. Code that needs values where there are none tells nothing:
+    then all parameters count as reached, and a warning says so.
     """
     twin: Any = copy.deepcopy(model)
     twin.to("meta")
     _compute_plainly(twin)
-    left: set[str] = set()
+    left = {name for name, parameter in twin.named_parameters() if parameter.requires_grad}
     try:
-        for length in (LENGTH, seq_len):
-            found = set(map(id, _leaves(_ask(twin, length))))
-            left = {name for name, parameter in twin.named_parameters() if parameter.requires_grad and id(parameter) not in found}
+        for length, answer in ((LENGTH, False), (seq_len, True)):
+            found = set(map(id, _leaves(_ask(twin, length, answer))))
+            left = {name for name in left if id(twin.get_parameter(name)) not in found}
             if not left:
                 return left
     except Exception as error:  # of the model's own code, which may be anybody's
@@ -47,25 +48,29 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
 def _compute_plainly(twin: PreTrainedModel) -> None:
     """Choose kernels that run without a device and without values; which parameters are read does not depend on them."""
     if "flash" in str(twin.config._attn_implementation):
-        twin.set_attn_implementation("sdpa" if twin._supports_sdpa else "eager")
+        twin.set_attn_implementation("eager")
     if twin._can_set_experts_implementation():
         twin.set_experts_implementation("batched_mm")
 
 
-def _ask(twin: PreTrainedModel, length: int) -> Tensor:
+def _ask(twin: PreTrainedModel, length: int, answer: bool) -> Tensor:
     ids = torch.zeros(1, length, dtype=torch.int64)
     batch = Batch.of(ids, ids.clone(), torch.arange(length)[None]).map(lambda tensor: tensor.to("meta"))
-    with torch.enable_grad(), torch.device("meta"), _NoValues():  # type: ignore[no-untyped-call]
+    with torch.enable_grad(), torch.device("meta"), _NoValues(answer):
         return forward(twin, batch).logps
 
 
 class _NoValues(TorchDispatchMode):
-    """Answers what asks for values: a number is 0, and no element of a mask is left out."""
+    """Answers what asks for values: a number is 0, a claim is `answer`, and no element of a mask is left out."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.answer = answer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator on tensors without values."""
         if func is aten._local_scalar_dense.default:
-            return 0.0 if args[0].dtype.is_floating_point else 0
+            return self.answer if args[0].dtype is torch.bool else 0.0 if args[0].dtype.is_floating_point else 0
         if func is aten.nonzero.default:
             return torch.empty((args[0].numel(), args[0].ndim), dtype=torch.int64, device="meta")
         return func(*args, **(kwargs or {}))
@@ -98,11 +103,11 @@ def _without_tokens(model: nn.Module, unreached: Collection[str]) -> set[str]:
 
 
 def groups_of(names: Collection[str], numels: Mapping[str, int]) -> dict[str, int]:
-    """Return how many parameters are below each of the fewest modules that hold these names and no others, by path, the largest first."""
+    """Return how many parameters are below each of the fewest modules that hold these names and no others, by path; the largest first."""
     others = [name for name in numels if name not in names]
     taken = {".".join(name.split(".")[:depth]) for name in others for depth in range(1, name.count(".") + 2)}
     sizes: dict[str, int] = {}
-    for name in names:
+    for name in [name for name in numels if name in names]:
         parts = name.split(".")
         path = next(whole for depth in range(1, len(parts) + 1) if (whole := ".".join(parts[:depth])) not in taken)
         sizes[path] = sizes.get(path, 0) + numels[name]
