@@ -150,8 +150,8 @@ def try_one(place: Place, number: int, rng: random.Random, fault: Fault, engine:
             return verdict
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _harmed_attempt(run, kind, fault, rng, verdict)
-            _continue(run, kind, verdict)
+            before = _harmed_attempt(run, kind, fault, rng, verdict)
+            _continue(run, before, verdict)
         except (Wrong, subprocess.TimeoutExpired) as error:
             verdict.wrong = verdict.wrong or str(error)
         if not verdict.wrong:
@@ -169,8 +169,12 @@ def try_one(place: Place, number: int, rng: random.Random, fault: Fault, engine:
     return verdict
 
 
-def _harmed_attempt(run: Run, kind: Kind, fault: Fault, rng: random.Random, verdict: Verdict) -> None:
-    """Start an attempt and do the fault in its phase; what comes of it goes into the verdict."""
+def _harmed_attempt(run: Run, kind: Kind, fault: Fault, rng: random.Random, verdict: Verdict) -> dict[Path, str]:
+    """Start an attempt and do the fault in its phase; what comes of it goes into the verdict.
+
+    Returns the checkpoints before files were harmed, with their hashes.
+    """
+    before: dict[Path, str] = {}
     with ExitStack() as stack:
         if kind.network:
             address = stack.enter_context(server(kind.network))
@@ -185,6 +189,7 @@ def _harmed_attempt(run: Run, kind: Kind, fault: Fault, rng: random.Random, verd
                     send(pid, 9)
                 process.wait(ATTEMPT_S)
                 run.wait_gone()
+                before = run.complete()
             pids = [pid for pid, role in run.processes().items() if role == fault.role]
             if fault.role and not pids:
                 verdict.hit = False
@@ -199,6 +204,7 @@ def _harmed_attempt(run: Run, kind: Kind, fault: Fault, rng: random.Random, verd
             run.kill_all(process)
     (run.run_dir / FILLER).unlink(missing_ok=True)
     verdict.wrong = _judge(run, kind, fault, code)
+    return before
 
 
 def _reached(run: Run, process: subprocess.Popen[bytes], fault: Fault) -> bool:
@@ -228,9 +234,10 @@ def _judge(run: Run, kind: Kind, fault: Fault, code: int) -> str:
     return ""
 
 
-def _continue(run: Run, kind: Kind, verdict: Verdict) -> None:
+def _continue(run: Run, before: dict[Path, str], verdict: Verdict) -> None:
     """Give the command until the run is done; the first time it continues from the newest checkpoint that is complete."""
-    expected = max((number_of(path) for path in run.complete()), default=0)
+    whole = [path for path, content in run.complete().items() if before.get(path, content) == content]
+    expected = max(map(number_of, whole), default=0)
     was_done = read_state(run.run_dir) == State.done
     for again in range(AGAIN):
         process = run.start()
