@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import csv
 import datetime
 import gzip
 import json
@@ -81,6 +82,24 @@ def test_json_kept_as_text_is_read_as_json(tmp_path, nested):
     pq.write_table(pa.table({"messages": column}), tmp_path / "rows.parquet")
     assert list(containers.read(tmp_path / "rows.parquet")) == [({"messages": messages}, 1)]
     assert trained(tmp_path / "rows.parquet") == ["right<|im_end|>"]
+
+
+def test_turns_kept_as_json_text_in_a_table_are_read(tmp_path):
+    call = json.dumps([{"function": {"name": "f", "arguments": "{}"}}])
+    for turns in (
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "right", "weight": 1}],
+        [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "right"}],
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": call}],
+    ):
+        with (tmp_path / "rows.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows([["conversations"], [json.dumps(turns)]])
+        assert trained(tmp_path / "rows.csv")[0].removesuffix("<|im_end|>") in (
+            "right",
+            '<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+        )
+    (tmp_path / "rows.csv").write_text("messages\nplain words\n")
+    with pytest.raises(ConfigError, match="has `messages` that are not JSON"):
+        prepared(tmp_path / "rows.csv")
 
 
 def test_what_datasets_writes_for_mixed_types_is_read(tmp_path):
@@ -210,6 +229,8 @@ def test_csv_text_is_never_a_number_and_fields_may_be_large(tmp_path):
     assert len(rows[3]) == 300_000
     (tmp_path / "rows.tsv").write_text("question\tanswer\na, b\tc, d\n")
     assert trained(tmp_path / "rows.tsv") == ["c, d<|im_end|>"]
+    (tmp_path / "excel.csv").write_text("question;answer\na, b;c, d\n")
+    assert trained(tmp_path / "excel.csv") == ["c, d<|im_end|>"]
 
 
 @pytest.mark.parametrize("kind", [".csv", ".parquet"])

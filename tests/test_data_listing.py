@@ -146,6 +146,7 @@ def test_the_split_of_held_out_rows_may_be_another_of_the_same_folder(tmp_path):
     write(folder / "test.jsonl", [{"question": "other", "answer": "test"}])
     data = prepared(folder, eval_path=str(folder), eval_split="test").report
     assert list(data["files"]) == [f"{folder}/train.jsonl", f"{folder}/test.jsonl"]
+    assert data["left_out"] == {}
     assert [data["splits"][name]["documents"] for name in ("train", "eval")] == [1, 1]
     with pytest.raises(ConfigError, match=r"data\.eval_split(.|\n)*data\.eval_path"):
         validate(settings(folder, eval_split="test"))
@@ -206,7 +207,7 @@ def test_files_can_be_named_by_patterns(tmp_path):
     assert read(folder, patterns=("en/*",)) == ["en/a.jsonl", "en/b.jsonl"]
     assert read(folder, patterns=("**/a.jsonl",)) == ["de/a.jsonl", "en/a.jsonl"]
     assert trained(folder, data_files=["de/a.csv"]) == ["de/a.csv<|im_end|>"]
-    with pytest.raises(ConfigError, match="holds no data file"):
+    with pytest.raises(ConfigError, match=r"data\.data_files(.|\n)*matches nothing in .*, which has de/a\.csv, de/a\.jsonl, en/a"):
         read(folder, patterns=("fr/*",))
 
 

@@ -107,10 +107,11 @@ def _json(file: Path) -> Numbered:
     yield from zip(content, range(1, len(content) + 1), strict=True)
 
 
-def _csv(file: Path, delimiter: str = ",") -> Numbered:
-    """Yield rows with the line that they begin in: a quoted field may hold line ends."""
+def _csv(file: Path) -> Numbered:
+    """Yield rows with the line that they begin in: a quoted field may hold line ends. What the header has most of separates."""
     csv.field_size_limit(LARGEST_FIELD)
-    with _text(file, newline="") as stream:
+    with _text(file, newline="") as stream, _text(file) as header:
+        delimiter = max(",;\t", key=next((line for line in header if line.strip()), "").count)
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         names = next((fields for fields in reader if fields), [])
         _require_distinct(names)
@@ -127,10 +128,6 @@ def _csv(file: Path, delimiter: str = ",") -> Numbered:
                 yield dict(zip(names, fields, strict=True)), line
             elif fields:
                 yield BadRow(f"has {plural(len(fields), 'field')}, and the header has {len(names)}"), line
-
-
-def _tsv(file: Path) -> Numbered:
-    return _csv(file, "\t")
 
 
 def _require_distinct(names: list[str]) -> None:
@@ -232,7 +229,7 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".ndjson": _jsonl,
     ".json": _json,
     ".csv": _csv,
-    ".tsv": _tsv,
+    ".tsv": _csv,
     ".parquet": _parquet,
     ".arrow": _arrow,
     ".txt": _whole_text,

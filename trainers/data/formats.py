@@ -70,7 +70,8 @@ def recognise(row: object) -> Layout:
         raise BadRow(f"is {_kind(row)}, not an object with named fields")
     key = _conversation_key(row)
     if key is not None:
-        first = row[key][0] if isinstance(row[key], list) and row[key] else None
+        turns = conversation_of(row)
+        first = turns[0] if isinstance(turns, list) and turns else None
         return Layout.sharegpt if isinstance(first, dict) and "from" in first else Layout.messages
     if "prompt" in row and ("completion" in row or "response" in row):
         return Layout.prompt_completion
@@ -168,9 +169,11 @@ def first_prompt(messages: list[Message]) -> str:
 
 
 def conversation_of(row: Row) -> Any:
-    """Return the turns of a row of one conversation as they are in it; None where it has none."""
+    """Return the turns of a row of one conversation, from JSON where a table holds them as text; None where it has none."""
     key = _conversation_key(row)
-    return None if key is None else row[key]
+    if key is None:
+        return None
+    return _parse_json(row[key], f"`{key}`") if isinstance(row[key], str) else row[key]
 
 
 def _conversation_key(row: Row) -> str | None:
@@ -192,8 +195,8 @@ def _conversation(row: Row, layout: Layout) -> list[Message]:
     key = _conversation_key(row)
     if key is None:
         raise BadRow("has no `messages` or `conversations`")
-    turns = row[key]
-    others = [other for other in CONVERSATION_KEYS if other != key and row.get(other) not in (None, turns)]
+    turns = conversation_of(row)
+    others = [other for other in CONVERSATION_KEYS if other != key and row.get(other) not in (None, row[key])]
     if others:
         raise BadRow(f"has two conversations, in `{key}` and `{others[0]}`; data.ignore=[{others[0]}] reads the first")
     if layout is Layout.sharegpt and isinstance(turns, list):
@@ -267,6 +270,8 @@ def _content(content: object, number: int) -> str | None:
 
 
 def _tool_calls(calls: object, number: int) -> list[Message]:
+    if isinstance(calls, str):
+        calls = _parse_json(calls, "tool_calls")
     if not isinstance(calls, list):
         raise BadRow(f"turn {number} has tool_calls that are {_kind(calls)}, not a list")
     return [_tool_call(call, number) for call in calls]

@@ -17,6 +17,7 @@ PREFERRED = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv",
 """Of files with the same rows in two formats the first of these is read, as in `datasets`."""
 SAME_FORMAT = {".ndjson": ".json", ".jsonl": ".json", ".md": ".txt"}
 TEXT_TYPES = (".txt", ".md")
+SHOWN = 5
 NOT_ROWS = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json", "generation_config.json"),
     *("metadata.json", "index.json", "stats.json", "vocab.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -83,7 +84,7 @@ def _leave(left_out: LeftOut, reason: str, names: Names) -> None:
 
 
 def _nothing(source: Source, left_out: LeftOut) -> ConfigError:
-    there = "; ".join(f"{reason}: {', '.join(names[:3])}" for reason, names in left_out.items())
+    there = "; ".join(f"{reason}: {', '.join(names[:SHOWN])}" for reason, names in left_out.items())
     reason = "holds no data file" + (f" ({there})" if there else "")
     return ConfigError("data.path", source.path, reason, f"known types are {' '.join(FILE_TYPES)}, also with {' '.join(COMPRESSED)}")
 
@@ -132,6 +133,9 @@ def _of_split(root: Path, source: Source, names: Names, left_out: LeftOut) -> Na
     """Return the files of a source's split: by `data.data_files`, by the configurations in README.md, or by their names."""
     if source.patterns:
         chosen = _matching(source.patterns, names)
+        if not chosen:
+            there = f"{', '.join(names[:SHOWN])}{' and others' if len(names) > SHOWN else ''}" or "no data file"
+            raise ConfigError("data.data_files", list(source.patterns), f"matches nothing in {root}, which has {there}")
         _leave(left_out, "not in data.data_files", [name for name in names if name not in chosen])
         return chosen
     patterns = _patterns(root, source, names) if names else {}

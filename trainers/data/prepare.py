@@ -160,10 +160,15 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
 
 def _left_out(config: RunConfig) -> dict[str, list[str]]:
     """Return the files of directories that are not read, by the reason."""
+    places = sources_of(config.data)
+    read = {name for source in places for name in sources.names(source)}
     found: dict[str, list[str]] = {}
-    for source in sources_of(config.data):
+    for source in places:
         for reason, names in sources.left_out(source).items():
-            found.setdefault(reason, []).extend(name for name in names if name not in found.get(reason, []))
+            held = found.get(reason, [])
+            new = [name for name in names if name not in held and str(Path(str(source and source.path)) / name) not in read]
+            if new:
+                found[reason] = [*held, *new]
     return found
 
 
@@ -408,7 +413,7 @@ def _files_in_words(report: dict[str, Any]) -> list[str]:
             f"  read  {plural(len(rest), 'more file')}: {plural(sum(count for _, count in rest), 'row')}; all are in manifest.json"
         )
     others = [f"{reason}: {_few(names)}" for reason, names in report["left_out"].items()]
-    return [*lines, *([f"  left  {'; '.join(others)}"] if others else [])]
+    return [*lines, *([f"  left out  {'; '.join(others)}"] if others else [])]
 
 
 def _few(names: list[str]) -> str:
