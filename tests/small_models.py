@@ -20,6 +20,7 @@ LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_he
 DENSE: dict[str, dict[str, Any]] = {
     "gpt_neox": TEXT,
     "qwen3": TEXT,
+    "bloom": TOKENS | {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "bart": TOKENS
     | {
         "d_model": 32,

@@ -47,7 +47,7 @@ from trainers.peft.saved import export_adapter, reopen_adapter
 from trainers.world import World
 
 LR, DECAY, EPS = 1e-2, 0.5, 1e-3
-MORE = sorted(ALL.keys() - {"gemma3", "qwen3_moe", "mamba", "got_ocr2"})
+MORE = sorted(ALL.keys() - {"gemma3", "qwen3_moe", "mamba", "got_ocr2", "bloom"})
 
 
 def rows(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

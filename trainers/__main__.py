@@ -209,7 +209,8 @@ def train_and_export(
     if config.data.packing:
         engine.train(False)
         vocab_size = blueprint.config.get_text_config().vocab_size
-        require_isolation(lambda batch: engine.forward(batch.to(world.device)).logps, vocab_size, config.train.microbatch)
+        rounds = config.train.precision is not Precision.fp32 and any(".experts" in name for name in engine.shapes())
+        require_isolation(lambda batch: engine.forward(batch.to(world.device)).logps, vocab_size, config.train.microbatch, rounds)
         engine.train(True)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=pad_id(tokenizer))
     world.begin_steps()
