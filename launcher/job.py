@@ -30,6 +30,7 @@ from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.numerics import NUMERICS
 from trainers.config.schema import LogConfig, RunConfig, escaped, plain
+from trainers.config.secrets import mask, mask_diff, masked
 from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, newest_attempt, read_status
@@ -78,8 +79,26 @@ def make_job(config: JobConfig) -> Job:
     """Split a composed config into a job; `run_dir` becomes absolute, so that ranks find it from any directory."""
     run_dir = Path(os.path.abspath(Path(config.run_dir).expanduser()))
     run = run_config(config)
-    run = dataclasses.replace(run, run_dir=str(run_dir), log=with_environment(run.log, os.environ))
+    run = dataclasses.replace(run, log=with_environment(run.log, os.environ))
+    run = dataclasses.replace(without_secrets(run), run_dir=str(run_dir))
     return Job(run, config.launch, run_dir, config.hardware, config.plan)
+
+
+def without_secrets(run: RunConfig) -> RunConfig:
+    """Return settings in which secrets are masked, as they are kept and sent; says in which."""
+    kept: RunConfig = mask(run)
+    for path, value in _leaves(plain(run)).items():
+        if value != _leaves(plain(kept))[path]:
+            print(f"warning: {path} holds what looks like a secret, which is masked: give it by a variable", file=sys.stderr, flush=True)
+    return kept
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings by their dotted paths."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def with_environment(log: LogConfig, environment: Mapping[str, str]) -> LogConfig:
@@ -140,7 +159,7 @@ def manifest(code: dict[str, Any]) -> dict[str, Any]:
 
 def command_line() -> list[str]:
     """Return the command that this process was started with."""
-    return [sys.executable, "-m", "launcher", *sys.argv[1:]]
+    return [sys.executable, "-m", "launcher", *map(masked, sys.argv[1:])]
 
 
 def note_attempt(job: Job) -> None:
@@ -185,7 +204,7 @@ def code_version() -> tuple[dict[str, Any], bytes]:
         "diff_sha256": hashlib.sha256(diff).hexdigest() if diff else None,
         "untracked": (others or b"").decode(errors="replace").splitlines(),
     }
-    return version, diff or b""
+    return version, mask_diff(diff or b"")
 
 
 def _git(*arguments: str) -> bytes | None:

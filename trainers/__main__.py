@@ -33,6 +33,7 @@ from trainers.config.checks import check_world, load
 from trainers.config.derived import peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PeftMethod, Precision, RunConfig
+from trainers.config.secrets import mask
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
 from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
@@ -120,7 +121,7 @@ def _fail(attempt: Attempt, world: World, code: int, error: dict[str, Any]) -> i
     cleared that of an earlier attempt. Whatever an older attempt fails of, and be it that what it staged is gone, it is superseded;
     and what fails once a rank has stopped, fails because it has.
     """
-    at = time.time()
+    at, error = time.time(), mask(error)
     free_reserve()
     world.interruptible = False  # the agent stops the other ranks as soon as one has ended
     first, stopped, unwritten = True, False, ""

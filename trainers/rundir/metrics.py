@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from trainers.config.schema import Precision, RunConfig, WandbMode
+from trainers.config.secrets import MaskRecords
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.mirror import Mirror, mode_of
 from trainers.rundir.paths import METRICS, log_file
@@ -58,6 +59,7 @@ def log_to_terminal(rank: int) -> None:
         shown.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     shown.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     log.addHandler(shown)
+    log.addFilter(MaskRecords())
     log.setLevel(logging.DEBUG)
     log.propagate = False
 

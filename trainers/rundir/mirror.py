@@ -87,10 +87,10 @@ class Mirror:
             "id": wandb_id(config),
             "resume": "allow",
             "dir": os.environ.get("WANDB_DIR") or config.run_dir,
-            "config": plain(config) | {"peak_lr": peak_lr(config.optim, config.peft).value},
+            "config": plain(config) | {"peak_lr": peak_lr(config.optim, config.peft).value, "code": _code(config)},
             "tags": ["full" if config.peft.method == "none" else str(config.peft.method), str(config.engine.name), *config.log.tags],
         }
-        settings = {"silent": True, "console": "off", "login_timeout": 1}
+        settings = {"silent": True, "console": "off", "login_timeout": 1, "disable_git": True}  # it sends uncommitted changes as they are
         settings |= {} if "WANDB_INIT_TIMEOUT" in os.environ else {"init_timeout": WANDB_WAIT_S / 2}
         if online:
             with contextlib.suppress(wandb.errors.CommError, wandb.errors.UsageError):
@@ -117,6 +117,12 @@ class Mirror:
             log.warning("W&B cannot be reached at %s (%s): recorded offline, `wandb sync` sends it later", host, error)
             return False
         return True
+
+
+def _code(config: RunConfig) -> dict[str, Any]:
+    """Return the commit of the code, and the hash of its uncommitted changes, by the manifest."""
+    code = read_json(Path(config.run_dir) / MANIFEST).get("code") or {}
+    return {name: code.get(name) for name in ("git_sha", "diff_sha256")}
 
 
 def _has_netrc(host: str) -> bool:
