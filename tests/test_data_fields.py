@@ -97,6 +97,8 @@ ROWS = {
     "loss_mask": {"loss_mask": [0, 1]},
     "add_generation_prompt": {"add_generation_prompt": True},
     "label": {"label": False},
+    "mask": {"mask": "Assistant"},
+    "weights": {"weights": [0, 1]},
 }
 
 
@@ -109,7 +111,16 @@ def test_what_a_row_asks_for_and_cannot_have_is_refused_with_a_remedy_that_works
 
 
 def test_what_says_the_usual_is_no_reason_to_refuse(tmp_path):
-    usual = {"weight": 1.0, "images": [], "audio": None, "label": True, "add_generation_prompt": False, "loss": 1.7, "train": True}
+    usual = {
+        "mask": "User",
+        "weight": 1.0,
+        "images": [],
+        "audio": None,
+        "label": True,
+        "add_generation_prompt": False,
+        "loss": 1.7,
+        "train": True,
+    }
     assert trained(rows(tmp_path, {"prompt": "Hi", "completion": "right", **usual})) == ["right<|im_end|>"]
 
 

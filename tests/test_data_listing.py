@@ -117,8 +117,11 @@ def test_what_lies_next_to_rows_is_not_read_and_is_named(tmp_path):
 
 def test_a_card_next_to_compressed_rows_is_not_read(tmp_path):
     assert trained(make(tmp_path / "a", "train.jsonl.gz", "README.md")) == ["train.jsonl.gz<|im_end|>"]
-    with pytest.raises(ConfigError, match=r"holds no data file \(not rows: README\.md; no known type: rows\.7z\)"):
+    with pytest.raises(
+        ConfigError, match=r"holds no data file \(not rows: README\.md; no known type: rows\.7z\)(.|\n)*data_files=\[README\.md\]"
+    ):
         prepared(make(tmp_path / "b", "rows.7z", "README.md"))
+    assert read(tmp_path / "b", patterns=("README.md",)) == ["README.md"]
 
 
 def test_the_files_of_a_run_and_their_rows_are_in_the_report(tmp_path):

@@ -8,7 +8,10 @@ from typing import Any
 from trainers.config.schema import Layout
 from trainers.data.formats import CONVERSATION_KEYS, KEPT_KEYS, REASONING_KEYS, SYSTEM_KEYS, BadRow, Message, Row, conversation_of
 
-FLAGS = ("weight", "train", "training", "trainable", "train_on_turn", "loss", "loss_mask", "step_loss_mask")
+FLAGS = (
+    *("weight", "loss_weight", "loss_scale", "train", "training", "trainable", "trained", "train_on_turn"),
+    *("supervised", "loss", "loss_mask", "step_loss_mask"),
+)
 """Of a turn: 1 or true trains it, 0 or false does not."""
 INVERSE_FLAGS = ("masked",)
 """Of a turn: true does not train it."""
@@ -29,12 +32,14 @@ REFUSED_TURN = REFUSED | {
     "refusal": "and it is not read; put what is to be trained into `content`",
     "tools": "and tools are read from the row, not from a turn",
 }
-ROW_WEIGHTS = ("weight", "sample_weight", "loss_weight")
+ROW_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight", "loss_scale")
+NEMO_MASKS = (None, "", "User", "user", "human")
+"""Values of a row's `mask`, the roles that are not trained, which ask for what is done anyway."""
 TEMPLATE_KEYS = ("chat_template_kwargs", "documents")
 RESERVED = ("messages", "conversation", "conversations", "chat_template", "tools", "tokenize", "return_dict", *OPEN_ENDS)
 
 CONTEXT = (*SYSTEM_KEYS, "tools", "functions", *TEMPLATE_KEYS)
-KNOWN_ROW = {*CONTEXT, *REFUSED_ROW, *ROW_WEIGHTS, *FLAGS}
+KNOWN_ROW = {*CONTEXT, *REFUSED_ROW, *ROW_WEIGHTS, *FLAGS, "mask"}
 KNOWN_TURN = {
     "role",
     "content",
@@ -64,6 +69,8 @@ def check(row: Row, layout: Layout) -> None:
         if row[name]:
             raise _refusal("", name, REFUSED_ROW[name])
     _check_weights(row)
+    if row.get("mask") not in NEMO_MASKS:
+        raise _refusal("", "mask", "roles that are not to be trained, and only the assistant is")
     if row.get("label") is False and layout is Layout.prompt_completion:
         raise _refusal("", "label", "false: an answer that is not wanted, which this objective would train")
     for number, turn in enumerate(_turns(row, layout), 1):

@@ -65,7 +65,7 @@ def _saved(root: Path, source: Source) -> Listing | None:
 
 def _listed(root: Path, source: Source) -> Listing:
     left_out: LeftOut = {}
-    names = _candidates(root, left_out)
+    names = _candidates(root, source.patterns, left_out)
     structured = [name for name in names if file_type(name) not in TEXT_TYPES]
     if structured and not source.patterns:
         _leave(left_out, "text next to rows", [name for name in names if name not in structured])
@@ -86,15 +86,22 @@ def _leave(left_out: LeftOut, reason: str, names: Names) -> None:
 def _nothing(source: Source, left_out: LeftOut) -> ConfigError:
     there = "; ".join(f"{reason}: {', '.join(names[:SHOWN])}" for reason, names in left_out.items())
     reason = "holds no data file" + (f" ({there})" if there else "")
-    return ConfigError("data.path", source.path, reason, f"known types are {' '.join(FILE_TYPES)}, also with {' '.join(COMPRESSED)}")
+    known = f"known types are {' '.join(FILE_TYPES)}, also with {' '.join(COMPRESSED)}"
+    asked = f'; "data.data_files=[{left_out["not rows"][0]}]" reads what is left out' if "not rows" in left_out else ""
+    return ConfigError("data.path", source.path, reason, known + asked)
 
 
-def _candidates(root: Path, left_out: LeftOut) -> Names:
-    """Return the files that may be rows by their names, relative to `root` and sorted; the others, but for hidden ones, are left out."""
+def _candidates(root: Path, patterns: tuple[str, ...], left_out: LeftOut) -> Names:
+    """Return the files that may be rows, relative to `root` and sorted: by their names, or as `patterns` ask for them.
+
+    The others, but for hidden ones, are left out.
+    """
     found: dict[Path, str] = {}
-    for name in sorted(_visible(root)):
+    visible = sorted(_visible(root))
+    asked = set(_matching(patterns, visible))
+    for name in visible:
         file = root / name
-        reason = _reason(file)
+        reason = _reason(file, name in asked)
         real = file.resolve()
         if reason is None and real in found:
             reason = f"the same file as {found[real]}"
@@ -117,10 +124,10 @@ def _visible(root: Path) -> Iterable[str]:
         yield from (str((Path(folder) / name).relative_to(root)) for name in files if not name.startswith("."))
 
 
-def _reason(file: Path) -> str | None:
-    """Return why a file cannot be rows; None where it can. Raises ConfigError for a link to nothing."""
+def _reason(file: Path, asked: bool) -> str | None:
+    """Return why a file cannot be rows; None where it can, or is asked for. Raises ConfigError for a link to nothing."""
     name = file.name.lower()
-    if name in NOT_ROWS or CARD.fullmatch(name) or INDEX.fullmatch(name):
+    if not asked and (name in NOT_ROWS or CARD.fullmatch(name) or INDEX.fullmatch(name)):
         return "not rows"
     if file_type(name) not in FILE_TYPES:
         return "no known type"
