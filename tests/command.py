@@ -123,7 +123,7 @@ def save_in_bf16(base: Path, folder: Path) -> Path:
 
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(folder, max_shard_size="10KB")
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-    sampling = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}  # as Llama 2 ships it
+    sampling = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}  # as Llama 2 was first published
     (folder / "generation_config.json").write_text(json.dumps(sampling))
     return folder
 

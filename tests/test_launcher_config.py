@@ -103,8 +103,9 @@ def test_frozen_text_is_read_back_unchanged(model: Path, tmp_path: Path) -> None
     escaped = str(rows).replace("\\", "\\\\").replace('"', '\\"').replace("${", "\\${")
     job = make_job(compose([f"model.id={model}", f'data.path="{escaped}"', "log.tags=[a b,'1']", f"run_dir={tmp_path}/out"]))
     assert job.run.data.path == str(rows)
-    (tmp_path / "config.yaml").write_text(frozen_text(job.run), encoding="utf-8")
-    assert load(tmp_path / "config.yaml") == job.run
+    job.run_dir.mkdir()
+    job.config_path.write_text(frozen_text(job.run), encoding="utf-8")
+    assert load(job.config_path) == job.run
     assert "launch" not in plain(job.run)
     assert "mode" not in plain(job.run)
 
