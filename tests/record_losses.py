@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -143,7 +144,9 @@ def main(code: Path) -> None:
         for number, name in enumerate(CASES):
             print(name, flush=True)
             runs[name] = run(name, inputs, Path(folder) / f"run{number}", launch)
-    GOLDEN.write_text(json.dumps({"commit": commit, "machine": machine(), "runs": runs}, indent=1) + "\n")
+    version = re.search(r"^NUMERICS = (\d+)", (code / "trainers" / "config" / "numerics.py").read_text(), re.MULTILINE)
+    numerics = int(version[1]) if version else None
+    GOLDEN.write_text(json.dumps({"commit": commit, "numerics": numerics, "machine": machine(), "runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

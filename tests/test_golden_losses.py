@@ -11,6 +11,8 @@ import pytest
 from command import launch
 from record_losses import CASES, GOLDEN, QUICK, machine, make_inputs, run
 
+from trainers.config.numerics import NUMERICS
+
 TOLERANCE = 1e-6
 """Relative, where another torch or another kind of CPU rounds differently."""
 
@@ -33,6 +35,11 @@ def test_a_run_gives_the_recorded_numbers(name: str, inputs: list[str], cache: P
 
 def as_floats(numbers: dict[str, Any]) -> dict[str, list[float]]:
     return {key: [float.fromhex(value) for value in values] for key, values in numbers.items() if key != "weights"}
+
+
+def test_the_numbers_are_of_this_version_of_the_arithmetic() -> None:
+    """Whoever raises NUMERICS records them again."""
+    assert json.loads(GOLDEN.read_text())["numerics"] == NUMERICS
 
 
 def test_each_case_is_recorded() -> None:
