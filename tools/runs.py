@@ -179,8 +179,8 @@ def state_of(run_dir: Path, status: dict[str, Any], job: str, queue: dict[str, s
         return word.partition(" ")[0].lower(), "; ".join(notes)
     if state in ("running", "submitted") and job and queue is not None and not word:
         end, said = ended_as(job), last_words(run_dir)
-        why = f": {said.splitlines()[-1].strip()}" if said else ""
-        return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}{why}; the same command continues the run"
+        why = f": {said.splitlines()[-1].strip()};" if said else ":"
+        return "lost", f"{f'the job ended as {end}' if end else 'SLURM has no such job any more'}{why} the same command continues the run"
     if state == "running":
         silent = time.time() - max((beat.written for beat in read_beats(run_dir).values()), default=status.get("time", 0.0))
         return ("running", _slow_ranks(status)) if silent < SILENT_S else ("silent", f"no rank wrote for {in_time(silent)}")

@@ -257,7 +257,10 @@ def _validate_training(config: RunConfig) -> None:
     if train.steps is not None and train.epochs is not None:
         raise ConfigError("train.epochs", train.epochs, f"train.steps is also given ({train.steps})", "set the other to null")
     if train.global_batch % train.microbatch:
-        raise ConfigError("train.global_batch", train.global_batch, f"is not divisible by train.microbatch = {train.microbatch}")
+        reason = f"is not divisible by train.microbatch = {train.microbatch}"
+        raise ConfigError(
+            "train.global_batch", train.global_batch, reason, f"train.global_batch={_near(train.global_batch, train.microbatch)}"
+        )
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         raise ConfigError("optim.betas", optim.betas, "must be two numbers from 0 to below 1")
     if optim.warmup_steps and optim.warmup_fraction:
@@ -271,7 +274,7 @@ def _validate_training(config: RunConfig) -> None:
     for name in ("eval_every", "patience"):
         if getattr(train, name) is not None and not has_eval:
             raise ConfigError(
-                f"train.{name}", getattr(train, name), "there are no held-out rows", "data.eval_path=FILE or data.eval_fraction=0.05"
+                f"train.{name}", getattr(train, name), "there are no held-out rows", "data.eval_fraction=0.05, or data.eval_path=FILE"
             )
     if train.patience is not None and train.eval_every is None:
         raise ConfigError("train.patience", train.patience, "train.eval_every is not set", "train.eval_every=100")
@@ -303,7 +306,12 @@ def validate_evaluation(evaluation: EvaluationConfig) -> None:
             "evaluation.extract", evaluation.extract, f"is not a valid regular expression: {error}", f"one of {known}"
         ) from error
     if groups != 1:
-        raise ConfigError("evaluation.extract", evaluation.extract, f"has {groups} groups, and one says what is compared", "'A: (.*)'")
+        raise ConfigError(
+            "evaluation.extract",
+            evaluation.extract,
+            f"has {groups} groups, and one says what is compared",
+            "evaluation.extract=whole, or one group",
+        )
 
 
 LORA = ("lr", "rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
@@ -349,7 +357,7 @@ def _validate_peft(config: RunConfig) -> None:
         raise ConfigError("peft.init", "loftq", "begins at what quantising loses, and the base is not quantised", "peft=loftq")
     if peft.init is AdapterInit.pissa and peft.quantise is not Quantisation.none:
         reason = "PiSSA changes the base before it is quantised: its export would belong to no base that exists"
-        raise ConfigError("peft.init", "pissa", reason, "peft=loftq, which begins near the same values")
+        raise ConfigError("peft.init", "pissa", reason, "peft.init=loftq, which begins near the same values")
     if peft.method is PeftMethod.freeze and bool(peft.freeze) == (peft.last_blocks is not None):
         raise ConfigError("peft.freeze", peft.freeze, "name patterns, or a number of blocks in peft.last_blocks", "peft.last_blocks=4")
     if peft.adapter is not None and not (Path(peft.adapter) / "adapter_config.json").is_file():
@@ -458,15 +466,18 @@ def check_world(config: RunConfig, world_size: int) -> None:
     train = config.train
     share = world_size * train.microbatch
     if train.global_batch % share:
-        below, above = train.global_batch // share * share, -(-train.global_batch // share) * share
-        near = " or ".join(str(size) for size in (below, above) if size)
         raise ConfigError(
             "train.global_batch",
             train.global_batch,
             f"is not divisible by {plural(world_size, 'rank')} x train.microbatch {train.microbatch} = {share}",
-            f"train.global_batch={near}",
+            f"train.global_batch={_near(train.global_batch, share)}",
         )
     _check_mesh(config.engine, world_size)
+
+
+def _near(size: int, share: int) -> str:
+    """Return the multiples of `share` below and above a size, in words."""
+    return " or ".join(str(near) for near in (size // share * share, -(-size // share) * share) if near)
 
 
 def _check_mesh(engine: EngineConfig, world_size: int) -> None:
@@ -474,7 +485,7 @@ def _check_mesh(engine: EngineConfig, world_size: int) -> None:
     if world_size % engine.replicate:
         near = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
         reason = f"{plural(world_size, 'rank')} cannot be divided into as many copies"
-        raise ConfigError("engine.replicate", engine.replicate, reason, f"one of {', '.join(near)}")
+        raise ConfigError("engine.replicate", engine.replicate, reason, f"engine.replicate={' or '.join(near)}")
     shard = world_size // engine.replicate
     if engine.shard not in (None, shard):
         reason = f"{plural(world_size, 'rank')} / engine.replicate {engine.replicate} are {plural(shard, 'rank')} a copy"

@@ -94,7 +94,9 @@ def _before_last_blocks(model: PreTrainedModel, count: int) -> set[str]:
     lists = [(name, len(module)) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     if not lists or count > lists[0][1]:
         reason = f"the model has {lists[0][1] if lists else 'no'} blocks"
-        raise ConfigError("peft.last_blocks", count, reason, f"at most {lists[0][1]}" if lists else "peft.freeze=[PATTERN]")
+        raise ConfigError(
+            "peft.last_blocks", count, reason, f"peft.last_blocks={lists[0][1]} or less" if lists else "peft.freeze=[PATTERN]"
+        )
     names = [name for name, _ in model.named_parameters()]
     prefix = f"{lists[0][0]}.{lists[0][1] - count}."
     return set(names[: next(number for number, name in enumerate(names) if name.startswith(prefix))])
