@@ -19,10 +19,10 @@ from trainers.data import masks
 from trainers.data import template as chat_template
 from trainers.data.at_once import all_at_once
 from trainers.data.encode import encoder_of
+from trainers.data.ends import stop_ids
 from trainers.data.formats import BadRow, to_messages
 from trainers.data.masks import CHATML, Rendered, fill, plain_pair, render, template_of
 from trainers.data.sources import Row
-from trainers.data.tokenizer import stop_ids
 from trainers.data.turns import shared_length
 from trainers.data.words import word_cache
 

@@ -17,8 +17,9 @@ from chat_tokenizers import tokenizer_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, Layout, ModelConfig, ObjectiveConfig, ObjectiveName, RunConfig, Supervise, TooLong
 from trainers.data import formats, prepare
+from trainers.data.ends import stop_ids
 from trainers.data.formats import BadRow
-from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
+from trainers.data.tokenizer import load_tokenizer, pad_id
 
 ROOT = Path(__file__).parents[1]
 QA = [{"question": f"What is {number} + 1?", "answer": f"It is {number + 1}."} for number in range(40)]

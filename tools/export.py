@@ -74,7 +74,8 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
 
     import torch
 
-    from trainers.data.tokenizer import load_tokenizer, stop_ids
+    from trainers.data.ends import stop_ids
+    from trainers.data.tokenizer import load_tokenizer
     from trainers.model.blueprint import make_blueprint
     from trainers.model.export import export, generation_config
     from trainers.model.saved_form import saved_form

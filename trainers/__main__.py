@@ -34,9 +34,10 @@ from trainers.config.derived import peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.config.secrets import mask
+from trainers.data.ends import stop_ids
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare, summary
-from trainers.data.tokenizer import load_tokenizer, pad_id, stop_ids
+from trainers.data.tokenizer import load_tokenizer, pad_id
 from trainers.engines.base import Engine
 from trainers.engines.build import build_engine, require_parts
 from trainers.health import preflight

@@ -88,7 +88,7 @@ def _bare(tokenizer: PreTrainedTokenizerFast, encoder: Encoder, rows: list[Row])
     from trainers.data.sources import parse
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    texts = [encoder.render(parse(row))[0].text for row in islice(rows, 4000)]
+    texts = [item.text for row in islice(rows, 4000) for item in encoder.render(parse(row))[0]]
     tokenizer(texts[:100])
     started = time.perf_counter()
     for at in range(0, len(texts), 256):

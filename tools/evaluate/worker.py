@@ -28,8 +28,9 @@ from tools.evaluate.subject import Subject
 from trainers.cache import cache_root, content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import parse
+from trainers.data.ends import stop_ids
 from trainers.data.loader import deal
-from trainers.data.tokenizer import pad_id, stop_ids, tokenizer_hash
+from trainers.data.tokenizer import pad_id, tokenizer_hash
 from trainers.host import cores
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import read_json, write_json

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -197,3 +198,24 @@ def copy_rest(base: Path, adapters: Sequence[Path], folder: Path) -> None:
     for place, patterns in places:
         for path in [path for pattern in patterns for path in place.glob(pattern) if path.is_file()]:
             shutil.copyfile(path, folder / path.name)
+    if with_tokenizer:
+        add_stops(folder)
+
+
+def add_stops(folder: Path) -> None:
+    """Add the ids that end an answer in the adapter's chat template to the base's, which may know another template."""
+    from transformers import AutoTokenizer
+
+    from trainers.data.ends import stop_ids
+
+    try:
+        ends = stop_ids(AutoTokenizer.from_pretrained(folder))
+    except Exception as error:  # whatever transformers raises; the base's ends are kept
+        print(f"the adapter's tokenizer could not be opened, so generation_config.json stops where the base does: {error}", file=sys.stderr)
+        return
+    file = folder / "generation_config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    known = config.get("eos_token_id") or []
+    ids = list(dict.fromkeys([*([known] if isinstance(known, int) else known), *ends]))
+    if ids != known and ids != [known]:
+        file.write_text(json.dumps(config | {"eos_token_id": ids}, indent=2) + "\n", "utf-8")

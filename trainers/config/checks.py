@@ -16,6 +16,7 @@ from trainers.config.schema import (
     Attention,
     DataConfig,
     DataSource,
+    DocumentOf,
     EngineConfig,
     EngineName,
     EvaluationConfig,
@@ -27,6 +28,7 @@ from trainers.config.schema import (
     PeftMethod,
     Quantisation,
     RunConfig,
+    Supervise,
     TooLong,
     plain,
     read,
@@ -105,6 +107,7 @@ NOT_NEGATIVE = (
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
     "data.max_lost_fraction": (0.0, 1.0),
+    "data.max_left_out_fraction": (0.0, 1.0),
     "optim.min_lr_fraction": (0.0, 1.0),
     "optim.decay_fraction": (0.0, 1.0),
     "optim.warmup_fraction": (0.0, 1.0),
@@ -228,10 +231,15 @@ def _validate_data(config: RunConfig) -> None:
         raise ConfigError(
             "data.eval_fraction", data.eval_fraction, f"data.eval_path is also given ({data.eval_path})", "give one of the two"
         )
-    if data.template is not None and data.template != "chatml" and not Path(data.template).is_file():
+    if data.template is not None and not data.template.isidentifier() and not Path(data.template).is_file():
         raise ConfigError("data.template", data.template, "no such template file", "a Jinja file, or `chatml`")
-    if data.template not in (None, "chatml") and not Path(str(data.template)).read_text("utf-8", "replace").strip():
+    if data.template is not None and Path(data.template).is_file() and not Path(data.template).read_text("utf-8", "replace").strip():
         raise ConfigError("data.template", data.template, "the template file is empty")
+    if data.document is DocumentOf.turn and config.objective.name is not ObjectiveName.sft:
+        raise ConfigError("data.document", "turn", f"objective={config.objective.name} trains every token", "objective=sft")
+    if data.document is DocumentOf.turn and data.supervise is not Supervise.assistant:
+        reason = f"data.supervise is {data.supervise}, and each document has one turn that is trained"
+        raise ConfigError("data.document", "turn", reason, "data.supervise=assistant")
     if data.too_long is TooLong.split and config.objective.name is not ObjectiveName.cpt:
         raise ConfigError(
             "data.too_long", "split", "a conversation cannot be split into rows", "data.too_long=truncate or drop, or objective=cpt"

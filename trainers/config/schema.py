@@ -45,6 +45,13 @@ class Supervise(StrEnum):
     all = "all"
 
 
+class DocumentOf(StrEnum):
+    """What of a conversation is one document: a whole row, or each assistant turn as the model sees it when it answers."""
+
+    row = "row"
+    turn = "turn"
+
+
 class TooLong(StrEnum):
     """What becomes of a row longer than `seq_len`; `split` cuts plain text into several rows."""
 
@@ -221,7 +228,11 @@ class DataConfig:
     layout: Layout = Layout.auto
     """Row layout; `auto` recognises and prints it."""
     template: str | None = None
-    """A Jinja chat template file, or `chatml`; empty takes the tokenizer's own."""
+    """A Jinja file, `chatml`, `plain`, or the name of one of the tokenizer's own; empty takes the tokenizer's own."""
+    document: DocumentOf = DocumentOf.row
+    """What one document is; `turn` makes each assistant turn one, with the turns before it as the template shows them when it answers."""
+    max_left_out_fraction: float = 0.01
+    """Largest share of rows with tools, reasoning, system text or the like that may lose them to the template. In [0, 1]."""
     supervise: Supervise = Supervise.assistant
     """Tokens that are trained; ignored by the continued pre-training objective, which trains all."""
     seq_len: int = 2048

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Layout, ObjectiveName, RunConfig, Supervise, TooLong
+from trainers.config.schema import DocumentOf, Layout, ObjectiveName, RunConfig, Supervise, TooLong
 from trainers.data import formats, masks
+from trainers.data.ends import chat_remedy, may_grow, require_ends, require_ids, require_not_rendered, written_tokens
 from trainers.data.formats import BadRow
 from trainers.data.masks import Rendered, Span, Template
+from trainers.data.parts import LeftOut, left_out, parts_of, search
 from trainers.data.sources import Row, parse
 from trainers.data.words import WordCache, word_cache
 
@@ -40,6 +42,8 @@ class Documents:
     counts: dict[str, int]
     bad: list[str] = field(default_factory=list)
     """File, line and reason of each bad row."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """What the chat template leaves out of rows."""
     unread: set[str] = field(default_factory=set)
     """Fields that rows have and nobody reads."""
     error: tuple[str, object, str, str] | None = None
@@ -65,6 +69,11 @@ class Encoder:
     seq_len: int
     too_long: TooLong
     seed: int
+    document: DocumentOf = DocumentOf.row
+    chat_remedy: str = "data.template=chatml"
+    """Overrides that give the tokenizer a chat template."""
+    opening: Collection[str] = ()
+    """Tokens that the chat template writes of its own accord."""
     ignore: Sequence[str] = ()
     """Fields of rows and turns that are left out before anything reads them."""
 
@@ -72,15 +81,18 @@ class Encoder:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
         rendered, groups, bad = [], [], []
         unread: set[str] = set()
+        lost = LeftOut()
         try:
             for row in rows:
                 try:
                     data = parse(row, self.ignore)
-                    text, prompt = self.render(data)
+                    texts, prompt = self.render(data)
                     unread |= self._unread(data)
-                    formats.require_characters(text.text)
-                    rendered.append(text)
-                    groups.append(self._group(prompt))
+                    for item in texts:
+                        formats.require_characters(item.text)
+                    rendered.extend(texts)
+                    groups.extend([self._group(prompt)] * len(texts))
+                    lost.add(_kinds(texts), f"{row.file}:{row.line}")
                 except BadRow as error:
                     bad.append(f"{row.file}:{row.line}: {error}")
         except ConfigError as error:
@@ -88,7 +100,7 @@ class Encoder:
         documents = [self._documents(rendered[at : at + BATCH], groups[at : at + BATCH]) for at in range(0, len(rendered), BATCH)]
         whole = join(documents)
         whole.counts.update(rows=len(rows), bad=len(bad))
-        whole.bad, whole.unread = bad, unread
+        whole.bad, whole.unread, whole.left_out = bad, unread, lost
         return whole
 
     def _unread(self, row: Any) -> set[str]:
@@ -100,30 +112,40 @@ class Encoder:
         fields.check(row, self.layout)
         return fields.unread(row, self.layout)
 
-    def render(self, row: Any) -> tuple[Rendered, str]:
-        """Return a row as text with its trained spans, and its first prompt; raises BadRow, or ConfigError without a needed template."""
+    def render(self, row: Any) -> tuple[list[Rendered], str]:
+        """Return a row's documents as text with their trained spans, and its first prompt.
+
+        Raises BadRow, or ConfigError without a needed template.
+        """
         if self.layout is Layout.text:
             text = formats.to_text(row)
-            return masks.plain_text(text, self.bos, self.eos), text
+            return [masks.plain_text(text, self.bos, self.eos)], text
         plain = self.template is None or self.objective is ObjectiveName.cpt
         if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
-            return self._render_pair(row)
+            pair, prompt = self._render_pair(row)
+            return [pair], prompt
         from trainers.data import fields
 
         messages = formats.to_messages(row, self.layout)
         prompt, untrained = formats.first_prompt(messages), fields.untrained(row, self.layout, messages)
         self._require_supervision(row)
         if self.objective is ObjectiveName.cpt:
-            return self._render_conversation_text(messages, formats.to_tools(row)), prompt
+            return [self._render_conversation_text(messages, formats.to_tools(row))], prompt
         if self.template is None:
             raise ConfigError(
                 "data.template",
                 None,
                 f"the tokenizer has no chat template, and rows of layout `{self.layout}` need one",
-                "data.template=chatml, or a Jinja file",
+                f"{self.chat_remedy} or data.template=FILE, a Jinja file",
             )
         template = _with_variables(self.template, fields.template_variables(row))
-        return masks.render(template, messages, formats.to_tools(row), self.supervise, untrained), prompt
+        tools = formats.to_tools(row)
+        if self.document is DocumentOf.turn:
+            rendered = _each_turn(template, messages, tools, untrained)
+        else:
+            rendered = [masks.render(template, messages, tools, self.supervise, untrained)]
+        require_not_rendered(messages, rendered[0].text if rendered else "", self.bos, self.opening)
+        return rendered, prompt
 
     def _require_supervision(self, row: formats.Row) -> None:
         """Raise ConfigError where turns say that they are not trained, and everything is."""
@@ -142,7 +164,7 @@ class Encoder:
         prompt, completion = formats.to_pair(row, self.layout)
         if formats.system_of(row) or formats.to_tools(row):
             reason = "rows have a system text or tools, which have no place without a chat template"
-            raise ConfigError("data.template", None, reason, "data.template=chatml, or data.ignore=[system,system_prompt,tools]")
+            raise ConfigError("data.template", None, reason, f"{self.chat_remedy} or data.ignore=[system,system_prompt,tools]")
         between = "" if self.layout is Layout.prompt_completion else "\n"
         if self.objective is ObjectiveName.cpt or self.supervise is Supervise.all:
             return masks.plain_text(f"{prompt}{between}{completion}", self.bos, self.eos), prompt
@@ -151,7 +173,8 @@ class Encoder:
     def _render_conversation_text(self, messages: list[formats.Message], tools: list[Any] | None) -> Rendered:
         if self.template is None:
             text = "\n".join(str(message["content"]) for message in messages if message.get("content"))
-            return masks.plain_text(text, self.bos, self.eos)
+            parts = parts_of(messages, tools, None, range(len(messages)))
+            return replace(masks.plain_text(text, self.bos, self.eos), left_out=left_out(parts, search(parts, text)))
         return masks.render(self.template, messages, tools, Supervise.all)
 
     def _group(self, prompt: str) -> int:
@@ -245,9 +268,14 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
     name = config.data.template or config.model.tokenizer or config.model.id or "chatml"
     template = masks.template_of(tokenizer, name)
     eos = str(tokenizer.eos_token or "")
+    can_grow = may_grow(config)
+    remedy = chat_remedy(tokenizer, can_grow)
     plain = layout in (Layout.question_answer, Layout.alpaca, Layout.prompt_completion) and template is None
     if plain and not eos and config.objective.name is ObjectiveName.sft:
-        raise ConfigError("model.tokenizer", name, "the tokenizer has no eos_token, so nothing would end an answer", "data.template=chatml")
+        raise ConfigError("model.tokenizer", name, "the tokenizer has no eos_token, so nothing would end an answer", remedy)
+    if template is not None and layout is not Layout.text and config.objective.name is ObjectiveName.sft:
+        require_ends(tokenizer, template, can_grow)
+    require_ids(tokenizer, name)
     backend = fast_backend(tokenizer, name)
     return Encoder(
         backend=backend,
@@ -262,6 +290,9 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         seq_len=config.data.seq_len,
         too_long=config.data.too_long,
         seed=config.seed,
+        document=config.data.document,
+        chat_remedy=remedy,
+        opening=written_tokens(template) if template is not None else (),
         ignore=config.data.ignore,
     )
 
@@ -313,6 +344,20 @@ def join(documents: list[Documents]) -> Documents:
         unread=set().union(*(item.unread for item in documents)),
         error=next((item.error for item in documents if item.error), None),
     )
+
+
+def _each_turn(template: Template, messages: list[formats.Message], tools: list[Any] | None, untrained: frozenset[int]) -> list[Rendered]:
+    """Return a document for each trained assistant turn: the row up to it, in which it alone is trained."""
+    last = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number not in untrained]
+    return [masks.render(template, messages[: number + 1], tools, Supervise.last) for number in last]
+
+
+def _kinds(texts: list[Rendered]) -> dict[str, bool]:
+    """Return the kinds of parts that a row has, each with whether one of its documents lacks such a part."""
+    found: dict[str, bool] = {}
+    for text in texts:
+        found |= {kind: is_missing or found.get(kind, False) for kind, is_missing in text.left_out.items()}
+    return found
 
 
 def _with_variables(template: Template, variables: dict[str, Any]) -> Template:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trainers.config.errors import ConfigError
@@ -10,10 +10,10 @@ from trainers.config.schema import Supervise
 from trainers.data.at_once import MANY, all_at_once
 from trainers.data.formats import Message
 from trainers.data.parts import left_out, mark, parts_of, search, unmarked
-from trainers.data.template import CHATML, Span, Template, fill, fill_generated, template_of, try_fill
+from trainers.data.template import BUILT_IN, CHATML, Span, Template, fill, fill_generated, template_of, try_fill
 from trainers.data.turns import Conversation, Place, Turn, find_turns
 
-__all__ = ["CHATML", "Rendered", "Span", "Template", "fill", "plain_pair", "plain_text", "render", "template_of"]
+__all__ = ["BUILT_IN", "CHATML", "Rendered", "Span", "Template", "fill", "plain_pair", "plain_text", "render", "template_of"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,22 @@ class Rendered:
 
 
 def plain_pair(prompt: str, completion: str, bos: str, eos: str) -> Rendered:
-    """Return prompt and completion as text, the completion and `eos` trained."""
-    start = len(bos) + len(prompt)
-    text = f"{bos}{prompt}{completion}{eos}"
-    return Rendered(text, [(start, len(text))])
+    """Return prompt and completion as text, the completion and `eos` trained; ends that are there already are not added."""
+    before = _with_ends(prompt, bos, "")
+    text = before + _with_ends(completion, "", eos)
+    return Rendered(text, [(len(before), len(text))])
 
 
 def plain_text(text: str, bos: str, eos: str) -> Rendered:
-    """Return a text between `bos` and `eos`, all of it trained."""
-    text = f"{bos}{text}{eos}"
+    """Return a text between `bos` and `eos`, all of it trained; ends that are there already are not added."""
+    text = _with_ends(text, bos, eos)
     return Rendered(text, [(0, len(text))])
+
+
+def _with_ends(text: str, bos: str, eos: str) -> str:
+    front = "" if bos and text.lstrip().startswith(bos) else bos
+    back = "" if eos and text.rstrip().endswith(eos) else eos
+    return f"{front}{text}{back}"
 
 
 def render(
@@ -76,12 +82,14 @@ def _look(row: Conversation, numbers: list[int], trained: list[int], supervise: 
 
     A short row of nothing but questions and answers is only searched.
     """
-    parts = parts_of(row.messages, row.tools, trained)
+    documents = row.template.variables.get("documents")
+    parts = parts_of(row.messages, row.tools, documents, trained)
     is_long = len(numbers) >= MANY and supervise is not Supervise.all
     if not is_long and all(part.is_anchor for part in parts) and not search(parts, row.text):
         return {}, left_out(parts, [])
-    marked = mark(row.messages, row.tools, parts, row.text)
-    text = try_fill(row.template, marked.messages, marked.tools)
+    marked = mark(row.messages, row.tools, documents, parts, row.text)
+    template = replace(row.template, variables=row.template.variables | {"documents": marked.documents}) if documents else row.template
+    text = try_fill(template, marked.messages, marked.tools)
     if text is None or unmarked(text, marked.marks) != row.text:  # the marks change what the template does
         return {}, left_out(parts, search(parts, row.text))
     missing = [part for character, part in marked.marks.items() if character not in text]

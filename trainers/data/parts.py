@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
@@ -21,6 +22,8 @@ KINDS = {
     "tools": "tools",
     "calls": "tool calls",
     "reasoning": "reasoning",
+    "earlier": "reasoning of earlier turns",
+    "documents": "documents",
     "system": "system text",
     "names": "names",
     "asked": "user text",
@@ -38,7 +41,7 @@ class Part:
 
     kind: str
     path: Path
-    """Keys and indices that lead to the string, from {"messages": ..., "tools": ...}."""
+    """Keys and indices that lead to the string, from {"messages": ..., "tools": ..., "documents": ...}."""
     text: str
     """The stretch, without blanks around it."""
     middle: int
@@ -53,15 +56,43 @@ class MarkedRow:
 
     messages: list[Message]
     tools: list[Any] | None
+    documents: Any
     marks: dict[str, Part]
 
 
-def parts_of(messages: list[Message], tools: list[Any] | None, trained: Collection[int]) -> list[Part]:
+@dataclass
+class LeftOut:
+    """Of how many rows a template leaves a part out, by kind of part."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    """Rows that have such a part."""
+    missing: Counter[str] = field(default_factory=Counter)
+    """Rows of which one is left out."""
+    first: dict[str, str] = field(default_factory=dict)
+    """File and line of the first of these."""
+
+    def add(self, kinds: dict[str, bool], place: str) -> None:
+        """Count a row's kinds, each with whether a part of it is missing."""
+        self.rows.update(kinds)
+        for kind in (kind for kind, is_missing in kinds.items() if is_missing):
+            self.missing[kind] += 1
+            self.first.setdefault(kind, place)
+
+    def update(self, other: LeftOut) -> None:
+        """Add the counts of rows that come after these."""
+        self.rows.update(other.rows)
+        self.missing.update(other.missing)
+        self.first = other.first | self.first
+
+
+def parts_of(messages: list[Message], tools: list[Any] | None, documents: Any, trained: Collection[int]) -> list[Part]:
     """Return what a template should write of a row; of reasoning, only that of the `trained` turns (their numbers from 0).
 
     A model that answers sees no more of earlier reasoning than its template shows it, so nothing is lost where the turn is not trained.
     """
     found = [part for number, tool in enumerate(tools or []) for part in _of_tool(tool, number)]
+    for path, text in _strings(documents, ("documents",)):
+        found.extend(_part("documents", path, text))
     functions = {call["function"]["name"] for message in messages for call in message.get("tool_calls") or []}
     for number, message in enumerate(messages):
         here: Path = ("messages", number)
@@ -69,7 +100,8 @@ def parts_of(messages: list[Message], tools: list[Any] | None, trained: Collecti
         if isinstance(name, str) and name != message["role"] and name not in functions:
             found.extend(_part("names", (*here, "name"), name))
         if message["role"] == "assistant":
-            found.extend(_of_assistant(message, here, number in trained))
+            reasoning = None if number not in trained else "reasoning" if number == len(messages) - 1 else "earlier"
+            found.extend(_of_assistant(message, here, reasoning))
         else:
             found.extend(_part(CONTENT_KINDS[message["role"]], (*here, "content"), message.get("content"), is_anchor=True))
     return found
@@ -81,15 +113,15 @@ def _of_tool(tool: Any, number: int) -> Iterator[Part]:
         yield from _part("tools", ("tools", number, *here, key), function.get(key))
 
 
-def _of_assistant(message: Message, here: Path, is_trained: bool) -> Iterator[Part]:
+def _of_assistant(message: Message, here: Path, reasoning: str | None) -> Iterator[Part]:
     content, calls = message.get("content") or "", message.get("tool_calls") or []
-    if is_trained:
-        yield from _part("reasoning", (*here, "reasoning_content"), message.get("reasoning_content"))
+    if reasoning:
+        yield from _part(reasoning, (*here, "reasoning_content"), message.get("reasoning_content"))
     if "</think>" in content:
         end = content.index("</think>")
         start = content.index("<think>") + len("<think>") if "<think>" in content[:end] else 0
-        if is_trained:
-            yield from _part("reasoning", (*here, "content"), content, start, end)
+        if reasoning:
+            yield from _part(reasoning, (*here, "content"), content, start, end)
     elif calls:
         yield from _part("said", (*here, "content"), content)
     for number, call in enumerate(calls):
@@ -116,21 +148,21 @@ def _part(kind: str, path: Path, value: Any, start: int = 0, end: int | None = N
         yield Part(kind, path, text, begin + (len(text) + 1) // 2, is_anchor)
 
 
-def mark(messages: list[Message], tools: list[Any] | None, parts: list[Part], text: str) -> MarkedRow:
+def mark(messages: list[Message], tools: list[Any] | None, documents: Any, parts: list[Part], text: str) -> MarkedRow:
     """Return a copy of a row with a mark in each part; `text` is its rendering, which has none of the marks."""
     marks = dict(zip(unused_characters(text, len(parts)), parts, strict=True))
-    row: Any = {"messages": list(messages), "tools": tools and list(tools)}
+    row: Any = {"messages": messages, "tools": tools, "documents": documents}
     copied: set[Path] = set()
     for character, part in marks.items():
-        holder = row[part.path[0]]
-        for depth, key in enumerate(part.path[1:-1], 2):
+        holder = row
+        for depth, key in enumerate(part.path[:-1], 1):
             if part.path[:depth] not in copied:  # only what leads to a part is copied
                 copied.add(part.path[:depth])
                 holder[key] = holder[key].copy()
             holder = holder[key]
         whole = holder[part.path[-1]]
         holder[part.path[-1]] = whole[: part.middle] + character + whole[part.middle :]
-    return MarkedRow(row["messages"], row["tools"], marks)
+    return MarkedRow(row["messages"], row["tools"], row["documents"], marks)
 
 
 def unmarked(text: str, marks: Collection[str]) -> str:

@@ -26,8 +26,11 @@ from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
+from trainers.data.ends import chat_remedy, may_grow, stop_ids
 from trainers.data.formats import BadRow
+from trainers.data.masks import BUILT_IN
 from trainers.data.pack import one_each, pack
+from trainers.data.parts import KINDS, LeftOut
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
@@ -46,7 +49,19 @@ CHUNK = 512
 SHOWN = 5
 MOST_FILES = 8
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
-RENDERING = ("layout", "supervise", "seq_len", "too_long", "eval_fraction", "packing", "skip_bad_rows", "max_lost_fraction", "ignore")
+RENDERING = (
+    "layout",
+    "supervise",
+    "seq_len",
+    "too_long",
+    "eval_fraction",
+    "packing",
+    "skip_bad_rows",
+    "max_lost_fraction",
+    "ignore",
+    "document",
+    "max_left_out_fraction",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +145,10 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
             _encode_all(config, encoder_of(config, tokenizer, layout), source, store, advance)
     counts = {name: sum(store.counts[name] for store in stores.values()) for name in COUNTS}
     _check_losses(config, counts)
+    left_out = LeftOut()
+    for store in stores.values():
+        left_out.update(store.left_out)
+    _check_left_out(config, left_out, tokenizer)
     splits = _split(config, stores)
     report = {name: _save_split(config, store, keep, folder / name) for name, (store, keep) in splits.items()}
     for store in stores.values():
@@ -149,6 +168,8 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
         },
         "left_out": _left_out(config),
         "overlap": overlap,
+        "stops": {token: int(number) for number, token in _stops(config, tokenizer)},
+        "left_out": {kind: {"rows": left_out.rows[kind], "missing": number} for kind, number in sorted(left_out.missing.items())},
         "unread": sorted(set().union(*(store.unread for store in stores.values()))),
         "prepared_at": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": round(seconds, 3),
@@ -197,6 +218,7 @@ class Store:
         self.lengths: list[NDArray[np.int64]] = []
         self.groups: list[NDArray[np.uint64]] = []
         self.counts = dict.fromkeys(COUNTS, 0)
+        self.left_out = LeftOut()
         self.unread: set[str] = set()
         self.files_read: dict[str, int] = {}
         self.num_documents = 0
@@ -209,6 +231,7 @@ class Store:
         self.groups.append(documents.groups)
         self.num_documents += len(documents.lengths)
         self.counts = {name: self.counts[name] + documents.counts.get(name, 0) for name in COUNTS}
+        self.left_out.update(documents.left_out)
         self.unread |= documents.unread
 
     def counted(self, rows: Iterator[Row]) -> Iterator[Row]:
@@ -316,6 +339,36 @@ def _check_losses(config: RunConfig, counts: dict[str, int]) -> None:
         )
 
 
+def _stops(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, str]]:
+    """Return ids and texts of the tokens that end an answer; none where only texts are trained."""
+    ids = stop_ids(tokenizer) if config.objective.name is ObjectiveName.sft else []
+    return [(number, str(tokenizer.convert_ids_to_tokens(number))) for number in ids]
+
+
+def _check_left_out(config: RunConfig, left_out: LeftOut, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise ConfigError where the chat template leaves a kind of part out of too many of the rows that have it."""
+    for kind, name in KINDS.items():
+        rows, missing = left_out.rows[kind], left_out.missing[kind]
+        if missing > config.data.max_left_out_fraction * rows:
+            raise ConfigError(
+                "data.max_left_out_fraction",
+                config.data.max_left_out_fraction,
+                f"the chat template leaves the {name} out of {missing:,} of the {rows:,} rows that have some; the first is "
+                f"{left_out.first[kind]}",
+                " or ".join([*_ways_to_keep(config, kind, tokenizer), "data.max_left_out_fraction=1, which trains without"]),
+            )
+
+
+def _ways_to_keep(config: RunConfig, kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """Return overrides under which a kind of part is not left out."""
+    ways = ["data.document=turn, which shows each turn what it sees when it answers"] if kind == "earlier" else []
+    if kind == "names":
+        ways.append("data.ignore=[name]")
+    elif kind != "documents" and config.data.template not in BUILT_IN:
+        ways.append(chat_remedy(tokenizer, may_grow(config)))
+    return ways
+
+
 Kept = NDArray[np.bool_]
 
 
@@ -399,6 +452,10 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
         f"  lost  {report['supervised_lost']:,} supervised tokens ({lost:.2%}): rows truncated {report['truncated']:,}, "
         f"dropped {report['dropped']:,}, split {report['split']:,}, bad {report['bad']:,}, also in eval {report['overlap']:,}"
     )
+    if report.get("stops"):
+        lines.append(f"  stops at {', '.join(f'{token} ({number})' for token, number in report['stops'].items())}")
+    for kind, counts in report.get("left_out", {}).items():
+        lines.append(f"  left out by the chat template: {KINDS[kind]} in {counts['missing']:,} of {counts['rows']:,} rows that have some")
     if report.get("unread"):
         lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
     return "\n".join(lines)

@@ -31,6 +31,9 @@ CHATML = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 """A chat template for tokenizers without one: system, user, assistant and tool turns, tool calls and reasoning."""
+PLAIN = CHATML.replace("<|im_end|>", "' + eos_token + '").replace("<|im_start|>", "### ")
+"""The same without tokens of its own, each turn ended by the tokenizer's end token: for tokenizers without ChatML's tokens."""
+BUILT_IN = {"chatml": CHATML, "plain": PLAIN}
 
 Span = tuple[int, int]
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from trainers.cache import build_once, cache_root, content_key
 from trainers.config.checks import looks_local
 from trainers.config.derived import sources_of
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import Layout, RunConfig
 from trainers.data import formats, masks, sources
 from trainers.data.formats import BadRow
+from trainers.data.masks import BUILT_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,11 +34,23 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
         _open(config, str(_trained(config))) if config.model.train_tokenizer else _open(config, _name(config))
     )
     tokenizer.add_tokens(list(config.model.add_tokens), special_tokens=True)
-    if config.data.template == "chatml":
-        tokenizer.chat_template = masks.CHATML
-    elif config.data.template is not None:
-        tokenizer.chat_template = Path(config.data.template).read_text("utf-8")
+    if config.data.template is not None:
+        tokenizer.chat_template = _template(config.data.template, tokenizer.chat_template)
     return tokenizer
+
+
+def _template(name: str, own: Any) -> str:
+    """Return a chat template that is built in, a file, or one of several that the tokenizer names; raises ConfigError."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if Path(name).is_file():
+        return Path(name).read_text("utf-8")
+    named: dict[str, str] = own if isinstance(own, dict) else {}
+    if name not in named:
+        reason = f"no such file, and the tokenizer has {'templates named ' + ', '.join(sorted(named)) if named else 'no named templates'}"
+        remedy = did_you_mean(name, [*named, *BUILT_IN]) or "a Jinja file, or data.template=chatml"
+        raise ConfigError("data.template", name, reason, remedy)
+    return named[name]
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -54,22 +67,6 @@ def template_hash(tokenizer: PreTrainedTokenizerFast) -> str | None:
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """Return the id that fills rows up: the pad token's, else the end token's, else 0; what it is never changes a loss."""
     return next((int(number) for number in (tokenizer.pad_token_id, tokenizer.eos_token_id) if number is not None), 0)
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the ids that end an answer: the end token, and the token after an assistant turn of the chat template."""
-    found = {tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()
-    template = masks.template_of(tokenizer, "chat template")
-    if template is not None:
-        turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello."}]
-        try:
-            rendered = masks.render(template, turns)
-        except (BadRow, ConfigError):
-            return sorted(found)
-        last = tokenizer.backend_tokenizer.encode(rendered.text[: rendered.spans[-1][1]], add_special_tokens=False).ids[-1]
-        if tokenizer.convert_ids_to_tokens(last) in tokenizer.get_added_vocab():
-            found.add(last)
-    return sorted(found)
 
 
 def _name(config: RunConfig) -> str:

@@ -80,11 +80,16 @@ def make_blueprint(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizer
     """Resolve a hub id or directory, or random weights, into a Blueprint; raises ConfigError naming the field."""
     if model.id is None:
         folder, revision = None, None
-        config = from_architecture(model.architecture, tokenizer)
+        config = from_architecture(model.architecture, tokenizer, num_ids(tokenizer))
     else:
         folder, revision = _fetch(model)
         config = read_config(folder, model.trust_remote_code)
-    return blueprint_of(model, seed, config, len(tokenizer), folder, revision)
+    return blueprint_of(model, seed, config, num_ids(tokenizer), folder, revision)
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many rows an embedding needs for a tokenizer: its largest id + 1, which is more than its tokens where ids leave gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> PreTrainedConfig:
@@ -169,12 +174,8 @@ class Vocabulary(Protocol):
     eos_token_id: Any
     pad_token_id: Any
 
-    def __len__(self) -> int:
-        """Return the number of tokens."""
-        ...
 
-
-def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary) -> PreTrainedConfig:
+def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary, num_tokens: int) -> PreTrainedConfig:
     """Return a transformers config for random weights; raises ConfigError for a field its class does not have."""
     fields = dict(fields)
     kind = fields.pop("model_type")
@@ -191,7 +192,7 @@ def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary) -> PreTrain
             )
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     try:
-        return AutoConfig.for_model(kind, **({"vocab_size": len(tokenizer)} | special | fields))
+        return AutoConfig.for_model(kind, **({"vocab_size": num_tokens} | special | fields))
     except Exception as error:  # transformers' own check of types and of sizes that do not divide
         raise ConfigError("model.architecture", fields, " ".join(str(error).split())) from error
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from trainers.config.errors import ConfigError
-from trainers.model.blueprint import Blueprint
+from trainers.model.blueprint import Blueprint, num_ids
 from trainers.model.safetensors_files import INDEX, TYPES, Weights, listed
 from trainers.model.saved_form import Pieces, SavedForm, misfit
 from trainers.units import in_bytes
@@ -183,10 +183,12 @@ def write_configs(
 
     Returns the settings of the base's generation config that transformers refuses to save, and that are left out.
     """
+    generation, refused = generation_config(blueprint, tokenizer, stop_ids)
+    if stop_ids and not set(_ids(config.eos_token_id)) & set(_ids(generation.eos_token_id)):
+        config.eos_token_id = stop_ids[0]  # some servers read this one alone
     config.dtype = blueprint.saved_dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    generation, refused = generation_config(blueprint, tokenizer, stop_ids)
     generation.save_pretrained(folder)
     if blueprint.folder is not None:
         processors = blueprint.folder.glob("*processor_config.json") if type(config) is type(blueprint.config) else ()
@@ -206,7 +208,7 @@ def generation_config(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, 
         )
     except Exception:  # whatever transformers raises for values of another version, or written by hand
         generation, refused = _savable(_settings_in(file))
-    stops = [generation.eos_token_id] if isinstance(generation.eos_token_id, int) else list(generation.eos_token_id or [])
+    stops = [number for number in _ids(generation.eos_token_id) if _is_end(tokenizer, number)]
     generation.eos_token_id = list(dict.fromkeys([*stops, *stop_ids])) or None
     if generation.pad_token_id is None and tokenizer.pad_token_id is not None:
         generation.pad_token_id = tokenizer.pad_token_id
@@ -252,6 +254,16 @@ def _savable(settings: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
                 kept = trial
                 del left[name]
     return kept, sorted(left)
+
+
+def _ids(ids: int | list[int] | None) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids or [])
+
+
+def _is_end(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    """Tell whether an id at which the base stops ends a text for the run's tokenizer too, and is not some word of another one."""
+    token = tokenizer.convert_ids_to_tokens(number) if 0 <= number < num_ids(tokenizer) else None
+    return token is not None and (token in tokenizer.all_special_tokens or token in tokenizer.get_added_vocab() or token[:1] == "<")
 
 
 def check_export(folder: Path, contents: Iterable[tuple[str, Tensor]], sums: Sums, read: bool, file: str = "model.safetensors") -> None:

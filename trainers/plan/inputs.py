@@ -20,7 +20,7 @@ from trainers.data.loader import LENGTH_MULTIPLE
 from trainers.data.prepare import find_prepared
 from trainers.data.tokenizer import load_tokenizer
 from trainers.model import hub
-from trainers.model.blueprint import Blueprint, blueprint_of, from_architecture
+from trainers.model.blueprint import Blueprint, blueprint_of, from_architecture, num_ids
 from trainers.plan.request import PlanConfig
 from trainers.plan.shapes import SHAPES
 
@@ -29,15 +29,11 @@ log = logging.getLogger("fulltune")
 
 @dataclass
 class _Tokens:
-    """A vocabulary of which only the size is known."""
+    """A tokenizer that is not here."""
 
-    size: int
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
-
-    def __len__(self) -> int:
-        return self.size
 
 
 @dataclass(kw_only=True)
@@ -98,7 +94,7 @@ def _offline() -> Iterator[None]:
 
 def _from_architecture(config: RunConfig) -> PreTrainedConfig:
     size = config.model.architecture.get("vocab_size") or _vocabulary(config)
-    return from_architecture(config.model.architecture, _Tokens(size))
+    return from_architecture(config.model.architecture, _Tokens(), size)
 
 
 def _vocabulary(config: RunConfig) -> int:
@@ -106,7 +102,7 @@ def _vocabulary(config: RunConfig) -> int:
     if config.model.train_tokenizer:
         return config.model.train_tokenizer + len(config.model.add_tokens)
     try:
-        return len(load_tokenizer(config))
+        return num_ids(load_tokenizer(config))
     except ConfigError:
         if config.model.id is None:
             raise
