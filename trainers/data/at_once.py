@@ -6,12 +6,11 @@ marks is one turn, and what turns.py says of the whole holds there. Turns that d
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 from trainers.data.formats import BadRow, Message
-from trainers.data.parts import MarkedRow, unmarked, unused_characters
+from trainers.data.parts import PRIVATE, MarkedRow, unmarked, unused_characters
 from trainers.data.template import try_fill
 from trainers.data.turns import Conversation, Place, difference, has_thought, own_text_of_call
 
@@ -40,9 +39,9 @@ def _fill_with_probes(row: Conversation, marked: MarkedRow, probes: dict[str, in
 
 
 def _between_anchors(row: Conversation, marked: MarkedRow, text: str, probed: str, probes: dict[str, int]) -> dict[int, Place]:
-    counts = [Counter(re.findall(f"[{''.join(marked.marks)}]", whole)) if marked.marks else {} for whole in (text, probed)]
-    anchors = "".join(mark for mark, part in marked.marks.items() if part.is_anchor and all(count[mark] == 1 for count in counts))
-    others = set(marked.marks) - set(anchors)
+    counts = [Counter(PRIVATE.findall(whole)) for whole in (text, probed)]
+    anchors = {mark for mark, part in marked.marks.items() if part.is_anchor and all(count[mark] == 1 for count in counts)}
+    others = marked.marks.keys() - anchors
     pieces, probed_pieces = _cut(unmarked(text, others), anchors), _cut(unmarked(probed, others), anchors)
     if [mark for mark, _ in pieces] != [mark for mark, _ in probed_pieces]:
         return {}
@@ -58,12 +57,11 @@ def _between_anchors(row: Conversation, marked: MarkedRow, text: str, probed: st
     return {number: place for number, place in found.items() if place is not None}
 
 
-def _cut(text: str, anchors: str) -> list[tuple[str, str]]:
+def _cut(text: str, anchors: set[str]) -> list[tuple[str, str]]:
     """Cut a text at each of these characters; return each piece with the one before it."""
-    if not anchors:
-        return [("", text)]
-    parts = re.split(f"([{anchors}])", text)
-    return list(zip(["", *parts[1::2]], parts[::2], strict=True))
+    places = [found.start() for found in PRIVATE.finditer(text) if found.group() in anchors]
+    bounds = zip([-1, *places], [*places, len(text)], strict=True)
+    return [(text[start] if start >= 0 else "", text[start + 1 : end]) for start, end in bounds]
 
 
 def _place_in(piece: str, probed: str, probe: str, message: Message, at: int) -> Place | None:
@@ -95,7 +93,8 @@ def _calls(row: Conversation, numbers: list[int], marked: MarkedRow, text: str) 
 
     Of one kind are those that are followed by results and then by turns of one kind.
     """
-    written = [(found.start() - before, found.group()) for before, found in enumerate(re.finditer(f"[{''.join(marked.marks)}]", text))]
+    marks = [found for found in PRIVATE.finditer(text) if found.group() in marked.marks]
+    written = [(found.start() - before, found.group()) for before, found in enumerate(marks)]
     counts = Counter(mark for _, mark in written)
     at = {marked.marks[mark].path: (position, marked.marks[mark]) for position, mark in written if counts[mark] == 1}
     firsts: dict[bool, Call | None] = {}

@@ -33,6 +33,9 @@ KINDS = {
 """What a template may leave out, and how it is called in messages."""
 CONTENT_KINDS = {"system": "system", "developer": "system", "user": "asked", "tool": "results"}
 Path = tuple[str | int, ...]
+PRIVATE_CODES = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
+PRIVATE = re.compile("[\ue000-\uf8ff\U000f0000-\U000ffffd]")
+"""The characters that marks are taken from. Classes of many single ones are slow to match."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def mark(messages: list[Message], tools: list[Any] | None, documents: Any, parts
 
 def unmarked(text: str, marks: Collection[str]) -> str:
     """Return a text without these characters."""
-    return re.sub(f"[{''.join(marks)}]", "", text) if marks else text
+    kept = set(marks)
+    return PRIVATE.sub(lambda found: "" if found.group() in kept else found.group(), text)
 
 
 def left_out(parts: Collection[Part], missing: Collection[Part]) -> dict[str, bool]:
@@ -188,5 +192,5 @@ def _escaped(text: str) -> list[str]:
 
 def unused_characters(text: str, count: int) -> list[str]:
     """Return characters for private use that a text does not have."""
-    used, private = set(text), chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))
+    used, private = set(text), chain(*PRIVATE_CODES)
     return list(islice((chr(code) for code in private if chr(code) not in used), count))

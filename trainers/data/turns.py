@@ -161,10 +161,10 @@ def _turn_end(row: Conversation, text_end: int, tail: str) -> int | None:
     found = _next_token(row.template, text, text_end)
     if found is not None and found.group() in text[found.start() : text_end] + tail:
         return found.end()
-    after = text[text_end:]
+    after = text[text_end : text_end + len(tail)]
     shared = after[: shared_length(after, tail)]
     line = shared.lstrip().split("\n")[0].rstrip()
-    is_whole = "\n" in shared.lstrip() or len(shared) in (len(after), len(tail))
+    is_whole = "\n" in shared.lstrip() or len(shared) in (len(text) - text_end, len(tail))
     return text_end + shared.index(line) + len(line) if line and is_whole else None
 
 

@@ -184,7 +184,8 @@ def write_configs(
     Returns the settings of the base's generation config that transformers refuses to save, and that are left out.
     """
     generation, refused = generation_config(blueprint, tokenizer, stop_ids)
-    if stop_ids and not set(_ids(config.eos_token_id)) & set(_ids(generation.eos_token_id)):
+    own = _ids(getattr(config, "eos_token_id", None))
+    if own and stop_ids and not set(own) & set(_ids(generation.eos_token_id)):
         config.eos_token_id = stop_ids[0]  # some servers read this one alone
     config.dtype = blueprint.saved_dtype
     config.save_pretrained(folder)
