@@ -159,7 +159,7 @@ def test_a_share_below_the_limit_is_shown_and_trained(config):
     rows = [ROWS["earlier"]] + [([USER, THOUGHT], None)] * 9
     settings = config(template(**LACKING["earlier"]), rows, max_left_out_fraction=1.0)
     report = prepare(settings).report
-    assert report["left_out"] == {"earlier": {"rows": 1, "missing": 1}}
+    assert report["template_leaves_out"] == {"earlier": {"rows": 1, "missing": 1}}
     assert "reasoning of earlier turns in 1 of 1 rows" in summary(report)
 
 

@@ -169,7 +169,9 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
         "left_out": _left_out(config),
         "overlap": overlap,
         "stops": {token: int(number) for number, token in _stops(config, tokenizer)},
-        "left_out": {kind: {"rows": left_out.rows[kind], "missing": number} for kind, number in sorted(left_out.missing.items())},
+        "template_leaves_out": {
+            kind: {"rows": left_out.rows[kind], "missing": number} for kind, number in sorted(left_out.missing.items())
+        },
         "unread": sorted(set().union(*(store.unread for store in stores.values()))),
         "prepared_at": time.strftime("%Y-%m-%d %H:%M"),
         "seconds": round(seconds, 3),
@@ -454,7 +456,7 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
     )
     if report.get("stops"):
         lines.append(f"  stops at {', '.join(f'{token} ({number})' for token, number in report['stops'].items())}")
-    for kind, counts in report.get("left_out", {}).items():
+    for kind, counts in report.get("template_leaves_out", {}).items():
         lines.append(f"  left out by the chat template: {KINDS[kind]} in {counts['missing']:,} of {counts['rows']:,} rows that have some")
     if report.get("unread"):
         lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
