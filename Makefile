@@ -7,7 +7,7 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo venv check docs format test test-slow test-slow-others test-slow-slurm test-all test-soak clean
+.PHONY: help demo compare-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
 	@echo 'make check     format, lint, types, layers, pages and their links'
+	@echo 'make audit     known vulnerabilities of the pinned packages, where pip-audit and a network are'
 	@echo 'make docs      the pages of docs/ as HTML, in build/docs'
 	@echo 'make format    mend what ruff can mend'
 	@echo 'make venv      the set-up alone: $(VENV) with the pinned packages'
@@ -47,6 +48,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_prose.py
+	@$(MAKE) --no-print-directory audit
+
+# Of an advisory that has just come out nothing here is at fault: nothing is looked up unless pip-audit is installed.
+audit: $(STAMP)
+	@if ! $(BIN)/python -c 'import pip_audit' 2>/dev/null; then echo 'skipped: pip-audit is not installed, so no known vulnerabilities are looked up'; \
+	elif ! timeout 20 $(BIN)/python -c 'import urllib.request; urllib.request.urlopen("https://pypi.org/pypi/pip/json", timeout=8)' 2>/dev/null; then \
+	echo 'skipped: no network, so no known vulnerabilities are looked up'; \
+	else $(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off; fi
 
 docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict --quiet

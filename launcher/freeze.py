@@ -81,6 +81,7 @@ def freeze(job: Job) -> None:
             job.run_dir.mkdir()
         except FileExistsError:
             _refuse_other_files(job.run_dir)
+            _refuse_links(job.run_dir)
         if job.config_path.exists() or not publish(job.config_path, frozen_text(job.run)):
             _join(job, joining(job))
         if not (job.run_dir / paths.MANIFEST).exists():
@@ -93,6 +94,7 @@ def require_joinable(job: Job) -> None:
     with _explained(job, "read"):
         if job.run_dir.exists():
             _refuse_other_files(job.run_dir)
+            _refuse_links(job.run_dir)
         if job.config_path.exists():
             joining(job)
 
@@ -246,6 +248,15 @@ def _new_manifest(job: Job) -> dict[str, Any]:
         (job.run_dir / paths.DIFF).unlink(missing_ok=True)
         publish(job.run_dir / paths.DIFF, diff)
     return manifest(version)
+
+
+def _refuse_links(run_dir: Path) -> None:
+    """Raise ConfigError where a file of the run directory is a link that leaves it: what is written there would go elsewhere."""
+    home = run_dir.resolve()
+    for path in run_dir.rglob("*"):
+        if path.is_symlink() and not path.is_dir() and home not in path.resolve().parents:
+            reason = f"{path.relative_to(run_dir)} is a link to {path.resolve()}, and a run writes into its own directory only"
+            raise ConfigError("run_dir", str(run_dir), reason, f"rm {path}")
 
 
 def _refuse_other_files(run_dir: Path) -> None:

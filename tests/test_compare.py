@@ -17,7 +17,7 @@ from synthetic import change, make_run
 
 from tools.compare.__main__ import main
 from tools.compare.methods import compare
-from tools.compare.page import page
+from tools.compare.page import POLICY, page
 from tools.compare.say import conclusions, markdown
 
 
@@ -282,7 +282,8 @@ def test_the_page_opens_in_a_browser_without_a_network(sweep: Path, tmp_path: Pa
     assert main([str(sweep), "--html", str(file)]) == 0
     text = file.read_text()
     assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|@import', text)  # nothing is fetched
-    file.write_text(text.replace("</body>", PROBE + "</body>"))
+    assert POLICY in text
+    file.write_text(text.replace(POLICY, "").replace("</body>", PROBE + "</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", f"--window-size={width},900"]
     line = ["chromium", *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{file}"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=90, check=True)

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from synthetic import change, make_run
 from torch.distributed.checkpoint.api import CheckpointException
 
+from launcher.config import JobConfig
+from launcher.freeze import freeze
+from launcher.job import frozen_text, make_job
 from tools import export
+from tools.compare.methods import compare
+from tools.compare.page import page
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig, read
+from trainers.data import masks
+from trainers.data.formats import BadRow
+from trainers.data.table import open_table
+from trainers.data.template import Template
 from trainers.engines.stored import load_state, read_contents
 
 State = dict[str, Any]
@@ -112,3 +128,90 @@ def test_a_checkpoint_names_no_file_outside_its_folder(saved: Path, name: str) -
         load_state(empty_state(), saved)
     with pytest.raises(export.Damaged, match="which is not a file of its folder"):
         export.Stored(saved)
+
+
+HOSTILE_TEXT = """<script>document.title='ran'</script><img src=x onerror="document.title='ran'">$\\frac{&'"</style></svg>"""
+
+
+def test_hostile_names_and_answers_are_text_in_a_page(tmp_path: Path) -> None:
+    for number, name in enumerate(("peft=none", "peft=lora<script>alert(1)</script>".replace("/", "_"))):
+        run = make_run(tmp_path / "sweep" / name, "none" if number == 0 else "lora", better=0.5, seed=number)
+        change(run / "config.yaml", name=HOSTILE_TEXT, model__id=HOSTILE_TEXT)
+        change(run / "manifest.json", command=["python", HOSTILE_TEXT])
+        rows = (run / "evaluation" / "run.jsonl").read_text()
+        (run / "evaluation" / "run.jsonl").write_text(rows.replace("#### ", json.dumps(HOSTILE_TEXT)[1:-1] + "#### "))
+    text = page(compare([tmp_path / "sweep"], None), [HOSTILE_TEXT])
+    assert "onerror" in text
+    assert not re.search(r"<(?:script|img)", text)
+    assert "Content-Security-Policy" in text.partition("<title>")[0]
+
+
+TEMPLATES = {
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.mkdir('MARKER') }}",
+    "functions": "{{ raise_exception.__globals__['__builtins__']['open']('MARKER', 'w') }}",
+    "formats": "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+    "changes": "{{ messages.append(messages[0]) }}",
+    "files": "{% include '/etc/passwd' %}",
+}
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_chat_template_is_rendered_in_a_sandbox(tmp_path: Path, case: str) -> None:
+    marker = tmp_path / "ran"
+    jinja = TEMPLATES[case].replace("MARKER", str(marker)) + "{{ messages[0]['content'] }}"
+    with pytest.raises((BadRow, ConfigError)):
+        masks.render(Template(jinja=jinja, name="data.template", variables={}, tokens=None), [{"role": "user", "content": "a"}])
+    assert not marker.exists()
+
+
+def test_prepared_arrays_hold_numbers_only(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    np.save(tmp_path / "tokens.npy", np.array([Calls(os.mkdir, str(marker))], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"Python objects|allow_pickle"):
+        open_table(tmp_path)
+    assert not marker.exists()
+
+
+def test_a_frozen_config_makes_no_objects_and_reads_no_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, marker = tmp_path / "config.yaml", tmp_path / "ran"
+    file.write_text(f"name: !!python/object/apply:os.mkdir ['{marker}']\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(file)
+    assert not marker.exists()
+    monkeypatch.setenv("MY_SECRET", "tiger")
+    for value in ("${oc.env:MY_SECRET}", "a ${oc.env:MY_SECRET} b", "${run_dir}"):
+        file.write_text(f"name: {json.dumps(value)}\n")
+        with pytest.raises(ConfigError, match="which no frozen config does"):
+            read(file)
+    for value in ("${oc.env:MY_SECRET}", "\\${x}", "\\\\", "a$b"):
+        file.write_text(frozen_text(RunConfig(name=value)))
+        assert read(file).name == value
+
+
+def test_pickled_adapters_run_no_code(tmp_path: Path) -> None:
+    from peft.utils.save_and_load import load_peft_weights
+
+    marker = tmp_path / "ran"
+    torch.save({"weight": torch.zeros(1), "more": Calls(os.mkdir, str(marker))}, tmp_path / "adapter_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        load_peft_weights(str(tmp_path), device="cpu")
+    assert not marker.exists()
+
+
+def test_a_file_of_a_run_directory_that_leads_out_of_it_is_refused(tmp_path: Path) -> None:
+    run_dir, precious = tmp_path / "run", tmp_path / "precious"
+    precious.write_text("mine")
+    job = make_job(JobConfig(run_dir=str(run_dir)))
+    freeze(job)
+    for name in ("metrics.jsonl", f".launcher-{socket.gethostname()}.lock", "logs/rank-0.log"):
+        link = run_dir / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(precious)
+        with pytest.raises(ConfigError, match=f"is a link to {precious}"):
+            freeze(job)
+        link.unlink()
+    (run_dir / "latest").symlink_to("config.yaml")
+    (run_dir / "checkpoints").symlink_to(tmp_path)  # a folder on another disk
+    freeze(job)
+    assert precious.read_text() == "mine"

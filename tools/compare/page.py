@@ -19,6 +19,8 @@ SHOWN, OPEN = 12, 2
 """Prompts whose answers are put side by side, and those of them that are unfolded, on paper too."""
 LONGEST = 1200
 """Characters of a prompt or an answer that are shown."""
+POLICY = "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
+"""Nothing runs and nothing is fetched, should a name or an answer have got past `escape`."""
 STYLE = Path(__file__).with_name("page.css")
 
 
@@ -38,7 +40,7 @@ def page(comparison: Comparison, arguments: list[str]) -> str:
         f'<p class="legend">Made by <code>python -m tools.compare {escape(" ".join(arguments))}</code> on {time.strftime("%Y-%m-%d")}.</p>',
     ]
     title = f"<title>{escape(comparison.title)}</title>"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{title}'
+    head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width, initial-scale=1">{title}'
     style = f"<style>{STYLE.read_text('utf-8')}</style>"
     body = "\n".join(part for part in parts if part)
     return f'<!doctype html>\n<html lang="en"><head>{head}{style}</head>\n<body>\n{body}\n</body></html>\n'

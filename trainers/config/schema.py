@@ -527,6 +527,10 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+ASKS = re.compile(r"(?<!\\)(?:\\\\)*\$\{")
+"""What OmegaConf would resolve, such as ${oc.env:HF_TOKEN}: an odd backslash before it makes it a text."""
+
+
 def read(path: Path | str) -> RunConfig:
     """Read a frozen config.yaml of a run that is over, whose data may be gone; raises ConfigError on what is not a config."""
     from omegaconf import OmegaConf
@@ -556,7 +560,11 @@ def _typed(load: Callable[[], Any], name: str) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), load()))
+        loaded = load()
+        if ASKS.search(str(OmegaConf.to_container(loaded, resolve=False)).replace("\\\\", "\\")):  # as a repr has them
+            reason = "asks for a variable or another setting (${...}), which no frozen config does: somebody has edited it"
+            raise ConfigError(name, None, reason)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), loaded))
     except OmegaConfBaseException as error:
         raise ConfigError(str(error.full_key or name), None, str(error.msg or error).splitlines()[0]) from error
     assert isinstance(config, RunConfig)

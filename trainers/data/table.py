@@ -82,7 +82,9 @@ def save_table(table: TokenTable, folder: Path) -> None:
 
 def open_table(folder: Path) -> TokenTable:
     """Memory-map a table that `save_table` wrote, of this version or one that had fewer arrays."""
-    found = {str(path.relative_to(folder).with_suffix("")): np.load(path, mmap_mode="r") for path in folder.rglob("*.npy")}
+    found = {
+        str(path.relative_to(folder).with_suffix("")): np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.rglob("*.npy")
+    }
     signals = {name.removeprefix(SIGNALS): found.pop(name) for name in list(found) if name.startswith(SIGNALS)}
     return TokenTable(**found, signals=signals)
 
