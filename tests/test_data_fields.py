@@ -8,8 +8,8 @@ import pytest
 from preparing import marked, prepared, trained, write
 
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Supervise
-from trainers.data.fields import FLAGS
+from trainers.config.schema import Layout, Supervise
+from trainers.data.fields import FLAGS, READ
 
 HI, BYE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "Bye"}
 
@@ -197,3 +197,7 @@ def test_fields_that_nobody_reads_are_listed_once(tmp_path):
     assert report["unread"] == ["id", "score", "turn.timestamp"]
     assert summary(report).count("id, score, turn.timestamp") == 1
     assert "unread" not in summary(prepared(rows(tmp_path, {"messages": [HI, says("right")]})).report)
+
+
+def test_each_layout_says_which_fields_it_reads():
+    assert READ.keys() == {layout for layout in Layout if layout is not Layout.auto}

@@ -282,6 +282,8 @@ def test_a_hub_data_sets_errors_name_the_setting_and_what_there_is(tmp_path):
     assert said[0].remedy == "data.config=main"
     assert "has the splits train" in said[2].reason
     gone = hub._explained(Source("acme/set", "train", None, (), "v9"), ValueError("x"), "the hub has no revision v9 of it")
+    unreachable = hub._explained(Source("acme/set", "train"), ConnectionError("no network"))
+    assert "--repo-type dataset acme/set --local-dir DIR" in unreachable.remedy
     assert (gone.path, gone.reason) == ("data.revision", "acme/set: the hub has no revision v9 of it")
 
 

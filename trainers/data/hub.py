@@ -60,6 +60,6 @@ def _explained(source: Source, error: Exception, why: str = "") -> ConfigError:
         )
     if source.revision is not None and "no revision" in why:
         return ConfigError("data.revision", source.revision, f"{source.path}: {why}", "data.revision=main, or another that it has")
-    return ConfigError(
-        "data.path", source.path, f"is not a file here and could not be loaded from the hub: {why or asked.first_line(error)}"
-    )
+    reason = f"is not a file here and could not be loaded from the hub: {why or asked.first_line(error)}"
+    remedy = f"hf download --repo-type dataset {source.path} --local-dir DIR where there is a network, and data.path=DIR"
+    return ConfigError("data.path", source.path, reason, remedy)
