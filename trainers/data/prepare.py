@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -35,8 +31,6 @@ from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
 from trainers.health.activity import watch
-from trainers.processes import die_with_parent
-from trainers.world import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -285,37 +279,9 @@ def encode_rows(encoder: Encoder, rows: Iterator[Row], processes: int) -> Iterat
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if processes == 1 else "true")
         yield from (encoder.encode(chunk) for chunk in _chunks(chain(first, rows)))
         return
-    yield from _encode_parallel(encoder, _chunks(chain(first, rows)), processes)
+    from trainers.data.parallel import encode_parallel
 
-
-def _encode_parallel(encoder: Encoder, chunks: Iterator[list[Row]], processes: int) -> Iterator[Documents]:
-    # Forked, so that nothing is imported again and the encoder is not pickled. The first submit forks all of them.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_worker, initargs=(encoder, os.getpid())) as pool:
-        waiting: deque[Future[Documents]] = deque()
-        for chunk in chunks:
-            waiting.append(pool.submit(_encode_chunk, chunk))
-            if len(waiting) >= 4 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-_worker_encoder: Encoder | None = None
-
-
-def _start_worker(encoder: Encoder, parent: int) -> None:
-    global _worker_encoder
-    die_with_parent(parent)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # a scheduler signals every process; the parent decides
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive the fork, and the processes fill the cores
-    _worker_encoder = encoder
-
-
-def _encode_chunk(rows: list[Row]) -> Documents:
-    assert _worker_encoder is not None
-    return _worker_encoder.encode(rows)
+    yield from encode_parallel(encoder, _chunks(chain(first, rows)), processes)
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
