@@ -9,6 +9,7 @@ import yaml
 from chat_tokenizers import tokenizer_of
 from transformers import AutoTokenizer, LlamaConfig
 
+from tools.merge.write import add_stops
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, Layout, ModelConfig, PeftConfig, PeftMethod, RunConfig
 from trainers.data.encode import encoder_of
@@ -150,3 +151,13 @@ def test_an_export_stops_at_the_trained_ends_and_at_no_word(base, config_end, st
     read = {name: json.loads((tmp_path / "out" / name).read_text()) for name in ("generation_config.json", "config.json")}
     assert read["generation_config.json"]["eos_token_id"] == stops
     assert read["config.json"]["eos_token_id"] == config_stop
+
+
+@pytest.mark.parametrize(("base", "stops"), [(None, [258]), ({"eos_token_id": 257, "top_k": 5}, [257, 258]), ({"eos_token_id": 258}, 258)])
+def test_a_merged_model_stops_at_the_ends_of_its_adapters_template(base, stops, tmp_path):
+    file = tmp_path / "generation_config.json"
+    if base is not None:
+        file.write_text(json.dumps(base))
+    tokenizer_of("chatml").save_pretrained(tmp_path)
+    add_stops(tmp_path)
+    assert json.loads(file.read_text()) == (base or {}) | {"eos_token_id": stops}
