@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from launcher.changes import differing, kept
+from launcher.changes import differing, field_of, kept
 from launcher.extend import continues_from, is_other_length, set_aside
 from launcher.job import Job, code_version, command_line, frozen_text, holder, manifest, mark_submitted, publish
 from launcher.queue import in_queue, record_of
@@ -27,6 +27,7 @@ from trainers.config.numerics import NUMERICS
 from trainers.config.schema import RunConfig, read
 from trainers.rundir import paths
 from trainers.rundir.attempt import newest_attempt, read_state
+from trainers.rundir.base import fingerprint
 from trainers.rundir.beats import read_beats
 from trainers.rundir.checkpoints import read_manifest, steps
 from trainers.rundir.ending import State
@@ -119,6 +120,7 @@ def joining(job: Job) -> Joining:
     home = job.run_dir if old is None else Path(old.run_dir)
     place, changed = _place(job.run_dir, home), ["config.yaml: could not be read"] if old is None else differing(old, job.run)
     here, left = Joining(place=place, home=home, changed=changed), changed if old is None else kept(changed, old, job.run)
+    left = [line for line in left if not _is_moved_base(job, line)]
     if began:
         _require_same_numerics(job)
     if old is None or (left and not began):
@@ -131,6 +133,14 @@ def joining(job: Job) -> Joining:
     if left:
         raise _other_settings(job, left)
     return here
+
+
+def _is_moved_base(job: Job, line: str) -> bool:
+    """Tell whether a changed setting is another path to the weights that the run began with."""
+    folder, known = Path(job.run.model.id or ""), (try_json(job.run_dir / paths.MANIFEST).get("base") or {}).get("weights")
+    if field_of(line) != "model.id" or known is None or job.run.model.id is None:
+        return False
+    return folder.is_dir() and fingerprint(folder) == known
 
 
 def _require_nobody(job: Job, left: list[str]) -> None:

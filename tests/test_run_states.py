@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from launcher import freeze as freeze_module
 from launcher.changes import TAKEN, TAKEN_UNDER_FSDP
@@ -29,6 +30,7 @@ from launcher.job import Job, make_job, note_attempt
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError
 from trainers.rundir.attempt import read_state
+from trainers.rundir.base import fingerprint
 from trainers.rundir.checkpoints import name_of, why_not_of
 
 ROWS = 40
@@ -270,6 +272,28 @@ def test_a_setting_that_changes_what_is_trained_here_is_kept(before: list[str], 
     begun(tmp_path / "run", *before)
     with pytest.raises(ConfigError, match=word):
         freeze(job_at(tmp_path / "run", *before, asked))
+
+
+def test_a_base_that_was_moved_is_the_same_base(tmp_path: Path) -> None:
+    """By its weights: another one at the new path is refused."""
+
+    def job_on(folder: Path) -> Job:
+        job = job_at(run_dir)
+        return dataclasses.replace(job, run=dataclasses.replace(job.run, model=dataclasses.replace(job.run.model, id=str(folder))))
+
+    run_dir, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
+    for folder, content in ((moved, b"weights"), (other, b"weightz")):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(content)
+    begun(run_dir)
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    settings["model"]["id"] = str(tmp_path / "before")
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    change(run_dir / "manifest.json", base={"id": str(tmp_path / "before"), "weights": fingerprint(moved)})
+    with pytest.raises(ConfigError, match=r"model\.id: "):
+        freeze(job_on(other))
+    freeze(job_on(moved))
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["id"] == str(moved)
 
 
 # Copies and moves.
