@@ -264,7 +264,7 @@ def test_bad_input_is_named(cache: Path, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "launcher", *GPU_RUN, "mode=plan", f"run_dir={tmp_path}/run"]
     for more, words in (
         (["hardware=h1000"], ["`hardware` = 'h1000'", "nearest hardware=h100"]),
-        (["engine.replicate=3"], ["8 ranks do not divide into as many copies"]),
+        (["engine.replicate=3"], ["8 ranks cannot be divided into as many copies"]),
         (["model.id=nobody/nothing"], ["`model.id` = 'nobody/nothing'", "HF_HUB_OFFLINE is set, and the cache", "model.id=DIR"]),
         (["peft=lora", "peft.targets=[absent_proj]"], ["peft.targets", "no layer of this name"]),
         (["hardware=h100", "hardware.memory_gib=lots"], ["hardware.memory_gib", "must be a number"]),
