@@ -190,7 +190,7 @@ def test_a_system_text_without_a_template_is_refused_and_not_dropped(tmp_path):
 
 
 def test_fields_that_nobody_reads_are_listed_once(tmp_path):
-    from trainers.data.prepare import summary
+    from trainers.data.report import summary
 
     row = {"id": 7, "score": 0.5, "empty": None, "messages": [HI | {"timestamp": 1}, says("right")]}
     report = prepared(rows(tmp_path, *[row] * 5)).report

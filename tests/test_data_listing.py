@@ -17,7 +17,7 @@ from trainers.config.derived import Source, sources_of
 from trainers.config.errors import ConfigError
 from trainers.data import hub
 from trainers.data.listing import listing
-from trainers.data.prepare import summary
+from trainers.data.report import summary
 
 ROW = '{"question": "q", "answer": "%s"}\n'
 

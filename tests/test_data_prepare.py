@@ -16,7 +16,7 @@ from chat_tokenizers import tokenizer_of
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, Layout, ModelConfig, ObjectiveConfig, ObjectiveName, RunConfig, Supervise, TooLong
-from trainers.data import formats, prepare
+from trainers.data import formats, prepare, report
 from trainers.data.ends import stop_ids
 from trainers.data.formats import BadRow
 from trainers.data.tokenizer import load_tokenizer, pad_id
@@ -301,7 +301,7 @@ def test_packing_fills_rows_and_the_report_says_so(config, tmp_path):
     assert packed.train.row_lengths().sum() == unpacked.train.row_lengths().sum()
     split = packed.report["splits"]["train"]
     assert split["efficiency"] == pytest.approx(split["tokens"] / (split["rows"] * 128))
-    text = prepare.summary(packed.report)
+    text = report.summary(packed.report)
     assert all(word in text for word in ("40 rows", "question_answer", "filled", "supervised", "p99"))
 
 

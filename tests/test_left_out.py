@@ -11,7 +11,8 @@ from chat_tokenizers import GOLDEN, tokenizer_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, DocumentOf, ModelConfig, RunConfig, Supervise
 from trainers.data.masks import CHATML, render, template_of
-from trainers.data.prepare import prepare, summary
+from trainers.data.prepare import prepare
+from trainers.data.report import summary
 from trainers.data.tokenizer import load_tokenizer
 
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "Looks it up.", "parameters": {"type": "object"}}}]

@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
 def show(config: RunConfig, num_rows: int, split: str) -> None:
     """Prepare the data of a run if need be, and print `num_rows` rows: of the train split those of the first steps."""
     from trainers.data.loader import row_order
-    from trainers.data.prepare import prepare, summary
+    from trainers.data.prepare import prepare
+    from trainers.data.report import summary
     from trainers.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config)

@@ -36,7 +36,8 @@ from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.config.secrets import mask
 from trainers.data.ends import stop_ids
 from trainers.data.loader import Loader, make_batch
-from trainers.data.prepare import Prepared, prepare, summary
+from trainers.data.prepare import Prepared, prepare
+from trainers.data.report import summary
 from trainers.data.tokenizer import load_tokenizer, pad_id
 from trainers.engines.base import Engine
 from trainers.engines.build import build_engine, require_parts

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.derived import Source, sources_of
-from trainers.config.errors import ConfigError, plural
+from trainers.config.errors import ConfigError
 from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
@@ -27,6 +26,7 @@ from trainers.data.formats import BadRow
 from trainers.data.masks import BUILT_IN
 from trainers.data.pack import one_each, pack
 from trainers.data.parts import KINDS, LeftOut
+from trainers.data.report import bar_of
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
@@ -41,7 +41,6 @@ SMALL = 2000
 """Rows up to which starting processes costs more than it saves."""
 CHUNK = 512
 SHOWN = 5
-MOST_FILES = 8
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 RENDERING = (
     "layout",
@@ -66,7 +65,7 @@ class Prepared:
     train: TokenTable
     eval: TokenTable | None
     report: dict[str, Any]
-    """What `summary` prints."""
+    """What report.summary prints."""
     reused: bool
     """It was there already."""
 
@@ -134,7 +133,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
     places = sources_of(config.data)
     layouts = [find_layout(config, source) for source in places]
     stores = {name: Store(folder, name) for name in ("train", "eval")[: len(layouts)]}
-    with _progress(progress) as advance:
+    with bar_of(progress) as advance:
         for store, source, layout in zip(stores.values(), places, layouts, strict=True):
             _encode_all(config, encoder_of(config, tokenizer, layout), source, store, advance)
     counts = {name: sum(store.counts[name] for store in stores.values()) for name in COUNTS}
@@ -402,67 +401,3 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
         "efficiency": num_tokens / (len(table) * longest),
         "pack_seconds": round(pack_seconds, 4),
     }
-
-
-def summary(report: dict[str, Any], reused: bool = False) -> str:
-    """Return a report as text for people; `reused` is of data that were prepared before."""
-    pace = f"{report['seconds']:.1f} s ({report['rows_per_second']:,.0f} rows/s)"
-    how = f", from the cache, where it is since {report['prepared_at']} (prepared in {pace})" if reused else f" in {pace}"
-    lines = [f"data {report['fingerprint']}: layout {report['layout']}, {plural(report['rows'], 'row')}{how}", *_files_in_words(report)]
-    for name, split in report["splits"].items():
-        lengths = ", ".join(f"{key} {value:,}" for key, value in split["lengths"].items())
-        lines.append(
-            f"  {name:5} {plural(split['documents'], 'document')} in {plural(split['rows'], 'row')} (filled {split['efficiency']:.2%}), "
-            f"{plural(split['tokens'], 'token')}, {split['supervised_tokens']:,} supervised; document lengths {lengths}"
-        )
-    lost = report["supervised_lost"] / report["supervised_before"]
-    lines.append(
-        f"  lost  {report['supervised_lost']:,} supervised tokens ({lost:.2%}): rows truncated {report['truncated']:,}, "
-        f"dropped {report['dropped']:,}, split {report['split']:,}, bad {report['bad']:,}, also in eval {report['overlap']:,}"
-    )
-    if report.get("stops"):
-        lines.append(f"  stops at {', '.join(f'{token} ({number})' for token, number in report['stops'].items())}")
-    for kind, counts in report.get("template_leaves_out", {}).items():
-        lines.append(f"  left out by the chat template: {KINDS[kind]} in {counts['missing']:,} of {counts['rows']:,} rows that have some")
-    if report.get("unread"):
-        lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
-    return "\n".join(lines)
-
-
-def _files_in_words(report: dict[str, Any]) -> list[str]:
-    """Return a line for each of the first files that were read, and one for those that were left out."""
-    files = list(report["files"].items())
-    lines = [f"  read  {name}: {plural(count, 'row')}" for name, count in files[:MOST_FILES]]
-    if rest := files[MOST_FILES:]:
-        lines.append(
-            f"  read  {plural(len(rest), 'more file')}: {plural(sum(count for _, count in rest), 'row')}; all are in manifest.json"
-        )
-    others = [f"{reason}: {_few(names)}" for reason, names in report["left_out"].items()]
-    return [*lines, *([f"  left out  {'; '.join(others)}"] if others else [])]
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
-
-
-class _progress:  # noqa: N801 - used like a function
-    """Draw a bar of the rows done on stderr while the block runs, if asked to."""
-
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-
-    def __enter__(self) -> Callable[[int], None]:
-        if not self.shown:
-            return lambda rows: None
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("preparing data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
-        self.bar = Progress(*columns, console=Console(stderr=True))
-        self.bar.start()
-        task = self.bar.add_task("rows", total=None)
-        return lambda rows: partial(self.bar.advance, task)(rows)
-
-    def __exit__(self, *error: object) -> None:
-        if self.shown:
-            self.bar.stop()

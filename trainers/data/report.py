@@ -1,0 +1,77 @@
+"""What is told of a preparation: a bar while it runs, and its report in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from trainers.config.errors import plural
+from trainers.data.parts import KINDS
+
+SHOWN = 5
+MOST_FILES = 8
+
+
+def summary(report: dict[str, Any], reused: bool = False) -> str:
+    """Return a report as text for people; `reused` is of data that were prepared before."""
+    pace = f"{report['seconds']:.1f} s ({report['rows_per_second']:,.0f} rows/s)"
+    how = f", from the cache, where it is since {report['prepared_at']} (prepared in {pace})" if reused else f" in {pace}"
+    lines = [f"data {report['fingerprint']}: layout {report['layout']}, {plural(report['rows'], 'row')}{how}", *_files_in_words(report)]
+    for name, split in report["splits"].items():
+        lengths = ", ".join(f"{key} {value:,}" for key, value in split["lengths"].items())
+        lines.append(
+            f"  {name:5} {plural(split['documents'], 'document')} in {plural(split['rows'], 'row')} (filled {split['efficiency']:.2%}), "
+            f"{plural(split['tokens'], 'token')}, {split['supervised_tokens']:,} supervised; document lengths {lengths}"
+        )
+    lost = report["supervised_lost"] / report["supervised_before"]
+    lines.append(
+        f"  lost  {report['supervised_lost']:,} supervised tokens ({lost:.2%}): rows truncated {report['truncated']:,}, "
+        f"dropped {report['dropped']:,}, split {report['split']:,}, bad {report['bad']:,}, also in eval {report['overlap']:,}"
+    )
+    if report.get("stops"):
+        lines.append(f"  stops at {', '.join(f'{token} ({number})' for token, number in report['stops'].items())}")
+    for kind, counts in report.get("template_leaves_out", {}).items():
+        lines.append(f"  left out by the chat template: {KINDS[kind]} in {counts['missing']:,} of {counts['rows']:,} rows that have some")
+    if report.get("unread"):
+        lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
+    return "\n".join(lines)
+
+
+def _files_in_words(report: dict[str, Any]) -> list[str]:
+    """Return a line for each of the first files that were read, and one for those that were left out."""
+    files = list(report["files"].items())
+    lines = [f"  read  {name}: {plural(count, 'row')}" for name, count in files[:MOST_FILES]]
+    if rest := files[MOST_FILES:]:
+        lines.append(
+            f"  read  {plural(len(rest), 'more file')}: {plural(sum(count for _, count in rest), 'row')}; all are in manifest.json"
+        )
+    others = [f"{reason}: {_few(names)}" for reason, names in report["left_out"].items()]
+    return [*lines, *([f"  left out  {'; '.join(others)}"] if others else [])]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
+class bar_of:  # noqa: N801 - used like a function
+    """Draw a bar of the rows done on stderr while the block runs, if asked to."""
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+
+    def __enter__(self) -> Callable[[int], None]:
+        if not self.shown:
+            return lambda rows: None
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("preparing data"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+        self.bar = Progress(*columns, console=Console(stderr=True))
+        self.bar.start()
+        task = self.bar.add_task("rows", total=None)
+        return lambda rows: partial(self.bar.advance, task)(rows)
+
+    def __exit__(self, *error: object) -> None:
+        if self.shown:
+            self.bar.stop()
