@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from command import ROOT
 
-from trainers.data import prepare
+from trainers.data import parallel, prepare
 from trainers.data.sources import Row
 from trainers.processes import die_with_parent
 
@@ -46,7 +46,7 @@ def lose_the_race(writer: int, monkeypatch: pytest.MonkeyPatch) -> None:
         die_with_parent(parent)
         os.write(writer, b"w")
 
-    monkeypatch.setattr(prepare, "die_with_parent", late)
+    monkeypatch.setattr(parallel, "die_with_parent", late)
     rows = (Row(data="{}", file="x", line=number) for number in range(prepare.SMALL))
     list(prepare.encode_rows(Never(), rows, 2))  # type: ignore[arg-type]
 
