@@ -58,6 +58,7 @@ HARMLESS = [
     "token = tokenizer.decode(ids); secret = read(); password: the field's name",
     "step 3: held-out loss 1.2345 over 12,345 tokens; hf_transfer sk-learn",
     """{"eos_token": "<|im_end|>", "pad_token": "<pad>"} tokenizer.pad_token = '</s>' """,
+    "model.id=acme/sk-learn-tiny-model-v2 /opt/pypi-more-packages-list/x hf_internaltestingmodels",
     "data.path=/home/me/key/data.jsonl http://127.0.0.1:8000/v1",
 ]
 
@@ -85,10 +86,19 @@ def test_private_keys_are_masked_line_by_line() -> None:
 
 
 def test_the_values_of_secret_variables_are_masked_whatever_their_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"MY_TOKEN": "correct horse battery", "DB_PASSWORD": "tiger1234", "PLAIN": "stays here", "SHORT_KEY": "a"}.items():
+    for name, value in {
+        "MY_TOKEN": "correct horse battery",
+        "DB_PASSWORD": "tiger1234",
+        "PLAIN": "stays here",
+        "SHORT_KEY": "a",
+        "DATA_KEY": "messages",
+        "SSH_KEY": "/home/me/2/id",
+    }.items():
         monkeypatch.setenv(name, value)
     secrets._of_environment.cache_clear()
-    assert secrets.masked("correct horse battery, tiger1234, stays here, a") == "***, ***, stays here, a"
+    assert secrets.masked("correct horse battery, tiger1234, stays here, a, messages, /home/me/2/id") == (
+        "***, ***, stays here, a, messages, /home/me/2/id"
+    )
     monkeypatch.undo()
     secrets._of_environment.cache_clear()
 

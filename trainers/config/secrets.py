@@ -10,8 +10,8 @@ from functools import cache
 from typing import Any
 
 MASK = "***"
-SHORTEST = 8
-"""Characters of an environment variable's value that is taken for a secret: shorter ones are words."""
+VALUE = re.compile(r"(?![/~.])(?:(?=.*\d).{8,}|.{16,})", re.DOTALL)
+"""Of an environment variable's value that is taken for a secret: words and paths are none."""
 NAMES = (
     r"(?:api|access|secret|private|auth|account|signing|encryption)[_-]?key|secret|passw(?:or)?d|passphrase|(?:auth|access|api)?[_-]?token"
 )
@@ -19,15 +19,15 @@ NAMES = (
 IN_ENVIRONMENT = re.compile(rf"(?:^|_)(?:{NAMES}|key|pat|credentials?)$", re.IGNORECASE)
 BY_FORM = "|".join(
     (
-        r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}",  # Hugging Face
-        r"\bsk-[A-Za-z0-9_-]{16,}|\b(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}",  # OpenAI, Anthropic and others; Stripe
+        r"\bhf_[A-Za-z0-9]{30,}|\bapi_org_[A-Za-z0-9]{30,}",  # Hugging Face
+        r"\bsk-(?=[\w-]*\d)(?=[\w-]*[A-Z])[\w-]{20,}|\b(?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,}",  # OpenAI, Anthropic and others; Stripe
         r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{20,}|\bglpat-[\w-]{16,}",  # GitHub, GitLab
         r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",  # AWS
         r"\bAIza[\w-]{30,}|\bya29\.[\w-]{16,}|\bGOCSPX-[\w-]{16,}",  # Google
         r"\bxox[abeoprs]-[\w-]{10,}|\bxapp-[\w-]{10,}|https://hooks\.slack\.com/services/[\w/]+",  # Slack
-        r"\bwandb_v\d_\w{16,}|\bnvapi-[\w-]{16,}|\bgsk_\w{16,}|\br8_\w{16,}",  # W&B, NVIDIA, Groq, Replicate
+        r"\bwandb_v\d_\w{16,}|\bnvapi-[\w-]{30,}|\bgsk_\w{30,}|\br8_\w{30,}",  # W&B, NVIDIA, Groq, Replicate
         r"\bdapi[0-9a-f]{32}\b",  # Databricks
-        r"\bnpm_[A-Za-z0-9]{30,}|\bpypi-[\w-]{16,}|\bdckr_pat_[\w-]{16,}|\bSG\.[\w-]{16,}\.[\w-]{16,}",  # registries, SendGrid
+        r"\bnpm_[A-Za-z0-9]{30,}|\bpypi-AgE[\w-]{16,}|\bdckr_pat_[\w-]{16,}|\bSG\.[\w-]{16,}\.[\w-]{16,}",  # registries, SendGrid
         r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",  # JSON web tokens
         r"\b\d{8,10}:[\w-]{35}\b",  # Telegram
         r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
@@ -39,7 +39,7 @@ PATTERNS = (
     (re.compile(r"(\b(?:Bearer|Basic)\s+)[A-Za-z0-9._~+/-]{8,}=*"), rf"\1{MASK}"),
     (re.compile(r"(\b(?:X-Amz-(?:Signature|Credential|Security-Token)|AccountKey|SharedAccessKey|sig)=)[^\s&;'\"]{8,}"), rf"\1{MASK}"),
     (re.compile(rf"((?:{NAMES})[\\\"']*\s*[:=]\s*\\*[\"'])[^\"'\s<>\\]{{8,}}", re.IGNORECASE), rf"\1{MASK}"),  # name = "value"
-    (re.compile(rf"(\b(?:[A-Z0-9]+_)*(?:{NAMES.upper()})=)[^\s'\",;]{{4,}}"), rf"\1{MASK}"),  # NAME=value
+    (re.compile(rf"(\b(?:[A-Z0-9]+_)*(?:{NAMES.upper()})=)[^\s'\",;<>]{{8,}}"), rf"\1{MASK}"),  # NAME=value
     (re.compile(rf"(--(?:[a-z0-9]+-)*(?:{NAMES})[= ])[^\s'\"]{{4,}}"), rf"\1{MASK}"),  # --name value
 )
 
@@ -56,7 +56,7 @@ def masked(text: str) -> str:
 @cache
 def _of_environment() -> tuple[str, ...]:
     """Return the values of variables that are named as secrets, the longest first."""
-    found = {value for name, value in os.environ.items() if IN_ENVIRONMENT.search(name) and len(value) >= SHORTEST and "/" not in value[:1]}
+    found = {value for name, value in os.environ.items() if IN_ENVIRONMENT.search(name) and VALUE.fullmatch(value)}
     return tuple(sorted(found, key=len, reverse=True))
 
 
