@@ -55,6 +55,8 @@ def strike():
         raise ValueError("the fault of this test")
     if WHAT == "kill":
         os.kill(os.getpid(), 9)
+    if WHAT == "wordless":
+        os._exit(1)
     if WHAT == "gil":
         import ctypes
         libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(256)
@@ -164,6 +166,20 @@ def test_a_rank_that_fails_in_a_step_is_named(base: Path, chats: Path, cache: Pa
     if what in ("sleep", "gil"):
         assert "in strike" in stacks_of(run_dir, 1)
         assert "most recent call first" in stacks_of(run_dir, 0)
+    goes_on(cache, line, run_dir)
+
+
+@pytest.mark.slow
+def test_a_rank_that_ends_wordlessly_before_the_first_step_is_named_though_the_others_were_stopped(
+    base: Path, chats: Path, cache: Path, tmp_path: Path
+) -> None:
+    """Its disk, files or memory let it write nothing: the others are stopped by the agent, and nobody asked for a stop."""
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir)
+    with started(line, with_fault(cache, tmp_path, rank=1, step=-1, what="wordless")) as process:
+        said = finish(process, run_dir)
+    assert "rank 1 ended with exit code 1 and left no reason" in said
+    assert (status_of(run_dir)["state"], status_of(run_dir)["error"]["rank"]) == ("failed", 1)
     goes_on(cache, line, run_dir)
 
 
@@ -381,7 +397,7 @@ def test_the_first_failure_by_time_stays(tmp_path: Path) -> None:
         ([(1, 75), (0, -9)], None),  # rank 0 did not heed rank 1's stop in time
         ([(0, 1), (1, -9)], 1),  # rank 0 failed because rank 1 was gone
         ([(1, -9), (0, -9)], 1),  # rank 0 had to be killed
-        ([(1, 1), (0, -6)], None),  # NCCL aborts where another rank ended
+        ([(1, 1), (0, -6)], 1),  # NCCL aborts where another rank ended
         ([(1, -6), (0, 1)], 1),
         ([(0, 2), (1, -15)], None),
     ],
@@ -399,6 +415,8 @@ def test_the_agent_names_the_rank_that_was_killed_first(
     def fail(_arguments: list[str]) -> None:
         if stopped:
             Attempt(tmp_path).set_status(State.preempted)
+        for rank in (rank for rank, code in codes if code == 1):
+            Attempt(tmp_path).record_failure({"rank": rank, "message": "what went wrong"}, at=time.time())
         raise ChildFailedError("trainers", failures)
 
     monkeypatch.setattr(agent.run, "main", fail)

@@ -40,11 +40,13 @@ def main(arguments: list[str]) -> int:
     except ChildFailedError as error:
         failures = [Failure(rank, failure.exitcode, failure.timestamp) for rank, failure in error.failures.items()]
         killed, code = first_killed(failures), first_word(failures)
-        if killed is None:
+        wordless = code == Exit.failed and not attempt.has_ended(State.failed)  # it could not write, and others stopped because of it
+        if killed is None and not wordless:
             return code
+        killed = killed or min(failures, key=lambda failure: failure.at)
         message = f"rank {killed.rank} {killed_by(killed.code)}"
         cause = {"rank": killed.rank, "host": socket.gethostname(), "message": message, "exit_code": killed.code}
-        attempt.record_failure(cause, at=killed.at, together_s=TOGETHER_S, over_stop=stops_others(failures))
+        attempt.record_failure(cause, at=killed.at, together_s=TOGETHER_S, over_stop=wordless or stops_others(failures))
         return Exit.failed
     except SignalException:
         return Exit.failed
