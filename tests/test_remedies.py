@@ -66,7 +66,12 @@ AT_ONCE = [
 ]
 
 
-@pytest.mark.parametrize("wrong", AT_ONCE, ids=" ".join)
+QUICK = 9
+
+
+@pytest.mark.parametrize(
+    "wrong", [*AT_ONCE[:QUICK], *(pytest.param(words, marks=pytest.mark.slow) for words in AT_ONCE[QUICK:])], ids=" ".join
+)
 def test_the_remedy_of_a_refused_command_is_accepted(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """Or refused for something else that it needs, whose own remedy is accepted."""
     overrides, said = [*BASE, *wrong] if wrong != ["exp=quickstart_base"] else wrong, []

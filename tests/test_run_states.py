@@ -204,7 +204,13 @@ def _words(value: object) -> str:
     )
 
 
-@pytest.mark.parametrize(("there", "asked", "becomes"), TABLE, ids=lambda value: _words(value))
+SLOW = {(failed, SAME), (failed, TAKES), (failed, LONGER), (failed, OTHER), (done, TAKES), (done, OTHER), (moved, TAKES), (moved, OTHER)}
+SLOW |= {(copied, OTHER), (killed_early, SAME), (refused, TAKES), (refused, LONGER_UNSAID), (just_made, LONGER), (nothing, OTHER)}
+"""Cells that take the same way as another one."""
+CELLS = [pytest.param(*cell, marks=pytest.mark.slow) if cell[:2] in SLOW else cell for cell in TABLE]
+
+
+@pytest.mark.parametrize(("there", "asked", "becomes"), CELLS, ids=lambda value: _words(value))
 def test_what_a_command_makes_of_what_is_there(
     there: Callable[[Path], None], asked: tuple[str, ...], becomes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
