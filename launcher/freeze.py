@@ -260,10 +260,14 @@ def _new_manifest(job: Job) -> dict[str, Any]:
     return manifest(version)
 
 
+WRITTEN = ("*", "logs/*", "logs/*/*", "ranks/*", "evaluation/*")
+"""Where a run's own files are; W&B's folder has links to its logs elsewhere."""
+
+
 def _refuse_links(run_dir: Path) -> None:
     """Raise ConfigError where a file of the run directory is a link that leaves it: what is written there would go elsewhere."""
     home = run_dir.resolve()
-    for path in run_dir.rglob("*"):
+    for path in (path for pattern in WRITTEN for path in run_dir.glob(pattern)):
         if path.is_symlink() and not path.is_dir() and home not in path.resolve().parents:
             reason = f"{path.relative_to(run_dir)} is a link to {path.resolve()}, and a run writes into its own directory only"
             raise ConfigError("run_dir", str(run_dir), reason, f"rm {path}")

@@ -212,6 +212,8 @@ def test_a_file_of_a_run_directory_that_leads_out_of_it_is_refused(tmp_path: Pat
             freeze(job)
         link.unlink()
     (run_dir / "latest").symlink_to("config.yaml")
+    (run_dir / "wandb" / "run" / "logs").mkdir(parents=True)
+    (run_dir / "wandb" / "run" / "logs" / "debug-core.log").symlink_to(precious)  # as W&B makes one
     (run_dir / "checkpoints").symlink_to(tmp_path)  # a folder on another disk
     freeze(job)
     assert precious.read_text() == "mine"
