@@ -89,7 +89,7 @@ THEIR_NAMES = {
     "train.step_timeout_s": "ddp_timeout nccl_timeout",
     "checkpoint.every": "save_steps save_strategy saves_per_epoch save_every",
     "checkpoint.keep_last": "save_total_limit",
-    "checkpoint.keep_best": "load_best_model_at_end",
+    "train.export": "load_best_model_at_end",
     "launch.processes": "nproc_per_node num_processes",
     "launch.nodes": "nnodes num_machines num_nodes",
     "launch.rdzv_endpoint": "main_process_ip main_process_port master_addr master_port",

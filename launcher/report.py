@@ -62,6 +62,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("held-out loss", _change(summary.get("eval_loss_before"), summary.get("eval_loss_after"))),
         ("training loss", _number(summary.get("train_loss"), ".4f")),
         ("steps", _number(summary.get("steps"), ",d")),
+        ("exported step", _exported(summary)),
         ("skipped steps", _number(summary.get("skipped_steps") or None, ",d")),
         ("tokens", _number(summary.get("tokens"), ",d")),
         ("tokens/s", _number(summary.get("tokens_per_second"), ",.0f")),
@@ -84,6 +85,14 @@ def _written(write: Callable[[float], str], value: float | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def _exported(summary: dict[str, Any]) -> str:
+    """Name the step that is exported where it is not the last, whose loss differs."""
+    step, last, loss = (summary.get(name) for name in ("export_step", "steps", "eval_loss_last"))
+    if step in (None, last):
+        return ""
+    return f"{_number(step, ',d')}, of the lowest held-out loss; step {_number(last, ',d')} has {_number(loss, '.4f')}"
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -346,3 +346,46 @@ def test_files_ask_for_a_save_and_a_stop(ranks: Callable[[int], Ranks], tiny_lla
     saver.config.every_minutes = 0.001
     saver.saved_at -= 1
     assert saver.requests() == (False, True)
+
+
+def best_of(world: World, folder: Path, run_dir: Path, engine: str) -> list[Any]:
+    """Save steps with held-out losses; return what is loaded, as it is, with the best damaged, where the last is best, and without any."""
+    saving = Saving(world, folder, run_dir, engine=engine, keep_last=1, keep_best=2)
+    weights = {}
+    for step, loss in {1: 3.0, 2: 1.0, 3: 2.0, 4: 5.0}.items():
+        saving.train(step)
+        weights[step] = saving.weights()
+        saving.saver.save(saving.engine, Progress(step=step), loss, wait=True)
+    found = []
+    for damage in (None, "step-000002"):
+        if damage and world.rank == 0:
+            file = run_dir / "checkpoints" / damage / "__0_0.distcp"
+            file.write_bytes(file.read_bytes()[:-1] + b"0")
+        world.barrier()
+        best = saving.saver.restore_best(saving.engine, 4)
+        assert best is not None
+        found.append((best, same(saving.weights(), weights[best[0]])))
+    saving.saver.save(saving.engine, Progress(step=5), 0.5, wait=True)
+    found.append((saving.saver.restore_best(saving.engine, 5), True))
+    return [*found, saving.saver.saved_step, *saving.end()]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_the_best_step_is_loaded_for_the_export(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path, engine: str) -> None:
+    for whole, damaged, last, saved, *said in ranks(2).call(best_of, tiny_llama, run_dir, engine):
+        assert whole == ((2, 1.0), True)
+        assert damaged == ((3, 2.0), True)
+        assert last == ((5, 0.5), True)
+        assert saved == 5
+        assert any("skipping" in line and "step-000002" in line for line in said)
+
+
+def test_no_step_is_best_without_a_loss(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
+    ranks(1).call(save_steps, tiny_llama, run_dir, {1: None, 2: None}, {})
+    assert ranks(1).call(best_or_none, tiny_llama, run_dir) == [None]
+
+
+def best_or_none(world: World, folder: Path, run_dir: Path) -> tuple[int, float] | None:
+    saving = Saving(world, folder, run_dir)
+    saving.end()
+    return saving.saver.restore_best(saving.engine, 2)

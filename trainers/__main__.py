@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from trainers.batch import IGNORE, Batch, forward
 from trainers.checkpoint import NoCheckpoint
 from trainers.config.checks import check_world, load
-from trainers.config.derived import peak_lr, rows_words, scarcity
+from trainers.config.derived import exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.config.secrets import mask
@@ -209,6 +209,8 @@ def train_and_export(
         console.print(_as_table("the model on each rank", report))
         peak, rows = peak_lr(config.optim, config.peft), rows_words(config.train, world.size)
         console.print(_as_table("a step", {"peak learning rate": peak, "rows": rows}))
+        step = "the checkpoint of the lowest held-out loss" if exports_best(config) else "the last step"
+        console.print(_as_table("the export", {"step": step}))
     if config.data.packing:
         engine.train(False)
         vocab_size = blueprint.config.get_text_config().vocab_size

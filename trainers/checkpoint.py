@@ -26,10 +26,12 @@ from trainers.config.schema import CheckpointConfig
 from trainers.engines.base import Engine
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.checkpoints import (
+    best_first,
     is_lowest,
     is_of_newer,
     kept,
     name_of,
+    number_of,
     read_manifest,
     sha256,
     steps,
@@ -128,8 +130,8 @@ class Checkpointer:
         return self.config.every is not None and step % self.config.every == 0
 
     def is_best(self, losses: list[float]) -> bool:
-        """Tell whether the newest held-out loss is the lowest, and such checkpoints are kept. Not collective."""
-        return self.config.keep_best > 0 and len(losses) > 1 and is_lowest(losses)
+        """Tell whether the newest held-out loss is the lowest since the first step, and such checkpoints are kept. Not collective."""
+        return self.config.keep_best > 0 and len(losses) > 1 and is_lowest(losses[1:])
 
     def save(self, engine: Engine, progress: Progress, eval_loss: float | None = None, wait: bool = False) -> None:
         """Begin a checkpoint, or make it at once with `wait`; the state is the engine's of now whatever comes next.
@@ -298,6 +300,34 @@ class Checkpointer:
         lose them.
         """
         found = self.world.from_first(self._candidates() if self.world.rank == 0 else [])
+        path = self._load_first(engine, found)
+        if path is not None:
+            progress = Progress(**read_manifest(path)["progress"])
+            self.saved_step = progress.step
+            log.info("continuing from %s: step %d, %s tokens", path, progress.step, f"{progress.tokens:,}")
+            return progress
+        if found:
+            raise NoCheckpoint(f"none of the checkpoints in {self.folder} can be read; move them away to start from step 0")
+        return Progress()
+
+    def restore_best(self, engine: Engine, step: int) -> tuple[int, float] | None:
+        """Load the checkpoint of the lowest held-out loss into an engine that is at `step`; return its step and loss. Collective.
+
+        None, and the engine as it is, where no checkpoint has a loss. Raises NoCheckpoint where none of those can be read.
+        """
+        losses = self.world.from_first(best_first(self._complete()) if self.world.rank == 0 else {})
+        if not losses:
+            return None
+        first = next(iter(losses))
+        path = first if number_of(first) == step else self._load_first(engine, list(losses))
+        if path is None:
+            raise NoCheckpoint(
+                f"none of the checkpoints with a held-out loss in {self.folder} can be read; train.export=last exports the last"
+            )
+        return number_of(path), losses[path]
+
+    def _load_first(self, engine: Engine, found: list[Path]) -> Path | None:
+        """Load the first of some checkpoints that is valid, and return it; says which ones it skips, and why."""
         for path in found:
             failed = why_damaged(path, slice(self.world.rank, None, self.world.size))
             try:
@@ -307,15 +337,10 @@ class Checkpointer:
                 failed = (str(error).strip() or type(error).__name__).splitlines()[-1]
             failures = [text for text in self.world.gather(failed) if text]
             if not failures:
-                progress = Progress(**read_manifest(path)["progress"])
-                self.saved_step = progress.step
-                log.info("continuing from %s: step %d, %s tokens", path, progress.step, f"{progress.tokens:,}")
-                return progress
+                return path
             log.warning("skipping %s: %s", path, failures[0])
             self.damaged[path] = str(failures[0])  # its step will be saved again
-        if found:
-            raise NoCheckpoint(f"none of the checkpoints in {self.folder} can be read; move them away to start from step 0")
-        return Progress()
+        return None
 
     def _candidates(self) -> list[Path]:
         """Return what may be continued from, newest first; says what may not."""

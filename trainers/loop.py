@@ -10,7 +10,7 @@ from typing import Any
 
 from trainers.batch import Sizes
 from trainers.checkpoint import Checkpointer, Progress
-from trainers.config.derived import learning_rate, peak_lr
+from trainers.config.derived import best_kept, exports_best, learning_rate, peak_lr
 from trainers.config.schema import OnSpike, RunConfig
 from trainers.data.loader import Ints, Rows
 from trainers.data.prepare import Prepared
@@ -44,6 +44,8 @@ class Outcome:
     """Step of the newest checkpoint."""
     failed_saves: int = 0
     """Checkpoints that could not be written."""
+    best: tuple[int, float] | None = None
+    """Step and held-out loss of the checkpoint that the engine holds at the end; None where it holds the last step."""
     eval_losses: list[float] = field(default_factory=list)
     """Held-out losses in nats a token, the one before the first step first."""
     train_loss: float | None = None
@@ -86,7 +88,7 @@ def train(
     objective = make_objective(config.objective, data.train.signals)
     held_out = HeldOut(data.eval, config.train, num_steps, world, rows.pad_id)
     guard, stragglers = Guard(config.train), Stragglers(world, config.limits.slow_node)
-    checkpointer = checkpointer or Checkpointer(config.checkpoint, attempt, world)
+    checkpointer = checkpointer or Checkpointer(replace(config.checkpoint, keep_best=best_kept(config)), attempt, world)
     outcome, status_at = Outcome(progress=checkpointer.restore(engine)), 0.0
 
     def evaluate(step: int, tokens: int) -> bool:
@@ -167,10 +169,25 @@ def train(
             log.info("stopping early: %d evaluations brought no improvement", config.train.patience)
         save(progress, wait=True)  # whatever the export meets, the training is kept
         outcome.saved_step, outcome.failed_saves = checkpointer.saved_step, checkpointer.all_failures
+        if not outcome.stopped and exports_best(config):
+            watch.enter(Phase.loading)
+            outcome.best = checkpointer.restore_best(engine, progress.step)
+            _say_best(outcome.best, progress.step, held_out.losses)
         if outcome.stopped and world.rank == 0:  # before anything slow, such as a mirror that does not answer, delays it
             attempt.set_status(State.preempted, step=outcome.saved_step)
     outcome.progress, outcome.eval_losses = progress, held_out.losses
     return outcome
+
+
+def _say_best(best: tuple[int, float] | None, last: int, losses: list[float]) -> None:
+    """Say which step is exported by its held-out loss, and where that is no gain."""
+    if best is None:
+        log.warning("no checkpoint has a held-out loss: the last step, %d, is exported", last)
+        return
+    if best[0] != last:
+        log.info("step %d is exported: its held-out loss is %.4f, and that of step %d %.4f", *best, last, losses[-1])
+    if losses and best[1] >= losses[0]:
+        log.warning("the held-out loss of step %d, %.4f, is not below %.4f, that before the first step", *best, losses[0])
 
 
 def _read_reports(result: StepResult, guard: Guard) -> Reports:
@@ -248,7 +265,9 @@ def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
     seconds = max(progress.seconds, 1e-9)
     figures = {
         "eval_loss_before": losses[0] if losses else None,
-        "eval_loss_after": losses[-1] if losses else None,
+        "eval_loss_after": outcome.best[1] if outcome.best else losses[-1] if losses else None,
+        "eval_loss_last": losses[-1] if losses else None,
+        "export_step": outcome.best[0] if outcome.best else progress.step,
         "train_loss": outcome.train_loss,
         "steps": progress.step,
         "rows": progress.rows,

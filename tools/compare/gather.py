@@ -103,7 +103,7 @@ class Run:
 
     @property
     def loss(self) -> float | None:
-        """Held-out loss at the end of training, by which rates are chosen; None where there is none."""
+        """Held-out loss of the step that is exported, by which rates are chosen; None where there is none."""
         value = self.summary.get("eval_loss_after")
         return None if value is None else float(value)
 
@@ -244,6 +244,9 @@ def _own_faults(run: Run, status: dict[str, Any]) -> list[str]:
 def _own_notes(run: Run) -> list[str]:
     """Return what is to be known of a run in addition to its metrics."""
     notes = [f"{run.summary['skipped_steps']} steps updated nothing"] if run.summary.get("skipped_steps") else []
+    exported, steps = run.summary.get("export_step"), run.summary.get("steps")
+    if exported not in (None, steps):
+        notes.append(f"exports step {exported} of {steps}, of the lowest held-out loss")
     if run.state == "done" and run.ours is None:
         notes.append(f"is not evaluated: python -m tools.evaluate {run.run_dir}")
     elif run.ours is not None and run.base is None:

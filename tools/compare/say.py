@@ -283,7 +283,9 @@ def _csv_line(run: Run, method: Method | None, comparison: Comparison) -> dict[s
         "best_rate": method is not None and run is method.best,
         "optim.lr": run.lr,
     }
-    line |= {key: run.summary.get(key) for key in ("trainable_parameters", "parameters", "steps", "tokens", "eval_loss_after")}
+    line |= {
+        key: run.summary.get(key) for key in ("trainable_parameters", "parameters", "steps", "export_step", "tokens", "eval_loss_after")
+    }
     for name in ("held_out", "held_out_to_full", "score", "score_to_base", "score_to_full", "forgetting", "forgetting_to_full"):
         estimate: Estimate | None = getattr(own, name, None)
         ends = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)

@@ -90,6 +90,7 @@ def _training(config: dict[str, Any], summary: dict[str, Any], peak: Peak) -> li
     lines = [
         f"method: {peft['method'] if peft['method'] != 'none' else 'full fine-tuning'}",
         f"{summary.get('steps') or 0:,} steps of {train['global_batch']} rows, {summary.get('tokens') or 0:,} supervised tokens",
+        *_exported(summary),
         f"{optim['name']}, peak learning rate {peak.value:g}, {optim['schedule']}",
         f"compute in {train['precision']}, {config['engine']['name']}, {plural(summary.get('world_size') or 0, 'rank')}, "
         f"seed {config['seed']}",
@@ -97,6 +98,14 @@ def _training(config: dict[str, Any], summary: dict[str, Any], peak: Peak) -> li
     if summary.get("gpu_hours") is not None:
         lines.append(f"{summary['gpu_hours']:.3g} GPU-hours")
     return lines
+
+
+def _exported(summary: dict[str, Any]) -> list[str]:
+    """Name the step that is exported, with its held-out loss, where it is not the last."""
+    step, loss = summary.get("export_step"), summary.get("eval_loss_after")
+    if step in (None, summary.get("steps")) or loss is None:
+        return []
+    return [f"exported: step {step:,}, of the lowest held-out loss, {loss:.4f} nats a token"]
 
 
 def _figures(ours: Evaluation, theirs: Evaluation | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.deepspeed_keys import check_overrides
-from trainers.config.derived import peak_lr
+from trainers.config.derived import has_held_out, peak_lr
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import (
     AdapterInit,
@@ -20,6 +20,7 @@ from trainers.config.schema import (
     EngineConfig,
     EngineName,
     EvaluationConfig,
+    Export,
     ModelConfig,
     ObjectiveName,
     Offload,
@@ -278,14 +279,13 @@ def _validate_training(config: RunConfig) -> None:
     if train.steps is not None and optim.warmup_steps >= train.steps and optim.warmup_steps:
         reason = f"warm-up never ends within train.steps = {train.steps}"
         raise ConfigError("optim.warmup_steps", optim.warmup_steps, reason, "optim.warmup_steps=0 optim.warmup_fraction=0.03")
-    has_eval = config.data.eval_path is not None or config.data.eval_fraction > 0
-    for name in ("eval_every", "patience"):
-        if getattr(train, name) is not None and not has_eval:
-            raise ConfigError(
-                f"train.{name}", getattr(train, name), "there are no held-out rows", "data.eval_fraction=0.05, or data.eval_path=FILE"
-            )
-    if train.patience is not None and train.eval_every is None:
-        raise ConfigError("train.patience", train.patience, "train.eval_every is not set", "train.eval_every=100")
+    wanted = {"eval_every": train.eval_every, "patience": train.patience} | ({"export": "best"} if train.export is Export.best else {})
+    for name, value in wanted.items():
+        if value is not None and not has_held_out(config):
+            raise ConfigError(f"train.{name}", value, "there are no held-out rows", "data.eval_fraction=0.05, or data.eval_path=FILE")
+    for name, value in wanted.items():
+        if value is not None and train.eval_every is None:
+            raise ConfigError(f"train.{name}", value, "train.eval_every is not set", "train.eval_every=100")
 
 
 EXTRACTS = ("auto", "hashes", "number", "whole")

@@ -6,7 +6,18 @@ import math
 from typing import NamedTuple
 
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import DataConfig, DataSource, OptimConfig, OptimizerName, PeftConfig, PeftMethod, Schedule, TrainConfig
+from trainers.config.schema import (
+    DataConfig,
+    DataSource,
+    Export,
+    OptimConfig,
+    OptimizerName,
+    PeftConfig,
+    PeftMethod,
+    RunConfig,
+    Schedule,
+    TrainConfig,
+)
 
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
@@ -130,3 +141,20 @@ def rows_words(train: TrainConfig, world_size: int) -> str:
     where = "one rank" if world_size == 1 else f"each of {world_size} ranks"
     share = f"{plural(microbatches(train, world_size), 'microbatch')} of {train.microbatch} on {where}"
     return f"{train.global_batch} rows a step, {share}"
+
+
+def has_held_out(config: RunConfig) -> bool:
+    """Tell whether rows are held out."""
+    return config.data.eval_path is not None or config.data.eval_fraction > 0
+
+
+def exports_best(config: RunConfig) -> bool:
+    """Tell whether the checkpoint of the lowest held-out loss is exported, and not the last step."""
+    if config.train.export is not None:
+        return config.train.export is Export.best
+    return has_held_out(config) and (config.train.patience is not None or config.checkpoint.keep_best > 0)
+
+
+def best_kept(config: RunConfig) -> int:
+    """Return how many checkpoints of lowest held-out loss are kept."""
+    return max(config.checkpoint.keep_best, int(exports_best(config)))

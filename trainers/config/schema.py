@@ -168,6 +168,13 @@ class OnSpike(StrEnum):
     stop = "stop"
 
 
+class Export(StrEnum):
+    """Which step a run exports."""
+
+    best = "best"
+    last = "last"
+
+
 class WandbMode(StrEnum):
     """`auto` is online when a key is at hand, otherwise offline."""
 
@@ -409,6 +416,8 @@ class TrainConfig:
     """Rows a rank evaluates at once; empty takes `microbatch`. Changes memory, never the loss."""
     patience: int | None = None
     """Evaluations in a row without a better loss that end the run early; empty never does."""
+    export: Export | None = None
+    """Step that is exported: `best` by held-out loss, or `last`; empty is best with `patience` or `checkpoint.keep_best`, else last."""
     min_improvement: float = 0.0
     """Smallest drop of the evaluation loss, in nats a token, that counts as better."""
     max_skipped: int = 3
@@ -438,7 +447,7 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Keep each checkpoint whose step this divides, for good."""
     keep_best: int = 0
-    """Keep so many checkpoints of lowest evaluation loss; a new best one is saved at once."""
+    """Keep so many checkpoints of lowest evaluation loss; a new best one is saved at once. At least 1 where the best is exported."""
     asynchronous: bool = True
     """Copy the state to host memory, where a node has twice the room, and write it while training continues; false waits."""
     strict: bool = False

@@ -71,8 +71,13 @@ def kept(complete: list[Path], config: CheckpointConfig) -> set[Path]:
     stay = set(complete[-config.keep_last :])
     if config.keep_every is not None:
         stay |= {path for path in complete if number_of(path) % config.keep_every == 0}
+    return stay | set(list(best_first(complete))[: config.keep_best])
+
+
+def best_first(complete: list[Path]) -> dict[Path, float]:
+    """Return those of complete checkpoints that have a held-out loss, with it, the lowest first and of equal ones the newest."""
     losses = {path: loss for path in complete if (loss := read_manifest(path).get("eval_loss")) is not None}
-    return stay | set(sorted(losses, key=lambda path: (losses[path], -number_of(path)))[: config.keep_best])
+    return dict(sorted(losses.items(), key=lambda item: (item[1], -number_of(item[0]))))
 
 
 def is_lowest(losses: list[float]) -> bool:
