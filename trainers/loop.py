@@ -180,7 +180,7 @@ def train(
 
 
 def _say_best(best: tuple[int, float] | None, last: int, losses: list[float]) -> None:
-    """Say which step is exported by its held-out loss, and where that is no gain."""
+    """Say which step is exported, with its held-out loss, and warn where that does not improve on the start."""
     if best is None:
         log.warning("no checkpoint has a held-out loss: the last step, %d, is exported", last)
         return
