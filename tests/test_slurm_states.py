@@ -145,5 +145,5 @@ def test_ctrl_c_while_a_sweep_is_followed_says_that_its_jobs_continue(
         following.wait(10)
     assert following.returncode == 130, error
     ids = " ".join(job_id(folder / f"seed={seed}") for seed in (1, 2))
-    assert f"2 job(s) of the sweep continue; scancel {ids} ends them" in error
+    assert f"2 jobs of the sweep still in the queue; scancel {ids} ends them" in error
     assert len(cluster.run("squeue", "--noheader", "--array").splitlines()) == 2
