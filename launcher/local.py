@@ -14,6 +14,7 @@ from launcher.ending import settle
 from launcher.job import ROOT, Job, mark_submitted, next_attempt, note_attempt, only_launcher
 from launcher.silence import Silence
 from trainers import host
+from trainers.processes import kill_left
 
 OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_SLURM_ATTEMPT")
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
@@ -47,6 +48,7 @@ def start(job: Job, line: list[str]) -> int:
         attempt, shutdown_s = next_attempt(job), job.launch.shutdown_s
         sys.stdout.flush()
         code, signalled = process.run(line, environment(job), shutdown_s, keep_open=(lock,), is_lost=Silence(job, attempt).is_lost)
+        kill_left(job.config_path, os.getpid())
     return settle(job, attempt, code, signalled)
 
 

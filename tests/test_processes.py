@@ -6,15 +6,17 @@ import ast
 import os
 import select
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from command import ROOT
+from command import ROOT, wait_for
 
 from trainers.data import parallel, prepare
 from trainers.data.sources import Row
-from trainers.processes import die_with_parent
+from trainers.processes import die_with_parent, kill_left
 
 
 class Never:
@@ -93,3 +95,24 @@ def test_every_process_that_is_started_ends_with_who_started_it() -> None:
     for name, where in ASK_THEMSELVES.items():
         text = Path(ROOT / name).read_text()
         assert "die_with_parent(int(" in text.partition(where)[2]
+
+
+def test_what_outlives_its_launcher_is_killed_and_nothing_else(tmp_path: Path) -> None:
+    """A rank that is stopped while it imports torch has not asked the kernel to end with its agent, and cannot."""
+    config = tmp_path / "config.yaml"
+    line = [sys.executable, "-c", "import time; time.sleep(600)", str(config)]
+    ours = subprocess.Popen(line, env=os.environ | {"FULLTUNE_LAUNCHER": "4194999"}, start_new_session=True)
+    others = [
+        subprocess.Popen(line, env=os.environ | {"FULLTUNE_LAUNCHER": "4194998"}),
+        subprocess.Popen([*line[:-1], str(tmp_path / "other.yaml")], env=os.environ | {"FULLTUNE_LAUNCHER": "4194999"}),
+    ]
+    try:
+        os.kill(ours.pid, signal.SIGSTOP)
+        wait_for(lambda: b"4194999" in Path(f"/proc/{ours.pid}/environ").read_bytes())
+        kill_left(config, 4194999)
+        assert ours.wait(20) == -signal.SIGKILL
+        assert [process.poll() for process in others] == [None, None]
+    finally:
+        for process in (ours, *others):
+            process.kill()
+            process.wait(20)

@@ -504,3 +504,23 @@ Path({str(tmp_path / "said")!r}).write_text("no more files")
 """
     subprocess.run([sys.executable, "-c", text], cwd=ROOT, timeout=60, check=True)
     assert (tmp_path / "said").read_text() == "no more files"
+
+
+def test_a_rank_that_waits_for_others_where_no_signal_reaches_it_stops(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Connecting is one call of a library, in which no handler runs: here the other rank never comes."""
+    run_dir = tmp_path / "run"
+    words = arguments(base, chats, run_dir)[3:]
+    job = make_job(compose(words))
+    freeze(job)
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    variables = environment(cache) | place | {"MASTER_PORT": str(free_port())}
+    rank = subprocess.Popen([sys.executable, "-m", "trainers", str(job.config_path)], cwd=ROOT, env=variables)
+    try:
+        wait_for(lambda: any(beat.phase == Phase.connecting for beat in read_beats(run_dir).values()))
+        wait_for(lambda: any("init_process_group" in frame for beat in read_beats(run_dir).values() for frame in beat.stack))
+        rank.terminate()
+        assert rank.wait(40) == 75
+    finally:
+        rank.kill()
+        rank.wait(20)
+    assert read_state(run_dir) == State.preempted

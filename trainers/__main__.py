@@ -86,12 +86,13 @@ def main(path: str) -> int:
     log_to_terminal(world.rank)
     attempt = Attempt(Path(path).parent)
     try:
+        world.say_stopped = lambda name: attempt.set_status(State.preempted, signal=name)
         world.watch_signals()
         config = load(path)
         check_world(config, world.size)
         if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ and not attempt.has_ended(State.failed, State.preempted):
             attempt.set_status(State.submitted)  # forget how an earlier attempt ended, as the launcher does
-        watchdog.collectives, watchdog.flight_record = world.collectives, world.flight_record
+        watchdog.collectives, watchdog.flight_record, watchdog.is_asked = world.collectives, world.flight_record, world.is_asked
         watchdog.start(config, attempt, world.rank, world.size, partial(_fail, attempt, world, Exit.failed))
         return run(config, world, attempt)
     except Stopped as signal_name:

@@ -88,6 +88,15 @@ def send(host: str, pid: int, run_dir: Path, *numbers: signal.Signals) -> None:
                 os.kill(pid, number)
 
 
+def kill_left(config: Path, launcher: int) -> None:
+    """Kill what a launcher has started and what has outlived it: a rank that is stopped cannot end with its agent."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            ours = f"FULLTUNE_LAUNCHER={launcher}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            if ours and str(config).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+
+
 class _Lossy(io.FileIO):
     """A file whose writes never fail: what a closed pipe, a full disk or a terminal that is gone does not take is lost."""
 

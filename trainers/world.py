@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -44,6 +45,11 @@ class World:
     """Seconds that torch lets a collective wait."""
     interruptible: bool = True
     """Nothing is to be saved yet: a signal raises Stopped at once instead of waiting for a step to end."""
+    say_stopped: Callable[[str], None] = lambda name: None
+    """Called before Stopped is raised: what is torn down by that closes connections, and other ranks fail of it."""
+    arrived: int = -1
+    """A file from which the numbers of signals are read as they arrive, before their handlers run."""
+    asked: bool = False
 
     @classmethod
     def from_environment(cls) -> World:
@@ -67,12 +73,23 @@ class World:
         for number in STOP_SIGNALS:
             signal.signal(number, self._flag)
         signal.signal(signal.SIGALRM, self._raise_again)
+        self.arrived, written = os.pipe()
+        os.set_blocking(self.arrived, False)
+        os.set_blocking(written, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # those that came while this process was starting
         sys.unraisablehook = self._when_swallowed
+
+    def is_asked(self) -> bool:
+        """Tell whether this rank has been asked to stop, though its handler may wait for a library's call to return."""
+        with contextlib.suppress(OSError):  # nothing has arrived
+            self.asked = self.asked or any(number in STOP_SIGNALS for number in os.read(self.arrived, 64))
+        return self.asked or self.signalled is not None
 
     def _flag(self, number: int, _frame: object) -> None:
         first, self.signalled = self.signalled is None, number
         if first and self.interruptible:
+            self.say_stopped(signal.Signals(number).name)
             raise Stopped(signal.Signals(number).name)
 
     def _when_swallowed(self, swallowed: sys.UnraisableHookArgs) -> None:

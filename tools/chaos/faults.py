@@ -171,12 +171,11 @@ def _nothing(run: Run, fault: Fault, rng: random.Random, pid: int | None) -> Non
 MEMORY = r"[Mm]emory|alloc|SIGABRT|SIGSEGV|SIGKILL|thread|mmap|Resource temporarily"
 KINDS = {
     "kill": Kind(ALL, _signal(signal.SIGKILL), frozenset({-9, 0, 1}), FATAL),
-    "stop": Kind(ALL, _stop, frozenset({0, 1}), r"stopped|no progress|does not|longer than|for \d+ s|killed|was gone"),
+    "stop": Kind(ALL, _stop, frozenset({0, 1}), r"stopped|never began|no progress|does not|longer than|for \d+ s|killed|was gone"),
     "term": Kind(ALL, _signal(signal.SIGTERM), frozenset({0, 75}), ""),
     "interrupt": Kind(("launcher",), _signal(signal.SIGINT), frozenset({0, 130}), ""),
     "no memory": Kind(RANKS, _limit(resource.RLIMIT_AS, 1 << 20), frozenset({0, 1}), MEMORY),
     "no more files": Kind(RANKS, _limit(resource.RLIMIT_NOFILE), frozenset({0, 1}), r"open files|file|descriptor|socket"),
-    "file too large": Kind(RANKS, _limit(resource.RLIMIT_FSIZE), frozenset({0, 1}), r"File too large|left no reason"),
     "full disk": Kind((), _fill, frozenset({0, 1}), r"[Nn]o space|disk|full|space", disk=True),
     "byte flipped": Kind((), _flip, frozenset({0, 1, -9}), "", kills=True),
     "file truncated": Kind((), _truncate, frozenset({0, 1, -9}), "", kills=True),

@@ -51,6 +51,8 @@ class Watchdog:
         self.opened: IO[str] | None = None
         self.collectives: Callable[[], int] = lambda: 0
         self.flight_record: Callable[[], bytes | None] = lambda: None
+        self.is_asked: Callable[[], bool] = lambda: False
+        """Tells whether this rank has been asked to stop, also where Python cannot run."""
 
     def start(self, config: RunConfig, attempt: Attempt, rank: int, size: int, fail: Callable[[dict[str, Any]], object]) -> None:
         """Begin to watch this rank; `fail` gets the error when the run is to end."""
@@ -102,6 +104,8 @@ class Watchdog:
                 self._give_way()
             self._write()
             self._follow()
+        if self.activity.phase in BEFORE_STEPS and self.is_asked():
+            self._stop_late()
         if self.activity.is_overdue() and self.clock() >= self.not_before:
             self._ask_around()
 
@@ -135,6 +139,14 @@ class Watchdog:
         if not self.ended.wait(GRACE_S):
             self._dump(f"the run has {how}, and this rank continues")
             os._exit(code)
+
+    def _stop_late(self) -> None:
+        """End this rank, which has been asked to stop with nothing to save, unless it ends by itself: its handler may wait for others."""
+        if not self.ended.wait(GRACE_S) and self.activity.phase in BEFORE_STEPS:
+            exit_after(LAST_RESORT_S, Exit.stopped)
+            self.attempt.set_status(State.preempted)
+            self._dump("this rank has been asked to stop, and waits where no signal reaches it")
+            os._exit(Exit.stopped)
 
     def _give_way(self) -> None:
         """End this rank, whose place in RUN_DIR/ranks a newer attempt's has taken, unless its loop sees that soon and ends by itself."""
