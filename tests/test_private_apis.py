@@ -35,6 +35,7 @@ PRIVATE = {
     "_dump_nccl_trace": f"{PROCESS_GROUP}._dump_nccl_trace",
     "_fingerprint": "datasets.arrow_dataset.Dataset._fingerprint",
     "_get_backend": f"{PROCESS_GROUP}.ProcessGroup._get_backend",
+    "_get_dtype_plan": f"{PRETRAINED}._get_dtype_plan",
     "_get_fsdp_state": f"{FSDP}._fully_shard.FSDPModule._get_fsdp_state",
     "_get_norm_groups": f"{STAGE3}._get_norm_groups",
     "_get_sequence_number_for_group": f"{PROCESS_GROUP}.Backend._get_sequence_number_for_group",

@@ -18,7 +18,7 @@ from tools.merge import __main__ as merge
 from trainers.batch import IGNORE, Batch, forward
 from trainers.model.blueprint import Blueprint
 from trainers.model.export import check_export, export
-from trainers.model.saved_form import SavedForm, saved_form
+from trainers.model.saved_form import SavedForm, saved_form, types_of
 from trainers.model.weights import Origin, origin_of
 
 KINDS = [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in (*DENSE, *EXPERTS, *HYBRID, *LARGER)]
@@ -189,3 +189,15 @@ def test_the_loss_before_the_first_step_is_that_of_plain_transformers(tmp_path: 
         wanted = plain(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
         found = -forward(model, batch).logps[labels != IGNORE].mean()
     assert abs(float(found - wanted)) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "ernie4_5_moe", "nemotron_h", "qwen3"])
+def test_types_are_those_that_transformers_saves_a_model_of_16_bits_in(tmp_path: Path, kind: str) -> None:
+    save_architecture(tmp_path / "base", kind).bfloat16().save_pretrained(tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(tmp_path / "plain")
+    blueprint, origin, _ = opened(tmp_path / "base")
+    model = blueprint.build()
+    form = saved_form(model, origin, blueprint.config, types_of(model, torch.bfloat16))
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in form.contents.items()} == {name: tensor.dtype for name, tensor in plain.items()}
+    assert (torch.float32 in {tensor.dtype for tensor in plain.values()}) == (kind != "qwen3")

@@ -78,7 +78,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     from trainers.data.tokenizer import load_tokenizer
     from trainers.model.blueprint import make_blueprint
     from trainers.model.export import export, generation_config
-    from trainers.model.saved_form import saved_form
+    from trainers.model.saved_form import saved_form, types_of
     from trainers.model.weights import origin_of
 
     tokenizer = load_tokenizer(config)
@@ -93,7 +93,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
         print(f"{blueprint.folder} has no weights: names in files are transformers' own for this architecture, and nothing else is copied")
     origin = origin_of(built, blueprint) if has_values else None
     stored.require_fits(built, origin, config.data.seq_len)
-    form = saved_form(built, origin, blueprint.config, lambda _: blueprint.saved_dtype)
+    form = saved_form(built, origin, blueprint.config, types_of(built, blueprint.saved_dtype))
     require_space(sum(tensor.nbytes for tensor in form.contents.values()), out)
     weights = with_bar(pieces(form.live, stored, origin), sum(tensor.nbytes for tensor in form.live.values()))
     if refused := generation_config(blueprint, tokenizer, stop_ids(tokenizer))[1]:

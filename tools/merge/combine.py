@@ -17,7 +17,7 @@ from tools.merge.adapter import PREFIX, Adapter, AdapterFiles, Unfit
 from trainers.config.errors import ConfigError
 from trainers.model.blueprint import Blueprint, read_config
 from trainers.model.safetensors_files import FLOATS, listed
-from trainers.model.saved_form import SavedForm, saved_form
+from trainers.model.saved_form import SavedForm, saved_form, types_of
 from trainers.model.weights import Grown, Origin, origin_of, tied_names
 from trainers.peft.base import ADAPTER, read_whole, seeded
 
@@ -79,7 +79,8 @@ class Merge:
 
     def form(self, dtype: torch.dtype | None) -> SavedForm:
         """Return what the merged model holds and how it is written; in `dtype`, or each tensor in the type of the base's."""
-        return saved_form(self.blueprint.build(), self.origin, self.blueprint.config, lambda name: dtype or self._type(name))
+        model = self.blueprint.build()
+        return saved_form(model, self.origin, self.blueprint.config, self._type if dtype is None else types_of(model, dtype))
 
     def _type(self, name: str) -> torch.dtype:
         """Return the type that the base's file has a tensor in; the widest of those that it is made of."""

@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     WeightTransform,
     apply_converters,
     apply_renamings,
+    build_glob_alternation,
     dot_natural_key,
 )
 
@@ -163,6 +164,20 @@ def saved_form(
         config=written,
         rest={key: _reader(weights, key) for key in rest} if weights is not None else {},
     )
+
+
+def types_of(model: PreTrainedModel, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """Return the type in which save_pretrained writes each tensor of a model that is saved in `dtype`: some stay in float32."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda _: dtype
+    patterns, pattern_of, _ = build_glob_alternation(list(plan))
+
+    def type_of(name: str) -> torch.dtype:
+        match = patterns.search(name)
+        return plan[pattern_of[str(match.lastgroup)]] if match else dtype
+
+    return type_of
 
 
 def default_mapping(model: PreTrainedModel) -> list[WeightTransform]:

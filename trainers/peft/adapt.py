@@ -15,7 +15,7 @@ from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConf
 from trainers.model.blueprint import Blueprint
 from trainers.model.reach import find_unreached, groups_of
 from trainers.model.safetensors_files import listed
-from trainers.model.saved_form import saved_form
+from trainers.model.saved_form import saved_form, types_of
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation, Adapter, FullTraining, VirtualTokens
 from trainers.peft.layers import inject
@@ -75,7 +75,7 @@ def _train_part(model: PreTrainedModel, origin: Origin, settings: PeftConfig, bl
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("peft.freeze", settings.freeze, "freezes every parameter that the data reach", "fewer patterns")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    parameters, form = dict(model.named_parameters()), saved_form(model, origin, blueprint.config, lambda _: blueprint.saved_dtype)
+    parameters, form = dict(model.named_parameters()), saved_form(model, origin, blueprint.config, types_of(model, blueprint.saved_dtype))
     live = {name for name in form.live if name not in parameters or name in trained}
     return FullTraining(origin=origin, trained=trained, form=form, live=live, dtype=blueprint.saved_dtype)
 

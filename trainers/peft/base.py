@@ -83,7 +83,7 @@ class FullTraining:
     def exported(self, gather: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield what is trained as it is, what is frozen as the base has it, under the names that the model has for them."""
         for name in self.form.live:
-            yield name, _in_type(gather(name) if name in self.live else read_whole(self.origin, name), self.dtype)
+            yield name, _in_type(gather(name) if name in self.live else read_whole(self.origin, name), self.form.live[name].dtype)
 
 
 @dataclass(kw_only=True)

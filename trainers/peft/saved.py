@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.config.errors import ConfigError
 from trainers.model.blueprint import Blueprint
@@ -110,6 +111,9 @@ def rehearse_adapter(adaptation: Adaptation, blueprint: Blueprint, tokenizer: Pr
 
     def reopened(place: Path) -> None:
         peft.PeftConfig.from_pretrained(str(place))
+        if blueprint.folder is not None:
+            with suppress(OSError):  # there is none, and transformers makes one
+                GenerationConfig.from_pretrained(blueprint.folder)  # of the base, which is opened at the end
         require_same(tokenizer, place, blueprint.trust_remote_code)
 
     rehearse(adaptation.contents(), partial(_configure, adaptation, tokenizer), reopened, blueprint, folder, FILE)
