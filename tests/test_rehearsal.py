@@ -251,3 +251,13 @@ def test_a_summary_that_cannot_be_shown_is_said(
     (tmp_path / "summary.json").write_text(json.dumps(summary | damage))
     print_summary(tmp_path)
     assert f"{tmp_path}: done, but its summary cannot be shown" in capsys.readouterr().out
+
+
+def test_a_base_that_transformers_will_not_open_at_the_end_is_refused_for_an_adapter(
+    mine: Path, chats: Path, cache: Path, tmp_path: Path
+) -> None:
+    (mine / "generation_config.json").write_text('{"max_new_tokens": 0}')
+    said = launch(cache, [*arguments(mine, chats, tmp_path / "run"), "peft=lora", "peft.rank=2"], expect=2)
+    assert "cannot be saved and opened again" in said
+    assert "`max_new_tokens` must be greater than 0" in said
+    assert "step 1/" not in said
