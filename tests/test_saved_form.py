@@ -30,6 +30,9 @@ class NoTokenizer:
     def save_pretrained(self, folder: Path) -> None:
         """Leave nothing."""
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
 
 def opened(folder: Path) -> tuple[Blueprint, Origin, SavedForm]:
     config = AutoConfig.from_pretrained(folder)
