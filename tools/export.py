@@ -1,7 +1,7 @@
 """Make a Hugging Face directory of a checkpoint, as the end of a run does of its last step.
 
 python -m tools.export runs/run/checkpoints/step-000400 exported
-python -m tools.export runs/run exported                          # the newest complete checkpoint
+python -m tools.export runs/run exported                          # the newest one, or the best where the run exports that
 python -m tools.export runs/run exported --dtype bfloat16 --shard-gib 2
 python -m tools.export runs/run exported --model /new/place/of/the/base
 
@@ -120,8 +120,9 @@ def require_space(num_bytes: int, out: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that is meant: `path` itself, or the newest complete one of the run there."""
-    from trainers.rundir.checkpoints import steps, why_incomplete
+    """Return the checkpoint that is meant: `path` itself, or of the run there the newest complete one, or the best if it exports that."""
+    from trainers.config.derived import exports_best
+    from trainers.rundir.checkpoints import best_first, steps, why_incomplete
 
     path = path.resolve()
     if not path.is_dir():
@@ -130,10 +131,11 @@ def find_checkpoint(path: Path) -> Path:
         if wrong := why_incomplete(path):
             raise Refused(f"{path} is not a complete checkpoint: {wrong}")
         return path
-    newest = next((folder for folder in reversed(steps(path / paths.CHECKPOINTS)) if not why_incomplete(folder)), None)
-    if newest is None:
+    complete = [folder for folder in steps(path / paths.CHECKPOINTS) if not why_incomplete(folder)]
+    if not complete:
         raise Refused(f"{path / 'checkpoints'} has no complete checkpoint")
-    return newest
+    best = best_first(complete) if exports_best(read_config(path / paths.CONFIG, None)) else {}
+    return next(iter(best), complete[-1])
 
 
 def read_config(path: Path, model: str | None) -> RunConfig:

@@ -160,7 +160,8 @@ def _grow(model: ModelConfig, config: PreTrainedConfig, num_tokens: int) -> int 
             "model.architecture.vocab_size", vocab_size, f"the tokenizer {reason}", "leave it out: it comes from the tokenizer"
         )
     if not (model.grow_vocabulary or model.add_tokens):
-        raise ConfigError("model.tokenizer", model.tokenizer, reason, "model.grow_vocabulary=true gives the model a row for each new one")
+        remedy = "model.grow_vocabulary=true gives the model a row for each new one, with peft=none: the base of an adapter cannot grow"
+        raise ConfigError("model.tokenizer", model.tokenizer, reason, remedy)
     for part in (config, text):
         if getattr(part, "vocab_size", None) == vocab_size:
             part.vocab_size = num_tokens
