@@ -22,7 +22,7 @@ from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.beats import Phase, read_beats
 from trainers.rundir.checkpoints import number_of
-from trainers.rundir.ending import State
+from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import try_json
 from trainers.rundir.rows import last_step, read_rows
 
@@ -238,6 +238,10 @@ def _continue(run: Run, before: dict[Path, str], verdict: Verdict) -> None:
     """Give the command until the run is done; the first time it continues from the newest checkpoint that is complete."""
     whole = [path for path, content in run.complete().items() if before.get(path, content) == content]
     expected = max(map(number_of, whole), default=0)
+    if before and not whole:
+        _require_refusal(run)
+        for path in before:
+            shutil.rmtree(path)
     was_done = read_state(run.run_dir) == State.done
     for again in range(AGAIN):
         process = run.start()
@@ -250,6 +254,17 @@ def _continue(run: Run, before: dict[Path, str], verdict: Verdict) -> None:
         if code == 0:
             return
     raise Wrong(f"not done after giving the command {AGAIN} times more (exit code {code}): {run.log}")
+
+
+def _require_refusal(run: Run) -> None:
+    """Give the command where every checkpoint is harmed; raises Wrong where the run begins anew without having been told to."""
+    process = run.start()
+    try:
+        code = process.wait(ATTEMPT_S)
+    finally:
+        run.kill_all(process)
+    if code != Exit.failed or "move them away" not in run.log.read_text(errors="replace"):
+        raise Wrong(f"no checkpoint could be read, and the run ended with {code}: {run.log}")
 
 
 def report(verdicts: list[Verdict]) -> int:
