@@ -33,7 +33,7 @@ def content_key(*parts: object) -> str:
 
 
 def build_once(root: Path, name: str, build: Callable[[Path], None], what: str) -> tuple[Path, bool]:
-    """Return folder `name`, and whether it was there already; if not, `build` fills a temporary folder that is renamed when complete.
+    """Return folder `name`, and whether it was there before; if not, `build` fills a temporary folder that is renamed when complete.
 
     One process builds, under a lock that the kernel frees if it dies; the others say who they wait for. Raises ConfigError
     where `root` cannot be written.
@@ -48,7 +48,7 @@ def build_once(root: Path, name: str, build: Callable[[Path], None], what: str) 
     _acquire(lock, root, name, what)
     try:
         if folder.is_dir():
-            return folder, True
+            return folder, False  # another process has just made it
         _remove_stale(root, name)
         _build(root, name, build, what)
         return folder, False

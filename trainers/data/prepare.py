@@ -83,8 +83,7 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     if reused and progress:
         require_whole(folder, "the prepared data")
     prepared = open_prepared(folder, reused)
-    if reused:
-        _rename(config, prepared.report)
+    _rename(config, prepared.report)
     return prepared
 
 
