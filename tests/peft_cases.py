@@ -120,8 +120,13 @@ def locals_of(engine: Any) -> dict[str, tuple[Any, torch.Tensor]]:
 
 
 class NoTokenizer:
+    pad_token_id = None
+
     def save_pretrained(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text("{}")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
 
 
 def config_for_method(method: PeftMethod) -> RunConfig:

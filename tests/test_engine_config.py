@@ -44,7 +44,7 @@ BAD = [
     (["engine=zero3_nvme", "engine.nvme_path=''"], ["`engine.nvme_path`", "is empty"]),
     (["engine.replicate=2"], ["`engine.replicate` = 2", "1 rank"]),
     (["launch.processes=4", "engine.replicate=2", "engine.shard=4"], ["`engine.shard` = 4", "engine.shard=2"]),
-    (["launch.processes=4", "engine.replicate=3"], ["`engine.replicate` = 3", "one of 1, 2, 4"]),
+    (["launch.processes=4", "engine.replicate=3"], ["`engine.replicate` = 3", "engine.replicate=1 or 2 or 4"]),
     (["engine=zero3", "+engine.overrides.zero_optimizaton.x=1"], ["zero_optimizaton", "did you mean engine.overrides.zero_optimization?"]),
     (["engine=zero3", "+engine.overrides.optimizer.type=Adam"], ["`engine.overrides.optimizer`", "set optim.name"]),
 ]
