@@ -156,6 +156,8 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     watch.enter(Phase.connecting)
     preflight.require_gpu(world)
     world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
+    if attempt.has_ended(State.failed):
+        raise TrainingFailed("the others have given up waiting for this rank")
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / paths.CONFIG).read_bytes()).hexdigest())
     world.require_agreement("the prepared data", data.path.name)
     _check_positions(config, data, blueprint)
