@@ -65,10 +65,14 @@ class Run:
 
     def finish(self) -> None:
         """Give the command and let it come to its end; raises Wrong where that is not a good one."""
+        if (code := self.attempt(ATTEMPT_S)) != 0:
+            raise Wrong(f"the run did not end well (exit code {code}): {self.log}")
+
+    def attempt(self, limit_s: float) -> int:
+        """Give the command and return its exit code; nothing of the run is left then. Raises TimeoutExpired after `limit_s`."""
         process = self.start()
         try:
-            if process.wait(ATTEMPT_S) != 0:
-                raise Wrong(f"the run did not end well (exit code {process.returncode}): {self.log}")
+            return process.wait(limit_s)
         finally:
             self.kill_all(process)
 

@@ -244,11 +244,7 @@ def _continue(run: Run, before: dict[Path, str], verdict: Verdict) -> None:
             shutil.rmtree(path)
     was_done = read_state(run.run_dir) == State.done
     for again in range(AGAIN):
-        process = run.start()
-        try:
-            code = process.wait(ATTEMPT_S)
-        finally:
-            run.kill_all(process)
+        code = run.attempt(ATTEMPT_S)
         if again == 0 and not was_done and (begun := run.begun_from()) != expected:
             verdict.lost = f"continued from step {begun}, and step {expected} was there: {run.log}"
         if code == 0:
@@ -258,11 +254,7 @@ def _continue(run: Run, before: dict[Path, str], verdict: Verdict) -> None:
 
 def _require_refusal(run: Run) -> None:
     """Give the command where every checkpoint is harmed; raises Wrong where the run begins anew without having been told to."""
-    process = run.start()
-    try:
-        code = process.wait(ATTEMPT_S)
-    finally:
-        run.kill_all(process)
+    code = run.attempt(ATTEMPT_S)
     if code != Exit.failed or "move them away" not in run.log.read_text(errors="replace"):
         raise Wrong(f"no checkpoint could be read, and the run ended with {code}: {run.log}")
 
