@@ -10,11 +10,14 @@ from packaging.utils import canonicalize_name
 
 NOT_PINNED = {"flash-attn", "lm-eval"}
 """Installed by hand: the one is compiled on a machine with a GPU, the other asks for older packages than the pins have."""
+OURSELVES = "fulltune"
+"""One group of optional packages within another."""
 
 
 def requirements() -> list[Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(text) for group in (project["dependencies"], *project["optional-dependencies"].values()) for text in group]
+    found = [Requirement(text) for group in (project["dependencies"], *project["optional-dependencies"].values()) for text in group]
+    return [requirement for requirement in found if requirement.name != OURSELVES]
 
 
 def pins() -> dict[str, Requirement]:
