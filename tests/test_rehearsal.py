@@ -18,17 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from launcher.report import print_summary
-from trainers.__main__ import _try_sample, rehearse
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ModelConfig
 from trainers.data.prepare import prepare
 from trainers.data.tokenizer import load_tokenizer
+from trainers.finish import _try_sample
 from trainers.model.blueprint import Blueprint, make_blueprint, open_config
 from trainers.model.export import generation_config, rehearse_export, reopen, sample_answer, write_configs
 from trainers.model.saved_form import SavedForm, saved_form
 from trainers.model.weights import origin_of
 from trainers.peft.base import FullTraining
+from trainers.run import rehearse
 from trainers.rundir.attempt import Attempt
 from trainers.world import World
 

@@ -1,0 +1,145 @@
+"""The end of a run: the export, checked and opened again, and summary.json."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from trainers.batch import IGNORE, Batch, forward
+from trainers.config.schema import PeftMethod, Precision, RunConfig
+from trainers.data.ends import stop_ids
+from trainers.data.loader import make_batch
+from trainers.data.prepare import Prepared
+from trainers.data.tokenizer import pad_id
+from trainers.engines.base import Engine
+from trainers.health.activity import watch
+from trainers.loop import Outcome, as_figures
+from trainers.model.blueprint import Blueprint
+from trainers.model.export import check_export, export, reopen, sample_answer
+from trainers.peft.base import FILE, FullTraining
+from trainers.peft.nf4 import round_base
+from trainers.peft.saved import export_adapter, reopen_adapter
+from trainers.rundir import paths
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.ending import State
+from trainers.world import Stopped, World
+
+log = logging.getLogger("fulltune")
+T = TypeVar("T")
+STARTED = time.monotonic()
+REOPEN_BELOW = 2 << 30
+"""Bytes of an export that rank 0 opens whole, as a user would."""
+EXPORT_TOLERANCE, EXPORT_TOLERANCE_16_BIT = 1e-3, 0.25
+"""Nats a token between trainer and reopened export."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a rank trains, and with what, once all of it is there."""
+
+    config: RunConfig
+    world: World
+    attempt: Attempt
+    engine: Engine
+    data: Prepared
+    blueprint: Blueprint
+    tokenizer: PreTrainedTokenizerFast
+
+
+def finish(built: Built, outcome: Outcome) -> None:
+    """Export, reopen and check the export, write summary.json; only then is the run done. Collective.
+
+    Raises Stopped on every rank where one is asked to stop while the export is written or read again.
+    """
+    config, world, attempt, engine, tokenizer = built.config, built.world, built.attempt, built.engine, built.tokenizer
+    run_dir = Path(config.run_dir)
+    folder = run_dir / paths.EXPORT
+    adaptation, first, mark = engine.adaptation, world.rank == 0, f".attempt-{attempt.number}"
+    is_adapter = adaptation.library_config is not None
+    weights = while_current(engine.weights(), world, attempt)
+    if is_adapter:
+        sums = export_adapter(weights, adaptation, tokenizer, folder, first, mark)
+    else:
+        assert isinstance(adaptation, FullTraining)
+        sums = export(weights, adaptation.form, built.blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
+    wanted = while_current(adaptation.contents().items(), world, attempt)
+    check_export(folder, wanted, sums, read=first, file=FILE if is_adapter else "model.safetensors")
+    probe = make_batch(built.data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
+    engine.train(False)
+    with torch.no_grad():
+        logps = engine.forward(probe.to(world.device)).logps.cpu()
+    figures, shapes, state = as_figures(outcome, world), engine.shapes(), engine.state_bytes()
+    state_bytes = dict(zip(state, map(int, world.sum(list(map(float, state.values())))), strict=True))
+    if world.rank == 0:
+        sample = _try_export(built, folder, probe, logps)
+        parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
+        unreached = sum(torch.Size(shape).numel() for name, shape in shapes.items() if name in adaptation.unreached)
+        trained = sum(torch.Size(shapes[name]).numel() for name in adaptation.trained)
+        figures |= {
+            "wall_seconds": time.monotonic() - STARTED,
+            "parameters": parameters,
+            "trainable_parameters": trained if config.peft.method is not PeftMethod.none else parameters - unreached,
+            "state_bytes": state_bytes,
+            "export": str(folder),
+            "sample": sample,
+        }
+        if not attempt.write_json(run_dir / paths.SUMMARY, figures):
+            attempt.require_current()
+        attempt.set_status(State.done, step=outcome.progress.step)
+
+
+def while_current(items: Iterable[T], world: World, attempt: Attempt) -> Iterator[T]:
+    """Yield items until a rank is asked to stop, on all ranks alike; the end needs that no newer attempt has started."""
+    for item in items:
+        if world.any(world.signalled is not None)[0]:
+            raise Stopped("a signal while exporting")
+        watch.beat()
+        yield item
+    attempt.require_current()
+
+
+def _try_export(built: Built, folder: Path, probe: Batch, logps: torch.Tensor) -> dict[str, str] | None:
+    """Open the export as a user would, compare it with the trainer on one row, let it answer; not where it is too large for that.
+
+    The weights have been compared byte for byte: this is about config and code, so that rounding to 16 bits may show.
+    """
+    config, blueprint, adaptation = built.config, built.blueprint, built.engine.adaptation
+    is_adapter = adaptation.library_config is not None
+    base = blueprint.folder if is_adapter else None
+    files = [path for place in (folder, base) if place is not None for path in place.glob("*.safetensors")]
+    if sum(path.stat().st_size for path in files) > REOPEN_BELOW:
+        return None
+    if is_adapter:
+        plain = reopen(base, config.model.trust_remote_code, blueprint.config) if base else blueprint.build("cpu")
+        model = reopen_adapter(folder, round_base(plain, adaptation))
+    else:
+        model = reopen(folder, config.model.trust_remote_code)
+    with torch.no_grad():
+        labelled = (forward(model, probe).logps.float() - logps)[probe.labels != IGNORE]
+    difference = float(labelled.abs().mean())
+    exact = config.train.precision is Precision.fp32 and blueprint.saved_dtype is torch.float32
+    if not difference <= (EXPORT_TOLERANCE if exact else EXPORT_TOLERANCE_16_BIT):
+        raise RuntimeError(f"the export in {folder} is {difference:.2g} nats a token away from the trained model")
+    log.info(
+        "export reopened with plain %s: %.1e nats a token from the trained model", "peft" if is_adapter else "transformers", difference
+    )
+    return _try_sample(config, model, built.tokenizer, built.data)
+
+
+def _try_sample(config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerFast, data: Prepared) -> dict[str, str] | None:
+    """Return an answer to the first held-out prompt; a model that does not answer is warned of, and does not fail its run."""
+    if not config.train.sample_tokens:
+        return None
+    try:
+        return sample_answer(model, tokenizer, (data.eval or data.train).prompt(0).tolist(), config.train.sample_tokens)
+    except Exception as error:  # whatever transformers' generate, or code that comes with a model, raises
+        log.warning("no sample answer: %s: %s", type(error).__name__, " ".join(str(error).split()))
+        return None

@@ -1,0 +1,193 @@
+"""One rank's run from its config to its exit code: prepare, connect, build, train."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from rich.table import Table
+from transformers import PreTrainedTokenizerFast
+
+from trainers.config.derived import exports_best, peak_lr, rows_words, scarcity
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Precision, RunConfig
+from trainers.data.ends import stop_ids
+from trainers.data.loader import Loader
+from trainers.data.prepare import Prepared, prepare
+from trainers.data.report import summary
+from trainers.data.tokenizer import load_tokenizer, pad_id
+from trainers.engines.build import build_engine, require_parts
+from trainers.finish import Built, finish
+from trainers.health import preflight
+from trainers.health.activity import watch
+from trainers.health.isolation import require_isolation
+from trainers.health.spikes import TrainingFailed
+from trainers.health.watchdog import watchdog
+from trainers.loop import train
+from trainers.model.blueprint import Blueprint, flops_per_token, make_blueprint, positions_limit
+from trainers.model.export import rehearse_export
+from trainers.peft.base import Adaptation, FullTraining
+from trainers.peft.saved import rehearse_adapter
+from trainers.processes import exit_after
+from trainers.rundir import paths
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.base import base_of, pinned, require_same_base
+from trainers.rundir.beats import Phase
+from trainers.rundir.checkpoints import steps
+from trainers.rundir.ending import Exit, State
+from trainers.rundir.files import read_json
+from trainers.rundir.metrics import console, log_to
+from trainers.world import Stopped, World
+
+log = logging.getLogger("fulltune")
+COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
+"""What torch lets a collective wait: with a watchdog, which ends hung runs and names the rank, longer than any work."""
+ENDING_S = 60
+"""For the process group to end once all is done; some never do."""
+
+
+def run(config: RunConfig, world: World, attempt: Attempt) -> int:
+    """Prepare, connect, build, train, export."""
+    run_dir = Path(config.run_dir)
+    given, config = config, pinned(config, run_dir)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+        torch.use_deterministic_algorithms(True)
+    transformers.utils.logging.disable_progress_bar()
+    require_parts(config, world)
+    tokenizer = load_tokenizer(config)
+    data = prepare(config, progress=world.rank == 0, tokenizer=tokenizer)
+    blueprint = make_blueprint(config.model, config.seed, tokenizer)
+    watch.enter(Phase.connecting)
+    preflight.require_gpu(world)
+    world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
+    if attempt.has_ended(State.failed):
+        raise TrainingFailed("the others have given up waiting for this rank")
+    world.require_agreement("config.yaml", hashlib.sha256((run_dir / paths.CONFIG).read_bytes()).hexdigest())
+    world.require_agreement("the prepared data", data.path.name)
+    _check_positions(config, data, blueprint)
+    base = world.from_first(base_of(given, blueprint.folder, blueprint.revision) if world.rank == 0 else {})
+    _require_same_sources(run_dir, data, base)
+    attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
+    watch.enter(Phase.checking)
+    readings, findings = preflight.check(world, attempt.folder, data.path, config.limits.slow_node)
+    log_to(attempt.folder, world.rank, world.size)
+    watchdog.log_to(attempt.folder)
+    if world.rank == 0:
+        preflight.say(readings, findings)
+        console.print(summary(data.report, data.reused), soft_wrap=True, highlight=False)
+        documents = len(data.train.offsets) - 1
+        if scarce := scarcity(config.train, config.data.packing, len(data.train), documents, world.size):
+            log.warning(scarce)
+        _note_sources(attempt, data, base)
+        attempt.set_status(State.running, attempt=attempt.number)
+    watch.enter(Phase.loading)
+    rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
+    with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:
+        return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer))
+
+
+def rehearse(world: World, attempt: Attempt, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast, adaptation: Adaptation) -> None:
+    """Let rank 0 try the end of the run before weights are read; raises its ConfigError on every rank. Collective."""
+    fault: dict[str, str] | None = None
+    if world.rank == 0:
+        try:
+            if isinstance(adaptation, FullTraining):
+                rehearse_export(adaptation.form, blueprint, tokenizer, stop_ids(tokenizer), attempt.run_dir / paths.EXPORT)
+            else:
+                rehearse_adapter(adaptation, blueprint, tokenizer, attempt.run_dir / paths.EXPORT)
+        except ConfigError as error:
+            fault = error.parts()
+    if (found := world.from_first(fault)) is not None:
+        raise ConfigError(**found)
+
+
+def train_and_export(built: Built) -> int:
+    """Train to the end, or to a stop that was asked for, and return the exit code; collective."""
+    config, world, attempt, engine, data = built.config, built.world, built.attempt, built.engine, built.data
+    report = engine.report()
+    if world.rank == 0:
+        _say_what_is_trained(config, world, report)
+    if config.data.packing:
+        engine.train(False)
+        vocab_size = built.blueprint.config.get_text_config().vocab_size
+        rounds = config.train.precision is not Precision.fp32 and any(".experts" in name for name in engine.shapes())
+        require_isolation(lambda batch: engine.forward(batch.to(world.device)).logps, vocab_size, config.train.microbatch, rounds)
+        engine.train(True)
+    padding = pad_id(built.tokenizer)
+    loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=padding)
+    world.begin_steps()
+    adaptation = engine.adaptation
+    shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
+    flops = flops_per_token(shapes, built.blueprint.config, data.train.mean_attended(), shapes.keys() - adaptation.trained)
+    outcome = train(config, world, attempt, engine, data, loader, flops)
+    engine.report()
+    stopped = outcome.stopped
+    if not stopped:
+        watch.enter(Phase.exporting)
+        try:
+            finish(built, outcome)
+        except Stopped:
+            attempt.set_status(State.preempted, step=outcome.saved_step)
+            stopped = True
+    world.barrier()  # rank 0 may still be waiting for a mirror: all end together
+    if stopped:
+        log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
+    watchdog.stop()
+    code = Exit.stopped if stopped else Exit.done
+    exit_after(ENDING_S, code)
+    world.disconnect()
+    return code
+
+
+def _say_what_is_trained(config: RunConfig, world: World, report: dict[str, str]) -> None:
+    console.print(_as_table("the model on each rank", report))
+    peak, rows = peak_lr(config.optim, config.peft), rows_words(config.train, world.size)
+    console.print(_as_table("a step", {"peak learning rate": peak, "rows": rows}))
+    step = "the checkpoint of the lowest held-out loss" if exports_best(config) else "the last step"
+    console.print(_as_table("the export", {"step": step}))
+
+
+def _as_table(title: str, rows: dict[str, Any]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) -> None:
+    """Refuse documents longer than a model's learned positions; rotary positions continue, with a warning."""
+    limit, learned = positions_limit(blueprint.config)
+    longest = max(int(np.diff(table.offsets).max()) for table in (data.train, data.eval) if table is not None)
+    if limit is None or longest <= limit:
+        return
+    reason = f"documents have up to {longest} tokens, the model was made for {limit} positions"
+    if learned:
+        raise ConfigError("data.seq_len", config.data.seq_len, reason, f"data.seq_len={limit}")
+    log.warning("data.seq_len = %d: %s; it has not learned later positions: data.seq_len=%d", config.data.seq_len, reason, limit)
+
+
+def _require_same_sources(run_dir: Path, data: Prepared, base: dict[str, Any]) -> None:
+    """Refuse to continue a run on other data or another base than it began with: files can change under the same name."""
+    if not steps(run_dir / paths.CHECKPOINTS):
+        return
+    begun = read_json(run_dir / paths.MANIFEST).get("prepared")
+    if begun is not None and begun != data.path.name:
+        reason = f"the data has changed since this run began (prepared as {begun}, now {data.path.name})"
+        raise ConfigError("run_dir", str(run_dir), reason, f"put the data back, or run_dir={run_dir}-new, which begins again")
+    require_same_base(run_dir, base)
+
+
+def _note_sources(attempt: Attempt, data: Prepared, base: dict[str, Any]) -> None:
+    """Add to manifest.json what only preparation knows: fingerprints of data, tokenizer, template and base, and the base's commit."""
+    manifest = read_json(attempt.run_dir / paths.MANIFEST)
+    manifest |= {"data": data.report, "base_revision": base["commit"], "base": base, "prepared": data.path.name}
+    attempt.write_json(attempt.run_dir / paths.MANIFEST, manifest)
