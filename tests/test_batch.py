@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainers.batch import IGNORE, Batch, Needs, Sizes, by_document, forward
+from trainers.batch import IGNORE, Batch, Needs, Sizes, by_document
+from trainers.model.forward import forward
 from trainers.objectives import NextToken
 
 
@@ -71,7 +72,7 @@ def test_labels_decide_where_logps_stand(tiny_llama: Path) -> None:
 
 
 def test_large_vocabulary_is_reduced_in_chunks() -> None:
-    from trainers.batch import _chunk_rows, _LabelLogps
+    from trainers.model.forward import _chunk_rows, _LabelLogps
 
     logits = torch.randn(40, 300_000, requires_grad=True)
     assert _chunk_rows(logits) < 40

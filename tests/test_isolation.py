@@ -7,9 +7,10 @@ import torch
 from small_models import small
 from torch import Tensor
 
-from trainers.batch import Batch, forward
+from trainers.batch import Batch
 from trainers.config.errors import ConfigError
 from trainers.health.isolation import require_isolation
+from trainers.model.forward import forward
 
 APART = ["gpt_neox", "qwen3", "mixtral", "qwen3_moe", "deepseek_v3", "gemma3"]
 LEAKY = ["bloom", "jamba", "falcon_h1", "mamba", "qwen3_next"]

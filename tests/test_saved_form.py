@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.merge import __main__ as merge
-from trainers.batch import IGNORE, Batch, forward
+from trainers.batch import IGNORE, Batch
 from trainers.model.blueprint import Blueprint
 from trainers.model.export import check_export, export
+from trainers.model.forward import forward
 from trainers.model.saved_form import SavedForm, saved_form, types_of
 from trainers.model.weights import Origin, origin_of
 

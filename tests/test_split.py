@@ -182,7 +182,7 @@ def test_another_document_leaves_log_probabilities_bit_identical(tmp_path: Path,
     assert len(table) < len(LENGTHS), "nothing is packed"
     first = changed.position_ids.eq(0).cumsum(1).eq(1)  # each row's first document
     changed.input_ids[first] = (changed.input_ids[first] + 7) % 33
-    from trainers.batch import forward
+    from trainers.model.forward import forward
 
     with torch.no_grad():
         before, after = forward(model, batch).logps, forward(model, changed).logps

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trainers.batch import IGNORE, Batch, forward
+from trainers.batch import IGNORE, Batch
 from trainers.config.schema import PeftMethod, Precision, RunConfig
 from trainers.data.ends import stop_ids
 from trainers.data.loader import make_batch
@@ -24,6 +24,7 @@ from trainers.health.activity import watch
 from trainers.loop import Outcome, as_figures
 from trainers.model.blueprint import Blueprint
 from trainers.model.export import check_export, export, reopen, sample_answer
+from trainers.model.forward import forward
 from trainers.peft.base import FILE, FullTraining
 from trainers.peft.nf4 import round_base
 from trainers.peft.saved import export_adapter, reopen_adapter

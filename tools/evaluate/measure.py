@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.batch import IGNORE, forward
+from trainers.batch import IGNORE
 from trainers.data.loader import make_batch
 from trainers.data.pack import one_each
 from trainers.data.table import TokenTable
 from trainers.model.blueprint import positions_limit
+from trainers.model.forward import forward
 
 Ints = NDArray[np.int64]
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
-from trainers.batch import Batch, Needs, Output, forward
+from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimizerName, RunConfig
 from trainers.engines.base import (
@@ -45,6 +45,7 @@ from trainers.engines.base import (
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
+from trainers.model.forward import forward
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adapt import adapt

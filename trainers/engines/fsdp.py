@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from trainers.batch import Batch, Needs, Output, forward
+from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimConfig, OptimizerName, RunConfig
 from trainers.engines.base import (
@@ -38,6 +38,7 @@ from trainers.engines.base import (
 )
 from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
+from trainers.model.forward import forward
 from trainers.model.reach import groups_of
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from trainers.batch import Batch, forward
+from trainers.batch import Batch
+from trainers.model.forward import forward
 
 log = logging.getLogger("fulltune")
 aten = torch.ops.aten
