@@ -36,37 +36,24 @@ def pasted(overrides: list[str], remedy: list[str]) -> list[str]:
 
 BASE = ["+exp=quickstart_base", "train.microbatch=2", "launch.processes=1"]
 AT_ONCE = [
+    ["launch=slurm", "launch.gpus_per_node=null"],
+    ["peft.method=lora"],
+    ["exp=quickstart_base"],
     ["train.global_batch=7"],
-    ["train.microbatch=3"],
     ["train.eval_every=2", "data.eval_fraction=0"],
-    ["train.patience=2", "train.eval_every=null"],
-    ["train.on_spike=rollback", "checkpoint.every=null"],
     ["launch.nodes=2"],
     ["launch=torchrun", "launch.rdzv_endpoint=node"],
-    ["launch=slurm", "launch.gpus_per_node=null"],
-    ["engine=zero3", "engine.prefetch=2"],
     ["engine.replicate=3"],
     ["engine.shard=3"],
-    ["engine.offload_param=cpu"],
     ["engine.offload_param=nvme", "engine.offload_optimizer=cpu"],
-    ["engine=zero3", "engine.offload_param=nvme"],
-    ["peft=lora", "peft.quantise=nf4", "peft.init=pissa"],
-    ["peft=lora", "peft.init=loftq"],
-    ["peft=prompt", "peft.init=gaussian", "data.packing=false"],
-    ["peft=prompt", "data.packing=true"],
     ["peft=prefix", "data.packing=false", "train.activation_checkpointing=true"],
-    ["peft=adalora", "peft.target_rank=64"],
     ["peft=adalora", "peft.tinit=300"],
-    ["peft=lora", "peft.targets=[all-linear,q_proj]"],
-    ["peft.method=lora"],
     ["peft=lora", "optim=sgd"],
-    ["evaluation.rows=3", "evaluation.metrics=[]"],
-    ["evaluation.extract=(a)(b)"],
-    ["exp=quickstart_base"],
 ]
+"""What test_remedies_at_once.py cannot see: the launcher's own settings, and how a message is printed."""
 
 
-QUICK = 9
+QUICK = 3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from pathlib import Path
@@ -214,9 +215,20 @@ def require_model_directory(path: str, value: str) -> None:
         remedy = "make the base first: python -m launcher +exp=quickstart_base" if value.startswith("runs/quickstart_base") else ""
         raise ConfigError(path, value, "no such directory, and not a hub id of the form OWNER/NAME", remedy)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ConfigError(path, value, "is an adapter, not a model", f"name its base, and peft.adapter={value} to train it further")
+        raise ConfigError(path, value, "is an adapter, not a model", _of_adapter(folder))
     if not (folder / "config.json").is_file():
         raise ConfigError(path, value, "the directory has no config.json", "name a model directory in Hugging Face form")
+
+
+def _of_adapter(folder: Path) -> str:
+    """Return the settings that train an adapter further, as far as its own config says what it is for."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        base, method = config["base_model_name_or_path"], str(config["peft_type"]).lower()
+    except (ValueError, KeyError, TypeError, OSError):
+        base, method = "", ""
+    named = f"model.id={base}" if base else "model.id with its base"
+    return f"{named} peft={method if method in (*PeftMethod,) else 'METHOD'} peft.adapter={folder} to train it further"
 
 
 def _validate_data(config: RunConfig) -> None:

@@ -1,0 +1,236 @@
+"""Every refusal of trainers/config names a way out that works: its overrides, applied to the same settings, are accepted."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command import ROOT
+from omegaconf import OmegaConf
+
+from launcher.fields import all_fields
+from trainers.config.checks import check_world, validate
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, DataSource, ModelConfig, RunConfig, TrainConfig, plain
+
+OVERRIDE = re.compile(r"[a-z_]+(?:\.[a-z_0-9]+)*=[^\s,;:]+|[a-z_.]+=\[[^\]]*\]")
+SCHEMA = OmegaConf.structured(RunConfig)
+GROUPS = ("model", "data", "objective", "peft", "engine", "optim")
+
+
+def good() -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=4096),
+        data=DataConfig(source=DataSource.python_docs),
+        train=TrainConfig(steps=10, global_batch=4),
+    )
+
+
+def preset(group: str, name: str) -> dict[str, Any]:
+    """Return the settings of conf/GROUP/NAME.yaml, with those of the presets that it builds on."""
+    values = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"))
+    assert isinstance(values, dict)
+    found: dict[str, Any] = {}
+    for base in values.pop("defaults", []):
+        found |= preset(group, base) if base != "_self_" else {}
+    return found | values
+
+
+def changed(config: RunConfig, overrides: list[str]) -> RunConfig:
+    """Return a config with overrides as the command line takes them: a preset replaces its group's settings."""
+    values = plain(config)
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name in GROUPS:
+            kept = {
+                key: item for key, item in values[name].items() if key in ("id", "path", "nvme_path", "architecture", "train_tokenizer")
+            }
+            values[name] = (kept if name != "peft" else {}) | preset(name, value)
+        if name == "model.architecture":  # a mapping is replaced, not added to
+            values["model"]["architecture"] = yaml.safe_load(value)
+    plain_values = [override for override in overrides if override.partition("=")[0] not in (*GROUPS, "model.architecture")]
+    merged = OmegaConf.merge(SCHEMA, values, OmegaConf.from_dotlist(plain_values))
+    made = OmegaConf.to_object(merged)
+    assert isinstance(made, RunConfig)
+    return made
+
+
+def remedies(error: ConfigError) -> list[list[str]]:
+    """Return the ways that a remedy offers, each with its overrides."""
+    ways = re.split(r", or | or (?=[a-z_.]+=)", error.remedy)
+    ways = [] if "python -m launcher" in error.remedy else ways  # another command first
+    return [found for way in ways if (found := [word for word in OVERRIDE.findall(" ".join(shlex.split(way, posix=False))) if "=" in word])]
+
+
+def adapter(folder: Path) -> str:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name", "peft_type": "LORA"}')
+    return str(folder)
+
+
+def template(folder: Path, text: str) -> str:
+    (folder / "template.jinja").write_text(text)
+    return str(folder / "template.jinja")
+
+
+LORA = "peft=lora"
+CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
+    "a number that is not positive": ["train.steps=0"],
+    "a number below zero": ["optim.weight_decay=-1"],
+    "an empty text": ["name=''"],
+    "a share above its range": ["data.eval_fraction=0.9"],
+    "no model": ["model.architecture={}", "model.train_tokenizer=0"],
+    "two models": ["model.id=owner/name", "model.train_tokenizer=0"],
+    "no such model": ["model.id=/nowhere", "model.architecture={}", "model.train_tokenizer=0"],
+    "no base yet": ["model.id=runs/quickstart_base_x/export", "model.architecture={}", "model.train_tokenizer=0"],
+    "an adapter for a model": lambda folder: [f"model.id={adapter(folder)}", "model.architecture={}", "model.train_tokenizer=0"],
+    "a directory without a config": lambda folder: [f"model.id={folder}", "model.architecture={}", "model.train_tokenizer=0"],
+    "no such tokenizer": ["model.tokenizer=/nowhere", "model.train_tokenizer=0"],
+    "two tokenizers": lambda folder: [f"model.tokenizer={folder}"],
+    "no tokenizer": ["model.train_tokenizer=0"],
+    "no model_type": ["model.architecture={hidden_size: 8}"],
+    "a token twice": ["model.add_tokens=[a,a]"],
+    "a tokenizer without room": ["model.train_tokenizer=100"],
+    "no data": ["data.source=files"],
+    "no such data": ["data=files", "data.path=/nowhere"],
+    "two sources of held-out rows": ["data.eval_path=owner/name", "data.eval_fraction=0.1"],
+    "no such template": ["data.template=/nowhere.jinja"],
+    "an empty template": lambda folder: [f"data.template={template(folder, ' ')}"],
+    "turns of texts": ["data.document=turn", "objective=cpt"],
+    "turns with all tokens": ["data.document=turn", "data.supervise=all"],
+    "split conversations": ["data.too_long=split"],
+    "one token a row": ["data.seq_len=1"],
+    "a split of nothing": ["data.eval_split=test"],
+    "a revision of no hub": ["data.revision=main"],
+    "a configuration of no hub": ["data.config=main"],
+    "steps and epochs": ["train.epochs=1"],
+    "microbatches that do not divide": ["train.microbatch=3"],
+    "three betas": ["optim.betas=[0.1,0.2,0.3]"],
+    "two warm-ups": ["optim.warmup_steps=1", "optim.warmup_fraction=0.1"],
+    "a warm-up without end": ["optim.warmup_steps=10"],
+    "patience without held-out rows": ["train.patience=1"],
+    "patience without evaluations": ["train.patience=1", "data.eval_fraction=0.1"],
+    "no such evaluation rows": ["evaluation.path=/nowhere"],
+    "nothing that measures": ["evaluation.metrics=[]"],
+    "an expression that is none": ["evaluation.extract=(("],
+    "two groups": ["evaluation.extract=(a)(b)"],
+    "quantised full training": ["peft.quantise=nf4"],
+    "a setting of another method": ["peft.rank=4"],
+    "dropping everything": [LORA, "peft.dropout=1"],
+    "a target without a name": [LORA, "peft.targets=['']"],
+    "all and one": [LORA, "peft.targets=[all-linear,q_proj]"],
+    "a start of another method": [LORA, "peft.init=vocabulary"],
+    "loftq without bits": [LORA, "peft.init=loftq"],
+    "pissa with bits": [LORA, "peft.init=pissa", "peft.quantise=nf4"],
+    "nothing to freeze": ["peft.method=freeze"],
+    "no such adapter": [LORA, "peft.adapter=/nowhere"],
+    "an adapter and a start": lambda folder: [LORA, f"peft.adapter={adapter(folder)}", "peft.init=gaussian"],
+    "ranks that do not fall": ["peft=adalora", "peft.target_rank=64"],
+    "a decay of one": ["peft=adalora", "peft.beta1=1", "peft.tinit=0", "peft.tfinal=2"],
+    "no step to prune in": ["peft=adalora"],
+    "ranks in files": [
+        "peft=adalora",
+        "peft.tinit=0",
+        "peft.tfinal=2",
+        "engine=zero3",
+        "engine.offload_optimizer=nvme",
+        "engine.nvme_path=/x",
+    ],
+    "rolling back to nothing": ["train.on_spike=rollback"],
+    "packed prompts": ["peft=prompt"],
+    "prefixes computed again": ["peft=prefix", "data.packing=false", "train.activation_checkpointing=true"],
+    "prompts in one row": ["peft=prompt", "data.packing=false", "model.attention=flash_attention_2"],
+    "a setting of the other engine": ["engine=zero3", "engine.prefetch=2"],
+    "files for fsdp": ["engine.offload_param=nvme"],
+    "parameters without their state": ["engine.offload_param=cpu"],
+    "no place for files": ["engine=zero3", "engine.offload_optimizer=nvme"],
+    "a place without files": ["engine.nvme_path=/x"],
+    "a key of ours": ["engine=zero3", "engine.overrides={bf16: 1}"],
+    "a key without effect": ["engine=zero3", "engine.overrides={zero_optimization: {round_robin_gradients: true}}"],
+    "an unknown key": ["engine=zero3", "engine.overrides={zero_optimisation: 1}"],
+    "a key that is a mapping": ["engine=zero3", "engine.overrides={aio: 1}"],
+    "a method without a rate": ["peft.method=lora"],
+    "a rate of another optimizer": [LORA, "optim=sgd"],
+    "rows that do not divide over ranks": ["train.global_batch=7"],
+    "copies that do not divide": ["engine.replicate=4"],
+    "a shard of another size": ["engine.shard=3"],
+}
+RANKS = 2
+
+
+def refusal(config: RunConfig) -> ConfigError | None:
+    try:
+        validate(config)
+        check_world(config, RANKS)
+    except ConfigError as error:
+        return error
+    return None
+
+
+def test_the_settings_that_the_cases_change_are_accepted() -> None:
+    assert refusal(good()) is None
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_way_out_of_a_refusal_is_one(case: str, tmp_path: Path) -> None:
+    """One that asks for something more names that in a refusal of its own."""
+    made = CASES[case]
+    config = changed(good(), made(tmp_path) if callable(made) else made)
+    error = refusal(config)
+    assert error is not None
+    for way in remedies(error):
+        then = refusal(changed(config, way))
+        assert then is None or (then.path, then.reason) != (error.path, error.reason), f"{way} of {error}"
+
+
+def test_each_refusal_of_the_settings_has_a_case(tmp_path: Path) -> None:
+    reached = set()
+    for made in CASES.values():
+        error = refusal(changed(good(), made(tmp_path) if callable(made) else made))
+        assert error is not None
+        reached |= {(Path(frame.filename).name, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)}
+        for file in tmp_path.iterdir():
+            file.unlink()
+    missing = [
+        f"{path.name}:{first}"
+        for path in sorted((ROOT / "trainers" / "config").glob("*.py"))
+        for first, last in raises(path)
+        if path.name not in ("schema.py", "errors.py") and not any((path.name, line) in reached for line in range(first, last + 1))
+    ]
+    assert not missing, "refusals without a line in CASES above"
+
+
+def raises(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield the first and last line of each `raise ConfigError(...)` of a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Raise) and "ConfigError" in ast.dump(node):
+            yield node.lineno, node.end_lineno or node.lineno
+
+
+ROOMS = "|".join(GROUPS)
+SETTING = re.compile(rf"(?<![\w./-])((?:{ROOMS}|train|checkpoint|limits|evaluation|log|launch|plan|hardware)(?:\.[a-z_0-9]+)+)=")
+PRESET = re.compile(rf"(?<![\w./-])({ROOMS}|launch|hardware)=([a-z_0-9]+)")
+
+
+def test_each_setting_and_preset_that_a_message_names_exists() -> None:
+    """In every text of the code, so that no remedy of a refusal which only ranks can make is forgotten."""
+    fields, wrong = all_fields(), []
+    open_ended = ("model.architecture.", "engine.overrides.")
+    for path in (path for room in ("launcher", "trainers", "tools") for path in (ROOT / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                continue
+            names = [name for name in SETTING.findall(node.value) if name not in fields and not name.startswith(open_ended)]
+            names += [
+                f"{group}={name}"
+                for group, name in PRESET.findall(node.value)
+                if not (ROOT / "conf" / group / f"{name}.yaml").is_file() and name != "ignore"
+            ]
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno}: {name}" for name in names]
+    assert not wrong, "\n".join(wrong)
