@@ -58,7 +58,7 @@ CASES: dict[str, list[str]] = {
     "zero3 qlora packed": [*TWO, *QLORA, "engine=zero3"],
     "zero3 adalora padded": [*TWO, *PADDED, *ADALORA, "engine=zero3"],
 }
-QUICK = ["fsdp full packed", "fsdp lora padded, 3 ranks", "fsdp adalora packed", "zero3 full padded, 3 ranks"]
+QUICK = ["fsdp full packed", "zero3 full padded, 3 ranks"]
 
 
 def make_inputs(folder: Path) -> list[str]:

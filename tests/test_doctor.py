@@ -196,6 +196,7 @@ def test_a_build_that_fails_is_quoted(tmp_path: Path, folder: Path) -> None:
     assert "-DTORCH_EXTENSION_NAME" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_lock_that_torch_left_or_holds_is_not_waited_for(tmp_path: Path, folder: Path) -> None:
     (folder / "cpu_adam").mkdir(parents=True)
     lock = folder / "cpu_adam" / "lock"

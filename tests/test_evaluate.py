@@ -247,6 +247,7 @@ def test_what_is_measured_is_not_measured_again(finished: Path, tmp_path: Path, 
         assert again == rows
 
 
+@pytest.mark.slow
 def test_adapters_are_measured_with_the_base_that_they_were_trained_beside(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """In 4 bits that base is another one than the files hold."""
     run = tmp_path / "qlora"

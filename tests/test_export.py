@@ -42,7 +42,7 @@ KINDS = {
     "fsdp-part-of-larger": ("larger", ["engine=fsdp", "data.packing=false"]),
     "zero3-bf16-3-ranks": ("untied-bf16", ["engine=zero3", "train.precision=bf16", "launch.processes=3", "train.global_batch=6"]),
 }
-SAMPLED = [pytest.param(kind, marks=pytest.mark.slow if "3-ranks" in kind or "part" in kind else []) for kind in KINDS]
+SAMPLED = [pytest.param(kind, marks=pytest.mark.slow if "3-ranks" in kind or "part" in kind or "bf16" in kind else []) for kind in KINDS]
 
 
 @pytest.fixture(scope="module")

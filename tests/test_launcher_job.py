@@ -106,6 +106,7 @@ def test_eight_at_once_make_one_run(tmp_path: Path) -> None:
     assert files_in(tmp_path / "out") == ["config.yaml", "manifest.json", "status.json"]
 
 
+@pytest.mark.slow
 def test_eight_at_once_with_two_settings_make_one_run_and_refuse_the_other(tmp_path: Path) -> None:
     said = race(tmp_path, ["1e-3", "2e-3"] * 4)
     assert sum("optim.lr:" in text for text in said) == 4

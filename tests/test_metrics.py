@@ -82,7 +82,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("server", ["none", "refuses", "silent", "broken package"])
+@pytest.mark.parametrize("server", ["none", "refuses", pytest.param("silent", marks=pytest.mark.slow), "broken package"])
 def test_wandb_never_stops_prompts_or_slows(tmp_path: Path, server: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     environment["PYTHONPATH"] = str(ROOT)

@@ -161,7 +161,7 @@ def test_a_stopped_run_continues_to_the_same_figures(
     assert (tmp_path / "parts" / "logs" / "attempt-2").is_dir()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "misshapen"])
+@pytest.mark.parametrize("damage", ["truncated", *(pytest.param(what, marks=pytest.mark.slow) for what in ("missing", "misshapen"))])
 def test_damaged_weights_are_named_and_every_rank_is_gone(base: Path, chats: Path, cache: Path, tmp_path: Path, damage: str) -> None:
     folder, words = damaged_bases(base, tmp_path)[damage]
     said = launch(cache, arguments(folder, chats, tmp_path / "run"), expect=2, timeout_s=60)

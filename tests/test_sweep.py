@@ -65,6 +65,7 @@ def test_each_method_of_a_sweep_trains_at_its_own_rate(base: Path, chats: Path, 
         assert f"{rate:g}, from {setting}" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     line = command(base, chats, folder, "seed=1,2", "train.steps=60", "checkpoint.every=60", "data.eval_fraction=0")
