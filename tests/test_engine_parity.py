@@ -337,4 +337,4 @@ def test_a_checkpoint_continues_exactly_and_on_another_world_size(
 def test_the_norm_of_many_numbers_is_exact() -> None:
     """32 million gradients of 1e-3: torch's float32 norm on a CPU is off in the third digit; clipping would be, too."""
     gradient = torch.full((1 << 25,), 1e-3)
-    assert sum_of_squares([gradient]) == pytest.approx((1 << 25) * float(gradient[0]) ** 2, rel=1e-9)
+    assert float(sum_of_squares([gradient])) == pytest.approx((1 << 25) * float(gradient[0]) ** 2, rel=1e-9)

@@ -13,6 +13,7 @@ from trainers.checkpoint import Checkpointer, Progress
 from trainers.config.derived import best_kept, exports_best, learning_rate, peak_lr
 from trainers.config.schema import OnSpike, RunConfig
 from trainers.data.loader import Ints, Rows
+from trainers.data.prefetch import Prefetch
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine, require_moved
 from trainers.evaluation import HeldOut
@@ -110,7 +111,7 @@ def train(
         claims = (stop or world.signalled is not None, save_now, checkpointer.is_writing(), late)
         return [*map(float, claims), float(device_bytes_peak() or 0), float(host_bytes_peak()), *guard.norms()]
 
-    with Metrics(config, attempt, world.rank, num_steps) as metrics:
+    with Metrics(config, attempt, world.rank, num_steps) as metrics, Prefetch(rows, world.device) as prefetch:
         progress = outcome.progress
         past = world.from_first(history(metrics.start(progress.step)))
         held_out.losses, outcome.train_loss = past.eval_losses, past.train_loss
@@ -123,15 +124,13 @@ def train(
             stragglers.probe(progress.step)
             began = time.perf_counter()
             seed_step(config.seed, progress.step, world.rank)
-            row_ids = rows.row_ids(progress.step, progress.ahead)
-            batches = rows.batches(progress.step, row_ids)
-            sizes = rows.table(progress.step).sizes(row_ids)
-            data_seconds = time.perf_counter() - began
+            dealt = prefetch.take(progress.step, progress.ahead)
+            sizes, data_seconds = dealt.sizes, time.perf_counter() - began
             targets, limits = objective.targets(sizes), guard.limits()
             lr = learning_rate(config.optim, peak, progress.step, num_steps)
             if update is not None:
                 update.at(progress.step, num_steps)
-            result = take_step(engine, objective, batches, world, lr=lr, targets=targets, limits=limits, report=report)
+            result = take_step(engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report)
             seconds = time.perf_counter() - started
             reports = _read_reports(result, guard)
             if reports.superseded:
@@ -149,7 +148,7 @@ def train(
             if taken and progress.step - progress.skipped == 1:
                 require_moved(engine, world)
             outcome.train_loss = result.loss
-            row = _row(progress, result, lr, sizes, seconds, reports, rows.epoch(progress.step), row_ids)
+            row = _row(progress, result, lr, sizes, seconds, reports, rows.epoch(progress.step), dealt.row_ids)
             if tflops is not None:
                 outcome.mfu = flops_per_token * progress.input_tokens / (tflops * 1e12 * progress.device_seconds)
                 row["mfu"] = flops_per_token * sizes.tokens / (tflops * 1e12 * seconds * world.size)

@@ -13,7 +13,7 @@ from trainers.batch import Batch
 from trainers.engines.base import Engine
 from trainers.health.spikes import NO_LIMITS, Limits
 from trainers.objectives import Objective
-from trainers.world import World
+from trainers.world import World, read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ def take_step(
     Sums over the targets of the whole step, which are known before, make it the same under any split into ranks, microbatches
     and accumulation. Nothing is updated above the limits, with a norm that is not finite, or without targets.
     What `report` returns after the last backward travels with the loss: as many numbers on every rank, of which the largest count.
+    The host waits for the device once, when all of the step's work but the update is done.
     """
     total = torch.zeros((), device=world.device)
     figures: dict[str, Tensor] = {}
@@ -61,12 +62,14 @@ def take_step(
         total += loss.total.detach()
         for name, value in loss.figures.items():
             figures[name] = figures.get(name, 0.0) + value.detach()
-    names = sorted(figures)
-    sums, reports = world.sum_and_max([float(total), *(float(figures[name]) for name in names)], report())
+    names, squares = sorted(figures), engine.squares() if targets else None
+    mine = read([total, *(figures[name] for name in names), *(() if squares is None else (squares,))])
+    sums, reports = world.sum_and_max(mine, report())
+    norm = None if squares is None else math.sqrt(sums.pop())
     mean, *rest = (value / targets if targets else math.nan for value in sums)
 
     def accepts(norm: float) -> bool:
         return math.isfinite(norm) and not limits.exceeded(mean, norm)
 
-    grad_norm = engine.step(lr, accepts) if targets else 0.0
+    grad_norm = engine.step(lr, accepts, norm) if targets else 0.0
     return StepResult(loss=mean, grad_norm=grad_norm, figures=dict(zip(names, rest, strict=True)), reports=reports)

@@ -204,6 +204,11 @@ class World:
             raise RuntimeError(f"ranks disagree on {what}: rank 0: {values[0]}; {'; '.join(others[:4])}")
 
 
+def read(values: Sequence[torch.Tensor]) -> list[float]:
+    """Return scalars of one device on the host, in float64; the host waits for the device, once."""
+    return [float(value) for value in torch.stack([value.double() for value in values]).cpu()]
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed dropout from (seed, step, rank) alone, so that no generator state lives in checkpoints."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank & (1 << 63) - 1)

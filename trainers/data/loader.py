@@ -22,7 +22,10 @@ LENGTH_MULTIPLE = 8
 
 
 class Rows(Protocol):
-    """What the loop asks for data: every answer is a function of the step, so that nothing of it is saved."""
+    """What the loop asks for data: every answer is a function of the step, so that nothing of it is saved.
+
+    A thread asks for the next step while one is taken.
+    """
 
     num_steps: int
     pad_id: int

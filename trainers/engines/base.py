@@ -108,8 +108,15 @@ class Engine(Protocol):
         """Add the gradients of a scalar; `last` marks the step's last microbatch. Gradients sum over ranks."""
         ...
 
-    def step(self, lr: float, accepts: Accepts = ...) -> float:
-        """Clip, update, clear gradients; return the global gradient norm before clipping.
+    def squares(self) -> Tensor | None:
+        """Return the sum of this rank's squared gradients after the last backward, () float64 on the device, without waiting for it.
+
+        The sum over ranks is the square of the global norm. None where the engine finds the norm in its own `step`. Not collective.
+        """
+        ...
+
+    def step(self, lr: float, accepts: Accepts = ..., norm: float | None = None) -> float:
+        """Clip, update, clear gradients; return the global gradient norm before clipping: `norm`, where it is known from `squares`.
 
         A norm that is not finite, or that `accepts` denies, updates nothing. All ranks must be given the same answer.
         """

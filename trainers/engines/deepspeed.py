@@ -255,7 +255,10 @@ class ZeRO3Engine:
         with _linear_of_zero3():
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
-    def step(self, lr: float, accepts: Accepts = accepts_all) -> float:
+    def squares(self) -> None:
+        """Leave the norm to DeepSpeed, whose step finds it over all ranks."""
+
+    def step(self, lr: float, accepts: Accepts = accepts_all, norm: float | None = None) -> float:
         """Clip, update and clear; return the gradient norm before clipping."""
         set_lr(self.optimizer.param_groups, lr)
         self.accepts = accepts

@@ -46,8 +46,10 @@ from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.tokens import ENCODER
 from trainers.peft.update import Part
-from trainers.world import World
+from trainers.world import World, read
 
+CLIP_EPS = 1e-6
+"""What torch adds to a norm before it divides by it."""
 STRAY_SHARE = 0.1
 """Largest share of all parameters that may be outside blocks and embeddings."""
 
@@ -60,6 +62,8 @@ class FSDPEngine:
     def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
         """Build on meta, adapt and shard: all that needs neither values nor memory for them."""
         self.world, self.blueprint, self.config = world, blueprint, config
+        self.parts: dict[str, Part] = {}
+        """What an update hook looks at, from `squares` to the end of `step`."""
         self.compute, engine = COMPUTE[config.train.precision], config.engine
         self.offloaded = engine.offload_param is Offload.cpu
         self.visits = engine.offload_optimizer is Offload.cpu and self.steps_on_device(config)
@@ -143,19 +147,31 @@ class FSDPEngine:
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         (loss * self.world.size).backward()
 
-    def step(self, lr: float, accepts: Accepts = accepts_all) -> float:
-        """Clip, update and clear; return the gradient norm before clipping."""
-        update, parts = self.adaptation.update, {}
+    def squares(self) -> Tensor:
+        """Return the sum of this rank's squared gradients, with what an update hook adds to them; a copy's share, where there are copies.
+
+        Collective where there is such a hook.
+        """
+        update = self.adaptation.update
         if update is not None:
-            parts = self._parts(update.names)
-            update.before(parts, lambda name: _whole(self.model.get_parameter(name)))
+            self.parts = self._parts(update.names)
+            update.before(self.parts, lambda name: _whole(self.model.get_parameter(name)))
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        require_type("gradients", grads, torch.float32)
+        squares = sum_of_squares(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)
+        return squares.to(self.world.device) / self.config.engine.replicate
+
+    def step(self, lr: float, accepts: Accepts = accepts_all, norm: float | None = None) -> float:
+        """Clip, update and clear; return the gradient norm before clipping."""
+        if norm is None:
+            norm = math.sqrt(self.world.sum(read([self.squares()]))[0])
+        update, parts = self.adaptation.update, self.parts
+        self.parts = {}
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        require_type("gradients", [p.grad for p in parameters if p.grad is not None], torch.float32)
-        squares = sum_of_squares(_local_block(p.grad)[0] for p in parameters if p.grad is not None)
-        norm = math.sqrt(self.world.sum([squares])[0] / self.config.engine.replicate)
+        clip = self.config.optim.clip
         if math.isfinite(norm) and accepts(norm):
-            if self.config.optim.clip is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, torch.tensor(norm, dtype=torch.float32))
+            if clip is not None and norm + CLIP_EPS > clip:  # else it would multiply by 1
+                nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=torch.float32))
             set_lr(self.optimizer.param_groups, lr)
             if self.visits:
                 self._step_with_visiting_state(parameters)
@@ -363,11 +379,11 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, adaptation: Adaptation)
     return torch_optimizer(groups, optim)
 
 
-def sum_of_squares(tensors: Iterable[Tensor]) -> float:
-    """Return the sum of squares in float64: torch's float32 norm of 60 million CPU elements is off by half a percent."""
+def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
+    """Return the sum of squares, () float64: torch's float32 norm of 60 million CPU elements is off by half a percent."""
     parts = (part for tensor in tensors for part in tensor.reshape(-1).split(1 << 24))
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-    return float(torch.stack(norms).square().sum()) if norms else 0.0
+    return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
 def _begin_state(optimizer: torch.optim.Optimizer) -> None:

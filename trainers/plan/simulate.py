@@ -314,11 +314,16 @@ class Marked:
         self.number += 1
         _label(self.engine, self.trace, self.gpus)
 
-    def step(self, lr: float, accepts: Accepts) -> float:
-        """Mark where the optimizer's step begins and ends."""
+    def squares(self) -> Tensor | None:
+        """Mark where the optimizer's step begins."""
         self.trace.mark("optimizer step")
         with self.stepping():
-            norm: float = self.engine.step(lr, accepts)
+            return self.engine.squares()
+
+    def step(self, lr: float, accepts: Accepts, norm: float | None) -> float:
+        """Mark where the optimizer's step ends."""
+        with self.stepping():
+            norm = self.engine.step(lr, accepts, norm)
         _label(self.engine, self.trace, self.gpus)
         self.trace.mark("after the step")
         self.marks.remove()
