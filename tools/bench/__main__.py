@@ -7,6 +7,7 @@ python -m tools.bench load --ranks 2 4
 python -m tools.bench checkpoint --engine fsdp zero3
 python -m tools.bench engines --parameters 1e9 --precision bf16 --out FILE.md
 python -m tools.bench methods --model DIR --data FILE --out FILE.md
+python -m tools.bench peers --peer trl --out FILE.md
 python -m tools.bench plan
 python -m tools.bench plan --gpu --out benchmarks/gpu.md
 """
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from tools.bench import checkpoint, data, engines, load, methods, plan, train
+from tools.bench.peers import command as peers
 from tools.command import parser_of
 
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
@@ -33,6 +35,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     ),
     "engines": (engines, "speed, memory and parity of engines on the same random model and rows; a rank a GPU, or gloo between CPU ranks"),
     "methods": (methods, "parameter-efficient methods and full fine-tuning on the same rows, each at the best of its learning rates"),
+    "peers": (peers, "tokens a second, memory and time to the first step next to other trainers'; installs them once; minutes a run"),
     "plan": (plan, "a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal"),
 }
 """By name: the module that measures, and what it measures."""
@@ -41,6 +44,7 @@ RANKS: dict[str, tuple[Callable[[argparse.Namespace], None], dict[str, dict[str,
     "engine-rank": (engines.run_rank, {"run_dir": {}}),
     "checkpoint-rank": (checkpoint.run_rank, {"run_dir": {}}),
     "load-rank": (load.run_rank, {"folder": {}, "engine": {}, "run_dir": {}}),
+    "peer-inputs": (peers.make_inputs, {"folder": {}, "shape": {}, "seq_len": {"type": int}, "rows": {"type": int}}),
     "one": (
         train.run_one,
         {"shape": {"choices": train.SHAPES}, "variant": {"choices": train.VARIANTS}, "--steps": {"type": int, "default": 12}},

@@ -1,0 +1,1 @@
+"""Other trainers next to ours: the same model, rows, tokens and precision."""

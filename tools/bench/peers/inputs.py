@@ -1,0 +1,106 @@
+"""What all trainers are given: a model of random weights, its tokenizer, and rows of a prompt and its completion."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trainers.data import python_docs
+
+WORDS = r"\w+|[^\w]"
+"""A token: a word or another character. None crosses the end of a prompt, so that trainers that tokenise both apart agree."""
+PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
+SHAPES: dict[str, dict[str, int]] = {
+    "9m": {"vocab_size": 16384, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6},
+    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
+    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+}
+"""Llamas by their size: that of `tools.bench train`, Llama 3.2 1B and Llama 3.1 8B."""
+HEADS: dict[str, tuple[int, int]] = {"9m": (8, 4), "1b": (32, 8), "8b": (32, 8)}
+"""Attention heads, and those of keys and values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What was made, in a folder with `model` and rows.jsonl."""
+
+    parameters: int
+    documents: int
+    tokens: int
+    """Of a pass over all rows, which is a step."""
+    labels: int
+    """Tokens of them that are trained: the completions, each with its end."""
+    packed_rows: int
+    """Rows that ours packs them into."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Inputs:
+        """Return what `make` has left in a folder."""
+        return cls(**json.loads((folder / "inputs.json").read_text()))
+
+
+def make(folder: Path, shape: str, seq_len: int, rows: int) -> None:
+    """Make a model, a tokenizer and documents of so many packed rows, the same for the same arguments."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from trainers.data.pack import pack
+
+    pairs = _pairs()
+    sizes = [sum(len(re.findall(WORDS, text)) for text in pair) + 1 for pair in pairs]
+    fitting = [(pair, size) for pair, size in zip(pairs, sizes, strict=True) if size <= seq_len]
+    taken: list[tuple[tuple[str, str], int]] = []
+    total = 0
+    for pair, size in fitting * (1 + rows * seq_len // sum(size for _, size in fitting)):
+        if total + size > rows * seq_len:
+            break
+        taken, total = [*taken, (pair, size)], total + size
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": prompt, "completion": completion}) + "\n" for (prompt, completion), _ in taken)
+    _save_tokenizer(folder / "model", pairs, SHAPES[shape]["vocab_size"])
+    heads, key_heads = HEADS[shape]
+    sizes_of: dict[str, Any] = {**SHAPES[shape], "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    sizes_of |= {"max_position_embeddings": max(2048, seq_len), "tie_word_embeddings": shape != "8b"}
+    config = LlamaConfig(**sizes_of, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "model")
+    made = Inputs(
+        parameters=model.num_parameters(),
+        documents=len(taken),
+        tokens=total,
+        labels=sum(len(re.findall(WORDS, completion)) + 1 for (_, completion), _ in taken),
+        packed_rows=len(pack(np.array([size for _, size in taken], np.int64), seq_len)[1]) - 1,
+    )
+    (folder / "inputs.json").write_text(json.dumps(vars(made)))
+
+
+def _pairs() -> list[tuple[str, str]]:
+    """Return questions about this Python and their answers, of every module alike."""
+    found = []
+    for row in islice(python_docs.conversations(), 0, None, 7):
+        question, answer = (message["content"] for message in row["messages"])
+        found.append((question + "\n", answer))
+    return found
+
+
+def _save_tokenizer(folder: Path, pairs: list[tuple[str, str]], vocabulary: int) -> None:
+    """Save a tokenizer of whole words, as many as the model has embeddings."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    counted = Counter(word for pair in pairs for text in pair for word in re.findall(WORDS, text))
+    words = [PAD, END, UNKNOWN, *(word for word, _ in counted.most_common(vocabulary - 3))]
+    words += [f"<{number}>" for number in range(vocabulary - len(words))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast: Any = PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, unk_token=UNKNOWN).save_pretrained(folder)
