@@ -16,8 +16,7 @@ from tables import LENGTHS, blueprint_for, config_for, ragged_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainers import step as step_module
-from trainers.data.loader import Ints, Loader
-from trainers.data.prefetch import Prefetch
+from trainers.data.loader import Ints, Loader, Prefetch
 from trainers.engines.build import build_engine
 from trainers.objectives import NextToken
 from trainers.step import take_step

@@ -12,8 +12,7 @@ from trainers.batch import Sizes
 from trainers.checkpoint import Checkpointer, Progress
 from trainers.config.derived import best_kept, exports_best, learning_rate, peak_lr
 from trainers.config.schema import OnSpike, RunConfig
-from trainers.data.loader import Ints, Rows
-from trainers.data.prefetch import Prefetch
+from trainers.data.loader import Ints, Prefetch, Rows
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine, require_moved
 from trainers.evaluation import HeldOut

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tools.bench.peers.drivers.recorder import Recorder, callback, settings
@@ -11,6 +15,9 @@ from tools.bench.peers.drivers.recorder import Recorder, callback, settings
 
 def train(order: dict[str, Any]) -> None:
     """Train as ordered."""
+    if importlib.util.find_spec("torchaudio") is None:  # it imports it for any data, and the registry's build needs CUDA's libraries
+        sys.modules["torchaudio"] = ModuleType("torchaudio")
+        sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
     from llamafactory.train.tuner import run_exp
     from transformers import AutoTokenizer
 
