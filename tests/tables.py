@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, Precision, RunConfig, TrainConfig, WandbMode
-from trainers.data.pack import pack
+from trainers.data.pack import pack, pack_units
 from trainers.data.table import TokenTable
 from trainers.model.blueprint import Blueprint
 
@@ -54,3 +55,15 @@ def blueprint_for(model: Path, attention: str | None = None) -> Blueprint:
     config = AutoConfig.from_pretrained(model)
     config._attn_implementation = attention
     return Blueprint(config=config, folder=model, revision=None, seed=0, trust_remote_code=False)
+
+
+def pair_table(lengths: list[int], packed: int | None = None) -> TokenTable:
+    """Pairs of documents of these lengths, a pair a row where they are not packed; the two of a pair begin with the same tokens."""
+    table = ragged_table(lengths)
+    tokens, units = table.tokens.copy(), np.arange(len(lengths)) // 2
+    for first in range(0, len(lengths), 2):
+        shared = max(1, min(lengths[first : first + 2]) // 3)
+        starts = table.offsets[first : first + 2]
+        tokens[starts[1] : starts[1] + shared] = tokens[starts[0] : starts[0] + shared]
+    order, rows = pack_units(np.array(lengths), units, packed) if packed else (table.order, np.arange(0, len(lengths) + 1, 2))
+    return replace(table, tokens=tokens, units=units, order=order, rows=rows, apart=packed is None)

@@ -107,6 +107,12 @@ def by_document(values: Tensor, batch: Batch) -> Tensor:
     return sums.index_add(0, batch.documents.flatten() + 1, labelled)[1:]
 
 
+def by_pair(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what belongs to the first and to the second document of each pair, (D,) -> (P,), (P,): the members are neighbours."""
+    first, second = values.view(-1, 2).unbind(1)
+    return first, second
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a forward returns besides log-probabilities."""

@@ -34,9 +34,12 @@ from trainers.health.watchdog import watchdog
 from trainers.loop import train
 from trainers.model.blueprint import Blueprint, flops_per_token, make_blueprint, positions_limit
 from trainers.model.export import rehearse_export
+from trainers.objectives import CHOICES
+from trainers.objectives.preference import REFERENCE
 from trainers.peft.base import Adaptation, FullTraining
 from trainers.peft.saved import rehearse_adapter
 from trainers.processes import exit_after
+from trainers.reference import with_reference
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.base import base_of, pinned, require_same_base
@@ -92,7 +95,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     watch.enter(Phase.loading)
     rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
     with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:
-        return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer))
+        return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer), base)
 
 
 def rehearse(world: World, attempt: Attempt, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast, adaptation: Adaptation) -> None:
@@ -110,8 +113,8 @@ def rehearse(world: World, attempt: Attempt, blueprint: Blueprint, tokenizer: Pr
         raise ConfigError(**found)
 
 
-def train_and_export(built: Built) -> int:
-    """Train to the end, or to a stop that was asked for, and return the exit code; collective."""
+def train_and_export(built: Built, base: dict[str, Any]) -> int:
+    """Train to the end, or to a stop that was asked for, and return the exit code; collective. `base` tells its weights from others."""
     config, world, attempt, engine, data = built.config, built.world, built.attempt, built.engine, built.data
     report = engine.report()
     if world.rank == 0:
@@ -123,6 +126,8 @@ def train_and_export(built: Built) -> int:
         require_isolation(lambda batch: engine.forward(batch.to(world.device)).logps, vocab_size, config.train.microbatch, rounds)
         engine.train(True)
     padding = pad_id(built.tokenizer)
+    if REFERENCE in CHOICES[config.objective.name](config.objective).signals:
+        data = with_reference(config, world, attempt, engine, data, base, padding)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=padding)
     world.begin_steps()
     adaptation = engine.adaptation

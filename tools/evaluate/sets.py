@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 from tools.evaluate.subject import Subject
 from trainers.cache import build_once, cache_root, content_key
 from trainers.config.checks import SAMPLED
+from trainers.config.derived import compares
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong
 from trainers.data.pack import one_each
@@ -42,6 +43,11 @@ class EvalSet:
 def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
     """Return the rows of `evaluation.path`, else those that the run held out; raises ConfigError where there are none."""
     path = config.evaluation.path
+    if compares(config.objective.name):
+        if path is None:
+            reason = "the run held out pairs of answers, which its metrics measure: eval_accuracy, eval_reward_margin"
+            raise ConfigError("evaluation.path", None, reason, "--path FILE, rows of a task with one answer each")
+        config = dataclasses.replace(config, objective=ObjectiveConfig(name=ObjectiveName.sft))
     if path is not None:
         data = dataclasses.replace(config.data, source=DataSource.files, path=path, eval_path=None, eval_fraction=0.0, packing=False)
         data = dataclasses.replace(data, split=data.eval_split or data.split, eval_split=None)

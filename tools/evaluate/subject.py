@@ -68,12 +68,15 @@ class Subject:
     def open(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Return the model in `dtype`, ready to be asked; on several GPUs of one machine where one does not hold it."""
         where = "auto" if device.type == "cuda" and device.index is None else {"": device} if device.type == "cuda" else None
-        folder = self.base if self.folder is None or self.is_adapter else self.folder
+        of_base = self.folder is None or self.is_adapter
+        folder = self.base if of_base or self.folder is None else self.folder
         trust = self.config.model.trust_remote_code
         config = open_config(folder, trust)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, device_map=where, trust_remote_code=trust
-        )
+        if of_base and self.blueprint.vocab_on_disk is not None:  # with the rows that new tokens begin with
+            model: PreTrainedModel = self.blueprint.build("cpu")
+            model.to(dtype=dtype, device=device)  # type: ignore[call-arg]
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map=where, trust_remote_code=trust)
         model.requires_grad_(False)
         if self.is_adapter:
             assert self.folder is not None

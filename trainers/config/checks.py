@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.deepspeed_keys import check_overrides
-from trainers.config.derived import has_held_out, peak_lr
+from trainers.config.derived import compares, has_held_out, peak_lr
 from trainers.config.errors import ConfigError, plural
+from trainers.config.objectives import validate_objective
 from trainers.config.schema import (
     AdapterInit,
     Attention,
@@ -49,6 +50,7 @@ def load(path: Path | str) -> RunConfig:
 
 POSITIVE = (
     "data.seq_len",
+    "objective.beta",
     "data.processes",
     "optim.lr",
     "optim.full_lr",
@@ -105,6 +107,8 @@ NOT_NEGATIVE = (
     "checkpoint.keep_best",
     "peft.tinit",
     "peft.orth_reg_weight",
+    "objective.margin",
+    "objective.nll_weight",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
@@ -166,6 +170,7 @@ def validate(config: RunConfig) -> None:
     _validate_spikes(config)
     _validate_engine(config.engine)
     _validate_training(config)
+    validate_objective(config.objective)
     validate_evaluation(config.evaluation)
     peak_lr(config.optim, config.peft)
 
@@ -249,7 +254,11 @@ def _validate_data(config: RunConfig) -> None:
     if data.template is not None and Path(data.template).is_file() and not Path(data.template).read_text("utf-8", "replace").strip():
         raise ConfigError("data.template", data.template, "the template file is empty")
     if data.document is DocumentOf.turn and config.objective.name is not ObjectiveName.sft:
-        raise ConfigError("data.document", "turn", f"objective={config.objective.name} trains every token", "objective=sft")
+        reason = "compares two answers" if compares(config.objective.name) else "trains every token"
+        raise ConfigError("data.document", "turn", f"objective={config.objective.name} {reason}", "data.document=row, or objective=sft")
+    if data.supervise is not Supervise.assistant and compares(config.objective.name):
+        reason = f"objective={config.objective.name} compares the answers, and no turn of the prompt"
+        raise ConfigError("data.supervise", str(data.supervise), reason, "data.supervise=assistant")
     if data.document is DocumentOf.turn and data.supervise is not Supervise.assistant:
         reason = f"data.supervise is {data.supervise}, and each document has one turn that is trained"
         raise ConfigError("data.document", "turn", reason, "data.supervise=assistant")

@@ -10,6 +10,7 @@ from trainers.config.schema import (
     DataConfig,
     DataSource,
     Export,
+    ObjectiveName,
     OptimConfig,
     OptimizerName,
     PeftConfig,
@@ -62,6 +63,15 @@ def sources_of(data: DataConfig) -> list[Source | None]:
         return [first]
     of_eval = (data.config, (), data.revision) if data.eval_path == data.path else (None, (), None)
     return [first, Source(data.eval_path, data.eval_split or data.split, *of_eval)]
+
+
+PREFERENCES = (ObjectiveName.dpo, ObjectiveName.simpo, ObjectiveName.cpo, ObjectiveName.orpo)
+"""Objectives that compare the two answers of a pair."""
+
+
+def compares(objective: ObjectiveName) -> bool:
+    """Tell whether an objective takes pairs of answers."""
+    return objective in PREFERENCES
 
 
 def peak_lr(optim: OptimConfig, peft: PeftConfig) -> Peak:

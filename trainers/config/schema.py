@@ -34,6 +34,7 @@ class Layout(StrEnum):
     alpaca = "alpaca"
     question_answer = "question_answer"
     prompt_completion = "prompt_completion"
+    preference = "preference"
     text = "text"
 
 
@@ -68,10 +69,22 @@ class DataSource(StrEnum):
 
 
 class ObjectiveName(StrEnum):
-    """Supervised fine-tuning on conversations, or continued pre-training on every token."""
+    """Supervised fine-tuning on conversations, continued pre-training on every token, or preferences between two answers."""
 
     sft = "sft"
     cpt = "cpt"
+    dpo = "dpo"
+    simpo = "simpo"
+    cpo = "cpo"
+    orpo = "orpo"
+
+
+class PreferenceLoss(StrEnum):
+    """What a pair's margin is put through: the log-sigmoid, a hinge (SLiC), or the square around 1 / (2 beta) (IPO)."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
 
 
 class PeftMethod(StrEnum):
@@ -265,7 +278,21 @@ class ObjectiveConfig:
     """What is minimised."""
 
     name: ObjectiveName = ObjectiveName.sft
-    """`sft` trains the supervised turns of conversations, `cpt` every token of a text."""
+    """`sft` trains the supervised turns of conversations, `cpt` every token of a text, the others which of two answers is preferred."""
+    beta: float = 0.1
+    """dpo, simpo, cpo: what a difference of log-probabilities in nats is multiplied by; orpo: weight of the odds ratio."""
+    loss: PreferenceLoss = PreferenceLoss.sigmoid
+    """dpo, cpo: what becomes of a pair's margin."""
+    label_smoothing: float = 0.0
+    """dpo, cpo: share of the pairs whose answers are taken to be in the wrong order. In [0, 0.5)."""
+    robust: bool = False
+    """dpo: with `label_smoothing`, the loss whose mean over such pairs is that of clean ones (arXiv 2403.00409)."""
+    length_normalised: bool = False
+    """dpo: divide each answer's log-probability by its tokens; simpo and orpo always do."""
+    margin: float = 0.0
+    """simpo: by how much, in units of the reward, the preferred answer is to lead."""
+    nll_weight: float = 0.0
+    """dpo, cpo: weight of the preferred answer's own loss, in nats a token; orpo always has it with weight 1."""
 
 
 @dataclass(kw_only=True)

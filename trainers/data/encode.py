@@ -40,6 +40,8 @@ class Documents:
     groups: NDArray[np.uint64]
     """Hash of the first prompt of each document."""
     counts: dict[str, int]
+    units: Ints | None = None
+    """The unit of each document, counted from 0: those of a pair share one. None where each document is its own."""
     bad: list[str] = field(default_factory=list)
     """File, line and reason of each bad row."""
     left_out: LeftOut = field(default_factory=LeftOut)
@@ -69,6 +71,7 @@ class Encoder:
     seq_len: int
     too_long: TooLong
     seed: int
+    packing: bool = True
     document: DocumentOf = DocumentOf.row
     chat_remedy: str = "data.template=chatml"
     """Overrides that give the tokenizer a chat template."""
@@ -120,6 +123,8 @@ class Encoder:
         if self.layout is Layout.text:
             text = formats.to_text(row)
             return [masks.plain_text(text, self.bos, self.eos)], text
+        if self.layout is Layout.preference:
+            return self._render_preference(row)
         plain = self.template is None or self.objective is ObjectiveName.cpt
         if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
             pair, prompt = self._render_pair(row)
@@ -146,6 +151,25 @@ class Encoder:
             rendered = [masks.render(template, messages, tools, self.supervise, untrained)]
         require_not_rendered(messages, rendered[0].text if rendered else "", self.bos, self.opening)
         return rendered, prompt
+
+    def _render_preference(self, row: Any) -> tuple[list[Rendered], str]:
+        """Return the prompt with the answer that is preferred, and with the other one; each answer is trained, no turn of the prompt."""
+        from trainers.data import fields
+        from trainers.data.preferences import to_preference
+
+        pair = to_preference(row)
+        if self.template is None:
+            raise ConfigError("data.template", None, "the tokenizer has no chat template, and answers need one", self.chat_remedy)
+        template, tools = _with_variables(self.template, fields.template_variables(row)), formats.to_tools(row)
+        of_prompt = frozenset(range(len(pair.prompt)))
+        rendered = [
+            masks.render(template, pair.prompt + answer, tools, Supervise.assistant, of_prompt) for answer in (pair.chosen, pair.rejected)
+        ]
+        require_not_rendered(pair.prompt + pair.chosen, rendered[0].text, self.bos, self.opening)
+        prompts = {item.text[: item.spans[0][0]] for item in rendered}
+        if len(prompts) > 1:
+            raise BadRow("has a prompt that the chat template writes differently before each of the two answers")
+        return rendered, formats.first_prompt(pair.prompt)
 
     def _require_supervision(self, row: formats.Row) -> None:
         """Raise ConfigError where turns say that they are not trained, and everything is."""
@@ -226,25 +250,41 @@ class Encoder:
         return supervised
 
     def _fit(self, tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, groups: list[int]) -> Documents:
-        """Cut or drop documents over `seq_len`, and drop those with nothing to train."""
+        """Cut or drop documents over `seq_len`, and drop those with nothing to train; both of a pair or none."""
         counts = dict.fromkeys(COUNTS, 0)
         counts["supervised_before"] = int(supervised.sum())
+        if self.layout is Layout.preference:
+            return self._fit_pairs(tokens, supervised, offsets, groups, counts)
         pieces: list[tuple[int, int, int]] = []
         for group, first, last in zip(groups, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
             pieces.extend((group, start, end) for start, end in self._cut(first, last, counts))
         running = np.concatenate([[0], np.cumsum(supervised, dtype=np.int64)])
         kept = [piece for piece in pieces if running[piece[2]] - running[min(piece[1] + 1, piece[2])] > 0]
         counts["dropped"] += len(pieces) - len(kept)
-        index = _ranges([piece[1:] for piece in kept])
-        documents = Documents(
-            tokens=tokens[index],
-            supervised=supervised[index],
-            lengths=np.array([end - start for _, start, end in kept], dtype=np.int64),
-            groups=np.array([group for group, _, _ in kept], dtype=np.uint64),
-            counts=counts,
-        )
-        documents.supervised[np.cumsum(documents.lengths) - documents.lengths] = 0
-        counts["supervised_lost"] = counts["supervised_before"] - int(documents.supervised.sum())
+        return _documents_of(kept, tokens, supervised, counts)
+
+    def _fit_pairs(
+        self, tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, groups: list[int], counts: dict[str, int]
+    ) -> Documents:
+        """Cut both documents of a pair at one length; a pair goes where it is to be dropped, or where an answer has no token left.
+
+        Packed, the two fit into a row of `seq_len` together; otherwise each has a row of its own.
+        """
+        kept: list[tuple[int, int, int]] = []
+        room = self.seq_len if self.packing else 2 * self.seq_len
+        for number in range(0, len(groups), 2):
+            spans = [(int(offsets[at]), int(offsets[at + 1])) for at in (number, number + 1)]
+            shorter = min(end - start for start, end in spans)
+            longest = min(self.seq_len, max(room - shorter, room // 2))
+            cut = [(start, min(end, start + longest)) for start, end in spans]
+            is_cut = cut != spans
+            if (is_cut and self.too_long is TooLong.drop) or not all(supervised[start + 1 : end].any() for start, end in cut):
+                counts["dropped"] += 1
+                continue
+            counts["truncated"] += is_cut
+            kept += [(groups[number], start, end) for start, end in cut]
+        documents = _documents_of(kept, tokens, supervised, counts)
+        documents.units = np.arange(len(kept), dtype=np.int64) // 2
         return documents
 
     def _cut(self, first: int, last: int, counts: dict[str, int]) -> list[Span]:
@@ -260,6 +300,23 @@ class Encoder:
         return [(start, min(start + self.seq_len, last)) for start in range(first, last, self.seq_len)]
 
 
+def _documents_of(
+    kept: Sequence[tuple[int, int, int]], tokens: NDArray[np.int32], supervised: NDArray[np.uint8], counts: dict[str, int]
+) -> Documents:
+    """Return the documents of pieces (group, start, end), and count the trained tokens that are in none."""
+    index = _ranges([piece[1:] for piece in kept])
+    documents = Documents(
+        tokens=tokens[index],
+        supervised=supervised[index],
+        lengths=np.array([end - start for _, start, end in kept], dtype=np.int64),
+        groups=np.array([group for group, _, _ in kept], dtype=np.uint64),
+        counts=counts,
+    )
+    documents.supervised[np.cumsum(documents.lengths) - documents.lengths] = 0
+    counts["supervised_lost"] = counts["supervised_before"] - int(documents.supervised.sum())
+    return documents
+
+
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint64))
 
 
@@ -273,7 +330,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
     plain = layout in (Layout.question_answer, Layout.alpaca, Layout.prompt_completion) and template is None
     if plain and not eos and config.objective.name is ObjectiveName.sft:
         raise ConfigError("model.tokenizer", name, "the tokenizer has no eos_token, so nothing would end an answer", remedy)
-    if template is not None and layout is not Layout.text and config.objective.name is ObjectiveName.sft:
+    if template is not None and layout is not Layout.text and config.objective.name is not ObjectiveName.cpt:
         require_ends(tokenizer, template, can_grow)
     require_ids(tokenizer, name)
     backend = fast_backend(tokenizer, name)
@@ -290,6 +347,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         seq_len=config.data.seq_len,
         too_long=config.data.too_long,
         seed=config.seed,
+        packing=config.data.packing,
         document=config.data.document,
         chat_remedy=remedy,
         opening=written_tokens(template) if template is not None else (),
@@ -334,7 +392,10 @@ def byte_lengths(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64] | None
 
 def join(documents: list[Documents]) -> Documents:
     """Return the documents of several chunks as one, counts added up; the first error is kept."""
+    units = [item.units for item in documents if item.units is not None]
+    firsts = np.cumsum([0, *(len(item) // 2 for item in units)])
     return Documents(
+        units=np.concatenate([item + first for item, first in zip(units, firsts, strict=False)]) if units else None,
         tokens=np.concatenate([_NOTHING[0], *(item.tokens for item in documents)]),
         supervised=np.concatenate([_NOTHING[1], *(item.supervised for item in documents)]),
         lengths=np.concatenate([_NOTHING[2], *(item.lengths for item in documents)]),

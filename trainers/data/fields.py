@@ -59,6 +59,7 @@ READ = {
     Layout.prompt_completion: {"prompt", "completion", "response", "label", *KNOWN_ROW},
     Layout.question_answer: {"question", "answer", *KNOWN_ROW},
     Layout.alpaca: {"instruction", "input", "output", *KNOWN_ROW},
+    Layout.preference: {"prompt", "chosen", "rejected", *KNOWN_ROW},
     Layout.text: {"text", *KNOWN_ROW} - set(CONTEXT),
 }
 
@@ -66,13 +67,15 @@ READ = {
 def check(row: Row, layout: Layout) -> None:
     """Raise BadRow, which names the field, where a row or a turn holds what is known to matter and is not honoured."""
     for name in row.keys() & REFUSED_ROW.keys():
-        if row[name]:
+        if row[name] and not (name == "rejected" and layout is Layout.preference):
             raise _refusal("", name, REFUSED_ROW[name])
     _check_weights(row)
     if row.get("mask") not in NEMO_MASKS:
         raise _refusal("", "mask", "roles that are not to be trained, and only the assistant is")
     if row.get("label") is False and layout is Layout.prompt_completion:
         raise _refusal("", "label", "false: an answer that is not wanted, which this objective would train")
+    if layout is Layout.preference and has_flags(row, layout):
+        raise BadRow("has a turn that says that it is not trained, and of a pair the whole answers are compared")
     for number, turn in enumerate(_turns(row, layout), 1):
         if not REFUSED_TURN.keys().isdisjoint(turn):
             _check_turn(turn, number)
@@ -153,9 +156,10 @@ def template_variables(row: Row) -> dict[str, Any]:
 
 
 def _turns(row: Row, layout: Layout) -> Iterator[dict[str, Any]]:
-    """Yield the turns of a row as they are in it, prompt before completion."""
+    """Yield the turns of a row as they are in it, prompt before completion or answers."""
     one = layout in (Layout.messages, Layout.sharegpt)
-    parts = [conversation_of(row)] if one else [row.get("prompt"), row.get("completion"), row.get("response")]
+    names = ("prompt", "chosen", "rejected") if layout is Layout.preference else ("prompt", "completion", "response")
+    parts = [conversation_of(row)] if one else [row.get(name) for name in names]
     for part in parts:
         if isinstance(part, list):
             yield from (turn for turn in part if isinstance(turn, dict))

@@ -68,6 +68,8 @@ def recognise(row: object) -> Layout:
     """Tell the layout of a row from its keys; raises BadRow when none fits."""
     if not isinstance(row, dict):
         raise BadRow(f"is {_kind(row)}, not an object with named fields")
+    if "chosen" in row and "rejected" in row:
+        return Layout.preference
     key = _conversation_key(row)
     if key is not None:
         turns = conversation_of(row)
@@ -94,7 +96,7 @@ def to_messages(row: Row, layout: Layout) -> list[Message]:
     if layout in (Layout.messages, Layout.sharegpt):
         messages = _conversation(row, layout)
     elif layout is Layout.prompt_completion and isinstance(row.get("prompt"), list):
-        messages = _turns(row["prompt"], "prompt") + _completion_turns(row)
+        messages = to_turns(row["prompt"], "prompt") + _completion_turns(row)
     else:
         prompt, completion = to_pair(row, layout)
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
@@ -187,8 +189,8 @@ def _completion_key(row: Row) -> str:
 def _completion_turns(row: Row) -> list[Message]:
     completion = row.get(_completion_key(row))
     if isinstance(completion, list):
-        return _turns(completion, "completion")
-    return _turns([{"role": "assistant", "content": completion}], "completion")
+        return to_turns(completion, "completion")
+    return to_turns([{"role": "assistant", "content": completion}], "completion")
 
 
 def _conversation(row: Row, layout: Layout) -> list[Message]:
@@ -201,7 +203,7 @@ def _conversation(row: Row, layout: Layout) -> list[Message]:
         raise BadRow(f"has two conversations, in `{key}` and `{others[0]}`; data.ignore=[{others[0]}] reads the first")
     if layout is Layout.sharegpt and isinstance(turns, list):
         turns = [_from_sharegpt(turn, number) for number, turn in enumerate(turns, 1)]
-    return _turns(turns, key)
+    return to_turns(turns, key)
 
 
 def _from_sharegpt(turn: object, number: int) -> object:
@@ -221,7 +223,8 @@ def _parse_calls(value: str) -> list[Any]:
     return calls if isinstance(calls, list) else [calls]
 
 
-def _turns(turns: object, key: str) -> list[Message]:
+def to_turns(turns: object, key: str) -> list[Message]:
+    """Return the turns of a field, checked and in one form; raises BadRow."""
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"has `{key}` that is {_kind(turns)}, not a list of turns" if turns != [] else f"has an empty `{key}`")
     return [_turn(turn, number) for number, turn in enumerate(turns, 1)]

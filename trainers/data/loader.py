@@ -172,13 +172,18 @@ def row_order(seed: int, epoch: int, num_rows: int) -> Ints:
 def make_batch(table: TokenTable, rows: Ints, num: int, pad_id: int) -> Batch:
     """Return rows as a batch of `num` rows (B), as long as the longest, rounded up to a multiple of 8 (S).
 
+    Of a table whose documents lie apart, each document is a row of the batch: B is `num` times those of a row.
+
     Labels are shifted within each document, so that nothing predicts the next document's first token. What pads a row,
     or is a row of padding, has no labels and counts its positions from 0 like a document of its own.
     """
     documents = [table.documents(int(row)) for row in rows]
+    if table.apart:
+        documents = [document[None] for group in documents for document in group]
+        num *= int(table.rows[1] - table.rows[0])
     flat = np.concatenate([*documents, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     starts, lengths = table.offsets[flat], table.offsets[flat + 1] - table.offsets[flat]
-    row_of = np.repeat(np.arange(len(rows)), [len(group) for group in documents])
+    row_of = np.repeat(np.arange(len(documents)), [len(group) for group in documents])
     used = np.bincount(row_of, weights=lengths, minlength=num).astype(np.int64)
     size = LENGTH_MULTIPLE * max(1, math.ceil(int(used.max(initial=0)) / LENGTH_MULTIPLE))
     input_ids = np.full(num * size, pad_id, dtype=np.int64)

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
-from trainers.config.derived import Source, sources_of
+from trainers.config.derived import Source, compares, sources_of
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Layout, ObjectiveName, RunConfig, TooLong
+from trainers.config.schema import DataConfig, Layout, ObjectiveName, RunConfig, TooLong
 from trainers.data import formats, sources
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
 from trainers.data.ends import chat_remedy, may_grow, stop_ids
 from trainers.data.formats import BadRow
 from trainers.data.masks import BUILT_IN
-from trainers.data.pack import one_each, pack
+from trainers.data.pack import one_each, pack, pack_units
 from trainers.data.parts import KINDS, LeftOut
 from trainers.data.report import bar_of
 from trainers.data.sources import Row
@@ -194,12 +194,27 @@ def find_layout(config: RunConfig, source: Source | None) -> Layout:
     reason = "there are no rows"
     for row in islice(sources.rows(source, config.objective.name), 100):
         try:
-            return formats.recognise(sources.parse(row, config.data.ignore))
+            found = formats.recognise(sources.parse(row, config.data.ignore))
+            _require_fitting(config, found)
+            return found
         except BadRow as error:
             reason = f"{row.file}:{row.line} {error}" if reason == "there are no rows" else reason
     known = ", ".join(layout for layout in Layout if layout is not Layout.auto)
     path = source.path if source else None
     raise ConfigError("data.path", path, f"no row has a known layout: {reason}", f"rows of one of: {known}; or set data.layout")
+
+
+def _require_fitting(config: RunConfig, layout: Layout) -> None:
+    """Raise ConfigError where rows compare answers and the objective does not, or the other way round."""
+    name = config.objective.name
+    if layout is Layout.preference and not compares(name):
+        reason = f"rows are pairs of answers, and objective={name} trains on one"
+        raise ConfigError(
+            "data.path", config.data.path, reason, "objective=dpo, or data.ignore=[rejected] where another field has the answer"
+        )
+    if layout is not Layout.preference and compares(name):
+        reason = f"compares two answers, and rows of layout {layout} have one"
+        raise ConfigError("objective.name", str(name), reason, "objective=sft, or rows with `chosen` and `rejected`")
 
 
 class Store:
@@ -211,6 +226,7 @@ class Store:
         self.streams: list[BinaryIO] = [file.open("wb") for file in self.files]
         self.lengths: list[NDArray[np.int64]] = []
         self.groups: list[NDArray[np.uint64]] = []
+        self.has_pairs = False
         self.counts = dict.fromkeys(COUNTS, 0)
         self.left_out = LeftOut()
         self.unread: set[str] = set()
@@ -223,6 +239,7 @@ class Store:
         documents.supervised.tofile(self.streams[1])
         self.lengths.append(documents.lengths)
         self.groups.append(documents.groups)
+        self.has_pairs |= documents.units is not None
         self.num_documents += len(documents.lengths)
         self.counts = {name: self.counts[name] + documents.counts.get(name, 0) for name in COUNTS}
         self.left_out.update(documents.left_out)
@@ -307,7 +324,7 @@ def _check_losses(config: RunConfig, counts: dict[str, int]) -> None:
 
 def _stops(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[int, str]]:
     """Return ids and texts of the tokens that end an answer; none where only texts are trained."""
-    ids = stop_ids(tokenizer) if config.objective.name is ObjectiveName.sft else []
+    ids = stop_ids(tokenizer) if config.objective.name is not ObjectiveName.cpt else []
     return [(number, str(tokenizer.convert_ids_to_tokens(number))) for number in ids]
 
 
@@ -378,25 +395,39 @@ def hold_out(groups: NDArray[np.uint64], fraction: float) -> Kept:
     return np.isin(groups, taken or [names[np.argmin(sizes)]])
 
 
+def _rows_of(lengths: NDArray[np.int64], units: NDArray[np.int64] | None, data: DataConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return (order, rows) of documents: packed, or a document a row, or a pair a row."""
+    if units is None:
+        return pack(lengths, data.seq_len) if data.packing else one_each(len(lengths))
+    if data.packing:
+        return pack_units(lengths, units, data.seq_len)
+    return np.arange(len(lengths), dtype=np.int64), np.arange(0, len(lengths) + 1, 2, dtype=np.int64)
+
+
 def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> dict[str, Any]:
     """Pack and write a split; return its part of the report."""
     tokens, supervised, lengths, _ = store.arrays()
     which = slice(None) if keep.all() else np.repeat(keep, lengths)
     lengths = lengths[keep]
     started = time.monotonic()
-    order, rows = pack(lengths, config.data.seq_len) if config.data.packing else one_each(len(lengths))
+    units = np.arange(len(lengths), dtype=np.int64) // 2 if store.has_pairs else None
+    order, rows = _rows_of(lengths, units, config.data)
     pack_seconds = time.monotonic() - started
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    table = TokenTable(tokens=tokens[which], supervised=supervised[which], offsets=offsets, order=order, rows=rows)
+    apart = units is not None and not config.data.packing
+    table = TokenTable(
+        tokens=tokens[which], supervised=supervised[which], offsets=offsets, order=order, rows=rows, units=units, apart=apart
+    )
     save_table(table, folder)
     num_tokens = int(offsets[-1])
     longest = config.data.seq_len if config.data.packing else int(lengths.max())
     return {
         "documents": len(lengths),
+        **({} if units is None else {"pairs": len(lengths) // 2}),
         "rows": len(table),
         "tokens": num_tokens,
         "supervised_tokens": int(table.supervised.sum(dtype=np.int64)),
         "lengths": {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()},
-        "efficiency": num_tokens / (len(table) * longest),
+        "efficiency": num_tokens / ((len(lengths) if apart else len(table)) * longest),
         "pack_seconds": round(pack_seconds, 4),
     }

@@ -20,8 +20,9 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
     lines = [f"data {report['fingerprint']}: layout {report['layout']}, {plural(report['rows'], 'row')}{how}", *_files_in_words(report)]
     for name, split in report["splits"].items():
         lengths = ", ".join(f"{key} {value:,}" for key, value in split["lengths"].items())
+        what = plural(split["pairs"], "pair") if "pairs" in split else plural(split["documents"], "document")
         lines.append(
-            f"  {name:5} {plural(split['documents'], 'document')} in {plural(split['rows'], 'row')} (filled {split['efficiency']:.2%}), "
+            f"  {name:5} {what} in {plural(split['rows'], 'row')} (filled {split['efficiency']:.2%}), "
             f"{plural(split['tokens'], 'token')}, {split['supervised_tokens']:,} supervised; document lengths {lengths}"
         )
     lost = report["supervised_lost"] / report["supervised_before"]

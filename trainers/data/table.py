@@ -30,6 +30,8 @@ class TokenTable:
     """Supervised tokens of each document, (documents,); None where they are counted when needed."""
     units: NDArray[np.int64] | None = None
     """The unit of each document, (documents,): those of one unit, such as a pair, share a row. None where each is its own."""
+    apart: bool = False
+    """The documents of a row lie below each other in a batch, each padded, and not one after the other: pairs without packing."""
     signals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """What an objective reads besides tokens, by name: (documents,), or (tokens,) where each token has its own."""
 
@@ -78,6 +80,8 @@ def save_table(table: TokenTable, folder: Path) -> None:
     for name, array in _arrays(replace(table, labels=labels)).items():
         (folder / name).parent.mkdir(exist_ok=True)
         np.save(folder / f"{name}.npy", array)
+    if table.apart:
+        (folder / APART).touch()
 
 
 def open_table(folder: Path) -> TokenTable:
@@ -86,14 +90,16 @@ def open_table(folder: Path) -> TokenTable:
         str(path.relative_to(folder).with_suffix("")): np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.rglob("*.npy")
     }
     signals = {name.removeprefix(SIGNALS): found.pop(name) for name in list(found) if name.startswith(SIGNALS)}
-    return TokenTable(**found, signals=signals)
+    return TokenTable(**found, signals=signals, apart=(folder / APART).exists())
 
 
 SIGNALS = "signals/"
+APART = "apart"
+"""Name of the empty file that says `TokenTable.apart`."""
 
 
 def _arrays(table: TokenTable) -> dict[str, NDArray[Any]]:
     """Return the arrays of a table by the names of their files."""
-    arrays = {item.name: getattr(table, item.name) for item in fields(table) if item.name != "signals"}
+    arrays = {item.name: getattr(table, item.name) for item in fields(table) if item.name not in ("signals", "apart")}
     arrays |= {f"{SIGNALS}{name}": signal for name, signal in table.signals.items()}
     return {name: array for name, array in arrays.items() if array is not None}

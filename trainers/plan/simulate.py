@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainers.batch import Batch, Needs, Output
+from trainers.config.derived import compares
 from trainers.config.schema import Offload, PeftMethod, RunConfig
 from trainers.engines.base import Accepts, Engine
 from trainers.engines.build import class_of, end_groups, outline
@@ -226,9 +227,10 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
     count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
-    batches = [whole_batch(config.train.microbatch, seq_len) for _ in range(count)]
+    in_row = 2 if compares(config.objective.name) and not config.data.packing else 1  # the answers of a pair lie apart
+    batches = [whole_batch(in_row * config.train.microbatch, seq_len) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
-    evaluated = whole_batch(rows, seq_len) if rows > config.train.microbatch else None
+    evaluated = whole_batch(in_row * rows, seq_len) if rows > config.train.microbatch else None
     has_dtensors = any(isinstance(p, DTensor) for p in engine.model.parameters())
     stepping: Callable[[], AbstractContextManager[Any]] = unset_fake_temporarily if has_dtensors else nullcontext  # DTensor has its own
     with warnings.catch_warnings(), _few_chunks(trace), fake, trace:

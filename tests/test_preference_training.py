@@ -1,0 +1,212 @@
+"""A run on pairs equals a plain loop with a frozen copy of the model, under any split and both engines; its reference is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import arguments, environment, launch, pids_of, started, trace, wait_for_step
+from conftest import WORDS, Ranks
+from tables import EPS, blueprint_for, config_for, pair_table
+from torch.nn.functional import cross_entropy, logsigmoid
+from transformers import AutoModelForCausalLM
+
+from trainers.batch import IGNORE
+from trainers.config.derived import learning_rate
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, EngineConfig, EngineName, ObjectiveConfig, ObjectiveName, OptimConfig
+from trainers.data.loader import Loader
+from trainers.data.prepare import Prepared
+from trainers.data.table import TokenTable
+from trainers.engines.build import build_engine
+from trainers.loop import train
+from trainers.objectives.preference import REFERENCE
+from trainers.reference import with_reference
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.rows import read_rows, steps
+from trainers.world import World
+
+LENGTHS = [5, 29, 11, 13, 40, 17, 8, 23, 6, 7, 19, 31, 9, 12, 30, 22]
+PAIRS = len(LENGTHS) // 2
+BETA, LR = 0.1, 1e-3
+OBJECTIVES = {
+    "dpo": ObjectiveConfig(name=ObjectiveName.dpo, beta=BETA),
+    "simpo": ObjectiveConfig(name=ObjectiveName.simpo, beta=2.0, margin=0.5),
+    "orpo": ObjectiveConfig(name=ObjectiveName.orpo),
+}
+
+
+def run_pairs(
+    world: World, run_dir: Path, model: Path, table: TokenTable, objective: str, fields: dict[str, Any], engine: str = "fsdp"
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Train on pairs through the real reference and loop; return the rows of the steps, and the reference of each document."""
+    run_dir.mkdir(exist_ok=True)
+    config = config_for(run_dir, model, **fields)
+    data_config = DataConfig(path="unused", prepared_dir=str(run_dir.parent / "kept"))
+    config = replace(
+        config,
+        objective=OBJECTIVES[objective],
+        engine=EngineConfig(name=EngineName(engine)),
+        data=data_config,
+        optim=replace(config.optim, lr=LR),
+    )
+    built = build_engine(config, world, blueprint_for(model))
+    data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
+    attempt = Attempt(run_dir)
+    if objective == "dpo":
+        data = with_reference(config, world, attempt, built, data, {}, 0)
+    loader = Loader(data.train, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+    train(config, world, attempt, built, data, loader, 1.0)
+    reference = data.train.signals.get(REFERENCE, np.zeros(0)).tolist()
+    return (steps(read_rows(run_dir)) if world.rank == 0 else []), reference
+
+
+def summed(model: Any, table: TokenTable, document: int) -> tuple[torch.Tensor, int]:
+    """Return the log-probability of a document's labels, one unpadded row at a time, and their number."""
+    part = slice(table.offsets[document], table.offsets[document + 1])
+    ids = torch.from_numpy(table.tokens[part].astype(np.int64))
+    labels = torch.full_like(ids, IGNORE)
+    labels[:-1] = torch.where(torch.from_numpy(table.supervised[part][1:] > 0), ids[1:], IGNORE)
+    return -cross_entropy(model(input_ids=ids[None]).logits[0], labels, ignore_index=IGNORE, reduction="sum"), int((labels != IGNORE).sum())
+
+
+def plain_losses(model_dir: Path, table: TokenTable, num_steps: int, objective: str) -> tuple[list[float], list[float]]:
+    """One process, plain transformers and torch, a second model as the reference: the losses and gradient norms of all pairs a step."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    frozen = copy.deepcopy(model)
+    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
+    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS)
+    losses, norms = [], []
+    for step in range(num_steps):
+        total = 0.0
+        for first in range(0, len(table.offsets) - 1, 2):
+            (chosen, c), (rejected, r) = (summed(model, table, first + number) for number in (0, 1))
+            if objective == "dpo":
+                with torch.no_grad():
+                    known = [summed(frozen, table, first + number)[0] for number in (0, 1)]
+                loss = -logsigmoid(BETA * ((chosen - known[0]) - (rejected - known[1])))
+            elif objective == "simpo":
+                loss = -logsigmoid(2.0 * chosen / c - 2.0 * rejected / r - 0.5)
+            else:
+                odds = [mean - torch.log1p(-torch.exp(mean)) for mean in (chosen / c, rejected / r)]
+                loss = -chosen / c - 0.1 * logsigmoid(odds[0] - odds[1])
+            (loss / PAIRS).backward()
+            total += loss.item() / PAIRS
+        losses.append(total)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(OptimConfig(warmup_steps=1), LR, step, num_steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, norms
+
+
+SPLITS = [("dpo", 1, 8, None, "fsdp"), ("dpo", 2, 2, 64, "zero3"), ("dpo", 3, 1, 64, "fsdp"), ("simpo", 2, 4, 64, "fsdp")]
+SLOW = [
+    *(("dpo", 2, 1, None, "fsdp"), ("dpo", 2, 4, 64, "fsdp"), ("dpo", 3, 1, None, "zero3")),
+    *(("simpo", 3, 1, 64, "zero3"), ("simpo", 1, 8, None, "fsdp"), ("orpo", 2, 1, None, "fsdp"), ("orpo", 3, 1, 64, "zero3")),
+]
+
+
+@pytest.mark.parametrize(
+    ("objective", "size", "microbatch", "packed", "engine"), [*SPLITS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_every_split_equals_a_plain_loop_with_a_second_model(
+    ranks: Callable[[int], Ranks],
+    tiny_llama: Path,
+    tmp_path: Path,
+    objective: str,
+    size: int,
+    microbatch: int,
+    packed: int | None,
+    engine: str,
+) -> None:
+    table = pair_table(LENGTHS, packed)
+    fields = {"steps": 3, "global_batch": len(table), "microbatch": microbatch}
+    assert table.sizes(np.arange(len(table))).units == PAIRS
+    rows, _ = ranks(size).call(run_pairs, tmp_path / "run", tiny_llama, table, objective, fields, engine)[0]
+    losses, norms = plain_losses(tiny_llama, table, 3, objective)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-6)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
+
+
+def test_twenty_steps_of_dpo_equal_a_plain_loop(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
+    table = pair_table(LENGTHS, 64)
+    fields = {"steps": 20, "global_batch": len(table), "microbatch": 2}
+    rows, _ = ranks(2).call(run_pairs, tmp_path / "run", tiny_llama, table, "dpo", fields)[0]
+    losses, _ = plain_losses(tiny_llama, table, 20, "dpo")
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < 0.8 * losses[0], "nothing was learnt"
+    assert rows[-1]["accuracy"] == 1.0
+    assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_reference_is_measured_once_and_the_same_for_any_ranks(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
+    table, fields = pair_table(LENGTHS, 64), {"steps": 2, "global_batch": 2, "microbatch": 1}
+    _, first = ranks(2).call(run_pairs, tmp_path / "run", tiny_llama, table, "dpo", fields)[0]
+    _, again = ranks(3).call(run_pairs, tmp_path / "run", tiny_llama, table, "dpo", fields)[0]  # the model has moved since
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    with torch.no_grad():
+        assert first == pytest.approx([float(summed(model, table, document)[0]) for document in range(len(LENGTHS))], rel=1e-5)
+    assert again == first
+    _, other = ranks(1).call(run_pairs, tmp_path / "other", tiny_llama, table, "dpo", fields)[0]
+    assert other == pytest.approx(first, rel=1e-5)
+
+
+def refusal(world: World, *arguments: Any) -> str:
+    try:
+        run_pairs(world, *arguments)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_trained_run_without_its_reference_is_refused(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
+    table, fields = pair_table(LENGTHS, 64), {"steps": 2, "global_batch": 2, "microbatch": 1}
+    ranks(2).call(run_pairs, tmp_path / "run", tiny_llama, table, "dpo", fields)
+    file = next((tmp_path / "run" / "reference").glob("train.npy"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for kept in (tmp_path / "kept").glob("reference-*"):
+        kept.rename(tmp_path / "gone")
+    said = ranks(2).call(refusal, tmp_path / "run", tiny_llama, table, "dpo", fields)
+    assert all("train.npy has changed on its disk" in text and "run_dir=" in text for text in said)
+    file.write_bytes(whole)
+    assert ranks(2).call(refusal, tmp_path / "run", tiny_llama, table, "dpo", fields | {"steps": 3}) == ["", ""]
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_numbers(base: Path, cache: Path, tmp_path: Path) -> None:
+    """The whole command: two ranks, adapters, a held-out share; one rank is killed, and the same command goes to the end."""
+    random = np.random.default_rng(0)
+    rows = [
+        {"prompt": f"the cat {number}", "chosen": " ".join(random.choice(WORDS, 6)), "rejected": " ".join(random.choice(WORDS, 9))}
+        for number in range(60)
+    ]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("objective=dpo", "peft=lora", "peft.rank=4", "train.steps=8", "checkpoint.every=2", "train.eval_every=4")
+    lines = {name: arguments(base, pairs, tmp_path / name, *more) for name in ("whole", "killed")}
+    launch(cache, lines["whole"])
+    with started(lines["killed"], environment(cache)) as process:
+        wait_for_step(tmp_path / "killed", 5, process)
+        os.kill(pids_of(tmp_path / "killed", 1)[0], signal.SIGKILL)
+        process.wait(100)
+    launch(cache, lines["killed"])
+    assert trace(tmp_path / "killed") == trace(tmp_path / "whole")
+    files = [(tmp_path / name / "reference" / "train.npy").read_bytes() for name in lines]
+    assert files[0] == files[1]
+    measured = [row for row in read_rows(tmp_path / "whole") if "eval_accuracy" in row]
+    assert [row["step"] for row in measured] == [0, 4, 8]
+    assert measured[0]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)

@@ -1,0 +1,31 @@
+"""What is minimised: functions of token log-probabilities that know no model and no engine. A file a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from trainers.config.errors import ConfigError
+from trainers.config.schema import ObjectiveConfig, ObjectiveName
+from trainers.objectives.base import Loss, Objective
+from trainers.objectives.next_token import NextToken
+from trainers.objectives.preference import CPO, DPO, ORPO, SimPO
+
+__all__ = ["CHOICES", "Loss", "Objective", "make_objective"]
+
+CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
+    ObjectiveName.sft: lambda config: NextToken(),
+    ObjectiveName.cpt: lambda config: NextToken(),
+    ObjectiveName.dpo: DPO,
+    ObjectiveName.cpo: CPO,
+    ObjectiveName.simpo: SimPO,
+    ObjectiveName.orpo: ORPO,
+}
+
+
+def make_objective(config: ObjectiveConfig, carried: Iterable[str]) -> Objective:
+    """Return the objective that a config names; raises ConfigError where the rows do not carry the signals that it reads."""
+    objective = CHOICES[config.name](config)
+    if missing := sorted(objective.signals - set(carried)):
+        reason = f"reads {', '.join(missing)}, which the rows of data.path do not carry"
+        raise ConfigError("objective.name", str(config.name), reason, "an objective that reads tokens alone: objective=sft")
+    return objective

@@ -1,0 +1,36 @@
+"""What an objective is: what it reads, what divides its loss, and its summed loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from trainers.batch import Batch, Needs, Output, Sizes
+
+
+@dataclass(kw_only=True)
+class Loss:
+    """A microbatch's loss as a SUM; `take_step` divides by the targets of the whole step."""
+
+    total: Tensor
+    """Scalar float32 with a graph; exactly 0 where nothing is labelled."""
+    figures: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars that are reported under their names, the same names in every microbatch; SUMS, divided like `total`."""
+
+
+class Objective(Protocol):
+    """One objective: what it reads, what divides its loss, and its summed loss."""
+
+    needs: Needs
+    signals: frozenset[str]
+    """Signals that the table must carry."""
+
+    def targets(self, sizes: Sizes) -> int:
+        """Return the denominator for rows of these sizes: labels, documents or units."""
+        ...
+
+    def __call__(self, output: Output, batch: Batch) -> Loss:
+        """Return the summed loss of a microbatch."""
+        ...
