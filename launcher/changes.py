@@ -11,7 +11,7 @@ from trainers.config.schema import EngineName, OnSpike, RunConfig, plain
 
 TAKEN = (
     *("name", "checkpoint.", "evaluation.", "limits.", "log.", "data.processes", "data.prepared_dir"),
-    *("train.microbatch", "train.activation_checkpointing", "train.eval_microbatch", "train.eval_every", "train.sample_tokens"),
+    *("train.microbatch", "train.activations", "train.eval_microbatch", "train.eval_every", "train.sample_tokens"),
     *("train.step_timeout_s", "train.max_skipped", "train.deterministic", "train.export"),
 )
 """Settings, and groups that end with a point, that change nothing of what is trained: how much memory, how fast, what is written.
@@ -20,7 +20,7 @@ A microbatch or a kernel may round differently, as another number of ranks does.
 TAKEN_UNDER_FSDP = tuple(
     f"engine.{name}"
     for name in (
-        *("offload_param", "offload_optimizer", "pin_memory", "reshard_after_forward"),
+        *("offload_param", "offload_optimizer", "pin_memory", "reshard_after_forward", "reshard_after_backward"),
         *("replicate", "shard", "prefetch", "sync_each_microbatch"),
     )
 )

@@ -82,7 +82,7 @@ THEIR_NAMES = {
     "train.microbatch": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu",
     "train.eval_microbatch": "per_device_eval_batch_size eval_batch_size",
     "train.precision": "bf16 fp16 tf32 torch_dtype dtype mixed_precision",
-    "train.activation_checkpointing": "gradient_checkpointing",
+    "train.activations": "gradient_checkpointing use_gradient_checkpointing activation_offloading",
     "train.eval_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch",
     "train.patience": "early_stopping_patience",
     "train.deterministic": "full_determinism",
@@ -136,6 +136,10 @@ def unknown(path: str, overrides: list[str]) -> str:
     name = path.rpartition(".")[2]
     if path == "method":
         return _method(overrides)
+    if name == "activation_checkpointing":
+        return _report(
+            path, UNSET, "is now `train.activations`, where true is block and false keep", overrides, "try     train.activations=block"
+        )
     if name in ACCUMULATION:
         return _accumulation(path, overrides)
     if name in ANSWERS:

@@ -44,7 +44,7 @@ CASES: dict[str, list[str]] = {
     "fsdp full cpt, 1 rank": [*ONE, "objective=cpt", "optim.schedule=wsd"],
     "fsdp full packed, checkpointed activations": [
         *TWO,
-        *("train.activation_checkpointing=true", "engine.sync_each_microbatch=false", "train.on_spike=skip", "optim.schedule=linear"),
+        *("train.activations=block", "engine.sync_each_microbatch=false", "train.on_spike=skip", "optim.schedule=linear"),
     ],
     "fsdp lora packed": [*TWO, *LORA],
     "fsdp lora padded, 3 ranks": [*THREE, *PADDED, *LORA],

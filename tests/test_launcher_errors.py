@@ -110,7 +110,7 @@ def test_bad_input_names_field_value_place_and_remedy(overrides: list[str], word
         *[("lora_r", "peft.rank"), ("lora_alpha", "peft.alpha"), ("lora_dropout", "peft.dropout"), ("target_modules", "peft.targets")],
         *[("use_rslora", "peft.rank_stabilised"), ("load_in_4bit", "peft=qlora"), ("quantize", "peft=qlora")],
         *[("per_device_train_batch_size", "train.microbatch"), ("max_seq_length", "data.seq_len"), ("num_train_epochs", "train.epochs")],
-        *[("train_on_inputs", "data.supervise"), ("gradient_checkpointing", "train.activation_checkpointing"), ("use_dora", "peft=dora")],
+        *[("train_on_inputs", "data.supervise"), ("gradient_checkpointing", "train.activations"), ("use_dora", "peft=dora")],
     ],
 )
 def test_a_name_of_another_trainer_is_answered_with_ours(theirs: str, ours: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,10 +26,10 @@ from launcher import plan as gate
 from launcher.compose import compose
 from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
-from tools.bench.plan import CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
+from tools.bench.plan import BLOCK, CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
 from trainers.batch import Output
-from trainers.config.schema import DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
-from trainers.engines import fsdp
+from trainers.config.schema import Activations, DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
+from trainers.engines import activations, fsdp
 from trainers.model.blueprint import Blueprint
 from trainers.plan.allocator import Pool
 from trainers.plan.estimate import FAST, SLOW, bandwidth, spans_nodes, step_seconds, totals
@@ -74,7 +74,7 @@ def test_a_gpu_takes_what_was_planned() -> None:
 @pytest.mark.parametrize(
     ("case", "more"),
     [
-        (Case(4, "tiny", checkpointing=True), {}),
+        (Case(4, "tiny", activations=BLOCK), {}),
         (Case(2, "tiny"), {"model_type": "qwen3_moe", "num_hidden_layers": 18, "decoder_sparse_step": 2, **EXPERTS}),
         pytest.param(Case(2, "tiny"), {"model_type": "gemma3_text", "num_hidden_layers": 30, "head_dim": 16}, marks=pytest.mark.slow),
         pytest.param(Case(4, "tiny", method=LORA, quantise=NF4, microbatches=2), {}, marks=pytest.mark.slow),
@@ -442,10 +442,9 @@ def test_memory_is_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
         losses = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="none")
         return Output(logps=-losses)
 
-    how = {"use_reentrant": False, "context_fn": contexts}
-    monkeypatch.setattr(fsdp, "checkpoint_activations", lambda model: model.gradient_checkpointing_enable(how))
+    monkeypatch.setattr(activations, "create_selective_checkpoint_contexts", lambda _policy: contexts())
     monkeypatch.setattr(fsdp.FSDPEngine, "forward", in_float32)
-    train = TrainConfig(global_batch=16, microbatch=2, activation_checkpointing=True)
+    train = TrainConfig(global_batch=16, microbatch=2, activations=Activations.selective)
     config = RunConfig(model=ModelConfig(id="meta-llama/Llama-3.1-8B"), data=DataConfig(seq_len=8192), train=train)
     with ranks(8, 8) as world:
         found = _take(config, read_model(config)[0], world, 8192)

@@ -46,7 +46,7 @@ AT_ONCE = [
     ["engine.replicate=3"],
     ["engine.shard=3"],
     ["engine.offload_param=nvme", "engine.offload_optimizer=cpu"],
-    ["peft=prefix", "data.packing=false", "train.activation_checkpointing=true"],
+    ["peft=prefix", "data.packing=false", "train.activations=block"],
     ["peft=adalora", "peft.tinit=300"],
     ["peft=lora", "optim=sgd"],
 ]

@@ -86,16 +86,19 @@ def host_bytes_needed(
     on_host: Mapping[str, int],
     frozen_bytes: int = 0,
     buffers: int = 0,
+    inputs: int = 0,
     process_bytes: int = PROCESS_BYTES,
 ) -> HostMemory:
     """Estimate the host memory of a node in bytes.
 
     `parameters` counts all trainable ones, of which the node keeps local_ranks / world_size; `on_host` is the bytes of each by
-    part; `frozen_bytes` are those of offloaded frozen parameters over all nodes; `buffers` those of one rank's pinned buffers.
+    part; `frozen_bytes` are those of offloaded frozen parameters over all nodes; `buffers` those of one rank's pinned buffers, `inputs`
+    those of its blocks' inputs between forward and backward.
     """
     parts = {name: -(-parameters * size * local_ranks // world_size) for name, size in on_host.items()}
     parts["frozen parameters"] = -(-frozen_bytes * local_ranks // world_size)
     parts["pinned buffers"] = buffers * local_ranks
+    parts["blocks' inputs"] = inputs * local_ranks
     parts[f"for {local_ranks} processes"] = process_bytes * local_ranks
     return HostMemory({name: size for name, size in parts.items() if size})
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.bench.arguments import at_least
 from tools.bench.engines import Run, compare, done_of, head, table_lines
 from tools.bench.orders import PRESETS, llama_sizes
-from trainers.config.schema import Precision
+from trainers.config.schema import Activations, Precision
 
 STATE_BYTES = 12
 """Bytes of a parameter's state: itself and two moments, in float32."""
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print, and write to --out, what saves of both kinds cost each engine; 1 if one failed or none ran, 130 on Ctrl-C."""
-    options.checkpointing = False
+    options.activations = Activations.keep
     options.steps = options.every * (2 * (options.saves + 1) + 1)
     folder = options.folder or Path(tempfile.gettempdir())
     if not folder.is_dir() or not os.access(folder, os.W_OK):

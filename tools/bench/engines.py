@@ -23,7 +23,7 @@ from tools.bench.ranks import RanksFailed, raise_on_signals, start_ranks, wait_f
 from tools.markdown import cell_of, put_section
 from trainers import host
 from trainers.config.errors import plural
-from trainers.config.schema import Precision
+from trainers.config.schema import Activations, Precision
 from trainers.rundir.ending import Exit
 from trainers.rundir.rows import last_step, read_rows, steps
 from trainers.units import in_bytes
@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-len", type=at_least(16), default=512, help="tokens a row (default 512)")
     parser.add_argument("--microbatch", type=at_least(1), default=2, help="rows a rank and step (default 2)")
     parser.add_argument("--steps", type=at_least(2), default=12, help="optimizer steps; the first is not timed (default 12)")
-    parser.add_argument("--checkpointing", action="store_true", help="with activation checkpointing")
+    kept = [how for how in Activations if how is not Activations.auto]
+    parser.add_argument("--activations", choices=kept, default="keep", help="what is kept of a block for backward (default keep)")
     parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
 
 
@@ -155,7 +156,7 @@ def run_rank(options: argparse.Namespace) -> None:
 def _section(options: argparse.Namespace, ranks: int, runs: dict[str, Run | str]) -> str:
     """Return the Markdown of a comparison: command, machine, versions, table, and what the table's words mean."""
     done = done_of(runs)
-    extra = ", activation checkpointing" if options.checkpointing else ""
+    extra = "" if options.activations == Activations.keep else f", activations={options.activations}"
     parts = [*head(options, ranks, done, extra), "\n".join(_table(runs, done)), *([_legend(done)] if done else [])]
     return "\n\n".join(parts) + "\n"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trainers.config.schema import (
+    Activations,
     DataConfig,
     EngineConfig,
     EngineName,
@@ -51,7 +52,7 @@ def config_of(order: dict[str, Any], run_dir: Path, ranks: int) -> RunConfig:
             global_batch=ranks * order["microbatch"],
             microbatch=order["microbatch"],
             precision=Precision(order["precision"]),
-            activation_checkpointing=order["checkpointing"],
+            activations=Activations(order["activations"]),
         ),
         log=LogConfig(wandb=WandbMode.disabled),
     )

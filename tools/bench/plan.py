@@ -21,6 +21,7 @@ from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import explaining, leave, start_ranks, wait_for
 from tools.markdown import put_section
 from trainers.config.schema import (
+    Activations,
     DataConfig,
     EngineConfig,
     EngineName,
@@ -75,9 +76,11 @@ class Case:
     method: PeftMethod = PeftMethod.none
     quantise: Quantisation = Quantisation.none
     precision: Precision = Precision.bf16
-    checkpointing: bool = False
+    activations: Activations = Activations.keep
     microbatches: int = 1
     replicate: int = 1
+    keep_gathered: bool = False
+    """Parameters stay gathered from microbatch to microbatch."""
     seq_len: int = 128
     microbatch: int = 2
     optimizer: OptimizerName = OptimizerName.adamw
@@ -90,16 +93,17 @@ class Case:
             "qlora" if self.quantise is Quantisation.nf4 else "full" if self.method is PeftMethod.none else str(self.method),
         ]
         words += [str(self.engine), str(self.precision)]
-        words += ["checkpointing"] if self.checkpointing else []
+        words += [str(self.activations)] if self.activations is not Activations.keep else []
         words += [f"{self.microbatches} microbatches"] if self.microbatches > 1 else []
         words += [f"{self.replicate} copies"] if self.replicate > 1 else []
+        words += ["kept gathered"] if self.keep_gathered else []
         words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
         words += [f"{self.microbatch} x {self.seq_len}"] if self.seq_len > 128 else []
         return " ".join(words)
 
     def config(self, run_dir: str) -> RunConfig:
         """Return its settings."""
-        engine = EngineConfig(name=self.engine)
+        engine = EngineConfig(name=self.engine, reshard_after_backward=not self.keep_gathered)
         return RunConfig(
             run_dir=run_dir,
             model=ModelConfig(architecture={"model_type": "llama", **SIZES[self.size]}),
@@ -112,43 +116,52 @@ class Case:
                 global_batch=self.microbatch * self.ranks * self.microbatches,
                 microbatch=self.microbatch,
                 precision=self.precision,
-                activation_checkpointing=self.checkpointing,
+                activations=self.activations,
             ),
         )
 
 
 FP32, ZERO3, LORA, NF4 = Precision.fp32, EngineName.zero3, PeftMethod.lora, Quantisation.nf4
+SELECTIVE, BLOCK, OFFLOAD = Activations.selective, Activations.block, Activations.offload
 CASES = [
     Case(1, "tiny"),
-    Case(1, "9M", precision=FP32, checkpointing=True),
+    Case(1, "9M", precision=FP32, activations=BLOCK),
     Case(1, "60M", method=LORA, quantise=NF4),
     Case(1, "9M", engine=ZERO3),
     Case(2, "tiny", precision=FP32),
-    Case(2, "9M", checkpointing=True, microbatches=2),
+    Case(2, "9M", activations=BLOCK, microbatches=2),
     Case(2, "9M", method=LORA),
-    Case(2, "60M", method=LORA, quantise=NF4, checkpointing=True),
-    Case(2, "9M", engine=ZERO3, checkpointing=True),
+    Case(2, "60M", method=LORA, quantise=NF4, activations=BLOCK),
+    Case(2, "9M", engine=ZERO3, activations=BLOCK),
     Case(2, "9M", engine=ZERO3, method=LORA),
     Case(2, "tiny", engine=ZERO3, method=LORA, quantise=NF4, precision=FP32),
-    Case(2, "300M", checkpointing=True),
-    Case(2, "300M", engine=ZERO3, checkpointing=True),
+    Case(2, "300M", activations=BLOCK),
+    Case(2, "300M", engine=ZERO3, activations=BLOCK),
+    Case(2, "9M", activations=SELECTIVE),
+    Case(2, "9M", activations=OFFLOAD, microbatches=2),
+    Case(2, "9M", method=LORA, activations=SELECTIVE),
+    Case(2, "9M", engine=ZERO3, activations=SELECTIVE),
+    Case(2, "9M", engine=ZERO3, activations=OFFLOAD),
+    Case(2, "9M", microbatches=3, keep_gathered=True),
+    Case(3, "tiny", activations=SELECTIVE, microbatches=2, keep_gathered=True),
+    Case(3, "tiny", engine=ZERO3, activations=OFFLOAD),
     Case(3, "tiny"),
     Case(3, "tiny", engine=ZERO3, microbatches=2),
     Case(4, "9M"),
     Case(4, "9M", replicate=2),
-    Case(4, "60M", engine=ZERO3, precision=FP32, checkpointing=True),
+    Case(4, "60M", engine=ZERO3, precision=FP32, activations=BLOCK),
 ]
 GPU_CASES = [
     Case(1, "1B", seq_len=2048),
-    Case(1, "1B", seq_len=8192, microbatch=1, checkpointing=True),
+    Case(1, "1B", seq_len=8192, microbatch=1, activations=BLOCK),
     Case(1, "1B", seq_len=1024, precision=FP32, microbatches=2),
-    Case(1, "3B", seq_len=4096, microbatch=1, checkpointing=True),
+    Case(1, "3B", seq_len=4096, microbatch=1, activations=BLOCK),
     Case(1, "3B", seq_len=2048, method=LORA),
-    Case(1, "3B", seq_len=4096, method=LORA, quantise=NF4, checkpointing=True),
-    Case(1, "8B", seq_len=4096, method=LORA, checkpointing=True),
+    Case(1, "3B", seq_len=4096, method=LORA, quantise=NF4, activations=BLOCK),
+    Case(1, "8B", seq_len=4096, method=LORA, activations=BLOCK),
     Case(1, "8B", seq_len=2048, microbatch=1, method=LORA),
-    Case(1, "8B", seq_len=4096, method=LORA, quantise=NF4, checkpointing=True),
-    Case(1, "8B", seq_len=2048, microbatch=1, checkpointing=True, optimizer=OptimizerName.sgd),
+    Case(1, "8B", seq_len=4096, method=LORA, quantise=NF4, activations=BLOCK),
+    Case(1, "8B", seq_len=2048, microbatch=1, activations=BLOCK, optimizer=OptimizerName.sgd),
 ]
 """One GPU each, with 139 GiB."""
 

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from trainers.config.activations import validate_activations
 from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import compares, has_held_out, peak_lr
 from trainers.config.errors import ConfigError, plural
@@ -169,6 +170,7 @@ def validate(config: RunConfig) -> None:
     _validate_peft(config)
     _validate_spikes(config)
     _validate_engine(config.engine)
+    validate_activations(config)
     _validate_training(config)
     validate_objective(config.objective)
     validate_evaluation(config.evaluation)
@@ -450,15 +452,12 @@ def _validate_virtual(config: RunConfig) -> None:
     if config.data.packing:
         reason = f"peft.method={method} puts its tokens in front of a row, where only the first of its documents would see them"
         raise ConfigError("data.packing", True, reason, "data.packing=false")
-    if method is PeftMethod.prefix and config.train.activation_checkpointing:
-        reason = "prefix tuning goes through the cache of keys and values, which computing a block again would fill twice"
-        raise ConfigError("train.activation_checkpointing", True, reason, "train.activation_checkpointing=false, or peft=prompt")
     if config.model.attention is Attention.flash_attention_2:
         reason = f"flash attention gets all rows as one, and peft.method={method} needs its tokens in front of each"
         raise ConfigError("model.attention", "flash_attention_2", reason, "model.attention=sdpa")
 
 
-FSDP_ONLY = ("reshard_after_forward", "replicate", "shard", "prefetch", "sync_each_microbatch")
+FSDP_ONLY = ("reshard_after_forward", "reshard_after_backward", "replicate", "shard", "prefetch", "sync_each_microbatch")
 ZERO3_ONLY = (
     "sub_group_size",
     "reduce_bucket_size",

@@ -157,6 +157,19 @@ class Schedule(StrEnum):
     wsd = "wsd"
 
 
+class Activations(StrEnum):
+    """What of a block's forward is kept for its backward: all; attention and matrix products; its input; or that in host memory.
+
+    `auto` takes the first of them, which are in the order of what they cost, with which the run fits.
+    """
+
+    keep = "keep"
+    selective = "selective"
+    block = "block"
+    offload = "offload"
+    auto = "auto"
+
+
 class Precision(StrEnum):
     """Compute and storage of activations; master weights and optimizer state are float32 in both."""
 
@@ -371,6 +384,8 @@ class EngineConfig:
     """fsdp: ranks that share one copy; empty is all ranks / `replicate`."""
     prefetch: int = 1
     """fsdp: blocks gathered ahead of the one that computes; each costs one block's parameters in the compute type."""
+    reshard_after_backward: bool = True
+    """fsdp: free gathered parameters between the microbatches of a step; false keeps all of them until the last one: fewer all-gathers."""
     sync_each_microbatch: bool = True
     """fsdp: reduce gradients after each microbatch; false only after the last: less traffic, 4 bytes a parameter unsharded."""
     sub_group_size: int = 100_000_000
@@ -435,8 +450,8 @@ class TrainConfig:
     """Rows a rank takes through one forward and backward."""
     precision: Precision = Precision.bf16
     """Compute type; master weights stay float32."""
-    activation_checkpointing: bool = False
-    """Keep only block inputs for backward and compute the rest again: about a third more time, far less memory."""
+    activations: Activations = Activations.keep
+    """What backward finds of a block: `keep` all, `selective` attention and products, `block` its input, `offload` that on the host."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; empty evaluates before the first and after the last step only."""
     eval_microbatch: int | None = None

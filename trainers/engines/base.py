@@ -19,6 +19,7 @@ from trainers import host
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Offload, Precision, RunConfig
+from trainers.engines.activations import bytes_on_host
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
 from trainers.model.safetensors_files import listed
@@ -50,7 +51,7 @@ def accepts_all(norm: float) -> bool:
 class Placed:
     """Live tensors of one kind."""
 
-    kind: Literal["parameters", "gradients", "optimizer", "buffers"]
+    kind: Literal["parameters", "gradients", "optimizer", "activations", "buffers"]
     """What they are for; `buffers` are those between ranks."""
     home: Offload
     """Where they are between uses; `none` is the device."""
@@ -176,12 +177,6 @@ def require_moved(engine: Engine, world: World) -> None:
         )
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only block inputs for backward; under the name that this transformers has for it."""
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
-
-
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Bring a model's buffers to a device; its parameters stay where they are."""
     for module in model.modules():
@@ -192,7 +187,14 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 def require_host(config: RunConfig, world: World, built: Engine) -> None:
     """Refuse an offloading run, before weights are read, where host memory cannot hold it; say what it takes of the host."""
     engine, model = config.engine, built.model
-    if engine.offload_optimizer is Offload.none and engine.offload_param is Offload.none:
+    inputs = bytes_on_host(
+        config,
+        len(built.blocks),
+        model.config.get_text_config().hidden_size,
+        COMPUTE[config.train.precision].itemsize,
+        engine.pin_memory and world.device.type == "cuda",
+    )
+    if engine.offload_optimizer is Offload.none and engine.offload_param is Offload.none and not inputs:
         return
     log.info("offloading: %d threads each for %d ranks on %d cores", torch.get_num_threads(), world.local_size, host.cores())
     parameters = engine.offload_param is Offload.cpu
@@ -204,10 +206,12 @@ def require_host(config: RunConfig, world: World, built: Engine) -> None:
         on_host=built.on_host(config),
         frozen_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad) if parameters else 0,
         buffers=nvme_buffers(config, world.size, numels),
+        inputs=inputs,
     )
     refused = None
+    field = ("train.activations", "offload") if inputs else ("engine.offload_optimizer", str(engine.offload_optimizer))
     try:
-        host.require_host_memory(needed, host.memory_limit(world.local_size), "engine.offload_optimizer", str(engine.offload_optimizer))
+        host.require_host_memory(needed, host.memory_limit(world.local_size), *field)
     except ConfigError as error:
         refused = (error.path, error.value, error.reason, error.remedy)
     for parts in world.gather(refused):  # each node has a limit of its own, and no rank may continue alone

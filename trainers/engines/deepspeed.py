@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimizerName, RunConfig
+from trainers.engines.activations import WORDS, keep_for_backward
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -32,7 +33,6 @@ from trainers.engines.base import (
     Accepts,
     Placed,
     accepts_all,
-    checkpoint_activations,
     counted,
     frozen_statement,
     in_short,
@@ -75,9 +75,8 @@ class ZeRO3Engine:
         self.nvme = None
         self.model = blueprint.build()
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
-        if config.train.activation_checkpointing:
-            checkpoint_activations(self.model)
         self.blocks = find_blocks(self.model)
+        self.inputs = keep_for_backward(self.blocks, config.train.activations, self._pins())
         library = import_deepspeed()
         for collective in ("reduce_scatter_tensor", "all_gather_into_tensor"):
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
@@ -244,6 +243,9 @@ class ZeRO3Engine:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
         self.optimizer.invalidate_secondary_tensor()
+
+    def _pins(self) -> bool:
+        return self.config.engine.pin_memory and self.world.device.type == "cuda"
 
     def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
         """Return the log-probabilities of the labels and what else is needed."""
@@ -414,6 +416,7 @@ class ZeRO3Engine:
             Placed("gradients", state, self._gradients()),
             Placed("optimizer", state, [*self._moments(), *update_tensors(self.adaptation.update)]),
             Placed("buffers", Offload.none, [b.buffer for b in self.optimizer.ipg_buckets.values() if b.buffer is not None]),
+            Placed("activations", Offload.cpu, [] if self.inputs is None else self.inputs.tensors()),
         ]
 
     def state_bytes(self) -> dict[str, int]:
@@ -470,6 +473,7 @@ class ZeRO3Engine:
             **update_statement(self.adaptation.update, host),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
+            "activations": WORDS[self.config.train.activations],
         }
 
     def close(self) -> None:

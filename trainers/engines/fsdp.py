@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimConfig, OptimizerName, RunConfig
+from trainers.engines.activations import WORDS, keep_for_backward
 from trainers.engines.base import (
     COMPUTE,
     HOST,
     Accepts,
     Placed,
     accepts_all,
-    checkpoint_activations,
     counted,
     frozen_statement,
     in_short,
@@ -70,9 +70,8 @@ class FSDPEngine:
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.model = blueprint.build()
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
-        if config.train.activation_checkpointing:
-            checkpoint_activations(self.model)
         self.blocks = find_blocks(self.model)
+        self.inputs = keep_for_backward(self.blocks, config.train.activations, self._pins())
         self.unreached = unreached_modules(self.model, self.adaptation.unreached, self.blocks)
         require_groups(self.model, [*self.blocks, *self.unreached])
         self._shard()
@@ -145,6 +144,7 @@ class FSDPEngine:
         """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size."""
         self.model.set_requires_gradient_sync(last or self.config.engine.sync_each_microbatch)  # type: ignore[operator]
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
+        self.model.set_reshard_after_backward(last or self.config.engine.reshard_after_backward)  # type: ignore[operator]
         (loss * self.world.size).backward()
 
     def squares(self) -> Tensor:
@@ -260,6 +260,7 @@ class FSDPEngine:
             Placed("gradients", weights, [p.grad for p in self.model.parameters() if p.grad is not None]),
             Placed("optimizer", state, self._moments()),
             Placed("optimizer", weights, update_tensors(self.adaptation.update)),
+            Placed("activations", Offload.cpu, [] if self.inputs is None else self.inputs.tensors()),
         ]
 
     def state_bytes(self) -> dict[str, int]:
@@ -300,6 +301,7 @@ class FSDPEngine:
             **update_statement(self.adaptation.update, home),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
+            "activations": WORDS[self.config.train.activations],
         }
 
     def close(self) -> None:

@@ -83,13 +83,14 @@ def step_seconds(
     share: Share,
     trained: float,
     frozen_bytes: float = 0.0,
+    inputs_on_host: float = 0.0,
 ) -> float:
-    """Return the seconds of an optimizer step; `trained` and `frozen_bytes` are a rank's own."""
+    """Return the seconds of an optimizer step; `trained`, `frozen_bytes` and the bytes of a microbatch's inputs are a rank's own."""
     flops, moved, sent = totals(moments, microbatches)
     peak = hardware.tflops if config.train.precision is Precision.bf16 else hardware.tflops_fp32
     compute = flops / (1e12 * peak * share.products) + moved / (GIGA * hardware.memory_gb_s * share.memory)
     wires = sum(size / (GIGA * bandwidth(key.split()[1], place, hardware) * share.wires) for key, size in sent.items())
-    engine, host, fetched = config.engine, 0.0, 0.0
+    engine, host, fetched = config.engine, 0.0, 2 * microbatches * inputs_on_host  # which go to the host and come back
     numbers = 0 if config.optim.name is OptimizerName.sgd else 2
     if engine.offload_optimizer is not Offload.none and class_of(config).steps_on_device(config):  # moments come to the device and go back
         fetched += trained * 4 * 2 * numbers

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainers import host
 from trainers.config.derived import peak_lr
-from trainers.config.schema import CheckpointConfig, DataConfig, Offload, OptimizerName, RunConfig, parse, plain
+from trainers.config.schema import Activations, CheckpointConfig, DataConfig, Offload, OptimizerName, RunConfig, parse, plain
 from trainers.engines.base import nvme_buffers
 from trainers.engines.build import class_of
 from trainers.model.blueprint import Blueprint
@@ -65,7 +65,7 @@ class Plan:
     global_batch: int
     steps: int | None
     flops: float
-    """Of a step, over all ranks, with what activation checkpointing computes again."""
+    """Of a step, over all ranks, with what is computed again for backward."""
     sent: dict[str, float]
     """Bytes that a rank sends in a step, by collective and whether between nodes."""
     host: dict[str, int]
@@ -203,7 +203,7 @@ def _as_json(moment: Moment) -> dict[str, Any]:
 def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Simulation, moments: list[Moment]) -> None:
     """Add the seconds of a step on a device, and the device's price."""
     own = config.engine.replicate / plan.place.size
-    rank = (simulation.trainable * own, float(simulation.state_bytes["frozen"]))
+    rank = (simulation.trainable * own, float(simulation.state_bytes["frozen"]), float(simulation.inputs_on_host))
     microbatches = _microbatches(config, plan.place)
     fast, slow = (step_seconds(config, plan.place, device, moments, microbatches, share, *rank) for share in (FAST, SLOW))
     plan.step_seconds, plan.price, plan.assumptions = (fast, slow), device.price, list(ASSUMPTIONS)
@@ -261,6 +261,7 @@ def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, 
         on_host=class_of(config).on_host(config),
         frozen_bytes=simulation.state_bytes["frozen"] * place.size // engine.replicate if parameters else 0,
         buffers=nvme_buffers(config, place.size, sizes),
+        inputs=simulation.inputs_on_host,
     )
     return needed.parts
 
@@ -299,7 +300,7 @@ def _engine_words(config: RunConfig) -> str:
     words += [f"parameters on {engine.offload_param}"] if engine.offload_param is not Offload.none else []
     words += [f"optimizer on {engine.offload_optimizer}"] if engine.offload_optimizer is not Offload.none else []
     words += [f"{engine.replicate} copies"] if engine.replicate > 1 else []
-    words += ["activation checkpointing"] if config.train.activation_checkpointing else []
+    words += [f"activations={config.train.activations}"] if config.train.activations is not Activations.keep else []
     return ", ".join(words)
 
 

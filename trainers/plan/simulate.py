@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainers.batch import Batch, Needs, Output
 from trainers.config.derived import compares
 from trainers.config.schema import Offload, PeftMethod, RunConfig
+from trainers.engines.activations import page_locked
 from trainers.engines.base import Accepts, Engine
 from trainers.engines.build import class_of, end_groups, outline
 from trainers.model.blueprint import Blueprint, find_blocks
@@ -72,6 +73,8 @@ class Simulation:
     """Bytes of the adapter that is exported; 0 where that is a whole model."""
     update_bytes: int
     """Bytes that the method itself keeps of what is trained, over all ranks, as AdaLoRA its importance."""
+    inputs_on_host: int
+    """Bytes of blocks' inputs that wait in host memory between forward and backward."""
     slack: int
     """Bytes that torch's allocator needs beyond those of tensors where these are highest."""
     reserved: int | None
@@ -194,6 +197,7 @@ def _continued(few: Simulation, more: Simulation, depths: _Depths) -> Simulation
         largest=max(few.largest, more.largest),
         adapter_bytes=round(line(few.adapter_bytes, more.adapter_bytes)),
         update_bytes=round(line(few.update_bytes, more.update_bytes)),
+        inputs_on_host=round(line(few.inputs_on_host, more.inputs_on_host)),
         slack=max(few.slack, more.slack),
         reserved=None,
     )
@@ -239,7 +243,8 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         for _ in range(engine.settling_steps + 1):
             trace.restart()
             without_values = [batch.map(fake.from_tensor) for batch in batches]
-            take_step(Marked(engine, trace, stepping, gpus), objective, without_values, world, lr=LR, targets=1)  # type: ignore[arg-type]
+            marked = Marked(engine, trace, stepping, gpus)
+            take_step(marked, objective, without_values, world, lr=LR, targets=1)  # type: ignore[arg-type]
         if evaluated is not None:
             trace.mark("evaluation")
             engine.train(False)
@@ -258,6 +263,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         largest=max(numels.values()),
         adapter_bytes=0 if adaptation.library_config is None else sum(tensor.nbytes for tensor in adaptation.contents().values()),
         update_bytes=sum(numels[name] for name in update.names) * update.bytes_per_element if update is not None else 0,
+        inputs_on_host=marked.inputs_on_host,
         slack=replayed.slack,
         reserved=replayed.reserved,
     )
@@ -300,6 +306,7 @@ class Marked:
     ) -> None:
         """Mark the blocks from now on, until the optimizer's step is done."""
         self.engine, self.trace, self.stepping, self.gpus, self.number = engine, trace, stepping, gpus, 0
+        self.inputs_on_host = 0
         self.marks = _Marks(trace, engine.blocks)
         _label(engine, trace, gpus)
 
@@ -311,10 +318,18 @@ class Marked:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Mark where backward begins, and label what it left."""
+        self._note_inputs()
         self.marks.turn()
         self.engine.backward(loss, last=last)
         self.number += 1
         _label(self.engine, self.trace, self.gpus)
+
+    def _note_inputs(self) -> None:
+        """Label the inputs of blocks that wait on the host for backward, and count them, on a GPU as page-locked memory is given."""
+        inputs = [tensor for placed in self.engine.tensors() if placed.kind == "activations" for tensor in placed.tensors]
+        pinned = self.gpus and self.engine.config.engine.pin_memory
+        self.inputs_on_host = sum(page_locked(tensor.nbytes) if pinned else tensor.nbytes for tensor in inputs)
+        self.trace.label(inputs, Kind.host if self.gpus else Kind.activations)
 
     def squares(self) -> Tensor | None:
         """Mark where the optimizer's step begins."""
