@@ -20,8 +20,9 @@ from launcher.freeze import require_joinable
 from launcher.job import ROOT, Job, make_job
 from launcher.presets import CONF
 from launcher.process import leftovers
+from launcher.proposals import changes_of
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import EngineName, Offload, PeftMethod, Quantisation, plain
+from trainers.config.schema import plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
 from trainers.processes import prepare_child
 from trainers.rundir import paths
@@ -205,27 +206,3 @@ def _variants(job: Job, compose: Compose) -> list[Variant]:
         if config is not None:
             made.append(_variant(make_job(config), overrides))
     return made
-
-
-def changes_of(job: Job) -> list[list[str]]:
-    """Return overrides that need less memory, the cheapest first: what costs time, then what costs GPUs, then what trains less."""
-    train, engine, peft, nodes = job.run.train, job.run.engine, job.run.peft, job.launch.nodes
-    half = [f"train.microbatch={train.microbatch // 2}"] if train.microbatch > 2 else []
-    one = ["train.microbatch=1"] if train.microbatch > 1 else []
-    again = [] if train.activation_checkpointing or peft.method is PeftMethod.prefix else ["train.activation_checkpointing=true"]
-    lean = one + again
-    found = [half, one, again, half + again, lean]
-    if engine.replicate > 1:
-        found.append([*lean, "engine.replicate=1", "engine.shard=null"])
-    if engine.name is EngineName.fsdp and engine.offload_optimizer is Offload.none:
-        found.append([*lean, "engine.offload_optimizer=cpu"])
-    if engine.offload_param is Offload.none:
-        found.append([*lean, f"engine={engine.name}_offload"])
-    if job.launch.backend is not Backend.local:
-        found += [[*lean, f"launch.nodes={nodes * more}"] for more in (2, 4, 8)]
-    own_rate = ["optim.lr=null"] if job.run.optim.lr is not None and peft.method is PeftMethod.none else []  # it was full fine-tuning's
-    if peft.method is PeftMethod.none:
-        found += [["peft=lora", *own_rate], [*lean, "peft=lora", *own_rate]]
-    if peft.method in (PeftMethod.none, PeftMethod.lora) and peft.quantise is Quantisation.none:
-        found.append([*lean, "peft=qlora", *own_rate])
-    return [list(item) for item in dict.fromkeys(map(tuple, found)) if item]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import arguments, launch
 from conftest import TINY, Ranks, blueprint_for
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.bench.orders import engine_preset
+from tools.bench.plan import Case, blueprint_of_case
 from trainers.batch import Batch
+from trainers.config.errors import ConfigError
 from trainers.config.schema import (
     Activations,
     DataConfig,
     EngineConfig,
+    EngineName,
     ModelConfig,
     OptimConfig,
     PeftConfig,
@@ -25,10 +30,20 @@ from trainers.config.schema import (
     Quantisation,
     RunConfig,
     TrainConfig,
+    plain,
 )
+from trainers.engines.activations import bytes_on_host, keep_for_backward
 from trainers.engines.build import build_engine
+from trainers.model.blueprint import find_blocks
 from trainers.objectives import NextToken
+from trainers.plan.auto import plan_of
+from trainers.plan.plan import Plan
+from trainers.plan.request import HardwareConfig, Place, PlanConfig, Variant
+from trainers.plan.simulate import Simulation, simulate
+from trainers.plan.simulate import ranks as ranks_of_a_plan
+from trainers.plan.trace import Trace
 from trainers.step import take_step
+from trainers.units import GIB
 from trainers.world import World, seed_step
 
 STEPS, ROWS, LENGTH, BLOCKS = 5, 6, 24, 3
@@ -127,11 +142,13 @@ CASES = [
     for size, engine in ((1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (1, "zero3"), (2, "zero3"), (3, "zero3"))
     for style, method in [("llama", method) for method in METHODS] + [(style, "full") for style in STYLES if style != "llama"]
 ]
-QUICK = [(1, "fsdp", "llama", "full"), (2, "fsdp", "llama", "lora"), (2, "fsdp", "qwen3_moe", "full"), (2, "zero3", "llama", "full")]
+QUICK = [(2, "fsdp", "llama", "lora"), (2, "zero3", "llama", "full")]
+SLOW = [(1, "fsdp", "llama", "full"), (3, "fsdp", "llama", "qlora"), (2, "fsdp", "qwen3_moe", "full"), (2, "zero3", "llama", "dora")]
 
 
 @pytest.mark.parametrize(
-    ("size", "engine", "style", "method"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+    ("size", "engine", "style", "method"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow if case in SLOW else pytest.mark.soak) for case in CASES],
 )
 def test_what_is_kept_changes_no_number(
     ranks: Callable[[int], Ranks], folders: dict[str, Path], size: int, engine: str, style: str, method: str
@@ -139,3 +156,100 @@ def test_what_is_kept_changes_no_number(
     """Dropout draws the same numbers again, and a router sends each token to the same experts."""
     found = ranks(size).call(each_way, folders[style], engine, method, Precision.fp32)
     assert_same(found[0])
+
+
+class AddsInPlace(torch.nn.Linear):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        made = super().forward(hidden_states)
+        made += 1.0
+        return made
+
+
+def test_a_block_that_changes_what_is_kept_is_refused() -> None:
+    """Its product would be added to in forward and once more when it is found again: torch sees nothing of that."""
+    block = AddsInPlace(4, 4)
+    keep_for_backward([block], Activations.selective, pin_memory=False)
+    with pytest.raises(ConfigError, match="changes in place"):
+        block(hidden_states=torch.ones(2, 3, 4))
+    with torch.no_grad():
+        assert block(torch.ones(2, 3, 4)).shape == (2, 3, 4)
+
+
+def test_selective_computes_no_product_again() -> None:
+    """FLOPs of forward and backward: as where all is kept; one more forward where the input alone is. Narrow products are done again."""
+    flops = {}
+    for how in HOW:
+        torch.manual_seed(0)
+        model = blueprint_of_case(Case(1, "tiny")).build("cpu")
+        keep_for_backward(find_blocks(model), how, pin_memory=False)
+        trace = Trace(33)
+        with trace:
+            trace.mark("a step")
+            model(torch.ones(1, 48, dtype=torch.int64), use_cache=False).logits.sum().backward()
+        flops[how] = sum(moment.flops for moment in trace.moments())
+    assert flops[Activations.selective] == flops[Activations.keep]
+    assert flops[Activations.offload] == flops[Activations.block] > 1.2 * flops[Activations.keep]
+
+
+@pytest.mark.parametrize("engine", [EngineName.fsdp, pytest.param(EngineName.zero3, marks=pytest.mark.slow)])
+def test_a_plan_knows_what_each_needs(engine: EngineName) -> None:
+    """In the order that `auto` tries them in: less on the device, more to do or to move."""
+    needed, work, on_host = [], [], []
+    for how in HOW:
+        case = Case(2, "tiny", engine=engine, precision=Precision.fp32, activations=how, seq_len=512)
+        config, blueprint = case.config("."), blueprint_of_case(case)
+        with ranks_of_a_plan(2, 2) as world:
+            found = simulate(config, blueprint, world, case.seq_len, gpus=True)
+        needed.append(found.peak.total)
+        work.append(sum(moment.flops for moment in found.moments))
+        on_host.append(found.inputs_on_host)
+        text = blueprint.config
+        assert found.inputs_on_host == bytes_on_host(config, text.num_hidden_layers, text.hidden_size, 4, pinned=True)
+    assert needed == sorted(needed, reverse=True)
+    assert needed[0] > 1.5 * needed[2]
+    assert work == sorted(work)
+    assert on_host[:3] == [0, 0, 0]
+    assert on_host[3] == 5 * 2 * 512 * 64 * 4
+
+
+def test_auto_takes_the_cheapest_that_fits() -> None:
+    """And of several devices for each its own; what it takes is in the plan, with what the others need."""
+    case = Case(2, "tiny", precision=Precision.fp32, seq_len=512)
+    config = case.config(".")
+    config.data.path, config.model.train_tokenizer, config.run_dir = "unused", 0, "unused"
+    place = Place(nodes=1, ranks_per_node=2, gpus=True, save_s=300)
+    known: dict[str, Simulation] = {}
+
+    def of(how: str, *sizes: float) -> Plan:
+        config.train.activations = Activations(how)
+        devices = [HardwareConfig(name=f"d{number}", memory_gib=size / GIB) for number, size in enumerate(sizes)]
+        return plan_of(Variant(run=plain(config), place=place), devices, PlanConfig(), known)
+
+    needed = {str(how): of(str(how), 1e12).most_needed for how in HOW}
+    for how in HOW:
+        found = of("auto", 1.2 * needed[how])
+        assert (found.activations, found.verdict) == ({"d0": how}, "fits")
+    assert len(known) == len(HOW), "each is simulated once"
+    assert of("auto", 1.02 * needed["block"]).activations == {"d0": "offload" if needed["offload"] < 0.9 * needed["block"] else "block"}
+    several = of("auto", 0.5 * needed["offload"], 1.2 * needed["block"], 1.2 * needed["keep"])
+    assert several.activations == {"d0": "offload", "d1": "block", "d2": "keep"}
+    assert several.verdicts == {"d0": "does not fit", "d1": "fits", "d2": "fits"}
+    assert several.needed == {"d0": needed["offload"], "d1": needed["block"], "d2": needed["keep"]}
+    assert "keep needs" in several.notes[-1]
+    assert several.engine == "fsdp, activations=block"
+
+
+@pytest.mark.slow
+def test_auto_is_chosen_once_a_run(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """It is said with the reason, kept in manifest.json, and chosen again only for other ranks or microbatches."""
+    line = [*arguments(base, chats, tmp_path / "run"), "train.activations=auto"]
+    said = launch(cache, [*line, "train.steps=2", "train.eval_every=null"])
+    assert "train.activations=auto: cpu takes keep" in said
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["activations"]["chosen"] == "keep"
+    manifest["activations"] |= {"chosen": "block", "reason": "block, as it was said"}
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    more = ["train.steps=4", "train.extend=true", "train.eval_every=null", "optim.schedule=constant"]
+    said = launch(cache, [*line, *more])
+    assert "block, as it was said" in said
+    assert "a block's input kept for backward" in said

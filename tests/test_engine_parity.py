@@ -165,6 +165,8 @@ def test_llama_equals_the_plain_loop(ranks: Callable[[int], Ranks], references: 
         (2, {"engine.sync_each_microbatch": False}),
         pytest.param(4, {"engine.replicate": 2, "engine.sync_each_microbatch": False}, marks=pytest.mark.slow),
         (2, {"engine.reshard_after_forward": False, "engine.prefetch": 2}),
+        (2, {"engine.reshard_after_backward": False}),
+        pytest.param(3, {"engine.reshard_after_backward": False, "engine.reshard_after_forward": False}, marks=pytest.mark.slow),
         (2, {"engine.offload_optimizer": Offload.cpu}),
     ],
     ids=str,

@@ -442,7 +442,7 @@ def test_memory_is_what_was_published(monkeypatch: pytest.MonkeyPatch) -> None:
         losses = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1).float(), batch.labels.flatten(), reduction="none")
         return Output(logps=-losses)
 
-    monkeypatch.setattr(activations, "create_selective_checkpoint_contexts", lambda _policy: contexts())
+    monkeypatch.setattr(activations, "KEEPING", contexts)
     monkeypatch.setattr(fsdp.FSDPEngine, "forward", in_float32)
     train = TrainConfig(global_batch=16, microbatch=2, activations=Activations.selective)
     config = RunConfig(model=ModelConfig(id="meta-llama/Llama-3.1-8B"), data=DataConfig(seq_len=8192), train=train)

@@ -15,8 +15,8 @@ from launcher.changes import differences
 from launcher.compose import compose, compose_with, unchecked
 from launcher.freeze import freeze, require_joinable
 from launcher.job import Job, frozen_text, make_job
-from launcher.plan import changes_of
 from launcher.presets import CONF
+from launcher.proposals import changes_of
 from trainers.config.derived import Peak, learning_rate, microbatches, peak_lr, warmup_steps
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, PeftMethod, TrainConfig, read

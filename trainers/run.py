@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainers.config.derived import exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Precision, RunConfig
+from trainers.config.schema import Activations, Precision, RunConfig
 from trainers.data.ends import stop_ids
 from trainers.data.loader import Loader
 from trainers.data.prepare import Prepared, prepare
@@ -92,6 +92,10 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
             log.warning(scarce)
         _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
+    if config.train.activations is Activations.auto:
+        from trainers.settle import settled
+
+        config = settled(config, world, attempt)
     watch.enter(Phase.loading)
     rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
     with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:

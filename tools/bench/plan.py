@@ -38,7 +38,6 @@ from trainers.config.schema import (
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:
-    from trainers.engines.base import Engine
     from trainers.model.blueprint import Blueprint
     from trainers.plan.trace import Trace
     from trainers.world import World
@@ -247,7 +246,11 @@ def predict(case: Case) -> dict[str, Any]:
 
     with ranks(case.ranks, case.ranks) as world:
         found = simulate(case.config("."), blueprint_of_case(case), world, case.seq_len)
-    return {"state": found.state_bytes, "peak": found.peak.total, "parameters": found.parameters}
+    return {
+        "state": found.state_bytes | {"inputs on the host": found.inputs_on_host},
+        "peak": found.peak.total,
+        "parameters": found.parameters,
+    }
 
 
 def measure(ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
@@ -289,8 +292,8 @@ def _traced(case: Case, world: World, folder: Path) -> dict[str, Any]:
 
     trace = Trace(SIZES[case.size]["vocab_size"])
     with trace, _without_copies_of_gloo(trace):
-        engine = _take_steps(case, world, folder, trace)
-    return {"state": engine.state_bytes(), "peak": max(moment.total for moment in trace.moments())}
+        state = _take_steps(case, world, folder, trace)
+    return {"state": state, "peak": max(moment.total for moment in trace.moments())}
 
 
 def _on_gpu(case: Case, world: World, folder: Path) -> dict[str, Any]:
@@ -299,11 +302,12 @@ def _on_gpu(case: Case, world: World, folder: Path) -> dict[str, Any]:
 
     from trainers.plan.trace import Trace
 
-    engine = _take_steps(case, world, folder, Trace(0), built=torch.cuda.reset_peak_memory_stats)
-    return {"state": engine.state_bytes(), "peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    state = _take_steps(case, world, folder, Trace(0), built=torch.cuda.reset_peak_memory_stats)
+    return {"state": state, "peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
-def _take_steps(case: Case, world: World, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> Engine:
+def _take_steps(case: Case, world: World, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> dict[str, int]:
+    """Take two steps; returns the engine's bytes of state, and those of inputs that waited on the host."""
     from trainers.engines.build import build_engine
     from trainers.objectives import make_objective
     from trainers.plan.simulate import LR, Marked, whole_batch
@@ -318,7 +322,7 @@ def _take_steps(case: Case, world: World, folder: Path, trace: Trace, built: Cal
         batches = [whole_batch(case.microbatch, case.seq_len) for _ in range(case.microbatches)]
         marked: Any = Marked(engine, trace)
         take_step(marked, objective, [batch.to(world.device) for batch in batches], world, lr=LR, targets=1)
-    return engine
+    return engine.state_bytes() | {"inputs on the host": marked.inputs_on_host}
 
 
 @contextmanager

@@ -57,8 +57,7 @@ def keep_for_backward(blocks: Sequence[nn.Module], how: Activations, pin_memory:
         return None
     inputs = HostInputs(pin_memory) if how is Activations.offload else None
     for block in blocks:
-        contexts = {"context_fn": _Contexts()} if how is Activations.selective else {}
-        block.forward = _computed_again(block.forward, inputs, **contexts)
+        block.forward = _computed_again(block.forward, how is Activations.selective, inputs)
     return inputs
 
 
@@ -75,11 +74,13 @@ def page_locked(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _computed_again(forward: Callable[..., Any], inputs: HostInputs | None, **options: Any) -> Callable[..., Any]:
-    """Return a block's forward that keeps its first argument, the hidden states, and what `options` of torch's checkpoint say."""
+def _computed_again(forward: Callable[..., Any], selective: bool, inputs: HostInputs | None) -> Callable[..., Any]:
+    """Return a block's forward that keeps its first argument, the hidden states, and what attention and products return."""
+    is_watched = False
 
     @functools.wraps(forward)
     def call(*args: Any, **named: Any) -> Any:
+        nonlocal is_watched
         if not torch.is_grad_enabled():
             return forward(*args, **named)
         hidden, rest = (args[0], args[1:]) if args else (named.pop("hidden_states"), ())
@@ -87,24 +88,21 @@ def _computed_again(forward: Callable[..., Any], inputs: HostInputs | None, **op
         def again(states: Tensor) -> Any:
             return forward(states, *rest, **named)
 
+        if selective and (torch.compiler.is_compiling() or is_watched):
+            return checkpoint(again, hidden, use_reentrant=False, context_fn=KEEPING)
+        if selective:
+            is_watched = True
+            return checkpoint(again, hidden, use_reentrant=False, context_fn=_watched)
         with nullcontext() if inputs is None else inputs.moved():
-            return checkpoint(again, hidden, use_reentrant=False, **options)
+            return checkpoint(again, hidden, use_reentrant=False)
 
     return call
 
 
-class _Contexts:
-    """The contexts of a block's forward and of computing it again; the first forward is watched for what would spoil the kept."""
-
-    def __init__(self) -> None:
-        self.watched = False
-
-    def __call__(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        keeping, finding = create_selective_checkpoint_contexts(_policy)
-        if self.watched or torch.compiler.is_compiling():
-            return keeping, finding
-        self.watched = True
-        return _both(keeping, _InPlace()), finding
+def _watched() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return the contexts of a block's first forward, watched for what would spoil the kept, and of computing it again."""
+    keeping, finding = KEEPING()
+    return _both(keeping, _InPlace()), finding
 
 
 @contextmanager
@@ -136,6 +134,10 @@ class _InPlace(TorchDispatchMode):
 
 def _policy(_context: Any, operator: Any, *args: Any, **_named: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if _keeps(operator, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEEPING = functools.partial(create_selective_checkpoint_contexts, _policy)
+"""The contexts of a block's forward and of computing it again; torch.compile takes no other callable than a partial."""
 
 
 def _keeps(operator: Any, args: Sequence[Any]) -> bool:
@@ -179,9 +181,10 @@ class HostInputs:
         if not tensor.numel():  # a mark of the checkpoint's own
             return tensor
         self._let_go()
-        moved = _Moved(torch.empty_like(tensor, device="cpu", pin_memory=self.pin_memory, requires_grad=False), tensor.device)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=self.pin_memory, requires_grad=False)
         with self._beside(tensor.device):
-            moved.host.copy_(tensor.detach(), non_blocking=True)
+            host.copy_(tensor.detach(), non_blocking=True)
+        moved = _Moved(host, tensor.device)
         self.leaving = (moved, tensor.detach(), self._event())
         self.waiting = [item for item in self.waiting if item() is not None]
         self.waiting.append(weakref.ref(moved))

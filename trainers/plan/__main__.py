@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from trainers.config.errors import ConfigError
-from trainers.plan.plan import Plan, Simulations, make_plan
+from trainers.plan.auto import plan_of
+from trainers.plan.plan import Plan, Simulations
 from trainers.plan.request import UNFIT, Request, from_dict
 from trainers.plan.say import say, say_all, say_change
 from trainers.processes import never_fail
@@ -47,6 +48,9 @@ def main() -> int:
     requests = [from_dict(item) for item in asked["requests"]]
     out = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     try:
+        if asked["command"] == "choose":
+            print(json.dumps(choose(requests[0])))
+            return Exit.done
         if asked["command"] == "changes":
             return try_changes(requests[0], out)
         plans = plan_all(requests)
@@ -59,6 +63,13 @@ def main() -> int:
     return UNFIT if unfit else Exit.done
 
 
+def choose(request: Request) -> dict[str, str]:
+    """Return what train.activations=auto takes on the one device of a request, `chosen`, and the `reason`."""
+    plan = plan_of(request.base, request.hardware, request.plan, {})
+    [chosen] = plan.activations.values()
+    return {"chosen": chosen, "reason": plan.notes[-1].partition("; ")[2]}
+
+
 def plan_all(requests: list[Request]) -> list[Plan]:
     """Plan each request and write what it asks for; shows how far it is on a terminal."""
     known: Simulations = {}
@@ -67,7 +78,7 @@ def plan_all(requests: list[Request]) -> list[Plan]:
         task = bar.add_task("", total=len(requests))
         for number, request in enumerate(requests, 1):
             bar.update(task, description=f"planning {number} of {len(requests)}: {Path(request.base.run['run_dir']).name}")
-            plan = make_plan(request.base, request.hardware, request.plan, known)
+            plan = plan_of(request.base, request.hardware, request.plan, known)
             plans.append(plan)
             if request.write:
                 write(plan, asdict(request))
@@ -94,14 +105,14 @@ def write(plan: Plan, asked: dict[str, Any]) -> None:
 def try_changes(request: Request, out: Console) -> int:
     """Try each change in order until enough of them fit; prints those that do, the cheapest first. Returns 0 where one does."""
     known: Simulations = {}
-    base = make_plan(request.base, request.hardware, request.plan, known)
+    base = plan_of(request.base, request.hardware, request.plan, known)
     fitting: list[Plan] = []
     with _bar() as bar:
         task = bar.add_task("", total=len(request.changes))
         for change in request.changes:
             bar.update(task, description=f"trying {' '.join(change.overrides)}")
             try:
-                plan = make_plan(change, request.hardware, request.plan, known)
+                plan = plan_of(change, request.hardware, request.plan, known)
             except ConfigError:
                 continue  # the change asks for what the model does not have
             finally:

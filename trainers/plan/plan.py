@@ -81,6 +81,8 @@ class Plan:
     step_seconds: tuple[float, float] | None = None
     """With the fast and the slow set of assumptions; None where no device is named."""
     price: float | None = None
+    activations: dict[str, str] = field(default_factory=dict)
+    """By device: what train.activations=auto takes; empty where the setting names it."""
     host_short: str = ""
     """What host memory lacks, in words."""
     notes: list[str] = field(default_factory=list)
@@ -138,7 +140,7 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         plan.save_seconds = plan.checkpoint_bytes / (1e9 * one.storage_gb_s)
     if Offload.nvme in (config.engine.offload_param, config.engine.offload_optimizer):
         plan.notes.append("no time is estimated: how fast NVMe is read and written is not known")
-    elif one is not None and place.gpus:
+    elif one is not None and place.gpus and one.tflops:
         _price(plan, config, one, simulation, moments)
     plan.seconds = time.monotonic() - began
     return plan

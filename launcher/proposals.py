@@ -1,0 +1,63 @@
+"""Changes to try for a run that does not fit, in the order of what they cost: time, then GPUs, then what is trained."""
+
+from __future__ import annotations
+
+from launcher.config import Backend
+from launcher.job import Job
+from trainers.config.activations import offered
+from trainers.config.schema import Activations, EngineName, Offload, PeftMethod, Quantisation, RunConfig
+
+Change = list[str]
+"""Overrides of the command line that go together."""
+
+
+def changes_of(job: Job) -> list[Change]:
+    """Return overrides that need less memory, the cheapest first."""
+    run, nodes = job.run, job.launch.nodes
+    rows, kept = _fewer_rows(run), _less_kept(run)
+    few, least = (rows[-1:] or [[]])[0], (kept[-1:] or [[]])[0]
+    found = [*rows[:1], *kept[:1], *rows[1:], *kept[1:-1]]
+    found += [[*row, *how] for row in rows for how in kept[:-1]]
+    found += [least, [*few, *least]]
+    found += [[*few, *least, *change] for change in _elsewhere(run)]
+    if job.launch.backend is not Backend.local:
+        found += [[*few, *least, f"launch.nodes={nodes * more}"] for more in (2, 4, 8)]
+    found += _trains_less(run, [*few, *least])
+    return [list(item) for item in dict.fromkeys(map(tuple, found)) if item]
+
+
+def _fewer_rows(run: RunConfig) -> list[Change]:
+    """Return smaller microbatches: the same step, its products less wide."""
+    sizes = dict.fromkeys([run.train.microbatch // 2, 1])
+    return [[f"train.microbatch={size}"] for size in sizes if 0 < size < run.train.microbatch]
+
+
+def _less_kept(run: RunConfig) -> list[Change]:
+    """Return what may be kept of a block instead of what is: computed again, or moved to the host and back."""
+    now, ways = run.train.activations, offered(run)
+    if now is Activations.auto or now not in ways:
+        return []
+    return [[f"train.activations={how}"] for how in ways[ways.index(now) + 1 :]]
+
+
+def _elsewhere(run: RunConfig) -> list[Change]:
+    """Return where state may be instead of on the device, or in fewer copies."""
+    engine, found = run.engine, []
+    if engine.replicate > 1:
+        found.append(["engine.replicate=1", "engine.shard=null"])
+    if engine.name is EngineName.fsdp and engine.offload_optimizer is Offload.none:
+        found.append(["engine.offload_optimizer=cpu"])
+    if engine.offload_param is Offload.none:
+        found.append([f"engine={engine.name}_offload"])
+    return found
+
+
+def _trains_less(run: RunConfig, lean: Change) -> list[Change]:
+    """Return adapters in the place of the whole model, and a base in 4 bits."""
+    peft, found = run.peft, []
+    own_rate = ["optim.lr=null"] if run.optim.lr is not None and peft.method is PeftMethod.none else []  # it was full fine-tuning's
+    if peft.method is PeftMethod.none:
+        found += [["peft=lora", *own_rate], [*lean, "peft=lora", *own_rate]]
+    if peft.method in (PeftMethod.none, PeftMethod.lora) and peft.quantise is Quantisation.none:
+        found.append([*lean, "peft=qlora", *own_rate])
+    return found
