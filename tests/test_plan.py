@@ -399,20 +399,20 @@ def test_large_models_take_under_a_minute(exp: str, nodes: int, gpus: int, more:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("exp", "checkpointed", "seconds"),
-    [("llama70b_full", 1.0, 8192 / 331), ("llama8b_full", 0.75, 8192 / 2973)],
+    ("exp", "seconds"),
+    [("llama70b_full", 8192 / 331), ("llama8b_full", 8192 / 2973)],
     ids=["70B full checkpointing", "8B selective checkpointing"],
 )
-def test_times_hold_what_was_published(exp: str, checkpointed: float, seconds: float) -> None:
+def test_times_hold_what_was_published(exp: str, seconds: float) -> None:
     """torchtitan on 64 A100 of 80 GB, one row of 8,192 tokens a GPU (docs/performance.md of 2024): 331 and 2,973 tokens a second and GPU.
 
-    Its 8B run checkpoints selected operators and computes almost nothing again: three quarters of our work.
+    Its 8B run checkpoints selected operators, as ours does, and computes every second matrix product again.
     """
     device = next(item for item in gate.known_hardware() if item.name == "a100_80")
     config = compose([f"+exp={exp}", "data.seq_len=8192", "launch.nodes=8", "launch.gpus_per_node=8", "train.global_batch=64"])
     place = Place(nodes=8, ranks_per_node=8, gpus=True, save_s=300)
     found = make_plan(Variant(run=gate.plain(make_job(config).run), place=place), [device], PlanConfig(), {})
-    fast, slow = (checkpointed * value for value in found.step_seconds)
+    fast, slow = found.step_seconds
     assert fast <= 1.15 * seconds
     assert slow >= seconds / 1.15
     assert found.verdict == "fits"
