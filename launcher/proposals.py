@@ -9,21 +9,26 @@ from trainers.config.schema import Activations, EngineName, Offload, PeftMethod,
 
 Change = list[str]
 """Overrides of the command line that go together."""
+OFFLOADED = [f"train.activations={Activations.offload}"]
 
 
 def changes_of(job: Job) -> list[Change]:
     """Return overrides that need less memory, the cheapest first."""
     run, nodes = job.run, job.launch.nodes
     rows, kept = _fewer_rows(run), _less_kept(run)
-    few, least = (rows[-1:] or [[]])[0], (kept[-1:] or [[]])[0]
-    found = [*rows[:1], *kept[:1], *rows[1:], *kept[1:-1]]
-    found += [[*row, *how] for row in rows for how in kept[:-1]]
-    found += [least, [*few, *least]]
+    few, least = _last(rows), _last(kept)
+    found = [*rows[:1], *kept[:1], *rows[1:], *kept[1:]]
+    found += [[*row, *how] for row in rows for how in kept if how != OFFLOADED]
+    found.append([*few, *least])
     found += [[*few, *least, *change] for change in _elsewhere(run)]
     if job.launch.backend is not Backend.local:
         found += [[*few, *least, f"launch.nodes={nodes * more}"] for more in (2, 4, 8)]
-    found += _trains_less(run, [*few, *least])
+    found += _trains_less(run, [*few, *_last([how for how in kept if how != OFFLOADED])])
     return [list(item) for item in dict.fromkeys(map(tuple, found)) if item]
+
+
+def _last(changes: list[Change]) -> Change:
+    return changes[-1] if changes else []
 
 
 def _fewer_rows(run: RunConfig) -> list[Change]:

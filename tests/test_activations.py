@@ -13,6 +13,9 @@ from command import arguments, launch
 from conftest import TINY, Ranks, blueprint_for
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from launcher.compose import compose
+from launcher.job import make_job
+from launcher.proposals import changes_of
 from tools.bench.orders import engine_preset
 from tools.bench.plan import Case, blueprint_of_case
 from trainers.batch import Batch
@@ -242,14 +245,31 @@ def test_auto_takes_the_cheapest_that_fits() -> None:
 @pytest.mark.slow
 def test_auto_is_chosen_once_a_run(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """It is said with the reason, kept in manifest.json, and chosen again only for other ranks or microbatches."""
-    line = [*arguments(base, chats, tmp_path / "run"), "train.activations=auto"]
+    line = [*arguments(base, chats, tmp_path / "run"), "train.activations=auto", "optim.schedule=constant"]
     said = launch(cache, [*line, "train.steps=2", "train.eval_every=null"])
     assert "train.activations=auto: cpu takes keep" in said
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["activations"]["chosen"] == "keep"
     manifest["activations"] |= {"chosen": "block", "reason": "block, as it was said"}
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
-    more = ["train.steps=4", "train.extend=true", "train.eval_every=null", "optim.schedule=constant"]
+    more = ["train.steps=4", "train.extend=true", "train.eval_every=null"]
     said = launch(cache, [*line, *more])
     assert "block, as it was said" in said
     assert "a block's input kept for backward" in said
+
+
+def test_proposals_come_in_the_order_of_what_they_cost() -> None:
+    line = ["+exp=llama70b_full", "train.microbatch=4", "train.global_batch=256", "data.path=absent/set"]
+
+    def proposed(*more: str) -> list[str]:
+        return [" ".join(change) for change in changes_of(make_job(compose([*line, *more])))]
+
+    said = proposed("train.activations=keep", "engine.replicate=2")
+    costs = ["train.microbatch=2", "train.activations=selective", "train.activations=block", "train.activations=offload"]
+    costs += ["engine.replicate=1", "engine.offload_optimizer=cpu", "engine=fsdp_offload", "launch.nodes=16", "peft=lora", "peft=qlora"]
+    places = [next(number for number, words in enumerate(said) if cost in words) for cost in costs]
+    assert places == sorted(places)
+    assert len(said) == len(set(said))
+    assert not [words for words in proposed("train.activations=auto") if "train.activations" in words]
+    assert not [words for words in proposed("train.activations=block") if "selective" in words]
+    assert "train.activations=offload" in proposed("train.activations=block")
