@@ -145,8 +145,8 @@ CASES = [
     for size, engine in ((1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (1, "zero3"), (2, "zero3"), (3, "zero3"))
     for style, method in [("llama", method) for method in METHODS] + [(style, "full") for style in STYLES if style != "llama"]
 ]
-QUICK = [(2, "fsdp", "llama", "lora"), (2, "zero3", "llama", "full")]
-SLOW = [(1, "fsdp", "llama", "full"), (3, "fsdp", "llama", "qlora"), (2, "fsdp", "qwen3_moe", "full"), (2, "zero3", "llama", "dora")]
+QUICK = [(2, "fsdp", "llama", "lora")]
+SLOW = [(1, "fsdp", "llama", "full"), (3, "fsdp", "llama", "qlora"), (2, "fsdp", "qwen3_moe", "full"), (2, "zero3", "llama", "full")]
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,8 @@ def test_a_plan_knows_what_each_needs(engine: EngineName) -> None:
         work.append(sum(moment.flops for moment in found.moments))
         on_host.append(found.inputs_on_host)
         text = blueprint.config
-        assert found.inputs_on_host == bytes_on_host(config, text.num_hidden_layers, text.hidden_size, 4, pinned=True)
+        if how is Activations.offload:
+            assert found.inputs_on_host == bytes_on_host(config, text.num_hidden_layers, text.hidden_size, 4, pinned=True)
     assert needed == sorted(needed, reverse=True)
     assert needed[0] > 1.5 * needed[2]
     assert work == sorted(work)
@@ -215,11 +216,12 @@ def test_a_plan_knows_what_each_needs(engine: EngineName) -> None:
     assert on_host[3] == 5 * 2 * 512 * 64 * 4
 
 
+@pytest.mark.slow
 def test_auto_takes_the_cheapest_that_fits() -> None:
     """And of several devices for each its own; what it takes is in the plan, with what the others need."""
     case = Case(2, "tiny", precision=Precision.fp32, seq_len=512)
     config = case.config(".")
-    config.data.path, config.model.train_tokenizer, config.run_dir = "unused", 0, "unused"
+    config.data.path, config.model.train_tokenizer, config.run_dir = "unused", 33, "unused"
     place = Place(nodes=1, ranks_per_node=2, gpus=True, save_s=300)
     known: dict[str, Simulation] = {}
 
@@ -229,15 +231,16 @@ def test_auto_takes_the_cheapest_that_fits() -> None:
         return plan_of(Variant(run=plain(config), place=place), devices, PlanConfig(), known)
 
     needed = {str(how): of(str(how), 1e12).most_needed for how in HOW}
-    for how in HOW:
-        found = of("auto", 1.2 * needed[how])
+    for how in HOW[:3]:
+        found = of("auto", needed[how] / 0.89)
         assert (found.activations, found.verdict) == ({"d0": how}, "fits")
     assert len(known) == len(HOW), "each is simulated once"
-    assert of("auto", 1.02 * needed["block"]).activations == {"d0": "offload" if needed["offload"] < 0.9 * needed["block"] else "block"}
-    several = of("auto", 0.5 * needed["offload"], 1.2 * needed["block"], 1.2 * needed["keep"])
-    assert several.activations == {"d0": "offload", "d1": "block", "d2": "keep"}
+    assert of("auto", 1.02 * needed["selective"]).activations == {"d0": "block"}, "what fits is better than what is tight"
+    least = min(needed, key=lambda how: needed[how])
+    several = of("auto", 0.5 * needed[least], needed["block"] / 0.89, needed["keep"] / 0.89)
+    assert several.activations == {"d0": least, "d1": "block", "d2": "keep"}
     assert several.verdicts == {"d0": "does not fit", "d1": "fits", "d2": "fits"}
-    assert several.needed == {"d0": needed["offload"], "d1": needed["block"], "d2": needed["keep"]}
+    assert several.needed == {"d0": needed[least], "d1": needed["block"], "d2": needed["keep"]}
     assert "keep needs" in several.notes[-1]
     assert several.engine == "fsdp, activations=block"
 

@@ -54,6 +54,7 @@ PRIVATE = {
     "_reassign_or_swap_out_partitioned_parameters": f"{STAGE3}._reassign_or_swap_out_partitioned_parameters",
     "_scaled_dot_product_flash_attention_for_cpu": "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    "_schema": f"{OP}._schema",
     "_spec": f"{DTENSOR}._api.DTensor._spec",
     "_supports_flash_attn": f"{PRETRAINED}._supports_flash_attn",
     "_swappable_optimizer_subgroup": f"{STAGE3}._swappable_optimizer_subgroup",

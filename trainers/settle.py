@@ -32,7 +32,7 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def settled(config: RunConfig, world: World, attempt: Attempt) -> RunConfig:
-    """Return the config with what `auto` stands for, chosen once a run and said with the reason; collective.
+    """Return the config with a choice instead of `auto`, made once a run and said with the reason; collective.
 
     A continued run keeps it, unless it has other ranks or another microbatch, with which it may no longer fit.
     """

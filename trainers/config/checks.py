@@ -9,12 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from trainers.config.activations import validate_activations
 from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import compares, has_held_out, peak_lr
 from trainers.config.errors import ConfigError, plural
 from trainers.config.objectives import validate_objective
 from trainers.config.schema import (
+    Activations,
     AdapterInit,
     Attention,
     DataConfig,
@@ -170,7 +170,10 @@ def validate(config: RunConfig) -> None:
     _validate_peft(config)
     _validate_spikes(config)
     _validate_engine(config.engine)
-    validate_activations(config)
+    if config.train.activations is not Activations.keep:
+        from trainers.config.activations import validate_activations
+
+        validate_activations(config)
     _validate_training(config)
     validate_objective(config.objective)
     validate_evaluation(config.evaluation)

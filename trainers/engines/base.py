@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from trainers import host
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Offload, Precision, RunConfig
-from trainers.engines.activations import bytes_on_host
+from trainers.config.schema import Activations, Offload, Precision, RunConfig
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
 from trainers.model.safetensors_files import listed
@@ -28,6 +27,9 @@ from trainers.peft.base import Adaptation
 from trainers.peft.update import Update
 from trainers.units import in_bytes
 from trainers.world import World
+
+if TYPE_CHECKING:
+    from trainers.engines.activations import HostInputs
 
 log = logging.getLogger("fulltune")
 NVME_BUFFERS = 5
@@ -177,6 +179,34 @@ def require_moved(engine: Engine, world: World) -> None:
         )
 
 
+def keep_for_backward(blocks: Sequence[nn.Module], config: RunConfig, pin_memory: bool) -> HostInputs | None:
+    """Let blocks keep what train.activations names, before they are compiled or sharded; returns where their inputs wait, if elsewhere."""
+    if config.train.activations is Activations.keep:
+        return None
+    from trainers.engines.activations import keep_for_backward
+
+    return keep_for_backward(blocks, config.train.activations, pin_memory)
+
+
+def activations_statement(config: RunConfig) -> dict[str, str]:
+    """Say what of a block is kept for backward, where it is not all."""
+    if config.train.activations is Activations.keep:
+        return {}
+    from trainers.engines.activations import WORDS
+
+    return {"activations": WORDS[config.train.activations]}
+
+
+def inputs_on_host(config: RunConfig, model: PreTrainedModel, num_blocks: int, device: torch.device) -> int:
+    """Return the bytes of a rank's inputs of blocks that wait on the host."""
+    if config.train.activations is not Activations.offload:
+        return 0
+    from trainers.engines.activations import bytes_on_host
+
+    pinned = config.engine.pin_memory and device.type == "cuda"
+    return bytes_on_host(config, num_blocks, model.config.get_text_config().hidden_size, COMPUTE[config.train.precision].itemsize, pinned)
+
+
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Bring a model's buffers to a device; its parameters stay where they are."""
     for module in model.modules():
@@ -187,13 +217,7 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 def require_host(config: RunConfig, world: World, built: Engine) -> None:
     """Refuse an offloading run, before weights are read, where host memory cannot hold it; say what it takes of the host."""
     engine, model = config.engine, built.model
-    inputs = bytes_on_host(
-        config,
-        len(built.blocks),
-        model.config.get_text_config().hidden_size,
-        COMPUTE[config.train.precision].itemsize,
-        engine.pin_memory and world.device.type == "cuda",
-    )
+    inputs = inputs_on_host(config, model, len(built.blocks), world.device)
     if engine.offload_optimizer is Offload.none and engine.offload_param is Offload.none and not inputs:
         return
     log.info("offloading: %d threads each for %d ranks on %d cores", torch.get_num_threads(), world.local_size, host.cores())

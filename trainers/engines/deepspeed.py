@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimizerName, RunConfig
-from trainers.engines.activations import WORDS, keep_for_backward
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -33,9 +32,11 @@ from trainers.engines.base import (
     Accepts,
     Placed,
     accepts_all,
+    activations_statement,
     counted,
     frozen_statement,
     in_short,
+    keep_for_backward,
     move_buffers,
     statement,
     unpacked_numel,
@@ -76,7 +77,7 @@ class ZeRO3Engine:
         self.model = blueprint.build()
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         self.blocks = find_blocks(self.model)
-        self.inputs = keep_for_backward(self.blocks, config.train.activations, self._pins())
+        self.inputs = keep_for_backward(self.blocks, config, self._pins())
         library = import_deepspeed()
         for collective in ("reduce_scatter_tensor", "all_gather_into_tensor"):
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
@@ -473,7 +474,7 @@ class ZeRO3Engine:
             **update_statement(self.adaptation.update, host),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
-            "activations": WORDS[self.config.train.activations],
+            **activations_statement(self.config),
         }
 
     def close(self) -> None:

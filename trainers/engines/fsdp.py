@@ -19,16 +19,17 @@ from transformers import PreTrainedModel
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import Offload, OptimConfig, OptimizerName, RunConfig
-from trainers.engines.activations import WORDS, keep_for_backward
 from trainers.engines.base import (
     COMPUTE,
     HOST,
     Accepts,
     Placed,
     accepts_all,
+    activations_statement,
     counted,
     frozen_statement,
     in_short,
+    keep_for_backward,
     move_buffers,
     require_type,
     statement,
@@ -71,7 +72,7 @@ class FSDPEngine:
         self.model = blueprint.build()
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         self.blocks = find_blocks(self.model)
-        self.inputs = keep_for_backward(self.blocks, config.train.activations, self._pins())
+        self.inputs = keep_for_backward(self.blocks, config, self._pins())
         self.unreached = unreached_modules(self.model, self.adaptation.unreached, self.blocks)
         require_groups(self.model, [*self.blocks, *self.unreached])
         self._shard()
@@ -301,7 +302,7 @@ class FSDPEngine:
             **update_statement(self.adaptation.update, home),
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
-            "activations": WORDS[self.config.train.activations],
+            **activations_statement(self.config),
         }
 
     def close(self) -> None:
