@@ -117,7 +117,7 @@ class Prefetch:
     def __init__(self, rows: Rows, device: torch.device) -> None:
         """Make nothing yet."""
         self.rows, self.device = rows, device
-        self.thread = ThreadPoolExecutor(1, "prefetch")
+        self.thread = ThreadPoolExecutor(1, "prefetch", self._enter_device)
         self.made: tuple[tuple[int, int], Future[Dealt]] | None = None
 
     def take(self, step: int, ahead: int) -> Dealt:
@@ -128,6 +128,11 @@ class Prefetch:
         if step + 1 < self.rows.num_steps:
             self.made = (step + 1, ahead), self.thread.submit(self._make, step + 1, ahead)
         return dealt
+
+    def _enter_device(self) -> None:
+        """Let what the thread does with CUDA be on this rank's device: a new thread is on the first one."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     def _make(self, step: int, ahead: int) -> Dealt:
         row_ids = self.rows.row_ids(step, ahead)
