@@ -5,25 +5,30 @@ from __future__ import annotations
 from launcher.config import Backend
 from launcher.job import Job
 from trainers.config.activations import offered
-from trainers.config.schema import Activations, EngineName, Offload, PeftMethod, Quantisation, RunConfig
+from trainers.config.schema import Activations, EngineName, Offload, OptimizerName, PeftMethod, Quantisation, RunConfig
 
 Change = list[str]
 """Overrides of the command line that go together."""
+EIGHT_BIT = "adamw_8bit"
 OFFLOADED = [f"train.activations={Activations.offload}"]
 
 
 def changes_of(job: Job) -> list[Change]:
     """Return overrides that need less memory, the cheapest first."""
     run, nodes = job.run, job.launch.nodes
-    rows, kept = _fewer_rows(run), _less_kept(run)
-    few, least = _last(rows), _last(kept)
-    found = [*rows[:1], *kept[:1], *rows[1:], *kept[1:]]
-    found += [[*row, *how] for row in rows for how in kept if how != OFFLOADED]
-    found.append([*few, *least])
-    found += [[*few, *least, *change] for change in _elsewhere(run)]
+    rows, kept, small = _fewer_rows(run), _less_kept(run), _smaller_state(run)
+    light = [how for how in kept if how != OFFLOADED]
+    few, lean = _last(rows), [*_last(rows), *_last(light)]
+    found = [*rows[:1], *light[:1], *rows[1:], *light[1:]]
+    found += [[*row, *how] for row in rows for how in light]
+    found += [*small, [*lean, *_last(small)]]
+    found += [how for how in kept if how == OFFLOADED]
+    least = [*few, *_last(kept)]
+    found.append(least)
+    found += [[*least, *change] for change in _elsewhere(run)]
     if job.launch.backend is not Backend.local:
-        found += [[*few, *least, f"launch.nodes={nodes * more}"] for more in (2, 4, 8)]
-    found += _trains_less(run, [*few, *_last([how for how in kept if how != OFFLOADED])])
+        found += [[*least, f"launch.nodes={nodes * more}"] for more in (2, 4, 8)]
+    found += _trains_less(run, lean)
     return [list(item) for item in dict.fromkeys(map(tuple, found)) if item]
 
 
@@ -43,6 +48,14 @@ def _less_kept(run: RunConfig) -> list[Change]:
     if now is Activations.auto or now not in ways:
         return []
     return [[f"train.activations={how}"] for how in ways[ways.index(now) + 1 :]]
+
+
+def _smaller_state(run: RunConfig) -> list[Change]:
+    """Return an optimizer whose state takes a quarter of the bytes, where there is one."""
+    known = {str(name) for name in OptimizerName}
+    if EIGHT_BIT not in known or run.optim.name is not OptimizerName.adamw or run.engine.offload_optimizer is not Offload.none:
+        return []
+    return [[f"optim.name={EIGHT_BIT}"]]
 
 
 def _elsewhere(run: RunConfig) -> list[Change]:

@@ -24,6 +24,9 @@ def _refusal(config: RunConfig, how: Activations) -> ConfigError | None:
     if config.peft.method is PeftMethod.prefix and how not in (Activations.keep, Activations.auto):
         reason = "prefix tuning goes through the cache of keys and values, which computing a block again would fill twice"
         return ConfigError("train.activations", str(how), reason, "train.activations=keep, or peft=prompt")
+    if getattr(config.train, "compile", False) and how is Activations.offload:
+        reason = "blocks are compiled, and torch.compile does not take the hooks that move their inputs"
+        return ConfigError("train.activations", "offload", reason, "train.activations=block")
     if config.peft.method is PeftMethod.adalora and how is Activations.selective:
         reason = "peft adds adalora's product in place to that of the base, which would be kept and so added to twice"
         return ConfigError("train.activations", "selective", reason, "train.activations=block")
