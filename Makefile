@@ -7,7 +7,7 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak clean
+.PHONY: help demo compare-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak test-oldest clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-slow the slow suite'
 	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
+	@echo 'make test-oldest the tests on the oldest versions that pyproject.toml allows, in .venv-oldest: gigabytes'
 	@echo 'make check     format, lint, types, layers, pages and their links'
 	@echo 'make audit     known vulnerabilities of the pinned packages, where pip-audit and a network are'
 	@echo 'make docs      the pages of docs/ as HTML, in build/docs'
@@ -83,5 +84,19 @@ test-all: test test-slow
 test-soak: $(STAMP)
 	$(BIN)/python -m pytest -m soak
 
+# A machine with a GPU has such versions: torch 2.11, transformers 5.17. Not part of .ci/run: it downloads gigabytes.
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml tests/oldest.py
+	@$(PYTHON) -m venv $(OLDEST)
+	@echo 'installing into $(OLDEST): gigabytes, where torch has no build for CPUs alone'
+	@$(PYTHON) tests/oldest.py > $(OLDEST)/requirements.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --requirement $(OLDEST)/requirements.txt
+	@$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+# TESTS=tests/test_x.py takes some of them.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m 'not slow and not soak' $(TESTS)
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -41,7 +41,7 @@ from typing import Any
 SWITCH = "FULLTUNE_FORK"
 ROOT = Path(__file__).parents[1]
 OURS = ("launcher", "trainers", "tools")
-NOT_BEFOREHAND = {"deepspeed", "wandb", "wandb_workspaces", "lm_eval", "datasets", "pyarrow", "hydra_plugins", "submitit", *OURS}
+NOT_BEFOREHAND = {"deepspeed", "wandb", "wandb_workspaces", "lm_eval", "datasets", "pyarrow", "hydra_plugins", "submitit", "trl", *OURS}
 """What starts threads or changes state as it is imported."""
 ALSO = ("transformers.models.llama.modeling_llama",)
 READ_BY_IMPORTS = ("PYTHON", "LD_", "LC_", "LANG", "HF_", "TRANSFORMERS_", "OMP_", "MKL_", "HOME", "XDG_", "CUDA_HOME", "USE_")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 
 from command import ROOT
+from oldest import oldest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -41,3 +42,13 @@ def test_the_pins_are_within_the_bounds() -> None:
         (exact,) = pinned[name].specifier
         assert exact.operator == "=="
         assert exact.version in requirement.specifier, f"{requirement} does not allow the pinned {exact.version}"
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    """What `make test-oldest` installs: each dependency but those that are installed by hand."""
+    found = oldest()
+    for requirement in requirements():
+        if requirement.name not in NOT_PINNED:
+            assert found[requirement.name] in requirement.specifier
+            assert f">={found[requirement.name]}" in str(requirement)
+    assert found.keys() & NOT_PINNED == set()

@@ -123,6 +123,10 @@ class FSDPEngine:
             "mp_policy": MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32),
             "offload_policy": CPUOffloadPolicy(pin_memory=self._pins()) if self.offloaded else OffloadPolicy(),
         }
+        if self.adaptation.packed:
+            from trainers.engines.integers import shard_integers
+
+            shard_integers()
         unreached = {id(self.model.get_parameter(name)) for name in self.adaptation.unreached}
         used = [block for block in self.blocks if any(id(p) not in unreached for p in block.parameters())]
         for block in (*self.blocks, *self.unreached):

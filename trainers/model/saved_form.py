@@ -18,10 +18,9 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
-    apply_converters,
-    apply_renamings,
     build_glob_alternation,
     dot_natural_key,
+    rename_source_key,
 )
 
 from trainers.health.activity import watch
@@ -196,18 +195,22 @@ def _reverse(
     names: dict[str, str] = {}
     found: dict[str, Conversion] = {}
     for name in sorted(live, key=dot_natural_key):
-        first, pattern = apply_converters(name, converters)
+        first, pattern = rename_source_key(name, [], converters, reverse=True)
         if pattern is None:
-            names[name] = apply_renamings(name, renamings)
+            names[name] = _renamed(name, renamings)
         else:
             found.setdefault(first, Conversion(first, by_pattern[pattern])).sources.setdefault(pattern, []).append(name)
     ways: dict[str, WayBack] = {}
     for conversion in found.values():
         sources = {name: live[name] for keys in conversion.sources.values() for name in keys}
-        made = [apply_renamings(name, renamings) for name in conversion.run(model, live.__getitem__)]
+        made = [_renamed(name, renamings) for name in conversion.run(model, live.__getitem__)]
         way = WayBack(model=model, conversion=conversion, sources=sources, units=_units(conversion, sources, made))
         ways |= dict.fromkeys(sources, way)
     return names, ways
+
+
+def _renamed(name: str, renamings: list[WeightRenaming]) -> str:
+    return rename_source_key(name, renamings, [], reverse=True)[0]
 
 
 def _units(conversion: Conversion, sources: dict[str, Tensor], names: list[str]) -> list[list[str]]:
