@@ -7,7 +7,7 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak test-oldest clean
+.PHONY: help demo compare-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak test-oldest gpu clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
 	@echo 'make test-oldest the tests on the oldest versions that pyproject.toml allows, in .venv-oldest: gigabytes'
+	@echo 'make gpu       what one GPU does, the most valuable first, into benchmarks/gpu.md: 25 minutes'
 	@echo 'make check     format, lint, types, layers, pages and their links'
 	@echo 'make audit     known vulnerabilities of the pinned packages, where pip-audit and a network are'
 	@echo 'make docs      the pages of docs/ as HTML, in build/docs'
@@ -97,6 +98,10 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.py
 # TESTS=tests/test_x.py takes some of them.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -m 'not slow and not soak' $(TESTS)
+
+# On a machine without a network the packages are there already, and no .venv is made: docs/gpu.md.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.bench gpu --out benchmarks/gpu.md
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

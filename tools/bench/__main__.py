@@ -9,7 +9,7 @@ python -m tools.bench engines --parameters 1e9 --precision bf16 --out FILE.md
 python -m tools.bench methods --model DIR --data FILE --out FILE.md
 python -m tools.bench peers --peer trl --out FILE.md
 python -m tools.bench plan
-python -m tools.bench plan --gpu --out benchmarks/gpu.md
+python -m tools.bench gpu --out benchmarks/gpu.md
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from tools.bench import checkpoint, data, engines, load, methods, plan, train
+from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
 
@@ -37,10 +38,12 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "methods": (methods, "parameter-efficient methods and full fine-tuning on the same rows, each at the best of its learning rates"),
     "peers": (peers, "tokens a second, memory and time to the first step next to other trainers'; installs them once; minutes a run"),
     "plan": (plan, "a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal"),
+    "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
 """By name: the module that measures, and what it measures."""
 RANKS: dict[str, tuple[Callable[[argparse.Namespace], None], dict[str, dict[str, Any]]]] = {
     "plan-rank": (plan.run_rank, {"folder": {}, "cases": {"type": int, "nargs": "+"}}),
+    "gpu-row": (gpu.run_rank, {"folder": {}}),
     "engine-rank": (engines.run_rank, {"run_dir": {}}),
     "checkpoint-rank": (checkpoint.run_rank, {"run_dir": {}}),
     "load-rank": (load.run_rank, {"folder": {}, "engine": {}, "run_dir": {}}),

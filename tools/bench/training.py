@@ -73,9 +73,8 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         config = config_of(order, run_dir, world.size)
         require_parts(config, world)
         world.connect()
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"-": 0}, unk_token="-")), pad_token="-")
-        blueprint = make_blueprint(config.model, config.seed, tokenizer)
-        table = _packed_rows(config.train.global_batch * order["steps"], order["seq_len"], blueprint.config.vocab_size)
+        blueprint = make_blueprint(config.model, config.seed, plain_tokenizer())
+        table = random_rows(config.train.global_batch * order["steps"], order["seq_len"], blueprint.config.vocab_size)
         data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
         rows = Loader(table, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=0)
         world.barrier()
@@ -94,7 +93,12 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         sys.stdin.readline()
 
 
-def _packed_rows(rows: int, seq_len: int, vocabulary: int) -> TokenTable:
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of one token, for a model whose rows are random."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"-": 0}, unk_token="-")), pad_token="-", eos_token="-")
+
+
+def random_rows(rows: int, seq_len: int, vocabulary: int) -> TokenTable:
     """Return at least `rows` packed rows of random documents, an eighth of a row to a whole one long, frequent tokens among them."""
     random = np.random.default_rng(0)
     lengths = random.integers(max(2, seq_len // 8), seq_len + 1, 2 * rows, dtype=np.int64)
