@@ -12,6 +12,7 @@ from typing import Any
 from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import compares, has_held_out, peak_lr
 from trainers.config.errors import ConfigError, plural
+from trainers.config.kernels import validate_kernels
 from trainers.config.objectives import validate_objective
 from trainers.config.schema import (
     Activations,
@@ -174,6 +175,7 @@ def validate(config: RunConfig) -> None:
         from trainers.config.activations import validate_activations
 
         validate_activations(config)
+    validate_kernels(config)
     _validate_training(config)
     validate_objective(config.objective)
     validate_evaluation(config.evaluation)

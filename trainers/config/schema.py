@@ -177,6 +177,14 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class Float8(StrEnum):
+    """Scales of float8 matrix products: none of them, one a row, which is more accurate, or one a matrix, which is faster."""
+
+    none = "none"
+    rowwise = "rowwise"
+    tensorwise = "tensorwise"
+
+
 class Metric(StrEnum):
     """What an answer is measured by: what is extracted equals the reference's, ROUGE-L's F with the reference, or it is JSON."""
 
@@ -452,6 +460,10 @@ class TrainConfig:
     """Compute type; master weights stay float32."""
     activations: Activations = Activations.keep
     """What backward finds of a block: `keep` all, `selective` attention and products, `block` its input, `offload` that on the host."""
+    compile: bool = False
+    """fsdp: compile each block with torch.compile: fewer passes over memory, and a minute or more before the first step, once a machine."""
+    float8: Float8 = Float8.none
+    """fsdp, bf16, GPUs from SM 8.9 on: matrix products of blocks in float8, scaled by row (`rowwise`) or by matrix (`tensorwise`)."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; empty evaluates before the first and after the last step only."""
     eval_microbatch: int | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import Offload, OptimConfig, OptimizerName, RunConfig
+from trainers.config.schema import Float8, Offload, OptimConfig, OptimizerName, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -49,6 +50,10 @@ from trainers.peft.tokens import ENCODER
 from trainers.peft.update import Part
 from trainers.world import World, read
 
+if TYPE_CHECKING:
+    from trainers.engines.compiling import CompiledBlocks
+
+log = logging.getLogger("fulltune")
 CLIP_EPS = 1e-6
 """What torch adds to a norm before it divides by it."""
 STRAY_SHARE = 0.1
@@ -72,15 +77,26 @@ class FSDPEngine:
         self.model = blueprint.build()
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         self.blocks = find_blocks(self.model)
+        self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None
+        """What multiplies in float8, in words."""
         self.inputs = keep_for_backward(self.blocks, config, self._pins())
         self.unreached = unreached_modules(self.model, self.adaptation.unreached, self.blocks)
         require_groups(self.model, [*self.blocks, *self.unreached])
+        self.compiled = self._compile() if config.train.compile else None
         self._shard()
         self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
 
     @staticmethod
     def require_parts(config: RunConfig) -> None:
-        """Need nothing but torch."""
+        """Need nothing but torch, a compiler where blocks are compiled, and torchao for float8."""
+        if config.train.float8 is not Float8.none:
+            from trainers.engines.float8 import require_float8
+
+            require_float8(config.train.float8)
+        if config.train.compile:
+            from trainers.engines.compiling import require_compiler
+
+            require_compiler()
 
     @staticmethod
     def reach(config: RunConfig, blocks: Sequence[nn.Module]) -> int:
@@ -111,6 +127,18 @@ class FSDPEngine:
         if (update := self.adaptation.update) is not None:
             update.begin({name: _local_block(self.model.get_parameter(name).detach())[0].view(-1) for name in update.names})
         self.model.train()
+
+    def _convert_to_float8(self) -> str:
+        from trainers.engines.float8 import convert
+
+        if not self.config.train.compile and self.world.device.type == "cuda":
+            log.warning("train.float8 without train.compile=true is slower than bf16: each cast reads and writes its matrix by itself")
+        return convert(self.model, self.blocks, self.config.train.float8, self.world.device.type)
+
+    def _compile(self) -> CompiledBlocks:
+        from trainers.engines.compiling import CompiledBlocks
+
+        return CompiledBlocks(self.blocks, self.config, self.world.local_size, self.world.device.type)
 
     def _shard(self) -> None:
         engine, device = self.config.engine, self.world.device.type
@@ -143,7 +171,11 @@ class FSDPEngine:
 
     def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
         """Return the log-probabilities of the labels and what else is needed."""
-        return forward(self.model, batch, needs)
+        if self.compiled is None and self.float8 is None:
+            return forward(self.model, batch, needs)
+        from trainers.engines.compiling import forward_filled_up
+
+        return forward_filled_up(self.model, batch, needs, self.compiled)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size."""
@@ -186,6 +218,8 @@ class FSDPEngine:
                 copies = self.config.engine.replicate
                 update.after(parts, lambda values: [value / copies for value in self.world.sum(values)])
         self.optimizer.zero_grad(set_to_none=True)
+        if self.compiled is not None:
+            self.compiled.done(training=True)
         return norm
 
     @torch.no_grad()
@@ -222,6 +256,8 @@ class FSDPEngine:
     def train(self, mode: bool) -> None:
         """Switch dropout on or off."""
         self.model.train(mode)
+        if self.compiled is not None and mode:
+            self.compiled.done(training=False)
 
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
@@ -307,10 +343,14 @@ class FSDPEngine:
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
             **activations_statement(self.config),
+            **({} if self.float8 is None else {"float8": self.float8}),
+            **({} if self.compiled is None else {"compiled": self.compiled.words()}),
         }
 
     def close(self) -> None:
-        """Do nothing: all that remains is in the run directory."""
+        """Look no more at what is compiled; all else that remains is in the run directory."""
+        if self.compiled is not None:
+            self.compiled.close()
 
     def _layout(self) -> str:
         """Say how the model is cut: groups, the largest one's share, ranks, and copies where there are several."""

@@ -14,7 +14,7 @@ from trainers.rundir.beats import Phase
 
 T = TypeVar("T")
 FIRST_STEP = 5.0
-"""Times train.step_timeout_s for the first step of an attempt, which compiles, warms up and connects the devices."""
+"""Times the limit of a phase while code is compiled, and train.step_timeout_s for the first step, which warms up and connects devices."""
 CHECKING_S = 600.0
 """At most for nodes to try their devices and links, which takes seconds, and minutes to connect thousands: a broken link hangs."""
 PROGRESS_BYTES = 64 << 20
@@ -43,6 +43,8 @@ class Activity:
         self.phase = Phase.preparing
         self.step: int | None = None
         self.has_stepped = False
+        self.compiling = False
+        """Code is being compiled, which shows no progress."""
         self.limits: dict[Phase, float | None] = {}
         self.changed = threading.Event()
         """Set when a phase begins: it is written at once, so that nothing older is said of a rank that falls silent."""
@@ -78,7 +80,8 @@ class Activity:
     def limit_s(self) -> float | None:
         """Return the seconds that the phase may go without a beat; None is for ever."""
         limit = self.limits.get(self.phase)
-        return limit * FIRST_STEP if limit is not None and self.phase is Phase.step and not self.has_stepped else limit
+        longer = self.compiling or (self.phase is Phase.step and not self.has_stepped)
+        return limit * FIRST_STEP if limit is not None and longer else limit
 
     def idle_s(self) -> float:
         """Return the seconds since the last beat in which this process ran."""

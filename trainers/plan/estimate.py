@@ -87,8 +87,10 @@ def step_seconds(
 ) -> float:
     """Return the seconds of an optimizer step; `trained`, `frozen_bytes` and the bytes of a microbatch's inputs are a rank's own."""
     flops, moved, sent = totals(moments, microbatches)
+    float8 = sum(repeats(microbatches)[moment.microbatch] * moment.flops_float8 for moment in moments if moment.flops_float8)
     peak = hardware.tflops if config.train.precision is Precision.bf16 else hardware.tflops_fp32
-    compute = flops / (1e12 * peak * share.products) + moved / (GIGA * hardware.memory_gb_s * share.memory)
+    products = (flops - float8) / peak + (float8 / hardware.tflops_fp8 if float8 else 0.0)
+    compute = products / (1e12 * share.products) + moved / (GIGA * hardware.memory_gb_s * share.memory)
     wires = sum(size / (GIGA * bandwidth(key.split()[1], place, hardware) * share.wires) for key, size in sent.items())
     engine, host, fetched = config.engine, 0.0, 2 * microbatches * inputs_on_host  # which go to the host and come back
     numbers = 0 if config.optim.name is OptimizerName.sgd else 2

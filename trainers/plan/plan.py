@@ -9,7 +9,8 @@ from typing import Any
 
 from trainers import host
 from trainers.config.derived import peak_lr
-from trainers.config.schema import Activations, CheckpointConfig, DataConfig, Offload, OptimizerName, RunConfig, parse, plain
+from trainers.config.errors import ConfigError
+from trainers.config.schema import Activations, CheckpointConfig, DataConfig, Float8, Offload, OptimizerName, RunConfig, parse, plain
 from trainers.engines.base import nvme_buffers
 from trainers.engines.build import class_of
 from trainers.model.blueprint import Blueprint
@@ -127,6 +128,8 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     began = time.monotonic()
     config, place = parse(variant.run), variant.place
     one = hardware[0] if len(hardware) == 1 else None
+    if one is not None and one.name != "any" and not one.tflops_fp8 and config.train.float8 is not Float8.none:
+        raise ConfigError("train.float8", str(config.train.float8), f"hardware={one.name} multiplies no float8", "train.float8=none")
     blueprint, notes = read_model(config)
     data = read_data(config, settings)
     simulation = _simulated(config, place, blueprint, data.seq_len, known)
@@ -134,6 +137,8 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     moments = [*simulation.moments, *_export(config, simulation, saved)]
     plan = _describe(variant, config, data, simulation, moments, saved)
     plan.notes += notes
+    if config.train.compile:
+        plan.notes.append("train.compile: memory and time are those of the step as it is without a compiler, which takes more of both")
     plan.host_limit = _host_limit(place, one)
     _decide(plan, place, hardware, _highest(moments))
     if one is not None and place.gpus:
@@ -179,7 +184,7 @@ def _describe(variant: Variant, config: RunConfig, data: Data, simulation: Simul
         model=config.model.id or str(config.model.architecture.get("model_type")),
         engine=_engine_words(config),
         method=_method_words(config),
-        precision=str(config.train.precision),
+        precision=_precision_words(config),
         learning_rate=str(peak_lr(config.optim, config.peft)),
         place=place,
         data=data,
@@ -217,7 +222,7 @@ def _key(config: RunConfig, place: Place, seq_len: int) -> str:
     settings = plain(kept)
     settings["optim"] = {"name": settings["optim"]["name"]}
     del settings["peft"]["lr"]
-    for name in ("steps", "epochs", "eval_every", "patience"):
+    for name in ("steps", "epochs", "eval_every", "patience", "compile"):
         settings["train"].pop(name)
     return json.dumps([settings, asdict(place), seq_len], sort_keys=True)
 
@@ -304,6 +309,11 @@ def _engine_words(config: RunConfig) -> str:
     words += [f"{engine.replicate} copies"] if engine.replicate > 1 else []
     words += [f"activations={config.train.activations}"] if config.train.activations is not Activations.keep else []
     return ", ".join(words)
+
+
+def _precision_words(config: RunConfig) -> str:
+    how = config.train.float8
+    return str(config.train.precision) + (f" with float8 {how}" if how is not Float8.none else "")
 
 
 def _method_words(config: RunConfig) -> str:

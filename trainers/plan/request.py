@@ -26,6 +26,8 @@ class HardwareConfig:
     """Peak of dense matrix products in bf16, in TFLOP/s."""
     tflops_fp32: float = 0.0
     """The same in fp32 without TF32."""
+    tflops_fp8: float = 0.0
+    """The same in float8; 0 where the device has none."""
     memory_gb_s: float = 0.0
     """Bandwidth of the device's memory."""
     link_gb_s: float = 0.0
@@ -62,7 +64,7 @@ def validate_hardware(hardware: HardwareConfig, plan: PlanConfig) -> None:
         value = getattr(hardware, item.name)
         if item.name == "name" or value is None:
             continue
-        may_be_zero = hardware.name == "any" or item.name in ("overhead_gib", "host_memory_gib", "price")
+        may_be_zero = hardware.name == "any" or item.name in ("overhead_gib", "host_memory_gib", "price", "tflops_fp8")
         if not (0 <= value < math.inf) or (value == 0 and not may_be_zero):
             remedy = "hardware=NAME of conf/hardware, and what differs from it" if value == 0 else ""
             raise ConfigError(f"hardware.{item.name}", value, f"must be a number greater than 0 for hardware.name={hardware.name}", remedy)

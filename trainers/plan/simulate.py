@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainers.batch import Batch, Needs, Output
 from trainers.config.derived import compares
 from trainers.config.schema import Offload, PeftMethod, RunConfig
+from trainers.engines import float8
 from trainers.engines.activations import page_locked
 from trainers.engines.base import Accepts, Engine
 from trainers.engines.build import class_of, end_groups, outline
@@ -225,9 +226,11 @@ def _place(moment: Moment, depth: int, edge: int) -> tuple[str, int | None, int 
 
 
 def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, gpus: bool = False) -> Simulation:
-    """Take the first step that is like those after it."""
-    config = _in_memory(config)
-    engine, objective = outline(config, world, blueprint), CHOICES[config.objective.name](config.objective)
+    """Take the first step that is like those after it, as it is without a compiler."""
+    config = _in_memory(dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False)))
+    with _float8_of(gpus):
+        engine = outline(config, world, blueprint)
+    objective = CHOICES[config.objective.name](config.objective)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
     count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
@@ -267,6 +270,16 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         slack=replayed.slack,
         reserved=replayed.reserved,
     )
+
+
+@contextmanager
+def _float8_of(gpus: bool) -> Iterator[None]:
+    """Let float8 be multiplied as GPUs do it, where the run has them, and as a CPU emulates it elsewhere."""
+    float8.EMULATED = not gpus
+    try:
+        yield
+    finally:
+        float8.EMULATED = None
 
 
 @contextmanager

@@ -54,6 +54,8 @@ class Moment:
     end: dict[Kind, float] = field(default_factory=dict)
     """Bytes by kind at its end."""
     flops: float = 0.0
+    flops_float8: float = 0.0
+    """Of `flops`, those of products in float8."""
     moved: float = 0.0
     """Bytes that operators other than matrix products read and write."""
     sent: dict[str, float] = field(default_factory=dict)
@@ -81,12 +83,15 @@ class Trace(TorchDispatchMode):
         self.marks: list[tuple[int, tuple[str, int | None, int | None]]] = []
         self.work: list[tuple[float, float, Sent]] = []
         """FLOPs, bytes moved and bytes sent since each mark."""
+        self.float8: list[float] = []
+        """Of the FLOPs since each mark, those in float8."""
         self.mark("build")
 
     def mark(self, name: str, microbatch: int | None = None, block: int | None = None) -> None:
         """Begin another moment."""
         self.marks.append((len(self.sizes), (name, microbatch, block)))
         self.work.append((0.0, 0.0, defaultdict(float)))
+        self.float8.append(0.0)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -110,6 +115,7 @@ class Trace(TorchDispatchMode):
         """Forget the marks so far; what is there stays."""
         self.marks.clear()
         self.work.clear()
+        self.float8.clear()
         self.mark("before")
 
     def label(self, tensors: Iterable[Tensor], kind: Kind) -> None:
@@ -122,8 +128,8 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and note what it has made and done."""
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local operators come by
+        if any(issubclass(kind, DTensor) or kind.__module__.startswith("torchao.") for kind in types):
+            return NotImplemented  # operators on the tensors that it is made of come by
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 0.0 if args[0].dtype.is_floating_point else 0  # nothing has overflowed, and a norm lets a step be taken
@@ -203,6 +209,7 @@ class Trace(TorchDispatchMode):
         elif found and not func.is_view and func.namespace == "aten":
             given = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
             moved += sum(tensor.numel() * tensor.itemsize for tensor in (*given, *found))
+        self.float8[-1] += self.times * flops if packet is aten._scaled_mm else 0.0
         before, read, sent = self.work[-1]
         self.work[-1] = (before + self.times * flops, read + self.times * moved, sent)
 
@@ -230,7 +237,7 @@ class Trace(TorchDispatchMode):
             held[number] = size
         found = []
         ends = [place for place, _ in self.marks[1:]] + [len(self.sizes)]
-        for (begin, name), end, (flops, moved, sent) in zip(self.marks, ends, self.work, strict=True):
+        for (begin, name), end, (flops, moved, sent), float8 in zip(self.marks, ends, self.work, self.float8, strict=True):
             total = top = sum(size for kind, size in now.items() if kind is not Kind.host)
             best = dict(now)
             for number, size in self.sizes[begin:end]:
@@ -240,7 +247,7 @@ class Trace(TorchDispatchMode):
                 total += change if kind is not Kind.host else 0
                 if total > top:
                     best, top = dict(now), total
-            found.append(Moment(*name, best, dict(now), flops, moved, dict(sent)))
+            found.append(Moment(*name, best, dict(now), flops, float8, moved, dict(sent)))
         return [moment for moment in found if moment.name not in ("build", "before")]
 
 
@@ -252,5 +259,5 @@ def combine(moments: Sequence[Moment], how: Callable[[list[float]], float]) -> M
         keys = dict.fromkeys(key for moment in moments for key in getattr(moment, name))
         return {key: how([getattr(moment, name).get(key, 0.0) for moment in moments]) for key in keys}
 
-    flops, moved = (how([getattr(moment, name) for moment in moments]) for name in ("flops", "moved"))
-    return Moment(first.name, first.microbatch, first.block, each("peak"), each("end"), flops, moved, each("sent"))
+    flops, float8, moved = (how([getattr(moment, name) for moment in moments]) for name in ("flops", "flops_float8", "moved"))
+    return Moment(first.name, first.microbatch, first.block, each("peak"), each("end"), flops, float8, moved, each("sent"))

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainers.config.schema import Precision, RunConfig, WandbMode
+from trainers.config.schema import Float8, Precision, RunConfig, WandbMode
 from trainers.config.secrets import MaskRecords
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.mirror import Mirror, mode_of
@@ -28,16 +28,16 @@ log = logging.getLogger("fulltune")
 console = Console(stderr=True)
 
 PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "MI300X": 1307.0,
+    "B200": (2250.0, 4500.0),
+    "H200": (989.0, 1979.0),
+    "H100 PCIe": (756.0, 1513.0),
+    "H100 NVL": (835.0, 1671.0),
+    "H100": (989.0, 1979.0),
+    "A100": (312.0, None),
+    "L40S": (362.0, 733.0),
+    "MI300X": (1307.0, 2615.0),
 }
-"""Dense bf16 matrix peaks from the vendors' data sheets, by a part of the device's name; the first match counts."""
+"""Dense matrix peaks in bf16 and in float8 from the vendors' data sheets, by a part of the device's name; the first match counts."""
 LINE_EVERY_S = 10.0
 
 
@@ -65,11 +65,12 @@ def log_to_terminal(rank: int) -> None:
 
 
 def peak_tflops(config: RunConfig) -> float | None:
-    """Return one device's dense bf16 peak in TFLOP/s, or None where it is unknown, or compute is in float32."""
+    """Return one device's dense peak in TFLOP/s in bf16, or in float8 where blocks use it; None where it is unknown, or for float32."""
     if config.log.peak_tflops is not None or not torch.cuda.is_available() or config.train.precision is Precision.fp32:
         return config.log.peak_tflops
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    in_bf16, in_float8 = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), (None, None))
+    return in_bf16 if config.train.float8 is Float8.none else in_float8
 
 
 def host_bytes_peak() -> int:
