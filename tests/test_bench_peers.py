@@ -16,6 +16,7 @@ from command import ROOT, environment
 from tools.bench.peers import command, drivers, venvs
 from tools.bench.peers.command import BETAS, CLIP, LEARNING_RATE, OurSteps, Trainer, difference, table
 from tools.bench.peers.drivers.recorder import Recorder
+from tools.bench.peers.inputs import whole_microbatches
 from tools.bench.peers.measure import Measured, RunFailed, Step, measure, recorded
 from trainers.processes import state_of
 
@@ -34,6 +35,14 @@ def test_a_run_is_measured_from_its_command_to_its_last_step(tmp_path: Path) -> 
     assert found.step_seconds >= 0.3
     assert found.first_step_s >= 0.2
     assert found.peak_bytes > 64 << 20
+
+
+def test_forked_processes_count_once(tmp_path: Path) -> None:
+    """The child shares 128 MiB with its parent and has 32 of its own."""
+    code = "import os\nheld = b'x' * (128 << 20)\nchild = os.fork()\nmine = b'y' * (32 << 20) if not child else b''\n"
+    code += "time.sleep(0.4)\nchild or os._exit(0)\nstep(1.0)\ntime.sleep(0.2)\nstep(1.0)\nos.wait()"
+    found = run(code, tmp_path, num_steps=2)
+    assert 160 << 20 < found.peak_bytes < 220 << 20
 
 
 @pytest.mark.parametrize(
@@ -132,12 +141,22 @@ def test_every_peer_has_a_driver_and_exact_versions() -> None:
         assert all(package.count("==") == 1 for package in venvs.packages_of(peer))
 
 
+def test_a_step_is_whole_microbatches_packed_and_padded() -> None:
+    """Ours refuses a step of 47 rows in microbatches of 4; each step is to be one pass over the rows all the same."""
+    sizes = [30, 50, 100, 60, 40, 100, 90, 20, 100, 10, 80]
+    count, packed = whole_microbatches(sizes, 100, 2)
+    assert count % 2 == packed % 2 == 0 < count < len(sizes)
+    assert whole_microbatches(sizes, 100, 1)[0] == len(sizes)
+    with pytest.raises(ValueError, match="no first documents of 3"):
+        whole_microbatches([10, 10, 10], 100, 4)
+
+
 @pytest.mark.slow
 def test_ours_is_measured_by_the_command_that_a_user_types(cache: Path, tmp_path: Path) -> None:
     """The one peer cannot be installed: a row says so. Folders of this machine are not in what is written."""
     out = tmp_path / "figures.md"
     out.write_text("# By hand\n")
-    line = [sys.executable, "-m", "tools.bench", "peers", "--peer", "trl", "--rows", "packed", "--runs", "1", "--steps", "2"]
+    line = [sys.executable, "-m", "tools.bench", "peers", "--peer", "trl", "--rows", "packed", "padded", "--runs", "1", "--steps", "2"]
     line += ["--step-rows", "2", "--seq-len", "128", "--microbatch", "2", "--venvs", str(tmp_path / "venvs"), "--out", str(out)]
     no_index = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
     done = subprocess.run(line, cwd=ROOT, env=environment(cache) | no_index, capture_output=True, text=True, timeout=300, check=False)

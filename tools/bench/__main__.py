@@ -47,7 +47,7 @@ RANKS: dict[str, tuple[Callable[[argparse.Namespace], None], dict[str, dict[str,
     "engine-rank": (engines.run_rank, {"run_dir": {}}),
     "checkpoint-rank": (checkpoint.run_rank, {"run_dir": {}}),
     "load-rank": (load.run_rank, {"folder": {}, "engine": {}, "run_dir": {}}),
-    "peer-inputs": (peers.make_inputs, {"folder": {}, "shape": {}, "seq_len": {"type": int}, "rows": {"type": int}}),
+    "peer-inputs": (peers.make_inputs, {"folder": {}, "shape": {}} | {name: {"type": int} for name in ("seq_len", "rows", "multiple")}),
     "one": (
         train.run_one,
         {"shape": {"choices": train.SHAPES}, "variant": {"choices": train.VARIANTS}, "--steps": {"type": int, "default": 12}},

@@ -135,7 +135,8 @@ def _install(trainers: dict[str, Trainer], options: argparse.Namespace, status: 
 def _inputs(folder: Path, options: argparse.Namespace) -> Inputs:
     """Make model and rows in a process of its own: this one stays small next to what is measured."""
     line = [sys.executable, "-m", "tools.bench", "peer-inputs", str(folder / "inputs"), options.model]
-    line += [str(options.seq_len), str(options.step_rows)]
+    multiple = math.lcm(*options.microbatch)
+    line += [str(options.seq_len), str(-(-options.step_rows // multiple) * multiple), str(multiple)]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False, preexec_fn=prepare_child())
     if done.returncode:
         raise RuntimeError(f"the model and rows could not be made: {done.stderr[-2000:]}")
@@ -144,7 +145,7 @@ def _inputs(folder: Path, options: argparse.Namespace) -> Inputs:
 
 def make_inputs(options: argparse.Namespace) -> None:
     """Make model and rows."""
-    make(Path(options.folder), options.shape, options.seq_len, options.rows)
+    make(Path(options.folder), options.shape, options.seq_len, options.rows, options.multiple)
 
 
 def _measure_all(trainers: dict[str, Trainer], inputs: Inputs, folder: Path, options: argparse.Namespace, status: Status) -> None:

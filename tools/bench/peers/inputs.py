@@ -44,13 +44,26 @@ class Inputs:
         return cls(**json.loads((folder / "inputs.json").read_text()))
 
 
-def make(folder: Path, shape: str, seq_len: int, rows: int) -> None:
-    """Make a model, a tokenizer and documents of so many packed rows, the same for the same arguments."""
+def whole_microbatches(sizes: list[int], seq_len: int, multiple: int) -> tuple[int, int]:
+    """Return how many of the first documents a step can have, and their packed rows: both are multiples of `multiple`, as ours asks.
+
+    Raises ValueError where there are none.
+    """
     import numpy as np
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from trainers.data.pack import pack
+
+    for count in range(len(sizes) - len(sizes) % multiple, 0, -multiple):
+        packed = len(pack(np.array(sizes[:count], np.int64), seq_len)[1]) - 1
+        if packed % multiple == 0:
+            return count, packed
+    raise ValueError(f"no first documents of {len(sizes)} make whole microbatches of {multiple} rows")
+
+
+def make(folder: Path, shape: str, seq_len: int, rows: int, multiple: int) -> None:
+    """Make a model, a tokenizer and documents of about so many packed rows, the same for the same arguments."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     pairs = _pairs()
     sizes = [sum(len(re.findall(WORDS, text)) for text in pair) + 1 for pair in pairs]
@@ -61,6 +74,8 @@ def make(folder: Path, shape: str, seq_len: int, rows: int) -> None:
         if total + size > rows * seq_len:
             break
         taken, total = [*taken, (pair, size)], total + size
+    count, packed_rows = whole_microbatches([size for _, size in taken], seq_len, multiple)
+    taken = taken[:count]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "rows.jsonl").open("w") as file:
         file.writelines(json.dumps({"prompt": prompt, "completion": completion}) + "\n" for (prompt, completion), _ in taken)
@@ -75,9 +90,9 @@ def make(folder: Path, shape: str, seq_len: int, rows: int) -> None:
     made = Inputs(
         parameters=model.num_parameters(),
         documents=len(taken),
-        tokens=total,
+        tokens=sum(size for _, size in taken),
         labels=sum(len(re.findall(WORDS, completion)) + 1 for (_, completion), _ in taken),
-        packed_rows=len(pack(np.array([size for _, size in taken], np.int64), seq_len)[1]) - 1,
+        packed_rows=packed_rows,
     )
     (folder / "inputs.json").write_text(json.dumps(vars(made)))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from trainers.processes import prepare_child
 from trainers.rundir.ending import killed_by
 
-LOOK_S = 0.05
+LOOK_S = 0.1
 END_S = 60.0
 """Seconds that a run has for its end, after its last step."""
 
@@ -81,7 +81,7 @@ def measure(
         while child.poll() is None and time.monotonic() < until:
             if len(steps) < num_steps:
                 family = _family(child.pid) or family
-                peak = max(peak, sum(map(_peak_bytes, family)))
+                peak = max(peak, _together(family))
                 steps = steps_of()
                 until = min(until, time.monotonic() + END_S) if len(steps) == num_steps else until
                 show(len(steps))
@@ -127,12 +127,22 @@ def _family(pid: int) -> set[int]:
     return found
 
 
-def _peak_bytes(pid: int) -> int:
-    """Return the largest resident size that a process has had; 0 where it is gone."""
+def _together(family: set[int]) -> int:
+    """Return the memory of processes: the largest resident size that one of them has had, and what the others have for themselves.
+
+    A process that was forked shares most of its pages with the one that it comes from: they count once.
+    """
+    own = {pid: _bytes(pid, "smaps_rollup", "Private_") for pid in family}
+    peaks = {pid: _bytes(pid, "status", "VmHWM:") for pid in family}  # after `own`: what a child shared is its parent's own as it ends
+    largest = max(peaks, key=lambda pid: peaks[pid])
+    return peaks[largest] + sum(size for pid, size in own.items() if pid != largest)
+
+
+def _bytes(pid: int, file: str, name: str) -> int:
+    """Return the sum of a process's lines of /proc that begin with `name`; 0 where it is gone."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(name))
     return 0
 
 

@@ -24,7 +24,7 @@ def train(order: dict[str, Any]) -> None:
     folder, end = Path(order["folder"]), AutoTokenizer.from_pretrained(order["model"]).eos_token
     with Path(order["rows"]).open() as rows, (folder / "rows.jsonl").open("w") as file:
         for row in map(json.loads, rows):  # the template `empty` adds nothing, not even the end
-            file.write(json.dumps({"instruction": row["prompt"], "output": row["completion"] + end}) + "\n")
+            file.write(json.dumps({"instruction": row["prompt"], "input": "", "output": row["completion"] + end}) + "\n")
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl"}}))
     given = {
         "stage": "sft",
