@@ -25,14 +25,17 @@ ADAM = "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam"
 PRIVATE = {
     # attributes, and where the library has them
     "_C": "torch._C",
+    "_apply_gate": "transformers.models.gpt_oss.modeling_gpt_oss.GptOssExperts._apply_gate",
     "_attn_implementation": "transformers.configuration_utils.PreTrainedConfig._attn_implementation",
     "_buffers": "torch.nn.modules.module.Module._buffers",
+    "_can_record_outputs": f"{PRETRAINED}._can_record_outputs",
     "_can_set_experts_implementation": f"{PRETRAINED}._can_set_experts_implementation",
     "_cdata": "torch._C.StorageBase._cdata",
     "_convert_to_deepspeed_param": f"{INIT}._convert_to_deepspeed_param",
     "_device_types": f"{PROCESS_GROUP}.ProcessGroup._device_types",
     "_distributed_c10d": PROCESS_GROUP,
     "_dump_nccl_trace": f"{PROCESS_GROUP}._dump_nccl_trace",
+    "_experts_implementation": "transformers.configuration_utils.PreTrainedConfig._experts_implementation",
     "_fingerprint": "datasets.arrow_dataset.Dataset._fingerprint",
     "_get_backend": f"{PROCESS_GROUP}.ProcessGroup._get_backend",
     "_get_dtype_plan": f"{PRETRAINED}._get_dtype_plan",
@@ -52,6 +55,7 @@ PRIVATE = {
     "_optimizer_states_and_gradient_swap_out": f"{STAGE3}._optimizer_states_and_gradient_swap_out",
     "_overloadpacket": f"{OP}._overloadpacket",
     "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition": f"{STAGE3}.__param_id_to_grad_partition",
+    "_parameters": "torch.nn.modules.module.Module._parameters",
     "_reassign_or_swap_out_partitioned_parameters": f"{STAGE3}._reassign_or_swap_out_partitioned_parameters",
     "_scaled_mm": "torch.ops.aten._scaled_mm",
     "_scaled_dot_product_flash_attention_for_cpu": "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
@@ -87,6 +91,7 @@ PRIVATE = {
             "torch.testing._internal.distributed.fake_pg.FakeStore",
             "torch.utils._python_dispatch.TorchDispatchMode",
             "torch.utils._pytree",
+            "transformers.integrations.moe._grouped_linear",
             "torch.utils._pytree.tree_leaves",
         )
     },

@@ -122,9 +122,11 @@ class Needs:
 
 @dataclass(kw_only=True)
 class Output:
-    """What a forward returns, each (B, S) float32 and 0.0 where the label is IGNORE."""
+    """What a forward returns, float32; each (B, S) is 0.0 where the label is IGNORE."""
 
     logps: Tensor
     """Log-probability of each label in nats, with a graph while training."""
     entropy: Tensor | None = None
     """Entropy in nats of the distribution that the label is drawn from; without a graph."""
+    balance: Tensor | None = None
+    """Scalar: how unevenly routers treat each document, summed over labels; only where `train.balance_loss` asks for it."""

@@ -85,7 +85,7 @@ def train(
     update = engine.adaptation.update
     if update is not None:
         update.at(0, num_steps)
-    objective = make_objective(config.objective, data.train.signals)
+    objective = make_objective(config.objective, data.train.signals, config.train.balance_loss)
     held_out = HeldOut(data.eval, config.train, num_steps, world, rows.pad_id)
     guard, stragglers = Guard(config.train), Stragglers(world, config.limits.slow_node)
     checkpointer = checkpointer or Checkpointer(replace(config.checkpoint, keep_best=best_kept(config)), attempt, world)

@@ -58,7 +58,7 @@ def take_step(
     for number, batch in enumerate(batches if targets else (), 1):
         on_device = batch.to(world.device)
         loss = objective(engine.forward(on_device, objective.needs), on_device)
-        engine.backward(loss.total / targets, last=number == len(batches))
+        engine.backward(loss.trained / targets, last=number == len(batches))
         total += loss.total.detach()
         for name, value in loss.figures.items():
             figures[name] = figures.get(name, 0.0) + value.detach()

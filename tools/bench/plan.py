@@ -315,7 +315,7 @@ def _take_steps(case: Case, world: World, folder: Path, trace: Trace, built: Cal
 
     config = case.config(str(folder))
     engine = build_engine(config, world, blueprint_of_case(case))
-    objective = make_objective(config.objective, ())
+    objective = make_objective(config.objective, (), config.train.balance_loss)
     built()
     for _ in range(2):
         trace.restart()

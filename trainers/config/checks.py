@@ -13,6 +13,7 @@ from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import compares, has_held_out, peak_lr
 from trainers.config.errors import ConfigError, plural
 from trainers.config.kernels import validate_kernels
+from trainers.config.mixtures import names_stacks, validate_mixtures
 from trainers.config.objectives import validate_objective
 from trainers.config.schema import (
     Activations,
@@ -78,6 +79,7 @@ POSITIVE = (
     "train.epochs",
     "train.global_batch",
     "train.microbatch",
+    "train.balance_loss",
     "train.eval_every",
     "train.eval_microbatch",
     "train.patience",
@@ -178,6 +180,7 @@ def validate(config: RunConfig) -> None:
     validate_kernels(config)
     _validate_training(config)
     validate_objective(config.objective)
+    validate_mixtures(config)
     validate_evaluation(config.evaluation)
     peak_lr(config.optim, config.peft)
 
@@ -385,7 +388,8 @@ def _validate_peft(config: RunConfig) -> None:
     for name in ("targets", "modules_to_save", "freeze"):
         if "" in getattr(peft, name):
             raise ConfigError(f"peft.{name}", getattr(peft, name), "a name is empty")
-    if "all-linear" in peft.targets and len(peft.targets) > 1:
+    named = [name for name in peft.targets if name not in names_stacks(peft.targets)]
+    if "all-linear" in named and len(named) > 1:
         raise ConfigError("peft.targets", peft.targets, "all-linear must be the only target", "peft.targets=[all-linear]")
     if peft.init not in INITS.get(peft.method, (AdapterInit.default,)):
         raise ConfigError("peft.init", str(peft.init), f"is not a valid start for peft.method={peft.method}", "peft.init=default")

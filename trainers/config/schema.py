@@ -25,6 +25,15 @@ class Attention(StrEnum):
     flash_attention_2 = "flash_attention_2"
 
 
+class Experts(StrEnum):
+    """How a mixture's experts are computed; `auto` is grouped_mm where sizes and architecture allow it, else eager."""
+
+    auto = "auto"
+    grouped_mm = "grouped_mm"
+    batched_mm = "batched_mm"
+    eager = "eager"
+
+
 class Layout(StrEnum):
     """Row layouts; `auto` looks at the keys of the first row."""
 
@@ -238,6 +247,8 @@ class ModelConfig:
     """Give the model a row for each token that the tokenizer has beyond it: the mean of its rows. It never shrinks."""
     attention: Attention = Attention.auto
     """Attention backend."""
+    experts: Experts = Experts.auto
+    """Mixtures: grouped_mm computes all experts of a block at once, batched_mm copies weights for each token, eager goes one by one."""
     convert: bool = False
     """Convert weights that are only there as pytorch_model.bin to safetensors, once, into the cache (FULLTUNE_CACHE)."""
     trust_remote_code: bool = False
@@ -331,7 +342,7 @@ class PeftConfig:
     dropout: float = 0.0
     """lora, dora, adalora: share of an adapter's inputs set to zero while training. In [0, 1)."""
     targets: list[str] = field(default_factory=list)
-    """lora, dora, adalora, ia3: names of modules as [q_proj,v_proj], or [all-linear] without the head; empty is peft's choice."""
+    """lora, dora, adalora, ia3: [q_proj,v_proj], or [all-linear] without the head; lora: also [experts]; empty is peft's choice."""
     bias: AdapterBias = AdapterBias.none
     """lora, dora: biases of the base that are trained, and saved with the adapter."""
     modules_to_save: list[str] = field(default_factory=list)
@@ -464,6 +475,8 @@ class TrainConfig:
     """fsdp: compile each block with torch.compile: fewer passes over memory, and a minute or more before the first step, once a machine."""
     float8: Float8 = Float8.none
     """fsdp, bf16, GPUs from SM 8.9 on: matrix products of blocks in float8, scaled by row (`rowwise`) or by matrix (`tensorwise`)."""
+    balance_loss: float | None = None
+    """Mixtures: coefficient of the routers' balance loss, as `router_aux_loss_coef` of the model's config; empty adds none."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; empty evaluates before the first and after the last step only."""
     eval_microbatch: int | None = None

@@ -56,8 +56,13 @@ def build_engine(
     config: RunConfig, world: World, blueprint: Blueprint, before_weights: Callable[[Adaptation], None] = lambda _: None
 ) -> Engine:
     """Build the engine the config names, weights loaded; what `before_weights` raises ends it before one is read."""
-    if getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", 0):
-        log.warning("the experts' router is trained by the objective alone: its auxiliary balancing loss is not added")
+    coefficient = getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", None)
+    if coefficient and config.train.balance_loss is None:
+        log.warning(
+            "the experts' router is trained by the objective alone: train.balance_loss=%s adds the balance loss that the model's "
+            "config names (router_aux_loss_coef)",
+            coefficient,
+        )
     engine = outline(config, world, blueprint)
     trained = ",".join(sorted(engine.adaptation.trained))
     world.require_agreement("which parameters are trained", hashlib.sha256(trained.encode()).hexdigest())

@@ -46,6 +46,7 @@ from trainers.engines.base import (
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
+from trainers.model.experts import compute_in_float32, experts_words, mixtures, routing_of
 from trainers.model.forward import forward
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
@@ -75,6 +76,10 @@ class ZeRO3Engine:
         self.compute = COMPUTE[config.train.precision]
         self.nvme = None
         self.model = blueprint.build()
+        self.routing = routing_of(self.model, config)
+        self.routers = [mixture.router for mixture in mixtures(self.model)] if self.compute is not torch.float32 else []
+        for path in self.routers:
+            compute_in_float32(self.model.get_submodule(path))
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         self.blocks = find_blocks(self.model)
         self.inputs = keep_for_backward(self.blocks, config, self._pins())
@@ -251,6 +256,8 @@ class ZeRO3Engine:
     def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
         """Return the log-probabilities of the labels and what else is needed."""
         with _linear_of_zero3():
+            if self.routing is not None:
+                return self.routing.with_balance(batch, lambda: forward(self.engine, batch, needs, self.model.config))
             return forward(self.engine, batch, needs, self.model.config)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -475,6 +482,8 @@ class ZeRO3Engine:
             "saved": in_short(self.adaptation.dtype),
             "attention": str(self.model.config._attn_implementation),
             **activations_statement(self.config),
+            **experts_words(self.model),
+            **({"routers": f"computed in float32, with weights in {in_short(compute)}"} if self.routers else {}),
         }
 
     def close(self) -> None:
@@ -535,6 +544,7 @@ def settings(config: RunConfig, hidden_size: int, largest_part: int, nvme: Path 
             10 * hidden_size if engine.param_persistence_threshold is None else engine.param_persistence_threshold
         ),
         "memory_efficient_linear": False,  # it would replace torch's linear in the whole process; the engine does so for its own calls
+        "leaf_module": {"classes": [], "names": [], "name_suffixes": []},  # for experts in lists: of stacks, each rank computes alike
         **offloads,
     }
     ours = {

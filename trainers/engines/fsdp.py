@@ -40,6 +40,7 @@ from trainers.engines.base import (
 )
 from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
+from trainers.model.experts import experts_words, mixtures, routing_of
 from trainers.model.forward import forward
 from trainers.model.reach import groups_of
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
@@ -75,12 +76,15 @@ class FSDPEngine:
         self.visits = engine.offload_optimizer is Offload.cpu and self.steps_on_device(config)
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.model = blueprint.build()
+        self.routing = routing_of(self.model, config)
+        routers = [mixture.router for mixture in mixtures(self.model)] if self.compute is not torch.float32 else []
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         self.blocks = find_blocks(self.model)
         self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None
         """What multiplies in float8, in words."""
         self.inputs = keep_for_backward(self.blocks, config, self._pins())
         self.unreached = unreached_modules(self.model, self.adaptation.unreached, self.blocks)
+        self.routers = [self.model.get_submodule(path) for path in routers]
         require_groups(self.model, [*self.blocks, *self.unreached])
         self.compiled = self._compile() if config.train.compile else None
         self._shard()
@@ -157,6 +161,8 @@ class FSDPEngine:
             shard_integers()
         unreached = {id(self.model.get_parameter(name)) for name in self.adaptation.unreached}
         used = [block for block in self.blocks if any(id(p) not in unreached for p in block.parameters())]
+        for router in self.routers:  # small, so that each stays gathered from its first use in a step to its last
+            fully_shard(router, reshard_after_forward=False, **how | {"mp_policy": MixedPrecisionPolicy(torch.float32, torch.float32)})
         for block in (*self.blocks, *self.unreached):
             fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **how)
         fully_shard(self.model, reshard_after_forward=False, **how)
@@ -171,6 +177,8 @@ class FSDPEngine:
 
     def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
         """Return the log-probabilities of the labels and what else is needed."""
+        if self.routing is not None:
+            return self.routing.with_balance(batch, lambda: forward(self.model, batch, needs))
         if self.compiled is None and self.float8 is None:
             return forward(self.model, batch, needs)
         from trainers.engines.compiling import forward_filled_up
@@ -345,6 +353,8 @@ class FSDPEngine:
             **activations_statement(self.config),
             **({} if self.float8 is None else {"float8": self.float8}),
             **({} if self.compiled is None else {"compiled": self.compiled.words()}),
+            **experts_words(self.model),
+            **({"routers": f"computed in float32, in {plural(len(self.routers), 'group')} of their own"} if self.routers else {}),
         }
 
     def close(self) -> None:

@@ -26,7 +26,8 @@ from transformers import (
 
 from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError, did_you_mean
-from trainers.config.schema import Attention, ModelConfig
+from trainers.config.schema import Attention, Experts, ModelConfig
+from trainers.model.experts import choose
 from trainers.model.safetensors_files import FLOATS, Weights, listed
 from trainers.model.weights import load_parts, materialise, origin_of, tied_names
 
@@ -48,6 +49,8 @@ class Blueprint:
     trust_remote_code: bool
     saved_dtype: torch.dtype = torch.float32
     """Type of the export: the base checkpoint's own, so that the export can take its place."""
+    experts: Experts = Experts.auto
+    """How a mixture's experts are computed."""
     vocab_on_disk: int | None = None
     """Rows of the checkpoint's embedding where `config` has more; None where they agree."""
 
@@ -72,6 +75,7 @@ class Blueprint:
                 if "attention" in reason:
                     raise ConfigError("model.attention", self.config._attn_implementation, reason, "model.attention=auto") from error
                 raise ConfigError("model.id" if self.folder else "model.architecture", self.config.model_type, reason) from error
+        choose(model, self.experts)
         model.tie_weights()
         return model
 
@@ -144,6 +148,7 @@ def blueprint_of(
         seed=seed,
         trust_remote_code=model.trust_remote_code,
         saved_dtype=saved_dtype,
+        experts=model.experts,
         vocab_on_disk=vocab_on_disk,
     )
 
@@ -260,16 +265,25 @@ def flops_per_token(shapes: dict[str, tuple[int, ...]], config: PreTrainedConfig
     is in. Untied input embeddings do no matrix work; of experts only those that a token is sent to count.
     """
     text = config.get_text_config()
-    chosen = getattr(text, "num_experts_per_tok", None) or 1
-    experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or chosen
+    chosen = getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_k", None) or 1
+    stacked = next((shape[0] for name, shape in shapes.items() if ".experts." in name and len(shape) == 3), None)
+    experts = stacked or getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or chosen
     active = 0.0
     for name, shape in shapes.items():
         active += (4 / 6 if name in frozen else 1.0) * math.prod(shape) * (chosen / experts if ".experts." in name else 1.0)
     heads = getattr(text, "num_attention_heads", None) or 1
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    width = heads * _head_width(text, heads)
     embeddings = 0.0 if text.tie_word_embeddings else text.vocab_size * text.hidden_size * (4 / 6 if frozen else 1.0)
     flops: float = 6 * (active - embeddings) + 12 * text.num_hidden_layers * width * attended
     return flops
+
+
+def _head_width(text: PreTrainedConfig, heads: int) -> float:
+    """Return a head's width, the mean of its two products' where keys and values differ (DeepSeek's latent attention)."""
+    value = getattr(text, "v_head_dim", None)
+    if value and (rotated := getattr(text, "qk_rope_head_dim", None)):
+        return float(rotated + text.qk_nope_head_dim + value) / 2
+    return float(getattr(text, "head_dim", None) or text.hidden_size // heads)
 
 
 def positions_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:

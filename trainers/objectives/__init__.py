@@ -22,10 +22,19 @@ CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
 }
 
 
-def make_objective(config: ObjectiveConfig, carried: Iterable[str]) -> Objective:
-    """Return the objective that a config names; raises ConfigError where the rows do not carry the signals that it reads."""
+def make_objective(config: ObjectiveConfig, carried: Iterable[str] | None, balance_loss: float | None = None) -> Objective:
+    """Return the objective that a config names, with a balance loss if there is a coefficient.
+
+    `carried` is None where nobody knows what rows carry, as in a plan. Raises ConfigError where the rows do not carry the signals that
+    the objective reads.
+    """
     objective = CHOICES[config.name](config)
-    if missing := sorted(objective.signals - set(carried)):
+    missing = sorted(objective.signals - set(carried)) if carried is not None else []
+    if missing:
         reason = f"reads {', '.join(missing)}, which the rows of data.path do not carry"
         raise ConfigError("objective.name", str(config.name), reason, "an objective that reads tokens alone: objective=sft")
-    return objective
+    if balance_loss is None:
+        return objective
+    from trainers.objectives.balanced import Balanced
+
+    return Balanced(objective, balance_loss)

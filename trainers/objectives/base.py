@@ -16,8 +16,15 @@ class Loss:
 
     total: Tensor
     """Scalar float32 with a graph; exactly 0 where nothing is labelled."""
+    regulariser: Tensor | None = None
+    """Scalar with a graph: trained on and not part of the loss that is reported; a SUM, divided like `total`."""
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that are reported under their names, the same names in every microbatch; SUMS, divided like `total`."""
+
+    @property
+    def trained(self) -> Tensor:
+        """Return what is minimised."""
+        return self.total if self.regulariser is None else self.total + self.regulariser
 
 
 class Objective(Protocol):

@@ -27,7 +27,7 @@ from trainers.engines.activations import page_locked
 from trainers.engines.base import Accepts, Engine
 from trainers.engines.build import class_of, end_groups, outline
 from trainers.model.blueprint import Blueprint, find_blocks
-from trainers.objectives import CHOICES
+from trainers.objectives import make_objective
 from trainers.peft import nf4
 from trainers.plan.allocator import replay
 from trainers.plan.trace import Kind, Moment, Trace, combine
@@ -230,7 +230,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     config = _in_memory(dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False)))
     with _float8_of(gpus):
         engine = outline(config, world, blueprint)
-    objective = CHOICES[config.objective.name](config.objective)
+    objective = make_objective(config.objective, None, config.train.balance_loss)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
     count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
