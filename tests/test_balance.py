@@ -45,7 +45,7 @@ def config_for(run_dir: Path, kind: str, engine: str = "fsdp", **train: Any) -> 
         data=DataConfig(path=str(run_dir), seq_len=LENGTH),
         engine=EngineConfig(**engine_preset(engine)),
         optim=OptimConfig(lr=1e-2),
-        train=TrainConfig(**({"precision": Precision.fp32, "balance_loss": 0.1} | train)),
+        train=TrainConfig(**({"precision": Precision.fp32, "balance_loss": 100.0} | train)),
     )
 
 
@@ -120,7 +120,7 @@ def test_a_step_is_the_same_under_any_split(ranks: Callable[[int], Ranks], tmp_p
     (whole,) = ranks(1).call(step_in, tmp_path / "whole", kind, engine, ROWS, {})
     (without,) = ranks(1).call(step_in, tmp_path / "without", kind, engine, ROWS, {"balance_loss": None})
     assert whole[0].loss == pytest.approx(without[0].loss, rel=1e-6)  # it is trained on and not part of the loss
-    assert abs(whole[0].grad_norm - without[0].grad_norm) > 1e-4
+    assert abs(whole[0].grad_norm - without[0].grad_norm) > 1e-3
     assert whole[0].figures["balance"] >= 2.0
     for size, microbatch, again in ((1, 1, False), (2, 1, False), (2, 6, True), (3, 1, False)):
         more = {"activations": Activations.block if again else Activations.keep}

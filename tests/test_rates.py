@@ -25,6 +25,7 @@ EXPERIMENTS = sorted(file.stem for file in (CONF / "exp").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "peft").glob("*.yaml"))
 OF_PRESETS = {
     "lora": 2e-4,
+    "lora_experts": 1e-4,
     "qlora": 2e-4,
     "dora": 2e-4,
     "loftq": 1e-4,
@@ -40,6 +41,7 @@ OF_EXPERIMENTS = {
     "llama8b_full": 5e-6,
     "llama70b_full": 2e-6,
     "qwen3_8b_full": 7e-6,
+    "qwen3_30b_a3b_lora": 1e-5,
     "llama8b_compare": 1e-5,
     "quickstart": 2e-3,
     "quickstart_base": 5e-3,

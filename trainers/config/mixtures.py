@@ -42,6 +42,9 @@ def validate_mixtures(config: RunConfig) -> None:
             said = value if isinstance(value, float) else str(value)
             reason = f"an adapter on a stack of experts ({', '.join(stacks)}) has no {name}"
             raise ConfigError(f"peft.{name}", said, reason, f"peft.{name}={only}, or leave {', '.join(stacks)} out of peft.targets")
+    if config.train.compile:
+        reason = f"adapters on a stack of experts ({', '.join(stacks)}) are not compiled"
+        raise ConfigError("train.compile", True, reason, "train.compile=false")
     if config.model.experts not in (Experts.auto, Experts.grouped_mm):
         reason = f"adapters on a stack of experts ({', '.join(stacks)}) are computed with grouped_mm"
         raise ConfigError("model.experts", str(config.model.experts), reason, "model.experts=auto")

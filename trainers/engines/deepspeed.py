@@ -46,7 +46,7 @@ from trainers.engines.base import (
 from trainers.engines.ops import import_deepspeed, require_op
 from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
-from trainers.model.experts import compute_in_float32, experts_words, mixtures, routing_of
+from trainers.model.experts import compute_in_float32, experts_words, mixtures, one_by_one, routing_of
 from trainers.model.forward import forward
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
@@ -126,6 +126,7 @@ class ZeRO3Engine:
         largest = max(p.numel() for p in self.model.parameters())
         hidden_size = self.blueprint.config.get_text_config().hidden_size
         self.settings = settings(self.config, hidden_size, -(-largest // self.world.size), self.nvme, self.world)
+        self.settings["zero_optimization"]["leaf_module"]["classes"] += one_by_one(self.model)  # reduced in one order on all ranks
         if self.world.rank == 0 and origin is not None:
             (Path(self.config.run_dir) / paths.DEEPSPEED).write_text(json.dumps(self.settings, indent=1) + "\n")
         self._partition(origin)
@@ -544,7 +545,7 @@ def settings(config: RunConfig, hidden_size: int, largest_part: int, nvme: Path 
             10 * hidden_size if engine.param_persistence_threshold is None else engine.param_persistence_threshold
         ),
         "memory_efficient_linear": False,  # it would replace torch's linear in the whole process; the engine does so for its own calls
-        "leaf_module": {"classes": [], "names": [], "name_suffixes": []},  # for experts in lists: of stacks, each rank computes alike
+        "leaf_module": {"classes": [], "names": [], "name_suffixes": []},  # its default is blocks of experts, also where these are stacks
         **offloads,
     }
     ours = {

@@ -77,7 +77,8 @@ class FSDPEngine:
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.model = blueprint.build()
         self.routing = routing_of(self.model, config)
-        routers = [mixture.router for mixture in mixtures(self.model)] if self.compute is not torch.float32 else []
+        apart = self.compute is not torch.float32 and not config.train.compile  # a compiled block runs no hooks of groups inside it
+        routers = [mixture.router for mixture in mixtures(self.model)] if apart else []
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         self.blocks = find_blocks(self.model)
         self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None

@@ -50,19 +50,22 @@ def mixtures(model: PreTrainedModel) -> list[Mixture]:
         known["router_logits"] for part in model.modules() if "router_logits" in (known := getattr(part, "_can_record_outputs", None) or {})
     ]
     parents = {path.rpartition(".")[0]: path for path in stacks(model)}
-    found: dict[str, Mixture] = {}
-    for recorder in recorders:
-        kind, index, place = (
-            getattr(recorder, "target_class", recorder),
-            getattr(recorder, "index", 0),
-            getattr(recorder, "layer_name", None),
-        )
-        for path, module in model.named_modules():
-            experts = parents.get(path.rpartition(".")[0])
-            if experts is not None and isinstance(module, kind) and (place is None or place in path):
-                sigmoid = "sigmoid(" in inspect.getsource(type(module))
-                found[path] = Mixture(experts=experts, router=path, logits=index, is_sigmoid=sigmoid)
-    return list(found.values())
+    kinds = [(getattr(item, "target_class", item), getattr(item, "index", 0), getattr(item, "layer_name", None)) for item in recorders]
+    found: list[Mixture] = []
+    for path, module in model.named_modules():
+        experts = parents.get(path.rpartition(".")[0])
+        places = [index for kind, index, place in kinds if isinstance(module, kind) and (place is None or place in path)]
+        if experts is None or path == experts or not (places or (not kinds and _routes(module, model.get_submodule(experts)))):
+            continue
+        sigmoid = "sigmoid(" in inspect.getsource(type(module))
+        found.append(Mixture(experts=experts, router=path, logits=(places or [0])[0], is_sigmoid=sigmoid))
+    return found
+
+
+def _routes(module: nn.Module, experts: Any) -> bool:
+    """Tell a router that transformers does not name, as DeepSeek-V3's before 5.18: its one matrix has a row for each expert."""
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim == 2]
+    return len(matrices) == 1 and matrices[0].shape[0] == getattr(experts, "num_experts", None)
 
 
 def choose(model: PreTrainedModel, wanted: Experts) -> None:
@@ -88,6 +91,13 @@ def _not_grouped(holders: dict[str, Any]) -> str:
                 shape = " x ".join(map(str, parameter.shape))
                 return f"{path}.{name} is {shape}, and a grouped product needs matrices of multiples of {ALIGNED}"
     return ""
+
+
+def one_by_one(model: PreTrainedModel) -> list[str]:
+    """Return the classes of experts that are computed one by one, as paths: their graph differs between ranks."""
+    holders = [module for module in stacks(model).values() if module.config._experts_implementation == "eager"]
+    kinds = {next(kind for kind in type(module).__mro__ if kind.__module__.startswith("transformers.models")) for module in holders}
+    return sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
 
 
 def experts_words(model: PreTrainedModel) -> dict[str, str]:

@@ -15,13 +15,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainers.config.errors import ConfigError
+from trainers.config.mixtures import names_stacks
 from trainers.config.schema import AdapterBias, AdapterInit, PeftConfig, PeftMethod, RunConfig
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin, slices, tied_names
 from trainers.peft import adalora
 from trainers.peft.base import ADAPTER, Adapter, base_name, plain_list, seeded
 from trainers.peft.nf4 import round_trip
-from trainers.peft.targets import ADAPTABLE, adapted_words, ends, exclusion, require_modules, targets_that_work
+from trainers.peft.targets import (
+    ADAPTABLE,
+    ALL_LINEAR,
+    adapted_words,
+    aimed_stacks,
+    ends,
+    exclusion,
+    linear_beside_stacks,
+    require_modules,
+    stack_of,
+    targets_that_work,
+)
 
 
 def inject(model: PreTrainedModel, origin: Origin, config: RunConfig, unreached: Collection[str], parts: Sequence[str]) -> Adapter:
@@ -75,22 +87,29 @@ def _adapted(model: PreTrainedModel, library_config: Any, settings: PeftConfig, 
         return _single_layers(model, library_config)
     except ConfigError as error:
         asked = dataclasses.replace(settings, modules_to_save=[])
+        stacked = names_stacks(settings.targets)
 
         def put(other: PreTrainedModel, names: list[str]) -> object:
             return _single_layers(other, _library_config(dataclasses.replace(asked, targets=names), other, parts))
 
         work = targets_that_work(pristine, put, parts)
+        work += [name for name in stacked if work]
         remedy = f"peft.targets=[{','.join(work)}]" if work and set(work) != set(settings.targets) else error.remedy
         raise ConfigError(error.path, settings.targets, error.reason, remedy) from error
 
 
 def _single_layers(model: PreTrainedModel, library_config: Any) -> dict[str, Any]:
-    """Put peft's layers into a model and return them by path; raises ConfigError where it refuses, or would adapt a stack of matrices."""
+    """Put peft's layers into a model and return them by path; raises ConfigError where it refuses, or would adapt a stack unasked."""
+    aimed = set(getattr(library_config, "target_parameters", None) or ())
     _put_in(library_config, model)
     layers = _tuner_layers(model)
     for path, layer in layers.items():
-        if not isinstance(layer.get_base_layer(), ADAPTABLE):
+        if not isinstance(layer.get_base_layer(), ADAPTABLE) and not any(name.endswith(f".{stack_of(layer)}") for name in aimed):
             raise _no_stacks([path])
+    if aimed:
+        from trainers.peft.stacks import compute_grouped
+
+        compute_grouped(model)
     return layers
 
 
@@ -102,7 +121,11 @@ def _no_stacks(names: Sequence[str]) -> ConfigError:
 def _library_config(settings: PeftConfig, model: PreTrainedModel, parts: Sequence[str]) -> Any:
     import peft
 
-    targets: Any = "all-linear" if settings.targets == ["all-linear"] else settings.targets or None
+    named = [name for name in settings.targets if name not in names_stacks(settings.targets)]
+    targets: Any = named if settings.targets else None
+    if named == [ALL_LINEAR]:
+        is_lora = settings.method in (PeftMethod.lora, PeftMethod.dora)
+        targets = (linear_beside_stacks(model, parts) if is_lora else None) or ALL_LINEAR
     same: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
     same |= {"exclude_modules": exclusion(parts)}
     if settings.method is PeftMethod.ia3:
@@ -118,6 +141,7 @@ def _library_config(settings: PeftConfig, model: PreTrainedModel, parts: Sequenc
         bias="lora_only" if settings.bias is AdapterBias.adapted else str(settings.bias),  # type: ignore[arg-type]
         use_rslora=settings.rank_stabilised,
         use_dora=settings.method is PeftMethod.dora,
+        target_parameters=aimed_stacks(model, settings.targets) or None,
     )
 
 
@@ -203,6 +227,7 @@ class Adapters:
         self.origin, self.library_config, self.settings, self.seed = origin, library_config, settings, seed
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         self.bases = {path: copy.deepcopy(layer.get_base_layer()) for path, layer in layers.items()}
+        self.stacks = {path: stack for path, layer in layers.items() if (stack := stack_of(layer)) is not None}
         self.inward = {path for path, layer in layers.items() if getattr(layer, "is_feedforward", False)}
         self.is_pissa = settings.init is AdapterInit.pissa
         self.looks_at_base = settings.init in (AdapterInit.pissa, AdapterInit.loftq)
@@ -216,10 +241,17 @@ class Adapters:
     def begin_names(self, tied: Collection[str]) -> None:
         """Put names into the base's order, an adapter's after the weight of its layer; names that are others' aliases are left out."""
         place = {name: number for number, name in enumerate(self.origin.names())}
-        of_layer = {path: place[self.sources[f"{path}.base_layer.weight"]] for path in self.bases}
+        of_layer = {path: place[self._source(path, self.stacks.get(path, "weight"))] for path in self.bases}
         places = {name: of_layer[self.made[name]] if name in self.made else place.get(self.sources[name]) for name in self.shapes}
         kept = [(number, name) for name, number in places.items() if number is not None and name not in tied]
         self.order = [name for _, name in sorted(kept, key=lambda item: item[0])]
+
+    def _source(self, path: str, name: str) -> str:
+        """Return the base's name of a tensor of an adapted layer; layers of stacks are inside one another."""
+        inner = f"{path}.base_layer"
+        while inner in self.bases:
+            inner += ".base_layer"
+        return self.sources[f"{inner}.{name}"]
 
     def names(self) -> list[str]:
         """Return the base's order, an adapter after its layer's weight."""
@@ -250,8 +282,7 @@ class Adapters:
         base = copy.deepcopy(self.bases[path])
         for name, parameter in base.named_parameters():
             whole = name == "weight" and (self.looks_at_base or self.settings.method is PeftMethod.dora)
-            base_name = self.sources[f"{path}.base_layer.{name}"]
-            value = self._whole(base_name, parameter.shape).float() if whole else torch.zeros(()).expand(parameter.shape)
+            value = self._whole(self._source(path, name), parameter.shape).float() if whole else torch.zeros(()).expand(parameter.shape)
             setattr(base, name, nn.Parameter(value, requires_grad=False))
         alone = nn.Module()
         alone.add_module("layer", base)
@@ -268,7 +299,10 @@ class Adapters:
     def _config_of_one(self, path: str) -> Any:
         config = copy.deepcopy(self.library_config)
         config.exclude_modules = None
-        config.target_modules, config.modules_to_save, config.bias = {"layer"}, None, "none"
+        stack = self.stacks.get(path)
+        config.target_modules, config.modules_to_save, config.bias = set() if stack else {"layer"}, None, "none"
+        if self.stacks:
+            config.target_parameters = {f"layer.{stack}"} if stack else None
         if self.settings.method is PeftMethod.ia3:
             config.feedforward_modules = {"layer"} if path in self.inward else set()
         elif self.settings.init not in (AdapterInit.default, AdapterInit.loftq):
@@ -297,6 +331,8 @@ class Adapters:
         config = copy.deepcopy(self.library_config)
         config.inference_mode = True
         config.target_modules = plain_list(config.target_modules)
+        if self.stacks:
+            config.target_parameters = plain_list(set(config.target_parameters))
         if self.is_pissa:  # the scale, alpha / rank or alpha / sqrt(rank), stays what it was
             config.r = 2 * config.r
             config.lora_alpha *= math.sqrt(2) if self.settings.rank_stabilised else 2
