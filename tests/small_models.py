@@ -72,10 +72,22 @@ LARGER: dict[str, dict[str, Any]] = {
     },
 }
 ALL = DENSE | MIXTURES | HYBRIDS | LARGER
+WINDOW = TEXT | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "rwkv": TOKENS | {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48},
+    "llama": TEXT,
+    "gemma2": WINDOW | {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
+    "gemma3_text": WINDOW,
+    "gpt_oss": WINDOW | EXPERTS,
+    "qwen3_5_text": TEXT | LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+    "nemotron_h": TEXT
+    | {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8},
+}
+"""What attention can have beyond the plain kind: windows, softcapping, sinks, recurrent layers between."""
 
 
 def small(kind: str, attention: str | None = None) -> Blueprint:
     """Return a blueprint without a folder, whose weights are functions of a seed."""
-    config = AutoConfig.for_model(kind, **ALL[kind])
+    config = AutoConfig.for_model(kind, **(ALL | ATTENTIONS)[kind])
     config._attn_implementation = attention
     return Blueprint(config=config, folder=None, revision=None, seed=0, trust_remote_code=False)

@@ -155,3 +155,15 @@ def test_rows_in_one_row_keep_their_documents_and_signals() -> None:
     assert row.signals["of_document"].tolist() == [1.0, 2.0, 3.0]
     assert row.columns.tolist() == [1, 3, 6, 7, 8]
     assert by_document(torch.arange(12.0)[None], row).tolist() == [1.0, 3.0, 21.0]
+
+
+def test_segments_are_the_documents_and_paddings_of_the_rows() -> None:
+    batch = packed_batch()
+    assert batch.segments == (3, 2, -1, 4, -2)
+    assert batch.starts.tolist() == [0, 3, 5, 6, 10, 12]
+    assert batch.longest == 4
+    assert (batch.in_one_row().segments, batch.in_one_row().starts.tolist()) == (batch.segments, batch.starts.tolist())
+    padded = torch.full((1, 150), -1)
+    padded[0, :10] = 0
+    one = Batch(input_ids=padded, labels=padded, position_ids=padded, documents=padded, num_rows=1, num_tokens=10, num_documents=1)
+    assert (one.segments, one.starts.tolist(), one.longest) == ((10, -140), [0, 10, 74, 138, 150], 64)

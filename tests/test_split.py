@@ -13,7 +13,7 @@ from conftest import Ranks, save_tiny
 from tables import EPS, LENGTHS, LR, STEPS, blueprint_for, config_for, ragged_table
 from transformers import AutoModelForCausalLM
 
-from trainers.batch import IGNORE
+from trainers.batch import IGNORE, Batch
 from trainers.config.derived import learning_rate, rows_words, scarcity
 from trainers.config.errors import plural
 from trainers.config.schema import OptimConfig, TrainConfig
@@ -196,14 +196,16 @@ def test_a_model_that_cannot_isolate_is_refused(ranks: Callable[[int], Ranks], u
 
 
 def isolation_of(world: World, model: Path, leaky: bool) -> str:
-    """Ask a model whose attention, if `leaky`, is given positions that do not restart: what a backend blind to them would do."""
+    """Ask a model that, if `leaky`, takes each row for one document: what a backend blind to documents would do."""
     engine = build_engine(config_for(Path("unused"), model), world, blueprint_for(model))
-    if leaky:
-        forward = engine.model.forward
-        engine.model.forward = lambda **inputs: forward(**(inputs | {"position_ids": torch.arange(inputs["input_ids"].shape[1])[None]}))
+
+    def logps_of(batch: Batch) -> torch.Tensor:
+        one = Batch.of(batch.input_ids, batch.labels, torch.arange(batch.labels.shape[1]).expand_as(batch.labels))
+        return engine.forward(one if leaky else batch).logps
+
     try:
         engine.train(False)
-        require_isolation(lambda batch: engine.forward(batch).logps, 33, 2)
+        require_isolation(logps_of, 33, 2)
     except Exception as error:
         return str(error)
     return ""

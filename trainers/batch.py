@@ -11,6 +11,8 @@ from torch import Tensor
 
 IGNORE = -100
 NO_DOCUMENT = -1
+PADDING_PIECE = 64
+"""Tokens of padding that may attend to each other: kernels compute padding as if it were documents, which short ones make cheap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +57,27 @@ class Batch:
     columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """(K,) int64, K >= 1: the columns in which some row has a label. Found on the CPU, so that a GPU need not wait."""
 
+    segments: tuple[int, ...] = ()
+    """Lengths of what follows one another in the rows, put one after the other: documents, and below 0 padding. Numbers on the CPU."""
+    starts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
+    """(N + 1,) int32: where each of the segments begins, padding in pieces of PADDING_PIECE, and B x S: cumulative lengths for kernels."""
+
     def __post_init__(self) -> None:
-        """Find the labelled columns; a batch without labels keeps one, so that its graph and gradient (0) exist."""
+        """Find the labelled columns and the segments; a batch without labels keeps a column, so that its graph and gradient (0) exist."""
+        if not self.segments:
+            self.segments = _segments(self.documents)
+        if not len(self.starts):
+            pieces = [size for length in self.segments for size in ([length] if length > 0 else _pieces(-length))]
+            self.starts = torch.tensor([0, *pieces]).cumsum(0).to(self.documents.device, torch.int32)
         if not len(self.columns):
             self.columns = (self.labels != IGNORE).any(0).nonzero().flatten()
         if not len(self.columns):
             self.columns = torch.zeros(1, dtype=torch.int64, device=self.labels.device)
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest segment in `starts`."""
+        return max(length if length > 0 else min(-length, PADDING_PIECE) for length in self.segments)
 
     @classmethod
     def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Batch:
@@ -98,6 +115,19 @@ class Batch:
         """
         shape, none = self.labels.shape, self.columns[:0]
         return replace(self.map(lambda tensor: tensor.reshape(1, -1) if tensor.shape == shape else tensor), columns=none)
+
+
+def _segments(documents: Tensor) -> tuple[int, ...]:
+    """Return the lengths of the runs of one document in each row, below 0 where it is padding; (B, S)."""
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    at = begins.flatten().nonzero().flatten()
+    lengths = torch.diff(at, append=at.new_tensor([documents.numel()]))
+    return tuple(torch.where(documents.flatten()[at] == NO_DOCUMENT, -lengths, lengths).tolist())
+
+
+def _pieces(length: int) -> list[int]:
+    return [min(PADDING_PIECE, length - begin) for begin in range(0, length, PADDING_PIECE)]
 
 
 def by_document(values: Tensor, batch: Batch) -> Tensor:

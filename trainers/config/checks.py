@@ -461,9 +461,9 @@ def _validate_virtual(config: RunConfig) -> None:
     if config.data.packing:
         reason = f"peft.method={method} puts its tokens in front of a row, where only the first of its documents would see them"
         raise ConfigError("data.packing", True, reason, "data.packing=false")
-    if config.model.attention is Attention.flash_attention_2:
-        reason = f"flash attention gets all rows as one, and peft.method={method} needs its tokens in front of each"
-        raise ConfigError("model.attention", "flash_attention_2", reason, "model.attention=sdpa")
+    if config.model.attention not in (Attention.auto, Attention.sdpa, Attention.eager):
+        reason = f"it gets all rows as one, and peft.method={method} needs its tokens in front of each"
+        raise ConfigError("model.attention", str(config.model.attention), reason, "model.attention=sdpa")
 
 
 FSDP_ONLY = ("reshard_after_forward", "reshard_after_backward", "replicate", "shard", "prefetch", "sync_each_microbatch")

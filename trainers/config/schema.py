@@ -17,12 +17,15 @@ from trainers.config.errors import ConfigError as ConfigError
 
 
 class Attention(StrEnum):
-    """Attention backends that keep packed documents apart; `auto` is flash on a GPU that has it, else sdpa."""
+    """Attention backends, all of which keep packed documents apart; `auto` is the fastest that model, device and settings allow."""
 
     auto = "auto"
+    varlen = "varlen"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
+    flex = "flex"
     sdpa = "sdpa"
     eager = "eager"
-    flash_attention_2 = "flash_attention_2"
 
 
 class Experts(StrEnum):
@@ -246,7 +249,7 @@ class ModelConfig:
     grow_vocabulary: bool = False
     """Give the model a row for each token that the tokenizer has beyond it: the mean of its rows. It never shrinks."""
     attention: Attention = Attention.auto
-    """Attention backend."""
+    """Attention backend; the start-up table says which one `auto` took and why. `varlen` is torch's own kernel, without a mask."""
     experts: Experts = Experts.auto
     """Mixtures: grouped_mm computes all experts of a block at once, batched_mm copies weights for each token, eager goes one by one."""
     convert: bool = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import importlib.util
 import logging
@@ -12,9 +14,11 @@ from collections.abc import Callable
 import torch
 
 from trainers import host
+from trainers.config.checks import VIRTUAL
 from trainers.config.schema import EngineName, Offload, RunConfig
-from trainers.engines.base import Engine, require_host
-from trainers.model.blueprint import Blueprint
+from trainers.engines.base import COMPUTE, Engine, require_host
+from trainers.model.backends import Choice, Surroundings, choose
+from trainers.model.blueprint import Blueprint, model_class
 from trainers.peft.base import Adaptation
 from trainers.world import World
 
@@ -49,7 +53,27 @@ def require_parts(config: RunConfig, world: World) -> None:
 
 def outline(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
     """Build the engine without values: model on `meta`, adapters, sharding. `fill` gives it memory."""
+    if blueprint.attention is None:
+        blueprint = attending(blueprint, attention_of(config, blueprint, world.device.type))
     return class_of(config)(config, world, blueprint)
+
+
+def attention_of(config: RunConfig, blueprint: Blueprint, device: str) -> Choice:
+    """Return the attention backend of a run on `cuda` or `cpu`; raises ConfigError where the one that is named does not work there."""
+    where = Surroundings(
+        device=device,
+        compute=COMPUTE[config.train.precision],
+        virtual=config.peft.method in VIRTUAL,
+        compiled=getattr(config.train, "compile", False),
+    )
+    return choose(config.model.attention, blueprint.config, model_class(blueprint.config), where)
+
+
+def attending(blueprint: Blueprint, choice: Choice) -> Blueprint:
+    """Return the blueprint with a backend. A config that is shared with another model would change that one, too."""
+    config = copy.deepcopy(blueprint.config)
+    config._attn_implementation = choice.name
+    return dataclasses.replace(blueprint, config=config, attention=choice.why)
 
 
 def build_engine(
@@ -66,6 +90,7 @@ def build_engine(
     engine = outline(config, world, blueprint)
     trained = ",".join(sorted(engine.adaptation.trained))
     world.require_agreement("which parameters are trained", hashlib.sha256(trained.encode()).hexdigest())
+    world.require_agreement("the attention backend", str(engine.model.config._attn_implementation))
     require_host(config, world, engine)
     try:
         before_weights(engine.adaptation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import mmap
@@ -48,6 +49,7 @@ from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.experts import compute_in_float32, experts_words, mixtures, one_by_one, routing_of
 from trainers.model.forward import forward
+from trainers.model.recurrent import recurrent_layers
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
 from trainers.optim import decay_groups, set_lr, torch_optimizer
 from trainers.peft.adapt import adapt
@@ -130,6 +132,9 @@ class ZeRO3Engine:
         if self.world.rank == 0 and origin is not None:
             (Path(self.config.run_dir) / paths.DEEPSPEED).write_text(json.dumps(self.settings, indent=1) + "\n")
         self._partition(origin)
+        for layer in recurrent_layers(self.model):  # gathered once a forward on every rank, however many documents go through it
+            layer.register_forward_pre_hook(_positional, with_kwargs=True)
+            import_deepspeed().utils.set_z3_leaf_module(layer, True)
         self.engine, self.optimizer = import_deepspeed().initialize(
             model=self.model, optimizer=self._make_optimizer(native=origin is not None), config=copy.deepcopy(self.settings)
         )[:2]
@@ -481,7 +486,7 @@ class ZeRO3Engine:
             **self.adaptation.notes,
             **update_statement(self.adaptation.update, host),
             "saved": in_short(self.adaptation.dtype),
-            "attention": str(self.model.config._attn_implementation),
+            "attention": f"{self.model.config._attn_implementation}: {self.blueprint.attention}",
             **activations_statement(self.config),
             **experts_words(self.model),
             **({"routers": f"computed in float32, with weights in {in_short(compute)}"} if self.routers else {}),
@@ -503,6 +508,12 @@ def bytes_on_host(*, optimizer: bool, parameters: bool, swapped: bool = False, c
     parts = {"float32 master weights": 4, "optimizer state": 4 * moments, "float32 gradients": 8} if optimizer else {}
     parts |= {"float32 gradients": 4, "a checkpoint on its way": 4 + 4 * moments} if swapped else {}
     return parts | ({"parameters in the compute type": compute_bytes} if parameters else {})
+
+
+def _positional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give a layer its rows by place: DeepSpeed lets go of parameters once the gradients of such arguments are there."""
+    first = list(inspect.signature(type(module).forward).parameters)[1]  # after self
+    return (args, kwargs) if first not in kwargs else ((kwargs[first], *args), {name: kwargs[name] for name in kwargs.keys() - {first}})
 
 
 def believe_ranks() -> None:

@@ -350,7 +350,7 @@ class FSDPEngine:
             **self.adaptation.notes,
             **update_statement(self.adaptation.update, home),
             "saved": in_short(self.adaptation.dtype),
-            "attention": str(self.model.config._attn_implementation),
+            "attention": f"{self.model.config._attn_implementation}: {self.blueprint.attention}",
             **activations_statement(self.config),
             **({} if self.float8 is None else {"float8": self.float8}),
             **({} if self.compiled is None else {"compiled": self.compiled.words()}),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import (
@@ -27,7 +26,9 @@ from transformers import (
 from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.schema import Attention, Experts, ModelConfig
+from trainers.model.backends import library_name
 from trainers.model.experts import choose
+from trainers.model.recurrent import begin_anew
 from trainers.model.safetensors_files import FLOATS, Weights, listed
 from trainers.model.weights import load_parts, materialise, origin_of, tied_names
 
@@ -51,6 +52,8 @@ class Blueprint:
     """Type of the export: the base checkpoint's own, so that the export can take its place."""
     experts: Experts = Experts.auto
     """How a mixture's experts are computed."""
+    attention: str | None = None
+    """Why `config` has the attention backend that it has; None where nobody has chosen one yet."""
     vocab_on_disk: int | None = None
     """Rows of the checkpoint's embedding where `config` has more; None where they agree."""
 
@@ -77,6 +80,7 @@ class Blueprint:
                 raise ConfigError("model.id" if self.folder else "model.architecture", self.config.model_type, reason) from error
         choose(model, self.experts)
         model.tie_weights()
+        begin_anew(model, model.config)
         return model
 
 
@@ -140,7 +144,7 @@ def blueprint_of(
     """Return the Blueprint of a transformers config for a tokenizer of `num_tokens`; without a folder, one that has no values to read."""
     vocab_on_disk = _grow(model, config, num_tokens)
     saved_dtype = config.dtype if model.id is not None and isinstance(config.dtype, torch.dtype) else torch.float32
-    config._attn_implementation = _attention(model.attention, config)
+    config._attn_implementation = None if model.attention is Attention.auto else library_name(model.attention)
     return Blueprint(
         config=config,
         folder=folder,
@@ -221,19 +225,6 @@ def _snapshot(model: ModelConfig) -> tuple[Path, str | None]:
     folder, commit = hub.fetch("model.id", model.id, model.revision, hub.BINS if pickled else hub.WEIGHTS)
     hub.require_weights(model.id, folder, model.convert)
     return folder, commit
-
-
-def _attention(wanted: Attention, config: PreTrainedConfig) -> str | None:
-    """Choose the backend; `auto` is flash where package, GPU and architecture have it, else what transformers takes: sdpa, or eager."""
-    flash = torch.cuda.is_available() and transformers.utils.is_flash_attn_2_available()
-    if wanted is Attention.flash_attention_2 and not flash:
-        raise ConfigError(
-            "model.attention", str(wanted), "flash-attn or a GPU is missing", "pip install flash-attn, or model.attention=sdpa"
-        )
-    if wanted is not Attention.auto:
-        return str(wanted)
-    known = model_class(config)
-    return "flash_attention_2" if flash and known is not None and known._supports_flash_attn else None
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from trainers.batch import IGNORE, Batch, Needs, Output
+from trainers.model.attention import documents_of
+from trainers.model.recurrent import lengths_for_kernels, takes_lengths
 
 
 class _LabelLogps(torch.autograd.Function):
@@ -55,12 +57,17 @@ def forward(model: nn.Module, batch: Batch, needs: Needs = Needs(), config: Any 
     (B, S, V) in float32 would be 4 GiB at 8k x 128k. Backward may run once.
     `config` is the model's own, where `model` wraps it in something whose `config` is another.
     """
-    shape = batch.labels.shape
-    if "flash" in str(getattr(config or model.config, "_attn_implementation", "")) and len(batch.labels) > 1:
+    shape, config = batch.labels.shape, config or model.config
+    flash, lengths = "flash" in str(getattr(config, "_attn_implementation", "")), takes_lengths(config)
+    if (flash or lengths) and len(batch.labels) > 1:
         return _map_output(forward(model, batch.in_one_row(), needs, config), lambda values: values.view(shape))
     columns = batch.columns
     every = len(columns) == shape[1]
-    output = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, logits_to_keep=0 if every else columns)
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    if lengths:
+        inputs |= lengths_for_kernels(batch)
+    with documents_of(batch):
+        output = model(**inputs, logits_to_keep=0 if every else columns)
     labels = batch.labels if every else batch.labels[:, columns]
     logits = output.logits.flatten(0, 1)
     entropy = _entropy(logits, labels.flatten()) if needs.entropy else None

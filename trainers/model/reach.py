@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch
+from trainers.model.attention import VARLEN
 from trainers.model.forward import forward
 
 log = logging.getLogger("fulltune")
@@ -48,7 +49,7 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
 
 def _compute_plainly(twin: PreTrainedModel) -> None:
     """Choose kernels that run without a device and without values; which parameters are read does not depend on them."""
-    if "flash" in str(twin.config._attn_implementation):
+    if twin.config._attn_implementation not in ("sdpa", VARLEN):
         twin.set_attn_implementation("eager")
     if twin._can_set_experts_implementation():
         twin.set_experts_implementation("batched_mm")

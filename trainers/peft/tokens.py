@@ -13,7 +13,6 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers.config.errors import ConfigError
 from trainers.config.schema import AdapterInit, PeftConfig, PeftMethod, RunConfig
 from trainers.model.weights import Origin, slices
 from trainers.peft.base import ADAPTER, VirtualTokens, base_name, seeded
@@ -27,9 +26,6 @@ def prepend_tokens(model: PreTrainedModel, origin: Origin, config: RunConfig) ->
     from peft.utils.other import _prepare_prompt_learning_config
 
     settings = config.peft
-    if "flash" in str(model.config._attn_implementation):
-        reason = f"flash attention gets all rows as one, and peft.method={settings.method} needs its tokens in front of each"
-        raise ConfigError("model.attention", str(config.model.attention), reason, "model.attention=sdpa")
     library_config = _prepare_prompt_learning_config(_virtual_config(settings, model), model.config)
     library_config.num_transformer_submodules = 1
     library_config.base_model_name_or_path, library_config.revision = base_name(config), config.model.revision

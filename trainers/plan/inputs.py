@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -15,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Attention, DataSource, ModelConfig, RunConfig
+from trainers.config.schema import DataSource, ModelConfig, RunConfig
 from trainers.data.loader import LENGTH_MULTIPLE
 from trainers.data.prepare import find_prepared
 from trainers.data.tokenizer import load_tokenizer
@@ -61,9 +60,6 @@ class Data:
 def read_model(config: RunConfig) -> tuple[Blueprint, list[str]]:
     """Return the model without values, and what a reader should know of it; raises ConfigError naming the field."""
     model, notes = config.model, []
-    if model.attention is Attention.flash_attention_2:
-        model = dataclasses.replace(model, attention=Attention.sdpa)
-        notes.append("model.attention=flash_attention_2 is planned as sdpa, which keeps as much for backward and a mask besides")
     if model.id is None:
         config_of = _from_architecture(config)
     elif model.id in SHAPES and not Path(model.id).exists():

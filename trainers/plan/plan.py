@@ -12,7 +12,8 @@ from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Activations, CheckpointConfig, DataConfig, Float8, Offload, OptimizerName, RunConfig, parse, plain
 from trainers.engines.base import nvme_buffers
-from trainers.engines.build import class_of
+from trainers.engines.build import attending, attention_of, class_of
+from trainers.model.backends import stand_in
 from trainers.model.blueprint import Blueprint
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
@@ -58,6 +59,8 @@ class Plan:
     engine: str
     method: str
     precision: str
+    attention: str = ""
+    """The backend and why it is that one."""
     learning_rate: str
     """At the end of warm-up, and the setting that gives it."""
     place: Place
@@ -132,10 +135,13 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         raise ConfigError("train.float8", str(config.train.float8), f"hardware={one.name} multiplies no float8", "train.float8=none")
     blueprint, notes = read_model(config)
     data = read_data(config, settings)
+    attention = attention_of(config, blueprint, "cuda" if place.gpus else "cpu")
+    blueprint = attending(blueprint, stand_in(attention))
     simulation = _simulated(config, place, blueprint, data.seq_len, known)
     saved = blueprint.saved_dtype.itemsize
     moments = [*simulation.moments, *_export(config, simulation, saved)]
     plan = _describe(variant, config, data, simulation, moments, saved)
+    plan.attention = str(attention)
     plan.notes += notes
     if config.train.compile:
         plan.notes.append("train.compile: memory and time are those of the step as it is without a compiler, which takes more of both")

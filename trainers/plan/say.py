@@ -54,7 +54,7 @@ def _memory(plan: Plan) -> Table:
 
 def _size(plan: Plan) -> list[tuple[str, str]]:
     trained = "all trained" if plan.trainable == plan.parameters else f"{plan.trainable:,} trained ({plan.trainable / plan.parameters:.3%})"
-    return [("parameters", f"{plan.parameters:,}, {trained}")]
+    return [("parameters", f"{plan.parameters:,}, {trained}"), ("attention", plan.attention)]
 
 
 def _host(plan: Plan) -> list[tuple[str, str]]:
