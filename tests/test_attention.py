@@ -145,6 +145,15 @@ def test_blocks_computed_again_know_their_documents(kind: str, kept: Activations
     assert all(torch.equal(grads[name], gradient) for name, gradient in theirs.items())
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "qwen3_5_text", "nemotron_h"])
+def test_rows_of_padding_alone_have_a_graph(kind: str) -> None:
+    """A rank that has no row left reduces the gradients of the same parameters as the others; here all are 0."""
+    batch = rows_of("padded")
+    grads = [gradients(chosen(kind).build("cpu"), rows)[1] for rows in (batch, one_row(batch, 3))]
+    assert grads[0].keys() == grads[1].keys()
+    assert not any(gradient.any() for gradient in grads[1].values())
+
+
 def test_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: Any) -> None:
         raise AssertionError("a mask of all tokens was made")
