@@ -18,8 +18,10 @@ def changes_of(job: Job) -> list[Change]:
     run, nodes = job.run, job.launch.nodes
     rows, kept, small = _fewer_rows(run), _less_kept(run), _smaller_state(run)
     light = [how for how in kept if how != OFFLOADED]
-    few, lean = _last(rows), [*_last(rows), *_last(light)]
-    found = [*rows[:1], *light[:1], *rows[1:], *light[1:]]
+    parts = ["train.logits_chunk=null"] if run.train.logits_chunk == 0 else []
+    few = [*parts, *_last(rows)]
+    lean = [*few, *_last(light)]
+    found = [parts, *rows[:1], *light[:1], *rows[1:], *light[1:]]
     found += [[*row, *how] for row in rows for how in light]
     found += [*small, [*lean, *_last(small)]]
     found += [how for how in kept if how == OFFLOADED]

@@ -72,12 +72,12 @@ def test_labels_decide_where_logps_stand(tiny_llama: Path) -> None:
 
 
 def test_large_vocabulary_is_reduced_in_chunks() -> None:
-    from trainers.model.forward import _chunk_rows, _LabelLogps
+    from trainers.model.forward import _chunk_rows, label_logps
 
     logits = torch.randn(40, 300_000, requires_grad=True)
     assert _chunk_rows(logits) < 40
     labels = torch.randint(0, 300_000, (40,))
-    _LabelLogps.apply(logits.clone(), labels).sum().backward()
+    label_logps(logits.clone(), labels).sum().backward()
     mine, logits.grad = logits.grad, None
     logits.log_softmax(-1).gather(-1, labels[:, None]).sum().backward()
     torch.testing.assert_close(mine, logits.grad, rtol=1e-4, atol=1e-6)

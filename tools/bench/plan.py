@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
@@ -39,7 +39,7 @@ from trainers.units import in_bytes
 
 if TYPE_CHECKING:
     from trainers.model.blueprint import Blueprint
-    from trainers.plan.trace import Trace
+    from trainers.plan.trace import Moment, Trace
     from trainers.world import World
 
 LIMIT_S = 900.0
@@ -58,6 +58,7 @@ SIZES = {
     "9M": _llama(256, 704, 8, 8, 8192),
     "60M": _llama(512, 1536, 14, 8, 16384),
     "300M": _llama(1024, 2816, 22, 16, 16384),
+    "128k": _llama(64, 176, 2, 4, 128256),
     "1B": _llama(2048, 8192, 16, 32, 128256) | {"num_key_value_heads": 8},
     "3B": _llama(3072, 8192, 28, 24, 128256) | {"num_key_value_heads": 8},
     "8B": _llama(4096, 14336, 32, 32, 128256) | {"num_key_value_heads": 8},
@@ -83,6 +84,7 @@ class Case:
     seq_len: int = 128
     microbatch: int = 2
     optimizer: OptimizerName = OptimizerName.adamw
+    logits_chunk: int | None = None
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ class Case:
         words += [f"{self.replicate} copies"] if self.replicate > 1 else []
         words += ["kept gathered"] if self.keep_gathered else []
         words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
+        words += [f"logits of {self.logits_chunk or 'all'} tokens"] if self.logits_chunk is not None else []
         words += [f"{self.microbatch} x {self.seq_len}"] if self.seq_len > 128 else []
         return " ".join(words)
 
@@ -116,6 +119,7 @@ class Case:
                 microbatch=self.microbatch,
                 precision=self.precision,
                 activations=self.activations,
+                logits_chunk=self.logits_chunk,
             ),
         )
 
@@ -127,6 +131,8 @@ CASES = [
     Case(1, "9M", precision=FP32, activations=BLOCK),
     Case(1, "60M", method=LORA, quantise=NF4),
     Case(1, "9M", engine=ZERO3),
+    Case(1, "128k", precision=FP32, seq_len=1024, microbatch=8, logits_chunk=0),
+    Case(1, "128k", precision=FP32, seq_len=1024, microbatch=8),
     Case(2, "tiny", precision=FP32),
     Case(2, "9M", activations=BLOCK, microbatches=2),
     Case(2, "9M", method=LORA),
@@ -241,16 +247,26 @@ def blueprint_of_case(case: Case) -> Blueprint:
 
 
 def predict(case: Case) -> dict[str, Any]:
-    """Return `state` bytes by class, `peak` bytes and `parameters`, as a plan has them."""
+    """Return `state` bytes by class, `peak` bytes and those of `logits`, `flops` and `parameters`, as a plan has them."""
     from trainers.plan.simulate import ranks, simulate
 
     with ranks(case.ranks, case.ranks) as world:
         found = simulate(case.config("."), blueprint_of_case(case), world, case.seq_len)
+    flops = sum(moment.flops for moment in found.moments)
     return {
         "state": found.state_bytes | {"inputs on the host": found.inputs_on_host},
         "peak": found.peak.total,
+        "logits": logits_bytes(found.moments),
+        "flops": flops,
         "parameters": found.parameters,
     }
+
+
+def logits_bytes(moments: Iterable[Moment]) -> float:
+    """Return the bytes of logits where these are highest."""
+    from trainers.plan.trace import Kind
+
+    return max(moment.peak[Kind.logits] for moment in moments)
 
 
 def measure(ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
@@ -293,7 +309,8 @@ def _traced(case: Case, world: World, folder: Path) -> dict[str, Any]:
     trace = Trace(SIZES[case.size]["vocab_size"])
     with trace, _without_copies_of_gloo(trace):
         state = _take_steps(case, world, folder, trace)
-    return {"state": state, "peak": max(moment.total for moment in trace.moments())}
+    moments = trace.moments()
+    return {"state": state, "peak": max(moment.total for moment in moments), "logits": logits_bytes(moments)}
 
 
 def _on_gpu(case: Case, world: World, folder: Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ FREE = (
     *("train.eval_every", "train.eval_microbatch", "train.sample_tokens", "train.step_timeout_s", "train.max_skipped"),
 )
 """Settings that change no metric of the comparison, or whose content is compared instead of their name."""
-COST = ("engine.", "train.microbatch", "train.activations", "train.deterministic", "model.attention")
+COST = ("engine.", "train.microbatch", "train.activations", "train.logits_chunk", "train.deterministic", "model.attention")
 """Settings that change what a run costs, and not what it learns."""
 RECIPE = ("optim.",)
 """Settings that a method may need to be its best; said, and compared all the same."""

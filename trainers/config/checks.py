@@ -107,6 +107,7 @@ NOT_NEGATIVE = (
     "optim.weight_decay",
     "train.min_improvement",
     "train.sample_tokens",
+    "train.logits_chunk",
     "evaluation.rows",
     "checkpoint.keep_best",
     "peft.tinit",
@@ -160,8 +161,9 @@ def validate(config: RunConfig) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(path, value, "must be a number greater than 0")
     for path in NOT_NEGATIVE:
-        if not 0 <= value_at(config, path) < math.inf:
-            raise ConfigError(path, value_at(config, path), "must be a number, 0 or greater")
+        value = value_at(config, path)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(path, value, "must be a number, 0 or greater")
     for path in NOT_EMPTY:
         if value_at(config, path) == "":
             raise ConfigError(path, "", "is empty: an unset shell variable, perhaps", "give a value, or leave the field out")

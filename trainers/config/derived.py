@@ -23,6 +23,9 @@ from trainers.config.schema import (
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
 
+LOGITS_BYTES = 256 << 20
+"""Of the logits that exist at once where the run decides."""
+
 
 class Peak(NamedTuple):
     """The learning rate at the end of warm-up, and where it comes from."""
@@ -151,6 +154,20 @@ def rows_words(train: TrainConfig, world_size: int) -> str:
     where = "one rank" if world_size == 1 else f"each of {world_size} ranks"
     share = f"{plural(microbatches(train, world_size), 'microbatch')} of {train.microbatch} on {where}"
     return f"{train.global_batch} rows a step, {share}"
+
+
+def logits_chunk(config: RunConfig, vocab_size: int, itemsize: int) -> int:
+    """Return how many tokens' logits exist at once, 0 for all; `itemsize` is that of the compute type, in bytes.
+
+    By itself a power of two of at most LOGITS_BYTES, where the logits of a microbatch take more than twice that: fewer tokens make
+    matrix products slow, and below it nothing is saved.
+    """
+    train = config.train
+    if train.logits_chunk is not None:
+        return train.logits_chunk
+    tokens = max(train.microbatch, train.eval_microbatch or 0) * config.data.seq_len
+    size = tokens * vocab_size * itemsize
+    return 1 << max(0, (LOGITS_BYTES // (vocab_size * itemsize)).bit_length() - 1) if size > 2 * LOGITS_BYTES else 0
 
 
 def has_held_out(config: RunConfig) -> bool:

@@ -480,6 +480,8 @@ class TrainConfig:
     """fsdp, bf16, GPUs from SM 8.9 on: matrix products of blocks in float8, scaled by row (`rowwise`) or by matrix (`tensorwise`)."""
     balance_loss: float | None = None
     """Mixtures: coefficient of the routers' balance loss, as `router_aux_loss_coef` of the model's config; empty adds none."""
+    logits_chunk: int | None = None
+    """Tokens whose logits exist at once, made again in backward; 0 makes them whole. Empty decides by their size: 512 MiB a microbatch."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; empty evaluates before the first and after the last step only."""
     eval_microbatch: int | None = None

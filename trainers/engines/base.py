@@ -17,10 +17,12 @@ from transformers import PreTrainedModel
 
 from trainers import host
 from trainers.batch import Batch, Needs, Output
+from trainers.config.derived import logits_chunk
 from trainers.config.errors import ConfigError
 from trainers.config.schema import Activations, Offload, Precision, RunConfig
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
+from trainers.model.forward import Head
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation
@@ -205,6 +207,20 @@ def inputs_on_host(config: RunConfig, model: PreTrainedModel, num_blocks: int, d
 
     pinned = config.engine.pin_memory and device.type == "cuda"
     return bytes_on_host(config, num_blocks, model.config.get_text_config().hidden_size, COMPUTE[config.train.precision].itemsize, pinned)
+
+
+def head_of(model: PreTrainedModel, config: RunConfig, compute: torch.dtype) -> tuple[Head | None, str]:
+    """Return what reads the output layer of a model on `meta` a few tokens at a time, None where logits are whole; and this in words."""
+    vocab_size, automatic = model.config.get_text_config().vocab_size, config.train.logits_chunk is None
+    tokens = logits_chunk(config, vocab_size, compute.itemsize)
+    if not tokens:
+        return None, "whole"
+    from trainers.model import head
+
+    if (reason := head.why_not(model)) is not None:
+        log.warning("the logits of %s are made whole: its output layer is not understood (%s)", type(model).__name__, reason)
+        return None, "whole: the output layer is not understood"
+    return head.Head(model, tokens), f"of {tokens:,} tokens at once, made again in backward{' (by their size)' if automatic else ''}"
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
 from trainers.engines.float8 import whole_rows
 from trainers.health.activity import watch
-from trainers.model.forward import forward
+from trainers.model.forward import Head, forward
 
 log = logging.getLogger("fulltune")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
@@ -95,10 +95,10 @@ class CompiledBlocks:
         callback.on_compile_start(self._begin)
         callback.on_compile_end(self._end)
 
-    def forward(self, model: nn.Module, batch: Batch, needs: Needs) -> Output:
+    def forward(self, model: nn.Module, batch: Batch, needs: Needs, head: Head | None = None) -> Output:
         """Return what a model's `forward` returns, and see what that compiles."""
         self.began, self.is_fresh = time.time(), False
-        output = forward(model, batch, needs)
+        output = forward(model, batch, needs, head=head)
         if self.is_fresh:
             self._look(model.training)
         return output
@@ -149,7 +149,7 @@ class CompiledBlocks:
         log.log(level, "%s after %s: %s", words, plural(self.rounds[training], "step" if training else "evaluation"), why or "unknown")
 
 
-def forward_filled_up(model: nn.Module, batch: Batch, needs: Needs, compiled: CompiledBlocks | None) -> Output:
+def forward_filled_up(model: nn.Module, batch: Batch, needs: Needs, compiled: CompiledBlocks | None, head: Head | None = None) -> Output:
     """Return what a model's `forward` returns of a batch, whose rows have other lengths on the way: what graphs and float8 take.
 
     Rows of their own lengths get some padding always: without any, attention gets no mask, and that would be another graph.
@@ -157,7 +157,7 @@ def forward_filled_up(model: nn.Module, batch: Batch, needs: Needs, compiled: Co
     size = batch.labels.shape[1]
     length = whole_rows(size) if compiled is None else compiled.length or whole_rows(size + 1)
     wide = filled_up(batch, length)
-    return cut(forward(model, wide, needs) if compiled is None else compiled.forward(model, wide, needs), size)
+    return cut(forward(model, wide, needs, head=head) if compiled is None else compiled.forward(model, wide, needs, head), size)
 
 
 def filled_up(batch: Batch, length: int) -> Batch:

@@ -36,6 +36,7 @@ from trainers.engines.base import (
     activations_statement,
     counted,
     frozen_statement,
+    head_of,
     in_short,
     keep_for_backward,
     move_buffers,
@@ -83,6 +84,7 @@ class ZeRO3Engine:
         for path in self.routers:
             compute_in_float32(self.model.get_submodule(path))
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
+        self.head, self.logits = head_of(self.model, config, self.compute)
         self.blocks = find_blocks(self.model)
         self.inputs = keep_for_backward(self.blocks, config, self._pins())
         library = import_deepspeed()
@@ -135,6 +137,7 @@ class ZeRO3Engine:
         for layer in recurrent_layers(self.model):  # gathered once a forward on every rank, however many documents go through it
             layer.register_forward_pre_hook(_positional, with_kwargs=True)
             import_deepspeed().utils.set_z3_leaf_module(layer, True)
+        self._gather_head_whole()
         self.engine, self.optimizer = import_deepspeed().initialize(
             model=self.model, optimizer=self._make_optimizer(native=origin is not None), config=copy.deepcopy(self.settings)
         )[:2]
@@ -155,6 +158,17 @@ class ZeRO3Engine:
         if (update := self.adaptation.update) is not None:
             update.begin({name: part.value for name, part in self._parts(update.names).items()})
         self.engine.train()
+
+    def _gather_head_whole(self) -> None:
+        """Let an output layer with parts, such as an adapter, be gathered once for all its chunks: ranks may have fewer chunks than others.
+
+        DeepSpeed gathers a leaf module with all that is in it.
+        """
+        layer = self.model.get_output_embeddings()
+        if self.head is not None and any(layer.children()):
+            from deepspeed.utils import set_z3_leaf_module
+
+            set_z3_leaf_module(layer, True)
 
     def _partition(self, origin: Origin | None) -> None:
         """Give each meta parameter its partition, read from `origin`; no rank ever fills more than its own elements.
@@ -263,8 +277,8 @@ class ZeRO3Engine:
         """Return the log-probabilities of the labels and what else is needed."""
         with _linear_of_zero3():
             if self.routing is not None:
-                return self.routing.with_balance(batch, lambda: forward(self.engine, batch, needs, self.model.config))
-            return forward(self.engine, batch, needs, self.model.config)
+                return self.routing.with_balance(batch, lambda: forward(self.engine, batch, needs, self.model.config, self.head))
+            return forward(self.engine, batch, needs, self.model.config, self.head)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients, reduced over ranks in float32 as they come. DeepSpeed takes means, so the loss grows by the world size."""
@@ -490,6 +504,7 @@ class ZeRO3Engine:
             **activations_statement(self.config),
             **experts_words(self.model),
             **({"routers": f"computed in float32, with weights in {in_short(compute)}"} if self.routers else {}),
+            "logits": self.logits,
         }
 
     def close(self) -> None:

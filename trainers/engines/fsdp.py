@@ -29,6 +29,7 @@ from trainers.engines.base import (
     activations_statement,
     counted,
     frozen_statement,
+    head_of,
     in_short,
     keep_for_backward,
     move_buffers,
@@ -80,6 +81,7 @@ class FSDPEngine:
         apart = self.compute is not torch.float32 and not config.train.compile  # a compiled block runs no hooks of groups inside it
         routers = [mixture.router for mixture in mixtures(self.model)] if apart else []
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
+        self.head, self.logits = head_of(self.model, config, self.compute)
         self.blocks = find_blocks(self.model)
         self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None
         """What multiplies in float8, in words."""
@@ -179,12 +181,12 @@ class FSDPEngine:
     def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
         """Return the log-probabilities of the labels and what else is needed."""
         if self.routing is not None:
-            return self.routing.with_balance(batch, lambda: forward(self.model, batch, needs))
+            return self.routing.with_balance(batch, lambda: forward(self.model, batch, needs, head=self.head))
         if self.compiled is None and self.float8 is None:
-            return forward(self.model, batch, needs)
+            return forward(self.model, batch, needs, head=self.head)
         from trainers.engines.compiling import forward_filled_up
 
-        return forward_filled_up(self.model, batch, needs, self.compiled)
+        return forward_filled_up(self.model, batch, needs, self.compiled, self.head)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size."""
@@ -356,6 +358,7 @@ class FSDPEngine:
             **({} if self.compiled is None else {"compiled": self.compiled.words()}),
             **experts_words(self.model),
             **({"routers": f"computed in float32, in {plural(len(self.routers), 'group')} of their own"} if self.routers else {}),
+            "logits": self.logits,
         }
 
     def close(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,17 @@ from trainers.model.attention import documents_of
 from trainers.model.recurrent import lengths_for_kernels, takes_lengths
 
 
+class Head(Protocol):
+    """What reads a model's output layer a few tokens at a time, as `trainers.model.head.Head` does."""
+
+    entropy: Tensor
+    """(N,) of the labels read last, where it was asked for."""
+
+    def reading(self, labels: Tensor, entropy: bool) -> AbstractContextManager[None]:
+        """Let the model return log-probabilities of the labels (N,) as its logits."""
+        ...
+
+
 class _LabelLogps(torch.autograd.Function):
     """Log-softmax at the labels, in float32 chunks; the gradient overwrites the logits, so that there is one copy of them."""
 
@@ -20,26 +32,41 @@ class _LabelLogps(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits (N, V) in the compute type, labels (N,) -> (N,) float32, 0.0 where the label is IGNORE."""
         kept = labels != IGNORE
-        safe = labels.where(kept, 0)
         log_sums = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(_chunk_rows(logits))])
-        picked = logits.gather(-1, safe[:, None]).squeeze(-1).float()
-        ctx.save_for_backward(logits, safe, kept, log_sums)
+        picked = logits.gather(-1, labels.where(kept, 0)[:, None]).squeeze(-1).float()
+        ctx.save_for_backward(logits, labels, log_sums)
         return (picked - log_sums).where(kept, 0.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """D logp / d logits = onehot(label) - softmax, times the incoming gradient."""
-        logits, labels, kept, log_sums = ctx.saved_tensors
-        scale = grads[0].where(kept, 0.0)
-        rows = _chunk_rows(logits)
-        for chunk, label, factor, log_sum in zip(*(x.split(rows) for x in (logits, labels, scale, log_sums)), strict=True):
-            slope = (chunk.float() - log_sum[:, None]).exp_().mul_(-factor[:, None])
-            chunk.copy_(slope.scatter_add_(-1, label[:, None], factor[:, None]))
+        """Return the gradient in the place of the logits."""
+        logits, labels, log_sums = ctx.saved_tensors
+        write_slopes(logits, labels, grads[0], logits, log_sums)
         return logits, None
 
 
+def write_slopes(logits: Tensor, labels: Tensor, grad: Tensor, out: Tensor, log_sums: Tensor | None = None) -> None:
+    """Write D logp / d logits = onehot(label) - softmax, times the incoming gradient (N,), into `out` (N, V), which may be `logits`.
+
+    `log_sums` (N,) float32 are the logarithms of the softmaxes' denominators, where they are known.
+    """
+    kept, rows = labels != IGNORE, _chunk_rows(logits)
+    safe, scale = labels.where(kept, 0), grad.where(kept, 0.0)
+    known = (None,) * -(-len(logits) // rows) if log_sums is None else log_sums.split(rows)
+    for chunk, label, factor, log_sum, place in zip(*(x.split(rows) for x in (logits, safe, scale)), known, out.split(rows), strict=True):
+        values = chunk.float()
+        slope = (values - (values.logsumexp(-1) if log_sum is None else log_sum)[:, None]).exp_().mul_(-factor[:, None])
+        place.copy_(slope.scatter_add_(-1, label[:, None], factor[:, None]))
+
+
+def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log-probabilities (N,) float32 of labels (N,), 0.0 where the label is IGNORE; backward overwrites the logits (N, V)."""
+    logps: Tensor = _LabelLogps.apply(logits, labels)  # type: ignore[no-untyped-call]
+    return logps
+
+
 @torch.no_grad()
-def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
     """Return -sum p log p of each row's softmax, (N, V) -> (N,) float32, 0.0 where the label is IGNORE."""
     chunks = (chunk.float().log_softmax(-1) for chunk in logits.split(_chunk_rows(logits)))
     return torch.cat([-(logps.exp() * logps).sum(-1) for logps in chunks]).where(labels != IGNORE, 0.0)
@@ -50,28 +77,37 @@ def _chunk_rows(logits: Tensor, floats: int = 1 << 22) -> int:
     return max(1, floats // logits.shape[-1])
 
 
-def forward(model: nn.Module, batch: Batch, needs: Needs = Needs(), config: Any = None) -> Output:  # noqa: B008 - frozen
+def forward(
+    model: nn.Module,
+    batch: Batch,
+    needs: Needs = Needs(),  # noqa: B008 - frozen
+    config: Any = None,
+    head: Head | None = None,
+) -> Output:
     """Return the log-probability of each label and what else is needed.
 
     Logits are made only for the columns in which some row has a label, in the compute type, and reduced in float32 chunks:
-    (B, S, V) in float32 would be 4 GiB at 8k x 128k. Backward may run once.
+    (B, S, V) in float32 would be 4 GiB at 8k x 128k. With a `head` only a few tokens' logits exist at once. Backward may run once.
     `config` is the model's own, where `model` wraps it in something whose `config` is another.
     """
     shape, config = batch.labels.shape, config or model.config
     flash, lengths = "flash" in str(getattr(config, "_attn_implementation", "")), takes_lengths(config)
     if (flash or lengths) and len(batch.labels) > 1:
-        return _map_output(forward(model, batch.in_one_row(), needs, config), lambda values: values.view(shape))
+        return _map_output(forward(model, batch.in_one_row(), needs, config, head), lambda values: values.view(shape))
     columns = batch.columns
     every = len(columns) == shape[1]
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     if lengths:
         inputs |= lengths_for_kernels(batch)
-    with documents_of(batch):
-        output = model(**inputs, logits_to_keep=0 if every else columns)
     labels = batch.labels if every else batch.labels[:, columns]
-    logits = output.logits.flatten(0, 1)
-    entropy = _entropy(logits, labels.flatten()) if needs.entropy else None
-    logps: Tensor = _LabelLogps.apply(logits, labels.flatten())  # type: ignore[no-untyped-call]
+    with documents_of(batch), nullcontext() if head is None else head.reading(labels.flatten(), needs.entropy):
+        output = model(**inputs, logits_to_keep=0 if every else columns)
+    if head is None:
+        logits = output.logits.flatten(0, 1)
+        entropy = entropy_of(logits, labels.flatten()) if needs.entropy else None
+        logps = label_logps(logits, labels.flatten())
+    else:
+        logps, entropy = output.logits, head.entropy if needs.entropy else None
 
     def in_place(values: Tensor) -> Tensor:
         values = values.view(labels.shape)

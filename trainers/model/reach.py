@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from trainers.batch import Batch
+from trainers.batch import Batch, Output
 from trainers.model.attention import VARLEN
-from trainers.model.forward import forward
+from trainers.model.forward import Head, forward
 
 log = logging.getLogger("fulltune")
 aten = torch.ops.aten
@@ -30,13 +30,11 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
     with another answer wherever the model's code looks at a value to decide. Code that needs values where there are none tells nothing:
     then all parameters count as reached, and a warning says so.
     """
-    twin: Any = copy.deepcopy(model)
-    twin.to("meta")
-    _compute_plainly(twin)
+    twin = twin_of(model)
     left = {name for name, parameter in twin.named_parameters() if parameter.requires_grad}
     try:
         for length, answer in ((LENGTH, False), (seq_len, True)):
-            found = set(map(id, _leaves(_ask(twin, length, answer))))
+            found = set(map(id, _leaves(ask(twin, length, answer).logps)))
             left = {name for name in left if id(twin.get_parameter(name)) not in found}
             if not left:
                 return left
@@ -47,19 +45,23 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
     return left - _without_tokens(twin, left)
 
 
-def _compute_plainly(twin: PreTrainedModel) -> None:
-    """Choose kernels that run without a device and without values; which parameters are read does not depend on them."""
+def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy on `meta`, with kernels that run without a device and without values; what a model reads does not depend on them."""
+    twin: Any = copy.deepcopy(model)
+    twin.to("meta")
     if twin.config._attn_implementation not in ("sdpa", VARLEN):
         twin.set_attn_implementation("eager")
     if twin._can_set_experts_implementation():
         twin.set_experts_implementation("batched_mm")
+    return twin  # type: ignore[no-any-return]
 
 
-def _ask(twin: PreTrainedModel, length: int, answer: bool) -> Tensor:
+def ask(twin: PreTrainedModel, length: int = LENGTH, answer: bool = False, head: Head | None = None) -> Output:
+    """Return what a twin makes of a row of so many tokens, without values; wherever its code looks at a value it gets `answer`."""
     ids = torch.zeros(1, length, dtype=torch.int64)
     batch = Batch.of(ids, ids.clone(), torch.arange(length)[None]).map(lambda tensor: tensor.to("meta"))
     with torch.enable_grad(), torch.device("meta"), _NoValues(answer):
-        return forward(twin, batch).logps
+        return forward(twin, batch, head=head)
 
 
 class _NoValues(TorchDispatchMode):
