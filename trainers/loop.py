@@ -6,7 +6,7 @@ import logging
 import time
 import zlib
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainers.batch import Sizes
 from trainers.checkpoint import Checkpointer, Progress
@@ -28,6 +28,9 @@ from trainers.rundir.metrics import Metrics, device_bytes_peak, host_bytes_peak,
 from trainers.rundir.rows import Kind, finite, history
 from trainers.step import StepResult, take_step
 from trainers.world import World, seed_step
+
+if TYPE_CHECKING:
+    from trainers.profiling import Profile
 
 log = logging.getLogger("fulltune")
 STATUS_EVERY_S = 5.0
@@ -117,6 +120,7 @@ def train(
         guard.recall(past.taken)
         if held_out.is_due(progress.step) and past.evaluated_at < progress.step:
             outcome.stopped = not evaluate(progress.step, progress.tokens)
+        profile = None if config.train.profile is None else _begin_profile(config.train.profile, attempt, world)
         while not outcome.stopped and progress.step < num_steps and not held_out.is_stalled():
             watch.enter(Phase.step, progress.step + 1)
             started = time.perf_counter()
@@ -152,6 +156,8 @@ def train(
                 outcome.mfu = flops_per_token * progress.input_tokens / (tflops * 1e12 * progress.device_seconds)
                 row["mfu"] = flops_per_token * sizes.tokens / (tflops * 1e12 * seconds * world.size)
             metrics.write(Kind.step, row | stragglers.gather(progress.step, data_seconds, seconds), result.figures)
+            if profile is not None:
+                profile.after_step(data_seconds)
             if world.rank == 0 and time.monotonic() - status_at > STATUS_EVERY_S:
                 status_at = time.monotonic()
                 attempt.set_status(State.running, step=progress.step, num_steps=num_steps, **stragglers.entry())
@@ -163,6 +169,8 @@ def train(
             is_best = held_out.at == progress.step and checkpointer.is_best(held_out.losses)
             if not outcome.stopped and (reports.save or is_best or checkpointer.due(progress.step)):
                 save(progress)
+        if profile is not None:
+            profile.close()
         if held_out.is_stalled():
             log.info("stopping early: %d evaluations brought no improvement", config.train.patience)
         save(progress, wait=True)  # whatever the export meets, the training is kept
@@ -175,6 +183,13 @@ def train(
             attempt.set_status(State.preempted, step=outcome.saved_step)
     outcome.progress, outcome.eval_losses = progress, held_out.losses
     return outcome
+
+
+def _begin_profile(steps: int, attempt: Attempt, world: World) -> Profile | None:
+    """Return what traces rank 0's steps; None on the other ranks."""
+    from trainers.profiling import Profile
+
+    return Profile(steps, attempt, world.device) if world.rank == 0 else None
 
 
 def _say_best(best: tuple[int, float] | None, last: int, losses: list[float]) -> None:

@@ -29,7 +29,7 @@ BEGUN = ("peft.adapter",)
 """Of those, what a run began with in addition to its base: what that had seen, it has seen too."""
 FREE = (
     *("name", "run_dir", "log.", "limits.", "evaluation.", "checkpoint.", "data."),
-    *("train.eval_every", "train.eval_microbatch", "train.sample_tokens", "train.step_timeout_s", "train.max_skipped"),
+    *("train.eval_every", "train.eval_microbatch", "train.sample_tokens", "train.step_timeout_s", "train.max_skipped", "train.profile"),
 )
 """Settings that change no metric of the comparison, or whose content is compared instead of their name."""
 COST = ("engine.", "train.microbatch", "train.activations", "train.logits_chunk", "train.deterministic", "model.attention")

@@ -84,6 +84,7 @@ POSITIVE = (
     "train.eval_microbatch",
     "train.patience",
     "train.max_skipped",
+    "train.profile",
     "train.step_timeout_s",
     "train.spike_threshold",
     "checkpoint.every",

@@ -504,6 +504,8 @@ class TrainConfig:
     """Seconds for an optimizer step before the run is ended as hung, naming the rank; empty never. The first step gets five times that."""
     deterministic: bool = False
     """Bitwise repeatable kernels on a GPU; slower."""
+    profile: int | None = None
+    """Steps of rank 0 to trace with torch.profiler, after the first two of an attempt, into RUN_DIR/profile; slower while it lasts."""
 
 
 @dataclass(kw_only=True)
