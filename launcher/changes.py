@@ -67,8 +67,9 @@ def _is_taken(path: str, old: RunConfig, new: RunConfig) -> bool:
 
 def _at_one_rate(run: RunConfig) -> dict[str, Any]:
     """Return settings with the rate that is used as `optim.lr`, wherever it comes from: a run may have begun before its preset had one."""
-    rate = peak_lr(run.optim, run.peft).rate
-    optim, peft = dataclasses.replace(run.optim, lr=rate, full_lr=0.0), dataclasses.replace(run.peft, lr=None)
+    peak = peak_lr(run.optim, run.peft)
+    optim = dataclasses.replace(run.optim, lr=peak.rate * peak.of_adamw, full_lr=0.0, adamw_factor=1.0)
+    peft = dataclasses.replace(run.peft, lr=None)
     return dict(plain(dataclasses.replace(run, optim=optim, peft=peft)))
 
 

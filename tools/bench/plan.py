@@ -28,6 +28,7 @@ from trainers.config.schema import (
     ModelConfig,
     OptimConfig,
     OptimizerName,
+    OptimizerState,
     PeftConfig,
     PeftMethod,
     Precision,
@@ -85,6 +86,7 @@ class Case:
     microbatch: int = 2
     optimizer: OptimizerName = OptimizerName.adamw
     logits_chunk: int | None = None
+    state: OptimizerState = OptimizerState.fp32
 
     @property
     def name(self) -> str:
@@ -100,6 +102,7 @@ class Case:
         words += ["kept gathered"] if self.keep_gathered else []
         words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
         words += [f"logits of {self.logits_chunk or 'all'} tokens"] if self.logits_chunk is not None else []
+        words += ["bf16 moments"] if self.state is OptimizerState.bf16 else []
         words += [f"{self.microbatch} x {self.seq_len}"] if self.seq_len > 128 else []
         return " ".join(words)
 
@@ -112,7 +115,7 @@ class Case:
             data=DataConfig(seq_len=self.seq_len),
             peft=PeftConfig(method=self.method, quantise=self.quantise),
             engine=replace(engine, replicate=self.replicate) if self.replicate > 1 else engine,
-            optim=OptimConfig(name=self.optimizer, lr=1e-5),
+            optim=OptimConfig(name=self.optimizer, state=self.state, lr=1e-5),
             train=TrainConfig(
                 steps=1,
                 global_batch=self.microbatch * self.ranks * self.microbatches,
@@ -155,6 +158,10 @@ CASES = [
     Case(4, "9M"),
     Case(4, "9M", replicate=2),
     Case(4, "60M", engine=ZERO3, precision=FP32, activations=BLOCK),
+    *(Case(2, "9M", optimizer=name) for name in OptimizerName if name is not OptimizerName.adamw),
+    Case(2, "9M", engine=ZERO3, optimizer=OptimizerName.adamw_8bit),
+    Case(2, "9M", engine=ZERO3, optimizer=OptimizerName.schedule_free_adamw),
+    Case(2, "9M", state=OptimizerState.bf16),
 ]
 GPU_CASES = [
     Case(1, "1B", seq_len=2048),

@@ -22,7 +22,7 @@ from trainers.rundir.attempt import read_status
 from trainers.rundir.files import try_json
 from trainers.rundir.rows import Kind, Row, kind_of, read_rows
 
-RATE = ("optim.lr", "optim.full_lr", "optim.lr_factor", "peft.lr")
+RATE = ("optim.lr", "optim.full_lr", "optim.adamw_factor", "optim.lr_factor", "peft.lr")
 METHOD = ("peft.", *RATE)
 """Settings that are what is compared."""
 BEGUN = ("peft.adapter",)
@@ -111,6 +111,7 @@ class Run:
     def lr(self) -> float:
         """The peak learning rate."""
         given = {name: self.config[f"optim.{name}"] for name in ("lr", "full_lr", "lr_factor")}
+        given["adamw_factor"] = self.config.get("optim.adamw_factor", 1.0)  # older runs have none
         method = PeftMethod(self.config["peft.method"])
         return peak_lr(OptimConfig(**given), PeftConfig(method=method, lr=self.config["peft.lr"])).value
 

@@ -15,6 +15,7 @@ from trainers.config.errors import ConfigError, plural
 from trainers.config.kernels import validate_kernels
 from trainers.config.mixtures import names_stacks, validate_mixtures
 from trainers.config.objectives import validate_objective
+from trainers.config.optimizers import validate_optimizer
 from trainers.config.schema import (
     Activations,
     AdapterInit,
@@ -58,6 +59,7 @@ POSITIVE = (
     "optim.lr",
     "optim.full_lr",
     "optim.lr_factor",
+    "optim.adamw_factor",
     "optim.eps",
     "optim.clip",
     "engine.replicate",
@@ -184,6 +186,7 @@ def validate(config: RunConfig) -> None:
     _validate_training(config)
     validate_objective(config.objective)
     validate_mixtures(config)
+    validate_optimizer(config)
     validate_evaluation(config.evaluation)
     peak_lr(config.optim, config.peft)
 
@@ -304,8 +307,6 @@ def _validate_training(config: RunConfig) -> None:
         raise ConfigError(
             "train.global_batch", train.global_batch, reason, f"train.global_batch={_near(train.global_batch, train.microbatch)}"
         )
-    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
-        raise ConfigError("optim.betas", optim.betas, "must be two numbers from 0 to below 1")
     if optim.warmup_steps and optim.warmup_fraction:
         raise ConfigError(
             "optim.warmup_fraction", optim.warmup_fraction, f"optim.warmup_steps is also given ({optim.warmup_steps})", "set one to 0"

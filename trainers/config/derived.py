@@ -36,16 +36,19 @@ class Peak(NamedTuple):
     """What that setting says."""
     factor: float
     """`optim.lr_factor`."""
+    of_adamw: float = 1.0
+    """`optim.adamw_factor`, where the rate is AdamW's."""
 
     @property
     def value(self) -> float:
         """Return the learning rate itself."""
-        return self.rate * self.factor
+        return self.rate * self.of_adamw * self.factor
 
     def __str__(self) -> str:
         """Return it in words, with its source."""
-        product = f" {self.rate:g} x optim.lr_factor {self.factor:g}" if self.factor != 1 else ""
-        return f"{self.value:g}, from {self.setting}{product}"
+        factors = {"optim.adamw_factor": self.of_adamw, "optim.lr_factor": self.factor}
+        product = "".join(f" x {name} {factor:g}" for name, factor in factors.items() if factor != 1)
+        return f"{self.value:g}, from {self.setting}" + (f" {self.rate:g}{product}" if product else "")
 
 
 class Source(NamedTuple):
@@ -82,7 +85,8 @@ def peak_lr(optim: OptimConfig, peft: PeftConfig) -> Peak:
 
     Raises ConfigError where neither is known.
     """
-    return Peak(*_given(optim, peft), optim.lr_factor)
+    setting, rate = _given(optim, peft)
+    return Peak(setting, rate, optim.lr_factor, 1.0 if setting == "optim.lr" else optim.adamw_factor)
 
 
 def _given(optim: OptimConfig, peft: PeftConfig) -> tuple[str, float]:

@@ -154,10 +154,24 @@ class Offload(StrEnum):
 
 
 class OptimizerName(StrEnum):
-    """AdamW, or plain stochastic gradient descent without momentum, which keeps no state."""
+    """AdamW, and what needs less memory or other steps; `sgd` is without momentum, and keeps no state."""
 
     adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    paged_adamw_32bit = "paged_adamw_32bit"
+    adafactor = "adafactor"
+    lion = "lion"
+    muon = "muon"
+    schedule_free_adamw = "schedule_free_adamw"
     sgd = "sgd"
+
+
+class OptimizerState(StrEnum):
+    """Type in which an optimizer keeps its moments between steps; bf16 is rounded stochastically."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 class Schedule(StrEnum):
@@ -429,11 +443,15 @@ class OptimConfig:
     """The optimizer and its learning rate, a pure function of the step."""
 
     name: OptimizerName = OptimizerName.adamw
-    """`adamw`, or `sgd` without momentum."""
+    """The optimizer; optim=NAME is its preset, with the rate that it needs next to AdamW's."""
+    state: OptimizerState = OptimizerState.fp32
+    """adamw, lion: type of the moments; `bf16` halves them, with stochastic rounding. Master weights stay float32."""
     lr: float | None = None
     """Peak learning rate, whatever the method; empty takes `peft.lr` for adapters and `full_lr` for all else."""
     full_lr: float = 1e-5
     """Peak learning rate where weights of the model itself are trained: peft=none and peft=freeze."""
+    adamw_factor: float = 1.0
+    """Learning rate over AdamW's: multiplies `full_lr` and `peft.lr`, which are AdamW's, and never `lr`; a preset sets it."""
     lr_factor: float = 1.0
     """Multiplies whichever rate is used: a sweep around rates that differ by method, or the step from large models to a small one."""
     schedule: Schedule = Schedule.cosine
@@ -447,7 +465,7 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """Share of all steps that `wsd` spends on its final linear decay. In [0, 1]."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """AdamW's two decay rates, each in [0, 1)."""
+    """Decay rates of AdamW, schedule-free AdamW and Lion, each in [0, 1)."""
     eps: float = 1e-8
     """AdamW's denominator term."""
     weight_decay: float = 0.0

@@ -19,7 +19,8 @@ from trainers import host
 from trainers.batch import Batch, Needs, Output
 from trainers.config.derived import logits_chunk
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Activations, Offload, Precision, RunConfig
+from trainers.config.optimizers import LARGEST, PAGED, bytes_per_parameter
+from trainers.config.schema import Activations, Offload, OptimConfig, OptimizerName, OptimizerState, Precision, RunConfig
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
 from trainers.model.forward import Head
@@ -316,6 +317,38 @@ def statement(what: str, live: Iterable[Tensor], wanted: torch.dtype, num_bytes:
     """Say type, bytes a rank and place of one kind of state; raises RuntimeError if a live tensor has another type or place."""
     require_type(what, live, wanted, where)
     return f"{in_short(wanted)}, {in_bytes(num_bytes)} a rank" + (f" {where}" if where else "")
+
+
+def home_of_state(config: RunConfig) -> Offload:
+    """Return where the optimizer's state lives between steps; paged state leaves the device to what else needs it."""
+    return Offload.cpu if config.optim.name in PAGED else config.engine.offload_optimizer
+
+
+def table_parameters(model: PreTrainedModel) -> set[int]:
+    """Return the ids of the parameters of embeddings and head, whose rows are tokens or positions."""
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings(), *embeddings)
+    return {id(p) for module in ends if module is not None for p in module.parameters()}
+
+
+def require_state_bytes(optim: OptimConfig, found: int, parameters: int) -> None:
+    """Raise RuntimeError where this rank's optimizer state does not have the bytes that its parameters make; SGD's has none."""
+    each = bytes_per_parameter(optim)
+    if found > LARGEST * parameters * 1.1 if each is None else found not in (0, each * parameters):
+        raise RuntimeError(f"the optimizer state takes {found:,} bytes on this rank, which has {parameters:,} trained parameters")
+
+
+def state_statement(optim: OptimConfig, live: list[Tensor], num_bytes: int, where: str) -> str:
+    """Say types, bytes a rank and place of the optimizer's state, and which optimizer it is of where that is not AdamW."""
+    if not num_bytes:
+        return f"none ({str(optim.name).upper()})"
+    wanted = torch.bfloat16 if optim.state is OptimizerState.bf16 else torch.float32
+    coded = [tensor for tensor in live if tensor.dtype is torch.uint8]
+    require_type("optimizer state", [tensor for tensor in live if tensor.dtype is not torch.uint8], wanted, where)
+    words = ["8 bits in blocks of 256, float32 for small tensors and embeddings" if coded else in_short(wanted)]
+    words += ["stochastically rounded"] if wanted is torch.bfloat16 else []
+    words += [f"{in_bytes(num_bytes)} a rank" + (f" {where}" if where else "")]
+    return ", ".join(words) + (f" ({optim.name})" if optim.name is not OptimizerName.adamw else "")
 
 
 def require_type(what: str, live: Iterable[Tensor], wanted: torch.dtype, where: str = "") -> None:

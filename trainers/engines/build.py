@@ -15,6 +15,8 @@ import torch
 
 from trainers import host
 from trainers.config.checks import VIRTUAL
+from trainers.config.errors import ConfigError
+from trainers.config.optimizers import BITSANDBYTES
 from trainers.config.schema import EngineName, Offload, RunConfig
 from trainers.engines.base import COMPUTE, Engine, require_host
 from trainers.model.backends import Choice, Surroundings, choose
@@ -48,6 +50,9 @@ def require_parts(config: RunConfig, world: World) -> None:
         threads = host.threads_per_rank(world.local_size)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # DeepSpeed's optimizer brings an OpenMP of its own, which reads this
         torch.set_num_threads(threads)
+    if config.optim.name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        reason = "needs bitsandbytes, which is not installed"
+        raise ConfigError("optim.name", str(config.optim.name), reason, "pip install 'fulltune[speed]'")
     class_of(config).require_parts(config)
 
 

@@ -25,7 +25,8 @@ from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import Offload, OptimizerName, RunConfig
+from trainers.config.optimizers import host_bytes
+from trainers.config.schema import Offload, OptimizerName, OptimizerState, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -37,10 +38,14 @@ from trainers.engines.base import (
     counted,
     frozen_statement,
     head_of,
+    home_of_state,
     in_short,
     keep_for_backward,
     move_buffers,
+    require_state_bytes,
+    state_statement,
     statement,
+    table_parameters,
     unpacked_numel,
     update_statement,
     update_tensors,
@@ -52,7 +57,7 @@ from trainers.model.experts import compute_in_float32, experts_words, mixtures, 
 from trainers.model.forward import forward
 from trainers.model.recurrent import recurrent_layers
 from trainers.model.weights import Origin, forget, origin_of, read_elements, require_tied, tied_names
-from trainers.optim import decay_groups, set_lr, torch_optimizer
+from trainers.optim import decay_groups, make_optimizer, set_lr, tensors_of
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Part
@@ -113,7 +118,7 @@ class ZeRO3Engine:
             parameters=engine.offload_param is Offload.cpu,
             swapped=engine.offload_optimizer is Offload.nvme,
             compute_bytes=COMPUTE[config.train.precision].itemsize,
-            moments=0 if config.optim.name is OptimizerName.sgd else 2,
+            state=host_bytes(config.optim),
         )
 
     @staticmethod
@@ -214,8 +219,8 @@ class ZeRO3Engine:
         parameters: dict[str, Any] = dict(self.model.named_parameters())
         scale = self.adaptation.lr_scale
         groups = decay_groups(((p, len(p.ds_shape), scale(name)) for name, p in parameters.items()), optim.weight_decay)
-        if optim.name is OptimizerName.sgd or self.config.engine.offload_optimizer is Offload.none or not native:
-            return torch_optimizer(groups, optim)
+        if not takes_cpu_adam(self.config) or not native:
+            return make_optimizer(groups, optim)
         require_op("cpu_adam", "engine.offload_optimizer", str(self.config.engine.offload_optimizer))
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -224,8 +229,11 @@ class ZeRO3Engine:
         return on_host
 
     def _begin_state(self) -> None:
-        """Make AdamW's state at step 0, sub-group by sub-group: memory is short at the start, and a checkpoint can be read into it."""
-        if self.config.optim.name is OptimizerName.sgd:
+        """Make the state at step 0, sub-group by sub-group: memory is short at the start, and a checkpoint can be read into it."""
+        own: Any = self.optimizer.optimizer
+        if hasattr(own, "begin"):
+            own.begin(self._pieces())
+        if self.config.optim.name is not OptimizerName.adamw or hasattr(own, "begin"):
             return
         native = hasattr(self.optimizer.optimizer, "ds_opt_adam")
         for number, master in enumerate(self.optimizer.fp32_partitioned_groups_flat):
@@ -253,6 +261,19 @@ class ZeRO3Engine:
                 places[names[p.ds_id]] = (offset, offset + max(0, end - start))
                 offset += p.partition_numel()
             yield number, self.optimizer.fp32_partitioned_groups_flat[number], places
+
+    def _pieces(self) -> dict[Tensor, list[Any]]:
+        """Return which elements of which tensors each sub-group's master weights hold."""
+        from trainers.optim.sharded import Piece
+
+        tables, found = table_parameters(self.model), dict[Tensor, list[Any]]()
+        for _, master, places in self._sub_groups():
+            found[master] = []
+            for name, (begin, end) in places.items():
+                p = self.parameters[name]
+                where = {"start": part_of(p.ds_numel, self.world)[0], "begin": begin, "end": end, "unit": 1}
+                found[master].append(Piece(name=name, shape=tuple(p.ds_shape), ranks=self.world.size, is_table=id(p) in tables, **where))
+        return found
 
     def _set_master(self, origin: Origin) -> None:
         """Read the master weights again in float32: those that DeepSpeed made from bfloat16 have lost what the disk holds."""
@@ -328,9 +349,17 @@ class ZeRO3Engine:
         """Yield each sub-group with this rank's elements of some of its parameters: views of master weights and moments."""
         for number, master, places in self._sub_groups():
             with self._present(number):
-                moments = self.optimizer.optimizer.state.get(master, {})
-                kinds = [master.data, *(moments[kind] for kind in MOMENTS if kind in moments)]
-                yield number, [kind[slice(*place)] for name, place in places.items() if name in names for kind in kinds]
+                parts = [master.data[slice(*place)] for name, place in places.items() if name in names]
+                parts += [part for name, kinds in self._state_of(master, places).items() if name in names for part in kinds.values()]
+                yield number, parts
+
+    def _state_of(self, master: Tensor, places: dict[str, tuple[int, int]]) -> dict[str, dict[str, Tensor]]:
+        """Return the optimizer's state of each tensor of a sub-group, by kind: this rank's elements, live."""
+        own: Any = self.optimizer.optimizer
+        if hasattr(own, "elements"):
+            return own.elements(master)  # type: ignore[no-any-return]
+        state = own.state.get(master, {})
+        return {name: {kind: state[kind][slice(*place)] for kind in MOMENTS} for name, place in places.items()} if state else {}
 
     def _norm_groups(self) -> list[Any]:
         """Return DeepSpeed's norms of its groups; infinite where the step is not accepted, with which DeepSpeed takes none."""
@@ -366,28 +395,50 @@ class ZeRO3Engine:
                 master.grad.zero_()
 
     def train(self, mode: bool) -> None:
-        """Switch dropout on or off."""
+        """Switch dropout on or off; without it the parameters are what would be exported, where an optimizer averages them."""
         self.engine.train(mode)
+        self._average(not mode)
+
+    def _average(self, on: bool) -> None:
+        """Let the parameters hold their averages or what is trained, where the optimizer knows both."""
+        change: Any = getattr(self.optimizer.optimizer, "average", None)
+        if change is not None and change(on):
+            self.engine.empty_partition_cache()  # what an evaluation has gathered and kept holds the old values
+            self._take_over()
 
     def load(self, folder: Path) -> None:
         """Restore master weights and moments at any world size, then take the parameters over from them."""
+        self._average(False)
+        self.engine.empty_partition_cache()
         state = self.state()
+        own: Any = self.optimizer.optimizer if hasattr(self.optimizer.optimizer, "saved") else None
+        if own is not None:
+            own.expect(state["optimizer"], lambda part: load_state({"optimizer": part}, folder))
         load_state(state, folder)
         for number, master, places in self._sub_groups():
             with self._present(number):
-                moments = self.optimizer.optimizer.state.get(master, {})
-                for name, (start, end) in places.items():
+                for name, (start, end) in places.items() if not hasattr(own, "trained") else ():  # its checkpoint's model is an average
                     master.data[start:end].copy_(state["model"][name].to_local())
-                    for kind in MOMENTS if moments else ():
-                        moments[kind][start:end].copy_(state["optimizer"][name][kind].to_local())
-                if moments:
-                    step = state["optimizer"]["step"]
-                    moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
+                if own is None:
+                    self._load_moments(master, places, state["optimizer"])
+        if own is not None:
+            own.take(state["optimizer"])
+        for number in range(len(self.optimizer.fp16_groups)):
+            with self._present(number):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
         self._count_to(int(state["optimizer"].get("step", 0)))
         self._gather_persistent()
         if self.adaptation.update is not None:
             self.adaptation.update.load(state)
+
+    def _load_moments(self, master: Tensor, places: dict[str, tuple[int, int]], saved: dict[str, Any]) -> None:
+        """Take a sub-group's moments and their step over from what a checkpoint holds."""
+        for name, kinds in self._state_of(master, places).items():
+            for kind, part in kinds.items():
+                part.copy_(saved[name][kind].to_local())
+        if moments := self.optimizer.optimizer.state.get(master, {}):
+            step = saved["step"]
+            moments["step"] = step.to(master.device, copy=True) if isinstance(moments["step"], Tensor) else int(step)
 
     def _count_to(self, step: int) -> None:
         """Bring DeepSpeed's own AdamW, which multiplies beta ** step on from step to step, to where it was after `step` steps.
@@ -402,19 +453,32 @@ class ZeRO3Engine:
     def state(self) -> dict[str, Any]:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
         state: dict[str, Any] = {"model": {}, "optimizer": {}}
+        own: Any = self.optimizer.optimizer
         for number, master, places in self._sub_groups():
             swapped = self.optimizer._swappable_optimizer_subgroup(number)
             with self._present(number):
-                moments = self.optimizer.optimizer.state.get(master, {})
+                values = own.averaged(master) if hasattr(own, "averaged") else master.data
                 for name, (start, end) in places.items():
+                    state["model"][name] = self._flat(values[start:end], self.parameters[name].ds_numel, swapped)
+                if hasattr(own, "saved"):
+                    continue
+                for name, kinds in self._state_of(master, places).items():
                     numel = self.parameters[name].ds_numel
-                    state["model"][name] = self._flat(master.data[start:end], numel, swapped)
-                    if moments:
-                        state["optimizer"][name] = {kind: self._flat(moments[kind][start:end], numel, swapped) for kind in MOMENTS}
-                        state["optimizer"]["step"] = torch.as_tensor(moments["step"], dtype=torch.float32).cpu()
+                    state["optimizer"][name] = {kind: self._flat(part, numel, swapped) for kind, part in kinds.items()}
+                    state["optimizer"]["step"] = torch.as_tensor(own.state[master]["step"], dtype=torch.float32).cpu()
+        if hasattr(own, "saved"):
+            state["optimizer"] = own.saved(self._placed, self._of_each_rank)
         if (update := self.adaptation.update) is not None:
-            state |= update.state(lambda name, elements: self._flat(elements, self.parameters[name].ds_numel, copy=False))
+            state |= update.state(self._placed)
         return state
+
+    def _placed(self, name: str, elements: Tensor) -> DTensor:
+        """Return this rank's elements of a tensor as a part of the whole, flattened; shares memory on a CPU."""
+        return self._flat(elements, self.parameters[name].ds_numel, copy=False)
+
+    def _of_each_rank(self, values: Tensor) -> DTensor:
+        """Return a part of a tensor that holds as many values of each rank."""
+        return DTensor.from_local(values.cpu(), self.mesh, [Shard(0)], run_check=False)
 
     def _flat(self, local: Tensor, numel: int, copy: bool) -> DTensor:
         """Wrap this rank's elements as a part of the flattened tensor: torch splits (numel,) over ranks as DeepSpeed does."""
@@ -424,8 +488,11 @@ class ZeRO3Engine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time from the master weights and cast to its type there."""
+        trains = self.model.training
+        self._average(True)
         state: dict[str, Any] = self.model.state_dict(keep_vars=True)
         yield from self.adaptation.exported(lambda name: _whole(state[name]))
+        self._average(not trains)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the whole model's tensors."""
@@ -442,7 +509,8 @@ class ZeRO3Engine:
             Placed("parameters", weights, [p.ds_tensor for p in self.parameters.values()]),
             Placed("parameters", state, list(self.optimizer.fp32_partitioned_groups_flat)),
             Placed("gradients", state, self._gradients()),
-            Placed("optimizer", state, [*self._moments(), *update_tensors(self.adaptation.update)]),
+            Placed("optimizer", home_of_state(self.config), self._moments()),
+            Placed("optimizer", state, update_tensors(self.adaptation.update)),
             Placed("buffers", Offload.none, [b.buffer for b in self.optimizer.ipg_buckets.values() if b.buffer is not None]),
             Placed("activations", Offload.cpu, [] if self.inputs is None else self.inputs.tensors()),
         ]
@@ -456,17 +524,19 @@ class ZeRO3Engine:
         parameters, frozen = self._trained_and_frozen()
         local = sum(p.partition_numel() for p in parameters)
         masters, moments = self.optimizer.fp32_partitioned_groups_flat, self._moments()
-        for what, live, wanted in (("master weights", masters, 4 * local), ("optimizer state", moments, 8 * local)):
-            found = sum(tensor.nbytes for tensor in live)
-            if found > wanted or (found < wanted and live and self.config.engine.offload_optimizer is not Offload.nvme):
-                raise RuntimeError(f"the {what} take {found:,} bytes on this rank, and what is trained makes {wanted:,}")
+        held, swapped = sum(tensor.nbytes for tensor in moments), self.config.engine.offload_optimizer is Offload.nvme
+        if not swapped:
+            require_state_bytes(self.config.optim, held, local)
+        found = sum(tensor.nbytes for tensor in masters)
+        if found > 4 * local or (found < 4 * local and masters and not swapped):
+            raise RuntimeError(f"the master weights take {found:,} bytes on this rank, and what is trained makes {4 * local:,}")
         shared = {master.untyped_storage().data_ptr() for master in masters} - {0}
         beside = [p for p in parameters if p.ds_tensor.untyped_storage().data_ptr() not in shared]
         return {
             "frozen": sum(p.partition_numel() * p.ds_tensor.element_size() for p in frozen),
             "trainable": 4 * local + sum(p.partition_numel() * p.ds_tensor.element_size() for p in beside),
             "gradients": sum(gradient.nbytes for gradient in self._gradients()),
-            "optimizer": 8 * local if moments else 0,
+            "optimizer": (8 * local if moments else 0) if swapped else held,
         }
 
     def _trained_and_frozen(self) -> tuple[list[Any], list[Any]]:
@@ -474,7 +544,7 @@ class ZeRO3Engine:
         return [p for p in everything if p.requires_grad], [p for p in everything if not p.requires_grad]
 
     def _moments(self) -> list[Tensor]:
-        return [state[kind] for state in self.optimizer.optimizer.state.values() for kind in MOMENTS if kind in state]
+        return tensors_of(self.optimizer.optimizer)
 
     def _gradients(self) -> list[Tensor]:
         masters = self.optimizer.fp32_partitioned_groups_flat
@@ -489,13 +559,13 @@ class ZeRO3Engine:
         partitions, masters = [p.ds_tensor for p in parameters], self.optimizer.fp32_partitioned_groups_flat
         host = "" if engine.offload_optimizer is Offload.none else HOST
         home, away = _where(engine.offload_optimizer), _where(engine.offload_param)
-        state = statement("optimizer state", self._moments(), torch.float32, size["optimizer"], home)
+        state = state_statement(self.config.optim, self._moments(), size["optimizer"], home)
         return {
             "parameters": f"{counted(total, trained)}, each split over {plural(self.world.size, 'rank')}",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
             "gradient reduction": statement("gradients", self._gradients(), torch.float32, size["gradients"], host),
-            "optimizer state": state if size["optimizer"] else "none (SGD)",
+            "optimizer state": state,
             "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),
             **self.adaptation.notes,
             **update_statement(self.adaptation.update, host),
@@ -513,15 +583,15 @@ class ZeRO3Engine:
             shutil.rmtree(self.nvme, ignore_errors=True)
 
 
-def bytes_on_host(*, optimizer: bool, parameters: bool, swapped: bool = False, compute_bytes: int = 2, moments: int = 2) -> dict[str, int]:
+def bytes_on_host(*, optimizer: bool, parameters: bool, swapped: bool = False, compute_bytes: int = 2, state: int = 8) -> dict[str, int]:
     """Return bytes a trainable parameter takes on the host, by part, where these are offloaded to `cpu`.
 
     `swapped` says that the optimizer is on NVMe: reduced gradients stay on the host all the same, and a checkpoint passes through
     it whole. In host memory DeepSpeed holds gradients twice, as they are summed and as the optimizer gets them.
-    `compute_bytes` is 2 for bf16 and 4 for fp32; `moments` 2 for AdamW and 0 for plain SGD.
+    `compute_bytes` is 2 for bf16 and 4 for fp32; `state` those of the optimizer: 8 for AdamW and 0 for plain SGD.
     """
-    parts = {"float32 master weights": 4, "optimizer state": 4 * moments, "float32 gradients": 8} if optimizer else {}
-    parts |= {"float32 gradients": 4, "a checkpoint on its way": 4 + 4 * moments} if swapped else {}
+    parts = {"float32 master weights": 4, "optimizer state": state, "float32 gradients": 8} if optimizer else {}
+    parts |= {"float32 gradients": 4, "a checkpoint on its way": 4 + state} if swapped else {}
     return parts | ({"parameters in the compute type": compute_bytes} if parameters else {})
 
 
@@ -646,10 +716,16 @@ def require_ops(config: RunConfig) -> None:
     if engine.nvme_path is not None and not Path(engine.nvme_path).expanduser().is_dir():
         raise _no_nvme(engine.nvme_path, f"there is no such directory on {os.uname().nodename}")
     import_deepspeed()
-    if engine.offload_optimizer is not Offload.none and config.optim.name is OptimizerName.adamw:
+    if takes_cpu_adam(config):
         require_op("cpu_adam", "engine.offload_optimizer", str(engine.offload_optimizer))
     if engine.nvme_path is not None:
         require_op("async_io", "engine.nvme_path", engine.nvme_path)
+
+
+def takes_cpu_adam(config: RunConfig) -> bool:
+    """Tell whether DeepSpeed's own AdamW takes the step, on the host: it is compiled, and knows float32 state only."""
+    is_plain = config.optim.name is OptimizerName.adamw and config.optim.state is OptimizerState.fp32
+    return is_plain and config.engine.offload_optimizer is not Offload.none
 
 
 def _no_nvme(path: str, reason: str) -> ConfigError:

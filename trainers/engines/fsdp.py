@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import Float8, Offload, OptimConfig, OptimizerName, RunConfig
+from trainers.config.optimizers import host_bytes
+from trainers.config.schema import Float8, Offload, OptimConfig, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,
@@ -30,11 +31,15 @@ from trainers.engines.base import (
     counted,
     frozen_statement,
     head_of,
+    home_of_state,
     in_short,
     keep_for_backward,
     move_buffers,
+    require_state_bytes,
     require_type,
+    state_statement,
     statement,
+    table_parameters,
     unpacked_numel,
     update_statement,
     update_tensors,
@@ -45,7 +50,7 @@ from trainers.model.experts import experts_words, mixtures, routing_of
 from trainers.model.forward import forward
 from trainers.model.reach import groups_of
 from trainers.model.weights import Origin, forget, load_parts, materialise, origin_of, require_tied, tied_names
-from trainers.optim import decay_groups, set_lr, torch_optimizer
+from trainers.optim import decay_groups, make_optimizer, set_lr, tensors_of
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation
 from trainers.peft.tokens import ENCODER
@@ -114,7 +119,7 @@ class FSDPEngine:
     def on_host(config: RunConfig) -> dict[str, int]:
         """Return bytes a trainable parameter takes on the host, by part: parameters include gradients and state."""
         parameters, optimizer = config.engine.offload_param is Offload.cpu, config.engine.offload_optimizer is Offload.cpu
-        return bytes_on_host(optimizer=optimizer, parameters=parameters, moments=0 if config.optim.name is OptimizerName.sgd else 2)
+        return bytes_on_host(optimizer=optimizer, parameters=parameters, state=host_bytes(config.optim))
 
     @staticmethod
     def steps_on_device(config: RunConfig) -> bool:
@@ -128,8 +133,8 @@ class FSDPEngine:
             _load(self.model, origin)
             forget(origin)
         move_buffers(self.model, self.world.device)  # an offloaded model's parameters visit the device, its buffers live there
-        self.optimizer = make_optimizer(self.model, self.config.optim, self.adaptation)
-        _begin_state(self.optimizer)
+        self.optimizer = optimizer_of(self.model, self.config.optim, self.adaptation)
+        _begin_state(self.optimizer, self._pieces)
         self._send_home()
         if (update := self.adaptation.update) is not None:
             update.begin({name: _local_block(self.model.get_parameter(name).detach())[0].view(-1) for name in update.names})
@@ -265,27 +270,70 @@ class FSDPEngine:
                 self.optimizer.state[p] = _moved(p, state, torch.device("cpu"), self._pins())
 
     def train(self, mode: bool) -> None:
-        """Switch dropout on or off."""
+        """Switch dropout on or off; without it the parameters are what would be exported, where an optimizer averages them."""
         self.model.train(mode)
         if self.compiled is not None and mode:
             self.compiled.done(training=False)
+        self._average(not mode)
+
+    def _average(self, on: bool) -> None:
+        """Let the parameters hold their averages or what is trained, where the optimizer knows both."""
+        change: Any = getattr(self.optimizer, "average", None)
+        if change is not None and change(on):
+            for module in (*self.blocks, *self.unreached, self.model):
+                module.reshard()  # type: ignore[operator]  # what an evaluation has gathered holds the old values
 
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
+        self._average(False)
         state = self.state()
+        own: Any = self.optimizer if hasattr(self.optimizer, "saved") else None
+        if own is not None:
+            own.expect(state["optimizer"], lambda part: load_state({"optimizer": part}, folder))
         load_state(state, folder)
-        options = StateDictOptions(ignore_frozen_params=True, strict=False)  # load_state misses no key of what is trained
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+        model = state["model"]
+        if own is not None:
+            own.take(state["optimizer"])
+        if hasattr(own, "trained"):  # the checkpoint's model is an average
+            model = {name: kinds["y"] for name, kinds in state["optimizer"]["state"].items()}
+        set_model_state_dict(self.model, model, options=StateDictOptions(strict=False))  # load_state misses no key
         if self.adaptation.update is not None:
             self.adaptation.update.load(state)
-        self._send_home()
 
     def state(self) -> dict[str, Any]:
-        """Return the live shards of what is trained, and of the optimizer."""
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=StateDictOptions(ignore_frozen_params=True))
-        frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        state = {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optimizer}
+        """Return the live shards of what is trained, and of the optimizer; averages where that averages, which are copies."""
+        model = get_model_state_dict(self.model, options=StateDictOptions(ignore_frozen_params=True))
+        named, own = dict(self.model.named_parameters(remove_duplicate=False)), cast("Any", self.optimizer)
+        state: dict[str, Any] = {
+            "model": {name: tensor for name, tensor in model.items() if name not in named or named[name].requires_grad}
+        }
+        if hasattr(own, "saved"):
+            state["optimizer"] = own.saved(self._placed, self._of_each_rank)
+        else:
+            state["optimizer"] = {"state": {name: own.state[p] for name, p in self.model.named_parameters() if p in own.state}}
+        if hasattr(own, "averaged"):
+            state["model"] |= {name: self._placed(name, own.averaged(named[name])) for name in state["model"] if name in named}
         return state if self.adaptation.update is None else state | self.adaptation.update.state(self._placed)
+
+    def _of_each_rank(self, values: Tensor) -> Tensor:
+        """Return a part of a tensor that holds as many values of each rank."""
+        p: Any = next(iter(self.optimizer.state))
+        return DTensor.from_local(values, p.device_mesh, p.placements, run_check=False)
+
+    def _pieces(self) -> dict[Tensor, list[Any]]:
+        """Return which elements of which tensor each trained parameter has here."""
+        from trainers.optim.sharded import Piece
+
+        tables = table_parameters(self.model)
+        found: dict[Tensor, list[Any]] = {}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                values, offset = _local_block(p)
+                unit = p.shape[1:].numel()
+                where = {"start": offset[0] * unit if offset else 0, "begin": 0, "end": values.numel(), "unit": unit}
+                ranks = self.world.size // self.config.engine.replicate
+                found[p] = [Piece(name=name, shape=tuple(p.shape), ranks=ranks, is_table=id(p) in tables, **where)]
+        return found
 
     def _placed(self, name: str, elements: Tensor) -> Tensor:
         """Return flat elements of this rank as a part of a whole that is split as the parameter is; shares memory."""
@@ -294,8 +342,15 @@ class FSDPEngine:
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time and cast to its type there."""
-        state = self.model.state_dict()
-        yield from self.adaptation.exported(lambda name: _whole(state[name]))
+        state, averaged = self.model.state_dict(), getattr(self.optimizer, "averaged", None)
+
+        def gather(name: str) -> Tensor:
+            tensor = state[name]
+            if averaged is not None and (p := self.model.get_parameter(name)) in self.optimizer.state:
+                tensor = self._placed(name, averaged(p))
+            return _whole(tensor)
+
+        yield from self.adaptation.exported(gather)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the whole model's tensors."""
@@ -305,7 +360,7 @@ class FSDPEngine:
 
     def tensors(self) -> list[Placed]:
         """Return this rank's live tensors; the model's buffers are always on the device."""
-        weights, state = self.config.engine.offload_param, self.config.engine.offload_optimizer
+        weights, state = self.config.engine.offload_param, home_of_state(self.config)
         return [
             Placed("parameters", Offload.none, list(self.model.buffers())),
             Placed("parameters", weights, list(self.model.parameters())),
@@ -327,27 +382,26 @@ class FSDPEngine:
         return [p for p in everything if p.requires_grad], [p for p in everything if not p.requires_grad]
 
     def _moments(self) -> list[Tensor]:
-        return [value for state in self.optimizer.state.values() for name, value in state.items() if name != "step"]
+        return tensors_of(self.optimizer)
 
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         (parameters, frozen), moments, size = self._trained_and_frozen(), self._moments(), self.state_bytes()
         total = sum(unpacked_numel(self.adaptation, name, p.numel()) for name, p in self.model.named_parameters())
         trained = sum(p.numel() for p in parameters)
-        if size["optimizer"] not in (0, 2 * size["trainable"]):
-            raise RuntimeError(f"the optimizer state takes {size['optimizer']:,} bytes, and the trained parameters {size['trainable']:,}")
+        require_state_bytes(self.config.optim, size["optimizer"], size["trainable"] // 4)
         policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
         if policies != {self.compute}:
             raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
         home = HOST if self.offloaded else ""
         until = "whole until the last microbatch" if self.keeps_whole_gradients else home
-        state = statement("optimizer state", moments, torch.float32, size["optimizer"], HOST if self.visits else home)
+        state = state_statement(self.config.optim, moments, size["optimizer"], HOST if self.visits else home)
         return {
             "parameters": f"{counted(total, trained)}, in {self._layout()}",
             "storage": statement("master weights", parameters, torch.float32, size["trainable"], home),
             "compute": in_short(self.compute),
             "gradient reduction": statement("gradients", [], torch.float32, size["gradients"], until),
-            "optimizer state": state if moments else "none (SGD)",
+            "optimizer state": state,
             "frozen weights": frozen_statement(((p, _local_block(p)[0]) for p in frozen), self.compute, home),
             **self.adaptation.notes,
             **update_statement(self.adaptation.update, home),
@@ -423,10 +477,10 @@ def _local_block(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return tensor.to_local(), tuple(offset)
 
 
-def bytes_on_host(*, optimizer: bool, parameters: bool, moments: int = 2) -> dict[str, int]:
-    """Return bytes a trainable parameter takes on the host, by part, where these are offloaded."""
+def bytes_on_host(*, optimizer: bool, parameters: bool, state: int = 8) -> dict[str, int]:
+    """Return bytes a trainable parameter takes on the host, by part, where these are offloaded; `state` are the optimizer's."""
     parts = {"float32 parameters": 4, "float32 gradients": 4} if parameters else {}
-    return parts | ({"optimizer state": 4 * moments} if parameters or optimizer else {})
+    return parts | ({"optimizer state": state} if parameters or optimizer else {})
 
 
 def local_bytes(tensors: Iterable[Tensor]) -> int:
@@ -434,10 +488,10 @@ def local_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(_local_block(tensor)[0].nbytes for tensor in tensors)
 
 
-def make_optimizer(model: nn.Module, optim: OptimConfig, adaptation: Adaptation) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, optim: OptimConfig, adaptation: Adaptation) -> torch.optim.Optimizer:
     """Return the optimizer of what is trained, with weight decay on matrices and embeddings only."""
     groups = decay_groups(((p, p.ndim, adaptation.lr_scale(name)) for name, p in model.named_parameters()), optim.weight_decay)
-    return torch_optimizer(groups, optim)
+    return make_optimizer(groups, optim)
 
 
 def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
@@ -447,11 +501,11 @@ def sum_of_squares(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64)
 
 
-def _begin_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's state now, at step 0: memory is short at the start, and a checkpoint before the first update is exact.
-
-    torch's get_state_dict would otherwise take a step with zero gradients to make it, and count that step.
-    """
+def _begin_state(optimizer: torch.optim.Optimizer, pieces: Callable[[], dict[Tensor, list[Any]]]) -> None:
+    """Make the optimizer's state now, at step 0: memory is short at the start, and a checkpoint before the first update is exact."""
+    begin: Any = getattr(optimizer, "begin", None)
+    if begin is not None:
+        begin(pieces())
     for group in optimizer.param_groups if isinstance(optimizer, torch.optim.AdamW) else ():
         for p in group["params"]:
             step = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -459,9 +513,9 @@ def _begin_state(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _moved(p: Tensor, state: dict[str, Tensor], device: torch.device, pin: bool = False) -> dict[str, Tensor]:
-    """Return a parameter's moments on another device than, perhaps, its mesh's: DTensor.from_local would move them back."""
+    """Return moments, without counters, on another device than, perhaps, a mesh's: DTensor.from_local would move them back."""
     moved = dict(state)
-    for name in state.keys() - {"step"}:
+    for name in [name for name, value in state.items() if value.ndim]:
         local = _local_block(state[name])[0].to(device)
         local = local.pin_memory() if pin else local
         moved[name] = DTensor(local, p._spec, requires_grad=False) if isinstance(p, DTensor) else local

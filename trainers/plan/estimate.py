@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainers.config.schema import Offload, OptimizerName, Precision, RunConfig
+from trainers.config.optimizers import host_bytes
+from trainers.config.schema import Offload, Precision, RunConfig
 from trainers.engines.build import class_of
 from trainers.plan.request import HardwareConfig, Place
 from trainers.plan.trace import Moment
@@ -93,11 +94,11 @@ def step_seconds(
     compute = products / (1e12 * share.products) + moved / (GIGA * hardware.memory_gb_s * share.memory)
     wires = sum(size / (GIGA * bandwidth(key.split()[1], place, hardware) * share.wires) for key, size in sent.items())
     engine, host, fetched = config.engine, 0.0, 2 * microbatches * inputs_on_host  # which go to the host and come back
-    numbers = 0 if config.optim.name is OptimizerName.sgd else 2
+    state = host_bytes(config.optim)
     if engine.offload_optimizer is not Offload.none and class_of(config).steps_on_device(config):  # moments come to the device and go back
-        fetched += trained * 4 * 2 * numbers
+        fetched += trained * 2 * state
     elif engine.offload_optimizer is not Offload.none:  # the host reads gradient and state and writes state; weights come back
-        host = trained * 4 * (2 * (1 + numbers) + 1) / (GIGA * share.host)
+        host = trained * (2 * (4 + state) + 4) / (GIGA * share.host)
         fetched += trained * 4 * 2
     if engine.offload_param is not Offload.none:  # forward and backward fetch what a rank holds
         fetched += 2 * microbatches * (trained * 4 + frozen_bytes)

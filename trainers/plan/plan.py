@@ -10,7 +10,8 @@ from typing import Any
 from trainers import host
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Activations, CheckpointConfig, DataConfig, Float8, Offload, OptimizerName, RunConfig, parse, plain
+from trainers.config.optimizers import PAGED
+from trainers.config.schema import Activations, CheckpointConfig, DataConfig, Float8, Offload, RunConfig, parse, plain
 from trainers.engines.base import nvme_buffers
 from trainers.engines.build import attending, attention_of, class_of
 from trainers.model.backends import stand_in
@@ -177,7 +178,7 @@ def _describe(variant: Variant, config: RunConfig, data: Data, simulation: Simul
     """Return a plan with what the run is and what its step takes, without verdicts, times and price."""
     place, peak = variant.place, _highest(moments)
     flops, _, sent = totals(simulation.moments, _microbatches(config, place))
-    checkpoint = simulation.trainable * (4 if config.optim.name is OptimizerName.sgd else 12) + simulation.update_bytes
+    checkpoint = simulation.trainable * 4 + simulation.optimizer_bytes + simulation.update_bytes
     return Plan(
         name=config.name,
         run_dir=config.run_dir,
@@ -226,7 +227,7 @@ def _key(config: RunConfig, place: Place, seq_len: int) -> str:
     """Return what two runs must share to need the same memory."""
     kept = replace(config, name="", run_dir="", data=DataConfig(), checkpoint=CheckpointConfig(), log=type(config.log)(), seed=0)
     settings = plain(kept)
-    settings["optim"] = {"name": settings["optim"]["name"]}
+    settings["optim"] = {name: settings["optim"][name] for name in ("name", "state")}
     del settings["peft"]["lr"]
     for name in ("steps", "epochs", "eval_every", "patience", "compile"):
         settings["train"].pop(name)
@@ -276,7 +277,8 @@ def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, 
         buffers=nvme_buffers(config, place.size, sizes),
         inputs=simulation.inputs_on_host,
     )
-    return needed.parts
+    paged = simulation.state_bytes["optimizer"] * place.ranks_per_node if config.optim.name in PAGED else 0
+    return needed.parts | ({"paged optimizer state": paged} if paged else {})
 
 
 def _export(config: RunConfig, simulation: Simulation, saved: int) -> list[Moment]:

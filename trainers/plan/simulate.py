@@ -72,6 +72,8 @@ class Simulation:
     """Elements of the largest tensor, which an export gathers whole."""
     adapter_bytes: int
     """Bytes of the adapter that is exported; 0 where that is a whole model."""
+    optimizer_bytes: int
+    """Bytes that a checkpoint keeps of the optimizer, over all ranks."""
     update_bytes: int
     """Bytes that the method itself keeps of what is trained, over all ranks, as AdaLoRA its importance."""
     inputs_on_host: int
@@ -197,6 +199,7 @@ def _continued(few: Simulation, more: Simulation, depths: _Depths) -> Simulation
         trainable=round(line(few.trainable, more.trainable)),
         largest=max(few.largest, more.largest),
         adapter_bytes=round(line(few.adapter_bytes, more.adapter_bytes)),
+        optimizer_bytes=round(line(few.optimizer_bytes, more.optimizer_bytes)),
         update_bytes=round(line(few.update_bytes, more.update_bytes)),
         inputs_on_host=round(line(few.inputs_on_host, more.inputs_on_host)),
         slack=max(few.slack, more.slack),
@@ -254,6 +257,8 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
             with torch.no_grad():
                 engine.forward(evaluated.map(fake.from_tensor), objective.needs)
         size = engine.state_bytes()
+        with stepping():
+            saved = bytes_of_whole(engine.state()["optimizer"])
     shapes = engine.shapes()
     adaptation = engine.adaptation
     replayed, update = replay(trace), adaptation.update
@@ -265,11 +270,19 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         trainable=sum(numel for name, numel in numels.items() if name in adaptation.trained),
         largest=max(numels.values()),
         adapter_bytes=0 if adaptation.library_config is None else sum(tensor.nbytes for tensor in adaptation.contents().values()),
+        optimizer_bytes=saved,
         update_bytes=sum(numels[name] for name in update.names) * update.bytes_per_element if update is not None else 0,
         inputs_on_host=marked.inputs_on_host,
         slack=replayed.slack,
         reserved=replayed.reserved,
     )
+
+
+def bytes_of_whole(state: Any) -> int:
+    """Return the bytes of all ranks' parts of a nested state, without its numbers."""
+    if isinstance(state, dict):
+        return sum(bytes_of_whole(value) for value in state.values())
+    return state.numel() * state.itemsize if isinstance(state, Tensor) and state.ndim else 0
 
 
 @contextmanager

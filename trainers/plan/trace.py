@@ -27,6 +27,7 @@ FORWARD, BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu, aten._scal
 _sdpa: Any = sdpa_flop
 _sdpa_backward: Any = sdpa_backward_flop
 SENT = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce", "broadcast": "broadcast"}
+SENT |= {"alltoall": "all-to-all"}
 
 
 class Kind(StrEnum):
