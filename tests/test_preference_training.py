@@ -30,7 +30,7 @@ from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.engines.build import build_engine
 from trainers.loop import train
-from trainers.objectives.preference import REFERENCE
+from trainers.objectives import REFERENCE
 from trainers.reference import with_reference
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows, steps

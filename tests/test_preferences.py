@@ -16,8 +16,8 @@ from trainers.batch import IGNORE, Batch, Output, Sizes
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ObjectiveConfig, ObjectiveName, PreferenceLoss, TooLong
 from trainers.data.loader import make_batch
-from trainers.objectives import make_objective
-from trainers.objectives.preference import REFERENCE, log_odds
+from trainers.objectives import REFERENCE, make_objective
+from trainers.objectives.preference import log_odds
 
 HI, BYE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "Bye"}
 

@@ -23,7 +23,7 @@ from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.engines.base import Engine
 from trainers.health.activity import watch
-from trainers.objectives.preference import REFERENCE
+from trainers.objectives import REFERENCE
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.beats import Phase

@@ -34,12 +34,10 @@ from trainers.health.watchdog import watchdog
 from trainers.loop import train
 from trainers.model.blueprint import Blueprint, flops_per_token, make_blueprint, positions_limit
 from trainers.model.export import rehearse_export
-from trainers.objectives import CHOICES
-from trainers.objectives.preference import REFERENCE
+from trainers.objectives import CHOICES, REFERENCE
 from trainers.peft.base import Adaptation, FullTraining
 from trainers.peft.saved import rehearse_adapter
 from trainers.processes import exit_after
-from trainers.reference import with_reference
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.base import base_of, pinned, require_same_base
@@ -131,6 +129,8 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         engine.train(True)
     padding = pad_id(built.tokenizer)
     if REFERENCE in CHOICES[config.objective.name](config.objective).signals:
+        from trainers.reference import with_reference
+
         data = with_reference(config, world, attempt, engine, data, base, padding)
     loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=padding)
     world.begin_steps()

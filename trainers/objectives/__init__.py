@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from trainers.config.derived import PREFERENCES
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ObjectiveConfig, ObjectiveName
-from trainers.objectives.base import Loss, Objective
+from trainers.objectives.base import REFERENCE, Loss, Objective
 from trainers.objectives.next_token import NextToken
-from trainers.objectives.preference import CPO, DPO, ORPO, SimPO
 
-__all__ = ["CHOICES", "Loss", "Objective", "make_objective"]
+__all__ = ["CHOICES", "REFERENCE", "Loss", "Objective", "make_objective"]
+
+
+def _of_pairs(config: ObjectiveConfig) -> Objective:
+    from trainers.objectives import preference
+
+    classes: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
+        ObjectiveName.dpo: preference.DPO,
+        ObjectiveName.cpo: preference.CPO,
+        ObjectiveName.simpo: preference.SimPO,
+        ObjectiveName.orpo: preference.ORPO,
+    }
+    return classes[config.name](config)
+
 
 CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
     ObjectiveName.sft: lambda config: NextToken(),
     ObjectiveName.cpt: lambda config: NextToken(),
-    ObjectiveName.dpo: DPO,
-    ObjectiveName.cpo: CPO,
-    ObjectiveName.simpo: SimPO,
-    ObjectiveName.orpo: ORPO,
+    **dict.fromkeys(PREFERENCES, _of_pairs),
 }
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from trainers.batch import Batch, Needs, Output, Sizes
 
+REFERENCE = "reference"
+"""The signal that holds the log-probability of each document under the model that training began with, in nats."""
+
 
 @dataclass(kw_only=True)
 class Loss:

@@ -12,10 +12,7 @@ from torch.nn.functional import logsigmoid
 
 from trainers.batch import Batch, Needs, Output, Sizes, by_document, by_pair
 from trainers.config.schema import ObjectiveConfig, PreferenceLoss
-from trainers.objectives.base import Loss
-
-REFERENCE = "reference"
-"""The signal that holds the log-probability of each document under the model that training began with, in nats."""
+from trainers.objectives.base import REFERENCE, Loss
 
 
 @dataclass(frozen=True)
