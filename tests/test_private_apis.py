@@ -39,6 +39,7 @@ PRIVATE = {
     "_dump_nccl_trace": f"{PROCESS_GROUP}._dump_nccl_trace",
     "_experts_implementation": "transformers.configuration_utils.PreTrainedConfig._experts_implementation",
     "_fingerprint": "datasets.arrow_dataset.Dataset._fingerprint",
+    "_forward_hooks": "torch.nn.modules.module.Module._forward_hooks",
     "_get_backend": f"{PROCESS_GROUP}.ProcessGroup._get_backend",
     "_get_dtype_plan": f"{PRETRAINED}._get_dtype_plan",
     "_get_fsdp_state": f"{FSDP}._fully_shard.FSDPModule._get_fsdp_state",
@@ -191,7 +192,9 @@ def test_each_private_name_that_is_used_is_listed() -> None:
 def test_each_undocumented_name_is_still_used() -> None:
     """Those of DeepSpeed that begin with ds_ are found here; the others are listed by hand."""
     words: set[object] = set()
-    for _, tree in trees():
+    for file, tree in trees():
+        if "/peers/drivers/" in file:  # other trainers' own settings, such as axolotl's ds_type
+            continue
         for node in ast.walk(tree):
             for kind, field in ((ast.Attribute, "attr"), (ast.Constant, "value"), (ast.keyword, "arg"), (ast.alias, "name")):
                 if isinstance(node, kind):
