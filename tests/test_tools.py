@@ -20,7 +20,7 @@ from tools.bench.engines import Run, _table
 from tools.bench.orders import llama_sizes
 from tools.bench.ranks import RanksFailed, start_ranks, wait_for
 from tools.chaos.faults import KINDS
-from tools.chaos.trials import ENGINES, PHASES, draw
+from tools.chaos.trials import ENGINES, PHASES, Place, Verdict, draw
 from tools.markdown import put_section
 
 ROOT = Path(__file__).parents[1]
@@ -214,6 +214,18 @@ def test_a_seed_draws_the_same_faults_and_all_kinds_equally_often() -> None:
     assert {kind: sum(fault.kind == kind for fault, _, _ in drawn) for kind in kinds} == dict.fromkeys(kinds, 4)
     assert {fault.phase for fault, _, _ in drawn} == set(PHASES)
     assert all(bool(fault.role) == bool(KINDS[fault.kind].roles) for fault, _, _ in drawn)
+
+
+def test_trials_that_were_done_are_not_done_again(tmp_path: Path) -> None:
+    fault, engine, method = draw(5, 3, list(KINDS), list(ENGINES))
+    place = Place(tmp_path)
+    place.note(3, 5, Verdict(fault, f"{engine}, peft={method}", wrong="exit code 7"))
+    place.note(4, 5, Verdict(fault, "other"))
+    found = Place(tmp_path).known()
+    assert found[3, 5, str(fault)].wrong == "exit code 7"
+    assert found[3, 5, str(fault)].fault == fault
+    assert not found[3, 5, str(fault)].is_good
+    assert len(found) == 2
 
 
 @pytest.mark.slow

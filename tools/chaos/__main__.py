@@ -27,7 +27,7 @@ from pathlib import Path
 from tools.chaos.attempts import Wrong
 from tools.chaos.faults import KINDS
 from tools.chaos.saves import harm
-from tools.chaos.trials import ENGINES, Place, report, try_all
+from tools.chaos.trials import ENGINES, TRIALS, Place, report, try_all
 from tools.command import ended, parser_of
 from trainers.rundir.ending import Exit
 
@@ -43,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=_count, default=30, metavar="N", help="save: kills at random bytes (default 30)")
     parser.add_argument("--engine", default="fsdp", help="save: engine preset (default fsdp)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default 0)")
-    parser.add_argument("--dir", type=Path, help="where the runs are kept; otherwise they are deleted where all went well")
+    parser.add_argument(
+        "--dir", type=Path, help="where runs and results are kept, and the same command continues (default: deleted if all is well)"
+    )
     options = parser.parse_args(arguments)
     kinds, engines = options.kinds.split(","), options.engines.split(",")
     if unknown := [*({*kinds} - {*KINDS}), *({*engines} - {*ENGINES})]:
@@ -75,7 +77,7 @@ def _workplace(folder: Path | None) -> Path:
     """Return an empty folder for runs."""
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="fulltune-chaos-"))
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not (folder / TRIALS).is_file():
         raise Wrong(f"--dir {folder} exists and is not empty: name another directory")
     folder.mkdir(parents=True, exist_ok=True)
     return folder.resolve()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import resource
@@ -115,12 +116,9 @@ def _has(pid: int, what: int) -> int:
 
 def _fill(run: Run, fault: Fault, rng: random.Random, pid: int | None) -> None:
     free = os.statvfs(run.run_dir)
-    with (run.run_dir / FILLER).open("wb") as file:
-        try:
-            for _ in range(free.f_bavail * free.f_frsize // (1 << 16) + 1):
-                file.write(bytes(1 << 16))
-        except OSError:
-            return
+    with contextlib.suppress(OSError), (run.run_dir / FILLER).open("wb") as file:  # it may be full already
+        for _ in range(free.f_bavail * free.f_frsize // (1 << 16) + 1):
+            file.write(bytes(1 << 16))
 
 
 def _newest(run: Run) -> Path | None:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -37,6 +37,8 @@ PHASES = {
     "exporting": (Phase.exporting,),
 }
 STEPS = 12
+TRIALS = "trials.jsonl"
+"""What came of each trial, in the folder of all."""
 ATTEMPT_S = 240.0
 AGAIN = 4
 """Times that the command is given again at most."""
@@ -82,6 +84,20 @@ class Place:
         )
         base.finish()
 
+    def known(self) -> dict[tuple[int, int, str], Verdict]:
+        """Return the verdicts that an earlier command has left in this folder, by seed, number and fault."""
+        found = {}
+        for line in (self.folder / TRIALS).read_text().splitlines() if (self.folder / TRIALS).exists() else []:
+            row = json.loads(line)
+            verdict = Verdict(**row["verdict"] | {"fault": Fault(**row["verdict"]["fault"])})
+            found[row["seed"], row["number"], str(verdict.fault)] = verdict
+        return found
+
+    def note(self, seed: int, number: int, verdict: Verdict) -> None:
+        """Append a verdict at once: a command that is stopped loses no other, and the same one continues."""
+        with (self.folder / TRIALS).open("a") as file:
+            file.write(json.dumps({"seed": seed, "number": number, "verdict": asdict(verdict)}) + "\n")
+
     def cache(self, own: str = "") -> dict[str, str]:
         """Return the variable that says where data are prepared: once for all, or anew for one."""
         return {"FULLTUNE_CACHE": str(self.folder / f"cache{own}"), "OMP_NUM_THREADS": "1"}
@@ -124,14 +140,20 @@ def try_all(place: Place, numbers: list[int], seed: int, kinds: list[str], engin
     console, verdicts = Console(stderr=True), []
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("a base to train", total=len(numbers))
-        place.prepare()
+        known = place.known()
+        if not (place.folder / "base" / paths.EXPORT).is_dir():
+            place.prepare()
         for number in numbers:
             fault, engine, method = draw(number, seed, kinds, engines)
             bar.update(task, description=f"{fault}, {engine}, peft={method}")
-            verdicts.append(try_one(place, number, random.Random(f"{seed}/harm/{number}"), fault, engine, method))
-            if not verdicts[-1].is_good:
-                bad = verdicts[-1]
-                console.print(f"{number}: {fault}, {bad.setting}: {bad.inexact or bad.lost or bad.wrong}", markup=False, highlight=False)
+            verdict = known.get((seed, number, str(fault)))
+            if verdict is None:
+                verdict = try_one(place, number, random.Random(f"{seed}/harm/{number}"), fault, engine, method)
+                place.note(seed, number, verdict)
+            verdicts.append(verdict)
+            if not verdict.is_good:
+                what = verdict.inexact or verdict.lost or verdict.wrong
+                console.print(f"{number}: {fault}, {verdict.setting}: {what}", markup=False, highlight=False)
             bar.advance(task)
     return verdicts
 
