@@ -189,8 +189,8 @@ def test_only_the_first_five_bad_rows_are_shown(config, tmp_path):
 
 
 def test_unknown_layout_names_the_fields_and_known_layouts(config, tmp_path):
-    with pytest.raises(ConfigError, match=r"chosen, rejected(.|\n)*messages"):
-        prepare.prepare(config(write(tmp_path / "rows.jsonl", [{"chosen": "a", "rejected": "b"}])))
+    with pytest.raises(ConfigError, match=r"bad, good(.|\n)*messages"):
+        prepare.prepare(config(write(tmp_path / "rows.jsonl", [{"good": "a", "bad": "b"}])))
 
 
 def test_tool_calls_in_json_text_become_objects_and_tools_are_read():

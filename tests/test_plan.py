@@ -194,7 +194,7 @@ def test_a_failing_planner_stops_no_job(cache: Path, tmp_path: Path, sbatch: Pat
 
 def test_seconds_follow_from_work_and_peaks() -> None:
     place = Place(nodes=1, ranks_per_node=8, gpus=True, save_s=300)
-    moments = [Moment("forward", 0, 0, {}, {}, 989e12, 3350e9, {"all-gather 0:8:8": 450e9})]
+    moments = [Moment("forward", 0, 0, {}, {}, flops=989e12, moved=3350e9, sent={"all-gather 0:8:8": 450e9})]
     config = RunConfig(train=TrainConfig(global_batch=8, microbatch=1, precision=Precision.bf16))
     fast, slow = (step_seconds(config, place, H100, moments, 1, share, 0) for share in (FAST, SLOW))
     assert fast == pytest.approx(max(1 / FAST.products + 1 / FAST.memory, 1 / FAST.wires))
