@@ -88,7 +88,7 @@ def train(world: World, folder: Path, compiled: bool, packing: bool, backend: st
     ("size", "packing", "peft", "graphs"),
     [
         (1, True, {}, 2),  # with gradients, and without
-        pytest.param(1, False, {}, 2, marks=pytest.mark.slow),  # lengths as symbols take longer
+        pytest.param(1, False, {}, 2, marks=pytest.mark.soak),  # lengths as symbols take longer
         (2, True, {}, 2),
         (1, True, {"method": PeftMethod.lora, "rank": 2, "targets": ["all-linear"]}, 3),  # the first block's input needs no gradient
     ],
@@ -218,7 +218,7 @@ def test_the_plan_is_of_the_step_without_a_compiler(tiny_llama: Path) -> None:
     assert peaks[0] == peaks[1]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_compiled_run_is_a_plain_one_and_continues_exactly(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Two ranks with torch's own compiler; what it has made is kept for the run after."""
     plain, straight, stopped = (tmp_path / name for name in ("plain", "straight", "stopped"))
@@ -240,7 +240,7 @@ def test_a_compiled_run_is_a_plain_one_and_continues_exactly(base: Path, chats: 
     assert trace(stopped) == trace(straight)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_compiled_step_takes_no_more_memory_than_the_plan(ranks: Any, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", tied=True, num_hidden_layers=1, hidden_size=64, intermediate_size=256)
     config = config_for(folder, True)

@@ -39,6 +39,7 @@ from trainers.config.schema import (
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:
+    from trainers.engines.base import Engine
     from trainers.model.blueprint import Blueprint
     from trainers.plan.trace import Moment, Trace
     from trainers.world import World
@@ -315,7 +316,7 @@ def _traced(case: Case, world: World, folder: Path) -> dict[str, Any]:
 
     trace = Trace(SIZES[case.size]["vocab_size"])
     with trace, _without_copies_of_gloo(trace):
-        state = _take_steps(case, world, folder, trace)
+        _, state = _take_steps(case, world, folder, trace)
     moments = trace.moments()
     return {"state": state, "peak": max(moment.total for moment in moments), "logits": logits_bytes(moments)}
 
@@ -326,12 +327,14 @@ def _on_gpu(case: Case, world: World, folder: Path) -> dict[str, Any]:
 
     from trainers.plan.trace import Trace
 
-    state = _take_steps(case, world, folder, Trace(0), built=torch.cuda.reset_peak_memory_stats)
+    _, state = _take_steps(case, world, folder, Trace(0), built=torch.cuda.reset_peak_memory_stats)
     return {"state": state, "peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
-def _take_steps(case: Case, world: World, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None) -> dict[str, int]:
-    """Take two steps; returns the engine's bytes of state, and those of inputs that waited on the host."""
+def _take_steps(
+    case: Case, world: World, folder: Path, trace: Trace, built: Callable[[], None] = lambda: None
+) -> tuple[Engine, dict[str, int]]:
+    """Take two steps; returns the engine, and its bytes of state with those of inputs that waited on the host."""
     from trainers.engines.build import build_engine
     from trainers.objectives import make_objective
     from trainers.plan.simulate import LR, Marked, whole_batch
@@ -346,7 +349,7 @@ def _take_steps(case: Case, world: World, folder: Path, trace: Trace, built: Cal
         batches = [whole_batch(case.microbatch, case.seq_len) for _ in range(case.microbatches)]
         marked: Any = Marked(engine, trace)
         take_step(marked, objective, [batch.to(world.device) for batch in batches], world, lr=LR, targets=1)
-    return engine.state_bytes() | {"inputs on the host": marked.inputs_on_host}
+    return engine, engine.state_bytes() | {"inputs on the host": marked.inputs_on_host}
 
 
 @contextmanager

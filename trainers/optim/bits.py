@@ -89,6 +89,9 @@ class BlockwiseAdamW(Sharded):
         for tensor in (first, second):
             if getattr(tensor, "is_paged", False):
                 kernels.prefetch_tensor(tensor)
+        if first.dtype is torch.float32 and value.device.type == "cpu":
+            _update_on_cpu(value, grad, first, second, step, group)
+            return
         if first.dtype is torch.float32:
             kernels.optimizer_update_32bit("adam", grad, value, first, beta1=beta1, state2=second, beta2=beta2, **shared)
             return
@@ -162,3 +165,13 @@ class BlockwiseAdamW(Sharded):
         made, scale = kernels.quantize_blockwise(values, code=self.maps[kind], blocksize=BLOCK)
         codes.copy_(made)
         state[CODES[kind]][:blocks].copy_(scale.absmax)
+
+
+def _update_on_cpu(value: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: int, group: dict[str, Any]) -> None:
+    """Update as bitsandbytes' kernel of 32 bits does; on a CPU its own is compiled anew for each shape, for minutes."""
+    beta1, beta2 = group["betas"]
+    first.mul_(beta1).add_(grad, alpha=1 - beta1)
+    second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    correction = math.sqrt(1 - beta2**step)
+    value.addcdiv_(first, second.sqrt().add_(group["eps"] * correction), value=-group["lr"] * correction / (1 - beta1**step))
+    value.mul_(1 - group["lr"] * group["weight_decay"])
