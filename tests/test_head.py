@@ -208,7 +208,7 @@ def test_checkpointed_blocks_virtual_tokens_and_bf16(ranks: Callable[[int], Rank
         assert parts["norms"] == pytest.approx(whole["norms"], rel=10 * rel), case
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_vocabulary_of_128256_takes_a_fifth(tmp_path: Path) -> None:
     """Of the loss's bytes, in the plan and in real steps, which agree within 5 %."""
     cases = [case for case in CASES if case.size == "128k"]
