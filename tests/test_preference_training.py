@@ -178,7 +178,7 @@ def test_a_trained_run_without_its_reference_is_refused(ranks: Callable[[int], R
     file = next((tmp_path / "run" / "reference").glob("train.npy"))
     whole = file.read_bytes()
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    for kept in (tmp_path / "kept").glob("reference-*"):
+    for kept in filter(Path.is_dir, (tmp_path / "kept").glob("reference-*")):
         kept.rename(tmp_path / "gone")
     said = ranks(2).call(refusal, tmp_path / "run", tiny_llama, table, "dpo", fields)
     assert all("train.npy has changed on its disk" in text and "run_dir=" in text for text in said)

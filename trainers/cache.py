@@ -76,17 +76,19 @@ def _build(root: Path, name: str, build: Callable[[Path], None], what: str) -> N
 
 def require_whole(folder: Path, what: str) -> None:
     """Raise ConfigError where a file of a result is not what was written; results of earlier versions have no hashes."""
-    if not (folder / SEAL).is_file():
-        return
+    if (folder / SEAL).is_file() and (changed := changed_files(folder)):
+        reason = f"{what} of {folder.name} has changed on its disk: {', '.join(changed[:3])}"
+        raise ConfigError("data.prepared_dir", str(folder.parent), reason, f"rm -r {shlex.quote(str(folder))}, and the same command again")
+
+
+def changed_files(folder: Path) -> list[str]:
+    """Return the names of a result's files that are not what was written."""
     try:
         written = json.loads((folder / SEAL).read_text())
         found = _digests(folder)
-        changed = sorted(name for name in {*written, *found} if written.get(name) != found.get(name))
+        return sorted(name for name in {*written, *found} if written.get(name) != found.get(name))
     except (OSError, ValueError) as error:
-        changed = [f"{SEAL} ({error})"]
-    if changed:
-        reason = f"{what} of {folder.name} has changed on its disk: {', '.join(changed[:3])}"
-        raise ConfigError("data.prepared_dir", str(folder.parent), reason, f"rm -r {shlex.quote(str(folder))}, and the same command again")
+        return [f"{SEAL} ({error})"]
 
 
 def _digests(folder: Path) -> dict[str, str]:

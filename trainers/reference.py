@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from trainers.batch import Needs, by_document
-from trainers.cache import cache_root, content_key
+from trainers.cache import build_once, cache_root, changed_files, content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, plain
 from trainers.data.loader import deal, make_batch
@@ -33,7 +31,7 @@ from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
 RECORD = "reference.json"
-"""In the folder: the key of what was measured, and the hash of each file."""
+"""In the folder: the key of what was measured."""
 SUM_AT_ONCE = 1 << 16
 VERSION = 1
 """Of what is measured: raise it when the numbers come out differently."""
@@ -97,14 +95,8 @@ def _fault(folder: Path, name: str) -> str | None:
     record = try_json(folder / RECORD)
     if record.get("key") != name:
         return f"it is of other rows, weights or settings ({record.get('key')}, and not {name})"
-    for file, digest in record["files"].items():
-        try:
-            found = hashlib.sha256((folder / file).read_bytes()).hexdigest()
-        except OSError as error:
-            return f"{file} cannot be read: {error.strerror}"
-        if found != digest:
-            return f"{file} has changed on its disk"
-    return None
+    changed = changed_files(folder)
+    return f"{', '.join(changed)} has changed on its disk" if changed else None
 
 
 @torch.no_grad()
@@ -144,15 +136,15 @@ def _bar(shown: bool, name: str, total: int) -> Any:
 
 def _keep(measured: dict[str, NDArray[np.float32]], kept: Path) -> None:
     """Write what was measured next to the prepared data, whole or not at all."""
-    partial = kept.with_name(f"tmp-{kept.name}-{os.uname().nodename}-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, values in measured.items():
-        np.save(partial / f"{name}.npy", values)
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(partial.glob("*.npy"))}
-    write_json(partial / RECORD, {"key": kept.name, "files": digests})
-    shutil.rmtree(kept, ignore_errors=True)
-    partial.rename(kept)
+    if kept.is_dir() and _fault(kept, kept.name) is not None:
+        shutil.rmtree(kept)
+
+    def build(partial: Path) -> None:
+        for name, values in measured.items():
+            np.save(partial / f"{name}.npy", values)
+        write_json(partial / RECORD, {"key": kept.name})
+
+    build_once(kept.parent, kept.name, build, "the reference")
 
 
 def _take(kept: Path, folder: Path, attempt: Attempt) -> None:
