@@ -6,8 +6,9 @@ import dataclasses
 import json
 from typing import Any
 
+from trainers.config.choices import EngineName, OnSpike
 from trainers.config.derived import peak_lr
-from trainers.config.schema import EngineName, OnSpike, RunConfig, plain
+from trainers.config.schema import RunConfig, plain
 
 TAKEN = (
     *("name", "checkpoint.", "evaluation.", "limits.", "log.", "data.processes", "data.prepared_dir"),

@@ -22,8 +22,9 @@ from launcher.config import JobConfig, run_config, validate_launch, world_size
 from launcher.errors import BAD_INPUT, explain, unknown
 from launcher.fields import all_fields, names_at
 from launcher.presets import CONF
-from trainers.config.checks import check_world, validate
+from trainers.config.checks import validate
 from trainers.config.errors import ConfigError
+from trainers.config.sharding import check_world
 
 BAD_INPUT_EXIT = 2
 

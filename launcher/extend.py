@@ -6,9 +6,10 @@ import contextlib
 from pathlib import Path
 
 from launcher.changes import field_of
+from trainers.config.choices import PeftMethod
 from trainers.config.derived import learning_rate, length, peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import PeftMethod, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.rundir import checkpoints, paths
 from trainers.rundir.files import try_json
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from launcher.config import Backend
 from launcher.job import Job
 from trainers.config.activations import offered
-from trainers.config.schema import Activations, EngineName, Offload, OptimizerName, PeftMethod, Quantisation, RunConfig
+from trainers.config.choices import Activations, EngineName, Offload, OptimizerName, PeftMethod, Quantisation
+from trainers.config.schema import RunConfig
 
 Change = list[str]
 """Overrides of the command line that go together."""

@@ -125,7 +125,8 @@ class Ranks:
             ok, value = pipe.recv()
             results.append(value if ok else RuntimeError(value))
         failed = [value for value in results if isinstance(value, RuntimeError)]
-        if failed:  # a rank that waited in vain for another comes last
+        if failed:  # a rank that waited in vain for another comes last; what they have sent each other no longer fits together
+            self.close()
             raise min(failed, key=lambda error: "Timed out" in str(error))
         return results
 

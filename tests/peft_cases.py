@@ -7,24 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, Batch
-from trainers.config.schema import (
-    AdapterBias,
-    AdapterInit,
-    DataConfig,
-    DataSource,
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    Quantisation,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.choices import AdapterBias, AdapterInit, DataSource, PeftMethod, Precision, Quantisation
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 
 STEPS, ROWS, LENGTH, LR, REL = 20, 6, 12, 2e-3, 1e-5
 
@@ -112,11 +100,15 @@ def batch_of(ids: torch.Tensor, labels: torch.Tensor) -> Batch:
 
 
 def locals_of(engine: Any) -> dict[str, tuple[Any, torch.Tensor]]:
-    """This rank's part of each parameter, by name."""
-    return {
-        name: (p, p.ds_tensor if hasattr(p, "ds_tensor") else p.to_local() if hasattr(p, "to_local") else p)
-        for name, p in engine.model.named_parameters()
-    }
+    """This rank's part of each parameter, by name; DeepSpeed pads the last part with memory as it finds it, which may be NaN."""
+
+    def local(p: Any) -> torch.Tensor:
+        if hasattr(p, "ds_tensor"):
+            begin = dist.get_rank(p.ds_process_group) * p.ds_tensor.numel()
+            return p.ds_tensor.flatten()[: max(0, p.ds_numel - begin)]
+        return p.to_local() if hasattr(p, "to_local") else p
+
+    return {name: (p, local(p)) for name, p in engine.model.named_parameters()}
 
 
 class NoTokenizer:

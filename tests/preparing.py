@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from chat_tokenizers import tokenizer_of
 
-from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, ObjectiveName, RunConfig
+from trainers.config.choices import ObjectiveName
+from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from trainers.data.prepare import Prepared, prepare
 from trainers.data.table import TokenTable
 

@@ -11,7 +11,8 @@ import yaml
 
 from launcher.job import frozen_text
 from tools.evaluate import record
-from trainers.config.schema import EvaluationConfig, Metric, ModelConfig, OptimConfig, PeftConfig, PeftMethod, RunConfig, TrainConfig, plain
+from trainers.config.choices import Metric, PeftMethod
+from trainers.config.schema import EvaluationConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig, plain
 
 DOCUMENTS = 80
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, Precision, RunConfig, TrainConfig, WandbMode
+from trainers.config.choices import Precision, WandbMode
+from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.data.pack import pack, pack_units
 from trainers.data.table import TokenTable
 from trainers.model.blueprint import Blueprint

@@ -19,22 +19,9 @@ from launcher.proposals import changes_of
 from tools.bench.orders import engine_preset
 from tools.bench.plan import Case, blueprint_of_case
 from trainers.batch import Batch
+from trainers.config.choices import Activations, EngineName, PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import (
-    Activations,
-    DataConfig,
-    EngineConfig,
-    EngineName,
-    ModelConfig,
-    OptimConfig,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    Quantisation,
-    RunConfig,
-    TrainConfig,
-    plain,
-)
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig, plain
 from trainers.engines.activations import bytes_on_host, keep_for_backward
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import find_blocks

@@ -24,8 +24,9 @@ from peft_cases import (
 )
 
 from trainers.config.checks import validate
+from trainers.config.choices import Offload, PeftMethod
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Offload, PeftConfig, PeftMethod
+from trainers.config.schema import PeftConfig
 from trainers.engines.build import build_engine
 from trainers.peft.adalora import Pruning, _pull_to_orthogonal
 from trainers.peft.saved import export_adapter, reopen_adapter

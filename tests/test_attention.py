@@ -18,18 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch
+from trainers.config.choices import Activations, Attention, EngineName, OptimizerName, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import (
-    Activations,
-    Attention,
-    EngineConfig,
-    EngineName,
-    OptimConfig,
-    OptimizerName,
-    Precision,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.schema import EngineConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.engines.activations import keep_for_backward
 from trainers.engines.build import attending, attention_of, build_engine
 from trainers.model import attention

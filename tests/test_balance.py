@@ -15,19 +15,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch
 from trainers.config.checks import validate
+from trainers.config.choices import Activations, PeftMethod, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import (
-    Activations,
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.engines.build import build_engine, outline
 from trainers.model.experts import balance, mixtures
 from trainers.objectives import make_objective

@@ -16,9 +16,10 @@ from tools.compare.gather import load
 from tools.evaluate.record import load as read_evaluation
 from tools.gate import card
 from trainers.config.checks import validate
+from trainers.config.choices import DataSource, Export
 from trainers.config.derived import best_kept, exports_best
 from trainers.config.errors import ConfigError
-from trainers.config.schema import CheckpointConfig, DataConfig, DataSource, Export, ModelConfig, RunConfig, TrainConfig
+from trainers.config.schema import CheckpointConfig, DataConfig, ModelConfig, RunConfig, TrainConfig
 
 
 def config_of(held_out: bool = True, keep_best: int = 0, **train: Any) -> RunConfig:

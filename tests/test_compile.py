@@ -15,18 +15,9 @@ from conftest import Ranks, blueprint_for, save_tiny
 
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch, Output
 from trainers.config.checks import validate
+from trainers.config.choices import PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import (
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    Quantisation,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.schema import DataConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.engines import compiling
 from trainers.engines.build import build_engine
 from trainers.health.activity import FIRST_STEP, Activity

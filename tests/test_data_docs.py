@@ -2,7 +2,7 @@
 
 from itertools import pairwise
 
-from trainers.config.schema import Layout
+from trainers.config.choices import Layout
 from trainers.data import python_docs
 from trainers.data.formats import recognise, to_messages
 

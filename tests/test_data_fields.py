@@ -7,8 +7,8 @@ import re
 import pytest
 from preparing import marked, prepared, trained, write
 
+from trainers.config.choices import Layout, Supervise
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Layout, Supervise
 from trainers.data.fields import FLAGS, READ
 
 HI, BYE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "Bye"}

@@ -13,8 +13,9 @@ from chat_tokenizers import GOLDEN, TOKENS, tokenizer_of
 from conftest import SHARED, needs_shared
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from trainers.config.choices import Layout, Supervise
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, Layout, ModelConfig, RunConfig, Supervise
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig
 from trainers.data import masks
 from trainers.data import template as chat_template
 from trainers.data.at_once import all_at_once

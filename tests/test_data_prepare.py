@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import tokenizer_of
 
+from trainers.config.choices import Layout, ObjectiveName, Supervise, TooLong
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, Layout, ModelConfig, ObjectiveConfig, ObjectiveName, RunConfig, Supervise, TooLong
+from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from trainers.data import formats, prepare, report
 from trainers.data.ends import stop_ids
 from trainers.data.formats import BadRow
@@ -346,7 +347,7 @@ def test_an_unwritable_folder_is_an_error_on_its_field(config, tmp_path):
 
 SLOWED = """
 import sys, time
-from trainers.config.schema import DataConfig, ModelConfig, RunConfig
+from trainers.config.schema import (DataConfig, ModelConfig, RunConfig)
 from trainers.data import prepare
 slow = prepare._encode_all
 def slowed(*args):

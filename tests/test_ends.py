@@ -10,8 +10,9 @@ from chat_tokenizers import tokenizer_of
 from transformers import AutoTokenizer, LlamaConfig
 
 from tools.merge.write import add_stops
+from trainers.config.choices import Layout, PeftMethod
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, Layout, ModelConfig, PeftConfig, PeftMethod, RunConfig
+from trainers.config.schema import DataConfig, ModelConfig, PeftConfig, RunConfig
 from trainers.data.encode import encoder_of
 from trainers.data.ends import chat_remedy, require_ids, stop_ids
 from trainers.data.masks import BUILT_IN, CHATML, plain_pair, plain_text, render, template_of

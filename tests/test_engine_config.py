@@ -16,10 +16,10 @@ import yaml
 from launcher.compose import compose
 from launcher.presets import CONF
 from trainers.config import deepspeed_keys
-from trainers.config.checks import check_world
 from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
+from trainers.config.sharding import check_world
 
 SCRATCH = ["model=scratch", "data=python_docs", "train.precision=fp32"]
 PRESETS = sorted(file.stem for file in (CONF / "engine").glob("*.yaml"))

@@ -20,17 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, Batch
-from trainers.config.schema import (
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    Offload,
-    OptimConfig,
-    OptimizerName,
-    Precision,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.choices import Offload, OptimizerName, Precision
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.engines.build import build_engine
 from trainers.engines.fsdp import sum_of_squares
 from trainers.objectives import NextToken

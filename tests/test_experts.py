@@ -19,21 +19,9 @@ from tools.bench.orders import engine_preset
 from tools.merge.adapter import Adapter, read_adapter
 from trainers.batch import IGNORE, Batch
 from trainers.config.checks import validate
+from trainers.config.choices import Activations, Experts, PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import (
-    Activations,
-    DataConfig,
-    EngineConfig,
-    Experts,
-    ModelConfig,
-    OptimConfig,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    Quantisation,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.engines.base import require_moved
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint, flops_per_token

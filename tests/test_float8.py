@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE, Batch
+from trainers.config.choices import Float8
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, Float8, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.engines import compiling, float8
 from trainers.engines.build import build_engine
 from trainers.objectives import NextToken

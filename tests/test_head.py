@@ -19,8 +19,9 @@ from launcher.job import make_job
 from launcher.proposals import changes_of
 from tools.bench.plan import CASES, Case, measure, predict
 from trainers.batch import IGNORE, Batch, Needs
+from trainers.config.choices import Activations, Precision
 from trainers.config.derived import LOGITS_BYTES, logits_chunk
-from trainers.config.schema import Activations, DataConfig, PeftConfig, Precision, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.engines.base import head_of
 from trainers.engines.build import build_engine
 from trainers.model.forward import forward

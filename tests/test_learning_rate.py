@@ -6,9 +6,10 @@ import math
 
 import pytest
 
+from trainers.config.choices import Schedule
 from trainers.config.derived import learning_rate, peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, PeftConfig, Schedule
+from trainers.config.schema import OptimConfig, PeftConfig
 from trainers.evaluation import stalled
 from trainers.optim import require_warmup_ends
 

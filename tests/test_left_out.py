@@ -8,8 +8,9 @@ import pytest
 import yaml
 from chat_tokenizers import GOLDEN, tokenizer_of
 
+from trainers.config.choices import DocumentOf, Supervise
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, DocumentOf, ModelConfig, RunConfig, Supervise
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig
 from trainers.data.masks import CHATML, render, template_of
 from trainers.data.prepare import prepare
 from trainers.data.report import summary

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config.schema import LogConfig, RunConfig, WandbMode
+from trainers.config.choices import WandbMode
+from trainers.config.schema import LogConfig, RunConfig
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.ending import State
 from trainers.rundir.metrics import Metrics
@@ -60,7 +61,8 @@ def test_status_keeps_what_it_knew_and_forgets_an_old_error(tmp_path: Path) -> N
 MIRROR = """
 import json, os, sys, time
 from pathlib import Path
-from trainers.config.schema import LogConfig, RunConfig, WandbMode
+from trainers.config.choices import WandbMode
+from trainers.config.schema import (LogConfig, RunConfig)
 from trainers.rundir.metrics import Metrics, log_to_terminal
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import Kind

@@ -17,8 +17,9 @@ from peft_cases import (
 from transformers import AutoModelForCausalLM
 
 from trainers.config.checks import validate
+from trainers.config.choices import AdapterInit, DataSource, PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import AdapterInit, DataConfig, DataSource, PeftConfig, PeftMethod, Precision, Quantisation
+from trainers.config.schema import DataConfig, PeftConfig
 from trainers.engines.build import build_engine
 from trainers.peft.nf4 import dequantise, packed_shape, quantise, round_trip
 from trainers.world import World

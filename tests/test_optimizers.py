@@ -22,24 +22,11 @@ from transformers import AutoModelForCausalLM
 from launcher.compose import compose
 from tools.bench.plan import SIZES, Case, _take_steps, _without_copies_of_gloo, blueprint_of_case
 from trainers.batch import IGNORE, Batch
+from trainers.config.choices import EngineName, Offload, OptimizerName, OptimizerState, PeftMethod, Precision, Schedule
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.optimizers import validate_optimizer
-from trainers.config.schema import (
-    EngineConfig,
-    EngineName,
-    ModelConfig,
-    Offload,
-    OptimConfig,
-    OptimizerName,
-    OptimizerState,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    RunConfig,
-    Schedule,
-    TrainConfig,
-)
+from trainers.config.schema import EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.engines.build import build_engine
 from trainers.objectives import NextToken
 from trainers.optim.rounding import noise, round_into, salt

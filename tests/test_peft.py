@@ -41,13 +41,8 @@ from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
 from trainers.config.checks import validate
+from trainers.config.choices import AdapterInit, Offload, PeftMethod, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import (
-    AdapterInit,
-    Offload,
-    PeftMethod,
-    Precision,
-)
 from trainers.engines.build import build_engine
 from trainers.model.export import export
 from trainers.model.weights import origin_of

@@ -27,7 +27,8 @@ from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
 from tools.bench.plan import BLOCK, CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
 from trainers.batch import Output
-from trainers.config.schema import Activations, DataConfig, ModelConfig, Precision, RunConfig, TrainConfig
+from trainers.config.choices import Activations, Precision
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainers.engines import activations, fsdp
 from trainers.model.blueprint import Blueprint
 from trainers.plan.allocator import Pool

@@ -22,9 +22,10 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
+from trainers.config.choices import EngineName, ObjectiveName
 from trainers.config.derived import learning_rate
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EngineConfig, EngineName, ObjectiveConfig, ObjectiveName, OptimConfig
+from trainers.config.schema import DataConfig, EngineConfig, ObjectiveConfig, OptimConfig
 from trainers.data.loader import Loader
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable

@@ -13,8 +13,9 @@ import torch
 from preparing import marked, prepared, write
 
 from trainers.batch import IGNORE, Batch, Output, Sizes
+from trainers.config.choices import ObjectiveName, PreferenceLoss, TooLong
 from trainers.config.errors import ConfigError
-from trainers.config.schema import ObjectiveConfig, ObjectiveName, PreferenceLoss, TooLong
+from trainers.config.schema import ObjectiveConfig
 from trainers.data.loader import make_batch
 from trainers.objectives import REFERENCE, make_objective
 from trainers.objectives.preference import log_odds

@@ -17,9 +17,10 @@ from launcher.freeze import freeze, require_joinable
 from launcher.job import Job, frozen_text, make_job
 from launcher.presets import CONF
 from launcher.proposals import changes_of
+from trainers.config.choices import OptimizerName, PeftMethod
 from trainers.config.derived import Peak, learning_rate, microbatches, peak_lr, warmup_steps
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, OptimizerName, PeftConfig, PeftMethod, TrainConfig, read
+from trainers.config.schema import OptimConfig, PeftConfig, TrainConfig, read
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "exp").glob("*.yaml"))
 PRESETS = sorted(file.stem for file in (CONF / "peft").glob("*.yaml"))

@@ -21,20 +21,9 @@ from torch import nn
 
 from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, Batch
+from trainers.config.choices import AdapterBias, OptimizerName, PeftMethod, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import (
-    AdapterBias,
-    DataConfig,
-    EngineConfig,
-    ModelConfig,
-    OptimConfig,
-    OptimizerName,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.engines.base import require_moved
 from trainers.engines.build import build_engine
 from trainers.health.spikes import TrainingFailed

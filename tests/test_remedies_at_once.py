@@ -16,9 +16,11 @@ from command import ROOT
 from omegaconf import OmegaConf
 
 from launcher.fields import all_fields
-from trainers.config.checks import check_world, validate
+from trainers.config.checks import validate
+from trainers.config.choices import DataSource
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, DataSource, ModelConfig, RunConfig, TrainConfig, plain
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig, plain
+from trainers.config.sharding import check_world
 
 OVERRIDE = re.compile(r"[a-z_]+(?:\.[a-z_0-9]+)*=[^\s,;:]+|[a-z_.]+=\[[^\]]*\]")
 SCHEMA = OmegaConf.structured(RunConfig)

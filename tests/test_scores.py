@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tools.evaluate.scores import common_length, exact_match, extract, is_json, is_refusal, repetition, rouge_l, score
-from trainers.config.schema import Metric
+from trainers.config.choices import Metric
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = 72 clips altogether.\n#### 72"
 

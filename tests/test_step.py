@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from trainers import objectives
 from trainers.batch import Batch, Needs, Output, Sizes, by_document
+from trainers.config.choices import ObjectiveName
 from trainers.config.errors import ConfigError
-from trainers.config.schema import ObjectiveName
 from trainers.data.loader import Loader
 from trainers.data.prepare import Prepared
 from trainers.engines.build import build_engine

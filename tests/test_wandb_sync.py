@@ -17,7 +17,8 @@ from command import ROOT, arguments, launch, read_rows, stop_at_step
 from local_server import JsonRequests, LocalServer
 
 from launcher.job import with_environment
-from trainers.config.schema import LogConfig, WandbMode
+from trainers.config.choices import WandbMode
+from trainers.config.schema import LogConfig
 from trainers.rundir.mirror import mode_of
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Model, LlamaModel, PreTrainedModel
 
 from tools.bench import load as bench_load
+from trainers.config.choices import EngineName, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EngineName, ModelConfig, Precision, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint, make_blueprint

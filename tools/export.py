@@ -27,9 +27,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from tools.command import Refused, ended, parser_of
-from trainers.config.checks import require_model_directory
+from trainers.config.choices import Attention, PeftMethod
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import Attention, PeftMethod, RunConfig, read
+from trainers.config.local import require_model_directory
+from trainers.config.schema import RunConfig, read
 from trainers.rundir import paths
 from trainers.rundir.base import pinned
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from trainers.checkpoint import NoCheckpoint
-from trainers.config.checks import check_world, load
+from trainers.config.checks import load
 from trainers.config.errors import ConfigError
 from trainers.config.secrets import mask
+from trainers.config.sharding import check_world
 from trainers.health import preflight
 from trainers.health.spikes import TrainingFailed
 from trainers.health.watchdog import watchdog

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import IGNORE, Batch
-from trainers.config.schema import PeftMethod, Precision, RunConfig
+from trainers.config.choices import PeftMethod, Precision
+from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
 from trainers.data.loader import make_batch
 from trainers.data.prepare import Prepared

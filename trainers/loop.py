@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.batch import Sizes
 from trainers.checkpoint import Checkpointer, Progress
+from trainers.config.choices import OnSpike
 from trainers.config.derived import best_kept, exports_best, learning_rate, peak_lr
-from trainers.config.schema import OnSpike, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.data.loader import Ints, Prefetch, Rows
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine, require_moved

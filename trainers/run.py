@@ -16,9 +16,10 @@ import transformers
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
+from trainers.config.choices import Activations, Precision
 from trainers.config.derived import exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Activations, Precision, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
 from trainers.data.loader import Loader
 from trainers.data.prepare import Prepared, prepare

@@ -14,7 +14,8 @@ import torch
 
 from trainers import host
 from trainers.config.activations import offered
-from trainers.config.schema import Activations, RunConfig, plain
+from trainers.config.choices import Activations
+from trainers.config.schema import RunConfig, plain
 from trainers.plan.request import HardwareConfig, Place, PlanConfig, Request, Variant
 from trainers.processes import prepare_child
 from trainers.rundir import paths

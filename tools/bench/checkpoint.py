@@ -15,7 +15,7 @@ from pathlib import Path
 from tools.bench.arguments import at_least
 from tools.bench.engines import Run, compare, done_of, head, table_lines
 from tools.bench.orders import PRESETS, llama_sizes
-from trainers.config.schema import Activations, Precision
+from trainers.config.choices import Activations, Precision
 
 STATE_BYTES = 12
 """Bytes of a parameter's state: itself and two moments, in float32."""

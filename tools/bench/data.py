@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers import host
+from trainers.config.choices import DataSource
 from trainers.config.derived import sources_of
 from trainers.config.errors import plural
-from trainers.config.schema import DataConfig, DataSource, ModelConfig, RunConfig
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -22,8 +22,8 @@ from tools.bench.orders import PRESETS, engine_preset
 from tools.bench.ranks import RanksFailed, raise_on_signals, start_ranks, wait_for
 from tools.markdown import cell_of, put_section
 from trainers import host
+from trainers.config.choices import Activations, Precision
 from trainers.config.errors import plural
-from trainers.config.schema import Activations, Precision
 from trainers.rundir.ending import Exit
 from trainers.rundir.rows import last_step, read_rows, steps
 from trainers.units import in_bytes

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.bench.ranks import leave, start_ranks, wait_for, write_line
+from trainers.config.choices import EngineName, Precision
 from trainers.config.errors import plural
-from trainers.config.schema import DataConfig, EngineConfig, EngineName, Precision, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, EngineConfig, RunConfig, TrainConfig
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:

@@ -27,8 +27,8 @@ from tools.bench.machine import gpu_words, versions
 from tools.bench.orders import PRESETS
 from tools.markdown import cell_of, put_section
 from trainers import host
+from trainers.config.choices import Precision
 from trainers.config.errors import plural
-from trainers.config.schema import Precision
 from trainers.processes import prepare_child
 from trainers.rundir import paths
 from trainers.rundir.ending import Exit

@@ -7,23 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trainers.config.schema import (
-    Activations,
-    DataConfig,
-    EngineConfig,
-    EngineName,
-    LogConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ObjectiveName,
-    Offload,
-    OptimConfig,
-    Precision,
-    RunConfig,
-    Schedule,
-    TrainConfig,
-    WandbMode,
-)
+from trainers.config.choices import Activations, EngineName, ObjectiveName, Offload, Precision, Schedule, WandbMode
+from trainers.config.schema import DataConfig, EngineConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 
 PRESETS = sorted(file.stem for file in (Path(__file__).parents[2] / "conf" / "engine").glob("*.yaml") if not file.stem.endswith("nvme"))
 """Engines by the names that the launcher has for them; NVMe needs a path of this machine."""

@@ -20,22 +20,8 @@ from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import explaining, leave, start_ranks, wait_for
 from tools.markdown import put_section
-from trainers.config.schema import (
-    Activations,
-    DataConfig,
-    EngineConfig,
-    EngineName,
-    ModelConfig,
-    OptimConfig,
-    OptimizerName,
-    OptimizerState,
-    PeftConfig,
-    PeftMethod,
-    Precision,
-    Quantisation,
-    RunConfig,
-    TrainConfig,
-)
+from trainers.config.choices import Activations, EngineName, OptimizerName, OptimizerState, PeftMethod, Precision, Quantisation
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:

@@ -16,22 +16,9 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers import host
+from trainers.config.choices import DataSource, ObjectiveName, Precision, Schedule, TooLong, WandbMode
 from trainers.config.derived import peak_lr
-from trainers.config.schema import (
-    DataConfig,
-    DataSource,
-    LogConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    ObjectiveName,
-    OptimConfig,
-    Precision,
-    RunConfig,
-    Schedule,
-    TooLong,
-    TrainConfig,
-    WandbMode,
-)
+from trainers.config.schema import DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ import yaml
 
 from tools.evaluate import record
 from tools.evaluate.record import FOLDER, Evaluation, Judged
+from trainers.config.choices import PeftMethod
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
-from trainers.config.schema import OptimConfig, PeftConfig, PeftMethod, RunConfig, plain
+from trainers.config.schema import OptimConfig, PeftConfig, RunConfig, plain
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_status
 from trainers.rundir.files import try_json

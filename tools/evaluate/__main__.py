@@ -28,8 +28,8 @@ from tools.evaluate.measurements import Measurement, keep, measurements_of
 from tools.evaluate.say import table_of
 from tools.evaluate.verdicts import collect_verdicts
 from tools.evaluate.workers import run_workers
+from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Metric
 from trainers.rundir.ending import Exit
 
 DTYPES = ("float32", "bfloat16", "float64")

@@ -13,9 +13,10 @@ from typing import Any
 from tools.evaluate import record
 from tools.evaluate.record import FOLDER, Evaluation
 from tools.runs import is_run, runs_below
-from trainers.config.checks import validate_evaluation
+from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EvaluationConfig, Metric, ModelConfig, RunConfig, plain
+from trainers.config.measured import validate_evaluation
+from trainers.config.schema import DataConfig, EvaluationConfig, ModelConfig, RunConfig, plain
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.base import config_of

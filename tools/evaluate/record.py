@@ -14,8 +14,9 @@ from tools.evaluate import intervals
 from tools.evaluate.intervals import LEVEL, Estimate, Floats
 from tools.evaluate.scores import is_refusal, score
 from trainers.cache import content_key
+from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError
-from trainers.config.schema import EvaluationConfig, Metric
+from trainers.config.schema import EvaluationConfig
 from trainers.data.sources import digest
 from trainers.rundir import paths
 from trainers.rundir.files import try_json, try_row, write_json

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-from trainers.config.schema import Metric
+from trainers.config.choices import Metric
 
 NUMBER = re.compile(r"(?:(?<![\w.])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 """A minus belongs to a number unless it follows another one."""

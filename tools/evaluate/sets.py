@@ -14,10 +14,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from tools.evaluate.subject import Subject
 from trainers.cache import build_once, cache_root, content_key
-from trainers.config.checks import SAMPLED
+from trainers.config.choices import DataSource, ObjectiveName, TooLong
 from trainers.config.derived import compares
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, DataSource, ObjectiveConfig, ObjectiveName, RunConfig, TooLong
+from trainers.config.measured import SAMPLED
+from trainers.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from trainers.data.pack import one_each
 from trainers.data.prepare import Prepared, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tools.evaluate.record import digest_of
 from trainers.cache import content_key
+from trainers.config.choices import Quantisation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Quantisation, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.data.tokenizer import load_tokenizer
 from trainers.model.blueprint import Blueprint, make_blueprint, open_config
 from trainers.model.weights import origin_of

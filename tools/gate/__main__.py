@@ -33,8 +33,9 @@ from tools.evaluate.workers import run_workers
 from tools.gate.card import write_card
 from tools.gate.rules import Check, Prompt, Rules, hold, hold_prompts, read_prompts, read_rules
 from tools.runs import is_run
+from trainers.config.choices import DataSource, Layout, ObjectiveName, TooLong
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataSource, Layout, ObjectiveName, RunConfig, TooLong
+from trainers.config.schema import RunConfig
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.base import config_of

@@ -15,8 +15,8 @@ import yaml
 from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
 from tools.evaluate.scores import is_refusal
+from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError, did_you_mean
-from trainers.config.schema import Metric
 from trainers.data.formats import ROLES
 
 PROMPT_KEYS = {"name", "kind", "prompt", "messages", "must", "must_not", "refuse"}

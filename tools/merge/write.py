@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from tools.command import Refused
 from tools.export import Damaged, require_absent, require_space, with_bar
-from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError, plural
+from trainers.config.local import looks_local
 from trainers.config.schema import ModelConfig
 
 if TYPE_CHECKING:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from trainers.config.choices import Activations, PeftMethod
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Activations, PeftMethod, RunConfig
+from trainers.config.schema import RunConfig
 
 BY_COST = (Activations.keep, Activations.selective, Activations.block, Activations.offload)
 """From what costs no time to what costs most of it, and from what needs most memory to what needs least."""

@@ -5,20 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from trainers.config.choices import DataSource, Export, ObjectiveName, OptimizerName, PeftMethod, Schedule
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import (
-    DataConfig,
-    DataSource,
-    Export,
-    ObjectiveName,
-    OptimConfig,
-    OptimizerName,
-    PeftConfig,
-    PeftMethod,
-    RunConfig,
-    Schedule,
-    TrainConfig,
-)
+from trainers.config.schema import DataConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from trainers.config.choices import EngineName, Float8, PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import EngineName, Float8, PeftMethod, Precision, Quantisation, RunConfig
+from trainers.config.schema import RunConfig
 
 
 def validate_kernels(config: RunConfig) -> None:

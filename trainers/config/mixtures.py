@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from trainers.config.choices import AdapterInit, Experts, Float8, ObjectiveName, PeftMethod, Quantisation
 from trainers.config.errors import ConfigError
-from trainers.config.schema import AdapterInit, Experts, Float8, ObjectiveName, PeftMethod, Quantisation, RunConfig
+from trainers.config.schema import RunConfig
 
 STACKS = "experts"
 """The name in `peft.targets` that means all stacks of experts; `experts.NAME` means one of them."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from trainers.config.choices import ObjectiveName, PreferenceLoss
 from trainers.config.errors import ConfigError
-from trainers.config.schema import ObjectiveConfig, ObjectiveName, PreferenceLoss, plain
+from trainers.config.foreign import of_others, refuse_foreign
+from trainers.config.schema import ObjectiveConfig
 
 FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.sft: (),
@@ -18,14 +20,7 @@ FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
 
 def validate_objective(objective: ObjectiveConfig) -> None:
     """Raise ConfigError for a setting that the named objective does not have, or a value that its formula does not allow."""
-    defaults = ObjectiveConfig()
-    for names in FIELDS.values():
-        for name in names:
-            value = getattr(objective, name)
-            if name not in FIELDS[objective.name] and value != getattr(defaults, name):
-                owners = ", ".join(owner for owner, owned in FIELDS.items() if name in owned)
-                reason = f"objective.name={objective.name} has no such setting"
-                raise ConfigError(f"objective.{name}", plain(value), reason, f"leave it out; it is for {owners}")
+    refuse_foreign("objective", objective, f"objective.name={objective.name}", of_others(FIELDS, objective.name))
     if not 0 <= objective.label_smoothing < 0.5:
         reason = "must be from 0 to below 0.5: above it the other answer would be the preferred one"
         raise ConfigError("objective.label_smoothing", objective.label_smoothing, reason, "objective.label_smoothing=0.1")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from trainers.config.choices import EngineName, Offload, OptimizerName, OptimizerState, Schedule
 from trainers.config.errors import ConfigError
-from trainers.config.schema import EngineName, Offload, OptimConfig, OptimizerName, OptimizerState, RunConfig, Schedule
+from trainers.config.schema import OptimConfig, RunConfig
 
 BITSANDBYTES = (OptimizerName.adamw_8bit, OptimizerName.paged_adamw_8bit, OptimizerName.paged_adamw_32bit)
 """Optimizers whose kernels are bitsandbytes'."""

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-from trainers.config.checks import file_type
 from trainers.config.errors import ConfigError, plural
+from trainers.config.local import file_type
 from trainers.data.formats import BadRow, strict_json
 
 LFS_POINTER = b"version https://git-lfs"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trainers.config.choices import DocumentOf, Layout, ObjectiveName, Supervise, TooLong
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DocumentOf, Layout, ObjectiveName, RunConfig, Supervise, TooLong
+from trainers.config.schema import RunConfig
 from trainers.data import formats, masks
 from trainers.data.ends import chat_remedy, may_grow, require_ends, require_ids, require_not_rendered, written_tokens
 from trainers.data.formats import BadRow

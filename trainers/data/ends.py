@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainers.config.choices import PeftMethod
 from trainers.config.errors import ConfigError
-from trainers.config.schema import PeftMethod, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.data import masks
 from trainers.data.formats import BadRow, Message
 from trainers.data.template import try_fill

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trainers.config.schema import Layout
+from trainers.config.choices import Layout
 from trainers.data.formats import CONVERSATION_KEYS, KEPT_KEYS, REASONING_KEYS, SYSTEM_KEYS, BadRow, Message, Row, conversation_of
 
 FLAGS = (

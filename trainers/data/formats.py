@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainers.config.schema import Layout
+from trainers.config.choices import Layout
 
 Row = dict[str, Any]
 Message = dict[str, Any]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.config.checks import COMPRESSED, FILE_TYPES, file_type
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError
+from trainers.config.local import COMPRESSED, FILE_TYPES, file_type
 
 PREFERRED = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
 """Of files with the same rows in two formats the first of these is read, as in `datasets`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from trainers.config.choices import Supervise
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Supervise
 from trainers.data.at_once import MANY, all_at_once
 from trainers.data.formats import Message
 from trainers.data.parts import left_out, mark, parts_of, search, unmarked

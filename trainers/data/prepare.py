@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
+from trainers.config.choices import Layout, ObjectiveName, TooLong
 from trainers.config.derived import Source, compares, sources_of
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, Layout, ObjectiveName, RunConfig, TooLong
+from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
 from trainers.data.ends import chat_remedy, may_grow, stop_ids

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainers.config.checks import COMPRESSED, FILE_TYPES, file_type
+from trainers.config.choices import ObjectiveName
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError
-from trainers.config.schema import ObjectiveName
+from trainers.config.local import COMPRESSED, FILE_TYPES, file_type
 from trainers.data.formats import BadRow, strict_json
 
 LARGE_FILE = 64 << 20

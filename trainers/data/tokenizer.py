@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.cache import build_once, cache_root, content_key
-from trainers.config.checks import looks_local
+from trainers.config.choices import Layout
 from trainers.config.derived import sources_of
 from trainers.config.errors import ConfigError, did_you_mean
-from trainers.config.schema import Layout, RunConfig
+from trainers.config.local import looks_local
+from trainers.config.schema import RunConfig
 from trainers.data import formats, masks, sources
 from trainers.data.formats import BadRow
 from trainers.data.masks import BUILT_IN

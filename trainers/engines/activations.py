@@ -19,8 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from trainers.config.choices import Activations
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Activations, RunConfig
+from trainers.config.schema import RunConfig
 
 ATTENTION = {
     "aten::_scaled_dot_product_flash_attention",

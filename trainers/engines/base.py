@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from trainers import host
 from trainers.batch import Batch, Needs, Output
+from trainers.config.choices import Activations, Offload, OptimizerName, OptimizerState, Precision
 from trainers.config.derived import logits_chunk
 from trainers.config.errors import ConfigError
 from trainers.config.optimizers import LARGEST, PAGED, bytes_per_parameter
-from trainers.config.schema import Activations, Offload, OptimConfig, OptimizerName, OptimizerState, Precision, RunConfig
+from trainers.config.schema import OptimConfig, RunConfig
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
 from trainers.model.forward import Head

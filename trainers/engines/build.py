@@ -14,10 +14,11 @@ from collections.abc import Callable
 import torch
 
 from trainers import host
-from trainers.config.checks import VIRTUAL
+from trainers.config.choices import EngineName, Offload
 from trainers.config.errors import ConfigError
+from trainers.config.methods import VIRTUAL
 from trainers.config.optimizers import BITSANDBYTES
-from trainers.config.schema import EngineName, Offload, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, Engine, require_host
 from trainers.model.backends import Choice, Surroundings, choose
 from trainers.model.blueprint import Blueprint, model_class

@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output
+from trainers.config.choices import Offload, OptimizerName, OptimizerState
 from trainers.config.errors import ConfigError, plural
 from trainers.config.optimizers import host_bytes
-from trainers.config.schema import Offload, OptimizerName, OptimizerState, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from trainers.config.choices import Float8
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Float8
 
 MULTIPLE = 16
 """What divides each side of a matrix that is multiplied in float8, and the tokens of a microbatch (cuBLAS)."""

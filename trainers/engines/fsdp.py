@@ -18,9 +18,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from trainers.batch import Batch, Needs, Output
+from trainers.config.choices import Float8, Offload
 from trainers.config.errors import ConfigError, plural
 from trainers.config.optimizers import host_bytes
-from trainers.config.schema import Float8, Offload, OptimConfig, RunConfig
+from trainers.config.schema import OptimConfig, RunConfig
 from trainers.engines.base import (
     COMPUTE,
     HOST,

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from trainers.config.schema import OnSpike, TrainConfig
+from trainers.config.choices import OnSpike
+from trainers.config.schema import TrainConfig
 
 log = logging.getLogger("fulltune")
 DISAGREEMENT = 1e-5

@@ -12,8 +12,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from trainers.config.choices import Attention
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Attention
 from trainers.model.attention import VARLEN, kernel_options
 
 ON_GPU = (

@@ -23,9 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trainers.config.checks import looks_local
+from trainers.config.choices import Attention, Experts
 from trainers.config.errors import ConfigError, did_you_mean
-from trainers.config.schema import Attention, Experts, ModelConfig
+from trainers.config.local import looks_local
+from trainers.config.schema import ModelConfig
 from trainers.model.backends import library_name
 from trainers.model.experts import choose
 from trainers.model.recurrent import begin_anew

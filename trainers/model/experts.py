@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from trainers.batch import IGNORE, Batch, Output
+from trainers.config.choices import Experts
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Experts, RunConfig
+from trainers.config.schema import RunConfig
 
 ALIGNED = 8
 """What torch's grouped product asks of the sizes of bfloat16 matrices: rows that begin at multiples of 16 bytes."""

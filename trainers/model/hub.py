@@ -15,8 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trainers.config.checks import looks_local
 from trainers.config.errors import ConfigError
+from trainers.config.local import looks_local
 from trainers.rundir.files import try_json
 
 log = logging.getLogger("fulltune")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from trainers.config.choices import ObjectiveName
 from trainers.config.derived import PREFERENCES
 from trainers.config.errors import ConfigError
-from trainers.config.schema import ObjectiveConfig, ObjectiveName
+from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import REFERENCE, Loss, Objective
 from trainers.objectives.next_token import NextToken
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from trainers.batch import Batch, Needs, Output, Sizes, by_document, by_pair
-from trainers.config.schema import ObjectiveConfig, PreferenceLoss
+from trainers.config.choices import PreferenceLoss
+from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import REFERENCE, Loss
 
 

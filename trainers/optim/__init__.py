@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainers.config.choices import OptimizerName, OptimizerState
 from trainers.config.errors import ConfigError
 from trainers.config.optimizers import BITSANDBYTES
-from trainers.config.schema import OptimConfig, OptimizerName, OptimizerState
+from trainers.config.schema import OptimConfig
 
 
 def require_warmup_ends(optim: OptimConfig, num_steps: int) -> None:

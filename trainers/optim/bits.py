@@ -11,8 +11,9 @@ import torch
 from bitsandbytes.functional import GlobalPageManager
 from torch import Tensor
 
+from trainers.config.choices import OptimizerName
 from trainers.config.optimizers import PAGED
-from trainers.config.schema import OptimConfig, OptimizerName
+from trainers.config.schema import OptimConfig
 from trainers.optim.sharded import ByRank, Piece, Placed, Sharded, counted_step, local
 
 BLOCK = 256

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.config.schema import OptimConfig, OptimizerName
+from trainers.config.choices import OptimizerName
+from trainers.config.schema import OptimConfig
 from trainers.optim.rounding import CHUNK, noise, round_into, salt
 from trainers.optim.sharded import TYPES, Piece, Sharded, adamw_update, counted_step, local
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from trainers.config.schema import OptimConfig, OptimizerState
+from trainers.config.choices import OptimizerState
+from trainers.config.schema import OptimConfig
 
 Placed = Callable[[str, Tensor], Tensor]
 """Makes of this rank's flat elements of a tensor, by its name, a part of the whole."""

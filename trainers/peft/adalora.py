@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainers.config.checks import require_pruning
+from trainers.config.methods import require_pruning
 from trainers.config.schema import PeftConfig
 from trainers.peft.update import Part
 

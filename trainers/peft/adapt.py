@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from trainers.config.checks import VIRTUAL
+from trainers.config.choices import PeftMethod, Quantisation
 from trainers.config.errors import ConfigError, did_you_mean
-from trainers.config.schema import PeftConfig, PeftMethod, Quantisation, RunConfig
+from trainers.config.methods import VIRTUAL
+from trainers.config.schema import PeftConfig, RunConfig
 from trainers.model.blueprint import Blueprint
 from trainers.model.reach import find_unreached, groups_of
 from trainers.model.safetensors_files import listed

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from trainers.config.checks import looks_local
+from trainers.config.local import looks_local
 from trainers.config.schema import RunConfig
 from trainers.model.saved_form import SavedForm
 from trainers.model.weights import Origin

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainers.config.choices import AdapterBias, AdapterInit, PeftMethod
 from trainers.config.errors import ConfigError
 from trainers.config.mixtures import names_stacks
-from trainers.config.schema import AdapterBias, AdapterInit, PeftConfig, PeftMethod, RunConfig
+from trainers.config.schema import PeftConfig, RunConfig
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin, slices, tied_names
 from trainers.peft import adalora

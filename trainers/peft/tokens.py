@@ -13,7 +13,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers.config.schema import AdapterInit, PeftConfig, PeftMethod, RunConfig
+from trainers.config.choices import AdapterInit, PeftMethod
+from trainers.config.schema import PeftConfig, RunConfig
 from trainers.model.weights import Origin, slices
 from trainers.peft.base import ADAPTER, VirtualTokens, base_name, seeded
 

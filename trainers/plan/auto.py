@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from trainers.config.activations import offered
+from trainers.config.choices import Activations
 from trainers.config.errors import ConfigError
-from trainers.config.schema import Activations, parse
+from trainers.config.schema import parse
 from trainers.plan.plan import Plan, Simulations, make_plan
 from trainers.plan.request import HardwareConfig, PlanConfig, Variant
 from trainers.units import in_bytes

@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from trainers.config.choices import Offload, Precision
 from trainers.config.optimizers import host_bytes
-from trainers.config.schema import Offload, Precision, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.engines.build import class_of
 from trainers.plan.request import HardwareConfig, Place
 from trainers.plan.trace import Moment

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from trainers.config.checks import looks_local
+from trainers.config.choices import DataSource
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataSource, ModelConfig, RunConfig
+from trainers.config.local import looks_local
+from trainers.config.schema import ModelConfig, RunConfig
 from trainers.data.loader import LENGTH_MULTIPLE
 from trainers.data.prepare import find_prepared
 from trainers.data.tokenizer import load_tokenizer

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from trainers import host
+from trainers.config.choices import Activations, Float8, Offload
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.optimizers import PAGED
-from trainers.config.schema import Activations, CheckpointConfig, DataConfig, Float8, Offload, RunConfig, parse, plain
+from trainers.config.schema import CheckpointConfig, DataConfig, RunConfig, parse, plain
 from trainers.engines.base import nvme_buffers
 from trainers.engines.build import attending, attention_of, class_of
 from trainers.model.backends import stand_in

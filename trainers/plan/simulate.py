@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainers.batch import Batch, Needs, Output
+from trainers.config.choices import Offload, PeftMethod
 from trainers.config.derived import compares
-from trainers.config.schema import Offload, PeftMethod, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.engines import float8
 from trainers.engines.activations import page_locked
 from trainers.engines.base import Accepts, Engine

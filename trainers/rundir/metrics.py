@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from trainers.config.schema import Float8, Precision, RunConfig, WandbMode
+from trainers.config.choices import Float8, Precision, WandbMode
+from trainers.config.schema import RunConfig
 from trainers.config.secrets import MaskRecords
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.mirror import Mirror, mode_of

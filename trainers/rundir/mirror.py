@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from trainers.config.choices import WandbMode
 from trainers.config.derived import peak_lr
-from trainers.config.schema import RunConfig, WandbMode, plain
+from trainers.config.schema import RunConfig, plain
 from trainers.rundir.files import read_json
 from trainers.rundir.paths import MANIFEST
 from trainers.rundir.rows import Row

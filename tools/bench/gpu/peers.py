@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tools.bench.gpu.bench import Bench
 from tools.bench.training import plain_tokenizer
 from trainers.batch import IGNORE
-from trainers.config.schema import PeftMethod, Precision
+from trainers.config.choices import PeftMethod, Precision
 from trainers.rundir.metrics import device_bytes_peak
 
 

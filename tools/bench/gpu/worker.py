@@ -26,7 +26,8 @@ from tools.bench.ranks import explaining, leave
 from tools.bench.training import plain_tokenizer
 from trainers.batch import Batch
 from trainers.checkpoint import Checkpointer
-from trainers.config.schema import Precision, RunConfig
+from trainers.config.choices import Precision
+from trainers.config.schema import RunConfig
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
 from trainers.engines.build import build_engine

@@ -67,7 +67,7 @@ class Trainer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m tools.bench peers`."""
-    from trainers.config.schema import Precision
+    from trainers.config.choices import Precision
 
     parser.add_argument("--peer", nargs="+", choices=NAMES, default=list(NAMES), help="trainers to compare with (default all of these)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="packed, padded, or both (default)")

@@ -1,0 +1,233 @@
+"""The values that settings choose from; each is a text in YAML and on a command line. No torch."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Attention(StrEnum):
+    """Attention backends, all of which keep packed documents apart; `auto` is the fastest that model, device and settings allow."""
+
+    auto = "auto"
+    varlen = "varlen"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
+    flex = "flex"
+    sdpa = "sdpa"
+    eager = "eager"
+
+
+class Experts(StrEnum):
+    """How a mixture's experts are computed; `auto` is grouped_mm where sizes and architecture allow it, else eager."""
+
+    auto = "auto"
+    grouped_mm = "grouped_mm"
+    batched_mm = "batched_mm"
+    eager = "eager"
+
+
+class Layout(StrEnum):
+    """Row layouts; `auto` looks at the keys of the first row."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    question_answer = "question_answer"
+    prompt_completion = "prompt_completion"
+    preference = "preference"
+    text = "text"
+
+
+class Supervise(StrEnum):
+    """Which tokens are trained: every assistant turn, only the last one, or all tokens."""
+
+    assistant = "assistant"
+    last = "last"
+    all = "all"
+
+
+class DocumentOf(StrEnum):
+    """What of a conversation is one document: a whole row, or each assistant turn as the model sees it when it answers."""
+
+    row = "row"
+    turn = "turn"
+
+
+class TooLong(StrEnum):
+    """What becomes of a row longer than `seq_len`; `split` cuts plain text into several rows."""
+
+    truncate = "truncate"
+    drop = "drop"
+    split = "split"  # type: ignore[assignment]  # shadows str.split, which nobody calls on a member
+
+
+class DataSource(StrEnum):
+    """Where rows come from: files or a hub data set, or the documentation of the running Python."""
+
+    files = "files"
+    python_docs = "python_docs"
+
+
+class ObjectiveName(StrEnum):
+    """Supervised fine-tuning on conversations, continued pre-training on every token, or preferences between two answers."""
+
+    sft = "sft"
+    cpt = "cpt"
+    dpo = "dpo"
+    simpo = "simpo"
+    cpo = "cpo"
+    orpo = "orpo"
+
+
+class PreferenceLoss(StrEnum):
+    """What a pair's margin is put through: the log-sigmoid, a hinge (SLiC), or the square around 1 / (2 beta) (IPO)."""
+
+    sigmoid = "sigmoid"
+    hinge = "hinge"
+    ipo = "ipo"
+
+
+class PeftMethod(StrEnum):
+    """Parameter-efficient methods; `none` trains every parameter."""
+
+    none = "none"
+    freeze = "freeze"
+    lora = "lora"
+    dora = "dora"
+    ia3 = "ia3"
+    prompt = "prompt"
+    prefix = "prefix"
+    ptuning = "ptuning"
+    adalora = "adalora"
+
+
+class AdapterBias(StrEnum):
+    """Which biases of the base are trained in addition to LoRA's matrices: none, those of the adapted layers, or all."""
+
+    none = "none"
+    adapted = "adapted"
+    all = "all"
+
+
+class AdapterInit(StrEnum):
+    """Where adapters begin: peft's own default, a Gaussian, the base (PiSSA), what 4 bits have lost of it (LoftQ), a prompt from words."""
+
+    default = "default"
+    gaussian = "gaussian"
+    pissa = "pissa"
+    loftq = "loftq"
+    vocabulary = "vocabulary"
+
+
+class Quantisation(StrEnum):
+    """How a frozen base is stored: in the compute type, or its linear layers in NormalFloat of 4 bits with double quantisation."""
+
+    none = "none"
+    nf4 = "nf4"
+
+
+class EngineName(StrEnum):
+    """Sharding engines: PyTorch's fully_shard (FSDP2), and DeepSpeed's ZeRO stage 3."""
+
+    fsdp = "fsdp"
+    zero3 = "zero3"
+
+
+class Offload(StrEnum):
+    """Where a part of the training state lives between uses: on the device, in host memory, or in files on NVMe."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class OptimizerName(StrEnum):
+    """AdamW, and what needs less memory or other steps; `sgd` is without momentum, and keeps no state."""
+
+    adamw = "adamw"
+    adamw_8bit = "adamw_8bit"
+    paged_adamw_8bit = "paged_adamw_8bit"
+    paged_adamw_32bit = "paged_adamw_32bit"
+    adafactor = "adafactor"
+    lion = "lion"
+    muon = "muon"
+    schedule_free_adamw = "schedule_free_adamw"
+    sgd = "sgd"
+
+
+class OptimizerState(StrEnum):
+    """Type in which an optimizer keeps its moments between steps; bf16 is rounded stochastically."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(StrEnum):
+    """Learning-rate schedules, each after a linear warm-up."""
+
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+    wsd = "wsd"
+
+
+class Activations(StrEnum):
+    """What of a block's forward is kept for its backward: all; attention and matrix products; its input; or that in host memory.
+
+    `auto` takes the first of them, which are in the order of what they cost, with which the run fits.
+    """
+
+    keep = "keep"
+    selective = "selective"
+    block = "block"
+    offload = "offload"
+    auto = "auto"
+
+
+class Precision(StrEnum):
+    """Compute and storage of activations; master weights and optimizer state are float32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Float8(StrEnum):
+    """Scales of float8 matrix products: none of them, one a row, which is more accurate, or one a matrix, which is faster."""
+
+    none = "none"
+    rowwise = "rowwise"
+    tensorwise = "tensorwise"
+
+
+class Metric(StrEnum):
+    """What an answer is measured by: what is extracted equals the reference's, ROUGE-L's F with the reference, or it is JSON."""
+
+    exact_match = "exact_match"
+    rouge_l = "rouge_l"
+    json = "json"
+
+
+class OnSpike(StrEnum):
+    """What follows a step whose loss or gradient norm is far above the last ones'; in each case it updates nothing, but for `none`."""
+
+    none = "none"
+    skip = "skip"
+    rollback = "rollback"
+    stop = "stop"
+
+
+class Export(StrEnum):
+    """Which step a run exports."""
+
+    best = "best"
+    last = "last"
+
+
+class WandbMode(StrEnum):
+    """`auto` is online when a key is at hand, otherwise offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"

@@ -1,0 +1,51 @@
+"""Names that settings give to files and directories, and what they must be. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from trainers.config.choices import PeftMethod
+from trainers.config.errors import ConfigError
+
+FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""What the name of a file of FILE_TYPES may have after it; parquet and arrow compress their own content."""
+
+
+def looks_local(name: str) -> bool:
+    """Tell a path from a hub id: it exists, or has not the form OWNER/NAME."""
+    if Path(name).exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        return True
+    return file_type(name) in FILE_TYPES or name.startswith("runs/")
+
+
+def file_type(name: str) -> str:
+    """Return the suffix that says what a file holds, in small letters and without that of its compression; '' where none does."""
+    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    if len(suffixes) > 1 and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def require_model_directory(path: str, value: str) -> None:
+    """Raise ConfigError unless `value` is a directory with a config.json."""
+    folder = Path(value)
+    if not folder.is_dir():
+        remedy = "make the base first: python -m launcher +exp=quickstart_base" if value.startswith("runs/quickstart_base") else ""
+        raise ConfigError(path, value, "no such directory, and not a hub id of the form OWNER/NAME", remedy)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError(path, value, "is an adapter, not a model", _of_adapter(folder))
+    if not (folder / "config.json").is_file():
+        raise ConfigError(path, value, "the directory has no config.json", "name a model directory in Hugging Face form")
+
+
+def _of_adapter(folder: Path) -> str:
+    """Return the settings that train an adapter further, as far as its own config says what it is for."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        base, method = config["base_model_name_or_path"], str(config["peft_type"]).lower()
+    except (ValueError, KeyError, TypeError, OSError):
+        base, method = "", ""
+    named = f"model.id={base}" if base else "model.id with its base"
+    return f"{named} peft={method if method in (*PeftMethod,) else 'METHOD'} peft.adapter={folder} to train it further"

@@ -1,0 +1,43 @@
+"""What the settings of an evaluation may be. No torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from trainers.config.errors import ConfigError
+from trainers.config.local import looks_local
+from trainers.config.schema import EvaluationConfig
+
+EXTRACTS = ("auto", "hashes", "number", "whole")
+"""Named ways to what exact_match compares; anything else is a regular expression."""
+SAMPLED = "sampled"
+"""The value of `evaluation.general` that lets the base write its own text."""
+
+
+def validate_evaluation(evaluation: EvaluationConfig) -> None:
+    """Refuse files that are not there, an expression that is not valid, and answers that nothing measures."""
+    for name in ("path", "general"):
+        value = getattr(evaluation, name)
+        if value not in (None, SAMPLED) and looks_local(value) and not Path(value).exists():
+            raise ConfigError(f"evaluation.{name}", value, "no such file or directory")
+    if evaluation.rows and not evaluation.metrics:
+        raise ConfigError(
+            "evaluation.metrics", [], "nothing would measure the answers", "evaluation.rows=0, which lets the model answer none"
+        )
+    if evaluation.extract in EXTRACTS:
+        return
+    try:
+        groups = re.compile(evaluation.extract).groups
+    except re.error as error:
+        known = ", ".join(EXTRACTS)
+        raise ConfigError(
+            "evaluation.extract", evaluation.extract, f"is not a valid regular expression: {error}", f"one of {known}"
+        ) from error
+    if groups != 1:
+        raise ConfigError(
+            "evaluation.extract",
+            evaluation.extract,
+            f"has {groups} groups, and one says what is compared",
+            "evaluation.extract=whole, or one group",
+        )
