@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -16,7 +18,7 @@ from command import ROOT, wait_for
 
 from trainers.data import parallel, prepare
 from trainers.data.sources import Row
-from trainers.processes import die_with_parent, kill_left
+from trainers.processes import die_with_parent, kill_left, raise_exhausted
 
 
 class Never:
@@ -116,3 +118,33 @@ def test_what_outlives_its_launcher_is_killed_and_nothing_else(tmp_path: Path) -
         for process in (ours, *others):
             process.kill()
             process.wait(20)
+
+
+@pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_NOFILE])
+def test_what_fails_where_nothing_is_left_is_not_taken_for_bad_input(limit: int) -> None:
+    """A library's own error, which says nothing of memory: the process is asked instead."""
+    lines = (
+        "import pathlib, resource, sys",
+        "from trainers.processes import raise_exhausted",
+        "used = int(pathlib.Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()",
+        f"low = used + (1 << 20) if {limit} == resource.RLIMIT_AS else 3",
+        "if sys.argv[1] == 'little':",
+        f"    resource.setrlimit({limit}, (low, resource.getrlimit({limit})[1]))",
+        "try:",
+        "    raise ValueError('Target modules not found')",
+        "except ValueError as error:",
+        "    raise_exhausted(error)",
+        "print('bad input')",
+    )
+    for little, said in (("little", "Target modules not found"), ("enough", "bad input")):
+        ended = subprocess.run([sys.executable, "-c", "\n".join(lines), little], capture_output=True, text=True, timeout=60, check=False)
+        assert said in (ended.stderr if little == "little" else ended.stdout), ended
+
+
+@pytest.mark.parametrize("cause", [MemoryError(), OSError(errno.EMFILE, "Too many open files"), RuntimeError("can't allocate memory: 8")])
+def test_an_error_that_a_library_has_wrapped_is_seen(cause: Exception) -> None:
+    wrapped = OSError("Can't load the tokenizer")
+    wrapped.__cause__ = cause
+    with pytest.raises(OSError, match="Can't load the tokenizer"):
+        raise_exhausted(wrapped)
+    raise_exhausted(OSError(errno.ENOENT, "No such file"))

@@ -9,7 +9,7 @@ import pytest
 
 from tools.structure import run, source
 
-MOST_RUN_FILES, MOST_RUN_LINES = 97, 4060
+MOST_RUN_FILES, MOST_RUN_LINES = 108, 4120
 MOST_STEP_FILES, MOST_STEP_LINES = 22, 350
 """On one rank; a slow machine adds a few. CONTRIBUTING.md says why these."""
 MOST_SMALL_COLLECTIVES = 1

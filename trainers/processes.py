@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import io
 import os
 import signal
@@ -49,6 +50,11 @@ _reserve: list[Any] = []
 """This process's."""
 
 
+EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+PROBE_BYTES = 16 << 20
+"""More than what an allocator may have kept of what was freed."""
+
+
 def keep_reserve() -> None:
     """Keep a little memory and a few open files, for a process that runs out of them to say so."""
     _reserve.extend([bytearray(4 << 20), *(os.open(os.devnull, os.O_RDONLY) for _ in range(8))])
@@ -59,6 +65,23 @@ def free_reserve() -> None:
     while _reserve:
         if isinstance(kept := _reserve.pop(), int):
             os.close(kept)
+
+
+def raise_exhausted(error: BaseException) -> None:
+    """Raise an error again that comes of memory, open files or a disk that ran out: what was being read is not at fault.
+
+    Libraries wrap such errors, or fail oddly some lines after them, so that its causes are looked at and a little of each is asked for.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in EXHAUSTED or "allocate memory" in str(cause):
+            raise error
+        cause = cause.__cause__ or cause.__context__
+    try:
+        bytearray(PROBE_BYTES)
+        os.close(os.open(os.devnull, os.O_RDONLY))
+    except (MemoryError, OSError):
+        raise error from None
 
 
 def exit_after(seconds: float, code: int) -> None:

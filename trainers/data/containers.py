@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 from trainers.config.errors import ConfigError, plural
 from trainers.config.local import file_type
 from trainers.data.formats import BadRow, strict_json
+from trainers.processes import raise_exhausted
 
 LFS_POINTER = b"version https://git-lfs"
 HEAD = len(LFS_POINTER)
@@ -39,6 +40,7 @@ def read(file: Path) -> Numbered:
         for data, line in READERS[file_type(file.name)](file):
             yield data, line
     except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error) as error:  # ValueError: also pyarrow's and JSON's
+        raise_exhausted(error)
         after = f" after line {line}" if line else ""
         raise ConfigError("data.path", str(file), f"cannot be read{after}: {error}") from None
 

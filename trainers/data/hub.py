@@ -11,6 +11,7 @@ from trainers.config.derived import Source
 from trainers.config.errors import ConfigError
 from trainers.data.containers import arrow_rows
 from trainers.model import hub as asked
+from trainers.processes import raise_exhausted
 
 
 def name_of(source: Source) -> str:
@@ -41,6 +42,7 @@ def open_hub(source: Source) -> Any:
     try:
         return datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision, data_files=files)
     except Exception as error:  # whatever the hub client raises: no network, no such data set, a gated one
+        raise_exhausted(error)
         raise _explained(source, error, why) from None
 
 

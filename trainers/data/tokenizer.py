@@ -17,6 +17,7 @@ from trainers.config.schema import RunConfig
 from trainers.data import formats, masks, sources
 from trainers.data.formats import BadRow
 from trainers.data.masks import BUILT_IN
+from trainers.processes import raise_exhausted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -92,6 +93,7 @@ def _open(config: RunConfig, name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # whatever transformers or the hub client raises
+        raise_exhausted(error)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(field, name, f"the tokenizer cannot be loaded: {reason}", "model.tokenizer=DIR with a tokenizer.json") from error
     if not getattr(tokenizer, "backend_tokenizer", None):

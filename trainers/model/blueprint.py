@@ -32,6 +32,7 @@ from trainers.model.experts import choose
 from trainers.model.recurrent import begin_anew
 from trainers.model.safetensors_files import FLOATS, Weights, listed
 from trainers.model.weights import load_parts, materialise, origin_of, tied_names
+from trainers.processes import raise_exhausted
 
 log = logging.getLogger("fulltune")
 QUANTISED = ("quantization_config", "compression_config")
@@ -205,6 +206,7 @@ def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary, num_tokens:
     try:
         return AutoConfig.for_model(kind, **({"vocab_size": num_tokens} | special | fields))
     except Exception as error:  # transformers' own check of types and of sizes that do not divide
+        raise_exhausted(error)
         raise ConfigError("model.architecture", fields, " ".join(str(error).split())) from error
 
 

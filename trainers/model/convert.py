@@ -16,6 +16,7 @@ from torch import Tensor
 from trainers.cache import build_once, content_key, home
 from trainers.config.errors import ConfigError
 from trainers.model.safetensors_files import INDEX
+from trainers.processes import raise_exhausted
 
 log = logging.getLogger("fulltune")
 BIN_INDEX = "pytorch_model.bin.index.json"
@@ -60,6 +61,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise_exhausted(error)
         reason = f"{path} holds more than tensors, or is damaged: {str(error).strip().splitlines()[0]}"
         raise ConfigError("model.convert", True, reason, "weights from somewhere else: nothing in this file was run") from error
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):

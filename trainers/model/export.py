@@ -29,6 +29,7 @@ from trainers.config.errors import ConfigError
 from trainers.model.blueprint import Blueprint, num_ids
 from trainers.model.safetensors_files import INDEX, TYPES, Weights, listed
 from trainers.model.saved_form import Pieces, SavedForm, misfit
+from trainers.processes import raise_exhausted
 from trainers.units import in_bytes
 
 log = logging.getLogger("fulltune")
@@ -207,7 +208,8 @@ def generation_config(blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, 
         generation = (
             GenerationConfig.from_pretrained(str(blueprint.folder)) if known else GenerationConfig.from_model_config(blueprint.config)
         )
-    except Exception:  # whatever transformers raises for values of another version, or written by hand
+    except Exception as error:  # whatever transformers raises for values of another version, or written by hand
+        raise_exhausted(error)
         generation, refused = _savable(_settings_in(file))
     stops = [number for number in _ids(generation.eos_token_id) if _is_end(tokenizer, number)]
     generation.eos_token_id = list(dict.fromkeys([*stops, *stop_ids])) or None
@@ -235,7 +237,8 @@ def _is_savable(generation: GenerationConfig) -> bool:
     try:
         generation.validate(strict=True)
         generation.to_json_string()
-    except Exception:  # transformers checks types by using them
+    except Exception as error:  # transformers checks types by using them
+        raise_exhausted(error)
         return False
     return True
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from trainers.model.forward import entropy_of, label_logps, write_slopes
 from trainers.model.reach import ask, twin_of
+from trainers.processes import raise_exhausted
 
 log = logging.getLogger("fulltune")
 Step = Callable[[Tensor], Tensor]
@@ -254,5 +255,6 @@ def why_not(model: PreTrainedModel) -> str | None:
             twin = twin_of(model)
             ask(twin.train(training), head=Head(twin, 3))
     except Exception as error:  # of the model's own code, which may be anybody's
+        raise_exhausted(error)
         return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return None

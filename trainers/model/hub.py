@@ -17,6 +17,7 @@ from typing import Any
 
 from trainers.config.errors import ConfigError
 from trainers.config.local import looks_local
+from trainers.processes import raise_exhausted
 from trainers.rundir.files import try_json
 
 log = logging.getLogger("fulltune")
@@ -52,6 +53,7 @@ def fetch(setting: str, name: str, revision: str | None, patterns: tuple[str, ..
     try:
         folder = snapshot_download(name, revision=wanted, allow_patterns=list(patterns), local_files_only=here)
     except Exception as error:  # whatever the hub's client and its HTTP library raise
+        raise_exhausted(error)
         raise _refused(setting, name, found.why or f"cannot be fetched from the hub: {first_line(error)}") from error
     if found.commit is not None:
         _note_commit(Path(folder), revision or "main", found.commit)
@@ -112,6 +114,7 @@ def _ask(name: str, revision: str | None, kind: str) -> Repository:
     except HFValidationError as error:
         return Repository(why=first_line(error))
     except Exception as error:  # no network, no name, no answer in time, an error of the server: each HTTP library has its own
+        raise_exhausted(error)
         why = f"the hub at {constants.ENDPOINT} does not answer ({first_line(error)})"
     unanswered.append(why)
     os.environ["HF_HUB_OFFLINE"] = "1"  # of the processes that this one starts

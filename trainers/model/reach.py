@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trainers.batch import Batch, Output
 from trainers.model.attention import VARLEN
 from trainers.model.forward import Head, forward
+from trainers.processes import raise_exhausted
 
 log = logging.getLogger("fulltune")
 aten = torch.ops.aten
@@ -39,6 +40,7 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
             if not left:
                 return left
     except Exception as error:  # of the model's own code, which may be anybody's
+        raise_exhausted(error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         log.warning("which parts of %s the data reach is not known (%s): all are trained", type(model).__name__, reason)
         return set()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from trainers.config.errors import ConfigError
+from trainers.processes import raise_exhausted
 
 INDEX = "model.safetensors.index.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -51,6 +52,7 @@ class Weights:
             except FileNotFoundError:
                 wrong.append(f"{name} is missing")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # whatever bytes other than a header parse to
+                raise_exhausted(error)
                 wrong.append(f"{name} is damaged or truncated: {error}")
         lost = [key for key in placed if key not in self.stored]
         if lost and not wrong:

@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 from trainers.config.errors import ConfigError
 from trainers.health.activity import watch
 from trainers.model.safetensors_files import FLOATS, TYPES, Weights, listed
+from trainers.processes import raise_exhausted
 
 log = logging.getLogger("fulltune")
 
@@ -166,6 +167,7 @@ class StoredModel:
             try:
                 results = conversion.run(self.model, lambda key: torch.empty(self.weights.stored[key].shape, device="meta"))
             except Exception as error:  # whatever transformers or torch raises for shapes that do not fit
+                raise_exhausted(error)
                 wrong.append(f"{conversion.first} cannot be made of {listed(list(itertools.chain(*conversion.sources.values())))}: {error}")
                 results = {conversion.first: torch.empty(self.shapes.get(conversion.first, ()), device="meta")}
             for name, tensor in results.items():

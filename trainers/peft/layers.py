@@ -35,6 +35,7 @@ from trainers.peft.targets import (
     stack_of,
     targets_that_work,
 )
+from trainers.processes import raise_exhausted
 
 
 def inject(model: PreTrainedModel, origin: Origin, config: RunConfig, unreached: Collection[str], parts: Sequence[str]) -> Adapter:
@@ -167,6 +168,7 @@ def _put_in(library_config: Any, model: nn.Module, empty: bool = True) -> None:
         try:
             peft.inject_adapter_in_model(library_config, model, ADAPTER, low_cpu_mem_usage=empty)
         except (ValueError, TypeError, NotImplementedError) as error:
+            raise_exhausted(error)
             if stacks := getattr(library_config, "target_parameters", None):
                 raise _no_stacks(sorted(stacks)) from error
             reason, remedy = re.sub(r"^\[PEFT:\w+\] ", "", " ".join(str(error).split())).partition(". ")[0], ""

@@ -23,6 +23,7 @@ from trainers.model import hub
 from trainers.model.blueprint import Blueprint, blueprint_of, from_architecture, num_ids
 from trainers.plan.request import PlanConfig
 from trainers.plan.shapes import SHAPES
+from trainers.processes import raise_exhausted
 
 log = logging.getLogger("fulltune")
 
@@ -115,6 +116,7 @@ def _fetch(model: ModelConfig) -> PreTrainedConfig:
     try:
         found: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # whatever transformers or the hub client raises
+        raise_exhausted(error)
         reason = (
             f"its config.json could not be loaded: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         )
