@@ -29,7 +29,7 @@ from launcher.freeze import at_work, freeze, require_joinable
 from launcher.job import Job, make_job, note_attempt
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError
-from trainers.rundir.attempt import read_state
+from trainers.rundir.attempt import Attempt, read_state
 from trainers.rundir.base import fingerprint
 from trainers.rundir.checkpoints import name_of, why_not_of
 
@@ -68,7 +68,7 @@ def begun(run_dir: Path, *overrides: str, state: str = "preempted", steps: tuple
     freeze(job)
     change(run_dir / "manifest.json", data={"splits": {"train": {"rows": ROWS}}}, prepared="data-1")
     change(run_dir / "status.json", state=state, step=max(steps, default=0), attempt=1)
-    (run_dir / "logs" / "attempt-1").mkdir(parents=True)
+    Attempt(run_dir).claim()
     if rows:
         row = {"kind": "step", "step": 1, "loss": 1.0, "grad_norm": 1.0, "skipped": 0}
         (run_dir / "metrics.jsonl").write_text(json.dumps(row) + "\n")
@@ -439,12 +439,12 @@ def test_an_attempt_notes_its_code_and_says_what_changed(
     freeze(job)
     note_attempt(job)
     assert not capsys.readouterr().err
-    (job.run_dir / "logs" / "attempt-1").mkdir(parents=True)
+    Attempt(job.run_dir).claim()
     of_code("abc", b"edited")
     note_attempt(job)
     assert "since attempt 1 the code has changed: other uncommitted changes on commit abc" in capsys.readouterr().err
     assert (job.run_dir / "code.attempt-2.diff").read_bytes() == b"edited"
-    (job.run_dir / "logs" / "attempt-2").mkdir()
+    Attempt(job.run_dir).claim()
     of_code("def", b"")
     note_attempt(job)
     note_attempt(job)  # the first start of it was stopped before its ranks had met

@@ -38,10 +38,12 @@ from trainers.config.checks import load
 from trainers.config.errors import ConfigError
 from trainers.health.activity import FIRST_STEP, Activity
 from trainers.health.blockage import find_blockage
+from trainers.health.stacks import append_stacks
 from trainers.health.watchdog import Watchdog
 from trainers.rundir.attempt import Attempt, read_state, read_status
 from trainers.rundir.beats import Beat, Phase, read_beats
 from trainers.rundir.ending import State
+from trainers.rundir.paths import log_file
 
 FAULTS = """
 # FAULT=rank:step:what:folder: strikes that rank in that step, once: where the folder is not there yet
@@ -524,3 +526,12 @@ def test_a_rank_that_waits_for_others_where_no_signal_reaches_it_stops(base: Pat
         rank.kill()
         rank.wait(20)
     assert read_state(run_dir) == State.preempted
+
+
+def test_stacks_of_ranks_that_never_met_are_no_newer_attempt(tmp_path: Path) -> None:
+    """Rank 0 is stopped while all connect: the others leave their stacks in the folder of an attempt that never was."""
+    mine = Attempt(tmp_path)
+    append_stacks(log_file(mine.folder, 1), "rank 0 never came")
+    assert mine.is_current(at_once=True)
+    assert Attempt(tmp_path).claim() == 2
+    assert not mine.is_current(at_once=True)

@@ -56,10 +56,15 @@ class Superseded(Exception):
 def newest_attempt(run_dir: Path) -> int:
     """Return the number of the attempt that started last, 0 before the first.
 
-    Read from a file that is written in place: of a network's file system, opening one asks the server, listing may not.
+    Read from a file that is written in place: of a network's file system, opening one asks the server, listing may not. A folder alone
+    is no attempt: ranks that never met leave the stacks of all threads in one.
     """
-    with contextlib.suppress(FileNotFoundError, ValueError):  # absent, or just being written
+    try:
         return int((run_dir / LOGS / "attempt").read_text())
+    except FileNotFoundError:
+        return 0
+    except ValueError:  # just being written
+        pass
     taken = [path.name.removeprefix("attempt-") for path in (run_dir / LOGS).glob("attempt-*")]
     return max((int(number) for number in taken if number.isdigit()), default=0)
 
