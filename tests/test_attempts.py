@@ -169,7 +169,7 @@ ENDLESS_STEP = r"open:/metrics\.jsonl$:6:200"
     ("at", "soon_s"),
     [
         pytest.param(LONG_STEPS, 10, marks=pytest.mark.slow, id="between steps"),
-        pytest.param(ENDLESS_STEP, LAST_RESORT_S + 30, marks=pytest.mark.slow, id="by its watchdog"),
+        pytest.param(ENDLESS_STEP, LAST_RESORT_S + 30, marks=pytest.mark.soak, id="by its watchdog"),
     ],
 )
 def test_an_older_attempt_that_is_alive_gives_way_by_itself(

@@ -187,7 +187,7 @@ def test_our_loop_is_no_slower_and_no_larger_than_bare_transformers() -> None:
 @pytest.mark.parametrize(
     "faults",
     [
-        pytest.param(40, marks=[pytest.mark.slow, pytest.mark.timeout(1500)]),
+        pytest.param(12, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
         pytest.param(300, marks=[pytest.mark.soak, pytest.mark.timeout(9000)]),
     ],
 )
@@ -202,7 +202,7 @@ def test_runs_with_faults_continue_exactly(faults: int) -> None:
     tried, exact, inexact, lost, wrong = map(int, found.groups())
     assert tried > faults / 2
     assert (inexact, lost) == (0, 0), said
-    assert wrong <= faults / 20, said
+    assert wrong <= max(1, faults / 20), said
     assert exact + wrong == tried
 
 
