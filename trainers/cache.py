@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainers.config.errors import ConfigError
 from trainers.health.activity import watch
+from trainers.rundir.files import sha256
 
 POLL_S = 0.2
 REMIND_S = 30.0
@@ -94,8 +95,7 @@ def changed_files(folder: Path) -> list[str]:
 def _digests(folder: Path) -> dict[str, str]:
     digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL):
-        with path.open("rb") as file:
-            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests[str(path.relative_to(folder))] = sha256(path)
         watch.beat()
     return digests
 

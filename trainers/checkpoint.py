@@ -33,13 +33,12 @@ from trainers.rundir.checkpoints import (
     name_of,
     number_of,
     read_manifest,
-    sha256,
     steps,
     why_damaged,
     why_incomplete,
     why_not_of,
 )
-from trainers.rundir.files import read_json, write_json
+from trainers.rundir.files import read_json, sha256, write_json
 from trainers.rundir.paths import CHECKPOINTS, MANIFEST, SAVE_NOW, STOP
 from trainers.rundir.rows import finite
 from trainers.staging import HostCopy, bytes_of

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from trainers.config.derived import Source
 from trainers.config.errors import ConfigError
 from trainers.config.local import COMPRESSED, FILE_TYPES, file_type
 from trainers.data.formats import BadRow, strict_json
+from trainers.rundir.files import sha256
 
 LARGE_FILE = 64 << 20
 
@@ -120,10 +121,7 @@ def files(source: Source) -> list[Path]:
 
 def digest(file: Path) -> str:
     """Return the sha256 of a file's content; that of a large file is kept with its size and time, as every rank asks for it."""
-    size = file.stat().st_size
-    if size < LARGE_FILE:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    return _large_digest(file)
+    return _large_digest(file) if file.stat().st_size >= LARGE_FILE else sha256(file)
 
 
 def _large_digest(file: Path) -> str:
@@ -131,12 +129,7 @@ def _large_digest(file: Path) -> str:
 
     info = file.stat()
     key = f"{file.resolve()}:{info.st_size}:{info.st_mtime_ns}:{info.st_ino}"
-
-    def digest() -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-    return remembered(key, digest)
+    return remembered(key, partial(sha256, file))
 
 
 def _read(file: Path) -> Iterator[Row]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from trainers.config.schema import CheckpointConfig
+from trainers.rundir.files import sha256
 from trainers.rundir.paths import CHECKPOINTS, MANIFEST
 
 
@@ -94,9 +94,3 @@ def is_of_newer(staging: Path, attempt: int) -> bool:
 def newest_step(run_dir: Path) -> int:
     """Return the highest step that has a checkpoint's folder, 0 where there is none."""
     return max(map(number_of, steps(run_dir / CHECKPOINTS)), default=0)
-
-
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,9 +1,10 @@
-"""Small JSON files that are never seen half-written. No torch."""
+"""Small JSON files that are never seen half-written, and what a file's content is known by. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -57,3 +58,9 @@ def try_row(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
