@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from trainers import objectives
 from trainers.batch import Batch, Needs, Output, Sizes, by_document
-from trainers.config.choices import ObjectiveName
+from trainers.config.choices import EngineName, ObjectiveName
 from trainers.config.errors import ConfigError
-from trainers.data.loader import Loader
+from trainers.config.schema import EngineConfig
+from trainers.data.loader import Loader, deal, make_batch
 from trainers.data.prepare import Prepared
 from trainers.engines.build import build_engine
 from trainers.health.spikes import Limits
@@ -44,6 +45,35 @@ class WeightedDocuments:
         means = by_document(output.logps * batch.signals["scale"], batch) / by_document(torch.ones_like(output.logps), batch)
         weighted = means * batch.signals["weight"]
         return Loss(total=-weighted.sum(), figures={"weighted": weighted.sum(), "entropy": output.entropy.sum()})
+
+
+class AroundTheMean:
+    """Half the square of how far each document's mean log-probability is from that of all documents of the step."""
+
+    needs = Needs()
+    signals: frozenset[str] = frozenset()
+
+    def __init__(self, mean: float | None = None) -> None:
+        self.mean = mean
+
+    def targets(self, sizes: Sizes) -> int:
+        return sizes.documents
+
+    def _means(self, output: Output, batch: Batch) -> torch.Tensor:
+        return by_document(output.logps, batch) / by_document(torch.ones_like(output.logps), batch)
+
+    def measure(self, output: Output, batch: Batch) -> torch.Tensor:
+        return self._means(output, batch).sum()
+
+    def given(self, statistic: float) -> AroundTheMean:
+        return AroundTheMean(statistic)
+
+    def __call__(self, output: Output, batch: Batch) -> Loss:
+        assert self.mean is not None
+        means = self._means(output, batch)
+        above = (means > self.mean).float()
+        figures = {"spread": (means - self.mean).square().detach().sum(), "above": (means * above).detach().sum()}
+        return Loss(total=(means - self.mean).square().sum() / 2, figures=figures, counts={"above": above.sum()})
 
 
 def weighted_table(packed: int | None = 44) -> Any:
@@ -154,3 +184,38 @@ def test_a_step_above_a_limit_changes_nothing(ranks: Callable[[int], Ranks], mod
         assert not changed
         assert result.grad_norm > 1e-3
         assert limits.exceeded(result.loss, result.grad_norm)
+
+
+def step_around_the_mean(world: World, run_dir: Path, model: Path, engine: str, microbatch: int, packed: int | None) -> Any:
+    config = config_for(run_dir, model, global_batch=1)
+    config = dataclasses.replace(config, engine=EngineConfig(name=EngineName(engine)))
+    built, table = build_engine(config, world, blueprint_for(model)), ragged_table(LENGTHS, packed)
+    shares = deal(np.arange(len(table)), microbatch, world.rank, world.size)
+    batches = [make_batch(table, rows, microbatch, 0) for rows in shares]
+    return take_step(built, AroundTheMean(), batches, world, lr=1e-2, targets=len(LENGTHS), first=batches)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_statistic_of_the_whole_step_is_known_before_its_loss(
+    ranks: Callable[[int], Ranks], model: Path, tmp_path: Path, engine: str
+) -> None:
+    reader, table = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), ragged_table(LENGTHS)
+    means = torch.stack([mean_logp(reader, table, number) for number in range(len(LENGTHS))])
+    loss = (means - means.detach().mean()).square().mean() / 2
+    loss.backward()
+    norm = float(torch.nn.utils.clip_grad_norm_(reader.parameters(), 1e9))
+    above = means[means > means.mean()].mean().item()
+    for size, microbatch, packed in ((1, 3, None), (2, 1, 44), (3, 1, None)):
+        for found in ranks(size).call(step_around_the_mean, tmp_path, model, engine, microbatch, packed):
+            assert found.loss == pytest.approx(loss.item(), rel=1e-5)
+            assert found.grad_norm == pytest.approx(norm, rel=1e-5)
+            assert found.figures["spread"] == pytest.approx(2 * loss.item(), rel=1e-5)
+            assert found.figures["above"] == pytest.approx(above, rel=1e-5)
+
+
+def mean_logp(reader: Any, table: Any, number: int) -> torch.Tensor:
+    """Return the mean log-probability of a document's labels, by plain transformers."""
+    part = slice(int(table.offsets[number]), int(table.offsets[number + 1]))
+    ids, labelled = torch.from_numpy(table.tokens[part].astype(np.int64)), torch.from_numpy(table.supervised[part] > 0)
+    logps = reader(input_ids=ids[None]).logits[0].log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
+    return logps[labelled[1:]].mean()

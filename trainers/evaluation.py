@@ -16,7 +16,7 @@ from trainers.data.loader import eval_batches
 from trainers.data.table import TokenTable
 from trainers.engines.base import Engine
 from trainers.health.activity import watch
-from trainers.objectives import Objective
+from trainers.objectives import Objective, per_target
 from trainers.world import World
 
 ASK_EVERY_S = 2.0
@@ -44,7 +44,7 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
     for number, batch in enumerate(watch.each(batches), 1):
         on_device = batch.to(world.device)
         loss = objective(engine.forward(on_device, objective.needs), on_device)
-        for name, value in {"": loss.total, **loss.figures}.items():
+        for name, value in {"": loss.total, **loss.sums()}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         if number == every:  # not at each: a sum over ranks takes as long as a small microbatch
             stop, seconds = world.max([float(world.signalled is not None), (time.monotonic() - began) / number])
@@ -53,8 +53,8 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
             every += max(1, round(ASK_EVERY_S / max(seconds, 1e-6)))
     engine.train(True)
     names = sorted(sums)
-    mean, *rest = (total / targets if targets else math.nan for total in world.sum([sums[name] for name in names]))
-    return Evaluation(loss=mean, figures={f"eval_{name}": value for name, value in zip(names[1:], rest, strict=True)})
+    means = per_target(dict(zip(names, world.sum([sums[name] for name in names]), strict=True)), targets)
+    return Evaluation(loss=means.pop(""), figures={f"eval_{name}": value for name, value in means.items()})
 
 
 class HeldOut:

@@ -134,7 +134,9 @@ def train(
             lr = learning_rate(config.optim, peak, progress.step, num_steps)
             if update is not None:
                 update.at(progress.step, num_steps)
-            result = take_step(engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report)
+            result = take_step(
+                engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report, first=dealt.first
+            )
             seconds = time.perf_counter() - started
             reports = _read_reports(result, guard)
             if reports.superseded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
 from typing import Protocol
@@ -43,6 +43,10 @@ class Rows(Protocol):
 
     def batches(self, step: int, row_ids: Ints) -> list[Batch]:
         """Return this rank's microbatches of a step's rows, as many as on every other rank."""
+        ...
+
+    def first(self, step: int, row_ids: Ints) -> list[Batch]:
+        """Return this rank's microbatches that an objective's statistic of the step is measured on; none where it has no such one."""
         ...
 
     def epoch(self, step: int) -> float:
@@ -91,6 +95,10 @@ class Loader:
         mine = deal(row_ids, self.microbatch, self.rank, self.world_size)
         return [make_batch(self.table(step), rows, self.microbatch, self.pad_id) for rows in mine]
 
+    def first(self, step: int, row_ids: Ints) -> list[Batch]:
+        """Return none: no table has such rows."""
+        return []
+
     def epoch(self, step: int) -> float:
         """Return the passes over the table that are done when `step` steps are."""
         return min(step * self.global_batch, self.num_rows) / self.epoch_rows
@@ -106,6 +114,8 @@ class Dealt:
     """This rank's microbatches, in pinned memory where they go to a GPU: the copy then waits for nothing."""
     sizes: Sizes
     """Of all ranks' rows."""
+    first: list[Batch] = field(default_factory=list)
+    """This rank's microbatches for the objective's statistic."""
 
 
 class Prefetch:
@@ -136,10 +146,10 @@ class Prefetch:
 
     def _make(self, step: int, ahead: int) -> Dealt:
         row_ids = self.rows.row_ids(step, ahead)
-        batches = self.rows.batches(step, row_ids)
+        batches, first = self.rows.batches(step, row_ids), self.rows.first(step, row_ids)
         if self.device.type == "cuda":
-            batches = [batch.map(torch.Tensor.pin_memory) for batch in batches]
-        return Dealt(row_ids, batches, self.rows.table(step).sizes(row_ids))
+            batches, first = ([batch.map(torch.Tensor.pin_memory) for batch in made] for made in (batches, first))
+        return Dealt(row_ids, batches, self.rows.table(step).sizes(row_ids), first)
 
     def __enter__(self) -> Prefetch:
         """Return itself; the thread ends with the block."""

@@ -8,10 +8,10 @@ from trainers.config.choices import ObjectiveName
 from trainers.config.derived import PREFERENCES
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ObjectiveConfig
-from trainers.objectives.base import REFERENCE, Loss, Objective
+from trainers.objectives.base import REFERENCE, Loss, Objective, per_target
 from trainers.objectives.next_token import NextToken
 
-__all__ = ["CHOICES", "REFERENCE", "Loss", "Objective", "make_objective"]
+__all__ = ["CHOICES", "REFERENCE", "Loss", "Objective", "make_objective", "per_target"]
 
 
 def _of_pairs(config: ObjectiveConfig) -> Objective:

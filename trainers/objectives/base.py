@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -23,11 +25,27 @@ class Loss:
     """Scalar with a graph: trained on and not part of the loss that is reported; a SUM, divided like `total`."""
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that are reported under their names, the same names in every microbatch; SUMS, divided like `total`."""
+    counts: dict[str, Tensor] = field(default_factory=dict)
+    """What divides some of the figures instead, by their names: SUMS, such as the documents of one kind."""
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the figures, and the counts under the names of theirs with OVER."""
+        return self.figures | {f"{name}{OVER}": count for name, count in self.counts.items()}
 
     @property
     def trained(self) -> Tensor:
         """Return what is minimised."""
         return self.total if self.regulariser is None else self.total + self.regulariser
+
+
+OVER = "/"
+"""Ends the name of a count among sums of figures."""
+
+
+def per_target(sums: Mapping[str, float], targets: int) -> dict[str, float]:
+    """Return the means of figures from their sums over all ranks: by their own counts, else by the targets; nan where that is 0."""
+    over = {name: sums.get(f"{name}{OVER}", targets) for name in sums if not name.endswith(OVER)}
+    return {name: sums[name] / count if count else math.nan for name, count in over.items()}
 
 
 class Objective(Protocol):
@@ -43,4 +61,20 @@ class Objective(Protocol):
 
     def __call__(self, output: Output, batch: Batch) -> Loss:
         """Return the summed loss of a microbatch."""
+        ...
+
+
+@runtime_checkable
+class Measured(Objective, Protocol):
+    """An objective with a statistic of the whole step: a mean over its targets that must be known before the first backward.
+
+    The data say what it is measured on (`Rows.first`), which need not be the step's own documents.
+    """
+
+    def measure(self, output: Output, batch: Batch) -> Tensor:
+        """Return a microbatch's part of the statistic, a scalar SUM."""
+        ...
+
+    def given(self, statistic: float) -> Objective:
+        """Return the objective of a step whose statistic, a mean over all ranks, is known."""
         ...
