@@ -23,7 +23,7 @@ from trainers.batch import IGNORE, Batch
 from trainers.config.choices import Offload, OptimizerName, Precision
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.engines.build import build_engine
-from trainers.engines.fsdp import sum_of_squares
+from trainers.engines.fsdp.engine import sum_of_squares
 from trainers.objectives import NextToken
 from trainers.world import World
 

@@ -14,7 +14,7 @@ from command import ROOT, arguments, damaged_bases, environment, launch, read_ro
 from conftest import save_tiny
 
 from trainers.config.errors import ConfigError
-from trainers.engines.fsdp import require_groups
+from trainers.engines.fsdp.groups import require_groups
 from trainers.model.blueprint import find_blocks
 
 OFFLOADS = ["zero3", "zero3_offload", "fsdp_offload"]

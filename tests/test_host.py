@@ -11,7 +11,8 @@ import pytest
 
 from trainers import host
 from trainers.config.errors import ConfigError
-from trainers.engines import deepspeed, fsdp
+from trainers.engines.deepspeed import settings as deepspeed
+from trainers.engines.fsdp import state as fsdp
 from trainers.host import HostMemory, Limit
 from trainers.units import GIB, MIB, in_bytes
 

@@ -29,7 +29,8 @@ from tools.bench.plan import BLOCK, CASES, GPU_CASES, LORA, NF4, ZERO3, Case, bl
 from trainers.batch import Output
 from trainers.config.choices import Activations, Precision
 from trainers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
-from trainers.engines import activations, fsdp
+from trainers.engines import activations
+from trainers.engines.fsdp import engine as fsdp
 from trainers.model.blueprint import Blueprint
 from trainers.plan.allocator import Pool
 from trainers.plan.estimate import FAST, SLOW, bandwidth, spans_nodes, step_seconds, totals

@@ -6,6 +6,7 @@ import logging
 import time
 import zlib
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainers.batch import Sizes
@@ -18,9 +19,9 @@ from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine, require_moved
 from trainers.evaluation import HeldOut
 from trainers.health.activity import watch
-from trainers.health.spikes import Guard, Spike, TrainingFailed
+from trainers.health.spikes import Guard, Limits, Spike, TrainingFailed
 from trainers.health.stragglers import Stragglers
-from trainers.objectives import make_objective
+from trainers.objectives import Objective, make_objective
 from trainers.optim import require_warmup_ends
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.beats import Phase
@@ -69,6 +70,45 @@ class Reports:
     host_bytes: int
 
 
+@dataclass(kw_only=True)
+class Run:
+    """What all steps of a run share."""
+
+    config: RunConfig
+    world: World
+    attempt: Attempt
+    engine: Engine
+    rows: Rows
+    objective: Objective
+    held_out: HeldOut
+    guard: Guard
+    stragglers: Stragglers
+    checkpointer: Checkpointer
+    metrics: Metrics
+    peak_lr: float
+    flops_per_token: float
+    peak_tflops: float | None
+    """Of one device, in the type that it computes in; None where it is not known."""
+    status_at: float = 0.0
+    """When rank 0 last wrote status.json, by time.monotonic."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step as it was computed, before anything is decided of it."""
+
+    result: StepResult
+    reports: Reports
+    lr: float
+    limits: Limits
+    targets: int
+    sizes: Sizes
+    row_ids: Ints
+    seconds: float
+    data_seconds: float
+    """Of these, until the rows were there."""
+
+
 def train(
     config: RunConfig,
     world: World,
@@ -83,109 +123,147 @@ def train(
 
     Raises Superseded where a newer attempt has started, TrainingFailed where the run cannot continue.
     """
-    num_steps, peak = rows.num_steps, peak_lr(config.optim, config.peft).value
-    tflops = peak_tflops(config)
-    require_warmup_ends(config.optim, num_steps)
-    update = engine.adaptation.update
-    if update is not None:
-        update.at(0, num_steps)
-    objective = make_objective(config.objective, data.train.signals, config.train.balance_loss)
-    held_out = HeldOut(data.eval, config.train, num_steps, world, rows.pad_id)
-    guard, stragglers = Guard(config.train), Stragglers(world, config.limits.slow_node)
-    checkpointer = checkpointer or Checkpointer(replace(config.checkpoint, keep_best=best_kept(config)), attempt, world)
-    outcome, status_at = Outcome(progress=checkpointer.restore(engine)), 0.0
-
-    def evaluate(step: int, tokens: int) -> bool:
-        watch.enter(Phase.evaluating, step)
-        found = held_out.measure(engine, objective, step)
-        if found is not None:
-            row = {"step": step, "tokens": tokens, "eval_loss": found.loss, "eval_tokens": held_out.sizes.labels}
-            metrics.write(Kind.evaluation, row, found.figures)
-        return found is not None
-
-    def save(progress: Progress, wait: bool = False) -> None:
-        watch.enter(Phase.saving, progress.step)
-        guard.require_agreement(world.max(guard.norms()))
-        checkpointer.save(engine, progress, held_out.loss_at(progress.step), wait)
-
-    def report() -> list[float]:
-        stop, save_now = checkpointer.requests()
-        late = world.rank == 0 and not attempt.is_current()
-        claims = (stop or world.signalled is not None, save_now, checkpointer.is_writing(), late)
-        return [*map(float, claims), float(device_bytes_peak() or 0), float(host_bytes_peak()), *guard.norms()]
-
-    with Metrics(config, attempt, world.rank, num_steps) as metrics, Prefetch(rows, world.device) as prefetch:
-        progress = outcome.progress
-        past = world.from_first(history(metrics.start(progress.step)))
-        held_out.losses, outcome.train_loss = past.eval_losses, past.train_loss
-        guard.recall(past.taken)
-        if held_out.is_due(progress.step) and past.evaluated_at < progress.step:
-            outcome.stopped = not evaluate(progress.step, progress.tokens)
+    require_warmup_ends(config.optim, rows.num_steps)
+    if engine.adaptation.update is not None:
+        engine.adaptation.update.at(0, rows.num_steps)
+    run = Run(
+        config=config,
+        world=world,
+        attempt=attempt,
+        engine=engine,
+        rows=rows,
+        objective=make_objective(config.objective, data.train.signals, config.train.balance_loss),
+        held_out=HeldOut(data.eval, config.train, rows.num_steps, world, rows.pad_id),
+        guard=Guard(config.train),
+        stragglers=Stragglers(world, config.limits.slow_node),
+        checkpointer=checkpointer or Checkpointer(replace(config.checkpoint, keep_best=best_kept(config)), attempt, world),
+        metrics=Metrics(config, attempt, world.rank, rows.num_steps),
+        peak_lr=peak_lr(config.optim, config.peft).value,
+        flops_per_token=flops_per_token,
+        peak_tflops=peak_tflops(config),
+    )
+    outcome = Outcome(progress=run.checkpointer.restore(engine))
+    with run.metrics, Prefetch(rows, world.device) as prefetch:
+        _begin(run, outcome)
         profile = None if config.train.profile is None else _begin_profile(config.train.profile, attempt, world)
-        while not outcome.stopped and progress.step < num_steps and not held_out.is_stalled():
-            watch.enter(Phase.step, progress.step + 1)
-            started = time.perf_counter()
-            stragglers.probe(progress.step)
-            began = time.perf_counter()
-            seed_step(config.seed, progress.step, world.rank)
-            dealt = prefetch.take(progress.step, progress.ahead)
-            sizes, data_seconds = dealt.sizes, time.perf_counter() - began
-            targets, limits = objective.targets(sizes), guard.limits()
-            lr = learning_rate(config.optim, peak, progress.step, num_steps)
-            if update is not None:
-                update.at(progress.step, num_steps)
-            result = take_step(
-                engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report, first=dealt.first
-            )
-            seconds = time.perf_counter() - started
-            reports = _read_reports(result, guard)
-            if reports.superseded:
-                raise Superseded(f"a newer attempt of this run has started; attempt {attempt.number} writes nothing any more")
+        while not outcome.stopped and outcome.progress.step < rows.num_steps and not run.held_out.is_stalled():
+            step = _compute(run, prefetch, outcome.progress)
             try:
-                taken = guard.check(progress.step + 1, result.loss, result.grad_norm, targets, limits)
+                taken = run.guard.check(outcome.progress.step + 1, step.result.loss, step.result.grad_norm, step.targets, step.limits)
             except Spike as spike:
-                if config.train.on_spike is OnSpike.stop:
-                    save(progress, wait=True)
-                    remedy = "look at its rows with python -m tools.show_batch"
-                    raise TrainingFailed(f"step {progress.step + 1} was not taken: {spike}; {remedy}") from spike
-                progress = _go_back(progress, spike, engine, world, checkpointer, guard, held_out, metrics)
+                outcome.progress = _left_out(run, outcome.progress, spike)
                 continue
-            progress = _advanced(progress, sizes, taken, seconds, world.size)
-            if taken and progress.step - progress.skipped == 1:
+            outcome.progress = _advanced(outcome.progress, step, taken, world.size)
+            if taken and outcome.progress.step - outcome.progress.skipped == 1:
                 require_moved(engine, world)
-            outcome.train_loss = result.loss
-            row = _row(progress, result, lr, sizes, seconds, reports, rows.epoch(progress.step), dealt.row_ids)
-            if tflops is not None:
-                outcome.mfu = flops_per_token * progress.input_tokens / (tflops * 1e12 * progress.device_seconds)
-                row["mfu"] = flops_per_token * sizes.tokens / (tflops * 1e12 * seconds * world.size)
-            metrics.write(Kind.step, row | stragglers.gather(progress.step, data_seconds, seconds), result.figures)
+            _record(run, outcome, step)
             if profile is not None:
-                profile.after_step(data_seconds)
-            if world.rank == 0 and time.monotonic() - status_at > STATUS_EVERY_S:
-                status_at = time.monotonic()
-                attempt.set_status(State.running, step=progress.step, num_steps=num_steps, **stragglers.entry())
-            outcome.stopped = reports.stop  # what is due is evaluated as the run continues
-            if not outcome.stopped and held_out.is_due(progress.step):
-                outcome.stopped = not evaluate(progress.step, progress.tokens)
-            if not reports.writing:
-                checkpointer.finish()
-            is_best = held_out.at == progress.step and checkpointer.is_best(held_out.losses)
-            if not outcome.stopped and (reports.save or is_best or checkpointer.due(progress.step)):
-                save(progress)
+                profile.after_step(step.data_seconds)
+            _evaluate_and_save(run, outcome, step.reports)
         if profile is not None:
             profile.close()
-        if held_out.is_stalled():
-            log.info("stopping early: %d evaluations brought no improvement", config.train.patience)
-        save(progress, wait=True)  # whatever the export meets, the training is kept
-        outcome.saved_step, outcome.failed_saves = checkpointer.saved_step, checkpointer.all_failures
-        if not outcome.stopped and exports_best(config):
-            watch.enter(Phase.loading)
-            outcome.best = checkpointer.restore_best(engine, progress.step)
-            _say_best(outcome.best, progress.step, held_out.losses)
-        if outcome.stopped and world.rank == 0:  # before anything slow, such as a mirror that does not answer, delays it
-            attempt.set_status(State.preempted, step=outcome.saved_step)
-    outcome.progress, outcome.eval_losses = progress, held_out.losses
+        _end(run, outcome)
     return outcome
+
+
+def _begin(run: Run, outcome: Outcome) -> None:
+    """Take over what metrics.jsonl says of the steps before, and evaluate where that is due."""
+    progress = outcome.progress
+    past = run.world.from_first(history(run.metrics.start(progress.step)))
+    run.held_out.losses, outcome.train_loss = past.eval_losses, past.train_loss
+    run.guard.recall(past.taken)
+    if run.held_out.is_due(progress.step) and past.evaluated_at < progress.step:
+        outcome.stopped = not _evaluate(run, progress)
+
+
+def _compute(run: Run, prefetch: Prefetch, progress: Progress) -> Step:
+    """Take the step after `progress`; raises Superseded where a newer attempt has started."""
+    engine, objective, world = run.engine, run.objective, run.world
+    watch.enter(Phase.step, progress.step + 1)
+    started = time.perf_counter()
+    run.stragglers.probe(progress.step)
+    began = time.perf_counter()
+    seed_step(run.config.seed, progress.step, world.rank)
+    dealt = prefetch.take(progress.step, progress.ahead)
+    data_seconds = time.perf_counter() - began
+    targets, limits = objective.targets(dealt.sizes), run.guard.limits()
+    lr, report = learning_rate(run.config.optim, run.peak_lr, progress.step, run.rows.num_steps), partial(_report, run)
+    if engine.adaptation.update is not None:
+        engine.adaptation.update.at(progress.step, run.rows.num_steps)
+    result = take_step(engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report, first=dealt.first)
+    seconds = time.perf_counter() - started
+    reports = _read_reports(result, run.guard)
+    if reports.superseded:
+        raise Superseded(f"a newer attempt of this run has started; attempt {run.attempt.number} writes nothing any more")
+    return Step(result, reports, lr, limits, targets, dealt.sizes, dealt.row_ids, seconds, data_seconds)
+
+
+def _record(run: Run, outcome: Outcome, step: Step) -> None:
+    """Write a step's row of metrics.jsonl and, now and then, status.json."""
+    progress = outcome.progress
+    outcome.train_loss = step.result.loss
+    row = _row(progress, step, run.rows.epoch(progress.step))
+    if run.peak_tflops is not None:
+        peak = run.peak_tflops * 1e12
+        outcome.mfu = run.flops_per_token * progress.input_tokens / (peak * progress.device_seconds)
+        row["mfu"] = run.flops_per_token * step.sizes.tokens / (peak * step.seconds * run.world.size)
+    run.metrics.write(Kind.step, row | run.stragglers.gather(progress.step, step.data_seconds, step.seconds), step.result.figures)
+    if run.world.rank == 0 and time.monotonic() - run.status_at > STATUS_EVERY_S:
+        run.status_at = time.monotonic()
+        run.attempt.set_status(State.running, step=progress.step, num_steps=run.rows.num_steps, **run.stragglers.entry())
+
+
+def _evaluate_and_save(run: Run, outcome: Outcome, reports: Reports) -> None:
+    """Do what is due after a step; a run that is to stop evaluates as it continues."""
+    step, held_out, checkpointer = outcome.progress.step, run.held_out, run.checkpointer
+    outcome.stopped = reports.stop
+    if not outcome.stopped and held_out.is_due(step):
+        outcome.stopped = not _evaluate(run, outcome.progress)
+    if not reports.writing:
+        checkpointer.finish()
+    is_best = held_out.at == step and checkpointer.is_best(held_out.losses)
+    if not outcome.stopped and (reports.save or is_best or checkpointer.due(step)):
+        _save(run, outcome.progress)
+
+
+def _end(run: Run, outcome: Outcome) -> None:
+    """Save, and give the engine the weights that are exported; whatever the export meets, the training is kept."""
+    progress, checkpointer = outcome.progress, run.checkpointer
+    if run.held_out.is_stalled():
+        log.info("stopping early: %d evaluations brought no improvement", run.config.train.patience)
+    _save(run, progress, wait=True)
+    outcome.saved_step, outcome.failed_saves = checkpointer.saved_step, checkpointer.all_failures
+    if not outcome.stopped and exports_best(run.config):
+        watch.enter(Phase.loading)
+        outcome.best = checkpointer.restore_best(run.engine, progress.step)
+        _say_best(outcome.best, progress.step, run.held_out.losses)
+    if outcome.stopped and run.world.rank == 0:  # before anything slow, such as a mirror that does not answer, delays it
+        run.attempt.set_status(State.preempted, step=outcome.saved_step)
+    outcome.eval_losses = run.held_out.losses
+
+
+def _evaluate(run: Run, progress: Progress) -> bool:
+    """Measure and record the held-out loss; tell whether that came to its end."""
+    watch.enter(Phase.evaluating, progress.step)
+    found = run.held_out.measure(run.engine, run.objective, progress.step)
+    if found is not None:
+        row = {"step": progress.step, "tokens": progress.tokens, "eval_loss": found.loss, "eval_tokens": run.held_out.sizes.labels}
+        run.metrics.write(Kind.evaluation, row, found.figures)
+    return found is not None
+
+
+def _save(run: Run, progress: Progress, wait: bool = False) -> None:
+    watch.enter(Phase.saving, progress.step)
+    run.guard.require_agreement(run.world.max(run.guard.norms()))
+    run.checkpointer.save(run.engine, progress, run.held_out.loss_at(progress.step), wait)
+
+
+def _report(run: Run) -> list[float]:
+    """Return what this rank reports with a step's loss: `_read_reports` reads the largest of each."""
+    stop, save_now = run.checkpointer.requests()
+    late = run.world.rank == 0 and not run.attempt.is_current()
+    claims = (stop or run.world.signalled is not None, save_now, run.checkpointer.is_writing(), late)
+    return [*map(float, claims), float(device_bytes_peak() or 0), float(host_bytes_peak()), *run.guard.norms()]
 
 
 def _begin_profile(steps: int, attempt: Attempt, world: World) -> Profile | None:
@@ -213,64 +291,60 @@ def _read_reports(result: StepResult, guard: Guard) -> Reports:
     return Reports(bool(stop), bool(save), bool(writing), bool(late), int(device_bytes), int(host_bytes))
 
 
-def _advanced(progress: Progress, sizes: Sizes, taken: bool, seconds: float, num_ranks: int) -> Progress:
-    """Return how far the run is after a step over rows of these sizes."""
+def _advanced(progress: Progress, step: Step, taken: bool, num_ranks: int) -> Progress:
+    """Return how far the run is after a step."""
     return Progress(
         ahead=progress.ahead,
         step=progress.step + 1,
-        rows=progress.rows + sizes.rows,
-        tokens=progress.tokens + sizes.labels,
-        input_tokens=progress.input_tokens + sizes.tokens,
+        rows=progress.rows + step.sizes.rows,
+        tokens=progress.tokens + step.sizes.labels,
+        input_tokens=progress.input_tokens + step.sizes.tokens,
         skipped=progress.skipped + (not taken),
-        seconds=progress.seconds + seconds,
-        device_seconds=progress.device_seconds + seconds * num_ranks,
+        seconds=progress.seconds + step.seconds,
+        device_seconds=progress.device_seconds + step.seconds * num_ranks,
     )
 
 
-def _row(
-    progress: Progress, result: StepResult, lr: float, sizes: Sizes, seconds: float, reports: Reports, epoch: float, row_ids: Ints
-) -> dict[str, Any]:
+def _row(progress: Progress, step: Step, epoch: float) -> dict[str, Any]:
     """Return what metrics.jsonl says of a step, without the objective's own numbers."""
     return {
         "step": progress.step,
         "epoch": epoch,
-        "loss": result.loss,
-        "lr": lr,
-        "grad_norm": result.grad_norm,
+        "loss": step.result.loss,
+        "lr": step.lr,
+        "grad_norm": step.result.grad_norm,
         "tokens": progress.tokens,
-        "tokens_per_second": sizes.labels / seconds,
-        "input_tokens_per_second": sizes.tokens / seconds,
-        "step_seconds": seconds,
-        "device_bytes_peak": reports.device_bytes or None,
-        "host_bytes_peak": reports.host_bytes,
+        "tokens_per_second": step.sizes.labels / step.seconds,
+        "input_tokens_per_second": step.sizes.tokens / step.seconds,
+        "step_seconds": step.seconds,
+        "device_bytes_peak": step.reports.device_bytes or None,
+        "host_bytes_peak": step.reports.host_bytes,
         "mfu": None,
         "skipped": progress.skipped,
-        "rows_hash": f"{zlib.crc32(row_ids.tobytes()):08x}",
+        "rows_hash": f"{zlib.crc32(step.row_ids.tobytes()):08x}",
     }
 
 
-def _go_back(
-    progress: Progress,
-    spike: Spike,
-    engine: Engine,
-    world: World,
-    checkpointer: Checkpointer,
-    guard: Guard,
-    held_out: HeldOut,
-    metrics: Metrics,
-) -> Progress:
-    """Return to the last checkpoint, with the rows since it left out."""
+def _left_out(run: Run, progress: Progress, spike: Spike) -> Progress:
+    """Stop before a step that is out of the ordinary, or return to the last checkpoint with the rows since it left out.
+
+    Raises TrainingFailed where `train.on_spike` says stop, or where going back does not help.
+    """
+    if run.config.train.on_spike is OnSpike.stop:
+        _save(run, progress, wait=True)
+        remedy = "look at its rows with python -m tools.show_batch"
+        raise TrainingFailed(f"step {progress.step + 1} was not taken: {spike}; {remedy}") from spike
     watch.enter(Phase.loading)
-    checkpointer.finish()
-    guard.count_rollback(checkpointer.saved_step, spike)
-    back = checkpointer.restore(engine)
+    run.checkpointer.finish()
+    run.guard.count_rollback(run.checkpointer.saved_step, spike)
+    back = run.checkpointer.restore(run.engine)
     ahead = progress.ahead + progress.step + 1 - back.step
     log.warning("step %d: %s; back to step %d, and past the rows of %d steps", progress.step + 1, spike, back.step, ahead - back.ahead)
-    past = world.from_first(history(metrics.cut(back.step)))
-    held_out.losses, held_out.at = past.eval_losses, -1
-    guard.recall(past.taken)
+    past = run.world.from_first(history(run.metrics.cut(back.step)))
+    run.held_out.losses, run.held_out.at = past.eval_losses, -1
+    run.guard.recall(past.taken)
     row = {"step": back.step, "rollback_from": progress.step + 1, "rows_left_out_steps": ahead - back.ahead}
-    metrics.write(Kind.rollback, row)
+    run.metrics.write(Kind.rollback, row)
     return replace(back, ahead=ahead)
 
 

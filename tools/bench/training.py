@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-import trainers.engines.fsdp  # noqa: F401 - its imports are not part of building
+import trainers.engines.fsdp.engine  # noqa: F401 - its imports are not part of building
 from tools.bench.orders import config_of
 from tools.bench.ranks import explaining, leave
 from trainers.checkpoint import Checkpointer

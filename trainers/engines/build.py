@@ -31,10 +31,10 @@ log = logging.getLogger("fulltune")
 def class_of(config: RunConfig) -> type[Engine]:
     """Return the class of the engine that the config names; one that is not named is not imported."""
     if config.engine.name is EngineName.fsdp:
-        from trainers.engines.fsdp import FSDPEngine
+        from trainers.engines.fsdp.engine import FSDPEngine
 
         return FSDPEngine
-    from trainers.engines.deepspeed import ZeRO3Engine
+    from trainers.engines.deepspeed.engine import ZeRO3Engine
 
     return ZeRO3Engine
 
@@ -110,7 +110,7 @@ def build_engine(
 def end_groups() -> None:
     """End torch's process groups with those that an engine's library remembers, so that others can be begun."""
     if "deepspeed" in sys.modules:
-        from trainers.engines.deepspeed import end_groups
+        from trainers.engines.deepspeed.engine import end_groups
 
         end_groups()
     if torch.distributed.is_initialized():

@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO stage 3: settings -> partitions -> state -> engine."""

@@ -1,0 +1,1 @@
+"""PyTorch's fully_shard (FSDP2): groups and state -> engine."""
