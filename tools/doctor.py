@@ -46,6 +46,12 @@ from trainers.units import GIB, in_bytes
 OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
 MARKS = {OK: "[green]✓[/]", NOTE: "[dim]·[/]", WARN: "[yellow]![/]", FAIL: "[bold red]✗[/]"}
 OPS = ("cpu_adam", "async_io")
+EXTRAS = {
+    "torchao": "train.float8",
+    "bitsandbytes": "optim=adamw_8bit, paged_adamw_8bit and paged_adamw_32bit",
+    "schedulefree": "optim=schedule_free_adamw",
+}
+"""What only some runs use, and for what: the extra `speed`."""
 IMPORT_LIMIT_S, BUILD_LIMIT_S, HUB_LIMIT_S, GRACE_S = 120.0, 3600.0, 2.0, 10.0
 DISK_BYTES, SHM_BYTES, MEMLOCK_BYTES, OPEN_FILES = 20 * GIB, GIB, GIB, 4096
 """Below these a warning: a checkpoint of 1B parameters is 12 GB; nccl and pinned buffers take shared and locked memory."""
@@ -136,6 +142,10 @@ def _flash_section(_build: bool) -> Titled:
     yield "importing flash-attn", _flash
 
 
+def _extras_section(_build: bool) -> Titled:
+    yield "what else is installed", lambda: [_extra(name, use) for name, use in EXTRAS.items()]
+
+
 def _deepspeed_section(build: bool) -> Titled:
     found: list[Check] = []
 
@@ -162,6 +172,7 @@ SECTIONS: dict[str, Callable[[bool], Titled]] = {
     "torch": _torch_section,
     "gloo": _gloo_section,
     "flash": _flash_section,
+    "extras": _extras_section,
     "deepspeed": _deepspeed_section,
     "network": _network_section,
 }
@@ -259,10 +270,17 @@ def _wandb() -> Check:
 
 def _flash() -> list[Check]:
     if importlib.util.find_spec("flash_attn") is None:
-        return [Check("flash-attn", OK, "not installed: sdpa is used")]
+        return [Check("flash-attn", OK, "not installed, and not needed: model.attention=varlen is torch's own kernel")]
     return _ask(
         "flash", "flash-attn", IMPORT_LIMIT_S, WARN, "model.attention=sdpa, and pip uninstall flash-attn or build it for this torch"
     )
+
+
+def _extra(name: str, use: str) -> Check:
+    try:
+        return Check(name, OK, f"{importlib.metadata.version(name)}: {use}")
+    except importlib.metadata.PackageNotFoundError:
+        return Check(name, NOTE, f"not installed: no {use}", "pip install 'fulltune[speed]', if a run is to use it")
 
 
 def _gloo() -> list[Check]:
