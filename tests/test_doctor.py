@@ -106,9 +106,7 @@ def test_doctor_says_what_works(tmp_path: Path) -> None:
     found = checks("--no-build", HF_HUB_OFFLINE="1", TORCH_EXTENSIONS_DIR=str(tmp_path), PYTHONPATH="")
     for name in ("Python", "cores", "host memory", "disk here", "/dev/shm", "open files", "torch", "bf16 on cpu", "gloo", "DeepSpeed"):
         assert found[name]["status"] in ("ok", "warn"), found[name]
-    assert {"DeepSpeed's cpu_adam", "DeepSpeed's async_io", "SLURM", "W&B", "flash-attn", "torchao", "bitsandbytes", "schedulefree"} <= set(
-        found
-    )
+    assert {"DeepSpeed's cpu_adam", "DeepSpeed's async_io", "SLURM", "W&B", "flash-attn", "torchao", "bitsandbytes"} <= set(found)
     assert "two processes" in found["gloo"]["found"]
     assert "HF_HUB_OFFLINE" in found["Hugging Face hub"]["found"]
     assert all(check["remedy"] for check in found.values() if check["status"] in ("warn", "fail"))

@@ -49,7 +49,6 @@ OPS = ("cpu_adam", "async_io")
 EXTRAS = {
     "torchao": "train.float8",
     "bitsandbytes": "optim=adamw_8bit, paged_adamw_8bit and paged_adamw_32bit",
-    "schedulefree": "optim=schedule_free_adamw",
 }
 """What only some runs use, and for what: the extra `speed`."""
 IMPORT_LIMIT_S, BUILD_LIMIT_S, HUB_LIMIT_S, GRACE_S = 120.0, 3600.0, 2.0, 10.0
