@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainers.config.errors import ConfigError
 from trainers.health.activity import watch
+from trainers.processes import raise_exhausted
 from trainers.rundir.files import sha256
 
 POLL_S = 0.2
@@ -67,6 +68,7 @@ def _build(root: Path, name: str, build: Callable[[Path], None], what: str) -> N
         (partial / SEAL).write_text(json.dumps(_digests(partial), indent=1))
         partial.rename(root / name)
     except OSError as error:
+        raise_exhausted(error)
         raise ConfigError(
             "data.prepared_dir", str(root), f"{what} cannot be written: {error}", "free space, or name another folder"
         ) from error
@@ -129,6 +131,7 @@ def _require_writable(root: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
+        raise_exhausted(error)
         remedy = "data.prepared_dir=DIR, or FULLTUNE_CACHE=DIR in the environment, on a disk that all ranks can write to"
         raise ConfigError("data.prepared_dir", str(root), f"cannot be written: {error.strerror}", remedy) from None
 

@@ -50,7 +50,7 @@ _reserve: list[Any] = []
 """This process's."""
 
 
-EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.EDQUOT)
+EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 PROBE_BYTES = 16 << 20
 """More than what an allocator may have kept of what was freed."""
 
@@ -68,7 +68,7 @@ def free_reserve() -> None:
 
 
 def raise_exhausted(error: BaseException) -> None:
-    """Raise an error again that comes of memory, open files or a disk that ran out: what was being read is not at fault.
+    """Raise an error again that comes of memory or open files that ran out: what was being read is not at fault.
 
     Libraries wrap such errors, or fail oddly some lines after them, so that its causes are looked at and a little of each is asked for.
     """

@@ -318,6 +318,7 @@ def rehearse(
             reopened(Path(place))
     except Exception as error:  # whatever transformers raises for what it loads and does not save
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise_exhausted(error)
         if isinstance(error, OSError) and error.errno is not None:  # transformers raises OSError without a number, for files that it misses
             reason, remedy = f"the export cannot be written there: {said}", "free space, or name another run_dir"
             raise ConfigError("run_dir", str(folder.parent), reason, remedy) from error
