@@ -30,3 +30,12 @@ def test_no_private_or_test_module_is_read():
     names = [name for name, _ in python_docs._source_files()]
     assert not any(part.startswith("_") or part in python_docs.SKIPPED for name in names for part in name.split("."))
     assert all(one[1] <= other[1] for one, other in pairwise(python_docs._source_files()))
+
+
+def test_a_pair_is_an_answer_and_its_words_in_another_order() -> None:
+    rows = list(python_docs.pairs())
+    assert len(rows) > 1000
+    assert rows == list(python_docs.pairs())
+    for row in rows:
+        assert sorted(row["chosen"].split()) == sorted(row["rejected"].split())
+        assert row["chosen"] != row["rejected"]

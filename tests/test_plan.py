@@ -27,13 +27,13 @@ from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
 from tools.bench.plan import BLOCK, CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
 from trainers.batch import Output
-from trainers.config.choices import Activations, Precision
-from trainers.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
+from trainers.config.choices import Activations, Offload, Precision
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, RunConfig, TrainConfig
 from trainers.engines import activations
 from trainers.engines.fsdp import engine as fsdp
 from trainers.model.blueprint import Blueprint
 from trainers.plan.allocator import Pool
-from trainers.plan.estimate import FAST, SLOW, bandwidth, spans_nodes, step_seconds, totals
+from trainers.plan.estimate import FAST, SLOW, bandwidth, forward_seconds, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import read_model
 from trainers.plan.plan import make_plan
 from trainers.plan.request import Place, PlanConfig, Variant
@@ -202,6 +202,11 @@ def test_seconds_follow_from_work_and_peaks() -> None:
     assert slow == pytest.approx(1 / SLOW.products + 1 / SLOW.memory + 1 / SLOW.wires)
     fp32 = replace(config, train=replace(config.train, precision=Precision.fp32))
     assert step_seconds(fp32, place, H100, moments, 1, FAST, 0) == pytest.approx(989 / 67 / FAST.products + 1 / FAST.memory)
+    backward = Moment("backward", 0, 0, {}, {}, flops=2 * 989e12)
+    assert forward_seconds(config, place, H100, [*moments, backward], FAST, 8e9, 0) == pytest.approx(fast)
+    offloaded = replace(config, engine=EngineConfig(offload_param=Offload.cpu, offload_optimizer=Offload.cpu))
+    fetched = 4 * 8e9 / (1e9 * H100.host_link_gb_s * FAST.wires)
+    assert forward_seconds(offloaded, place, H100, [*moments, backward], FAST, 8e9, 0) == pytest.approx(fast + fetched)
 
 
 def plan_of(run_dir: Path) -> dict[str, Any]:

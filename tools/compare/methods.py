@@ -9,7 +9,8 @@ from typing import Any
 
 from tools.compare.gather import FREE, RATE, Run, flag, is_among, load
 from tools.evaluate.intervals import Estimate, level_of_all, verdict
-from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
+from tools.evaluate.pairs import BUCKETS
+from tools.evaluate.record import Evaluation, accuracy_apart, loss_apart, score_apart, task_metric
 from tools.runs import runs_below
 from trainers.config.errors import ConfigError, plural
 
@@ -42,6 +43,14 @@ class Figures:
     forgetting: Estimate | None = None
     """Loss on general text less that of the base, in nats a token."""
     forgetting_to_full: Estimate | None = None
+    accuracy: Estimate | None = None
+    """Share of pairs whose preferred answer has the higher score."""
+    longer: Estimate | None = None
+    """That of pairs whose preferred answer is the longer one."""
+    shorter: Estimate | None = None
+    accuracy_to_full: Estimate | None = None
+    wins: Estimate | None = None
+    """Share of answers that a judge prefers to the base's, ties as half."""
     judged: Estimate | None = None
     """A judge's mean score of the answers, from 1 to 5."""
     judged_to_base: Estimate | None = None
@@ -94,6 +103,11 @@ class Comparison:
     def flagged(self) -> list[Run]:
         """Return the runs that are not comparable."""
         return [run for run in self.runs if run.faults]
+
+    @property
+    def has_pairs(self) -> bool:
+        """Tell whether some method was measured on pairs of answers."""
+        return any(method.figures.accuracy is not None for method in self.methods)
 
     @property
     def is_on_gpu(self) -> bool:
@@ -202,6 +216,8 @@ def figures_of(method: Method, comparison: Comparison) -> Figures:
         known = run.loss is not None and not comparison.has_own_rows  # training's own value is of the rows that it held out
         return Figures(held_out=Estimate(value=run.loss or 0.0, low=None, high=None, count=0) if known else None)
     found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None)
+    found.accuracy, found.longer, found.shorter = (run.ours.accuracy(bucket) for bucket in BUCKETS)
+    found.wins = None if run.judged is None else run.judged.win_rate()
     if run.base is not None:
         level = level_of_all(len(comparison.methods))
         found.forgetting = loss_apart(run.ours, run.base, "general", level)
@@ -213,6 +229,7 @@ def figures_of(method: Method, comparison: Comparison) -> Figures:
         found.held_out_to_full = loss_apart(run.ours, theirs, "held_out", level)
         found.forgetting_to_full = loss_apart(run.ours, theirs, "general", level)
         found.score_to_full = score_apart(run.ours, theirs, metric, level) if metric else None
+        found.accuracy_to_full = accuracy_apart(run.ours, theirs, level=level)
     return found
 
 

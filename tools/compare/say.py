@@ -46,12 +46,25 @@ def learned(comparison: Comparison, form: Form) -> Grid:
         columns.append((f"{comparison.metric} - base", lambda method: _apart(method, "score_to_base", 3, form)))
     if full and comparison.metric:
         columns.append((f"{comparison.metric} - full", lambda method: _apart(method, "score_to_full", 3, form)))
+    columns += _of_pairs(form) if comparison.has_pairs else []
+    if full and comparison.has_pairs:
+        columns.append(("preference accuracy - full", lambda method: _apart(method, "accuracy_to_full", 3, form)))
     columns.append(("forgetting", lambda method: _apart(method, "forgetting", 4, form)))
     columns.append(("judge, 1 to 5", lambda method: form(method.figures.judged, 2, "")))
     columns.append(("judge - base", lambda method: _apart(method, "judged_to_base", 2, form)))
+    columns.append(("wins against the base", lambda method: form(method.figures.wins, 3, "")))
     for task, metric in _benchmarks(comparison):
         columns.append((f"{task}, {metric}", lambda method, task=task, metric=metric: form(_benchmark(method, task, metric), 3, "")))  # type: ignore[misc]
     return _grid("What they learned and forgot", comparison.methods, columns)
+
+
+def _of_pairs(form: Form) -> list[tuple[str, Callable[[Method], str]]]:
+    """Return the columns of pairs of answers."""
+    return [
+        ("preference accuracy", lambda method: form(method.figures.accuracy, 3, "")),
+        ("longer preferred", lambda method: form(method.figures.longer, 3, "")),
+        ("shorter preferred", lambda method: form(method.figures.shorter, 3, "")),
+    ]
 
 
 def _benchmarks(comparison: Comparison) -> list[tuple[str, str]]:
@@ -138,6 +151,7 @@ def _of_full(method: Method, full: Method, comparison: Comparison) -> list[str]:
     figures = method.figures
     parts = [_words("held-out loss against full fine-tuning", figures.held_out_to_full, figures.verdict("held_out_to_full"), 4)]
     parts.append(_words(f"{comparison.metric}", figures.score_to_full, figures.verdict("score_to_full"), 3))
+    parts.append(_words("preference accuracy", figures.accuracy_to_full, figures.verdict("accuracy_to_full"), 3))
     parts.append(_words("loss on general text", figures.forgetting_to_full, figures.verdict("forgetting_to_full"), 4))
     if method.best.has_same_costs and full.best.has_same_costs:
         parts.append(_ratio("time", method.best.hours, full.best.hours))
@@ -179,6 +193,12 @@ def legend(comparison: Comparison) -> list[str]:
         "▲ better, ▼ worse, = no difference beyond the noise. Differences are of the same documents in pairs; their intervals are so much "
         "wider than 95 % that all of a row or column hold together with 95 % (Bonferroni).",
     ]
+    if comparison.has_pairs:
+        lines.append(
+            "Preference accuracy: the share of pairs whose preferred answer has the higher reward, or where there are none the higher "
+            "likelihood a token; then that of pairs whose preferred answer is the longer, and the shorter one. Held-out losses are of "
+            "preferred answers."
+        )
     if any(method.figures.forgetting is not None for method in comparison.methods):
         lines.append("Forgetting: loss on text of the base's own domain, less that of the base; above 0 something is lost.")
     if comparison.is_picked:
@@ -273,6 +293,13 @@ def write_csv(comparison: Comparison, file: Path) -> None:
         writer.writerows(lines)
 
 
+CSV_ESTIMATES = (
+    *("held_out", "held_out_to_full", "score", "score_to_base", "score_to_full", "forgetting", "forgetting_to_full"),
+    *("accuracy", "longer", "shorter", "accuracy_to_full", "wins"),
+)
+"""Metrics that have a value and two ends in a line."""
+
+
 def _csv_line(run: Run, method: Method | None, comparison: Comparison) -> dict[str, Any]:
     own = None if method is None else figures_of(Method(label=method.label, best=run, tried=[run]), comparison)
     line: dict[str, Any] = {
@@ -286,7 +313,7 @@ def _csv_line(run: Run, method: Method | None, comparison: Comparison) -> dict[s
     line |= {
         key: run.summary.get(key) for key in ("trainable_parameters", "parameters", "steps", "export_step", "tokens", "eval_loss_after")
     }
-    for name in ("held_out", "held_out_to_full", "score", "score_to_base", "score_to_full", "forgetting", "forgetting_to_full"):
+    for name in CSV_ESTIMATES:
         estimate: Estimate | None = getattr(own, name, None)
         ends = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
         line |= dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))

@@ -6,10 +6,11 @@ python -m tools.evaluate runs/mine --general stories.txt        forgetting too: 
 python -m tools.evaluate some/model --like runs/mine --out OUT  any model directory, on a run's rows
 python -m tools.evaluate runs/mine --judge http://host:8000/v1 --judge-model NAME
 
-Settings come from the run's own config.yaml (evaluation.*); options here take their place. A loss is a mean over supervised tokens;
-answers are the most likely token at every place, the same whatever the batch and the number of processes. Metrics and their 95 %
-intervals go to RUN/evaluation, with every answer. What is measured already, also of another run's base, is not measured again, and a
-stopped command continues where it was. `python -m tools.compare` puts runs side by side.
+Settings come from the run's own config.yaml (evaluation.*); options here take their place. A loss is a mean over supervised tokens. Of
+pairs of answers it is that of the preferred ones, and accuracy and margin say how well they are told from the others. Answers are the
+most likely token at every place, the same whatever the batch and the number of processes. Metrics and their 95 % intervals go to
+RUN/evaluation, with every answer. What is measured already, also of another run's base, is not measured again, and a stopped command
+continues where it was. `python -m tools.compare` puts runs side by side.
 
 Exit codes: 0 done, 1 a model could not be measured, or the judge has scored nothing, 2 bad input, 130 Ctrl-C.
 """
@@ -110,7 +111,7 @@ def report(measured: list[Measurement], options: argparse.Namespace) -> int:
     bases = {measurement.out: measurement for measurement in measured if measurement.name == "base"}
     for run in [measurement for measurement in measured if measurement.name != "base"]:
         theirs = keep(bases[run.out], options.dtype) if run.out in bases else None
-        ours = keep(run, options.dtype)
+        ours = keep(run, options.dtype, theirs)
         if options.judge and theirs is not None:
             judge = Judge(url=options.judge, model=options.judge_model, timeout_s=options.judge_timeout, attempts=options.judge_attempts)
             code = code if collect_verdicts(run.out, ours, theirs, judge) else Exit.failed

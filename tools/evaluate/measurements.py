@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tools.evaluate import record
+from tools.evaluate.intervals import Floats
+from tools.evaluate.pairs import Pairs, rewards_of
 from tools.evaluate.record import FOLDER, Evaluation
 from tools.runs import is_run, runs_below
-from trainers.config.choices import Metric
+from trainers.config.choices import Metric, Quantisation
 from trainers.config.errors import ConfigError
 from trainers.config.measured import validate_evaluation
 from trainers.config.schema import DataConfig, EvaluationConfig, ModelConfig, RunConfig, plain
@@ -123,9 +127,36 @@ def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     return config
 
 
-def keep(measured: Measurement, dtype: str) -> Evaluation:
-    """Score what the workers have measured, write it to the measurement's folder, and return it."""
+def keep(measured: Measurement, dtype: str, base: Evaluation | None = None) -> Evaluation:
+    """Score what the workers have measured, write it to the measurement's folder, and return it; `base` is what that is of its base."""
     rows = {part: record.collect(Path(found["folder"]), found["documents"]) for part, found in measured.parts.items()}
     if "answers" in rows:
         rows["answers"] = [record.scored(row, measured.config.evaluation) for row in rows["answers"]]
+    if "pairs" in rows:
+        rows["pairs"] = with_rewards(rows["pairs"], measured, base)
     return record.write(measured.out, measured.name, measured.about(dtype), rows)
+
+
+def with_rewards(rows: list[dict[str, Any]], measured: Measurement, base: Evaluation | None) -> list[dict[str, Any]]:
+    """Return the rows of both answers of pairs with `reward`, where the run's objective has one and its reference is known."""
+    pairs = Pairs.of_rows(rows)
+    if pairs.logps is None:
+        return rows
+    reference = None if measured.name == "base" else _reference(measured, base, pairs.tokens)
+    rewards = rewards_of(measured.config.objective, pairs.logps, pairs.tokens, reference)
+    return rows if rewards is None else [row | {"reward": value} for row, value in zip(rows, rewards.ravel().tolist(), strict=True)]
+
+
+def _reference(measured: Measurement, base: Evaluation | None, tokens: Floats) -> Floats | None:
+    """Return the summed log-probabilities of pairs under the model that a run began with, of the shape of `tokens`.
+
+    They are the base's, or where training began with something else those that it has kept of its held-out rows, else unknown.
+    """
+    config = measured.config
+    if config.peft.adapter is None and config.peft.quantise is Quantisation.none:
+        return None if base is None or base.pairs is None else base.pairs.logps
+    kept = Path(config.run_dir) / paths.REFERENCE / "eval.npy"
+    if config.evaluation.path is not None or not kept.is_file():
+        return None
+    found = np.load(kept, allow_pickle=False).astype(np.float64)
+    return found.reshape(-1, 2) if found.size == tokens.size else None

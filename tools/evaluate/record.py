@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from tools.evaluate import intervals
 from tools.evaluate.intervals import LEVEL, Estimate, Floats
+from tools.evaluate.pairs import BUCKETS, Pairs, accuracy, are_right, margin, members
 from tools.evaluate.scores import is_refusal, score
 from trainers.cache import content_key
 from trainers.config.choices import Metric
@@ -36,9 +37,11 @@ class Evaluation:
     about: dict[str, Any]
     """What was measured with which settings; RUN/evaluation/NAME.json without its metrics."""
     documents: dict[str, list[int]]
-    """Of each part: `held_out`, `general`, `answers`."""
+    """Of each part: `held_out`, `general`, `pairs`, `answers`."""
     sums: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     """Of each loss: nats and tokens, (documents,)."""
+    pairs: Pairs | None = None
+    """Of pairs of answers, whose documents are neighbours; None where rows have one answer each."""
     answers: list[dict[str, Any]] = field(default_factory=list)
     """Prompt, reference, answer and scores of each document that was answered."""
 
@@ -49,6 +52,16 @@ class Evaluation:
     def loss(self, part: str, level: float = LEVEL) -> Estimate | None:
         """Return a loss in nats a token; None where it was not measured."""
         return intervals.ratio(*self.sums[part], level) if part in self.sums and len(self.sums[part][0]) else None
+
+    def accuracy(self, bucket: str = "all", level: float = LEVEL) -> Estimate | None:
+        """Return the share of a bucket's pairs whose preferred answer scores higher; None where there are none."""
+        if self.pairs is None or self.pairs.scores is None:
+            return None
+        return accuracy(self.pairs.scores, self.pairs.tokens, bucket, level)
+
+    def margin(self, level: float = LEVEL) -> Estimate | None:
+        """Return by how much preferred answers score higher; None where there are no pairs."""
+        return None if self.pairs is None or self.pairs.scores is None else margin(self.pairs.scores, level)
 
     def score(self, metric: str, level: float = LEVEL) -> Estimate | None:
         """Return the mean of a metric over the answers that it says something about; None where there are none."""
@@ -82,6 +95,25 @@ def score_apart(ours: Evaluation, theirs: Evaluation, metric: str, level: float 
     both = np.stack([ours.scores(metric), theirs.scores(metric)])
     both = both[:, ~np.isnan(both).any(0)]
     return intervals.difference(both[0], both[1], level=level) if both.shape[1] else None
+
+
+def accuracy_apart(ours: Evaluation, theirs: Evaluation, bucket: str = "all", level: float = LEVEL) -> Estimate | None:
+    """Return our accuracy less theirs over the same pairs.
+
+    None where these differ, where they were not measured, or where one model's answers are ordered by rewards and the other's are not.
+    """
+    if ours.pairs is None or theirs.pairs is None or not _are_of_the_same(ours, theirs, "pairs"):
+        return None
+    if ours.pairs.scores is None or theirs.pairs.scores is None or (ours.pairs.rewards is None) != (theirs.pairs.rewards is None):
+        return None
+    kept = members(ours.pairs.tokens, bucket)
+    mine, other = (are_right(scores)[kept] for scores in (ours.pairs.scores, theirs.pairs.scores))
+    return intervals.difference(mine, other, level=level) if kept.any() else None
+
+
+def likely(evaluation: Evaluation) -> Evaluation:
+    """Return an evaluation whose pairs are ordered by log-probabilities a token, which any model has, and not by rewards."""
+    return evaluation if evaluation.pairs is None else replace(evaluation, pairs=replace(evaluation.pairs, rewards=None))
 
 
 def _are_of_the_same(ours: Evaluation, theirs: Evaluation, part: str) -> bool:
@@ -155,7 +187,8 @@ def _of_rows(about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Evaluatio
         if part in by_part
     }
     documents = {part: [row["document"] for row in found] for part, found in by_part.items()}
-    return Evaluation(about=about, documents=documents, sums=sums, answers=by_part.get("answers", []))
+    pairs = Pairs.of_rows(by_part["pairs"]) if by_part.get("pairs") else None
+    return Evaluation(about=about, documents=documents, sums=sums, pairs=pairs, answers=by_part.get("answers", []))
 
 
 def figures(evaluation: Evaluation) -> dict[str, Any]:
@@ -163,12 +196,23 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {f"{part}_loss": as_json(evaluation.loss(part)) for part in evaluation.sums}
     for part, (_, tokens) in evaluation.sums.items():
         found[f"{part}_loss"] |= {"tokens": int(tokens.sum())}
+    found |= _of_pairs(evaluation)
     if evaluation.answers:
         metrics = dict.fromkeys(metric for row in evaluation.answers for metric in row["scores"])
         found |= {metric: as_json(evaluation.score(metric)) for metric in metrics}
         found |= {name: as_json(evaluation.share(name)) for name in ("finished", "refused")}
         found |= {f"answer_{name}": evaluation.mean(name) for name in PLAIN}
     return found
+
+
+def _of_pairs(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the metrics of pairs: by what the run's objective orders answers by, and by log-probabilities a token."""
+    if evaluation.pairs is None:
+        return {}
+    found: dict[str, Any] = {"preference_scores": "likelihood" if evaluation.pairs.rewards is None else "reward"}
+    found |= {f"preference_accuracy{'' if bucket == 'all' else f'_{bucket}'}": as_json(evaluation.accuracy(bucket)) for bucket in BUCKETS}
+    found |= {"preference_margin": as_json(evaluation.margin()), "likelihood_accuracy": as_json(likely(evaluation).accuracy())}
+    return found | {"preferred_is_longer": as_json(intervals.mean(members(evaluation.pairs.tokens, "longer").astype(np.float64)))}
 
 
 def as_json(estimate: Estimate | None) -> dict[str, Any] | None:
@@ -198,6 +242,11 @@ class Judged:
         """Return the run's mean score less the base's; None where nothing was scored."""
         ours, theirs = self.run.get(criterion), self.base.get(criterion)
         return None if ours is None or theirs is None or not len(ours) else intervals.difference(ours, theirs, level=level)
+
+    def win_rate(self, level: float = LEVEL) -> Estimate | None:
+        """Return the share of answers that score higher than the base's in the mean of both orders, ties as half; None without any."""
+        apart = self.run.get("overall", np.zeros(0)) - self.base.get("overall", np.zeros(0))
+        return intervals.mean((np.sign(apart) + 1) / 2, level) if len(apart) else None
 
     def score(self, criterion: str, level: float = LEVEL) -> Estimate | None:
         """Return the run's mean score; None where nothing was scored."""

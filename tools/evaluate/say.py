@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tools.evaluate.intervals import Estimate, verdict
-from tools.evaluate.record import Evaluation, load_judged, loss_apart, of_json, score_apart
+from tools.evaluate.record import Evaluation, accuracy_apart, likely, load_judged, loss_apart, of_json, score_apart
 
 NOTHING = "-"
 MARKS = {"better": "▲", "worse": "▼", "no difference": "="}
@@ -22,12 +22,19 @@ NAMES = {"held_out": "held-out loss", "general": "loss on general text"}
 def table_of(folder: Path, ours: Evaluation, theirs: Evaluation | None) -> Table:
     """Return a run's metrics next to its base's."""
     caption = "losses in nats a token; ± of 95 %; ▲ better, ▼ worse, = no difference beyond the noise"
+    caption += "" if ours.pairs is None else "; longer, shorter: pairs whose preferred answer is that"
     title = str(folder.parent) if ours.about.get("name") != "model" else str(ours.about.get("model"))
     table = Table(title=escape(title), title_justify="left", caption=caption, caption_justify="left")
     table.add_column()
     for name in ("base", "run", "run - base"):
         table.add_column(name, justify="right", no_wrap=True)
-    for line in [*_losses(ours, theirs), *_scores(ours, theirs), *_benchmarks(ours, theirs), *_judged(folder, ours, theirs)]:
+    for line in [
+        *_losses(ours, theirs),
+        *_pairs(ours, theirs),
+        *_scores(ours, theirs),
+        *_benchmarks(ours, theirs),
+        *_judged(folder, ours, theirs),
+    ]:
         table.add_row(*line)
     return table
 
@@ -39,6 +46,32 @@ def _losses(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
             apart = loss_apart(ours, theirs, part) if theirs else None
             lines.append([title, plus_minus(theirs.loss(part) if theirs else None, 3, ""), plus_minus(loss, 3, ""), _told(apart, 3, True)])
     return lines
+
+
+BUCKET_WORDS = {"all": "", "longer": ", longer", "shorter": ", shorter"}
+"""Of a bucket of pairs, by whether the preferred answer is the longer one."""
+
+
+def _pairs(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
+    """Return how well preferred answers are told from the others, by rewards where the run has some, and by log-probabilities."""
+    if ours.pairs is None:
+        return []
+    lines = [_accuracy(ours, theirs, bucket) for bucket in BUCKET_WORDS]
+    margins = [None if one is None or _kind(one) != _kind(ours) else one.margin() for one in (theirs, ours)]
+    lines.append([f"{_kind(ours)} margin", *(plus_minus(value, 3, "") for value in margins), ""])
+    return lines if ours.pairs.rewards is None else [*lines, _accuracy(likely(ours), theirs and likely(theirs), "all")]
+
+
+def _accuracy(ours: Evaluation, theirs: Evaluation | None, bucket: str) -> list[str]:
+    base = None if theirs is None or _kind(theirs) != _kind(ours) else theirs.accuracy(bucket)
+    apart = accuracy_apart(ours, theirs, bucket) if theirs else None
+    title = f"{_kind(ours)} accuracy{BUCKET_WORDS[bucket]}"
+    return [title, plus_minus(base, 3, ""), plus_minus(ours.accuracy(bucket), 3, ""), _told(apart, 3, False)]
+
+
+def _kind(evaluation: Evaluation) -> str:
+    """Say what pairs are ordered by."""
+    return "likelihood" if evaluation.pairs is None or evaluation.pairs.rewards is None else "reward"
 
 
 def _scores(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
@@ -70,7 +103,7 @@ def _judged(folder: Path, ours: Evaluation, theirs: Evaluation | None) -> list[l
     judged = None if theirs is None else load_judged(folder, ours, theirs)
     if judged is None:
         return []
-    lines = []
+    lines = [["judge: wins, ties as half", NOTHING, plus_minus(judged.win_rate(), 3, ""), ""]]
     for criterion in judged.run:
         base = f"{judged.base[criterion].mean():.2f}" if len(judged.base[criterion]) else NOTHING
         lines.append([f"judge: {criterion}", base, plus_minus(judged.score(criterion), 2, ""), _told(judged.apart(criterion), 2, False)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,13 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from tools.evaluate.subject import Subject
 from trainers.cache import build_once, cache_root, content_key
-from trainers.config.choices import DataSource, ObjectiveName, TooLong
-from trainers.config.derived import compares
+from trainers.config.choices import DataSource, Layout, ObjectiveName, TooLong
+from trainers.config.derived import compares, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.measured import SAMPLED
 from trainers.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from trainers.data.pack import one_each
-from trainers.data.prepare import Prepared, open_prepared, prepare
+from trainers.data.prepare import Prepared, find_layout, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
 from trainers.model.blueprint import positions_limit
@@ -42,19 +43,17 @@ class EvalSet:
 
 
 def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
-    """Return the rows of `evaluation.path`, else those that the run held out; raises ConfigError where there are none."""
+    """Return the rows of `evaluation.path`, else those that the run held out; of pairs all documents, two a pair.
+
+    Raises ConfigError where there are none.
+    """
     path = config.evaluation.path
-    if compares(config.objective.name):
-        if path is None:
-            reason = "the run held out pairs of answers, which its metrics measure: eval_accuracy, eval_reward_margin"
-            raise ConfigError("evaluation.path", None, reason, "--path FILE, rows of a task with one answer each")
-        config = dataclasses.replace(config, objective=ObjectiveConfig(name=ObjectiveName.sft))
     if path is not None:
         data = dataclasses.replace(config.data, source=DataSource.files, path=path, eval_path=None, eval_fraction=0.0, packing=False)
         data = dataclasses.replace(data, split=data.eval_split or data.split, eval_split=None)
         if path != config.data.path:
             data = dataclasses.replace(data, config=None, data_files=[], revision=None)
-        prepared = prepare(dataclasses.replace(config, data=data), tokenizer=tokenizer)
+        prepared = prepare(_with_objective(dataclasses.replace(config, data=data)), tokenizer=tokenizer)
         table: TokenTable | None = prepared.train
     else:
         prepared = _prepared(config, tokenizer)
@@ -62,6 +61,17 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
     if table is None:
         raise ConfigError("evaluation.path", None, "the run held no rows out", "--path FILE, rows of the task that it has not trained on")
     return EvalSet(table=table, documents=np.arange(len(table.offsets) - 1), key=prepared.path.name)
+
+
+def _with_objective(config: RunConfig) -> RunConfig:
+    """Return a config whose objective takes its rows: one of pairs for pairs, else the run's own or one of single answers."""
+    of_pairs = dataclasses.replace(config, objective=ObjectiveConfig(name=ObjectiveName.dpo))
+    with contextlib.suppress(ConfigError):  # what is wrong with rows of neither kind is said by who prepares them
+        if find_layout(of_pairs, sources_of(config.data)[0]) is Layout.preference:
+            return of_pairs
+    if not compares(config.objective.name):
+        return config
+    return dataclasses.replace(config, objective=ObjectiveConfig(name=ObjectiveName.sft))
 
 
 def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared:

@@ -44,7 +44,7 @@ class Part:
     """Documents of which one thing is measured, and where their metrics are kept."""
 
     name: str
-    """`held_out` and `general` are losses, `answers` are answers."""
+    """`held_out` and `general` are losses, `pairs` those of both answers of pairs, `answers` are answers."""
     table: EvalSet
     documents: Ints
     folder: Path
@@ -88,7 +88,7 @@ def measure_share(subject: Subject, number: int, request: dict[str, Any], device
     parts = parts_of(subject, request["dtype"], device)
     if rank == 0:
         say(subject=number, weights=subject.fingerprint, files=subject.files, parts={part.name: part.as_json() for part in parts})
-    left = {part.name: _share(part, rank, size, request["batch"]) for part in parts}
+    left = _shares(parts, rank, size, request["batch"])
     benchmarks = _benchmarks_file(subject, request) if request["tasks"] and rank == 0 else None
     if benchmarks is not None and benchmarks.is_file():
         say(subject=number, lm_eval=read_json(benchmarks))
@@ -132,10 +132,14 @@ def parts_of(subject: Subject, dtype: str, device: torch.device) -> list[Part]:
     config, model = subject.config, _key_of(subject, dtype)
     root = cache_root(config.data.prepared_dir)
     held, text = held_out(config, subject.tokenizer), general(subject, device)
-    parts = [Part(name="held_out", table=held, documents=held.documents, folder=_folder(root, *model, "loss", held.key))]
+    folder = _folder(root, *model, "loss", held.key)
+    is_of_pairs = held.table.units is not None
+    parts = [Part(name="pairs", table=held, documents=held.documents, folder=folder)] if is_of_pairs else []
+    documents = held.documents[::2] if is_of_pairs else held.documents  # preferred answers
+    parts.append(Part(name="held_out", table=held, documents=documents, folder=folder))
     if text is not None:
         parts.append(Part(name="general", table=text, documents=text.documents, folder=_folder(root, *model, "loss", text.key)))
-    asked = with_prompt(held.table, held.documents)
+    asked = with_prompt(held.table, documents)
     if config.evaluation.rows and len(asked):
         documents = asked[evenly(len(asked), config.evaluation.rows)]
         folder = _folder(root, *model, "answers", held.key, config.evaluation.max_new_tokens)
@@ -147,9 +151,19 @@ def _folder(root: Path, *parts: object) -> Path:
     return root / f"evaluation-{content_key(*parts)}"
 
 
-def _share(part: Part, rank: int, size: int, batch: int) -> Ints:
+def _shares(parts: list[Part], rank: int, size: int, batch: int) -> dict[str, Ints]:
+    """Return a rank's documents of each part that are still to be measured; one that several parts have is the first one's."""
+    taken: dict[Path, set[int]] = {}
+    left = {}
+    for part in parts:
+        left[part.name] = _share(part, taken.get(part.folder, set()), rank, size, batch)
+        taken.setdefault(part.folder, set()).update(part.documents.tolist())
+    return left
+
+
+def _share(part: Part, taken: set[int], rank: int, size: int, batch: int) -> Ints:
     """Return a rank's documents that no file has, longest first; which are its own does not depend on what is there."""
-    known = {row["document"] for file in part.folder.glob("*.jsonl") for row in read_lines(file)}
+    known = taken | {row["document"] for file in part.folder.glob("*.jsonl") for row in read_lines(file)}
     own = [rows for rows in deal(longest_first(part.table.table, part.documents), batch, rank, size) if len(rows)]
     return np.array([document for rows in own for document in rows.tolist() if document not in known], np.int64)
 

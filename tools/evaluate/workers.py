@@ -147,7 +147,7 @@ class Bars:
         if "parts" in word:
             subject = self.subjects[number]
             subject.parts, subject.weights, subject.files = word["parts"], word["weights"], word["files"]
-            total = sum(len(part["documents"]) for part in word["parts"].values())
+            total = len({(part["folder"], document) for part in word["parts"].values() for document in part["documents"]})
             self.progress.update(self.tasks[number], total=total)
         if "opening" in word:
             if self.progress.disable and not self.progress.tasks[number].visible:

@@ -81,7 +81,7 @@ def gate(options: argparse.Namespace) -> int:
         raise ConfigError("RUN", str(run), "is not evaluated", f"python -m tools.evaluate {run}")
     if ours.about.get("files") != record.digest_of(run / paths.EXPORT):
         raise ConfigError("RUN", str(run), "its export is not the one that was evaluated", f"python -m tools.evaluate {run}")
-    checks = hold(rules, ours, theirs)
+    checks = hold(rules, ours, theirs, None if theirs is None else record.load_judged(run / FOLDER, ours, theirs))
     if not checks and not prompts:
         raise ConfigError("--rules", str(options.rules), "asks nothing, so that any model would pass", "a rule, or prompts")
     if prompts:

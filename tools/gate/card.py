@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from tools.evaluate.intervals import Estimate
-from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
+from tools.evaluate.record import Evaluation, accuracy_apart, loss_apart, score_apart, task_metric
 from tools.gate.rules import Check
 from tools.markdown import cell_of, without_folders
 from trainers.config.derived import Peak, peak_lr
@@ -118,10 +118,24 @@ def _figures(ours: Evaluation, theirs: Evaluation | None) -> str:
         rows.append(
             (metric, theirs.score(metric) if theirs else None, ours.score(metric), score_apart(ours, theirs, metric) if theirs else None)
         )
+    rows += _pairs(ours, theirs)
     rows.append(("answers that end", theirs.share("finished") if theirs else None, ours.share("finished"), None))
     lines = ["| | base | this model | difference |", "|---|---|---|---|"]
     lines += [f"| {cell_of(name)} | {_estimate(base)} | {_estimate(own)} | {_estimate(apart)} |" for name, base, own, apart in rows if own]
     return "\n".join([*lines, "", "In brackets: 95 % intervals over the documents."])
+
+
+def _pairs(ours: Evaluation, theirs: Evaluation | None) -> list[tuple[str, Estimate | None, Estimate | None, Estimate | None]]:
+    """Return the lines of pairs of answers: rewards that only this model has are compared with nothing."""
+    if ours.pairs is None:
+        return []
+    is_same = theirs is not None and theirs.pairs is not None and (theirs.pairs.rewards is None) == (ours.pairs.rewards is None)
+    lines = []
+    for bucket, words in (("all", ""), ("longer", ", the preferred answer longer"), ("shorter", ", the preferred answer shorter")):
+        base = theirs.accuracy(bucket) if theirs is not None and is_same else None
+        apart = accuracy_apart(ours, theirs, bucket) if theirs is not None else None
+        lines.append((f"preference accuracy{words}", base, ours.accuracy(bucket), apart))
+    return lines
 
 
 def _estimate(estimate: Estimate | None) -> str:

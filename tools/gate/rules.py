@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tools.evaluate.intervals import Estimate
-from tools.evaluate.record import Evaluation, loss_apart, score_apart, task_metric
+from tools.evaluate.record import Evaluation, Judged, loss_apart, score_apart, task_metric
 from tools.evaluate.scores import is_refusal
 from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError, did_you_mean
@@ -33,6 +33,9 @@ class Rules:
     format_at_least: float | None = None
     finished_at_least: float | None = None
     refused_at_most: float | None = None
+    preference_accuracy_at_least: float | None = None
+    preference_shorter_at_least: float | None = None
+    win_rate_at_least: float | None = None
     sure: bool = True
     prompts: str | None = None
     prompts_passed_at_least: float = 1.0
@@ -145,8 +148,8 @@ def _prompt(line: str, place: str) -> Prompt:
     return Prompt(name=name, kind=str(row.get("kind", "regression")), messages=messages, refuse=row.get("refuse"), **patterns)
 
 
-def hold(rules: Rules, ours: Evaluation, theirs: Evaluation | None) -> list[Check]:
-    """Check a model's metrics, next to its base's, against the rules about them."""
+def hold(rules: Rules, ours: Evaluation, theirs: Evaluation | None, judged: Judged | None = None) -> list[Check]:
+    """Check a model's metrics, next to its base's, and a judge's scores of both against the rules about them."""
     metric = task_metric(ours)
     gain = None if theirs is None or metric is None else score_apart(ours, theirs, metric)
     forgetting = None if theirs is None else loss_apart(ours, theirs, "general")
@@ -158,6 +161,9 @@ def hold(rules: Rules, ours: Evaluation, theirs: Evaluation | None) -> list[Chec
         ("format_at_least", ours.score(str(Metric.json)) if ours.answers else None, "evaluation.metrics=[...,json]"),
         ("finished_at_least", ours.share("finished"), "evaluation.rows"),
         ("refused_at_most", ours.share("refused"), "evaluation.rows"),
+        ("preference_accuracy_at_least", ours.accuracy(), "rows that are pairs of answers"),
+        ("preference_shorter_at_least", ours.accuracy("shorter"), "pairs whose preferred answer is the shorter one"),
+        ("win_rate_at_least", None if judged is None else judged.win_rate(), "evaluation.rows, the base, and --judge"),
     ]
     return [
         _held(name, limit, estimate, needs, rules.sure) for name, estimate, needs in asked if (limit := getattr(rules, name)) is not None

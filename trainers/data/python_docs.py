@@ -9,10 +9,12 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import random
 import re
 import sys
 import sysconfig
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +68,19 @@ def conversations() -> Iterator[dict[str, Any]]:
             if question not in asked and len(answer) >= 20:
                 asked.add(question)
                 yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def pairs() -> Iterator[dict[str, Any]]:
+    """Yield {"prompt", "chosen", "rejected"}: of every third question the documented answer, and its words in another order.
+
+    Both answers have the same words, so that neither length nor vocabulary tells which is preferred.
+    """
+    for row in islice(conversations(), 0, None, 3):
+        question, answer = (message["content"] for message in row["messages"])
+        words = answer.split()
+        scrambled = random.Random(question).sample(words, len(words))  # the same on every machine
+        if scrambled != words:
+            yield {"prompt": question, "chosen": " ".join(words), "rejected": " ".join(scrambled)}
 
 
 def _question(entry: Entry) -> str:

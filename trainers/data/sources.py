@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import Source
+from trainers.config.derived import Source, compares
 from trainers.config.errors import ConfigError
 from trainers.config.local import COMPRESSED, FILE_TYPES, file_type
 from trainers.data.formats import BadRow, strict_json
@@ -153,6 +153,9 @@ def _is_plain(file: Path) -> bool:
 def _python_docs(objective: ObjectiveName) -> Iterator[Row]:
     from trainers.data import python_docs
 
-    found = python_docs.documents() if objective is ObjectiveName.cpt else python_docs.conversations()
+    if compares(objective):
+        found: Iterator[dict[str, Any]] = python_docs.pairs()
+    else:
+        found = python_docs.documents() if objective is ObjectiveName.cpt else python_docs.conversations()
     for number, row in enumerate(found, 1):
         yield Row(row, "python_docs", number)

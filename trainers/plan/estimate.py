@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainers.config.choices import Offload, Precision
 from trainers.config.optimizers import host_bytes
@@ -74,6 +74,20 @@ def bandwidth(group: str, place: Place, hardware: HardwareConfig) -> float:
     first, end, count = map(int, group.split(":"))
     nodes = (end - 1) // place.ranks_per_node - first // place.ranks_per_node + 1
     return min(hardware.link_gb_s, hardware.network_gb_s * max(1, count // nodes))
+
+
+FORWARD = ("embedding", "forward", "logits and loss")
+"""Moments of a microbatch's forward."""
+
+
+def forward_seconds(
+    config: RunConfig, place: Place, hardware: HardwareConfig, moments: list[Moment], share: Share, trained: float, frozen_bytes: float
+) -> float:
+    """Return the seconds of one microbatch's forward, as a reference takes it; weights on the host are fetched."""
+    own = [moment for moment in moments if moment.microbatch == 0 and moment.name in FORWARD]
+    alone = replace(config, engine=replace(config.engine, offload_optimizer=Offload.none, offload_param=Offload.none))
+    fetched = trained * 4 + frozen_bytes if config.engine.offload_param is not Offload.none else 0.0
+    return step_seconds(alone, place, hardware, own, 1, share, 0.0) + fetched / (GIGA * hardware.host_link_gb_s * share.wires)
 
 
 def step_seconds(

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from trainers.config.choices import DataSource
+from trainers.config.derived import compares
 from trainers.config.errors import ConfigError
 from trainers.config.local import looks_local
 from trainers.config.schema import ModelConfig, RunConfig
@@ -49,6 +50,16 @@ class Data:
     """Rows of one pass; None where nobody knows."""
     tokens: float | None
     """Tokens of one pass, without padding."""
+    measured: tuple[float, float] | None = None
+    """Rows and documents that a reference is measured of, held-out ones included; None where the data are not prepared."""
+
+    in_row: int = 1
+    """Sequences of `seq_len` tokens that a row has below each other: the two answers of a pair without packing."""
+
+    @property
+    def row_tokens(self) -> int:
+        """Return the tokens of a row that is full."""
+        return self.in_row * self.seq_len
 
     def steps(self, config: RunConfig) -> int | None:
         """Return the run's optimizer steps."""
@@ -127,6 +138,10 @@ def _fetch(model: ModelConfig) -> PreTrainedConfig:
 
 def read_data(config: RunConfig, plan: PlanConfig) -> Data:
     """Return how much there is to train on: from the prepared data, else `plan.tokens`, else nothing but `train.steps`."""
+    return _read_data(config, plan, 2 if compares(config.objective.name) and not config.data.packing else 1)
+
+
+def _read_data(config: RunConfig, plan: PlanConfig, in_row: int) -> Data:
     seq_len, batch = config.data.seq_len, config.train.global_batch
     try:
         with _offline():
@@ -138,16 +153,18 @@ def read_data(config: RunConfig, plan: PlanConfig) -> Data:
         lengths = prepared.train.row_lengths()
         longest = seq_len if config.data.packing else min(seq_len, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
         words = f"the prepared data ({prepared.path.name})"
-        return Data(source=words, seq_len=longest, rows=float(len(lengths)), tokens=float(lengths.sum()))
+        tables = [table for table in (prepared.train, prepared.eval) if table is not None]
+        measured = float(sum(map(len, tables))), float(sum(len(table.offsets) - 1 for table in tables))
+        return Data(source=words, seq_len=longest, rows=float(len(lengths)), tokens=float(lengths.sum()), measured=measured, in_row=in_row)
     if plan.tokens is not None:
         words = f"plan.tokens={plan.tokens:g}, in full rows: the data are not prepared on this machine"
-        return Data(source=words, seq_len=seq_len, rows=math.ceil(plan.tokens / seq_len), tokens=plan.tokens)
+        return Data(source=words, seq_len=seq_len, rows=math.ceil(plan.tokens / (in_row * seq_len)), tokens=plan.tokens, in_row=in_row)
     if config.train.steps is not None:
         words = f"train.steps={config.train.steps} of {batch} full rows: the data are not prepared on this machine"
-        return Data(source=words, seq_len=seq_len, rows=None, tokens=None)
+        return Data(source=words, seq_len=seq_len, rows=None, tokens=None, in_row=in_row)
     how = "python -m tools.show_batch prepares them" if config.data.source is DataSource.python_docs or _is_here(config) else ""
     words = f"unknown: the data are not prepared on this machine{'; ' if how else ''}{how}; plan.tokens=N says how many tokens one pass has"
-    return Data(source=words, seq_len=seq_len, rows=None, tokens=None)
+    return Data(source=words, seq_len=seq_len, rows=None, tokens=None, in_row=in_row)
 
 
 def _is_here(config: RunConfig) -> bool:

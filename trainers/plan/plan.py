@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -17,7 +18,8 @@ from trainers.engines.base import nvme_buffers
 from trainers.engines.build import attending, attention_of, class_of
 from trainers.model.backends import stand_in
 from trainers.model.blueprint import Blueprint
-from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, spans_nodes, step_seconds, totals
+from trainers.objectives import CHOICES, REFERENCE
+from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, forward_seconds, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
 from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
 from trainers.plan.simulate import Simulation, ranks, simulate
@@ -34,6 +36,18 @@ WORDS = {
     Kind.logits: "logits",
     Kind.buffers: "all-gather and reduce buffers",
 }
+
+
+@dataclass(kw_only=True)
+class Reference:
+    """What a reference costs that is measured before the first step, and what a second model would cost instead."""
+
+    disk_bytes: int | None
+    """Of the numbers that are kept; None where nobody knows how many documents there are."""
+    second_model_bytes: int
+    """Of a rank's device: the weights of a frozen copy in the type of its files, sharded as the model is. The pass itself keeps nothing."""
+    seconds: tuple[float, float] | None = None
+    """Of the pass, with the fast and the slow set of assumptions; None where rows or devices are not known."""
 
 
 @dataclass(kw_only=True)
@@ -86,6 +100,8 @@ class Plan:
     save_seconds: float | None = None
     step_seconds: tuple[float, float] | None = None
     """With the fast and the slow set of assumptions; None where no device is named."""
+    reference: Reference | None = None
+    """The pass that measures the model that training begins with; None where the objective needs none."""
     price: float | None = None
     activations: dict[str, str] = field(default_factory=dict)
     """By device: what train.activations=auto takes; empty where the setting names it."""
@@ -112,14 +128,15 @@ class Plan:
         """Return the tokens of a day where all rows are full, slow and fast."""
         if self.step_seconds is None:
             return None
-        tokens = self.global_batch * self.data.seq_len * 86_400.0
+        tokens = self.global_batch * self.data.row_tokens * 86_400.0
         return tokens / self.step_seconds[1], tokens / self.step_seconds[0]
 
     def run_seconds(self) -> tuple[float, float] | None:
-        """Return the seconds of all steps, fast and slow; None where steps or devices are not known."""
+        """Return the seconds of all steps and of the reference, fast and slow; None where steps or devices are not known."""
         if self.step_seconds is None or self.steps is None:
             return None
-        return self.steps * self.step_seconds[0], self.steps * self.step_seconds[1]
+        before = (self.reference.seconds if self.reference is not None else None) or (0.0, 0.0)
+        return self.steps * self.step_seconds[0] + before[0], self.steps * self.step_seconds[1] + before[1]
 
 
 Simulations = dict[str, Simulation]
@@ -144,6 +161,9 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     moments = [*simulation.moments, *_export(config, simulation, saved)]
     plan = _describe(variant, config, data, simulation, moments, saved)
     plan.attention = str(attention)
+    if REFERENCE in CHOICES[config.objective.name](config.objective).signals:
+        copies = simulation.parameters * saved * config.engine.replicate // place.size
+        plan.reference = Reference(disk_bytes=data.measured and round(4 * data.measured[1]), second_model_bytes=copies)
     plan.notes += notes
     if config.train.compile:
         plan.notes.append("train.compile: memory and time are those of the step as it is without a compiler, which takes more of both")
@@ -222,6 +242,10 @@ def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Si
     microbatches = _microbatches(config, plan.place)
     fast, slow = (step_seconds(config, plan.place, device, moments, microbatches, share, *rank) for share in (FAST, SLOW))
     plan.step_seconds, plan.price, plan.assumptions = (fast, slow), device.price, list(ASSUMPTIONS)
+    if plan.reference is not None and (rows := plan.data.measured[0] if plan.data.measured else plan.data.rows):
+        each = [forward_seconds(config, plan.place, device, moments, share, *rank[:2]) for share in (FAST, SLOW)]
+        passes = math.ceil(rows / (plan.place.size * config.train.microbatch))
+        plan.reference.seconds = passes * each[0], passes * each[1]
 
 
 def _key(config: RunConfig, place: Place, seq_len: int) -> str:

@@ -77,7 +77,7 @@ def _saving(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _work(plan: Plan) -> list[tuple[str, str]]:
-    tokens = plan.global_batch * plan.data.seq_len
+    tokens = plan.global_batch * plan.data.row_tokens
     rows = [("peak learning rate", plan.learning_rate)]
     rows += [("a step", f"{plan.global_batch} rows, {tokens:,} tokens where all are full, {plan.flops:.3g} FLOPs over all ranks")]
     sent = "; ".join(f"{in_bytes(size)} by {name}" for name, size in plan.sent.items())
@@ -88,6 +88,7 @@ def _cost(plan: Plan) -> list[tuple[str, str]]:
     rows = [("training data", _data(plan))]
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}"))
+    rows += _reference(plan)
     if plan.step_seconds is None:
         return [*rows, ("time", "name a device: hardware=h100")] if plan.place.gpus and len(plan.verdicts) > 1 else rows
     fast, slow = plan.step_seconds
@@ -98,6 +99,17 @@ def _cost(plan: Plan) -> list[tuple[str, str]]:
         hours = [second / 3600 for second in seconds]
         rows += [("the whole run", f"{in_time(seconds[0])} to {in_time(seconds[1])}, {_spent(plan, hours)}")]
     return rows
+
+
+def _reference(plan: Plan) -> list[tuple[str, str]]:
+    """Say what the reference of preferences takes, next to a second model."""
+    if plan.reference is None:
+        return []
+    seconds, kept = plan.reference.seconds, plan.reference.disk_bytes
+    words = "one pass before the first step"
+    words += f", {in_time(seconds[0])} to {in_time(seconds[1])}" if seconds is not None else ""
+    words += f", {in_bytes(kept)} on disk" if kept is not None else ""
+    return [("the reference", f"{words}; a second model would take {in_bytes(plan.reference.second_model_bytes)} of each rank")]
 
 
 def _spent(plan: Plan, hours: list[float]) -> str:
