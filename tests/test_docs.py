@@ -86,7 +86,9 @@ def test_the_reference_has_every_setting_preset_and_experiment() -> None:
     text = reference.reference()
     assert [path for path in all_fields() if f"| `{path}` |" not in text] == []
     for file in sorted((ROOT / "conf").rglob("*.yaml")):
-        name = {"exp": f"`+exp={file.stem}`", "gate": "", "conf": ""}.get(file.parent.name, f"`{file.parent.name}={file.stem}`")
+        name = {"exp": f"`+exp={file.stem}`", "gate": "", "curate": "", "conf": ""}.get(
+            file.parent.name, f"`{file.parent.name}={file.stem}`"
+        )
         assert name in text
     assert reference.MARKER in (ROOT / "docs" / reference.PAGE).read_text("utf-8")
 

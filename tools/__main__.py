@@ -18,6 +18,7 @@ TOOLS = {
     "bench": "how fast what is here runs, and whether it is right",
     "chaos": "run with injected faults, and see what is lost",
     "compare": "runs side by side, as a table and as a page",
+    "curate": "make rows ready for training: duplicates, personal data, quality, splits",
     "doctor": "try the GPUs and links of a job's nodes",
     "evaluate": "measure a trained model",
     "export": "make a model of a checkpoint",

@@ -1,0 +1,274 @@
+"""A curation finds what is planted, touches nothing else, gives the same bytes for any number of processes and after a kill."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import ROOT, wait_for
+from planted import plant, report, score
+
+from tools.curate.__main__ import main
+from tools.curate.shingles import bands, jaccard, shingles
+from tools.curate.tidy import one_blank, read_again
+
+DEFAULT = ROOT / "conf" / "curate" / "default.yaml"
+SUBJECTS = ["river", "bridge", "market", "garden", "engine", "letter", "teacher", "island", "winter", "copper", "violin", "harbour"]
+VERBS = ["crosses", "follows", "repairs", "describes", "measures", "paints", "remembers", "carries", "divides", "protects"]
+
+
+def sentence(rng: np.random.Generator, words: int) -> str:
+    return " ".join(f"the {rng.choice(SUBJECTS)} {rng.choice(VERBS)} the {rng.choice(SUBJECTS)} {rng.integers(1000)}" for _ in range(words))
+
+
+def chats(count: int, seed: int = 0) -> list[dict[str, object]]:
+    rng = np.random.default_rng(seed)
+    turns = [
+        (f"Question {number}: {sentence(rng, 2)}?", f"Déjà vu — 다리 “{sentence(rng, 6)}”.\n\nSo {number}.") for number in range(count)
+    ]
+    return [
+        {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}], "id": asked} for asked, said in turns
+    ]
+
+
+def write(file: Path, rows: list[object]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return file
+
+
+def run(config: Path | str, *inputs: Path, out: Path, processes: int = 1) -> int:
+    if isinstance(config, str):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        text, config = config, out.parent / f"{out.name}.yaml"
+        config.write_text(text)
+    return main([str(config), *map(str, inputs), "--out", str(out), "--processes", str(processes), "--quiet"])
+
+
+def lines(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
+
+
+def test_planted_faults_are_found_and_nothing_else_is_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clean = write(tmp_path / "in" / "chats.jsonl", chats(300))
+    planted = plant([clean], tmp_path / "planted", seed=1, per_kind=8)
+    assert run(DEFAULT, tmp_path / "planted" / "chats.jsonl", out=tmp_path / "out") == 0
+    scores, wrong = score(planted, tmp_path / "out")
+    print(report(scores, wrong))
+    assert wrong == []
+    assert {kind: found.planted for kind, found in scores.items()} == dict.fromkeys(planted.steps, 8)
+    assert {kind: found.found for kind, found in scores.items()} == dict.fromkeys(planted.steps, 8)
+    assert lines(tmp_path / "out" / "rows" / "chats.jsonl") == [json.loads(line) for line in planted.clean["chats.jsonl"]]
+    untouched = set((tmp_path / "planted" / "chats.jsonl").read_bytes().splitlines())
+    assert len(untouched & set((tmp_path / "out" / "rows" / "chats.jsonl").read_bytes().splitlines())) >= 300 - 8 * 6
+
+
+def test_the_number_of_processes_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.curate.pipeline.PART_BYTES", 20_000)
+    rows = chats(200)
+    files = [write(tmp_path / "a.jsonl", [*rows[:120], rows[3]]), write(tmp_path / "b.jsonl", [*rows[100:], {"messages": []}])]
+    for processes in (1, 3):
+        assert run(DEFAULT, *files, out=tmp_path / str(processes), processes=processes) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    assert len(lines(tmp_path / "1" / "removed.jsonl")) == 22
+
+
+@pytest.mark.for_real
+def test_a_curation_that_is_killed_continues(tmp_path: Path) -> None:
+    file = write(tmp_path / "chats.jsonl", chats(3000))
+    line = [
+        sys.executable,
+        "-c",
+        "from tools.curate import pipeline; pipeline.PART_BYTES = 100_000; from tools.curate.__main__ import main; main()",
+    ]
+    line += [str(DEFAULT), str(file), "--processes", "2", "--out"]
+    child = subprocess.Popen([*line, str(tmp_path / "killed")], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list((tmp_path / "killed").glob(".curate/*/tidy/[0-9]*"))) >= 2)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    wait_for(lambda: not alive(child.pid))
+    assert not (tmp_path / "killed" / "report.json").exists()
+    done = {part.name: part.stat().st_mtime_ns for part in (tmp_path / "killed").glob(".curate/*/tidy/[0-9]*")}
+    assert done
+    for out in ("killed", "whole"):
+        said = subprocess.run([*line, str(tmp_path / out)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stderr
+    assert "tidy" in said
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.for_real
+def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
+    file = write(tmp_path / "chats.jsonl", chats(3000))
+    line = [sys.executable, "-m", "tools.curate", str(DEFAULT), str(file), "--processes", "2", "--out", str(tmp_path / "out")]
+    child = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: list((tmp_path / "out").glob(".curate/*/tidy")))
+    os.killpg(child.pid, signal.SIGINT)
+    said = child.communicate(timeout=30)[1]
+    assert (child.returncode, said.splitlines()[-1]) == (130, "stopped: the same command continues")
+    assert "Traceback" not in said
+
+
+def test_near_duplicates_agree_with_plain_python(tmp_path: Path) -> None:
+    """Every pair that reaches the threshold by sets of plain Python, and no other."""
+    rng = np.random.default_rng(5)
+    texts = [sentence(rng, 12) for _ in range(40)]
+    for text in texts[:25]:
+        words = text.split()
+        for _ in range(3):
+            for at in rng.integers(len(words), size=int(rng.integers(1, 9))):
+                words[at] = str(rng.choice(SUBJECTS))
+            texts.append(" ".join(words))
+    plain = [{text[at : at + 5] for at in range(len(text) - 4)} for text in texts]
+    for one in range(0, len(texts), 3):
+        for other in range(one):
+            wanted = len(plain[one] & plain[other]) / len(plain[one] | plain[other])
+            assert jaccard(shingles(texts[one], 5), shingles(texts[other], 5)) == pytest.approx(wanted, abs=1e-12)
+    out = tmp_path / "out"
+    assert run("near: {keep: first}", write(tmp_path / "texts.jsonl", [{"text": text} for text in texts]), out=out) == 0
+    gone = {row["line"]: row for row in lines(out / "removed.jsonl")}
+    stay = [number for number in range(len(texts)) if number + 1 not in gone]
+    assert 20 < len(gone) < 75
+    for line, row in gone.items():
+        one, other = plain[line - 1], plain[row["like_line"] - 1]
+        assert row["like_line"] not in gone
+        assert len(one & other) / len(one | other) == pytest.approx(row["similarity"]) >= 0.8
+    for place, one in enumerate(stay):
+        assert all(len(plain[one] & plain[other]) / len(plain[one] | plain[other]) < 0.8 for other in stay[:place])
+
+
+def test_bands_match_as_often_as_the_formula_says() -> None:
+    rng = np.random.default_rng(2)
+    matched, similarity = [], []
+    for _ in range(400):
+        one = np.unique(rng.integers(0, 1 << 32, 300, np.uint32))
+        other = np.unique(np.concatenate([one[:225], rng.integers(0, 1 << 32, 75, np.uint32)]))
+        matched.append((bands(one, 20, 5) == bands(other, 20, 5)).mean())
+        similarity.append(jaccard(one, other))
+    assert np.mean(matched) == pytest.approx(np.mean(np.power(similarity, 5)), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("keep", "lines_gone"), [("keep: first", [2, 3]), ("keep: longest", [1, 3]), ("{keep: highest, field: score}", [1, 2])]
+)
+def test_the_best_row_of_a_cluster_stays(tmp_path: Path, keep: str, lines_gone: list[int]) -> None:
+    text = sentence(np.random.default_rng(1), 20)
+    rows = [{"text": text, "score": 1}, {"text": f"{text} and so", "score": 2}, {"text": text[:-2], "score": 3}]
+    config = f"near: {keep}" if keep.startswith("{") else f"near: {{{keep}}}"
+    assert run(config, write(tmp_path / "in.jsonl", rows), out=tmp_path / "out") == 0
+    assert [row["line"] for row in lines(tmp_path / "out" / "removed.jsonl")] == lines_gone
+
+
+def test_contradictions_are_listed_and_stay(tmp_path: Path) -> None:
+    rows = [
+        {"question": asked, "answer": said} for asked, said in (("Where?", "Here."), ("why", "So."), ("where? ", "There."), ("WHY", "so."))
+    ]
+    assert run("exact: true\ncontradictions: true", write(tmp_path / "in.jsonl", rows), out=tmp_path / "out") == 0
+    [listed] = lines(tmp_path / "out" / "contradictions.jsonl")
+    assert [(row["line"], row["answer"]) for row in listed["rows"]] == [(1, "Here."), (3, "There.")]
+    assert len(lines(tmp_path / "out" / "rows" / "in.jsonl")) == 3
+
+
+def test_pairs_and_conversations_do_not_replace_each_other(tmp_path: Path) -> None:
+    text = sentence(np.random.default_rng(1), 20)
+    pair = {"prompt": "Say it", "chosen": text, "rejected": "No."}
+    files = [write(tmp_path / "a.jsonl", [{"prompt": "Say it", "completion": text}]), write(tmp_path / "b.jsonl", [pair])]
+    assert run(DEFAULT, *files, out=tmp_path / "out") == 0
+    assert lines(tmp_path / "out" / "removed.jsonl") == []
+
+
+def test_rows_of_other_containers_and_layouts_come_out_in_their_layout(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {number}", "input": "", "output": str(number), "extra": number} for number in range(3)]
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\r\n" for row in rows).encode()))
+    (tmp_path / "b.csv").write_text('question,answer\n"a, b",c\nd\n')
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "one two"}]))
+    assert run("schema: true", *(tmp_path / name for name in ("a.jsonl.gz", "b.csv", "c.json")), out=tmp_path / "out") == 0
+    found = tmp_path / "out" / "rows"
+    assert (lines(found / "a.jsonl"), lines(found / "b.jsonl")) == (rows, [{"question": "a, b", "answer": "c"}])
+    assert [row["reason"] for row in lines(tmp_path / "out" / "removed.jsonl")] == ["has 1 field, and the header has 2"]
+
+
+def test_text_that_was_read_wrongly_is_read_again_and_other_text_is_not() -> None:
+    for text in ("naïve café – “quoted” €5", "안녕하세요, 반갑습니다", "Привет", "日本語 🙂"):
+        wrong = "".join(bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in text.encode())
+        assert (read_again(wrong), read_again(text.encode().decode("latin-1"))) == (text, text)
+    for text in ("„Straß“ und „Fuß”", "Ünï Çödé", "ÀÉÎ ÇA À “LÀ”", "Tiếng Việt", "Ελληνικά", "100 °C ± 2 µm", "안녕"):
+        assert read_again(text) == text
+
+
+def test_code_keeps_its_spaces() -> None:
+    code = "def f(x):\n    if x:\n\treturn 1  # one\n\n\n    return 2"
+    assert one_blank(code, ends=True) == code
+    assert one_blank("a  \r\nb\u00a0c\n\n\n\n\nd \n", ends=True) == "a\nb c\n\n\nd"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("nera: true", "`nera` = True: "),
+        ("near: {treshold: 0.5}", "did you mean threshold?"),
+        ("near: {threshold: 1.5}", "is not between 0.3 and 1"),
+        ("near: {threshold: high}", "is not of type float"),
+        ("near: {keep: best}", "is not one of longest, first, highest"),
+        ("near: {keep: highest}", "near: {keep: highest, field: score}"),
+        ("exact: [1]", "is neither true, false nor settings"),
+        ("exact: {a: 1}", "is not a setting of this step"),
+        ("exact: false", "turns on no step"),
+        ("- exact", "holds no names of steps"),
+        ("a: b: c", "cannot be read"),
+    ],
+)
+def test_a_wrong_config_is_refused(tmp_path: Path, config: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(config, write(tmp_path / "in.jsonl", chats(1)), out=tmp_path / "out") == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_inputs_and_outputs_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, full = write(tmp_path / "in" / "in.jsonl", chats(1)), write(tmp_path / "full" / "mine.txt", []).parent
+    (tmp_path / "in" / "x.bin").write_bytes(b"1")
+    for inputs, out, words in (
+        ([tmp_path / "none"], tmp_path / "out", "no such file or directory"),
+        ([file, file], tmp_path / "out", "is named twice"),
+        ([tmp_path / "in" / "x.bin"], tmp_path / "out", "is not a data file by its name"),
+        ([file], full, "is not empty"),
+        ([file], file, "is a file"),
+        ([file], tmp_path / "in", "is not empty"),
+    ):
+        assert run(DEFAULT, *inputs, out=out) == 2
+        assert words in capsys.readouterr().err
+    assert run(DEFAULT, file, out=tmp_path / "out") == 0
+    assert run(DEFAULT, file, out=tmp_path / "out") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run("exact: true", file, out=tmp_path / "out") == 2
+    assert "holds the result of other settings or inputs" in capsys.readouterr().err
+
+
+def test_the_page_shows_rows_as_text_and_fetches_nothing(tmp_path: Path) -> None:
+    text = f"<script>alert(1)</script> {sentence(np.random.default_rng(3), 20)}"
+    rows = [{"text": text}, {"text": text[:-1]}, {"text": "a\u00a0b"}, {"text": ""}]
+    assert run(DEFAULT, write(tmp_path / "in.jsonl", rows), out=tmp_path / "out") == 0
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert not any(word in page for word in ("http://", "https://", "src="))
+    assert all(words in page for words in ("<h2>Near duplicates</h2>", "has an empty text", "prompt length"))
+    assert (tmp_path / "out" / "removed.jsonl").stat().st_mode & 0o77 == 0

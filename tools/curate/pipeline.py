@@ -1,0 +1,275 @@
+"""The stages of a curation, from the input files to the files of --out.
+
+read      each file into parts of a few megabytes
+tidy      each part: schema, normalisation, and what is needed to find duplicates
+twins     all parts together: duplicates and contradictions
+select    each part: rows that stay
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.curate import duplicates
+from tools.curate.config import Settings
+from tools.curate.notes import SHOWN, Notes, merged
+from tools.curate.rows import Item, View, parsed, read_items, to_json, view, write_items
+from tools.curate.stages import Pool
+from tools.curate.tidy import check_schema, normalise
+from trainers.config.choices import Layout
+from trainers.data import containers
+from trainers.data.formats import BadRow, recognise, strict_json
+from trainers.data.sources import digest
+from trainers.rundir.files import write_json
+
+VERSION = 1
+"""Of what the steps do: what a curation has begun with another one is not continued."""
+PART_BYTES = 8 << 20
+PAIRS = 20
+"""Duplicates that the report shows side by side."""
+Tell = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A curation: its settings and input files, and the names that these have in --out."""
+
+    settings: Settings
+    files: tuple[str, ...]
+    names: tuple[str, ...]
+
+    def key(self) -> str:
+        """Return what identifies the curation by its content."""
+        about = [VERSION, dataclasses.asdict(self.settings), self.files, [digest(Path(file)) for file in self.files]]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+
+
+def run(job: Job, folder: Path, pool: Pool, tell: Tell) -> dict[str, Any]:
+    """Do all stages in `folder`, or what is missing of them, and return what the report shows."""
+    pool.run(folder, "read", _read, [(f"{number:05}", (job, number)) for number in range(len(job.files))], tell)
+    parts = _parts(folder)
+    pool.run(folder, "tidy", _tidy, [(name, (job, *about)) for name, about in parts], tell)
+    names = [name for name, _ in parts]
+    pool.run(folder, "twins", _twins, [("all", (job, names))], tell)
+    pool.run(folder, "select", _select, [(name, (job, number)) for number, name in enumerate(names)], tell)
+    return _about(job, folder, names)
+
+
+def _parts(folder: Path) -> list[tuple[str, tuple[Path, str]]]:
+    """Return the name of each part of the input, with its file and the layout of the first row of the input file."""
+    found = []
+    for of_file in sorted((folder / "read").iterdir()):
+        layout = json.loads((of_file / "about.json").read_text())["layout"]
+        found += [(f"{of_file.name}-{file.stem}", (file, layout)) for file in sorted(of_file.glob("*.rows"))]
+    return found
+
+
+def _read(folder: Path, out: Path, about: tuple[Job, int]) -> None:
+    """Cut an input file into parts."""
+    job, number = about
+    items: list[Item] = []
+    size = parts = 0
+    layout = ""
+    for data, line in containers.read(Path(job.files[number])):
+        item = _item(number, line, data)
+        layout = layout or _layout_of(item)
+        items.append(item)
+        size += len(item.raw)
+        if size >= PART_BYTES:
+            write_items(out / f"{parts:05}.rows", items)
+            items, size, parts = [], 0, parts + 1
+    if items or not parts:
+        write_items(out / f"{parts:05}.rows", items)
+    write_json(out / "about.json", {"layout": layout})
+
+
+def _item(number: int, line: int, data: Any) -> Item:
+    if isinstance(data, BadRow):
+        return Item(number, line, b"", str(data))
+    try:
+        return Item(number, line, data.strip() if isinstance(data, bytes) else to_json(data))
+    except BadRow as error:
+        return Item(number, line, repr(data).encode(errors="replace").replace(b"\n", b" "), str(error))
+
+
+def _layout_of(item: Item) -> str:
+    """Return the layout of a row; '' where it cannot be told."""
+    try:
+        return "" if item.bad else str(recognise(strict_json(item.raw.decode())))
+    except (BadRow, ValueError):
+        return ""
+
+
+def _tidy(folder: Path, out: Path, about: tuple[Job, Path, str]) -> None:
+    """Check and normalise the rows of a part, and mark them for the search of duplicates."""
+    job, file, layout = about
+    notes, kept, views, ranks = Notes(list(job.files)), [], [], []
+    schema = job.settings.schema
+    expected = Layout(schema.layout or layout or Layout.auto) if schema else None
+    for item in read_items(file):
+        notes.tally("source before", job.names[item.file])
+        if (reason := check_schema(item, expected)) is not None:
+            notes.remove(item, "schema", reason)
+            continue
+        notes.tally("layout", item.layout)
+        before = item.raw
+        if job.settings.normalise and (reason := normalise(item, job.settings.normalise)):
+            notes.change(item, "normalise", reason, before)
+            if (reason := check_schema(Item(item.file, item.line, item.raw), None)) is not None:
+                notes.remove(item, "schema", f"{reason} once it is normalised")
+                continue
+        found = view(item.row, item.layout)
+        _tally_lengths(notes, found, "before")
+        kept.append(item)
+        views.append(found)
+        ranks.append(_rank(item, found, job.settings))
+    write_items(out / "kept.rows", kept)
+    np.save(out / "places.npy", np.array([(item.file, item.line) for item in kept], np.int64).reshape(-1, 2))
+    for name, values in vars(duplicates.marks(views, [item.layout for item in kept], ranks, job.settings)).items():
+        np.save(out / f"{name}.npy", values)
+    notes.write(out)
+
+
+def _tally_lengths(notes: Notes, found: View, when: str) -> None:
+    for name, size in (("prompt", len(found.prompt)), ("answer", sum(map(len, found.answers)))):
+        notes.tally(f"{name} length {when}", str(size.bit_length()))
+
+
+def _rank(item: Item, found: View, settings: Settings) -> float:
+    """Return by which the best row of a cluster of near duplicates is kept: the largest."""
+    if settings.near is None or settings.near.keep == "first":
+        return 0.0
+    if settings.near.keep == "longest":
+        return float(len(found.text))
+    value = item.row.get(settings.near.field or "")
+    return float(value) if isinstance(value, int | float) and value == value else float("-inf")
+
+
+def _twins(folder: Path, out: Path, about: tuple[Job, list[str]]) -> None:
+    """Find the duplicates among the rows of all parts; a file a part says which of its rows go."""
+    job, names = about
+    tidy = [folder / "tidy" / name for name in names]
+    parts = [
+        duplicates.Marks(
+            **{
+                field.name: np.load(part / f"{field.name}.npy", mmap_mode=_mapped(field.name))
+                for field in dataclasses.fields(duplicates.Marks)
+            }
+        )
+        for part in tidy
+    ]
+    found = duplicates.find(parts, job.settings)
+    places = np.concatenate([np.load(part / "places.npy") for part in tidy])
+    firsts = np.cumsum([0, *(len(part.text) for part in parts)])
+    for number in range(len(names)):
+        of_part = {}
+        for row in range(firsts[number], firsts[number + 1]):
+            if twin := found.twins.get(row):
+                file, line = places[twin.kept].tolist()
+                of_part[row - firsts[number]] = {"like": job.files[file], "like_line": line, "similarity": twin.similarity}
+        write_json(out / f"{number:05}.json", {str(row): twin for row, twin in of_part.items()})
+    shown = sorted((twin for twin in found.twins.values() if twin.similarity is not None), key=lambda twin: (twin.similarity, twin.row))
+    shown = shown[:PAIRS]
+    wanted = {row for twin in shown for row in (twin.row, twin.kept)} | {row for group in found.contradictions for row in group}
+    views = dict(_views(tidy, firsts.tolist(), wanted))
+    pairs = [
+        {"similarity": twin.similarity, "kept": views[twin.kept].text[:SHOWN], "removed": views[twin.row].text[:SHOWN]} for twin in shown
+    ]
+    write_json(out / "about.json", {"pairs": pairs, "not_compared": found.not_compared, "contradictions": len(found.contradictions)})
+    with (out / "contradictions.jsonl").open("w", encoding="utf-8") as stream:
+        for group in found.contradictions:
+            rows = [
+                {
+                    "file": job.files[places[row][0]],
+                    "line": int(places[row][1]),
+                    "answer": views[row].answers[0] if views[row].answers else "",
+                }
+                for row in group
+            ]
+            stream.write(json.dumps({"prompt": views[group[0]].prompt, "rows": rows}, ensure_ascii=False) + "\n")
+
+
+def _mapped(name: str) -> Any:
+    """Return how an array is opened: shingles are read as they are asked for."""
+    return "r" if name == "shingles" else None
+
+
+def _views(parts: list[Path], firsts: list[int], wanted: set[int]) -> Iterator[tuple[int, View]]:
+    """Yield what some rows say, by their number."""
+    for part, first, end in zip(parts, firsts, firsts[1:], strict=False):
+        here = {row for row in wanted if first <= row < end}
+        if here:
+            for row, item in enumerate(read_items(part / "kept.rows"), first):
+                if row in here:
+                    yield row, view(parsed(item).row, item.layout)
+
+
+def _select(folder: Path, out: Path, about: tuple[Job, int]) -> None:
+    """Leave out the duplicates of a part, and then what the steps on single rows take."""
+    job, number = about
+    notes, kept = Notes(list(job.files)), []
+    twins = json.loads((folder / "twins" / "all" / f"{number:05}.json").read_text())
+    part = sorted((folder / "tidy").iterdir())[number]
+    for row, item in enumerate(read_items(part / "kept.rows")):
+        parsed(item)
+        if twin := twins.get(str(row)):
+            step = "exact" if twin["similarity"] is None else "near"
+            words = "has the same text as" if step == "exact" else f"has a similarity of {twin['similarity']:.3f} with"
+            notes.remove(item, step, f"{words} line {twin['like_line']} of {Path(twin['like']).name}", **twin)
+            continue
+        notes.tally("source after", job.names[item.file])
+        _tally_lengths(notes, view(item.row, item.layout), "after")
+        kept.append(item)
+    write_items(out / "kept.rows", kept)
+    notes.write(out)
+
+
+def _about(job: Job, folder: Path, names: list[str]) -> dict[str, Any]:
+    """Return what the report shows."""
+    total = merged([folder / stage / name for stage in ("tidy", "select") for name in names])
+    twins = json.loads((folder / "twins" / "all" / "about.json").read_text())
+    sources = {
+        name: {
+            "before": total["tallies"].get("source before", {}).get(name, 0),
+            "after": total["tallies"].get("source after", {}).get(name, 0),
+        }
+        for name in job.names
+    }
+    steps = {
+        name: {
+            "removed": sum(total["counts"]["removed"].get(name, {}).values()),
+            "changed": sum(total["counts"]["changed"].get(name, {}).values()),
+        }
+        for name, settings in vars(job.settings).items()
+        if settings is not None
+    }
+    return {
+        "rows": {when: sum(counts[when] for counts in sources.values()) for when in ("before", "after")},
+        "steps": steps,
+        "reasons": total["counts"],
+        "sources": sources,
+        "tallies": total["tallies"],
+        "examples": total["examples"],
+        **twins,
+    }
+
+
+def kept(folder: Path) -> Iterator[Item]:
+    """Yield the rows that stay, in the order of the input."""
+    for part in sorted((folder / "select").iterdir()):
+        yield from read_items(part / "kept.rows")
+
+
+def aside(folder: Path, name: str) -> Iterator[bytes]:
+    """Yield the lines of what was `removed` or `changed`, a stage after the other."""
+    for stage in ("tidy", "select"):
+        for part in sorted((folder / stage).iterdir()):
+            yield (part / f"{name}.jsonl").read_bytes()

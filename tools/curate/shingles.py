@@ -1,0 +1,57 @@
+"""Texts as sets of short runs of characters, their MinHash signatures, and the real Jaccard similarity of two sets.
+
+MinHash: Broder 1997. Bands of a signature: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Hashes = npt.NDArray[np.uint32]
+BLOCK = 4096
+"""Shingles that are hashed at once, so that the table of hashes stays in a processor's cache."""
+MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+def shingles(text: str, length: int) -> Hashes:
+    """Return the distinct hashes of a text's runs of `length` characters, sorted; (n,) uint32, of the whole where it is shorter.
+
+    Case and spaces do not count.
+    """
+    text = " ".join(text.casefold().split())
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64)
+    length = max(1, min(length, len(codes)))
+    rolled = np.zeros(max(1, len(codes) - length + 1), np.uint64)
+    if len(codes):
+        for at in range(length):
+            rolled = rolled * np.uint64(0x100000001B3) + codes[at : len(codes) - length + 1 + at]
+    rolled = (rolled ^ (rolled >> np.uint64(29))) * MIX
+    rolled = (rolled ^ (rolled >> np.uint64(32))) * MIX
+    return np.unique((rolled >> np.uint64(32)).astype(np.uint32))
+
+
+def permutations(count: int) -> tuple[Hashes, Hashes]:
+    """Return the odd factors and the offsets of `count` permutations of 32-bit numbers, always the same."""
+    drawn = np.random.Generator(np.random.PCG64(18)).integers(0, 1 << 32, (2, count), np.uint32)
+    return drawn[0] | np.uint32(1), drawn[1]
+
+
+def bands(found: Hashes, count: int, size: int) -> npt.NDArray[np.uint64]:
+    """Return the hash of each of `count` bands of `size` rows of a set's MinHash signature, (count,) uint64."""
+    factors, offsets = permutations(count * size)
+    least = np.full(count * size, 0xFFFFFFFF, np.uint32)
+    for at in range(0, len(found), BLOCK):
+        block = found[at : at + BLOCK, None] * factors + offsets
+        np.minimum(least, block.min(axis=0), out=least)
+    mixed = np.arange(count, dtype=np.uint64)
+    for row in least.reshape(count, size).T.astype(np.uint64):
+        mixed = (mixed ^ row) * MIX
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
+def jaccard(one: Hashes, other: Hashes) -> float:
+    """Return the Jaccard similarity of two sorted sets, in [0, 1]."""
+    shared = np.intersect1d(one, other, assume_unique=True).size
+    return shared / (one.size + other.size - shared)

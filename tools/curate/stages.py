@@ -1,0 +1,72 @@
+"""Steps as stages that can be killed: each part of a stage is written whole or not at all, and what is there is not done again.
+
+Local processes do the parts. A library's executor would bring its own files and readers, which keep no row to the byte.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from trainers.processes import die_with_parent
+
+Work = Callable[[Path, Path, Any], None]
+"""What makes one part: (folder of the curation, new folder to fill, what the part is about)."""
+
+
+class Pool:
+    """Processes that do the parts of stages; with one, this process does them itself."""
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        context = get_context("fork")
+        self.executor = (
+            ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) if processes > 1 else None
+        )
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.executor is not None:
+            for child in list((self.executor._processes or {}).values()):
+                child.terminate()
+            self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Callable[[str, int, int], None]) -> None:
+        """Do the parts of a stage that are not there yet, each into folder/stage/NAME."""
+        (folder / stage).mkdir(exist_ok=True)
+        open_parts = [(name, about) for name, about in parts if not (folder / stage / name).is_dir()]
+        done = len(parts) - len(open_parts)
+        tell(stage, done, len(parts))
+        if self.executor is None:
+            for number, (name, about) in enumerate(open_parts, done + 1):
+                do_part(folder, stage, name, work, about)
+                tell(stage, number, len(parts))
+            return
+        waiting = [self.executor.submit(do_part, folder, stage, name, work, about) for name, about in open_parts]
+        for number, future in enumerate(as_completed(waiting), done + 1):
+            future.result()
+            tell(stage, number, len(parts))
+
+
+def _begin(parent: int) -> None:
+    """Let a process end with the one that started it, which alone hears Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent(parent)
+
+
+def do_part(folder: Path, stage: str, name: str, work: Work, about: Any) -> None:
+    """Fill a part's folder under another name, which becomes its own when it is whole."""
+    staging = folder / stage / f".{name}.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    work(folder, staging, about)
+    staging.rename(folder / stage / name)
