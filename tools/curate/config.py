@@ -134,7 +134,7 @@ def _step(name: str, value: Any) -> Any:
 def _require_type(path: str, value: Any, found: dataclasses.Field[Any]) -> None:
     """Raise ConfigError unless a value has the type that its field is declared with."""
     asked = str(found.type)
-    kinds = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict, "None": type(None)}
+    kinds: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str, "list": list, "dict": dict, "None": type(None)}
     allowed = [kinds[part.partition("[")[0]] for part in asked.split(" | ")]
     wrong_bool = isinstance(value, bool) and "bool" not in asked
     if wrong_bool or not any(isinstance(value, kind) for kind in allowed):
