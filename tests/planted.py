@@ -109,6 +109,62 @@ REPLACED: dict[str, Callable[[Row, random.Random], Row | None]] = {
     "no width": spoilt(between_words("\u200b ")),
 }
 """By kind: what spoils a row, and normalisation must bring back."""
+IDENTIFIERS = {
+    "email": ["ada.lovelace@example.org", "kim+news@mail.co.kr"],
+    "phone": ["+82 10-1234-5678", "010-9876-5432", "02-345-6789", "(415) 555-2671", "+44 20 7946 0958"],
+    "resident": ["900101-1234568"],
+    "business": ["124-81-00998", "220-81-62517"],
+    "passport": ["L898902C36UTO7408122F1204159ZE184226B<<<<<10"],
+    "card": ["4111 1111 1111 1111", "5555555555554444", "378282246310005"],
+    "iban": ["GB82 WEST 1234 5698 7654 32", "DE89370400440532013000"],
+    "ip": ["8.8.4.4", "2606:4700:4700::1111"],
+    "mac": ["3c:22:fb:01:aa:9e"],
+    "key": ["AKIA" + "IOSFODNN7EXAMPLE", "ghp_" + "a1B2" * 9, "hf_" + "Abcd1" * 7],
+}
+"""Published examples: of ISO 13616, ICAO Doc 9303, card networks, company registers."""
+DECOYS = [
+    "4111 1111 1111 1112",
+    "124-81-00999",
+    "GB82 WEST 1234 5698 7654 33",
+    "900101-1234567",
+    "192.168.0.1",
+    "1600-1500=100",
+    "12:30:45",
+]
+DECOYS += ["std::map<int>", "version 1.2.3.4", "3.14159265", "user@localhost", "2024-01-15", "1,234,567,890", "sk-learn", "a1b2c3d4"]
+"""They only look like personal data."""
+
+
+def with_identifier(kind: str) -> Callable[[Row, random.Random], Row]:
+    return lambda row, rng: with_answer(row, lambda text: f"{text}\nIt is {rng.choice(IDENTIFIERS[kind])} indeed, 0.")
+
+
+def masked(kind: str, row: Row) -> Row:
+    return with_answer(row, lambda text: f"{text}\nIt is [{kind.upper()}_1] indeed, 0.")
+
+
+def repeated(row: Row, rng: random.Random) -> Row:
+    return with_answer(row, lambda text: f"{' '.join(text.split()[:8])}, {rng.random()} so. " * 20 + "So.")
+
+
+def cut(row: Row, rng: random.Random) -> Row | None:
+    return with_answer(row, lambda text: f"{text[:400]} and the") if len(said(row)) > 250 else None
+
+
+REPLACED |= {f"personal: {kind}": with_identifier(kind) for kind in IDENTIFIERS}
+SPOILT: dict[str, tuple[str, Callable[[Row, random.Random], Row | None]]] = {
+    "repeats": (
+        "repetition",
+        lambda row, rng: with_answer(row, lambda text: f"{' '.join(text.split()[:8])}, {rng.random()} so. " * 20 + "So."),
+    ),
+    "cut": ("truncated", cut),
+    "open code": ("truncated", lambda row, rng: with_answer(row, lambda text: f"{text}\n```python\nprint({rng.random()})")),
+    "refuses": ("refusals", lambda row, rng: with_answer(row, lambda text: f"I'm sorry, but I can't help with that. {text}")),
+    "opening": ("boilerplate", lambda row, rng: with_answer(row, lambda text: f"As an AI language model, I say: {text}")),
+    "wrong JSON": ("syntax", lambda row, rng: with_answer(row, lambda text: f"{text}\n```json\n{{'a': {rng.random()}}}\n```\nSo.")),
+    "wrong Python": ("syntax", lambda row, rng: with_answer(row, lambda text: f"{text}\n```python\nif {rng.random()}\n```\nSo.")),
+}
+"""By kind: the step that must remove the row, and what spoils it so that nothing brings it back."""
 
 
 @dataclass
@@ -126,7 +182,13 @@ class Planted:
 
 def plant(files: list[Path], out: Path, seed: int, per_kind: int = PER_KIND) -> Planted:
     """Write each file with faults into `out`, at places that the seed decides."""
-    planted = Planted(steps={kind: step for kind, (step, _) in INSERTED.items()} | dict.fromkeys(REPLACED, "normalise"))
+    planted = Planted(
+        steps={kind: step for kind, (step, _) in INSERTED.items()}
+        | {
+            **{kind: "personal" if kind.startswith("personal") else "normalise" for kind in REPLACED},
+            **{kind: step for kind, (step, _) in SPOILT.items()},
+        }
+    )
     out.mkdir(parents=True)
     for file in files:
         rng = random.Random(f"{seed}:{file.name}")
@@ -141,19 +203,25 @@ def spoil(lines: list[bytes], free: list[int], rng: random.Random, per_kind: int
     rows = [json.loads(line) for line in lines]
     replaced: dict[int, tuple[str, Row]] = {}
     inserted: dict[int, list[tuple[str, Any]]] = {}
-    for kind, make in REPLACED.items():
-        for at in chosen(free, rows, make, rng, per_kind):
-            replaced[at[0]] = (kind, at[1])
+    for kind, make in (REPLACED | {kind: make for kind, (_, make) in SPOILT.items()}).items():
+        for at, row in chosen(free, rows, make, rng, per_kind):
+            replaced[at] = (kind, row)
+    for decoy, at in zip(DECOYS, free[-len(DECOYS) :], strict=False):
+        free.remove(at)
+        rows[at] = with_answer(rows[at], lambda text, decoy=decoy: f"{text}\nIt is {decoy} indeed, 0.")
+        lines[at] = json.dumps(rows[at], ensure_ascii=False).encode()
     for kind, (_, make) in INSERTED.items():
         for at, row in chosen(free, rows, make, rng, per_kind, like=kind == "near"):
             inserted.setdefault(rng.randrange(at, len(rows)), []).append((kind, row))
     written: list[bytes] = []
-    planted.clean[file.name] = lines
+    expected = {at: masked(kind[10:], rows[at]) for at, (kind, _) in replaced.items() if kind.startswith("personal")}
+    clean = {at: json.dumps(expected[at], ensure_ascii=False).encode() if at in expected else line for at, line in enumerate(lines)}
+    planted.clean[file.name] = [line for at, line in clean.items() if at not in replaced or replaced[at][0] not in SPOILT]
     for at, line in enumerate(lines):
         if at in replaced:
             kind, row = replaced[at]
             planted.kinds[str(file), len(written) + 1] = kind
-            planted.originals[str(file), len(written) + 1] = rows[at]
+            planted.originals[str(file), len(written) + 1] = expected.get(at, rows[at])
             line = json.dumps(row, ensure_ascii=False).encode()
         written.append(line)
         for kind, row in inserted.get(at, []):

@@ -13,25 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import ROOT, wait_for
-from planted import plant, report, score
+from planted import REPLACED, SPOILT, plant, report, score
 
 from tools.curate.__main__ import main
-from tools.curate.shingles import bands, jaccard, shingles
+from tools.curate.shingles import bands, jaccard, shingles, signature
 from tools.curate.tidy import one_blank, read_again
 
 DEFAULT = ROOT / "conf" / "curate" / "default.yaml"
-SUBJECTS = ["river", "bridge", "market", "garden", "engine", "letter", "teacher", "island", "winter", "copper", "violin", "harbour"]
-VERBS = ["crosses", "follows", "repairs", "describes", "measures", "paints", "remembers", "carries", "divides", "protects"]
+LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+WORDS = ["".join(np.random.default_rng(seed).choice(LETTERS, 3 + seed % 6)) for seed in range(800)]
 
 
 def sentence(rng: np.random.Generator, words: int) -> str:
-    return " ".join(f"the {rng.choice(SUBJECTS)} {rng.choice(VERBS)} the {rng.choice(SUBJECTS)} {rng.integers(1000)}" for _ in range(words))
+    return " ".join(rng.choice(WORDS, words))
 
 
 def chats(count: int, seed: int = 0) -> list[dict[str, object]]:
     rng = np.random.default_rng(seed)
     turns = [
-        (f"Question {number}: {sentence(rng, 2)}?", f"Déjà vu — 다리 “{sentence(rng, 6)}”.\n\nSo {number}.") for number in range(count)
+        (f"Question {number}: {sentence(rng, 12)}?", f"Déjà vu — 다리 “{sentence(rng, 36)}”.\n\nSo {number}.") for number in range(count)
     ]
     return [
         {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}], "id": asked} for asked, said in turns
@@ -61,7 +61,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_planted_faults_are_found_and_nothing_else_is_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    clean = write(tmp_path / "in" / "chats.jsonl", chats(300))
+    clean = write(tmp_path / "in" / "chats.jsonl", chats(400))
     planted = plant([clean], tmp_path / "planted", seed=1, per_kind=8)
     assert run(DEFAULT, tmp_path / "planted" / "chats.jsonl", out=tmp_path / "out") == 0
     scores, wrong = score(planted, tmp_path / "out")
@@ -70,8 +70,8 @@ def test_planted_faults_are_found_and_nothing_else_is_touched(tmp_path: Path, ca
     assert {kind: found.planted for kind, found in scores.items()} == dict.fromkeys(planted.steps, 8)
     assert {kind: found.found for kind, found in scores.items()} == dict.fromkeys(planted.steps, 8)
     assert lines(tmp_path / "out" / "rows" / "chats.jsonl") == [json.loads(line) for line in planted.clean["chats.jsonl"]]
-    untouched = set((tmp_path / "planted" / "chats.jsonl").read_bytes().splitlines())
-    assert len(untouched & set((tmp_path / "out" / "rows" / "chats.jsonl").read_bytes().splitlines())) >= 300 - 8 * 6
+    given, found = (set((tmp_path / name / "chats.jsonl").read_bytes().splitlines()) for name in ("planted", "out/rows"))
+    assert len(given & found) >= 400 - 8 * (len(REPLACED) + len(SPOILT)) - 1
 
 
 def test_the_number_of_processes_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,13 +84,14 @@ def test_the_number_of_processes_changes_no_byte(tmp_path: Path, monkeypatch: py
     assert len(lines(tmp_path / "1" / "removed.jsonl")) == 22
 
 
+@pytest.mark.slow
 @pytest.mark.for_real
 def test_a_curation_that_is_killed_continues(tmp_path: Path) -> None:
-    file = write(tmp_path / "chats.jsonl", chats(3000))
+    file = write(tmp_path / "chats.jsonl", chats(1000))
     line = [
         sys.executable,
         "-c",
-        "from tools.curate import pipeline; pipeline.PART_BYTES = 100_000; from tools.curate.__main__ import main; main()",
+        "from tools.curate import pipeline; pipeline.PART_BYTES = 50_000; from tools.curate.__main__ import main; main()",
     ]
     line += [str(DEFAULT), str(file), "--processes", "2", "--out"]
     child = subprocess.Popen([*line, str(tmp_path / "killed")], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -117,7 +118,7 @@ def alive(group: int) -> bool:
 
 @pytest.mark.for_real
 def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
-    file = write(tmp_path / "chats.jsonl", chats(3000))
+    file = write(tmp_path / "chats.jsonl", chats(1000))
     line = [sys.executable, "-m", "tools.curate", str(DEFAULT), str(file), "--processes", "2", "--out", str(tmp_path / "out")]
     child = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: list((tmp_path / "out").glob(".curate/*/tidy")))
@@ -130,15 +131,15 @@ def test_ctrl_c_says_how_to_continue(tmp_path: Path) -> None:
 def test_near_duplicates_agree_with_plain_python(tmp_path: Path) -> None:
     """Every pair that reaches the threshold by sets of plain Python, and no other."""
     rng = np.random.default_rng(5)
-    texts = [sentence(rng, 12) for _ in range(40)]
-    for text in texts[:25]:
+    texts = [sentence(rng, 50) for _ in range(20)]
+    for text in texts[:12]:
         words = text.split()
         for _ in range(3):
             for at in rng.integers(len(words), size=int(rng.integers(1, 9))):
-                words[at] = str(rng.choice(SUBJECTS))
+                words[at] = str(rng.choice(WORDS))
             texts.append(" ".join(words))
     plain = [{text[at : at + 5] for at in range(len(text) - 4)} for text in texts]
-    for one in range(0, len(texts), 3):
+    for one in range(0, len(texts), 20):
         for other in range(one):
             wanted = len(plain[one] & plain[other]) / len(plain[one] | plain[other])
             assert jaccard(shingles(texts[one], 5), shingles(texts[other], 5)) == pytest.approx(wanted, abs=1e-12)
@@ -146,7 +147,7 @@ def test_near_duplicates_agree_with_plain_python(tmp_path: Path) -> None:
     assert run("near: {keep: first}", write(tmp_path / "texts.jsonl", [{"text": text} for text in texts]), out=out) == 0
     gone = {row["line"]: row for row in lines(out / "removed.jsonl")}
     stay = [number for number in range(len(texts)) if number + 1 not in gone]
-    assert 20 < len(gone) < 75
+    assert 8 < len(gone) < 36
     for line, row in gone.items():
         one, other = plain[line - 1], plain[row["like_line"] - 1]
         assert row["like_line"] not in gone
@@ -162,7 +163,7 @@ def test_bands_match_as_often_as_the_formula_says() -> None:
     for _ in range(400):
         one = np.unique(rng.integers(0, 1 << 32, 300, np.uint32))
         other = np.unique(np.concatenate([one[:225], rng.integers(0, 1 << 32, 75, np.uint32)]))
-        matched.append((bands(one, 20, 5) == bands(other, 20, 5)).mean())
+        matched.append((bands(signature(one, 100), 20) == bands(signature(other, 100), 20)).mean())
         similarity.append(jaccard(one, other))
     assert np.mean(matched) == pytest.approx(np.mean(np.power(similarity, 5)), abs=0.01)
 
@@ -171,7 +172,7 @@ def test_bands_match_as_often_as_the_formula_says() -> None:
     ("keep", "lines_gone"), [("keep: first", [2, 3]), ("keep: longest", [1, 3]), ("{keep: highest, field: score}", [1, 2])]
 )
 def test_the_best_row_of_a_cluster_stays(tmp_path: Path, keep: str, lines_gone: list[int]) -> None:
-    text = sentence(np.random.default_rng(1), 20)
+    text = sentence(np.random.default_rng(1), 60)
     rows = [{"text": text, "score": 1}, {"text": f"{text} and so", "score": 2}, {"text": text[:-2], "score": 3}]
     config = f"near: {keep}" if keep.startswith("{") else f"near: {{{keep}}}"
     assert run(config, write(tmp_path / "in.jsonl", rows), out=tmp_path / "out") == 0
@@ -189,7 +190,7 @@ def test_contradictions_are_listed_and_stay(tmp_path: Path) -> None:
 
 
 def test_pairs_and_conversations_do_not_replace_each_other(tmp_path: Path) -> None:
-    text = sentence(np.random.default_rng(1), 20)
+    text = sentence(np.random.default_rng(1), 60)
     pair = {"prompt": "Say it", "chosen": text, "rejected": "No."}
     files = [write(tmp_path / "a.jsonl", [{"prompt": "Say it", "completion": text}]), write(tmp_path / "b.jsonl", [pair])]
     assert run(DEFAULT, *files, out=tmp_path / "out") == 0
@@ -235,6 +236,12 @@ def test_code_keeps_its_spaces() -> None:
         ("exact: false", "turns on no step"),
         ("- exact", "holds no names of steps"),
         ("a: b: c", "cannot be read"),
+        ("personal: {kinds: [emial]}", "did you mean email?"),
+        ("personal: {placeholder: '{who}'}", "has an unknown part"),
+        ("provenance: true", "names no field"),
+        ("provenance: {fields: {license: mit}}", "is not a list of values"),
+        ("language: {keep: [en]}", "is not a script"),
+        ("words: {file: none.txt}", "a path that is relative to the config"),
     ],
 )
 def test_a_wrong_config_is_refused(tmp_path: Path, config: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,7 +271,7 @@ def test_wrong_inputs_and_outputs_are_refused(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_page_shows_rows_as_text_and_fetches_nothing(tmp_path: Path) -> None:
-    text = f"<script>alert(1)</script> {sentence(np.random.default_rng(3), 20)}"
+    text = f"<script>alert(1)</script> {sentence(np.random.default_rng(3), 60)}"
     rows = [{"text": text}, {"text": text[:-1]}, {"text": "a\u00a0b"}, {"text": ""}]
     assert run(DEFAULT, write(tmp_path / "in.jsonl", rows), out=tmp_path / "out") == 0
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
@@ -273,3 +280,56 @@ def test_the_page_shows_rows_as_text_and_fetches_nothing(tmp_path: Path) -> None
     assert not any(word in page for word in ("http://", "https://", "src="))
     assert all(words in page for words in ("<h2>Near duplicates</h2>", "has an empty text", "prompt length"))
     assert (tmp_path / "out" / "removed.jsonl").stat().st_mode & 0o77 == 0
+
+
+FILTERED = [
+    ("provenance: {fields: {meta.license: [MIT]}}", {"meta": {"license": "mit"}}, {"meta": {"license": "gpl"}}, "has `meta.license` 'gpl'"),
+    ("provenance: {fields: {license: [mit]}}", {"license": "MIT"}, {}, "has no `license`"),
+    ("length: {prompt_least: 2}", {"question": "Why?"}, {"question": "?"}, "has a prompt of 1 characters"),
+    ("length: {answer_most: 10}", {"answer": "x" * 10}, {"answer": "x" * 11}, "has an answer of 11 characters"),
+    ("words: {file: listed.txt}", {"answer": "classic"}, {"answer": "An ASS."}, "holds 1 listed words, such as 'ASS'"),
+    ("words: {file: listed.txt}", {"answer": "안녕"}, {"answer": "바보야"}, "holds 1 listed words, such as '바보'"),
+    ("language: {keep: [latin, hangul], from_characters: 5}", {"answer": "안녕하세요"}, {"answer": "Привет, мир"}, "is cyrillic"),
+    (
+        "refusals: true",
+        {"answer": "I'm sorry about that. Try it again."},
+        {"answer": "죄송하지만 그 요청은 도와드릴 수 없습니다."},
+        "refuses",
+    ),
+    ("truncated: true", {"answer": "```ls``` lists"}, {"answer": "So:\n```sh\nls"}, "ends in a block of code"),
+    ("syntax: true", {"answer": "```json\n{}\n```"}, {"answer": "```json\n{\n```"}, "has json that is not valid"),
+    ("personal: {action: drop}", {"answer": "192.168.0.1"}, {"answer": "a@b.org"}, "1 email"),
+    ('personal: {allow: ["@b.org"]}', {"answer": "a@b.org"}, None, ""),
+]
+
+
+@pytest.mark.parametrize(("config", "good", "bad", "reason"), FILTERED)
+def test_filters(tmp_path: Path, config: str, good: dict[str, object], bad: dict[str, object] | None, reason: str) -> None:
+    base = {"question": "So?", "answer": "Yes."}
+    rows = [base | good] + ([base | bad] if bad is not None else [])
+    (tmp_path / "listed.txt").write_text("# listed\nass\n바보\n", "utf-8")
+    assert run(config, write(tmp_path / "in.jsonl", rows), out=tmp_path / "out") == 0
+    assert lines(tmp_path / "out" / "rows" / "in.jsonl") == rows[:1]
+    assert [(row["line"], row["reason"][: len(reason)]) for row in lines(tmp_path / "out" / "removed.jsonl")] == [(2, reason)] * (
+        len(rows) - 1
+    )
+
+
+def test_placeholders_are_the_same_for_the_same_value_of_a_row(tmp_path: Path) -> None:
+    turns = [
+        ("user", "I am ann@b.org or bob@b.org"),
+        ("assistant", "Ann is ANN@b.org, 010-1234-5678"),
+        ("tool", '{"to": "bob@b.org"}'),
+    ]
+    row = {"messages": [{"role": role, "content": text} for role, text in [*turns, ("assistant", "Yes.")]], "author": "ann@b.org"}
+    assert run("exact: true\npersonal: true", write(tmp_path / "in.jsonl", [row, row]), out=tmp_path / "out") == 0
+    [found] = lines(tmp_path / "out" / "rows" / "in.jsonl")
+    assert [turn["content"] for turn in found["messages"]] == [
+        "I am [EMAIL_1] or [EMAIL_2]",
+        "Ann is [EMAIL_1], [PHONE_1]",
+        '{"to": "[EMAIL_2]"}',
+        "Yes.",
+    ]
+    assert found["author"] == "[EMAIL_1]"
+    report = "".join((tmp_path / "out" / f"report.{kind}").read_text("utf-8") for kind in ("txt", "html", "json"))
+    assert "b.org" not in report

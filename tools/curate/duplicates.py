@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tools.curate.config import Near, Settings
 from tools.curate.rows import View
-from tools.curate.shingles import Hashes, bands, jaccard, shingles
+from tools.curate.shingles import Hashes, bands, jaccard, shingles, signature
 from trainers.config.choices import Layout
 
 Keys = npt.NDArray[np.uint64]
@@ -27,6 +27,10 @@ APART = {Layout.preference: "pair", Layout.text: "text"}
 SALT = {kind: np.uint64(number) for number, kind in enumerate(("", *APART.values()))}
 
 
+MARGIN = 0.25
+"""Between a similarity and its rough estimate from 64 permutations or more."""
+
+
 @dataclass(frozen=True)
 class Marks:
     """What is kept of some rows to find duplicates among all: a digest a row, and the shingles of all rows one after the other."""
@@ -37,6 +41,8 @@ class Marks:
     """By which the best row of a cluster is kept: the largest."""
     bands: Keys
     """(rows, bands)"""
+    signature: npt.NDArray[np.uint8]
+    """(rows, permutations): a byte of each MinHash, by which rows are compared roughly."""
     sizes: Numbers
     shingles: Hashes
 
@@ -72,12 +78,14 @@ def marks(views: Sequence[View], layouts: Sequence[Layout], ranks: Sequence[floa
     near = settings.near
     kinds = [APART.get(layout, "") for layout in layouts]
     sets = [shingles(view.text, near.characters) for view in views] if near else []
-    banded = [bands(found, near.bands, near.band_rows) ^ SALT[kind] for found, kind in zip(sets, kinds, strict=True)] if near else []
+    least = [signature(found, near.bands * near.band_rows) for found in sets] if near else []
+    banded = [bands(found, near.bands) ^ SALT[kind] for found, kind in zip(least, kinds, strict=True)] if near else []
     return Marks(
         text=_digests("\0".join((kind, view.prompt, *view.answers)) for kind, view in zip(kinds, views, strict=True)),
         prompt=_digests(f"{kind}\0{view.prompt}" for kind, view in zip(kinds, views, strict=True)),
         rank=np.array(ranks, np.float64),
         bands=np.array(banded, np.uint64) if banded else np.zeros((len(views), 0), np.uint64),
+        signature=np.array(least, np.uint32).astype(np.uint8) if least else np.zeros((len(views), 0), np.uint8),
         sizes=np.array([len(found) for found in sets], np.int64),
         shingles=np.concatenate(sets) if sets else np.zeros(0, np.uint32),
     )
@@ -123,6 +131,7 @@ def _find_near(parts: Sequence[Marks], near: Near, found: Found) -> None:
     """
     sets = _Sets(parts)
     banded = np.concatenate([part.bands for part in parts])
+    rough = np.concatenate([part.signature for part in parts])
     rank = np.concatenate([part.rank for part in parts])
     buckets = [bucket for number in range(near.bands) for bucket in groups(banded[:, number : number + 1])]
     del banded
@@ -132,19 +141,32 @@ def _find_near(parts: Sequence[Marks], near: Near, found: Found) -> None:
         similar: list[tuple[int, int]] = []
         for bucket in buckets:
             rows = sorted((row for row in bucket if row not in found.twins), key=lambda row: (-rank[row], row))
-            found.not_compared += _compare(rows, near, sets, seen, similar)
+            found.not_compared += _compare(rows, near, rough, sets, seen, similar)
         if not similar:
             return
         for cluster in _clusters(similar):
             _keep_best(cluster, rank, near.threshold, sets, found)
 
 
-def _compare(rows: list[int], near: Near, sets: _Sets, seen: dict[int, bool], similar: list[tuple[int, int]]) -> int:
-    """Compare the rows of a bucket, the best first, with better ones that none was similar to; returns how many pairs were left out."""
+def _compare(
+    rows: list[int],
+    near: Near,
+    rough: npt.NDArray[np.uint8],
+    sets: _Sets,
+    seen: dict[int, bool],
+    similar: list[tuple[int, int]],
+) -> int:
+    """Compare the rows of a bucket, the best first, with better ones that none was similar to; returns how many pairs were left out.
+
+    Rows whose signatures agree in far fewer places than the threshold are not similar: MARGIN is five standard deviations.
+    """
     leaders: list[int] = []
     left_out = 0
     for row in rows:
-        if any(_are_similar(leader, row, near.threshold, sets, seen, similar) for leader in leaders[: near.compared]):
+        others = leaders[: near.compared]
+        agree = (rough[others] == rough[row]).mean(axis=1) if others else np.zeros(0)
+        close = [other for other, share in zip(others, agree.tolist(), strict=True) if share >= near.threshold - MARGIN]
+        if any(_are_similar(other, row, near.threshold, sets, seen, similar) for other in close):
             continue
         left_out += max(0, len(leaders) - near.compared)
         leaders.append(row)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tools.curate.config import Personal
+from tools.curate.personal import hidden
 from tools.curate.rows import Item
 from trainers.rundir.files import write_json
 
@@ -25,6 +27,8 @@ class Notes:
 
     names: list[str]
     """Of the input files."""
+    personal: Personal | None = None
+    """What examples are masked by."""
     removed: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     counts: dict[str, dict[str, Counter[str]]] = field(default_factory=lambda: {"removed": {}, "changed": {}})
@@ -37,14 +41,14 @@ class Notes:
         about = {"file": self.names[item.file], "line": item.line, "step": step, "reason": reason} | more
         self.removed.append(json.dumps(about | {"row": item.row or item.raw.decode(errors="replace")}, ensure_ascii=False))
         self._count("removed", step, reason)
-        self._show(step, about | {"text": item.raw.decode(errors="replace")[:SHOWN]})
+        self._show(step, about, item)
 
     def change(self, item: Item, step: str, reason: str, before: bytes) -> None:
         """Keep what a row was before a step changed it; the row has what it is now."""
         about = {"file": self.names[item.file], "line": item.line, "step": step, "reason": reason}
         self.changed.append(json.dumps(about | {"before": json.loads(before), "after": item.row}, ensure_ascii=False))
         self._count("changed", step, reason)
-        self._show(step, about | {"text": item.raw.decode()[:SHOWN]})
+        self._show(step, about, item)
 
     def tally(self, name: str, value: str) -> None:
         """Count a row."""
@@ -53,10 +57,10 @@ class Notes:
     def _count(self, kind: str, step: str, reason: str) -> None:
         self.counts[kind].setdefault(step, Counter())[DETAIL.sub("_", reason)[:100]] += 1
 
-    def _show(self, step: str, about: dict[str, Any]) -> None:
+    def _show(self, step: str, about: dict[str, Any], item: Item) -> None:
         shown = self.examples.setdefault(step, [])
         if len(shown) < EXAMPLES:
-            shown.append(about)
+            shown.append(about | {"text": hidden(item.raw.decode(errors="replace"), self.personal)[:SHOWN]})
 
     def write(self, folder: Path) -> None:
         """Write them next to what the part has made; half of a surrogate pair, which no file takes, is written as `?`."""

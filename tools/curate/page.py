@@ -25,7 +25,7 @@ def page(report: dict[str, Any]) -> str:
         _steps(report),
         _sources(report),
         _lengths(report),
-        _tally(report, "language after", "Languages", "language"),
+        _tally(report, "script after", "Scripts of the rows that stay", "script"),
         _pairs(report),
         _examples(report),
         f"<h2>Settings</h2><pre>{escape(report['config'])}</pre>",

@@ -20,7 +20,10 @@ import numpy as np
 
 from tools.curate import duplicates
 from tools.curate.config import Settings
+from tools.curate.filters import FILTERS
+from tools.curate.languages import script
 from tools.curate.notes import SHOWN, Notes, merged
+from tools.curate.personal import hidden, mask
 from tools.curate.rows import Item, View, parsed, read_items, to_json, view, write_items
 from tools.curate.stages import Pool
 from tools.curate.tidy import check_schema, normalise
@@ -111,7 +114,7 @@ def _layout_of(item: Item) -> str:
 def _tidy(folder: Path, out: Path, about: tuple[Job, Path, str]) -> None:
     """Check and normalise the rows of a part, and mark them for the search of duplicates."""
     job, file, layout = about
-    notes, kept, views, ranks = Notes(list(job.files)), [], [], []
+    notes, kept, views, ranks = Notes(list(job.files), job.settings.personal), [], [], []
     schema = job.settings.schema
     expected = Layout(schema.layout or layout or Layout.auto) if schema else None
     for item in read_items(file):
@@ -157,15 +160,7 @@ def _twins(folder: Path, out: Path, about: tuple[Job, list[str]]) -> None:
     """Find the duplicates among the rows of all parts; a file a part says which of its rows go."""
     job, names = about
     tidy = [folder / "tidy" / name for name in names]
-    parts = [
-        duplicates.Marks(
-            **{
-                field.name: np.load(part / f"{field.name}.npy", mmap_mode=_mapped(field.name))
-                for field in dataclasses.fields(duplicates.Marks)
-            }
-        )
-        for part in tidy
-    ]
+    parts = [_marks(part) for part in tidy]
     found = duplicates.find(parts, job.settings)
     places = np.concatenate([np.load(part / "places.npy") for part in tidy])
     firsts = np.cumsum([0, *(len(part.text) for part in parts)])
@@ -178,28 +173,30 @@ def _twins(folder: Path, out: Path, about: tuple[Job, list[str]]) -> None:
         write_json(out / f"{number:05}.json", {str(row): twin for row, twin in of_part.items()})
     shown = sorted((twin for twin in found.twins.values() if twin.similarity is not None), key=lambda twin: (twin.similarity, twin.row))
     shown = shown[:PAIRS]
-    wanted = {row for twin in shown for row in (twin.row, twin.kept)} | {row for group in found.contradictions for row in group}
+    paired = {row for twin in shown for row in (twin.row, twin.kept)}
+    wanted = paired | {row for group in found.contradictions for row in group}
     views = dict(_views(tidy, firsts.tolist(), wanted))
-    pairs = [
-        {"similarity": twin.similarity, "kept": views[twin.kept].text[:SHOWN], "removed": views[twin.row].text[:SHOWN]} for twin in shown
-    ]
+    texts = {row: hidden(found.text, job.settings.personal) for row, found in views.items() if row in paired}
+    pairs = [{"similarity": twin.similarity, "kept": texts[twin.kept][:SHOWN], "removed": texts[twin.row][:SHOWN]} for twin in shown]
     write_json(out / "about.json", {"pairs": pairs, "not_compared": found.not_compared, "contradictions": len(found.contradictions)})
     with (out / "contradictions.jsonl").open("w", encoding="utf-8") as stream:
         for group in found.contradictions:
-            rows = [
-                {
-                    "file": job.files[places[row][0]],
-                    "line": int(places[row][1]),
-                    "answer": views[row].answers[0] if views[row].answers else "",
-                }
-                for row in group
-            ]
-            stream.write(json.dumps({"prompt": views[group[0]].prompt, "rows": rows}, ensure_ascii=False) + "\n")
+            stream.write(json.dumps(_contradiction(group, views, places, job), ensure_ascii=False) + "\n")
 
 
-def _mapped(name: str) -> Any:
-    """Return how an array is opened: shingles are read as they are asked for."""
-    return "r" if name == "shingles" else None
+def _contradiction(group: list[int], views: dict[int, View], places: duplicates.Numbers, job: Job) -> dict[str, Any]:
+    """Return a prompt with the rows that answer it in different ways."""
+    rows = []
+    for row in group:
+        file, line = places[row].tolist()
+        rows.append({"file": job.files[file], "line": line, "answer": hidden("\n".join(views[row].answers), job.settings.personal)})
+    return {"prompt": hidden(views[group[0]].prompt, job.settings.personal), "rows": rows}
+
+
+def _marks(part: Path) -> duplicates.Marks:
+    """Read what was kept of the rows of a part; shingles are read as they are asked for."""
+    names = [field.name for field in dataclasses.fields(duplicates.Marks)]
+    return duplicates.Marks(**{name: np.load(part / f"{name}.npy", mmap_mode="r" if name == "shingles" else None) for name in names})
 
 
 def _views(parts: list[Path], firsts: list[int], wanted: set[int]) -> Iterator[tuple[int, View]]:
@@ -215,7 +212,7 @@ def _views(parts: list[Path], firsts: list[int], wanted: set[int]) -> Iterator[t
 def _select(folder: Path, out: Path, about: tuple[Job, int]) -> None:
     """Leave out the duplicates of a part, and then what the steps on single rows take."""
     job, number = about
-    notes, kept = Notes(list(job.files)), []
+    notes, kept = Notes(list(job.files), job.settings.personal), []
     twins = json.loads((folder / "twins" / "all" / f"{number:05}.json").read_text())
     part = sorted((folder / "tidy").iterdir())[number]
     for row, item in enumerate(read_items(part / "kept.rows")):
@@ -225,11 +222,32 @@ def _select(folder: Path, out: Path, about: tuple[Job, int]) -> None:
             words = "has the same text as" if step == "exact" else f"has a similarity of {twin['similarity']:.3f} with"
             notes.remove(item, step, f"{words} line {twin['like_line']} of {Path(twin['like']).name}", **twin)
             continue
-        notes.tally("source after", job.names[item.file])
-        _tally_lengths(notes, view(item.row, item.layout), "after")
-        kept.append(item)
+        if (found := _judged(item, job.settings, notes)) is not None:
+            notes.tally("source after", job.names[item.file])
+            notes.tally("script after", script(found.text[:2000]))
+            _tally_lengths(notes, found, "after")
+            kept.append(item)
     write_items(out / "kept.rows", kept)
     notes.write(out)
+
+
+def _judged(item: Item, settings: Settings, notes: Notes) -> View | None:
+    """Mask a row and hold it against the filters; return what it says, None where it is removed."""
+    if settings.personal:
+        before = item.raw
+        if (masked := mask(item, settings.personal)) is not None:
+            is_removed, kinds = masked
+            if is_removed:
+                notes.remove(item, "personal", kinds)
+                return None
+            notes.change(item, "personal", kinds, before)
+    found = view(item.row, item.layout)
+    for step, judge in FILTERS.items():
+        asked = getattr(settings, step)
+        if asked is not None and (reason := judge(item, found, asked)) is not None:
+            notes.remove(item, step, reason)
+            return None
+    return found
 
 
 def _about(job: Job, folder: Path, names: list[str]) -> dict[str, Any]:

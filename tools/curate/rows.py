@@ -100,7 +100,7 @@ def said(message: Message) -> str:
 
 
 def _joined(messages: list[Message]) -> str:
-    if len(messages) == 1 and messages[0]["role"] == "user":
+    if len(messages) == 1 and messages[0]["role"] in ("user", "assistant"):
         return said(messages[0])
     return "\n".join(f"{message['role']}: {said(message)}" for message in messages)
 

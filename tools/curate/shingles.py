@@ -5,11 +5,13 @@ MinHash: Broder 1997. Bands of a signature: Leskovec, Rajaraman and Ullman, Mini
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import numpy.typing as npt
 
 Hashes = npt.NDArray[np.uint32]
-BLOCK = 4096
+BLOCK = 512
 """Shingles that are hashed at once, so that the table of hashes stays in a processor's cache."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
 
@@ -31,21 +33,27 @@ def shingles(text: str, length: int) -> Hashes:
     return np.unique((rolled >> np.uint64(32)).astype(np.uint32))
 
 
+@cache
 def permutations(count: int) -> tuple[Hashes, Hashes]:
     """Return the odd factors and the offsets of `count` permutations of 32-bit numbers, always the same."""
     drawn = np.random.Generator(np.random.PCG64(18)).integers(0, 1 << 32, (2, count), np.uint32)
     return drawn[0] | np.uint32(1), drawn[1]
 
 
-def bands(found: Hashes, count: int, size: int) -> npt.NDArray[np.uint64]:
-    """Return the hash of each of `count` bands of `size` rows of a set's MinHash signature, (count,) uint64."""
-    factors, offsets = permutations(count * size)
-    least = np.full(count * size, 0xFFFFFFFF, np.uint32)
+def signature(found: Hashes, size: int) -> Hashes:
+    """Return a set's MinHash signature of `size` permutations, (size,) uint32."""
+    factors, offsets = permutations(size)
+    least = np.full(size, 0xFFFFFFFF, np.uint32)
     for at in range(0, len(found), BLOCK):
         block = found[at : at + BLOCK, None] * factors + offsets
         np.minimum(least, block.min(axis=0), out=least)
+    return least
+
+
+def bands(least: Hashes, count: int) -> npt.NDArray[np.uint64]:
+    """Return the hash of each of the `count` bands of a signature, (count,) uint64."""
     mixed = np.arange(count, dtype=np.uint64)
-    for row in least.reshape(count, size).T.astype(np.uint64):
+    for row in least.reshape(count, -1).T.astype(np.uint64):
         mixed = (mixed ^ row) * MIX
         mixed ^= mixed >> np.uint64(29)
     return mixed
