@@ -81,6 +81,8 @@ THEIR_NAMES = {
     "train.global_batch": "batch_size train_batch_size global_batch_size",
     "train.microbatch": "per_device_train_batch_size micro_batch_size train_micro_batch_size_per_gpu",
     "train.eval_microbatch": "per_device_eval_batch_size eval_batch_size",
+    "train.loss_scale": "initial_scale_power init_scale initial_loss_scale grad_scaler",
+    "train.loss_scale_steps": "loss_scale_window scale_window growth_interval",
     "train.precision": "bf16 fp16 tf32 torch_dtype dtype mixed_precision",
     "train.activations": "gradient_checkpointing use_gradient_checkpointing activation_offloading",
     "train.eval_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch",

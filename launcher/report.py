@@ -63,6 +63,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("training loss", _number(summary.get("train_loss"), ".4f")),
         ("steps", _number(summary.get("steps"), ",d")),
         ("exported step", _exported(summary)),
+        ("steps that overflowed", _number(summary.get("overflow_steps") or None, ",d")),
         ("skipped steps", _number(summary.get("skipped_steps") or None, ",d")),
         ("tokens", _number(summary.get("tokens"), ",d")),
         ("tokens/s", _number(summary.get("tokens_per_second"), ",.0f")),

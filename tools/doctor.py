@@ -419,7 +419,7 @@ def _bf16(device: str) -> Check:
     error = float(((left @ right).double() - exact).abs().max() / exact.abs().max())
     if error < 2**-7:
         return Check(f"bf16 on {device}", OK, f"a product differs from float64 by {error:.4f} of its size")
-    return Check(f"bf16 on {device}", FAIL, f"a product differs from float64 by {error:.4f} of its size", "train.precision=fp32")
+    return Check(f"bf16 on {device}", FAIL, f"a product differs from float64 by {error:.4f} of its size", "train.precision=fp16, or fp32")
 
 
 def _probe_gloo(_: str) -> list[Check]:

@@ -65,12 +65,19 @@ class Progress:
     """Tokens that went through the model, padding aside, over all ranks."""
     skipped: int = 0
     """Steps skipped for non-finite gradients, a spike, or for want of a supervised token."""
+    overflows: int = 0
+    """Steps not taken because their gradients overflowed float16; they are not among the skipped ones."""
     ahead: int = 0
     """Steps' worth of rows that were left out by rollbacks: the stream is so much further."""
     seconds: float = 0.0
     """Seconds spent on steps, over all attempts."""
     device_seconds: float = 0.0
     """The same times the ranks of each attempt."""
+
+    @property
+    def updates(self) -> int:
+        """Steps that updated the weights."""
+        return self.step - self.skipped - self.overflows
 
 
 class NoCheckpoint(Exception):

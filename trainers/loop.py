@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import zlib
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,8 @@ class Outcome:
     """Held-out losses in nats a token, the one before the first step first."""
     train_loss: float | None = None
     mfu: float | None = None
+    loss_scale: float | None = None
+    """Of the last step of this attempt, in float16."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,16 @@ class Step:
     seconds: float
     data_seconds: float
     """Of these, until the rows were there."""
+    loss_scale: float | None
+    """What the loss was multiplied by, in float16."""
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether float16 overflowed in backward alone, so that half the loss scale may do; then nothing was updated.
+
+        A loss that is not finite, or gradients that are not at a scale of 1 or less, come of weights or rows, or of the type's range.
+        """
+        return (self.loss_scale or 0.0) > 1 and math.isfinite(self.result.loss) and not math.isfinite(self.result.grad_norm)
 
 
 def train(
@@ -149,12 +162,13 @@ def train(
         while not outcome.stopped and outcome.progress.step < rows.num_steps and not run.held_out.is_stalled():
             step = _compute(run, prefetch, outcome.progress)
             try:
-                taken = run.guard.check(outcome.progress.step + 1, step.result.loss, step.result.grad_norm, step.targets, step.limits)
+                found = step.result.loss, step.result.grad_norm, step.targets, step.limits
+                taken = not step.overflowed and run.guard.check(outcome.progress.step + 1, *found)
             except Spike as spike:
                 outcome.progress = _left_out(run, outcome.progress, spike)
                 continue
             outcome.progress = _advanced(outcome.progress, step, taken, world.size)
-            if taken and outcome.progress.step - outcome.progress.skipped == 1:
+            if taken and outcome.progress.updates == 1:
                 require_moved(engine, world)
             _record(run, outcome, step)
             if profile is not None:
@@ -179,6 +193,7 @@ def _begin(run: Run, outcome: Outcome) -> None:
 def _compute(run: Run, prefetch: Prefetch, progress: Progress) -> Step:
     """Take the step after `progress`; raises Superseded where a newer attempt has started."""
     engine, objective, world = run.engine, run.objective, run.world
+    scale = None if engine.scale is None else engine.scale.factor
     watch.enter(Phase.step, progress.step + 1)
     started = time.perf_counter()
     run.stragglers.probe(progress.step)
@@ -195,13 +210,15 @@ def _compute(run: Run, prefetch: Prefetch, progress: Progress) -> Step:
     reports = _read_reports(result, run.guard)
     if reports.superseded:
         raise Superseded(f"a newer attempt of this run has started; attempt {run.attempt.number} writes nothing any more")
-    return Step(result, reports, lr, limits, targets, dealt.sizes, dealt.row_ids, seconds, data_seconds)
+    return Step(result, reports, lr, limits, targets, dealt.sizes, dealt.row_ids, seconds, data_seconds, scale)
 
 
 def _record(run: Run, outcome: Outcome, step: Step) -> None:
     """Write a step's row of metrics.jsonl and, now and then, status.json."""
     progress = outcome.progress
-    outcome.train_loss = step.result.loss
+    outcome.train_loss, outcome.loss_scale = step.result.loss, step.loss_scale
+    if step.overflowed:
+        log.info("step %d is not taken: its gradients overflow float16 at a loss scale of %.10g", progress.step, step.loss_scale)
     row = _row(progress, step, run.rows.epoch(progress.step))
     if run.peak_tflops is not None:
         peak = run.peak_tflops * 1e12
@@ -299,7 +316,8 @@ def _advanced(progress: Progress, step: Step, taken: bool, num_ranks: int) -> Pr
         rows=progress.rows + step.sizes.rows,
         tokens=progress.tokens + step.sizes.labels,
         input_tokens=progress.input_tokens + step.sizes.tokens,
-        skipped=progress.skipped + (not taken),
+        skipped=progress.skipped + (not taken and not step.overflowed),
+        overflows=progress.overflows + step.overflowed,
         seconds=progress.seconds + step.seconds,
         device_seconds=progress.device_seconds + step.seconds * num_ranks,
     )
@@ -322,6 +340,7 @@ def _row(progress: Progress, step: Step, epoch: float) -> dict[str, Any]:
         "mfu": None,
         "skipped": progress.skipped,
         "rows_hash": f"{zlib.crc32(step.row_ids.tobytes()):08x}",
+        **({} if step.loss_scale is None else {"loss_scale": step.loss_scale, "overflows": progress.overflows}),
     }
 
 
@@ -369,6 +388,7 @@ def as_figures(outcome: Outcome, world: World) -> dict[str, Any]:
         "device_bytes_peak": int(device_peak) or None,
         "host_bytes_peak": int(host_peak),
         "skipped_steps": progress.skipped,
+        **({} if outcome.loss_scale is None else {"overflow_steps": progress.overflows, "loss_scale": outcome.loss_scale}),
         "failed_saves": outcome.failed_saves,
         "train_seconds": progress.seconds,
         "gpu_hours": progress.device_seconds / 3600 if world.device.type == "cuda" else None,

@@ -14,6 +14,7 @@ from trainers.config.choices import (
     Export,
     ObjectiveName,
     OnSpike,
+    Precision,
     Supervise,
     TooLong,
 )
@@ -70,6 +71,8 @@ POSITIVE = (
     "train.global_batch",
     "train.microbatch",
     "train.balance_loss",
+    "train.loss_scale",
+    "train.loss_scale_steps",
     "train.eval_every",
     "train.eval_microbatch",
     "train.patience",
@@ -168,6 +171,10 @@ def validate(config: RunConfig) -> None:
 
         validate_activations(config)
     validate_kernels(config)
+    if config.train.precision is Precision.fp16 or config.train.loss_scale or config.train.loss_scale_steps:
+        from trainers.config.precision import validate_precision
+
+        validate_precision(config)
     _validate_training(config)
     validate_objective(config.objective)
     validate_mixtures(config)

@@ -186,10 +186,11 @@ class Activations(StrEnum):
 
 
 class Precision(StrEnum):
-    """Compute and storage of activations; master weights and optimizer state are float32 in both."""
+    """Compute and storage of activations; master weights and optimizer state are float32 in all."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+    fp16 = "fp16"
 
 
 class Float8(StrEnum):

@@ -288,7 +288,11 @@ class TrainConfig:
     microbatch: int = 1
     """Rows a rank takes through one forward and backward."""
     precision: Precision = Precision.bf16
-    """Compute type; master weights stay float32."""
+    """Compute type; master weights stay float32. `fp16` is for cards without bf16, and scales the loss."""
+    loss_scale: float | None = None
+    """fp16: factor of the loss in the first step, a power of two; halved where gradients overflow. Empty is 65536, torch.amp's."""
+    loss_scale_steps: int | None = None
+    """fp16: steps in a row without an overflow after which the loss scale doubles; empty is 2000, torch.amp's."""
     activations: Activations = Activations.keep
     """What backward finds of a block: `keep` all, `selective` attention and products, `block` its input, `offload` that on the host."""
     compile: bool = False

@@ -34,6 +34,7 @@ from trainers.world import World
 
 if TYPE_CHECKING:
     from trainers.engines.activations import HostInputs
+    from trainers.engines.scaling import LossScale
 
 log = logging.getLogger("fulltune")
 NVME_BUFFERS = 5
@@ -41,7 +42,7 @@ NVME_BUFFERS = 5
 HOST = "in host memory"
 BEGINS_AT_ZERO = re.compile(r"\.lora_(B|E|embedding_A)\b")
 """Names of the tensors that let an adapter begin without an effect, and that every update moves."""
-COMPUTE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+COMPUTE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
 Accepts = Callable[[float], bool]
@@ -73,6 +74,8 @@ class Engine(Protocol):
     """What is trained and what is exported."""
     blocks: list[nn.Module]
     """The model's repeated blocks, in their order."""
+    scale: LossScale | None
+    """What the loss is multiplied by in float16; `step` changes it. None in the other types."""
     settling_steps: int
     """How many first steps differ from those after them in what is allocated when."""
 
@@ -164,6 +167,15 @@ class Engine(Protocol):
     def close(self) -> None:
         """Remove what this run has put outside its run directory."""
         ...
+
+
+def scale_of(config: RunConfig) -> LossScale | None:
+    """Return what scales the loss, None where the run does not compute in float16."""
+    if config.train.precision is not Precision.fp16:
+        return None
+    from trainers.engines.scaling import INITIAL, STEPS, LossScale
+
+    return LossScale(factor=config.train.loss_scale or INITIAL, interval=config.train.loss_scale_steps or STEPS)
 
 
 def require_moved(engine: Engine, world: World) -> None:

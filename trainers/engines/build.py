@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from trainers import host
-from trainers.config.choices import EngineName, Offload
+from trainers.config.choices import EngineName, Offload, Precision
 from trainers.config.errors import ConfigError
 from trainers.config.methods import VIRTUAL
 from trainers.config.optimizers import BITSANDBYTES
@@ -54,6 +54,9 @@ def require_parts(config: RunConfig, world: World) -> None:
     if config.optim.name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         reason = "needs bitsandbytes, which is not installed"
         raise ConfigError("optim.name", str(config.optim.name), reason, "pip install 'fulltune[speed]'")
+    cuda = world.device.type == "cuda"
+    if config.train.precision is Precision.bf16 and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        log.warning("%s has no bf16 and emulates it slowly: train.precision=fp16", torch.cuda.get_device_name())
     class_of(config).require_parts(config)
 
 

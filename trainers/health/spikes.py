@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from trainers.config.choices import OnSpike
+from trainers.config.choices import OnSpike, Precision
 from trainers.config.schema import TrainConfig
 
 log = logging.getLogger("fulltune")
@@ -133,6 +133,8 @@ class Guard:
         log.warning("step %d is skipped: %s (%d in a row)", self.step, why, self.skipped_in_a_row)
         if self.skipped_in_a_row >= self.train.max_skipped:
             remedy = "lower optim.lr, raise optim.warmup_steps, or look at the rows with python -m tools.show_batch"
+            if self.train.precision is Precision.fp16:
+                remedy += "; if float16, up to 65,504, is too narrow for the model, train.precision=fp32, or bf16 where the card has it"
             raise TrainingFailed(f"{self.skipped_in_a_row} steps in a row were skipped, the last because {why}; {remedy}")
 
     def count_rollback(self, saved_step: int, spike: Spike) -> None:

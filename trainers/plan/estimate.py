@@ -104,7 +104,7 @@ def step_seconds(
     """Return the seconds of an optimizer step; `trained`, `frozen_bytes` and the bytes of a microbatch's inputs are a rank's own."""
     flops, moved, sent = totals(moments, microbatches)
     float8 = sum(repeats(microbatches)[moment.microbatch] * moment.flops_float8 for moment in moments if moment.flops_float8)
-    peak = hardware.tflops if config.train.precision is Precision.bf16 else hardware.tflops_fp32
+    peak = hardware.tflops_fp32 if config.train.precision is Precision.fp32 else hardware.tflops
     products = (flops - float8) / peak + (float8 / hardware.tflops_fp8 if float8 else 0.0)
     compute = products / (1e12 * share.products) + moved / (GIGA * hardware.memory_gb_s * share.memory)
     wires = sum(size / (GIGA * bandwidth(key.split()[1], place, hardware) * share.wires) for key, size in sent.items())

@@ -29,16 +29,19 @@ log = logging.getLogger("fulltune")
 console = Console(stderr=True)
 
 PEAK_TFLOPS = {
-    "B200": (2250.0, 4500.0),
-    "H200": (989.0, 1979.0),
-    "H100 PCIe": (756.0, 1513.0),
-    "H100 NVL": (835.0, 1671.0),
-    "H100": (989.0, 1979.0),
-    "A100": (312.0, None),
-    "L40S": (362.0, 733.0),
-    "MI300X": (1307.0, 2615.0),
+    "B200": (2250.0, 2250.0, 4500.0),
+    "H200": (989.0, 989.0, 1979.0),
+    "H100 PCIe": (756.0, 756.0, 1513.0),
+    "H100 NVL": (835.0, 835.0, 1671.0),
+    "H100": (989.0, 989.0, 1979.0),
+    "A100": (312.0, 312.0, None),
+    "L40S": (362.0, 362.0, 733.0),
+    "MI300X": (1307.0, 1307.0, 2615.0),
+    "V100-SXM2": (125.0, None, None),
+    "V100-PCIE": (112.0, None, None),
+    "Tesla T4": (65.0, None, None),
 }
-"""Dense matrix peaks in bf16 and in float8 from the vendors' data sheets, by a part of the device's name; the first match counts."""
+"""Dense matrix peaks in fp16, bf16 and float8 from the vendors' data sheets, by a part of the device's name; the first match counts."""
 LINE_EVERY_S = 10.0
 
 
@@ -66,12 +69,13 @@ def log_to_terminal(rank: int) -> None:
 
 
 def peak_tflops(config: RunConfig) -> float | None:
-    """Return one device's dense peak in TFLOP/s in bf16, or in float8 where blocks use it; None where it is unknown, or for float32."""
+    """Return one device's dense peak in TFLOP/s in the type of its products; None where it is unknown, or for float32."""
     if config.log.peak_tflops is not None or not torch.cuda.is_available() or config.train.precision is Precision.fp32:
         return config.log.peak_tflops
     name = torch.cuda.get_device_name()
-    in_bf16, in_float8 = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), (None, None))
-    return in_bf16 if config.train.float8 is Float8.none else in_float8
+    in_fp16, in_bf16, in_float8 = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in name), (None, None, None))
+    in_16_bits = in_fp16 if config.train.precision is Precision.fp16 else in_bf16
+    return in_16_bits if config.train.float8 is Float8.none else in_float8
 
 
 def host_bytes_peak() -> int:

@@ -79,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--microbatch", type=at_least(1), nargs="+", default=[1, 4], help="rows a forward; each takes its best (default 1 4)"
     )
-    parser.add_argument("--precision", choices=list(Precision), help="compute type; weights are float32 (default fp32, on a GPU bf16)")
+    parser.add_argument(
+        "--precision", choices=[Precision.fp32, Precision.bf16], help="compute type; weights are float32 (default fp32, on a GPU bf16)"
+    )
     parser.add_argument("--venvs", type=Path, help="where the peers' environments are kept (default FULLTUNE_CACHE/peers)")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that a run may take (default 1800)")
     parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")

@@ -39,6 +39,7 @@ from trainers.engines.base import (
     in_short,
     keep_for_backward,
     require_state_bytes,
+    scale_of,
     state_statement,
     statement,
     unpacked_numel,
@@ -46,7 +47,7 @@ from trainers.engines.base import (
     update_tensors,
 )
 from trainers.engines.deepspeed.partitions import Partitions, believe_ranks, partition
-from trainers.engines.deepspeed.settings import REUSED, begin_nvme, bytes_on_host, require_ops, settings
+from trainers.engines.deepspeed.settings import REUSED, begin_nvme, believe_float16, bytes_on_host, require_ops, settings
 from trainers.engines.deepspeed.state import begin_state, load, optimizer_of, state_of
 from trainers.engines.ops import import_deepspeed
 from trainers.model.blueprint import Blueprint, find_blocks
@@ -75,6 +76,7 @@ class ZeRO3Engine:
         self.world, self.blueprint, self.config = world, blueprint, config
         self.compute = COMPUTE[config.train.precision]
         self.nvme = None
+        self.scale = scale_of(config)
         self.model = blueprint.build()
         self.routing = routing_of(self.model, config)
         self.routers = [mixture.router for mixture in mixtures(self.model)] if self.compute is not torch.float32 else []
@@ -135,6 +137,8 @@ class ZeRO3Engine:
             layer.register_forward_pre_hook(_positional, with_kwargs=True)
             import_deepspeed().utils.set_z3_leaf_module(layer, True)
         self._gather_head_whole()
+        if self.scale is not None and self.world.device.type == "cpu":
+            believe_float16()
         self.engine, self.optimizer = import_deepspeed().initialize(
             model=self.model,
             optimizer=optimizer_of(self.model, self.config, self.adaptation, native=origin is not None),
@@ -142,6 +146,7 @@ class ZeRO3Engine:
         )[:2]
         self.partitions = Partitions(self.model, self.optimizer, self.world, self.mesh)
         self.parameters = self.partitions.parameters
+        self._take_scale()
         self.norm = 0.0
         self.accepts: Accepts = accepts_all
         self.with_gradient: set[str] = set()
@@ -185,6 +190,14 @@ class ZeRO3Engine:
         with _linear_of_zero3():
             self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
+    def _take_scale(self) -> None:
+        """Let DeepSpeed multiply the loss by its share of the loss scale, which makes the scale with `backward`, and unscale by it.
+
+        What it holds are means over ranks of scaled gradients.
+        """
+        if self.scale is not None:
+            self.optimizer.custom_loss_scaler, self.optimizer.external_loss_scale = True, self.scale.factor / self.world.size
+
     def squares(self) -> None:
         """Leave the norm to DeepSpeed, whose step finds it over all ranks."""
 
@@ -197,6 +210,7 @@ class ZeRO3Engine:
             parts = self.partitions.parts(update.names)
             update.before(parts, lambda name: _whole(self.parameters[name]))
             parts = {name: replace(part, grad=part.grad.clone()) for name, part in parts.items()}  # DeepSpeed clips some in place
+        self.norm = math.inf  # for gradients of float16 that are not finite, of which DeepSpeed finds no norm
         with self._left_alone(self.adaptation.trained - self.with_gradient - parts.keys()):
             self.engine.step()
         norm = self.norm
@@ -208,6 +222,9 @@ class ZeRO3Engine:
                 self.partitions.take_over()
         self.partitions.clear_gradients()
         self.with_gradient.clear()
+        if self.scale is not None:
+            self.scale.after(math.isfinite(norm))
+            self._take_scale()
         return norm
 
     @contextmanager
@@ -229,7 +246,7 @@ class ZeRO3Engine:
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         groups: list[Any] = type(self.optimizer)._get_norm_groups(self.optimizer)
-        self.norm = float(combine_grad_norm_groups(groups))
+        self.norm = float(combine_grad_norm_groups(groups)) / self.optimizer.loss_scale
         return groups if self.accepts(self.norm) else [torch.tensor(math.inf)]
 
     def train(self, mode: bool) -> None:
@@ -246,13 +263,14 @@ class ZeRO3Engine:
 
     def state(self) -> dict[str, Any]:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
-        return state_of(self.partitions, self.adaptation.update)
+        return state_of(self.partitions, self.adaptation.update, self.scale)
 
     def load(self, folder: Path) -> None:
         """Restore master weights and moments at any world size, then take the parameters over from them."""
         self._average(False)
         self.engine.empty_partition_cache()
-        load(self.partitions, self.adaptation.update, folder)
+        load(self.partitions, self.adaptation.update, self.scale, folder)
+        self._take_scale()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time from the master weights and cast to its type there."""
@@ -328,6 +346,7 @@ class ZeRO3Engine:
             "parameters": f"{counted(total, trained)}, each split over {plural(self.world.size, 'rank')}",
             "storage": statement("master weights", masters, torch.float32, 4 * local, home),
             "compute": statement("parameters", partitions, compute, local * compute.itemsize, away),
+            **({} if self.scale is None else {"loss scale": self.scale.words()}),
             "gradient reduction": statement("gradients", self.partitions.gradients(), torch.float32, size["gradients"], host),
             "optimizer state": state,
             "frozen weights": frozen_statement(((p, p.ds_tensor) for p in frozen), compute, away),

@@ -56,6 +56,9 @@ def settings(config: RunConfig, hidden_size: int, largest_part: int, nvme: Path 
         "managed_gradient_accumulation": False,  # our loop says where a step ends
         "gradient_clipping": config.optim.clip or 0.0,
         "bf16": {"enabled": COMPUTE[config.train.precision] is torch.bfloat16},
+        **(
+            {"fp16": {"enabled": True, "loss_scale": 1.0}} if COMPUTE[config.train.precision] is torch.float16 else {}
+        ),  # ours is set by step
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": zero,
@@ -64,6 +67,13 @@ def settings(config: RunConfig, hidden_size: int, largest_part: int, nvme: Path 
         "steps_per_print": None,
     }
     return _merged(ours, engine.overrides)
+
+
+def believe_float16() -> None:
+    """Let DeepSpeed compute in float16 on a CPU without instructions for it, which torch does in float32 and rounds."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
 
 
 def _merged(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:

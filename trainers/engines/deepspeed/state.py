@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from trainers.engines.stored import load_state
 from trainers.optim import decay_groups, make_optimizer
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Update
+
+if TYPE_CHECKING:
+    from trainers.engines.scaling import LossScale
 
 
 def optimizer_of(model: PreTrainedModel, config: RunConfig, adaptation: Adaptation, native: bool) -> torch.optim.Optimizer:
@@ -50,7 +53,7 @@ def begin_state(partitions: Partitions, optim: OptimConfig) -> None:
             own.state[master] = {"step": 0 if native else torch.zeros((), device=master.device), **moments}
 
 
-def state_of(partitions: Partitions, update: Update | None) -> dict[str, Any]:
+def state_of(partitions: Partitions, update: Update | None, scale: LossScale | None) -> dict[str, Any]:
     """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
     state: dict[str, Any] = {"model": {}, "optimizer": {}}
     own: Any = partitions.optimizer.optimizer
@@ -68,14 +71,16 @@ def state_of(partitions: Partitions, update: Update | None) -> dict[str, Any]:
                 state["optimizer"]["step"] = torch.as_tensor(own.state[master]["step"], dtype=torch.float32).cpu()
     if hasattr(own, "saved"):
         state["optimizer"] = own.saved(partitions.placed, partitions.of_each_rank)
+    if scale is not None:
+        state["loss_scale"] = scale.state()
     if update is not None:
         state |= update.state(partitions.placed)
     return state
 
 
-def load(partitions: Partitions, update: Update | None, folder: Path) -> None:
+def load(partitions: Partitions, update: Update | None, scale: LossScale | None, folder: Path) -> None:
     """Restore master weights and moments at any world size, then take the parameters over from them."""
-    state = state_of(partitions, update)
+    state = state_of(partitions, update, scale)
     own: Any = partitions.optimizer.optimizer if hasattr(partitions.optimizer.optimizer, "saved") else None
     if own is not None:
         own.expect(state["optimizer"], lambda part: load_state({"optimizer": part}, folder))
@@ -93,6 +98,8 @@ def load(partitions: Partitions, update: Update | None, folder: Path) -> None:
             partitions.optimizer._reassign_or_swap_out_partitioned_parameters(number)  # as after a step
     _count_to(partitions.optimizer.optimizer, int(state["optimizer"].get("step", 0)))
     partitions.gather_persistent()
+    if scale is not None:
+        scale.load(state["loss_scale"])
     if update is not None:
         update.load(state)
 

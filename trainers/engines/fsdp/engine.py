@@ -33,6 +33,7 @@ from trainers.engines.base import (
     move_buffers,
     require_state_bytes,
     require_type,
+    scale_of,
     state_statement,
     statement,
     unpacked_numel,
@@ -85,6 +86,7 @@ class FSDPEngine:
         self.offloaded = engine.offload_param is Offload.cpu
         self.visits = engine.offload_optimizer is Offload.cpu and self.steps_on_device(config)
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
+        self.scale = scale_of(config)
         self.model = blueprint.build()
         self.routing = routing_of(self.model, config)
         apart = self.compute is not torch.float32 and not config.train.compile  # a compiled block runs no hooks of groups inside it
@@ -183,17 +185,23 @@ class FSDPEngine:
         return forward_filled_up(self.model, batch, needs, self.compiled, self.head)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size."""
+        """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size.
+
+        In float16 it grows by the loss scale alone, so that gradients overflow alike on any number of ranks; `squares` divides.
+        """
         self.model.set_requires_gradient_sync(last or self.config.engine.sync_each_microbatch)  # type: ignore[operator]
         self.model.set_requires_all_reduce(last)  # type: ignore[operator]
         self.model.set_reshard_after_backward(last or self.config.engine.reshard_after_backward)  # type: ignore[operator]
-        (loss * self.world.size).backward()
+        (loss * (self.world.size if self.scale is None else self.scale.factor)).backward()
 
     def squares(self) -> Tensor:
         """Return the sum of this rank's squared gradients, with what an update hook adds to them; a copy's share, where there are copies.
 
         Collective where there is such a hook.
         """
+        if self.scale is not None:
+            local = [local_block(p.grad)[0] for p in self.model.parameters() if p.grad is not None]
+            torch._foreach_mul_(local, self.world.size / self.scale.factor)
         update = self.adaptation.update
         if update is not None:
             self.parts = self._parts(update.names)
@@ -223,6 +231,8 @@ class FSDPEngine:
                 copies = self.config.engine.replicate
                 update.after(parts, lambda values: [value / copies for value in self.world.sum(values)])
         self.optimizer.zero_grad(set_to_none=True)
+        if self.scale is not None:
+            self.scale.after(math.isfinite(norm))
         if self.compiled is not None:
             self.compiled.done(training=True)
         return norm
@@ -274,12 +284,12 @@ class FSDPEngine:
 
     def state(self) -> dict[str, Any]:
         """Return the live shards of what is trained, and of the optimizer; averages where that averages, which are copies."""
-        return state_of(self.model, self.optimizer, self.adaptation.update)
+        return state_of(self.model, self.optimizer, self.adaptation.update, self.scale)
 
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
         self._average(False)
-        load(self.model, self.optimizer, self.adaptation.update, folder)
+        load(self.model, self.optimizer, self.adaptation.update, self.scale, folder)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time and cast to its type there."""
@@ -342,6 +352,7 @@ class FSDPEngine:
             "parameters": f"{counted(total, trained)}, in {cut}",
             "storage": statement("master weights", parameters, torch.float32, size["trainable"], home),
             "compute": in_short(self.compute),
+            **({} if self.scale is None else {"loss scale": self.scale.words()}),
             "gradient reduction": statement("gradients", [], torch.float32, size["gradients"], until),
             "optimizer state": state,
             "frozen weights": frozen_statement(((p, local_block(p)[0]) for p in frozen), self.compute, home),

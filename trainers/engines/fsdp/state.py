@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from trainers.optim import decay_groups, make_optimizer
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Update
 
+if TYPE_CHECKING:
+    from trainers.engines.scaling import LossScale
 
-def state_of(model: PreTrainedModel, optimizer: Any, update: Update | None) -> dict[str, Any]:
+
+def state_of(model: PreTrainedModel, optimizer: Any, update: Update | None, scale: LossScale | None) -> dict[str, Any]:
     """Return the live shards of what is trained, and of the optimizer; averages where that averages, which are copies."""
     trained = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True))
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -34,12 +37,14 @@ def state_of(model: PreTrainedModel, optimizer: Any, update: Update | None) -> d
         state["optimizer"] = {"state": {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}}
     if hasattr(optimizer, "averaged"):
         state["model"] |= {name: placed(model, name, optimizer.averaged(named[name])) for name in state["model"] if name in named}
+    if scale is not None:
+        state["loss_scale"] = scale.state()
     return state if update is None else state | update.state(partial(placed, model))
 
 
-def load(model: PreTrainedModel, optimizer: Any, update: Update | None, folder: Path) -> None:
+def load(model: PreTrainedModel, optimizer: Any, update: Update | None, scale: LossScale | None, folder: Path) -> None:
     """Restore model and optimizer, resharded to this world size."""
-    state = state_of(model, optimizer, update)
+    state = state_of(model, optimizer, update, scale)
     own: Any = optimizer if hasattr(optimizer, "saved") else None
     if own is not None:
         own.expect(state["optimizer"], lambda part: load_state({"optimizer": part}, folder))
@@ -50,6 +55,8 @@ def load(model: PreTrainedModel, optimizer: Any, update: Update | None, folder: 
     if hasattr(own, "trained"):  # the checkpoint's model is an average
         trained = {name: kinds["y"] for name, kinds in state["optimizer"]["state"].items()}
     set_model_state_dict(model, trained, options=StateDictOptions(strict=False))  # load_state misses no key
+    if scale is not None:
+        scale.load(state["loss_scale"])
     if update is not None:
         update.load(state)
 
