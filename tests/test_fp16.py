@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+import os
+import signal
+import subprocess
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from command import ROOT, arguments, environment, launch, rank_processes, read_rows, trace, wait_for_step
 from conftest import Ranks, blueprint_for, save_tiny
 from transformers import AutoModelForCausalLM
 
 from tools.bench.orders import engine_preset
-from trainers.batch import IGNORE, Batch
+from trainers.batch import IGNORE, Batch, Sizes
 from trainers.config.choices import OptimizerName, Precision
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.engines.build import build_engine
 from trainers.engines.scaling import LossScale
+from trainers.health.spikes import NO_LIMITS
+from trainers.loop import Reports, Step
 from trainers.objectives import NextToken
-from trainers.step import take_step
+from trainers.rundir.rows import steps
+from trainers.step import StepResult, take_step
 from trainers.world import World
 
 STEPS, ROWS, LENGTH, LR, CLIP = 12, 6, 24, 1e-2, 0.5
@@ -36,7 +46,7 @@ REL = 2e-3
 def rows_of_steps() -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """Steps of rows (input_ids, labels) with very different numbers of labels."""
     generator = torch.Generator().manual_seed(5)
-    steps = []
+    made = []
     for _ in range(STEPS):
         rows = []
         for row in range(ROWS):
@@ -44,8 +54,8 @@ def rows_of_steps() -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
             labels = ids.roll(-1)
             labels[: row * 4] = labels[-1] = IGNORE
             rows.append((ids, labels))
-        steps.append(rows)
-    return steps
+        made.append(rows)
+    return made
 
 
 def config_for(folder: Path, engine: str, **train: Any) -> RunConfig:
@@ -137,11 +147,12 @@ def test_the_plain_loop_overflows_and_recovers(reference: tuple[Path, dict[str, 
     assert [scale / SCALE for scale in reference[1]["scales"]] == [1, 1 / 2, 1 / 4, 1 / 4, 1 / 4, 1 / 2, 1 / 2, 1 / 2, *[1 / 4] * 3, 1 / 2]
 
 
-SPLITS = [(1, "fsdp", 2), (2, "zero3", 1), (3, "fsdp", 1), (1, "zero3", 6), (2, "fsdp", 2), (3, "zero3", 2)]
+SPLITS = [(2, "zero3", 1), (3, "fsdp", 1), (1, "fsdp", 2), (1, "zero3", 6), (2, "fsdp", 2), (3, "zero3", 2)]
+MARKS = [*[()] * 2, pytest.mark.slow, *[pytest.mark.soak] * 3]
 
 
 @pytest.mark.parametrize(
-    ("size", "engine", "microbatch"), [pytest.param(*split, marks=[] if n < 3 else pytest.mark.slow) for n, split in enumerate(SPLITS)]
+    ("size", "engine", "microbatch"), [pytest.param(*split, marks=mark) for split, mark in zip(SPLITS, MARKS, strict=True)]
 )
 def test_any_split_has_the_plain_loops_curve(
     ranks: Callable[[int], Ranks], reference: tuple[Path, dict[str, Any]], size: int, engine: str, microbatch: int
@@ -154,7 +165,8 @@ def test_any_split_has_the_plain_loops_curve(
         assert "float16" in got["report"]["compute"]
 
 
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
 def test_a_checkpoint_holds_the_scale(ranks: Callable[[int], Ranks], reference: tuple[Path, dict[str, Any]], engine: str) -> None:
     """Saved in the middle of a row of finite steps, so that their number counts, too."""
     folder, _ = reference
@@ -184,3 +196,49 @@ def test_the_scale_follows_torchs_rule() -> None:
         again = LossScale(interval=3)
         again.load(mine.state())
         assert again == mine
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "scale", "overflowed"),
+    [
+        (2.0, math.inf, 65536.0, True),
+        (2.0, math.nan, 65536.0, True),
+        (2.0, 1.0, 65536.0, False),
+        (math.nan, math.nan, 65536.0, False),  # of the rows, or of the weights
+        (2.0, math.inf, 1.0, False),  # a smaller scale is no way out
+        (2.0, math.inf, None, False),  # of another type than float16
+    ],
+)
+def test_a_bad_batch_is_no_overflow(loss: float, norm: float, scale: float | None, overflowed: bool) -> None:
+    reports = Reports(False, False, False, False, 0, 0)
+    step = Step(StepResult(loss=loss, grad_norm=norm), reports, 0.1, NO_LIMITS, 1, Sizes(), np.arange(2), 1.0, 0.0, scale)
+    assert step.overflowed is overflowed
+
+
+@pytest.mark.slow
+def test_a_killed_run_has_the_scales_of_one_that_was_not(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """More overflows in a row than train.max_skipped allows bad steps; kill -9 of a rank after the scale began to grow again."""
+    more = ("train.precision=fp16", "train.loss_scale=4294967296", "train.loss_scale_steps=2", "train.steps=30", "checkpoint.every=3")
+    launch(cache, arguments(base, chats, tmp_path / "whole", *more))
+    whole = steps(read_rows(tmp_path / "whole"))
+    scales, overflows = [row["loss_scale"] for row in whole], [row["overflows"] for row in whole]
+    assert overflows[:4] == [1, 2, 3, 4]
+    assert {row["skipped"] for row in whole} == {0}
+    assert max(scales[20:]) > min(scales[:20])
+    for row, after in pairwise(whole):
+        assert (row["grad_norm"] is None) == (after["loss_scale"] == row["loss_scale"] / 2)
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert (summary["overflow_steps"], summary["skipped_steps"], summary["loss_scale"]) == (overflows[-1], 0, scales[-1])
+    line = arguments(base, chats, tmp_path / "parts", *more)
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_step(tmp_path / "parts", 20, process)
+        os.kill(rank_processes(tmp_path / "parts")[-1], signal.SIGKILL)
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+    assert "continuing from" in launch(cache, line)
+    assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
+    assert [row["loss_scale"] for row in steps(read_rows(tmp_path / "parts"))] == scales
+    exports = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("parts", "whole")]
+    assert exports[0] == exports[1]

@@ -104,6 +104,8 @@ PRIVATE = {
 }
 UNDOCUMENTED = {
     # without an underscore, and still no promise: DeepSpeed's ZeRO-3 optimizer, its partitioned parameters and its optimizer on the host
+    "external_loss_scale": f"{STAGE3}.override_loss_scale",
+    "custom_loss_scaler": f"{STAGE3}.override_loss_scale",
     "combine_grad_norm_groups": "deepspeed.runtime.utils.combine_grad_norm_groups",
     "ds_id": f"{INIT}.ds_id",
     "ds_numel": f"{INIT}.ds_numel",

@@ -141,6 +141,8 @@ CASES = [
     Case(3, "tiny", activations=SELECTIVE, microbatches=2, keep_gathered=True),
     Case(3, "tiny", engine=ZERO3, activations=OFFLOAD),
     Case(3, "tiny"),
+    Case(2, "tiny", precision=Precision.fp16),
+    Case(3, "tiny", engine=ZERO3, precision=Precision.fp16),
     Case(3, "tiny", engine=ZERO3, microbatches=2),
     Case(4, "9M"),
     Case(4, "9M", replicate=2),

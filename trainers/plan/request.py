@@ -23,7 +23,7 @@ class HardwareConfig:
     memory_gib: float = 0.0
     """Memory of a device as torch reports it, in GiB."""
     tflops: float = 0.0
-    """Peak of dense matrix products in bf16, in TFLOP/s."""
+    """Peak of dense matrix products in bf16, or in fp16, in TFLOP/s."""
     tflops_fp32: float = 0.0
     """The same in fp32 without TF32."""
     tflops_fp8: float = 0.0

@@ -200,8 +200,9 @@ class FSDPEngine:
         Collective where there is such a hook.
         """
         if self.scale is not None:
-            local = [local_block(p.grad)[0] for p in self.model.parameters() if p.grad is not None]
-            torch._foreach_mul_(local, self.world.size / self.scale.factor)
+            for p in self.model.parameters():
+                if p.grad is not None:
+                    local_block(p.grad)[0].mul_(self.world.size / self.scale.factor)
         update = self.adaptation.update
         if update is not None:
             self.parts = self._parts(update.names)
