@@ -10,7 +10,7 @@ import pytest
 from tools.structure import run, source
 
 MOST_RUN_FILES, MOST_RUN_LINES = 108, 4120
-MOST_STEP_FILES, MOST_STEP_LINES = 22, 360
+MOST_STEP_FILES, MOST_STEP_LINES = 22, 365
 """On one rank; a slow machine adds a few. CONTRIBUTING.md says why these."""
 MOST_SMALL_COLLECTIVES = 1
 """Of a steady step on two ranks, without those that move weights and gradients."""

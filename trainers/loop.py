@@ -310,17 +310,10 @@ def _read_reports(result: StepResult, guard: Guard) -> Reports:
 
 def _advanced(progress: Progress, step: Step, taken: bool, num_ranks: int) -> Progress:
     """Return how far the run is after a step."""
-    return Progress(
-        ahead=progress.ahead,
-        step=progress.step + 1,
-        rows=progress.rows + step.sizes.rows,
-        tokens=progress.tokens + step.sizes.labels,
-        input_tokens=progress.input_tokens + step.sizes.tokens,
-        skipped=progress.skipped + (not taken and not step.overflowed),
-        overflows=progress.overflows + step.overflowed,
-        seconds=progress.seconds + step.seconds,
-        device_seconds=progress.device_seconds + step.seconds * num_ranks,
-    )
+    sizes, seconds, skipped = step.sizes, step.seconds, not taken and not step.overflowed
+    more: dict[str, Any] = {"step": 1, "rows": sizes.rows, "tokens": sizes.labels, "input_tokens": sizes.tokens, "seconds": seconds}
+    more |= {"device_seconds": seconds * num_ranks, "skipped": skipped, "overflows": step.overflowed}
+    return replace(progress, **{name: getattr(progress, name) + value for name, value in more.items()})
 
 
 def _row(progress: Progress, step: Step, epoch: float) -> dict[str, Any]:
