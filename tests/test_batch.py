@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainers.batch import IGNORE, Batch, Needs, Sizes, by_document
+from trainers.batch import IGNORE, NO_DOCUMENT, Batch, Needs, Sizes, by_document
 from trainers.model.forward import forward
+from trainers.model.head import Head
 from trainers.objectives import NextToken
 
 
@@ -166,4 +167,57 @@ def test_segments_are_the_documents_and_paddings_of_the_rows() -> None:
     padded = torch.full((1, 150), -1)
     padded[0, :10] = 0
     one = Batch(input_ids=padded, labels=padded, position_ids=padded, documents=padded, num_rows=1, num_tokens=10, num_documents=1)
-    assert (one.segments, one.starts.tolist(), one.longest) == ((10, -140), [0, 10, 74, 138, 150], 64)
+    assert (one.segments, one.segments_kept, one.starts.tolist(), one.longest) == ((10, -140), (10, -6), [0, 10, 16], 10)
+    every = dataclasses.replace(one, kept=torch.arange(150), starts=one.starts[:0])
+    assert (every.starts.tolist(), every.longest) == ([0, 10, 74, 138, 150], 64)
+
+
+def test_one_row_leaves_padding_out() -> None:
+    """What is computed are documents and the first padding up to a multiple of 16; numbers of it go back to their places."""
+    documents = torch.full((3, 24), NO_DOCUMENT)
+    documents[0, :13], documents[1, :20], documents[1, 20:] = 0, 1, 2
+    positions = torch.arange(24).repeat(3, 1)
+    ids = torch.arange(72).view(3, 24)
+    labels = ids.where((documents == 1) & (ids > 30), IGNORE)
+    signals = {"of_token": ids.float(), "of_document": torch.tensor([1.0, 2.0, 3.0])}
+    batch = Batch(
+        input_ids=ids, labels=labels, position_ids=positions, documents=documents, signals=signals,
+        num_rows=3, num_tokens=37, num_documents=3,
+    )  # fmt: skip
+    row = batch.in_one_row()
+    expected = [*range(13), *range(24, 48), *range(13, 24)]
+    assert row.input_ids.tolist() == [expected]
+    assert row.signals["of_token"].tolist() == [expected]
+    assert row.signals["of_document"].tolist() == [1.0, 2.0, 3.0]
+    assert row.segments == (13, 20, 4, -11)
+    assert row.starts.tolist() == [0, 13, 33, 37, 48]
+    assert row.columns.tolist() == [20 + number for number in range(13)]
+    assert row.sizes() == batch.sizes()
+    assert batch.out_of_one_row(row.input_ids).tolist() == ids.where(torch.isin(ids, torch.tensor(expected)), 0).tolist()
+    again = row.in_one_row()
+    assert torch.equal(again.input_ids, row.input_ids)
+    none = torch.empty(0, dtype=torch.int64)
+    padding = dataclasses.replace(
+        batch, documents=torch.full_like(documents, NO_DOCUMENT), segments=(-72,), columns=none, kept=none, labelled=none, starts=none
+    )
+    assert padding.in_one_row().input_ids.tolist() == [list(range(16))]
+
+
+@pytest.mark.parametrize("head", [None, 5])
+def test_a_step_without_padding_is_one_with_it(tiny_llama: Path, head: int | None) -> None:
+    documents = torch.tensor([0] * 9 + [NO_DOCUMENT] * 22 + [1] * 31 + [NO_DOCUMENT] * 31).view(3, 31)
+    ids = torch.randint(0, 33, (3, 31), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(31).expand(3, 31)
+    labels = ids.roll(-1, 1).where((documents != NO_DOCUMENT) & (positions % 3 > 0), IGNORE)
+    batch = Batch(input_ids=ids, labels=labels, position_ids=positions, documents=documents, num_rows=2, num_tokens=40, num_documents=2)
+    found = {}
+    for backend in ("varlen", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama, attn_implementation=backend)
+        seen = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(tuple(args[0].shape[:2])))
+        output = forward(model, batch, Needs(entropy=True), head=head and Head(model, head))
+        (output.logps * torch.arange(1, 32)).sum().backward()
+        found[backend] = [output.logps.detach(), output.entropy, *(p.grad for p in model.parameters())]
+        assert seen == [(1, 48) if backend == "varlen" else (3, 31)]
+    for ours, theirs in zip(found["varlen"], found["sdpa"], strict=True):
+        assert (ours - theirs).norm() <= 1e-6 * theirs.norm()

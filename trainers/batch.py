@@ -13,6 +13,8 @@ IGNORE = -100
 NO_DOCUMENT = -1
 PADDING_PIECE = 64
 """Tokens of padding that may attend to each other: kernels compute padding as if it were documents, which short ones make cheap."""
+MULTIPLE = 16
+"""Of tokens that are computed in one row: what matrix products in 8 bits take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,28 +58,42 @@ class Batch:
     """D."""
     columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """(K,) int64, K >= 1: the columns in which some row has a label. Found on the CPU, so that a GPU need not wait."""
+    kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(N,) int64: of the rows one after the other, the tokens that `in_one_row` has: those of documents, and padding up to MULTIPLE."""
+    labelled: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(L,) int64, L >= 1: which of `kept` have labels."""
 
     segments: tuple[int, ...] = ()
     """Lengths of what follows one another in the rows, put one after the other: documents, and below 0 padding. Numbers on the CPU."""
     starts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
-    """(N + 1,) int32: where each of the segments begins, padding in pieces of PADDING_PIECE, and B x S: cumulative lengths for kernels."""
+    """(M + 1,) int32: where each segment of `kept` begins, padding in pieces of PADDING_PIECE, and N: cumulative lengths for kernels."""
 
     def __post_init__(self) -> None:
-        """Find the labelled columns and the segments; a batch without labels keeps a column, so that its graph and gradient (0) exist."""
+        """Find the labels and the segments; a batch without labels keeps a column, so that its graph and gradient (0) exist."""
         if not self.segments:
             self.segments = _segments(self.documents)
+        if not len(self.kept):
+            self.kept = _kept(self.documents)
         if not len(self.starts):
-            pieces = [size for length in self.segments for size in ([length] if length > 0 else _pieces(-length))]
+            pieces = [size for length in self.segments_kept for size in ([length] if length > 0 else _pieces(-length))]
             self.starts = torch.tensor([0, *pieces]).cumsum(0).to(self.documents.device, torch.int32)
         if not len(self.columns):
-            self.columns = (self.labels != IGNORE).any(0).nonzero().flatten()
-        if not len(self.columns):
-            self.columns = torch.zeros(1, dtype=torch.int64, device=self.labels.device)
+            self.columns = _places((self.labels != IGNORE).any(0))
+        if not len(self.labelled):
+            self.labelled = _places(self.labels.flatten()[self.kept] != IGNORE)
+
+    @property
+    def segments_kept(self) -> tuple[int, ...]:
+        """Return the lengths of what follows one another in `kept`: its padding comes last."""
+        if len(self.kept) == self.labels.numel():
+            return self.segments
+        documents = tuple(length for length in self.segments if length > 0)
+        return (*documents, *([sum(documents) - len(self.kept)] if sum(documents) < len(self.kept) else []))
 
     @property
     def longest(self) -> int:
         """Return the tokens of the longest segment in `starts`."""
-        return max(length if length > 0 else min(-length, PADDING_PIECE) for length in self.segments)
+        return max(length if length > 0 else min(-length, PADDING_PIECE) for length in self.segments_kept)
 
     @classmethod
     def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Batch:
@@ -108,13 +124,26 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def in_one_row(self) -> Batch:
-        """Return the rows one after the other in a single row (1, B x S); positions restart where a row began.
+        """Return the tokens of `kept`, one row after the other, in a single row (1, N); positions restart where a row began.
 
-        transformers finds packed documents for flash attention in a single row only: in several, documents would see each
-        other. The labelled columns are found anew, for which a GPU waits.
+        Padding costs as much as documents do. And transformers finds packed documents for flash attention in a single row only: in
+        several, documents would see each other.
         """
-        shape, none = self.labels.shape, self.columns[:0]
-        return replace(self.map(lambda tensor: tensor.reshape(1, -1) if tensor.shape == shape else tensor), columns=none)
+        shape, every = self.labels.shape, len(self.kept) == self.labels.numel()
+
+        def joined(tensor: Tensor) -> Tensor:
+            row = tensor.reshape(1, -1) if tensor.shape == shape else tensor
+            return row if every or row is tensor else row[:, self.kept]
+
+        kept = torch.arange(len(self.kept), device=self.labels.device)
+        return replace(self.map(joined), segments=self.segments_kept, columns=self.labelled, kept=kept)
+
+    def out_of_one_row(self, values: Tensor) -> Tensor:
+        """Return what was computed of `in_one_row` (1, N) in its places, 0.0 where nothing was, (B, S)."""
+        shape = self.labels.shape
+        if len(self.kept) == shape.numel():
+            return values.view(shape)
+        return values.new_zeros(shape.numel()).index_copy(0, self.kept, values[0]).view(shape)
 
 
 def _segments(documents: Tensor) -> tuple[int, ...]:
@@ -124,6 +153,22 @@ def _segments(documents: Tensor) -> tuple[int, ...]:
     at = begins.flatten().nonzero().flatten()
     lengths = torch.diff(at, append=at.new_tensor([documents.numel()]))
     return tuple(torch.where(documents.flatten()[at] == NO_DOCUMENT, -lengths, lengths).tolist())
+
+
+def _kept(documents: Tensor) -> Tensor:
+    """Return the places of documents' tokens, then of the first padding that fills them up to MULTIPLE; (B, S) -> (N,), N >= 1."""
+    is_padding = documents.flatten() == NO_DOCUMENT
+    count = documents.numel() - int(is_padding.sum())
+    more = -count % MULTIPLE if count else MULTIPLE
+    if len(is_padding) - count <= more:
+        return torch.arange(len(is_padding), device=documents.device)
+    return torch.cat([(~is_padding).nonzero().flatten(), is_padding.nonzero().flatten()[:more]])
+
+
+def _places(has_label: Tensor) -> Tensor:
+    """Return where there are labels, the first place where there are none."""
+    found = has_label.nonzero().flatten()
+    return found if len(found) else found.new_zeros(1)
 
 
 def _pieces(length: int) -> list[int]:

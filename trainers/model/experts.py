@@ -181,7 +181,8 @@ class Routing:
         with self.noting():
             output = run()
             layers = zip(self.mixtures, self.logits, self.chosen, strict=True)
-            sums = [balance(logits, chosen, batch, mixture.is_sigmoid) for mixture, logits, chosen in layers]
+            routed = batch if len(self.logits[0]) == batch.labels.numel() else batch.in_one_row()
+            sums = [balance(logits, chosen, routed, mixture.is_sigmoid) for mixture, logits, chosen in layers]
         output.balance = torch.stack(sums).mean()
         return output
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainers.batch import IGNORE, Batch, Needs, Output
-from trainers.model.attention import documents_of
-from trainers.model.recurrent import lengths_for_kernels, takes_lengths
+from trainers.model.attention import VARLEN, documents_of
+from trainers.model.recurrent import begins_anew, lengths_for_kernels, takes_lengths
 
 
 class Head(Protocol):
@@ -86,18 +86,24 @@ def forward(
 ) -> Output:
     """Return the log-probability of each label and what else is needed.
 
-    Logits are made only for the columns in which some row has a label, in the compute type, and reduced in float32 chunks:
-    (B, S, V) in float32 would be 4 GiB at 8k x 128k. With a `head` only a few tokens' logits exist at once. Backward may run once.
+    Where attention is told the documents, rows are computed as one, without their padding. Logits are made only where there are
+    labels, else for the columns in which some row has one, in the compute type, and reduced in float32 chunks: (B, S, V) in float32
+    would be 4 GiB at 8k x 128k. With a `head` only a few tokens' logits exist at once. Backward may run once.
     `config` is the model's own, where `model` wraps it in something whose `config` is another.
     """
-    shape, config = batch.labels.shape, config or model.config
-    flash, lengths = "flash" in str(getattr(config, "_attn_implementation", "")), takes_lengths(config)
-    if (flash or lengths) and len(batch.labels) > 1:
-        return _map_output(forward(model, batch.in_one_row(), needs, config, head), lambda values: values.view(shape))
-    columns = batch.columns
+    config = config or model.config
+    backend = str(getattr(config, "_attn_implementation", ""))
+    if "flash" in backend or takes_lengths(config) or (backend == VARLEN and not begins_anew(model)):
+        return _map_output(_in_columns(model, batch.in_one_row(), needs, config, head), batch.out_of_one_row)
+    return _in_columns(model, batch, needs, config, head)
+
+
+def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head: Head | None) -> Output:
+    """Return what `forward` returns, computed of the rows as they are."""
+    shape, columns = batch.labels.shape, batch.columns
     every = len(columns) == shape[1]
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-    if lengths:
+    if takes_lengths(config):
         inputs |= lengths_for_kernels(batch)
     labels = batch.labels if every else batch.labels[:, columns]
     with documents_of(batch), nullcontext() if head is None else head.reading(labels.flatten(), needs.entropy):

@@ -34,12 +34,18 @@ def recurrent_layers(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def begin_anew(model: nn.Module, config: PreTrainedConfig) -> None:
+def begin_anew(model: Any, config: PreTrainedConfig) -> None:
     """Let each recurrent layer of a model begin anew with each document of a batch that `documents_of` names."""
     if takes_lengths(config):
         return
     for layer in recurrent_layers(model):
         layer.forward = partial(_each_document, layer.forward)  # type: ignore[method-assign]
+        model.begins_anew = True
+
+
+def begins_anew(model: nn.Module) -> bool:
+    """Tell whether a model has layers that `begin_anew` has changed: they compute rows of one document at once, and others in turn."""
+    return bool(getattr(model, "begins_anew", False))
 
 
 def takes_lengths(config: PreTrainedConfig) -> bool:
