@@ -209,9 +209,10 @@ def _qlora(size: Size) -> list[Row]:
         vocab_size=151936,
     )
     base = size.step(2)
+    llama = (*size.llama(), *base, "peft=qlora", "peft.dropout=0", *(("peft.rank=8",) if size.tiny else ()))
     rows = {
-        "QLoRA": (*size.llama(), *base, "peft=qlora", "peft.dropout=0"),
-        "QLoRA train.activations=block": (*size.llama(), *base, "peft=qlora", "peft.dropout=0", "train.activations=block"),
+        "QLoRA": llama,
+        "QLoRA train.activations=block": (*llama, "train.activations=block"),
         "Qwen3 8B, LoRA": (*qwen, *base, "peft=lora", "peft.targets=[all-linear]"),
     }
     return [Row(section="qlora", name=name, overrides=words, seconds=55, more={"plan": True}) for name, words in rows.items()]
