@@ -55,8 +55,11 @@ def write_slopes(logits: Tensor, labels: Tensor, grad: Tensor, out: Tensor, log_
     known = (None,) * -(-len(logits) // rows) if log_sums is None else log_sums.split(rows)
     for chunk, label, factor, log_sum, place in zip(*(x.split(rows) for x in (logits, safe, scale)), known, out.split(rows), strict=True):
         values = chunk.float()
-        slope = (values - (values.logsumexp(-1) if log_sum is None else log_sum)[:, None]).exp_().mul_(-factor[:, None])
-        place.copy_(slope.scatter_add_(-1, label[:, None], factor[:, None]))
+        log_sum = values.logsumexp(-1) if log_sum is None else log_sum
+        slope = torch.sub(values, log_sum[:, None], out=place if place.dtype is torch.float32 else None)
+        slope.exp_().mul_(-factor[:, None]).scatter_add_(-1, label[:, None], factor[:, None])
+        if slope is not place:
+            place.copy_(slope)
 
 
 def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
