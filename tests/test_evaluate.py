@@ -21,7 +21,8 @@ from conftest import save_tiny
 from tools.evaluate.__main__ import main as evaluate
 from tools.evaluate.measure import Alone, answers, losses
 from tools.evaluate.record import load
-from trainers.config.schema import plain, read, read_at
+from tools.evaluate.subject import Subject
+from trainers.config.schema import ModelConfig, RunConfig, plain, read, read_at
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +260,20 @@ def test_adapters_are_measured_with_the_base_that_they_were_trained_beside(base:
     rounded, whole = summary["eval_loss_before"], figures(run, "base")["held_out_loss"]["value"]
     assert whole != pytest.approx(rounded, abs=1e-5)
     assert load(run / "evaluation", "run") is not None
+
+
+def test_a_base_whose_vocabulary_has_grown_has_the_rows_that_its_run_began_with(base: Path) -> None:
+    """The files lack them: each is the mean of the others, as in training."""
+    from transformers import AutoModelForCausalLM
+
+    subject = Subject(config=RunConfig(model=ModelConfig(id=str(base), add_tokens=["<|tool|>", "<|call|>"])), folder=None)
+    model = subject.open(torch.float32, torch.device("cpu"))
+    rows = AutoModelForCausalLM.from_pretrained(base).get_input_embeddings().weight
+    new = subject.tokenizer.convert_tokens_to_ids(["<|tool|>", "<|call|>"])
+    found = model.get_input_embeddings().weight
+    assert torch.equal(found[: len(rows)], rows)
+    torch.testing.assert_close(found[new], rows.mean(0).expand(2, -1), rtol=1e-5, atol=1e-7)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_run_is_measured_on_its_own_rows_wherever_it_is(

@@ -89,6 +89,7 @@ PRIVATE = {
             "torch._dynamo.utils.get_compilation_metrics",
             "torch._inductor.config",
             "torch._inductor.runtime.cache_dir_utils.default_cache_dir",
+            "torch.fx.experimental._config",
             "torch._subclasses.fake_tensor.FakeTensor",
             "torch._subclasses.fake_tensor.FakeTensorMode",
             "torch._subclasses.fake_tensor.unset_fake_temporarily",

@@ -80,6 +80,7 @@ class CompiledBlocks:
         from torch import compiler
         from torch._dynamo import callback
         from torch._inductor import config as inductor
+        from torch.fx.experimental import _config as shapes
 
         self.folder, self.num_blocks = cache_folder(), len(blocks)
         self.length = whole_rows(config.data.seq_len) if config.data.packing else None
@@ -88,6 +89,7 @@ class CompiledBlocks:
         """Steps that are done, and evaluations."""
         self.graphs, self.again, self.began, self.is_fresh, self.is_first = 0, 0, time.time(), False, True
         compiler.config.recompile_limit = GRAPHS
+        shapes.use_duck_shape = False  # else rows as long as the model is wide are taken for always that long
         threads = min(8, host.threads_per_rank(local_ranks)) if device == "cuda" else 1  # those that write kernels for a GPU
         inductor.compile_threads = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") or threads)
         for block in blocks:
