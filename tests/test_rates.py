@@ -44,6 +44,7 @@ OF_EXPERIMENTS = {
     "qwen3_8b_full": 7e-6,
     "qwen3_30b_a3b_lora": 1e-5,
     "llama8b_compare": 1e-5,
+    "llama8b_reward": 3e-6,
     "quickstart": 2e-3,
     "quickstart_base": 5e-3,
     "compare_quickstart": 1e-5,

@@ -28,6 +28,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from tools.command import Refused, ended, parser_of
 from trainers.config.choices import Attention, PeftMethod
+from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.local import require_model_directory
 from trainers.config.schema import RunConfig, read
@@ -85,6 +86,11 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     tokenizer = load_tokenizer(config)
     require_same_tokenizer(folder.parent.parent, tokenizer)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
+    if config.objective.name in SCORED:
+        from trainers.rundir.files import read_json
+        from trainers.scoring import headed
+
+        blueprint = headed(blueprint, read_json(folder.parent.parent / paths.MANIFEST)["data"], tokenizer)
     if dtype != "saved":
         blueprint.saved_dtype = getattr(torch, dtype)
     stored = Stored(folder)
@@ -103,7 +109,8 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     files = list(out.glob("*.safetensors"))
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started
     print(f"{out}: {folder.name} of {folder.parent.parent} in {plural(len(files), 'file')} of weights, {size:,} bytes, {seconds:.1f} s")
-    print(f'open it: AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")')
+    opener = "AutoModelForSequenceClassification" if blueprint.scores else "AutoModelForCausalLM"
+    print(f'open it: {opener}.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")')
 
 
 def require_absent(out: Path) -> None:

@@ -182,6 +182,13 @@ def by_document(values: Tensor, batch: Batch) -> Tensor:
     return sums.index_add(0, batch.documents.flatten() + 1, labelled)[1:]
 
 
+def last_tokens(batch: Batch) -> Tensor:
+    """Return where each document's last token is among the rows, one after the other: (D,) int64, below B x S."""
+    documents = batch.documents.flatten()
+    places = torch.arange(documents.numel(), device=documents.device)
+    return places.new_zeros(batch.num_documents + 1).scatter_reduce(0, documents + 1, places, "amax")[1:]
+
+
 def by_pair(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return what belongs to the first and to the second document of each pair, (D,) -> (P,), (P,): the members are neighbours."""
     first, second = values.view(-1, 2).unbind(1)
@@ -193,6 +200,8 @@ class Needs:
     """What a forward returns besides log-probabilities."""
 
     entropy: bool = False
+    scores: bool = False
+    """Scores of documents, of a model whose head makes them; there are no log-probabilities then."""
 
 
 @dataclass(kw_only=True)
@@ -203,5 +212,7 @@ class Output:
     """Log-probability of each label in nats, with a graph while training."""
     entropy: Tensor | None = None
     """Entropy in nats of the distribution that the label is drawn from; without a graph."""
+    scores: Tensor | None = None
+    """(D, C): what the head of scores makes of each document's last hidden state, with a graph while training."""
     balance: Tensor | None = None
     """Scalar: how unevenly routers treat each document, summed over labels; only where `train.balance_loss` asks for it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trainers.batch import Batch, Sizes
 from trainers.config.schema import TrainConfig
@@ -16,7 +17,7 @@ from trainers.data.loader import eval_batches
 from trainers.data.table import TokenTable
 from trainers.engines.base import Engine
 from trainers.health.activity import watch
-from trainers.objectives import Objective, per_target
+from trainers.objectives import Objective, Tallied, per_target
 from trainers.world import World
 
 ASK_EVERY_S = 2.0
@@ -40,10 +41,15 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
     """
     engine.train(False)
     sums: dict[str, float] = {}
+    tally: Tensor | None = None
     every, began = 1, time.monotonic()
     for number, batch in enumerate(watch.each(batches), 1):
         on_device = batch.to(world.device)
-        loss = objective(engine.forward(on_device, objective.needs), on_device)
+        output = engine.forward(on_device, objective.needs)
+        loss = objective(output, on_device)
+        if isinstance(objective, Tallied):
+            more = objective.tally(output, on_device).double()
+            tally = more if tally is None else tally + more
         for name, value in {"": loss.total, **loss.sums()}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         if number == every:  # not at each: a sum over ranks takes as long as a small microbatch
@@ -54,7 +60,10 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
     engine.train(True)
     names = sorted(sums)
     means = per_target(dict(zip(names, world.sum([sums[name] for name in names]), strict=True)), targets)
-    return Evaluation(loss=means.pop(""), figures={f"eval_{name}": value for name, value in means.items()})
+    loss_mean = means.pop("")
+    if isinstance(objective, Tallied) and tally is not None:
+        means |= objective.summary(world.sum(tally.tolist()))
+    return Evaluation(loss=loss_mean, figures={f"eval_{name}": value for name, value in means.items()})
 
 
 class HeldOut:

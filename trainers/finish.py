@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from trainers.batch import IGNORE, Batch
+from trainers.batch import IGNORE, Batch, Needs
 from trainers.config.choices import PeftMethod, Precision
 from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
@@ -68,7 +68,8 @@ def finish(built: Built, outcome: Outcome) -> None:
     is_adapter = adaptation.library_config is not None
     weights = while_current(engine.weights(), world, attempt)
     if is_adapter:
-        sums = export_adapter(weights, adaptation, tokenizer, folder, first, mark)
+        own = built.blueprint.config if built.blueprint.scores else None
+        sums = export_adapter(weights, adaptation, tokenizer, folder, first, mark, own)
     else:
         assert isinstance(adaptation, FullTraining)
         sums = export(weights, adaptation.form, built.blueprint, tokenizer, stop_ids(tokenizer), folder, first, mark=mark)
@@ -77,7 +78,8 @@ def finish(built: Built, outcome: Outcome) -> None:
     probe = make_batch(built.data.train, np.zeros(1, np.int64), 1, pad_id(tokenizer))
     engine.train(False)
     with torch.no_grad():
-        logps = engine.forward(probe.to(world.device)).logps.cpu()
+        found = engine.forward(probe.to(world.device), Needs(scores=built.blueprint.scores))
+        logps = (found.logps if found.scores is None else found.scores).cpu()
     figures, shapes, state = as_figures(outcome, world), engine.shapes(), engine.state_bytes()
     state_bytes = dict(zip(state, map(int, world.sum(list(map(float, state.values())))), strict=True))
     if world.rank == 0:
@@ -119,6 +121,9 @@ def _try_export(built: Built, folder: Path, probe: Batch, logps: torch.Tensor) -
     files = [path for place in (folder, base) if place is not None for path in place.glob("*.safetensors")]
     if sum(path.stat().st_size for path in files) > REOPEN_BELOW:
         return None
+    if blueprint.scores:
+        _try_scores(built, folder, base, logps)
+        return None
     if is_adapter:
         plain = reopen(base, config.model.trust_remote_code, blueprint.config) if base else blueprint.build("cpu")
         model = reopen_adapter(folder, round_base(plain, adaptation))
@@ -126,14 +131,32 @@ def _try_export(built: Built, folder: Path, probe: Batch, logps: torch.Tensor) -
         model = reopen(folder, config.model.trust_remote_code)
     with torch.no_grad():
         labelled = (forward(model, probe).logps.float() - logps)[probe.labels != IGNORE]
-    difference = float(labelled.abs().mean())
-    exact = config.train.precision is Precision.fp32 and blueprint.saved_dtype is torch.float32
-    if not difference <= (EXPORT_TOLERANCE if exact else EXPORT_TOLERANCE_16_BIT):
-        raise RuntimeError(f"the export in {folder} is {difference:.2g} nats a token away from the trained model")
-    log.info(
-        "export reopened with plain %s: %.1e nats a token from the trained model", "peft" if is_adapter else "transformers", difference
-    )
+    _require_near(built, folder, float(labelled.abs().mean()), "nats a token", is_adapter)
     return _try_sample(config, model, built.tokenizer, built.data)
+
+
+def _require_near(built: Built, folder: Path, difference: float, unit: str, is_adapter: bool) -> None:
+    """Raise RuntimeError where a reopened export is far from what was trained; say how near it is."""
+    exact = built.config.train.precision is Precision.fp32 and built.blueprint.saved_dtype is torch.float32
+    if not difference <= (EXPORT_TOLERANCE if exact else EXPORT_TOLERANCE_16_BIT):
+        raise RuntimeError(f"the export in {folder} is {difference:.2g} {unit} away from the trained model")
+    library = "peft" if is_adapter else "transformers"
+    log.info("export reopened with plain %s: %.1e %s from the trained model", library, difference, unit)
+
+
+def _try_scores(built: Built, folder: Path, base: Path | None, scores: torch.Tensor) -> None:
+    """Compare the scores of the first row's documents, (D, C), with those that plain transformers gives each as a row of its own."""
+    from trainers.scoring import plain_scores, reopen_scores, score_rows
+
+    trust, adaptation, blueprint = built.config.model.trust_remote_code, built.engine.adaptation, built.blueprint
+    if adaptation.library_config is None:
+        model = reopen_scores(folder, trust)
+    else:
+        plain = reopen_scores(base, trust, blueprint) if base else plain_scores(blueprint)
+        model = reopen_adapter(folder, round_base(plain, adaptation))
+    again = score_rows(model, built.data.train, built.data.train.documents(0))
+    difference = float(np.abs(again - scores.float().numpy()).mean())
+    _require_near(built, folder, difference, "a score", adaptation.library_config is not None)
 
 
 def _try_sample(config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerFast, data: Prepared) -> dict[str, str] | None:

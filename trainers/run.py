@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import transformers
 from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
+from trainers.batch import Batch
 from trainers.config.choices import Activations, Precision
-from trainers.config.derived import exports_best, peak_lr, rows_words, scarcity
+from trainers.config.derived import SCORED, exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
@@ -68,6 +70,10 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     tokenizer = load_tokenizer(config)
     data = prepare(config, progress=world.rank == 0, tokenizer=tokenizer)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
+    if config.objective.name in SCORED:
+        from trainers import scoring
+
+        blueprint, data = scoring.headed(blueprint, data.report, tokenizer), scoring.weighted(config, data)
     watch.enter(Phase.connecting)
     preflight.require_gpu(world)
     world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
@@ -126,7 +132,7 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         engine.train(False)
         vocab_size = built.blueprint.config.get_text_config().vocab_size
         rounds = config.train.precision is not Precision.fp32 and any(".experts" in name for name in engine.shapes())
-        require_isolation(lambda batch: engine.forward(batch.to(world.device)).logps, vocab_size, config.train.microbatch, rounds)
+        require_isolation(_asking(built), vocab_size, config.train.microbatch, rounds)
         engine.train(True)
     padding = pad_id(built.tokenizer)
     if REFERENCE in CHOICES[config.objective.name](config.objective).signals:
@@ -156,6 +162,16 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
     exit_after(ENDING_S, code)
     world.disconnect()
     return code
+
+
+def _asking(built: Built) -> Callable[[Batch], torch.Tensor]:
+    """Return what tells whether documents see each other: log-probabilities of labels, or scores at each token, (B, S)."""
+    engine, device = built.engine, built.world.device
+    if not built.blueprint.scores:
+        return lambda batch: engine.forward(batch.to(device)).logps
+    from trainers.scoring import of_each_token
+
+    return lambda batch: of_each_token(engine, batch.to(device))
 
 
 def _say_what_is_trained(config: RunConfig, world: World, report: dict[str, str]) -> None:

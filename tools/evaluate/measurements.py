@@ -18,6 +18,7 @@ from tools.evaluate.pairs import Pairs, rewards_of
 from tools.evaluate.record import FOLDER, Evaluation
 from tools.runs import is_run, runs_below
 from trainers.config.choices import Metric, Quantisation
+from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.measured import validate_evaluation
 from trainers.config.schema import DataConfig, EvaluationConfig, ModelConfig, RunConfig, plain
@@ -122,6 +123,11 @@ def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     for name in ("path", "general"):
         if name in given and Path(given[name]).exists():
             given[name] = os.path.abspath(given[name])
+    if config.objective.name in SCORED:
+        reason = f"objective={config.objective.name} has made a model of scores, which gives no answers and no log-probabilities"
+        raise ConfigError(
+            "objective.name", str(config.objective.name), reason, "its numbers of held-out rows in metrics.jsonl, as eval_accuracy"
+        )
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
     validate_evaluation(config.evaluation)
     return config

@@ -25,7 +25,7 @@ from trainers.config.local import looks_local, require_model_directory
 from trainers.config.measured import validate_evaluation
 from trainers.config.methods import validate_peft
 from trainers.config.mixtures import validate_mixtures
-from trainers.config.objectives import validate_objective
+from trainers.config.objectives import validate_objective, validate_scores
 from trainers.config.optimizers import validate_optimizer
 from trainers.config.schema import DataConfig, ModelConfig, RunConfig, read
 from trainers.config.sharding import near, validate_engine
@@ -108,6 +108,7 @@ NOT_NEGATIVE = (
     "peft.orth_reg_weight",
     "objective.margin",
     "objective.nll_weight",
+    "objective.center",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
@@ -177,6 +178,7 @@ def validate(config: RunConfig) -> None:
         validate_precision(config)
     _validate_training(config)
     validate_objective(config.objective)
+    validate_scores(config)
     validate_mixtures(config)
     validate_optimizer(config)
     validate_evaluation(config.evaluation)
@@ -224,7 +226,7 @@ def _validate_data(config: RunConfig) -> None:
     if data.template is not None and Path(data.template).is_file() and not Path(data.template).read_text("utf-8", "replace").strip():
         raise ConfigError("data.template", data.template, "the template file is empty")
     if data.document is DocumentOf.turn and config.objective.name is not ObjectiveName.sft:
-        reason = "compares two answers" if compares(config.objective.name) else "trains every token"
+        reason = "trains every token" if config.objective.name is ObjectiveName.cpt else "reads whole answers and documents"
         raise ConfigError("data.document", "turn", f"objective={config.objective.name} {reason}", "data.document=row, or objective=sft")
     if data.supervise is not Supervise.assistant and compares(config.objective.name):
         reason = f"objective={config.objective.name} compares the answers, and no turn of the prompt"

@@ -70,7 +70,7 @@ class DataSource(StrEnum):
 
 
 class ObjectiveName(StrEnum):
-    """Supervised fine-tuning on conversations, continued pre-training on every token, or preferences between two answers."""
+    """Supervised fine-tuning, continued pre-training, preferences between two answers, or a head that scores or classifies documents."""
 
     sft = "sft"
     cpt = "cpt"
@@ -78,6 +78,8 @@ class ObjectiveName(StrEnum):
     simpo = "simpo"
     cpo = "cpo"
     orpo = "orpo"
+    reward = "reward"
+    classify = "classify"
 
 
 class PreferenceLoss(StrEnum):

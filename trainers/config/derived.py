@@ -64,9 +64,13 @@ PREFERENCES = (ObjectiveName.dpo, ObjectiveName.simpo, ObjectiveName.cpo, Object
 """Objectives that compare the two answers of a pair."""
 
 
+SCORED = (ObjectiveName.reward, ObjectiveName.classify)
+"""Objectives of a head that makes scores of documents in the place of log-probabilities."""
+
+
 def compares(objective: ObjectiveName) -> bool:
     """Tell whether an objective takes pairs of answers."""
-    return objective in PREFERENCES
+    return objective in PREFERENCES or objective is ObjectiveName.reward
 
 
 def peak_lr(optim: OptimConfig, peft: PeftConfig) -> Peak:

@@ -29,7 +29,7 @@ def validate_mixtures(config: RunConfig) -> None:
         reason = "fills rows up inside the forward, whose tokens a balance loss (train.balance_loss) could not tell from documents'"
         raise ConfigError(f"train.{name}", value, reason, "train.balance_loss=null, or without it")
     if config.train.balance_loss is not None and config.objective.name not in OF_LABELS:
-        reason = f"counts each document by its labels, and objective={config.objective.name} compares answers"
+        reason = f"counts each document by its labels, and objective={config.objective.name} does not divide by them"
         raise ConfigError("train.balance_loss", config.train.balance_loss, reason, "train.balance_loss=null, or objective=sft")
     stacks = names_stacks(peft.targets)
     if not stacks:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from trainers.config.choices import ObjectiveName, PreferenceLoss
-from trainers.config.errors import ConfigError
-from trainers.config.foreign import of_others, refuse_foreign
-from trainers.config.schema import ObjectiveConfig
+import math
 
+from trainers.config.choices import ObjectiveName, PreferenceLoss, Supervise
+from trainers.config.derived import SCORED
+from trainers.config.errors import ConfigError, plural
+from trainers.config.foreign import of_others, refuse_foreign
+from trainers.config.methods import VIRTUAL
+from trainers.config.schema import ObjectiveConfig, RunConfig
+
+SCORE = "score"
+"""The head's name in a model of scores."""
 FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.sft: (),
     ObjectiveName.cpt: (),
@@ -14,6 +20,8 @@ FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.cpo: ("beta", "loss", "label_smoothing", "length_normalised", "nll_weight"),
     ObjectiveName.simpo: ("beta", "margin"),
     ObjectiveName.orpo: ("beta",),
+    ObjectiveName.reward: ("center",),
+    ObjectiveName.classify: ("labels", "class_weights", "balanced"),
 }
 """The settings that each objective has."""
 
@@ -30,3 +38,38 @@ def validate_objective(objective: ObjectiveConfig) -> None:
     if objective.robust and not objective.label_smoothing:
         reason = "is about a share of wrong pairs, and objective.label_smoothing is 0"
         raise ConfigError("objective.robust", True, reason, "objective.label_smoothing=0.1")
+    if objective.name in SCORED:
+        _validate_classes(objective)
+
+
+def _validate_classes(objective: ObjectiveConfig) -> None:
+    """Refuse classes that are none, and weights of other classes."""
+    labels, weights = objective.labels, objective.class_weights
+    if labels and (len(set(labels)) < max(2, len(labels)) or "" in labels):
+        raise ConfigError("objective.labels", labels, "needs two names or more, each once", "objective.labels=[]: those of the rows")
+    if weights and len(weights) != len(labels):
+        reason = f"has {plural(len(weights), 'weight')}, and objective.labels names {plural(len(labels), 'class')}"
+        raise ConfigError("objective.class_weights", weights, reason, "objective.balanced=true objective.class_weights=[]")
+    if any(not 0 <= weight < math.inf for weight in weights) or (weights and not any(weights)):
+        raise ConfigError("objective.class_weights", weights, "must be numbers, 0 or greater, and not all 0", "objective.class_weights=[]")
+    if weights and objective.balanced:
+        reason = "weighs classes by their documents, and objective.class_weights is given"
+        raise ConfigError("objective.balanced", True, reason, "objective.balanced=false")
+
+
+def validate_scores(config: RunConfig) -> None:
+    """Refuse what has no meaning for a model whose head makes scores of documents, and no logits."""
+    if config.objective.name not in SCORED:
+        return
+    said = f"objective={config.objective.name} trains a head of scores"
+    if config.peft.method in VIRTUAL:
+        reason = f"{said}, and transformers takes the score of a row's last token by the row's own, without virtual ones in front"
+        raise ConfigError("peft.method", str(config.peft.method), reason, "peft=lora")
+    if config.train.logits_chunk:
+        raise ConfigError("train.logits_chunk", config.train.logits_chunk, f"{said}: there are no logits", "train.logits_chunk=null")
+    if config.data.supervise is not Supervise.assistant:
+        reason = f"{said} at a document's last token, whoever wrote the rest"
+        raise ConfigError("data.supervise", str(config.data.supervise), reason, "data.supervise=assistant")
+    if SCORE in config.peft.modules_to_save:
+        reason = f"{said}, which every adapter is saved with"
+        raise ConfigError("peft.modules_to_save", config.peft.modules_to_save, reason, "peft.modules_to_save=[]")

@@ -126,7 +126,7 @@ class ObjectiveConfig:
     """What is minimised."""
 
     name: ObjectiveName = ObjectiveName.sft
-    """`sft` trains the supervised turns of conversations, `cpt` every token of a text, the others which of two answers is preferred."""
+    """`sft` trains the supervised turns of conversations, `cpt` every token of a text, the others answers or documents as a whole."""
     beta: float = 0.1
     """dpo, simpo, cpo: what a difference of log-probabilities in nats is multiplied by; orpo: weight of the odds ratio."""
     loss: PreferenceLoss = PreferenceLoss.sigmoid
@@ -139,6 +139,14 @@ class ObjectiveConfig:
     """dpo: divide each answer's log-probability by its tokens; simpo and orpo always do."""
     margin: float = 0.0
     """simpo: by how much, in units of the reward, the preferred answer is to lead."""
+    center: float = 0.0
+    """reward: weight of the square of a pair's summed scores, which keeps scores around 0 (arXiv 2312.09244); 0.01 is usual."""
+    labels: list[str] = field(default_factory=list)
+    """classify: names of the classes, in the order of the head's outputs; empty takes those of the training rows, sorted."""
+    class_weights: list[float] = field(default_factory=list)
+    """classify: what a document's loss is multiplied by, for each of `labels`; empty is 1."""
+    balanced: bool = False
+    """classify: weigh each class so that all count as much: documents / (classes x the class's documents) of the training rows."""
     nll_weight: float = 0.0
     """dpo, cpo: weight of the preferred answer's own loss, in nats a token; orpo always has it with weight 1."""
 

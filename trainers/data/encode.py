@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers.config.choices import DocumentOf, Layout, ObjectiveName, Supervise, TooLong
+from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data import formats, masks
@@ -41,12 +42,16 @@ class Documents:
     groups: NDArray[np.uint64]
     """Hash of the first prompt of each document."""
     counts: dict[str, int]
+    texts: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Which of the texts each document is of, counted from 0 in what was tokenised together."""
     units: Ints | None = None
     """The unit of each document, counted from 0: those of a pair share one. None where each document is its own."""
     bad: list[str] = field(default_factory=list)
     """File, line and reason of each bad row."""
     left_out: LeftOut = field(default_factory=LeftOut)
     """What the chat template leaves out of rows."""
+    signals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """What each document carries besides its tokens, by name, (documents,)."""
     unread: set[str] = field(default_factory=set)
     """Fields that rows have and nobody reads."""
     error: tuple[str, object, str, str] | None = None
@@ -80,6 +85,8 @@ class Encoder:
     """Tokens that the chat template writes of its own accord."""
     ignore: Sequence[str] = ()
     """Fields of rows and turns that are left out before anything reads them."""
+    labels: Sequence[str] = ()
+    """Names of the classes of rows that are classified."""
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
@@ -91,6 +98,11 @@ class Encoder:
                 try:
                     data = parse(row, self.ignore)
                     texts, prompt = self.render(data)
+                    if self.objective in SCORED:
+                        from trainers.data.scored import signal_of
+
+                        signals = signal_of(data, self.objective, self.layout, self.labels)
+                        texts = [replace(text, signals=signals) for text in texts]
                     unread |= self._unread(data)
                     for item in texts:
                         formats.require_characters(item.text)
@@ -113,6 +125,8 @@ class Encoder:
             return set()
         from trainers.data import fields
 
+        if self.objective in SCORED:
+            row = {name: value for name, value in row.items() if name not in ("label", "score", "margin")}
         fields.check(row, self.layout)
         return fields.unread(row, self.layout)
 
@@ -132,9 +146,10 @@ class Encoder:
             return [pair], prompt
         from trainers.data import fields
 
-        messages = formats.to_messages(row, self.layout)
+        messages = formats.to_messages(row, self.layout, answered=self.objective is not ObjectiveName.classify)
         prompt, untrained = formats.first_prompt(messages), fields.untrained(row, self.layout, messages)
-        self._require_supervision(row)
+        if self.objective not in SCORED:
+            self._require_supervision(row)
         if self.objective is ObjectiveName.cpt:
             return [self._render_conversation_text(messages, formats.to_tools(row))], prompt
         if self.template is None:
@@ -146,7 +161,9 @@ class Encoder:
             )
         template = _with_variables(self.template, fields.template_variables(row))
         tools = formats.to_tools(row)
-        if self.document is DocumentOf.turn:
+        if self.objective in SCORED:
+            rendered = [masks.render(template, messages, tools, Supervise.all)]
+        elif self.document is DocumentOf.turn:
             rendered = _each_turn(template, messages, tools, untrained)
         else:
             rendered = [masks.render(template, messages, tools, self.supervise, untrained)]
@@ -191,7 +208,7 @@ class Encoder:
             reason = "rows have a system text or tools, which have no place without a chat template"
             raise ConfigError("data.template", None, reason, f"{self.chat_remedy} or data.ignore=[system,system_prompt,tools]")
         between = "" if self.layout is Layout.prompt_completion else "\n"
-        if self.objective is ObjectiveName.cpt or self.supervise is Supervise.all:
+        if self.objective in (ObjectiveName.cpt, *SCORED) or self.supervise is Supervise.all:
             return masks.plain_text(f"{prompt}{between}{completion}", self.bos, self.eos), prompt
         return masks.plain_pair(prompt + between, completion, self.bos, self.eos), prompt
 
@@ -209,7 +226,10 @@ class Encoder:
     def _documents(self, rendered: list[Rendered], groups: list[int]) -> Documents:
         tokens, ends, offsets = self._tokenise([item.text for item in rendered])
         supervised = self._mask(rendered, tokens, ends, offsets)
-        return self._fit(tokens, supervised, offsets, groups)
+        documents = self._fit(tokens, supervised, offsets, groups)
+        for name in rendered[0].signals:
+            documents.signals[name] = np.array([item.signals[name] for item in rendered], np.float32)[documents.texts]
+        return documents
 
     def _tokenise(self, texts: list[str]) -> tuple[NDArray[np.int32], Ints, Ints]:
         """Return flat ids, where each token ends in its text (in bytes or characters), and document offsets.
@@ -262,7 +282,7 @@ class Encoder:
         running = np.concatenate([[0], np.cumsum(supervised, dtype=np.int64)])
         kept = [piece for piece in pieces if running[piece[2]] - running[min(piece[1] + 1, piece[2])] > 0]
         counts["dropped"] += len(pieces) - len(kept)
-        return _documents_of(kept, tokens, supervised, counts)
+        return _documents_of(kept, tokens, supervised, offsets, counts)
 
     def _fit_pairs(
         self, tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, groups: list[int], counts: dict[str, int]
@@ -284,7 +304,7 @@ class Encoder:
                 continue
             counts["truncated"] += is_cut
             kept += [(groups[number], start, end) for start, end in cut]
-        documents = _documents_of(kept, tokens, supervised, counts)
+        documents = _documents_of(kept, tokens, supervised, offsets, counts)
         documents.units = np.arange(len(kept), dtype=np.int64) // 2
         return documents
 
@@ -302,7 +322,7 @@ class Encoder:
 
 
 def _documents_of(
-    kept: Sequence[tuple[int, int, int]], tokens: NDArray[np.int32], supervised: NDArray[np.uint8], counts: dict[str, int]
+    kept: Sequence[tuple[int, int, int]], tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, counts: dict[str, int]
 ) -> Documents:
     """Return the documents of pieces (group, start, end), and count the trained tokens that are in none."""
     index = _ranges([piece[1:] for piece in kept])
@@ -311,6 +331,7 @@ def _documents_of(
         supervised=supervised[index],
         lengths=np.array([end - start for _, start, end in kept], dtype=np.int64),
         groups=np.array([group for group, _, _ in kept], dtype=np.uint64),
+        texts=np.searchsorted(offsets, np.array([start for _, start, _ in kept], dtype=np.int64), side="right") - 1,
         counts=counts,
     )
     documents.supervised[np.cumsum(documents.lengths) - documents.lengths] = 0
@@ -321,7 +342,7 @@ def _documents_of(
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint64))
 
 
-def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> Encoder:
+def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: Layout, labels: Sequence[str] = ()) -> Encoder:
     """Return the encoder of a run; raises ConfigError where the tokenizer is slow, or has no end token that plain rows need."""
     name = config.data.template or config.model.tokenizer or config.model.id or "chatml"
     template = masks.template_of(tokenizer, name)
@@ -353,6 +374,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         chat_remedy=remedy,
         opening=written_tokens(template) if template is not None else (),
         ignore=config.data.ignore,
+        labels=labels,
     )
 
 
@@ -403,6 +425,7 @@ def join(documents: list[Documents]) -> Documents:
         groups=np.concatenate([_NOTHING[3], *(item.groups for item in documents)]),
         counts={name: sum(item.counts.get(name, 0) for item in documents) for name in COUNTS},
         bad=[line for item in documents for line in item.bad],
+        signals={name: np.concatenate([item.signals[name] for item in documents]) for name in (documents[0].signals if documents else ())},
         unread=set().union(*(item.unread for item in documents)),
         error=next((item.error for item in documents if item.error), None),
     )

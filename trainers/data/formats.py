@@ -86,8 +86,8 @@ def recognise(row: object) -> Layout:
     raise BadRow(f"has no known layout; its fields are {', '.join(sorted(map(str, row))) or 'none'}")
 
 
-def to_messages(row: Row, layout: Layout) -> list[Message]:
-    """Return a row's conversation, checked and in one form; raises BadRow with the reason.
+def to_messages(row: Row, layout: Layout, answered: bool = True) -> list[Message]:
+    """Return a row's conversation, checked and in one form; raises BadRow with the reason. Where it is `answered` it has an answer.
 
     Messages have `role`, `content` (absent with tool calls), and where the row has them `tool_calls` with arguments
     as objects, `tool_call_id`, `name` and `reasoning_content`.
@@ -102,7 +102,7 @@ def to_messages(row: Row, layout: Layout) -> list[Message]:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     if (system := system_of(row)) and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    if not any(message["role"] == "assistant" for message in messages):
+    if answered and not any(message["role"] == "assistant" for message in messages):
         raise BadRow("has no assistant turn")
     return messages
 

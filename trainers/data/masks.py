@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +25,8 @@ class Rendered:
     spans: list[Span]
     left_out: dict[str, bool] = field(default_factory=dict)
     """For each kind of part that the row has (parts.py), whether the template has left one out."""
+    signals: Mapping[str, float] = field(default_factory=dict)
+    """What the document carries besides its text, by name; the same names in every document."""
 
 
 def plain_pair(prompt: str, completion: str, bos: str, eos: str) -> Rendered:

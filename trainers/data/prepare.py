@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.choices import Layout, ObjectiveName, TooLong
-from trainers.config.derived import Source, compares, sources_of
+from trainers.config.derived import SCORED, Source, compares, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
@@ -124,6 +124,7 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     data = config.data
     options = {name: str(getattr(data, name)) for name in RENDERING}
     options |= {"objective": str(config.objective.name), "seed": str(config.seed if data.eval_fraction else 0)}
+    options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
     marks = [sources.fingerprint(source, config.objective.name) for source in sources_of(data)]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
 
@@ -132,10 +133,15 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
     started = time.monotonic()
     places = sources_of(config.data)
     layouts = [find_layout(config, source) for source in places]
+    labels: tuple[str, ...] = ()
+    if config.objective.name is ObjectiveName.classify:
+        from trainers.data.scored import find_labels
+
+        labels = find_labels(config, places[0])
     stores = {name: Store(folder, name) for name in ("train", "eval")[: len(layouts)]}
     with bar_of(progress) as advance:
         for store, source, layout in zip(stores.values(), places, layouts, strict=True):
-            _encode_all(config, encoder_of(config, tokenizer, layout), source, store, advance)
+            _encode_all(config, encoder_of(config, tokenizer, layout, labels), source, store, advance)
     counts = {name: sum(store.counts[name] for store in stores.values()) for name in COUNTS}
     _check_losses(config, counts)
     left_out = LeftOut()
@@ -170,8 +176,18 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
         "seconds": round(seconds, 3),
         "rows_per_second": round(counts["rows"] / seconds, 1),
         "splits": report,
+        **(_scored(folder, tokenizer, list(splits), labels) if config.objective.name in SCORED else {}),
     }
     (folder / "report.json").write_text(json.dumps(whole, indent=2))
+
+
+def _scored(folder: Path, tokenizer: PreTrainedTokenizerFast, splits: list[str], labels: tuple[str, ...]) -> dict[str, Any]:
+    """Return what a model of scores must know of the rows: its classes with their documents, and what pads rows in its export."""
+    from trainers.data.scored import choose_pad, ends_of, label_counts
+
+    tables = {name: open_table(folder / name) for name in splits}
+    counts = {"labels": label_counts(tables, labels)} if labels else {}
+    return counts | {"pad_id": choose_pad(tokenizer, ends_of(list(tables.values())))}
 
 
 def _left_out(config: RunConfig) -> dict[str, list[str]]:
@@ -208,12 +224,14 @@ def find_layout(config: RunConfig, source: Source | None) -> Layout:
 def _require_fitting(config: RunConfig, layout: Layout) -> None:
     """Raise ConfigError where rows compare answers and the objective does not, or the other way round."""
     name = config.objective.name
+    if layout is Layout.preference and name is ObjectiveName.classify:
+        raise ConfigError("data.path", config.data.path, "rows are pairs of answers, and a document has one class", "objective=reward")
     if layout is Layout.preference and not compares(name):
         reason = f"rows are pairs of answers, and objective={name} trains on one"
         raise ConfigError(
             "data.path", config.data.path, reason, "objective=dpo, or data.ignore=[rejected] where another field has the answer"
         )
-    if layout is not Layout.preference and compares(name):
+    if layout is not Layout.preference and compares(name) and name is not ObjectiveName.reward:
         reason = f"compares two answers, and rows of layout {layout} have one"
         raise ConfigError("objective.name", str(name), reason, "objective=sft, or rows with `chosen` and `rejected`")
 
@@ -228,6 +246,7 @@ class Store:
         self.lengths: list[NDArray[np.int64]] = []
         self.groups: list[NDArray[np.uint64]] = []
         self.has_pairs = False
+        self.signals: dict[str, list[NDArray[np.float32]]] = {}
         self.counts = dict.fromkeys(COUNTS, 0)
         self.left_out = LeftOut()
         self.unread: set[str] = set()
@@ -241,6 +260,8 @@ class Store:
         self.lengths.append(documents.lengths)
         self.groups.append(documents.groups)
         self.has_pairs |= documents.units is not None
+        for name, values in documents.signals.items():
+            self.signals.setdefault(name, []).append(values)
         self.num_documents += len(documents.lengths)
         self.counts = {name: self.counts[name] + documents.counts.get(name, 0) for name in COUNTS}
         self.left_out.update(documents.left_out)
@@ -417,7 +438,14 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     apart = units is not None and not config.data.packing
     table = TokenTable(
-        tokens=tokens[which], supervised=supervised[which], offsets=offsets, order=order, rows=rows, units=units, apart=apart
+        tokens=tokens[which],
+        supervised=supervised[which],
+        offsets=offsets,
+        order=order,
+        rows=rows,
+        units=units,
+        apart=apart,
+        signals={name: np.concatenate(values)[keep] for name, values in store.signals.items()},
     )
     save_table(table, folder)
     num_tokens = int(offsets[-1])

@@ -34,6 +34,9 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
         lines.append(f"  stops at {', '.join(f'{token} ({number})' for token, number in report['stops'].items())}")
     for kind, counts in report.get("template_leaves_out", {}).items():
         lines.append(f"  left out by the chat template: {KINDS[kind]} in {counts['missing']:,} of {counts['rows']:,} rows that have some")
+    if report.get("labels"):
+        counts = [f"{name} {' + '.join(f'{count:,}' for count in of.values())}" for name, of in report["labels"].items()]
+        lines.append(f"  labels  {plural(len(counts), 'class')} ({' + '.join(report['splits'])}): {_few(counts)}")
     if report.get("unread"):
         lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from trainers.config.optimizers import LARGEST, PAGED, bytes_per_parameter
 from trainers.config.schema import OptimConfig, RunConfig
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
-from trainers.model.forward import Head
+from trainers.model.forward import Head, gives_scores
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin
 from trainers.peft.base import Adaptation
@@ -225,6 +225,8 @@ def inputs_on_host(config: RunConfig, model: PreTrainedModel, num_blocks: int, d
 
 def head_of(model: PreTrainedModel, config: RunConfig, compute: torch.dtype) -> tuple[Head | None, str]:
     """Return what reads the output layer of a model on `meta` a few tokens at a time, None where logits are whole; and this in words."""
+    if gives_scores(model):
+        return None, "none: scores of documents alone"
     vocab_size, automatic = model.config.get_text_config().vocab_size, config.train.logits_chunk is None
     tokens = logits_chunk(config, vocab_size, compute.itemsize)
     if not tokens:

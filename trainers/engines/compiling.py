@@ -201,4 +201,4 @@ def _wider_segments(segments: tuple[int, ...], size: int, more: int) -> Iterator
 
 def cut(output: Output, length: int) -> Output:
     """Return the first `length` columns."""
-    return Output(logps=output.logps[:, :length], entropy=None if output.entropy is None else output.entropy[:, :length])
+    return replace(output, logps=output.logps[:, :length], entropy=None if output.entropy is None else output.entropy[:, :length])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +58,8 @@ class Blueprint:
     """Why `config` has the attention backend that it has; None where nobody has chosen one yet."""
     vocab_on_disk: int | None = None
     """Rows of the checkpoint's embedding where `config` has more; None where they agree."""
+    scores: bool = False
+    """`config` has a head of scores of documents in the place of the base's output layer."""
 
     def build(self, device: str = "meta") -> PreTrainedModel:
         """Build the model in float32: parameters on `meta` (buffers are real), or whole and with its values on `cpu`."""
@@ -69,12 +71,17 @@ class Blueprint:
             load_parts(origin, {name: (tensor, (0,) * tensor.ndim) for name, tensor in state.items() if name not in tied})
         return model
 
+    def _maker(self) -> Callable[..., PreTrainedModel]:
+        if not self.scores:
+            return AutoModelForCausalLM.from_config
+        from trainers.model.scores import build_scores
+
+        return build_scores
+
     def _build(self) -> PreTrainedModel:
         with init_empty_weights(include_buffers=False):
             try:
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code
-                )
+                model = self._maker()(copy.deepcopy(self.config), dtype=torch.float32, trust_remote_code=self.trust_remote_code)
             except ValueError as error:  # from_config writes the type into the config it is given, hence the copy
                 reason = str(error).split(" yet.")[0].splitlines()[0]
                 if "attention" in reason:

@@ -191,7 +191,8 @@ def write_configs(
     config.dtype = blueprint.saved_dtype
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    generation.save_pretrained(folder)
+    if not blueprint.scores:
+        generation.save_pretrained(folder)
     if blueprint.folder is not None:
         processors = blueprint.folder.glob("*processor_config.json") if type(config) is type(blueprint.config) else ()
         for path in (*processors, *(blueprint.folder.glob("*.py") if blueprint.trust_remote_code else ())):
@@ -335,7 +336,8 @@ def rehearse_export(form: SavedForm, blueprint: Blueprint, tokenizer: PreTrained
 
     def reopened(place: Path) -> None:
         config = AutoConfig.from_pretrained(place, trust_remote_code=blueprint.trust_remote_code)
-        GenerationConfig.from_pretrained(place)
+        if not blueprint.scores:
+            GenerationConfig.from_pretrained(place)
         require_same(tokenizer, place, blueprint.trust_remote_code)
         replace(blueprint, config=config, folder=None).build()
 

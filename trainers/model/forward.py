@@ -9,9 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from trainers.batch import IGNORE, Batch, Needs, Output
+from trainers.batch import IGNORE, Batch, Needs, Output, last_tokens
 from trainers.model.attention import VARLEN, documents_of
 from trainers.model.recurrent import begins_anew, lengths_for_kernels, takes_lengths
+
+SCORE = "score"
+"""transformers' name of the head of a model that scores documents: one matrix (C, hidden size) without a bias."""
 
 
 class Head(Protocol):
@@ -80,6 +83,11 @@ def _chunk_rows(logits: Tensor, floats: int = 1 << 22) -> int:
     return max(1, floats // logits.shape[-1])
 
 
+def gives_scores(model: nn.Module) -> bool:
+    """Tell whether a model has a head of scores in the place of its output layer, as `trainers.model.scores` builds it."""
+    return getattr(model, "scores_documents", False)
+
+
 def forward(
     model: nn.Module,
     batch: Batch,
@@ -96,7 +104,10 @@ def forward(
     """
     config = config or model.config
     backend = str(getattr(config, "_attn_implementation", ""))
-    if "flash" in backend or takes_lengths(config) or (backend == VARLEN and not begins_anew(model)):
+    in_one_row = "flash" in backend or takes_lengths(config) or (backend == VARLEN and not begins_anew(model))
+    if needs.scores:
+        return _scores(model, batch.in_one_row() if in_one_row else batch, config, batch.labels.shape)
+    if in_one_row:
         return _map_output(_in_columns(model, batch.in_one_row(), needs, config, head), batch.out_of_one_row)
     return _in_columns(model, batch, needs, config, head)
 
@@ -123,6 +134,14 @@ def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head:
         return values if every else values.new_zeros(shape).index_copy(1, columns, values)
 
     return _map_output(Output(logps=logps, entropy=entropy), in_place)
+
+
+def _scores(model: nn.Module, rows: Batch, config: Any, shape: torch.Size) -> Output:
+    """Return the scores of the documents of rows, (D, C) float32; log-probabilities are 0.0, of the batch's own shape."""
+    more = lengths_for_kernels(rows) if takes_lengths(config) else {}
+    with documents_of(rows):
+        scores = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, ends=last_tokens(rows), **more)
+    return Output(logps=scores.new_zeros(shape).detach(), scores=scores)
 
 
 def _map_output(output: Output, f: Callable[[Tensor], Tensor]) -> Output:

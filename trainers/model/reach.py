@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from trainers.batch import Batch, Output
+from trainers.batch import Batch, Needs, Output
 from trainers.model.attention import VARLEN
-from trainers.model.forward import Head, forward
+from trainers.model.forward import Head, forward, gives_scores
 from trainers.processes import raise_exhausted
 
 log = logging.getLogger("fulltune")
@@ -24,7 +24,7 @@ LENGTH = 8
 
 
 def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
-    """Return the parameters of a model on `meta` on which no log-probability of a text row depends, by name; the model stays as it is.
+    """Return the parameters of a model on `meta` on which no log-probability or score of a text row depends, by name; it stays as it is.
 
     They get no gradient, whatever the values are. Experts that no token was sent to count as reached.
     A short row reaches all of most models. Others are asked again with a row of `seq_len` tokens, as some parts only see long rows, and
@@ -35,7 +35,8 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
     left = {name for name, parameter in twin.named_parameters() if parameter.requires_grad}
     try:
         for length, answer in ((LENGTH, False), (seq_len, True)):
-            found = set(map(id, _leaves(ask(twin, length, answer).logps)))
+            output = ask(twin, length, answer)
+            found = set(map(id, _leaves(output.logps if output.scores is None else output.scores)))
             left = {name for name in left if id(twin.get_parameter(name)) not in found}
             if not left:
                 return left
@@ -63,7 +64,7 @@ def ask(twin: PreTrainedModel, length: int = LENGTH, answer: bool = False, head:
     ids = torch.zeros(1, length, dtype=torch.int64)
     batch = Batch.of(ids, ids.clone(), torch.arange(length)[None]).map(lambda tensor: tensor.to("meta"))
     with torch.enable_grad(), torch.device("meta"), _NoValues(answer):
-        return forward(twin, batch, head=head)
+        return forward(twin, batch, Needs(scores=gives_scores(twin)), head=head)
 
 
 class _NoValues(TorchDispatchMode):

@@ -69,6 +69,7 @@ class Values(Protocol):
     folder: Path | None
     seed: int
     vocab_on_disk: int | None
+    scores: bool
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -103,12 +104,12 @@ class Conversion:
 class StoredModel:
     """The Origin in a directory of safetensors files, keys matched with names as transformers' from_pretrained does."""
 
-    def __init__(self, model: PreTrainedModel, weights: Weights, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Match `weights` with a model on `meta` whose tensors have `shapes` on disk.
+    def __init__(self, model: PreTrainedModel, weights: Weights, shapes: dict[str, tuple[int, ...]], keep_rest: bool = True) -> None:
+        """Match `weights` with a model on `meta` whose tensors have `shapes` on disk; without `keep_rest` other parts are left out.
 
         Raises ConfigError that names what is missing, has another shape or cannot be read as it is; warns of what has no place.
         """
-        self.model, self.weights, self.shapes = model, weights, shapes
+        self.model, self.weights, self.shapes, self.keep_rest = model, weights, shapes, keep_rest
         self.keys: dict[str, str] = {}
         self.conversions: dict[str, Conversion] = {}
         self.twins: dict[str, str] = {}
@@ -186,6 +187,10 @@ class StoredModel:
             in_block = path in modules and any(part.isdigit() for part in path.split("."))
             if not (owns or in_block or LEGACY.search(key)) and self.weights.stored[key].type in TYPES:
                 self.rest.append(key)
+        others = set(self.rest)
+        if self.rest and not self.keep_rest:
+            log.info("the head of scores takes the place of the base's %s", listed(self.rest))
+            self.rest = []
         if self.rest:
             absent = {next(path for path in _paths(unplaced[key]) if path not in modules) for key in self.rest}
             parts = listed(sorted(absent))
@@ -193,7 +198,7 @@ class StoredModel:
                 "%d tensors of the base are of parts that this model does not have, and stay as they are: %s", len(self.rest), parts
             )
         ignored = [LEGACY, *map(re.compile, self.model._keys_to_ignore_on_load_unexpected or ())]
-        left = [key for key in unplaced if key not in set(self.rest) and not any(pattern.search(key) for pattern in ignored)]
+        left = [key for key in unplaced if key not in others and not any(pattern.search(key) for pattern in ignored)]
         if left:
             log.warning("the model has no place for %d tensors of the checkpoint, which are left out: %s", len(left), listed(left))
 
@@ -329,6 +334,30 @@ class Grown:
         return dtype == torch.float32 and self.origin.is_exact_in(dtype)
 
 
+class Headed:
+    """An Origin with tensors that its checkpoint lacks, as a head that the base was never trained with: they begin at random."""
+
+    def __init__(self, origin: Origin, fresh: Origin, made: Collection[str]) -> None:
+        """Take the tensors `made` from `fresh`, and all others from `origin`."""
+        self.origin, self.fresh, self.made = origin, fresh, made
+
+    def names(self) -> list[str]:
+        """Return the names of the origin, and those that it lacks."""
+        return [*self.origin.names(), *self.made]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return (self.fresh if name in self.made else self.origin).shape(name)
+
+    def read(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Return a block."""
+        return (self.fresh if name in self.made else self.origin).read(name, offset, shape)
+
+    def is_exact_in(self, dtype: torch.dtype) -> bool:
+        """Random numbers are drawn in float32."""
+        return dtype == torch.float32 and self.origin.is_exact_in(dtype)
+
+
 class Random:
     """The Origin of a model from random weights, by transformers' own initialisation, one unit at a time.
 
@@ -439,8 +468,19 @@ def origin_of(model: PreTrainedModel, blueprint: Values) -> Origin:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     rows = blueprint.vocab_on_disk
     grown = {} if rows is None else {name: (rows, *shapes[name][1:]) for name in _rows_of_vocabulary(model) if name in shapes}
-    origin = StoredModel(model, Weights(blueprint.folder), shapes | grown)
-    return Grown(origin, grown, max(shapes[name][0] for name in grown)) if grown else origin
+    weights, made = Weights(blueprint.folder), set[str]()
+    if blueprint.scores:
+        from trainers.model.scores import FRESH
+
+        made = {FRESH} - weights.stored.keys()
+        if not made and weights.stored[FRESH].shape != shapes[FRESH]:
+            reason = f"its head has {weights.stored[FRESH].shape[0]} scores, and this run needs {shapes[FRESH][0]}"
+            raise ConfigError("model.id", str(blueprint.folder), reason, "the classes that it has, by objective.labels, or its own base")
+    stored = {name: shape for name, shape in (shapes | grown).items() if name not in made}
+    origin: Origin = StoredModel(model, weights, stored, keep_rest=not blueprint.scores)
+    if grown:
+        origin = Grown(origin, grown, max(shapes[name][0] for name in grown))
+    return Headed(origin, Random(model, blueprint.seed), made) if made else origin
 
 
 def _rows_of_vocabulary(model: PreTrainedModel) -> set[str]:

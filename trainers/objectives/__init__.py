@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import PREFERENCES
+from trainers.config.derived import PREFERENCES, SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ObjectiveConfig
-from trainers.objectives.base import REFERENCE, Loss, Objective, per_target
+from trainers.objectives.base import REFERENCE, Loss, Objective, Tallied, per_target
 from trainers.objectives.next_token import NextToken
 
-__all__ = ["CHOICES", "REFERENCE", "Loss", "Objective", "make_objective", "per_target"]
+__all__ = ["CHOICES", "REFERENCE", "Loss", "Objective", "Tallied", "make_objective", "per_target"]
 
 
 def _of_pairs(config: ObjectiveConfig) -> Objective:
@@ -26,10 +26,17 @@ def _of_pairs(config: ObjectiveConfig) -> Objective:
     return classes[config.name](config)
 
 
+def _of_documents(config: ObjectiveConfig) -> Objective:
+    from trainers.objectives import scored
+
+    return scored.Reward(config) if config.name is ObjectiveName.reward else scored.Classify(config)
+
+
 CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
     ObjectiveName.sft: lambda config: NextToken(),
     ObjectiveName.cpt: lambda config: NextToken(),
     **dict.fromkeys(PREFERENCES, _of_pairs),
+    **dict.fromkeys(SCORED, _of_documents),
 }
 
 

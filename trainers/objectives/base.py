@@ -78,3 +78,16 @@ class Measured(Objective, Protocol):
     def given(self, statistic: float) -> Objective:
         """Return the objective of a step whose statistic, a mean over all ranks, is known."""
         ...
+
+
+@runtime_checkable
+class Tallied(Objective, Protocol):
+    """An objective with figures of held-out rows that are no mean over them, such as a ratio of counts."""
+
+    def tally(self, output: Output, batch: Batch) -> Tensor:
+        """Return a microbatch's part of what they are made of, (K,) SUMS."""
+        ...
+
+    def summary(self, sums: list[float]) -> dict[str, float]:
+        """Return the figures from the sums over all held-out rows."""
+        ...

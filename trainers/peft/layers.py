@@ -18,6 +18,7 @@ from trainers.config.choices import AdapterBias, AdapterInit, PeftMethod
 from trainers.config.errors import ConfigError
 from trainers.config.mixtures import names_stacks
 from trainers.config.schema import PeftConfig, RunConfig
+from trainers.model.forward import SCORE, gives_scores
 from trainers.model.safetensors_files import listed
 from trainers.model.weights import Origin, slices, tied_names
 from trainers.peft import adalora
@@ -44,6 +45,8 @@ def inject(model: PreTrainedModel, origin: Origin, config: RunConfig, unreached:
     `unreached` names the parameters that the data never reach, and `parts` the modules that they make up: no adapter is put there.
     """
     settings = config.peft
+    if gives_scores(model):  # the head begins at random: it is trained whole
+        settings = dataclasses.replace(settings, modules_to_save=[*settings.modules_to_save, SCORE])
     require_modules(model, settings, parts)
     before: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     library_config = _library_config(settings, model, parts)
@@ -128,7 +131,8 @@ def _library_config(settings: PeftConfig, model: PreTrainedModel, parts: Sequenc
     if named == [ALL_LINEAR]:
         is_lora = settings.method in (PeftMethod.lora, PeftMethod.dora)
         targets = (linear_beside_stacks(model, parts) if is_lora else None) or ALL_LINEAR
-    same: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
+    task = "SEQ_CLS" if gives_scores(model) else "CAUSAL_LM"
+    same: dict[str, Any] = {"task_type": task, "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
     same |= {"exclude_modules": exclusion(parts)}
     if settings.method is PeftMethod.ia3:
         return peft.IA3Config(**same, feedforward_modules=_feedforward(settings, model))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from trainers.model.forward import SCORE, gives_scores
 from trainers.model.weights import Origin, read_elements
 from trainers.peft.base import Adaptation
 
@@ -122,7 +123,7 @@ def pack_base(model: PreTrainedModel, adaptation: Adaptation) -> None:
 
 
 def _frozen_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
-    head = model.get_output_embeddings()
+    head = model.get_submodule(SCORE) if gives_scores(model) else model.get_output_embeddings()
     kept = set() if head is None else set(head.modules())
     for path, module in model.named_modules():
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

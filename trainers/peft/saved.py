@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.config.errors import ConfigError
 from trainers.model.blueprint import Blueprint
@@ -92,17 +92,21 @@ def export_adapter(
     folder: Path,
     write: bool,
     mark: str = "",
+    config: PreTrainedConfig | None = None,
 ) -> Sums:
-    """Write a PEFT adapter directory, complete or absent. Every rank drains `weights`; the one with `write` writes."""
+    """Write a PEFT adapter directory, complete or absent. Every rank drains `weights`; the one with `write` writes.
 
-    return write_folder(
-        finite(weights), adaptation.contents(), partial(_configure, adaptation, tokenizer), folder, write, file=FILE, mark=mark
-    )
+    `config` is written, too, where the base's own does not say what it becomes with the adapter, such as a classifier.
+    """
+    configure = partial(_configure, adaptation, tokenizer, config)
+    return write_folder(finite(weights), adaptation.contents(), configure, folder, write, file=FILE, mark=mark)
 
 
-def _configure(adaptation: Adaptation, tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
+def _configure(adaptation: Adaptation, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig | None, staging: Path) -> None:
     adaptation.library_config.save_pretrained(str(staging))
     tokenizer.save_pretrained(staging)
+    if config is not None:
+        config.save_pretrained(staging)
 
 
 def rehearse_adapter(adaptation: Adaptation, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -116,7 +120,8 @@ def rehearse_adapter(adaptation: Adaptation, blueprint: Blueprint, tokenizer: Pr
                 GenerationConfig.from_pretrained(blueprint.folder)  # of the base, which is opened at the end
         require_same(tokenizer, place, blueprint.trust_remote_code)
 
-    rehearse(adaptation.contents(), partial(_configure, adaptation, tokenizer), reopened, blueprint, folder, FILE)
+    configure = partial(_configure, adaptation, tokenizer, blueprint.config if blueprint.scores else None)
+    rehearse(adaptation.contents(), configure, reopened, blueprint, folder, FILE)
 
 
 def reopen_adapter(folder: Path, base: PreTrainedModel) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.mixtures import STACKS, names_stacks
 from trainers.config.schema import PeftConfig
 from trainers.model.experts import stacks
+from trainers.model.forward import SCORE, gives_scores
 from trainers.model.safetensors_files import listed
 
 ADAPTABLE = (nn.Linear, Conv1D, nn.Embedding)
@@ -108,7 +109,8 @@ def linear_beside_stacks(model: PreTrainedModel, parts: Sequence[str]) -> list[s
 
 def _linear_names(model: PreTrainedModel, parts: Sequence[str]) -> list[str]:
     """Return the names of the linear layers that the data reach, but for the head."""
-    left_out, head = re.compile(exclusion(parts) or "(?!)"), model.get_output_embeddings()
+    left_out = re.compile(exclusion(parts) or "(?!)")
+    head = getattr(model, SCORE) if gives_scores(model) else model.get_output_embeddings()
     linear = [path for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
     return list(dict.fromkeys(_leaf(path) for path in linear if not left_out.fullmatch(path)))
 

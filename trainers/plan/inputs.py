@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from trainers.config.choices import DataSource
-from trainers.config.derived import compares
+from trainers.config.choices import DataSource, ObjectiveName
+from trainers.config.derived import SCORED, compares
 from trainers.config.errors import ConfigError
 from trainers.config.local import looks_local
 from trainers.config.schema import ModelConfig, RunConfig
@@ -83,7 +84,22 @@ def read_model(config: RunConfig) -> tuple[Blueprint, list[str]]:
         config_of = _fetch(model)
     with _offline():
         tokens = _vocabulary(config)
-    return blueprint_of(model, config.seed, config_of, tokens), notes
+    blueprint = blueprint_of(model, config.seed, config_of, tokens)
+    return (_headed(config, blueprint, notes) if config.objective.name in SCORED else blueprint), notes
+
+
+def _headed(config: RunConfig, blueprint: Blueprint, notes: list[str]) -> Blueprint:
+    """Return a blueprint with a head of scores: of the named classes, or of those of the prepared rows, else of two."""
+    from trainers.model.scores import ScoreHead, with_head
+
+    labels = tuple(config.objective.labels)
+    if config.objective.name is ObjectiveName.classify and not labels:
+        with contextlib.suppress(ConfigError), _offline():
+            labels = tuple(prepared.report["labels"]) if (prepared := find_prepared(config)) is not None else ()
+        if not labels:
+            labels = ("0", "1")
+            notes.append("the head is one of two classes: the rows are not prepared on this machine, and objective.labels is empty")
+    return replace(blueprint, config=with_head(blueprint.config, ScoreHead(labels=labels, pad_id=0)), scores=True)
 
 
 @contextmanager

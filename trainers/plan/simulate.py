@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -239,7 +239,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
     count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
     in_row = 2 if compares(config.objective.name) and not config.data.packing else 1  # the answers of a pair lie apart
-    batches = [whole_batch(in_row * config.train.microbatch, seq_len) for _ in range(count)]
+    batches = [whole_batch(in_row * config.train.microbatch, seq_len, objective.signals) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
     evaluated = whole_batch(in_row * rows, seq_len) if rows > config.train.microbatch else None
     has_dtensors = any(isinstance(p, DTensor) for p in engine.model.parameters())
@@ -424,8 +424,9 @@ class _Marks:
         return mark
 
 
-def whole_batch(rows: int, seq_len: int) -> Batch:
+def whole_batch(rows: int, seq_len: int, signals: Collection[str] = ()) -> Batch:
     """Return rows of two documents each without a gap, every token trained: the most that a microbatch takes."""
     ids = torch.zeros(rows, seq_len, dtype=torch.int64)
     positions = torch.arange(seq_len) % max(1, seq_len // 2)
-    return Batch.of(ids, ids.clone(), positions.repeat(rows, 1))
+    batch = Batch.of(ids, ids.clone(), positions.repeat(rows, 1))
+    return dataclasses.replace(batch, signals={name: torch.zeros(batch.num_documents) for name in signals})
