@@ -23,6 +23,7 @@ TOOLS = {
     "evaluate": "measure a trained model",
     "export": "make a model of a checkpoint",
     "gate": "hold a run against rules, and write a model card",
+    "logprobs": "what a teacher says of a run's rows",
     "merge": "merge an adapter into its base",
     "rates": "the learning rate of every experiment and preset",
     "reference": "every setting",

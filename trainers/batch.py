@@ -49,7 +49,7 @@ class Batch:
     documents: Tensor
     """(B, S) int64: the token's document, 0 to D - 1 in this microbatch; NO_DOCUMENT where it is padding."""
     signals: dict[str, Tensor] = field(default_factory=dict)
-    """What else an objective reads, (D,) or (B, S) float32, by name."""
+    """What else an objective reads, by name: (D,) or (B, S) float32, or (B, S, k) float32 or int32 where each label has k."""
     num_rows: int
     """Rows that count; the others of the B are padding rows that keep the ranks in step."""
     num_tokens: int
@@ -132,18 +132,18 @@ class Batch:
         shape, every = self.labels.shape, len(self.kept) == self.labels.numel()
 
         def joined(tensor: Tensor) -> Tensor:
-            row = tensor.reshape(1, -1) if tensor.shape == shape else tensor
+            row = tensor.reshape(1, -1, *tensor.shape[2:]) if tensor.shape[:2] == shape else tensor
             return row if every or row is tensor else row[:, self.kept]
 
         kept = torch.arange(len(self.kept), device=self.labels.device)
         return replace(self.map(joined), segments=self.segments_kept, columns=self.labelled, kept=kept)
 
     def out_of_one_row(self, values: Tensor) -> Tensor:
-        """Return what was computed of `in_one_row` (1, N) in its places, 0.0 where nothing was, (B, S)."""
-        shape = self.labels.shape
+        """Return what was computed of `in_one_row` (1, N) in its places, 0.0 where nothing was, (B, S); or (1, N, k) -> (B, S, k)."""
+        shape, more = self.labels.shape, values.shape[2:]
         if len(self.kept) == shape.numel():
-            return values.view(shape)
-        return values.new_zeros(shape.numel()).index_copy(0, self.kept, values[0]).view(shape)
+            return values.view(*shape, *more)
+        return values.new_zeros(shape.numel(), *more).index_copy(0, self.kept, values[0]).view(*shape, *more)
 
 
 def _segments(documents: Tensor) -> tuple[int, ...]:
@@ -202,6 +202,8 @@ class Needs:
     entropy: bool = False
     scores: bool = False
     """Scores of documents, of a model whose head makes them; there are no log-probabilities then."""
+    gathered: str | None = None
+    """Name of a signal of token ids, (B, S, k) int32: their log-probabilities are returned, and that of all others together."""
 
 
 @dataclass(kw_only=True)
@@ -214,5 +216,12 @@ class Output:
     """Entropy in nats of the distribution that the label is drawn from; without a graph."""
     scores: Tensor | None = None
     """(D, C): what the head of scores makes of each document's last hidden state, with a graph while training."""
+    gathered: Tensor | None = None
+    """(B, S, k + 1): log-probability in nats of each of the k tokens asked for and, last, of all others together; with a graph."""
     balance: Tensor | None = None
     """Scalar: how unevenly routers treat each document, summed over labels; only where `train.balance_loss` asks for it."""
+
+    def map_tokens(self, f: Callable[[Tensor], Tensor]) -> Output:
+        """Return the output with `f` of what each token has, (B, S) or (B, S, k)."""
+        found = {name: getattr(self, name) for name in ("logps", "entropy", "gathered")}
+        return replace(self, **{name: f(values) for name, values in found.items() if values is not None})

@@ -18,7 +18,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import Batch
-from trainers.config.choices import Activations, Precision
+from trainers.config.choices import Activations, ObjectiveName, Precision
 from trainers.config.derived import SCORED, exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
@@ -69,6 +69,10 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     require_parts(config, world)
     tokenizer = load_tokenizer(config)
     data = prepare(config, progress=world.rank == 0, tokenizer=tokenizer)
+    if config.objective.name is ObjectiveName.distil:
+        from trainers.teacher import with_teacher
+
+        data = with_teacher(config, data, verify=world.rank == 0)
     blueprint = make_blueprint(config.model, config.seed, tokenizer)
     if config.objective.name in SCORED:
         from trainers import scoring
@@ -80,7 +84,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     if attempt.has_ended(State.failed):
         raise TrainingFailed("the others have given up waiting for this rank")
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / paths.CONFIG).read_bytes()).hexdigest())
-    world.require_agreement("the prepared data", data.path.name)
+    world.require_agreement("the prepared data", f"{data.path.name} {data.report.get('teacher', {}).get('key', '')}".strip())
     _check_positions(config, data, blueprint)
     base = world.from_first(base_of(given, blueprint.folder, blueprint.revision) if world.rank == 0 else {})
     _require_same_sources(run_dir, data, base)

@@ -18,7 +18,7 @@ from trainers.config.choices import (
     Supervise,
     TooLong,
 )
-from trainers.config.derived import compares, has_held_out, peak_lr
+from trainers.config.derived import compares, has_held_out, peak_lr, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.kernels import validate_kernels
 from trainers.config.local import looks_local, require_model_directory
@@ -225,7 +225,7 @@ def _validate_data(config: RunConfig) -> None:
         raise ConfigError("data.template", data.template, "no such template file", "a Jinja file, or `chatml`")
     if data.template is not None and Path(data.template).is_file() and not Path(data.template).read_text("utf-8", "replace").strip():
         raise ConfigError("data.template", data.template, "the template file is empty")
-    if data.document is DocumentOf.turn and config.objective.name is not ObjectiveName.sft:
+    if data.document is DocumentOf.turn and rows_as(config.objective.name) is not ObjectiveName.sft:
         reason = "trains every token" if config.objective.name is ObjectiveName.cpt else "reads whole answers and documents"
         raise ConfigError("data.document", "turn", f"objective={config.objective.name} {reason}", "data.document=row, or objective=sft")
     if data.supervise is not Supervise.assistant and compares(config.objective.name):

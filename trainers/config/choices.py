@@ -70,7 +70,7 @@ class DataSource(StrEnum):
 
 
 class ObjectiveName(StrEnum):
-    """Supervised fine-tuning, continued pre-training, preferences between two answers, or a head that scores or classifies documents."""
+    """Supervised fine-tuning, continued pre-training, preferences between answers, a head that scores documents, or a teacher's tokens."""
 
     sft = "sft"
     cpt = "cpt"
@@ -80,6 +80,15 @@ class ObjectiveName(StrEnum):
     orpo = "orpo"
     reward = "reward"
     classify = "classify"
+    distil = "distil"
+
+
+class Divergence(StrEnum):
+    """How far a model is from its teacher: Kullback-Leibler of the teacher's tokens, of its own, or both against a mixture of the two."""
+
+    forward_kl = "forward_kl"
+    reverse_kl = "reverse_kl"
+    jsd = "jsd"
 
 
 class PreferenceLoss(StrEnum):

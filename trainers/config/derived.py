@@ -73,6 +73,11 @@ def compares(objective: ObjectiveName) -> bool:
     return objective in PREFERENCES or objective is ObjectiveName.reward
 
 
+def rows_as(objective: ObjectiveName) -> ObjectiveName:
+    """Return the objective whose rows are prepared: a teacher's log-probabilities are of the rows of supervised fine-tuning."""
+    return ObjectiveName.sft if objective is ObjectiveName.distil else objective
+
+
 def peak_lr(optim: OptimConfig, peft: PeftConfig) -> Peak:
     """Return the peak learning rate: `optim.lr` where it is given, else the method's own, times `optim.lr_factor`.
 

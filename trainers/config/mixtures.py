@@ -8,7 +8,7 @@ from trainers.config.schema import RunConfig
 
 STACKS = "experts"
 """The name in `peft.targets` that means all stacks of experts; `experts.NAME` means one of them."""
-OF_LABELS = (ObjectiveName.sft, ObjectiveName.cpt)
+OF_LABELS = (ObjectiveName.sft, ObjectiveName.cpt, ObjectiveName.distil)
 """Objectives that divide by labels."""
 PREPENDED = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
 

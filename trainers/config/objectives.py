@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-from trainers.config.choices import ObjectiveName, PreferenceLoss, Supervise
+from trainers.config.choices import Divergence, ObjectiveName, PreferenceLoss, Supervise
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import of_others, refuse_foreign
@@ -22,8 +23,11 @@ FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.orpo: ("beta",),
     ObjectiveName.reward: ("center",),
     ObjectiveName.classify: ("labels", "class_weights", "balanced"),
+    ObjectiveName.distil: ("beta", "teacher", "divergence", "ce_weight"),
 }
 """The settings that each objective has."""
+TEACHER = "teacher.json"
+"""In a directory of a teacher's log-probabilities: whose they are, and of which rows."""
 
 
 def validate_objective(objective: ObjectiveConfig) -> None:
@@ -38,8 +42,22 @@ def validate_objective(objective: ObjectiveConfig) -> None:
     if objective.robust and not objective.label_smoothing:
         reason = "is about a share of wrong pairs, and objective.label_smoothing is 0"
         raise ConfigError("objective.robust", True, reason, "objective.label_smoothing=0.1")
+    _validate_teacher(objective)
     if objective.name in SCORED:
         _validate_classes(objective)
+
+
+def _validate_teacher(objective: ObjectiveConfig) -> None:
+    """Refuse shares that leave nothing of the teacher or of the model, and a teacher that is none."""
+    if not 0 <= objective.ce_weight < 1:
+        reason = "must be from 0 to below 1: with 1 nothing is learnt from the teacher"
+        raise ConfigError("objective.ce_weight", objective.ce_weight, reason, "objective.ce_weight=0.5")
+    if objective.divergence is Divergence.jsd and not 0 < objective.beta < 1:
+        reason = "is the share of the teacher in a mixture, above 0 and below 1; at its ends are forward_kl and reverse_kl"
+        raise ConfigError("objective.beta", objective.beta, reason, "objective.beta=0.5, or objective.divergence=forward_kl")
+    if objective.teacher is not None and not (Path(objective.teacher) / TEACHER).is_file():
+        reason = f"no such directory, or it has no {TEACHER}"
+        raise ConfigError("objective.teacher", objective.teacher, reason, "what `python -m tools.logprobs` has written for these rows")
 
 
 def _validate_classes(objective: ObjectiveConfig) -> None:

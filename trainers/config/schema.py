@@ -19,6 +19,7 @@ from trainers.config.choices import (
     AdapterInit,
     Attention,
     DataSource,
+    Divergence,
     DocumentOf,
     EngineName,
     Experts,
@@ -126,9 +127,13 @@ class ObjectiveConfig:
     """What is minimised."""
 
     name: ObjectiveName = ObjectiveName.sft
-    """`sft` trains the supervised turns of conversations, `cpt` every token of a text, the others answers or documents as a whole."""
+    """`sft` trains the supervised turns of conversations, `cpt` every token of a text, `distil` what a teacher says of the rows of sft.
+
+    The others train answers or documents as a whole.
+    """
     beta: float = 0.1
-    """dpo, simpo, cpo: what a difference of log-probabilities in nats is multiplied by; orpo: weight of the odds ratio."""
+    """dpo, simpo, cpo: what a difference of log-probabilities in nats is multiplied by; orpo: weight of the odds ratio; distil with jsd:
+    share of the teacher in the mixture."""
     loss: PreferenceLoss = PreferenceLoss.sigmoid
     """dpo, cpo: what becomes of a pair's margin."""
     label_smoothing: float = 0.0
@@ -149,6 +154,12 @@ class ObjectiveConfig:
     """classify: weigh each class so that all count as much: documents / (classes x the class's documents) of the training rows."""
     nll_weight: float = 0.0
     """dpo, cpo: weight of the preferred answer's own loss, in nats a token; orpo always has it with weight 1."""
+    teacher: str | None = None
+    """distil: a directory that `python -m tools.logprobs` wrote; empty takes the only one of these rows in `data.prepared_dir`."""
+    divergence: Divergence = Divergence.forward_kl
+    """distil: `forward_kl` covers all that the teacher says, `reverse_kl` keeps to its likeliest tokens, `jsd` is between (`beta`)."""
+    ce_weight: float = 0.0
+    """distil: share of the loss that is cross-entropy of the rows' own tokens, the rest being the divergence. In [0, 1)."""
 
 
 @dataclass(kw_only=True)

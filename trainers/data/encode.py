@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers.config.choices import DocumentOf, Layout, ObjectiveName, Supervise, TooLong
-from trainers.config.derived import SCORED
+from trainers.config.derived import SCORED, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data import formats, masks
@@ -350,7 +350,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
     can_grow = may_grow(config)
     remedy = chat_remedy(tokenizer, can_grow)
     plain = layout in (Layout.question_answer, Layout.alpaca, Layout.prompt_completion) and template is None
-    if plain and not eos and config.objective.name is ObjectiveName.sft:
+    if plain and not eos and rows_as(config.objective.name) is ObjectiveName.sft:
         raise ConfigError("model.tokenizer", name, "the tokenizer has no eos_token, so nothing would end an answer", remedy)
     if template is not None and layout is not Layout.text and config.objective.name is not ObjectiveName.cpt:
         require_ends(tokenizer, template, can_grow)
@@ -364,7 +364,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         bos=first_token(tokenizer),
         eos=eos,
         layout=layout,
-        objective=config.objective.name,
+        objective=rows_as(config.objective.name),
         supervise=config.data.supervise,
         seq_len=config.data.seq_len,
         too_long=config.data.too_long,

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -227,7 +227,12 @@ def make_batch(table: TokenTable, rows: Ints, num: int, pad_id: int) -> Batch:
         num_rows=len(rows),
         num_tokens=int(used.sum()),
         num_documents=len(flat),
-        signals={name: _signal(table, signal, flat, source, target, (num, size)) for name, signal in table.signals.items()},
+        signals={
+            name: _signal(table, signal, flat, source, target, (num, size))
+            if signal.ndim == 1
+            else _of_labels(table, signal, flat, labels).view(num, size, -1)
+            for name, signal in table.signals.items()
+        },
     )
 
 
@@ -238,3 +243,12 @@ def _signal(table: TokenTable, signal: NDArray[np.float32], documents: Ints, sou
     values = np.zeros(shape[0] * shape[1], dtype=np.float32)
     values[target] = signal[source]
     return torch.from_numpy(values.reshape(shape))
+
+
+def _of_labels(table: TokenTable, signal: NDArray[Any], documents: Ints, labels: Ints) -> Tensor:
+    """Return a signal (labels, k) at a batch's flat labels, (B x S, k) with 0 elsewhere: documents follow one another as labels do."""
+    starts, counts = table.label_starts[documents], np.diff(table.label_starts)[documents]
+    rows = np.repeat(starts + counts - np.cumsum(counts), counts) + np.arange(counts.sum())
+    values = np.zeros((len(labels), signal.shape[1]), np.float32 if signal.dtype.kind == "f" else np.int32)
+    values[labels != IGNORE] = signal[rows]
+    return torch.from_numpy(values)

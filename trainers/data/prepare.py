@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.choices import Layout, ObjectiveName, TooLong
-from trainers.config.derived import SCORED, Source, compares, sources_of
+from trainers.config.derived import SCORED, Source, compares, rows_as, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
@@ -123,7 +123,7 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the content hash: data, tokenizer, template and every option that changes the result."""
     data = config.data
     options = {name: str(getattr(data, name)) for name in RENDERING}
-    options |= {"objective": str(config.objective.name), "seed": str(config.seed if data.eval_fraction else 0)}
+    options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
     marks = [sources.fingerprint(source, config.objective.name) for source in sources_of(data)]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)

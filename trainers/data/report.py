@@ -37,6 +37,8 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
     if report.get("labels"):
         counts = [f"{name} {' + '.join(f'{count:,}' for count in of.values())}" for name, of in report["labels"].items()]
         lines.append(f"  labels  {plural(len(counts), 'class')} ({' + '.join(report['splits'])}): {_few(counts)}")
+    if teacher := report.get("teacher"):
+        lines.append(f"  teacher  {teacher['name']}: its {plural(teacher['k'], 'likeliest token')} at each label ({teacher['folder']})")
     if report.get("unread"):
         lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
     return "\n".join(lines)

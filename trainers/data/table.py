@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ class TokenTable:
     """The unit of each document, (documents,): those of one unit, such as a pair, share a row. None where each is its own."""
     apart: bool = False
     """The documents of a row lie below each other in a batch, each padded, and not one after the other: pairs without packing."""
-    signals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
-    """What an objective reads besides tokens, by name: (documents,), or (tokens,) where each token has its own."""
+    signals: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """What an objective reads besides tokens, by name: (documents,), (tokens,), or (labels, k) where each label has k, in their order."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -49,6 +50,12 @@ class TokenTable:
         """Return the mean length of the document that a token is in."""
         lengths = np.diff(self.offsets).astype(np.float64)
         return float((lengths**2).sum() / lengths.sum())
+
+    @cached_property
+    def label_starts(self) -> NDArray[np.int64]:
+        """Return how many labels are before each document, (documents + 1,): where its rows of a signal of labels begin."""
+        counts = labels_of(self) if self.labels is None else self.labels
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
     def documents(self, row: int) -> NDArray[np.int64]:
         """Return the documents of a row."""
@@ -73,11 +80,18 @@ class TokenTable:
         return self.tokens[start : start + first] if first > 1 else self.tokens[start : min(end, start + 16)]
 
 
+def labels_of(table: TokenTable) -> NDArray[np.int64]:
+    """Count the labels of each document, (documents,)."""
+    if len(table.offsets) < 2:
+        return np.zeros(0, np.int64)
+    counts: NDArray[np.int64] = np.add.reduceat(table.supervised, table.offsets[:-1], dtype=np.int64)
+    return counts
+
+
 def save_table(table: TokenTable, folder: Path) -> None:
     """Write a table as one .npy file an array, with the labels of each document counted."""
-    labels = np.add.reduceat(table.supervised, table.offsets[:-1], dtype=np.int64) if len(table.offsets) > 1 else np.zeros(0, np.int64)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in _arrays(replace(table, labels=labels)).items():
+    for name, array in _arrays(replace(table, labels=labels_of(table))).items():
         (folder / name).parent.mkdir(exist_ok=True)
         np.save(folder / f"{name}.npy", array)
     if table.apart:

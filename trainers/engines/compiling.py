@@ -170,7 +170,7 @@ def filled_up(batch: Batch, length: int) -> Batch:
         return batch
 
     def wider(tensor: Tensor, value: float) -> Tensor:
-        return nn.functional.pad(tensor, (0, more), value=value)
+        return nn.functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, more), value=value)
 
     labelled = batch.kept[batch.labelled]
     last = batch.position_ids[:, -1:].where(batch.documents[:, -1:] == NO_DOCUMENT, -1)
@@ -185,7 +185,7 @@ def filled_up(batch: Batch, length: int) -> Batch:
         starts=batch.starts[:0],
         kept=torch.arange(rows * (size + more), device=last.device),
         labelled=labelled + labelled // size * more,
-        signals={name: wider(signal, 0.0) if signal.shape == batch.labels.shape else signal for name, signal in batch.signals.items()},
+        signals={name: wider(signal, 0.0) if signal.shape[:2] == batch.labels.shape else signal for name, signal in batch.signals.items()},
     )
 
 
@@ -201,4 +201,4 @@ def _wider_segments(segments: tuple[int, ...], size: int, more: int) -> Iterator
 
 def cut(output: Output, length: int) -> Output:
     """Return the first `length` columns."""
-    return replace(output, logps=output.logps[:, :length], entropy=None if output.entropy is None else output.entropy[:, :length])
+    return output.map_tokens(lambda values: values[:, :length])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -22,9 +21,11 @@ class Head(Protocol):
 
     entropy: Tensor
     """(N,) of the labels read last, where it was asked for."""
+    gathered: Tensor
+    """(N, k + 1) of the ids read last, where there were some."""
 
-    def reading(self, labels: Tensor, entropy: bool) -> AbstractContextManager[None]:
-        """Let the model return log-probabilities of the labels (N,) as its logits."""
+    def reading(self, labels: Tensor, entropy: bool, ids: Tensor | None = None) -> AbstractContextManager[None]:
+        """Let the model return log-probabilities of the labels (N,) as its logits; `ids` (N, k) are others that are asked for."""
         ...
 
 
@@ -71,6 +72,15 @@ def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return logps
 
 
+def measure(logits: Tensor, labels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return log-probabilities (N,) of labels and, where there are ids (N, k), theirs; backward overwrites the logits (N, V)."""
+    if ids is None:
+        return label_logps(logits, labels), None
+    from trainers.model.gathered import gathered_logps
+
+    return gathered_logps(logits, labels, ids)
+
+
 @torch.no_grad()
 def entropy_of(logits: Tensor, labels: Tensor) -> Tensor:
     """Return -sum p log p of each row's softmax, (N, V) -> (N,) float32, 0.0 where the label is IGNORE."""
@@ -108,7 +118,7 @@ def forward(
     if needs.scores:
         return _scores(model, batch.in_one_row() if in_one_row else batch, config, batch.labels.shape)
     if in_one_row:
-        return _map_output(_in_columns(model, batch.in_one_row(), needs, config, head), batch.out_of_one_row)
+        return _in_columns(model, batch.in_one_row(), needs, config, head).map_tokens(batch.out_of_one_row)
     return _in_columns(model, batch, needs, config, head)
 
 
@@ -120,20 +130,23 @@ def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head:
     if takes_lengths(config):
         inputs |= lengths_for_kernels(batch)
     labels = batch.labels if every else batch.labels[:, columns]
-    with documents_of(batch), nullcontext() if head is None else head.reading(labels.flatten(), needs.entropy):
+    ids = None if needs.gathered is None else batch.signals[needs.gathered]
+    if ids is not None:
+        ids = (ids if every else ids[:, columns]).flatten(0, 1)
+    with documents_of(batch), nullcontext() if head is None else head.reading(labels.flatten(), needs.entropy, ids):
         output = model(**inputs, logits_to_keep=0 if every else columns)
     if head is None:
         logits = output.logits.flatten(0, 1)
         entropy = entropy_of(logits, labels.flatten()) if needs.entropy else None
-        logps = label_logps(logits, labels.flatten())
+        logps, gathered = measure(logits, labels.flatten(), ids)
     else:
-        logps, entropy = output.logits, head.entropy if needs.entropy else None
+        logps, entropy, gathered = output.logits, head.entropy if needs.entropy else None, None if ids is None else head.gathered
 
     def in_place(values: Tensor) -> Tensor:
-        values = values.view(labels.shape)
-        return values if every else values.new_zeros(shape).index_copy(1, columns, values)
+        values = values.view(*labels.shape, *values.shape[1:])
+        return values if every else values.new_zeros(*shape, *values.shape[2:]).index_copy(1, columns, values)
 
-    return _map_output(Output(logps=logps, entropy=entropy), in_place)
+    return Output(logps=logps, entropy=entropy, gathered=gathered).map_tokens(in_place)
 
 
 def _scores(model: nn.Module, rows: Batch, config: Any, shape: torch.Size) -> Output:
@@ -142,7 +155,3 @@ def _scores(model: nn.Module, rows: Batch, config: Any, shape: torch.Size) -> Ou
     with documents_of(rows):
         scores = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, ends=last_tokens(rows), **more)
     return Output(logps=scores.new_zeros(shape).detach(), scores=scores)
-
-
-def _map_output(output: Output, f: Callable[[Tensor], Tensor]) -> Output:
-    return Output(logps=f(output.logps), entropy=None if output.entropy is None else f(output.entropy))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from trainers.model.forward import entropy_of, label_logps, write_slopes
+from trainers.model.forward import entropy_of, measure, write_slopes
 from trainers.model.reach import ask, twin_of
 from trainers.processes import raise_exhausted
 
@@ -117,14 +118,19 @@ class Head:
         self.plain: Callable[[Tensor], Tensor] = layer.forward
         self.is_linear = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not layer._forward_hooks
         self.labels, self.with_entropy, self.entropy = torch.empty(0), False, torch.empty(0)
+        self.ids: Tensor | None = None
+        self.gathered = torch.empty(0)
         self.tail: tuple[Step, ...] | None = None
         layer.forward = self._forward
         model.register_forward_hook(self._after, prepend=True)
 
     @contextmanager
-    def reading(self, labels: Tensor, entropy: bool) -> Iterator[None]:
-        """Let the model return log-probabilities of these labels (N,), and leave `entropy` (N,) where it is asked for."""
-        self.labels, self.with_entropy = labels, entropy
+    def reading(self, labels: Tensor, entropy: bool, ids: Tensor | None = None) -> Iterator[None]:
+        """Let the model return log-probabilities of these labels (N,).
+
+        Leaves `entropy` (N,) where it is asked for, and `gathered` (N, k + 1) where there are ids (N, k).
+        """
+        self.labels, self.with_entropy, self.ids = labels, entropy, ids
         vars(self.owner)[self.name] = _StandIn(self)  # before the module, which stays registered under the same name
         try:
             yield
@@ -151,20 +157,28 @@ class Head:
             return self.plain(hidden)
         rows = hidden.flatten(0, -2)
         if self.is_linear:
-            logps, self.entropy = _LinearLogps.apply(rows, self.layer.weight, self.layer.bias, self.labels, self)  # type: ignore[no-untyped-call]
+            made = _LinearLogps.apply(rows, self.layer.weight, self.layer.bias, self.labels, self.ids, self)  # type: ignore[no-untyped-call]
+            logps, self.entropy, self.gathered = made
             return logps  # type: ignore[no-any-return]
-        tail, parts = self.tail, zip(rows.split(self.tokens), self.labels.split(self.tokens), strict=True)
-        found = [checkpoint(self._part, part, labels, tail, use_reentrant=False) for part, labels in parts]
-        self.entropy = torch.cat([entropy for _, entropy in found])
-        return torch.cat([logps for logps, _ in found])
+        tail, parts = self.tail, self.parts(rows, self.labels, self.ids)
+        found = [checkpoint(self._part, *part, tail, use_reentrant=False) for part in parts]
+        logps, self.entropy, self.gathered = map(torch.cat, zip(*found, strict=True))
+        return logps  # type: ignore[no-any-return]
 
-    def _part(self, hidden: Tensor, labels: Tensor, tail: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
-        return self.measure(run(tail, self.plain(hidden)), labels)
+    def parts(self, hidden: Tensor, labels: Tensor, ids: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """Return (N, H), (N,) and (N, k) a few tokens at a time."""
+        few = hidden.split(self.tokens)
+        return list(zip(few, labels.split(self.tokens), (None,) * len(few) if ids is None else ids.split(self.tokens), strict=True))
 
-    def measure(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities, and entropy where it is asked for, of a few tokens."""
-        entropy = entropy_of(logits, labels) if self.with_entropy else logits.new_empty(0)
-        return label_logps(logits, labels), entropy
+    def _part(self, hidden: Tensor, labels: Tensor, ids: Tensor | None, tail: tuple[Step, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        return self.measure(run(tail, self.plain(hidden)), labels, ids)
+
+    def measure(self, logits: Tensor, labels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities of a few tokens' labels, and where they are asked for the entropy, and those of `ids`."""
+        none = logits.new_empty(0)
+        entropy = entropy_of(logits, labels) if self.with_entropy else none
+        logps, gathered = measure(logits, labels, ids)
+        return logps, entropy, none if gathered is None else gathered
 
 
 def run(tail: tuple[Step, ...], logits: Tensor) -> Tensor:
@@ -191,27 +205,30 @@ class _LinearLogps(torch.autograd.Function):
     """Log-probabilities of a linear head, a few tokens at a time. Backward makes their logits again and adds to one weight gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-        """Read (N, H) with weight (V, H) and bias (V,): log-probabilities (N,) float32, and entropy (N,) or nothing."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ids: Tensor | None, head: Head
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Read (N, H) with weight (V, H) and bias (V,): log-probabilities (N,) float32, entropy (N,) and (N, k + 1) of ids, or nothing."""
         tail = head.tail or ()
-        parts = zip(hidden.split(head.tokens), labels.split(head.tokens), strict=True)
-        logps, entropy = map(torch.cat, zip(*(head.measure(run(tail, _logits(part, weight, bias)), of) for part, of in parts), strict=True))
+        parts = head.parts(hidden, labels, ids)
+        found = [head.measure(run(tail, _logits(part, weight, bias)), label, those) for part, label, those in parts]
+        logps, entropy, gathered = map(torch.cat, zip(*found, strict=True))
         ctx.tail, ctx.tokens = tail, head.tokens
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
+        ctx.save_for_backward(hidden, weight, bias, labels, ids)
+        ctx.mark_non_differentiable(*((entropy,) if ids is not None else (entropy, gathered)))
+        return logps, entropy, gathered
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
         """Return the gradients of what was read, of the weight and of the bias, in their types."""
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, weight, bias, labels, ids = ctx.saved_tensors
         to_hidden, to_weight, to_bias = (
             torch.zeros_like(tensor) if wanted else None
             for tensor, wanted in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
         )
         for start in range(0, len(hidden), ctx.tokens):
             part = slice(start, start + ctx.tokens)
-            slopes = _slopes(_logits(hidden[part], weight, bias), labels[part], grads[0][part], ctx.tail)
+            slopes = _slopes(_logits(hidden[part], weight, bias), _writer(labels, ids, grads, part), ctx.tail)
             if to_hidden is not None:
                 torch.mm(slopes, weight, out=to_hidden[part])
             if to_weight is not None:
@@ -219,23 +236,32 @@ class _LinearLogps(torch.autograd.Function):
             if to_bias is not None:
                 to_bias.add_(slopes.sum(0))
             del slopes  # before the next ones are made
-        return to_hidden, to_weight, to_bias, None, None
+        return to_hidden, to_weight, to_bias, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
 
 
-def _slopes(logits: Tensor, labels: Tensor, grad: Tensor, tail: tuple[Step, ...]) -> Tensor:
-    """Return the gradient of a head's output (n, V); without a tail in its place."""
+def _writer(labels: Tensor, ids: Tensor | None, grads: tuple[Tensor, ...], part: slice) -> Callable[..., None]:
+    """Return what writes the gradient of a few tokens' logits."""
+    if ids is None:
+        return partial(write_slopes, labels=labels[part], grad=grads[0][part])
+    from trainers.model import gathered
+
+    return partial(gathered.write_slopes, labels=labels[part], ids=ids[part], grad=grads[0][part], grads=grads[2][part])
+
+
+def _slopes(logits: Tensor, write: Callable[..., None], tail: tuple[Step, ...]) -> Tensor:
+    """Return the gradient of a head's output (n, V), which `write` writes of logits into `out`; without a tail in its place."""
     if not tail:
-        write_slopes(logits, labels, grad, logits)
+        write(logits, out=logits)
         return logits
     with torch.enable_grad():
         made = logits.requires_grad_()
         capped = run(tail, made)
     slopes = torch.empty_like(capped)
-    write_slopes(capped.detach(), labels, grad, slopes)
+    write(capped.detach(), out=slopes)
     return torch.autograd.grad(capped, made, slopes)[0]
 
 

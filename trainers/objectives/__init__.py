@@ -8,10 +8,10 @@ from trainers.config.choices import ObjectiveName
 from trainers.config.derived import PREFERENCES, SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ObjectiveConfig
-from trainers.objectives.base import REFERENCE, Loss, Objective, Tallied, per_target
+from trainers.objectives.base import REFERENCE, TEACHER_IDS, TEACHER_LOGPS, Loss, Objective, Tallied, per_target
 from trainers.objectives.next_token import NextToken
 
-__all__ = ["CHOICES", "REFERENCE", "Loss", "Objective", "Tallied", "make_objective", "per_target"]
+__all__ = ["CHOICES", "REFERENCE", "TEACHER_IDS", "TEACHER_LOGPS", "Loss", "Objective", "Tallied", "make_objective", "per_target"]
 
 
 def _of_pairs(config: ObjectiveConfig) -> Objective:
@@ -32,11 +32,18 @@ def _of_documents(config: ObjectiveConfig) -> Objective:
     return scored.Reward(config) if config.name is ObjectiveName.reward else scored.Classify(config)
 
 
+def _of_teacher(config: ObjectiveConfig) -> Objective:
+    from trainers.objectives.distil import Distil
+
+    return Distil(config)
+
+
 CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
     ObjectiveName.sft: lambda config: NextToken(),
     ObjectiveName.cpt: lambda config: NextToken(),
     **dict.fromkeys(PREFERENCES, _of_pairs),
     **dict.fromkeys(SCORED, _of_documents),
+    ObjectiveName.distil: _of_teacher,
 }
 
 

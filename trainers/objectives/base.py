@@ -13,6 +13,8 @@ from trainers.batch import Batch, Needs, Output, Sizes
 
 REFERENCE = "reference"
 """The signal that holds the log-probability of each document under the model that training began with, in nats."""
+TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"
+"""The signals that hold a teacher's k likeliest tokens at each label, and their log-probabilities with that of all others, k + 1."""
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainers.batch import Batch, Needs, Output
-from trainers.config.choices import Offload, PeftMethod
+from trainers.config.choices import ObjectiveName, Offload, PeftMethod
 from trainers.config.derived import compares
 from trainers.config.schema import RunConfig
 from trainers.engines import float8
@@ -242,6 +242,12 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     batches = [whole_batch(in_row * config.train.microbatch, seq_len, objective.signals) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
     evaluated = whole_batch(in_row * rows, seq_len) if rows > config.train.microbatch else None
+    if config.objective.name is ObjectiveName.distil:
+        from trainers.teacher import as_taught
+
+        vocab_size = blueprint.config.get_text_config().vocab_size
+        batches = [as_taught(batch, config.objective, vocab_size) for batch in batches]
+        evaluated = None if evaluated is None else as_taught(evaluated, config.objective, vocab_size)
     has_dtensors = any(isinstance(p, DTensor) for p in engine.model.parameters())
     stepping: Callable[[], AbstractContextManager[Any]] = unset_fake_temporarily if has_dtensors else nullcontext  # DTensor has its own
     with warnings.catch_warnings(), _few_chunks(trace), fake, trace:

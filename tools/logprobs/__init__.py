@@ -1,0 +1,1 @@
+"""What a teacher says of a run's rows, for objective=distil."""
