@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 from launcher.compose import compose
 from launcher.config import run_config
 from tools.command import Refused, ended, parser_of
-from trainers.config.derived import compares
+from trainers.config.choices import ObjectiveName
+from trainers.config.derived import rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 
@@ -108,10 +109,8 @@ def _config(options: argparse.Namespace) -> RunConfig:
         config = config_of(options.run_dir)
     else:
         config = run_config(compose(options.overrides))
-    if compares(config.objective.name):
-        raise ConfigError(
-            "objective.name", str(config.objective.name), "compares answers, and nothing of it is distilled", "objective=distil"
-        )
+    if rows_as(config.objective.name) is not ObjectiveName.sft:
+        raise ConfigError("objective.name", str(config.objective.name), "has other rows than objective=distil", "objective=distil")
     return config
 
 
