@@ -24,7 +24,7 @@ LONGEST_WAIT_S = 30.0
 
 
 class Served:
-    """A model behind an endpoint. What tells it from others is its name alone."""
+    """A model of an endpoint, known by its name alone."""
 
     may_change = True
 

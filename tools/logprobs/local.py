@@ -31,7 +31,7 @@ class Local:
     may_change = False
 
     def __init__(self, options: argparse.Namespace, num_ids: int, padding: int) -> None:
-        """Find the model; it is loaded when it is asked first. Raises ConfigError where it is none."""
+        """Find the model; it is loaded when it is asked first. Raises ConfigError where it does not exist."""
         self.options, self.num_ids, self.padding = options, num_ids, padding
         if looks_local(options.model):
             require_model_directory("--model", options.model)

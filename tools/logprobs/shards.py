@@ -158,10 +158,10 @@ def _fill(split: Split, teacher: Teacher, labels: int, bar: Progress) -> None:
 
 
 def _require_sound(found: Found, teacher: Teacher, first: int, last: int) -> None:
-    """Raise Refused for what are no log-probabilities."""
+    """Raise Refused for numbers that cannot be log-probabilities."""
     logps = found[1]
     if not np.isfinite(logps[:, :-1]).all() or np.isnan(logps).any() or (logps > 1e-3).any():
-        raise Refused(f"{teacher.name} gives numbers that are no log-probabilities at documents {first} to {last - 1}: --dtype float32")
+        raise Refused(f"{teacher.name} gives numbers that cannot be log-probabilities at documents {first} to {last - 1}: --dtype float32")
 
 
 def _require_alike(split: Split, teacher: Teacher, written: Iterable[int], folder: Path) -> None:
@@ -175,7 +175,7 @@ def _require_alike(split: Split, teacher: Teacher, written: Iterable[int], folde
 
 
 def _map(file: Path, shape: tuple[int, int], kind: np.dtype[Any]) -> NDArray[Any]:
-    """Map a file for writing; it is made anew where it is none of this shape, such as one that a killed process left."""
+    """Map a file for writing; it is made anew where its shape is another, as in one that a killed process left."""
     if not shape[0]:
         np.save(file, np.zeros(shape, kind))
         return np.zeros(shape, kind)

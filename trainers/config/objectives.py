@@ -48,7 +48,7 @@ def validate_objective(objective: ObjectiveConfig) -> None:
 
 
 def _validate_teacher(objective: ObjectiveConfig) -> None:
-    """Refuse shares that leave nothing of the teacher or of the model, and a teacher that is none."""
+    """Refuse shares that leave nothing of the teacher or of the model, and a teacher that does not exist."""
     if not 0 <= objective.ce_weight < 1:
         reason = "must be from 0 to below 1: with 1 nothing is learnt from the teacher"
         raise ConfigError("objective.ce_weight", objective.ce_weight, reason, "objective.ce_weight=0.5")
