@@ -241,6 +241,9 @@ def test_code_keeps_its_spaces() -> None:
         ("provenance: true", "names no field"),
         ("provenance: {fields: {license: mit}}", "is not a list of values"),
         ("language: {keep: [en]}", "is not a script"),
+        ("decontaminate: {files: [none.jsonl]}", "no such file"),
+        ("balance: {caps: {source: many}}", "is not a number of rows"),
+        ("split: {validation: 0.8, holdout: 0.5}", "leaves less than a tenth for training"),
         ("words: {file: none.txt}", "a path that is relative to the config"),
     ],
 )
@@ -333,3 +336,95 @@ def test_placeholders_are_the_same_for_the_same_value_of_a_row(tmp_path: Path) -
     assert found["author"] == "[EMAIL_1]"
     report = "".join((tmp_path / "out" / f"report.{kind}").read_text("utf-8") for kind in ("txt", "html", "json"))
     assert "b.org" not in report
+
+
+def test_rows_that_share_words_with_evaluation_rows_are_removed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    evaluation = [{"question": sentence(rng, 30), "answer": sentence(rng, 5)} for _ in range(5)]
+    short = {"question": "Which nine words are the whole of this row", "answer": "?"}
+    asked = write(tmp_path / "test.jsonl", [*evaluation, short, {"other": {"text": sentence(rng, 20)}}, {"text": "too few words"}])
+    held = [str(row["question"]).split() for row in evaluation]
+    rows = [{"text": sentence(rng, 40)} for _ in range(30)]
+    rows += [{"text": " ".join(["so", *words[at : at + size], "it", "is"])} for at, words in enumerate(held) for size in (11, 12, 13, 20)]
+    rows += [{"text": "He asks: which nine words -- are THE whole of this row"}, {"text": "nine words are the whole"}]
+    wanted = {}
+    for line, row in enumerate(rows, 1):
+        words = str(row["text"]).split()
+        for other in held:
+            runs = [
+                size for size in range(13, 31) for at in range(len(words) - size + 1) if " ".join(words[at : at + size]) in " ".join(other)
+            ]
+            if runs:
+                wanted[line] = max(runs)
+    config = f"decontaminate: {{files: [{asked}]}}"
+    assert run(config, write(tmp_path / "in.jsonl", rows), out=tmp_path / "out") == 0
+    found = {row["line"]: row for row in lines(tmp_path / "out" / "removed.jsonl")}
+    assert found.keys() == {*wanted, 51}
+    assert {line: len(str(found[line]["overlap"]).split()) for line in wanted} == wanted
+    assert found[51]["overlap"] == "which nine words are the whole of this row"
+    assert (found[51]["like"], found[51]["like_line"]) == ("test.jsonl", 6)
+
+
+def test_caps_leave_so_many_rows_of_each_value(tmp_path: Path) -> None:
+    rows = [{"text": f"row {number}", "meta": {"kind": "abc"[number % 3]}} for number in range(60)]
+    for name, order in (("one", rows), ("other", rows[::-1])):
+        file = write(tmp_path / name / "in.jsonl", order)
+        assert run("balance: {caps: {meta.kind: 7, source: 15}}", file, out=tmp_path / name / "out") == 0
+    one, other = (lines(tmp_path / name / "out" / "rows" / "in.jsonl") for name in ("one", "other"))
+    assert one == other[::-1]
+    assert len(one) == 15
+    kinds = [row["meta"]["kind"] for row in one]
+    assert all(0 < kinds.count(kind) <= 7 for kind in "abc")
+    reasons = [row["reason"] for row in lines(tmp_path / "one" / "out" / "removed.jsonl")]
+    assert (reasons.count("is beyond the first 15 rows with source 'in'"), len(reasons)) == (6, 45)
+
+
+def test_sets_share_no_text_no_prompt_and_no_similar_text(tmp_path: Path) -> None:
+    """By sets of plain Python, over the files that come out."""
+    rows = chats(150)
+    rng = np.random.default_rng(7)
+    for number in range(0, 90, 3):
+        asked, said = (turn["content"] for turn in rows[number]["messages"])
+        words = said.split()
+        for at in rng.integers(len(words), size=3):
+            words[at] = "changed"
+        rows.append({"messages": [{"role": "user", "content": f"Once more, {asked}"}, {"role": "assistant", "content": " ".join(words)}]})
+        rows.append(
+            {"messages": [*rows[number + 1]["messages"], {"role": "user", "content": "And?"}, {"role": "assistant", "content": said[::-1]}]}
+        )
+    for number, row in enumerate(rows):
+        row["meta"] = {"document": f"d{number // 2}" if number < 40 else None}
+    file = write(tmp_path / "in.jsonl", rows)
+    config = "split: {validation: 0.2, holdout: 0.1, regression: 5, group: meta.document}"
+    for processes in (1, 2):
+        assert run(config, file, out=tmp_path / str(processes), processes=processes) == 0
+    out = tmp_path / "1"
+    assert contents(out) == contents(tmp_path / "2")
+    sets = {name: lines(out / name / "in.jsonl") for name in ("train", "validation", "holdout", "regression")}
+    sizes = {name: len(found) for name, found in sets.items()}
+    assert sum(sizes.values()) == len(rows)
+    assert (sizes["regression"], sizes["holdout"]) == (5, 21)
+    assert 38 <= sizes["validation"] <= 42
+    every = [(name, row) for name, found in sets.items() for row in found]
+    text = ["\n".join(turn["content"].casefold() for turn in row["messages"]) for _, row in every]
+    runs = [{" ".join(one.split())[at : at + 5] for at in range(len(one) - 4)} for one in text]
+    for at, (name, row) in enumerate(every):
+        for before, (other, earlier) in enumerate(every[:at]):
+            if name != other:
+                assert row["messages"][0] != earlier["messages"][0]
+                assert row["meta"]["document"] is None or row["meta"]["document"] != earlier["meta"]["document"]
+                assert len(runs[at] & runs[before]) < 0.7 * len(runs[at] | runs[before])
+    report = json.loads((out / "report.json").read_text())["sets"]
+    assert report["rows"] == sizes
+    assert all(found["pairs"] > 0 for kind, found in report["proof"].items() if kind != "the same text")
+    assert all(found["across"] == 0 for found in report["proof"].values())
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_a_curation() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench", "curate", "--rows", "300"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rows a second; peak memory of all processes" in done.stdout
+    assert "300 rows, " in done.stdout

@@ -3,9 +3,9 @@
 python -m tools.curate conf/curate/default.yaml chats.jsonl --out curated
 python -m tools.curate conf/curate/default.yaml chats.jsonl more/ --out curated --processes 8
 
-Rows of any layout come out in the same layout, as JSON lines in DIR/rows; a row that no step changes keeps every byte. What is removed
-is in removed.jsonl, what is changed in changed.jsonl, each row with the reason. Both hold the originals, personal data included. The
-report is in report.txt, report.json and report.html.
+Rows of any layout come out in the same layout, as JSON lines in DIR/rows, or in DIR/train and other sets where the config splits.
+A row that no step changes keeps every byte. What is removed is in removed.jsonl, what is changed in changed.jsonl, each row with the
+reason. Both hold the originals, personal data included. The report is in report.txt, report.json and report.html.
 
 The same command continues a curation that was stopped. The result does not depend on the number of processes.
 
@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 
 from tools.command import ended, parser_of
 from tools.curate import pipeline, say
+from tools.curate.choose import SETS
 from tools.curate.config import read_settings
+from tools.curate.job import Job
 from tools.curate.page import page
-from tools.curate.pipeline import Job
 from tools.curate.stages import Pool
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError, plural
@@ -78,7 +79,7 @@ def curate(options: argparse.Namespace) -> int:
     except Timeout:
         raise ConfigError("--out", str(out), "another process curates into it", "wait for it, or take another directory") from None
     shutil.rmtree(out / WORK)
-    print(f"{say.text(report)}\n{plural(report['rows']['after'], 'row')} in {out / 'rows'}; the report: {out / 'report.html'}")
+    print(f"{say.text(report)}\n{plural(report['rows']['after'], 'row')} in {out}; the report: {out / 'report.html'}")
     return 0
 
 
@@ -129,9 +130,11 @@ def work(job: Job, key: str, out: Path, options: argparse.Namespace) -> dict[str
 
 def write_result(job: Job, folder: Path, out: Path) -> None:
     """Write the rows that stay, and what was removed, changed and listed."""
-    (out / "rows").mkdir(exist_ok=True)
-    for number, name in enumerate(job.names):
-        write_bytes(out / "rows" / f"{name}.jsonl", (item.raw + b"\n" for item in pipeline.kept(folder) if item.file == number))
+    for name in SETS if job.settings.split else ("rows",):
+        (out / name).mkdir(exist_ok=True)
+        for number, source in enumerate(job.names):
+            found = (item.raw + b"\n" for of, item in pipeline.kept(folder) if (of, item.file) == (name, number))
+            write_bytes(out / name / f"{source}.jsonl", found)
     for name in PRIVATE:
         write_bytes(out / name, pipeline.aside(folder, Path(name).stem))
     write_bytes(out / "contradictions.jsonl", [(folder / "twins" / "all" / "contradictions.jsonl").read_bytes()])

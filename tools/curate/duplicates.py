@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -73,16 +74,15 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
 
 
-def marks(views: Sequence[View], layouts: Sequence[Layout], ranks: Sequence[float], settings: Settings) -> Marks:
+def marks(views: Sequence[View], layouts: Sequence[Layout], ranks: Sequence[float], near: Near | None) -> Marks:
     """Return what is kept of rows, as far as the steps need it. Pairs, texts and conversations are compared among themselves."""
-    near = settings.near
     kinds = [APART.get(layout, "") for layout in layouts]
     sets = [shingles(view.text, near.characters) for view in views] if near else []
     least = [signature(found, near.bands * near.band_rows) for found in sets] if near else []
     banded = [bands(found, near.bands) ^ SALT[kind] for found, kind in zip(least, kinds, strict=True)] if near else []
     return Marks(
-        text=_digests("\0".join((kind, view.prompt, *view.answers)) for kind, view in zip(kinds, views, strict=True)),
-        prompt=_digests(f"{kind}\0{view.prompt}" for kind, view in zip(kinds, views, strict=True)),
+        text=digests("\0".join((kind, view.prompt, *view.answers)) for kind, view in zip(kinds, views, strict=True)),
+        prompt=digests(f"{kind}\0{view.prompt}" for kind, view in zip(kinds, views, strict=True)),
         rank=np.array(ranks, np.float64),
         bands=np.array(banded, np.uint64) if banded else np.zeros((len(views), 0), np.uint64),
         signature=np.array(least, np.uint32).astype(np.uint8) if least else np.zeros((len(views), 0), np.uint8),
@@ -91,8 +91,21 @@ def marks(views: Sequence[View], layouts: Sequence[Layout], ranks: Sequence[floa
     )
 
 
-def _digests(texts: Iterable[str]) -> Keys:
+def digests(texts: Iterable[str]) -> Keys:
+    """Return the digest of each text, (rows, 2)."""
     return np.frombuffer(b"".join(map(digest, texts)), np.uint64).reshape(-1, 2)
+
+
+def write_marks(folder: Path, found: Marks) -> None:
+    """Write them as arrays in a folder."""
+    for name, values in vars(found).items():
+        np.save(folder / f"{name}.npy", values)
+
+
+def read_marks(folder: Path) -> Marks:
+    """Read what `write_marks` has written; shingles are read as they are asked for."""
+    names = [found.name for found in fields(Marks)]
+    return Marks(**{name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "shingles" else None) for name in names})
 
 
 def find(parts: Sequence[Marks], settings: Settings) -> Found:
@@ -129,7 +142,7 @@ def _find_near(parts: Sequence[Marks], near: Near, found: Found) -> None:
 
     Repeated until nothing is found: then no two rows that stay are similar and share a band, but for those that were not compared.
     """
-    sets = _Sets(parts)
+    sets = Sets(parts)
     banded = np.concatenate([part.bands for part in parts])
     rough = np.concatenate([part.signature for part in parts])
     rank = np.concatenate([part.rank for part in parts])
@@ -144,7 +157,7 @@ def _find_near(parts: Sequence[Marks], near: Near, found: Found) -> None:
             found.not_compared += _compare(rows, near, rough, sets, seen, similar)
         if not similar:
             return
-        for cluster in _clusters(similar):
+        for cluster in clusters(similar):
             _keep_best(cluster, rank, near.threshold, sets, found)
 
 
@@ -152,7 +165,7 @@ def _compare(
     rows: list[int],
     near: Near,
     rough: npt.NDArray[np.uint8],
-    sets: _Sets,
+    sets: Sets,
     seen: dict[int, bool],
     similar: list[tuple[int, int]],
 ) -> int:
@@ -173,7 +186,7 @@ def _compare(
     return left_out
 
 
-def _are_similar(one: int, other: int, threshold: float, sets: _Sets, seen: dict[int, bool], similar: list[tuple[int, int]]) -> bool:
+def _are_similar(one: int, other: int, threshold: float, sets: Sets, seen: dict[int, bool], similar: list[tuple[int, int]]) -> bool:
     """Tell whether two rows reach the threshold, and keep the pair where they do; a pair is compared once."""
     pair = (min(one, other) << 40) | max(one, other)
     if pair not in seen:
@@ -183,7 +196,7 @@ def _are_similar(one: int, other: int, threshold: float, sets: _Sets, seen: dict
     return seen[pair]
 
 
-def _clusters(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
+def clusters(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     """Return the rows that are connected by pairs, each cluster ascending."""
     parent: dict[int, int] = {}
 
@@ -202,7 +215,7 @@ def _clusters(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
     return list(clusters.values())
 
 
-def _keep_best(cluster: list[int], rank: npt.NDArray[np.float64], threshold: float, sets: _Sets, found: Found) -> None:
+def _keep_best(cluster: list[int], rank: npt.NDArray[np.float64], threshold: float, sets: Sets, found: Found) -> None:
     """Keep the best row of a cluster and remove those that are similar to it; of the others again, until none is left."""
     rest = sorted(cluster, key=lambda row: (-rank[row], row))
     while rest:
@@ -216,7 +229,7 @@ def _keep_best(cluster: list[int], rank: npt.NDArray[np.float64], threshold: flo
                 rest.append(row)
 
 
-class _Sets:
+class Sets:
     """The shingles of a row by its number; those of a part are read from its file when they are asked for."""
 
     def __init__(self, parts: Sequence[Marks]) -> None:

@@ -31,11 +31,12 @@ def has_model() -> bool:
 
 def of(text: str, by: str) -> str:
     """Return a text's language as ISO 639-1 where `by` is `model`, else its script; `none` for a text without letters."""
-    return _by_model(text) if by == "model" else script(text[:SHOWN])
+    return _by_model(text) if by == "model" else script(text)
 
 
 def script(text: str) -> str:
     """Return the script that most letters of a text belong to; a syllable or a Han character counts as two letters."""
+    text = text[:SHOWN]
     if text.isascii():
         return "latin" if COUNTED["latin"].search(text) else "none"
     counts = {name: len(pattern.findall(text)) * (1 + (name in ("hangul", "kana", "han"))) for name, pattern in COUNTED.items()}

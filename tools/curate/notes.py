@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.curate.config import Personal
+from tools.curate.languages import script
 from tools.curate.personal import hidden
-from tools.curate.rows import Item
+from tools.curate.rows import Item, View
 from trainers.rundir.files import write_json
 
 EXAMPLES = 4
@@ -53,6 +54,17 @@ class Notes:
     def tally(self, name: str, value: str) -> None:
         """Count a row."""
         self.tallies.setdefault(name, Counter())[value] += 1
+
+    def lengths(self, found: View, when: str) -> None:
+        """Count a row by the lengths of its parts, `before` or `after`."""
+        for name, size in (("prompt", len(found.prompt)), ("answer", sum(map(len, found.answers)))):
+            self.tally(f"{name} length {when}", str(size.bit_length()))
+
+    def stays(self, source: str, found: View) -> None:
+        """Count a row that stays."""
+        self.tally("source after", source)
+        self.tally("script after", script(found.text))
+        self.lengths(found, "after")
 
     def _count(self, kind: str, step: str, reason: str) -> None:
         self.counts[kind].setdefault(step, Counter())[DETAIL.sub("_", reason)[:100]] += 1

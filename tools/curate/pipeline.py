@@ -3,25 +3,25 @@
 read      each file into parts of a few megabytes
 tidy      each part: schema, normalisation, and what is needed to find duplicates
 twins     all parts together: duplicates and contradictions
+index     of the evaluation files
 select    each part: rows that stay
+choose    all parts together: which rows are beyond a cap, and the set of each row
+place     each part: rows in their sets
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tools.curate import duplicates
-from tools.curate.config import Settings
+from tools.curate import contamination, duplicates, sets
+from tools.curate.config import Decontaminate, Settings
 from tools.curate.filters import FILTERS
-from tools.curate.languages import script
+from tools.curate.job import Job
 from tools.curate.notes import SHOWN, Notes, merged
 from tools.curate.personal import hidden, mask
 from tools.curate.rows import Item, View, parsed, read_items, to_json, view, write_items
@@ -30,29 +30,14 @@ from tools.curate.tidy import check_schema, normalise
 from trainers.config.choices import Layout
 from trainers.data import containers
 from trainers.data.formats import BadRow, recognise, strict_json
-from trainers.data.sources import digest
-from trainers.rundir.files import write_json
+from trainers.rundir.files import try_json, write_json
 
-VERSION = 1
-"""Of what the steps do: what a curation has begun with another one is not continued."""
 PART_BYTES = 8 << 20
+STAGES = ("tidy", "select", "place")
+"""Those that take or change rows."""
 PAIRS = 20
 """Duplicates that the report shows side by side."""
 Tell = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A curation: its settings and input files, and the names that these have in --out."""
-
-    settings: Settings
-    files: tuple[str, ...]
-    names: tuple[str, ...]
-
-    def key(self) -> str:
-        """Return what identifies the curation by its content."""
-        about = [VERSION, dataclasses.asdict(self.settings), self.files, [digest(Path(file)) for file in self.files]]
-        return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
 
 
 def run(job: Job, folder: Path, pool: Pool, tell: Tell) -> dict[str, Any]:
@@ -62,7 +47,12 @@ def run(job: Job, folder: Path, pool: Pool, tell: Tell) -> dict[str, Any]:
     pool.run(folder, "tidy", _tidy, [(name, (job, *about)) for name, about in parts], tell)
     names = [name for name, _ in parts]
     pool.run(folder, "twins", _twins, [("all", (job, names))], tell)
+    if job.settings.decontaminate:
+        pool.run(folder, "index", _index, [("all", job.settings.decontaminate)], tell)
     pool.run(folder, "select", _select, [(name, (job, number)) for number, name in enumerate(names)], tell)
+    if sets.chooses(job.settings):
+        pool.run(folder, "choose", sets.choose_all, [("all", (job, names))], tell)
+        pool.run(folder, "place", sets.place, [(name, (job, name)) for name in names], tell)
     return _about(job, folder, names)
 
 
@@ -130,20 +120,14 @@ def _tidy(folder: Path, out: Path, about: tuple[Job, Path, str]) -> None:
                 notes.remove(item, "schema", f"{reason} once it is normalised")
                 continue
         found = view(item.row, item.layout)
-        _tally_lengths(notes, found, "before")
+        notes.lengths(found, "before")
         kept.append(item)
         views.append(found)
         ranks.append(_rank(item, found, job.settings))
     write_items(out / "kept.rows", kept)
     np.save(out / "places.npy", np.array([(item.file, item.line) for item in kept], np.int64).reshape(-1, 2))
-    for name, values in vars(duplicates.marks(views, [item.layout for item in kept], ranks, job.settings)).items():
-        np.save(out / f"{name}.npy", values)
+    duplicates.write_marks(out, duplicates.marks(views, [item.layout for item in kept], ranks, job.settings.near))
     notes.write(out)
-
-
-def _tally_lengths(notes: Notes, found: View, when: str) -> None:
-    for name, size in (("prompt", len(found.prompt)), ("answer", sum(map(len, found.answers)))):
-        notes.tally(f"{name} length {when}", str(size.bit_length()))
 
 
 def _rank(item: Item, found: View, settings: Settings) -> float:
@@ -160,7 +144,7 @@ def _twins(folder: Path, out: Path, about: tuple[Job, list[str]]) -> None:
     """Find the duplicates among the rows of all parts; a file a part says which of its rows go."""
     job, names = about
     tidy = [folder / "tidy" / name for name in names]
-    parts = [_marks(part) for part in tidy]
+    parts = [duplicates.read_marks(part) for part in tidy]
     found = duplicates.find(parts, job.settings)
     places = np.concatenate([np.load(part / "places.npy") for part in tidy])
     firsts = np.cumsum([0, *(len(part.text) for part in parts)])
@@ -193,12 +177,6 @@ def _contradiction(group: list[int], views: dict[int, View], places: duplicates.
     return {"prompt": hidden(views[group[0]].prompt, job.settings.personal), "rows": rows}
 
 
-def _marks(part: Path) -> duplicates.Marks:
-    """Read what was kept of the rows of a part; shingles are read as they are asked for."""
-    names = [field.name for field in dataclasses.fields(duplicates.Marks)]
-    return duplicates.Marks(**{name: np.load(part / f"{name}.npy", mmap_mode="r" if name == "shingles" else None) for name in names})
-
-
 def _views(parts: list[Path], firsts: list[int], wanted: set[int]) -> Iterator[tuple[int, View]]:
     """Yield what some rows say, by their number."""
     for part, first, end in zip(parts, firsts, firsts[1:], strict=False):
@@ -212,7 +190,7 @@ def _views(parts: list[Path], firsts: list[int], wanted: set[int]) -> Iterator[t
 def _select(folder: Path, out: Path, about: tuple[Job, int]) -> None:
     """Leave out the duplicates of a part, and then what the steps on single rows take."""
     job, number = about
-    notes, kept = Notes(list(job.files), job.settings.personal), []
+    notes, kept, views = Notes(list(job.files), job.settings.personal), [], []
     twins = json.loads((folder / "twins" / "all" / f"{number:05}.json").read_text())
     part = sorted((folder / "tidy").iterdir())[number]
     for row, item in enumerate(read_items(part / "kept.rows")):
@@ -222,16 +200,19 @@ def _select(folder: Path, out: Path, about: tuple[Job, int]) -> None:
             words = "has the same text as" if step == "exact" else f"has a similarity of {twin['similarity']:.3f} with"
             notes.remove(item, step, f"{words} line {twin['like_line']} of {Path(twin['like']).name}", **twin)
             continue
-        if (found := _judged(item, job.settings, notes)) is not None:
-            notes.tally("source after", job.names[item.file])
-            notes.tally("script after", script(found.text[:2000]))
-            _tally_lengths(notes, found, "after")
+        if (found := _judged(item, job.settings, notes, folder)) is not None:
             kept.append(item)
+            views.append(found)
+    if sets.chooses(job.settings):
+        sets.write_keys(out, kept, views, job)
+    else:
+        for item, found in zip(kept, views, strict=True):
+            notes.stays(job.names[item.file], found)
     write_items(out / "kept.rows", kept)
     notes.write(out)
 
 
-def _judged(item: Item, settings: Settings, notes: Notes) -> View | None:
+def _judged(item: Item, settings: Settings, notes: Notes, folder: Path) -> View | None:
     """Mask a row and hold it against the filters; return what it says, None where it is removed."""
     if settings.personal:
         before = item.raw
@@ -247,12 +228,21 @@ def _judged(item: Item, settings: Settings, notes: Notes) -> View | None:
         if asked is not None and (reason := judge(item, found, asked)) is not None:
             notes.remove(item, step, reason)
             return None
+    if (asked := settings.decontaminate) is not None:
+        index = contamination.index_of(folder / "index" / "all", asked.words, asked.least_words)
+        if (overlap := index.overlap(found)) is not None:
+            notes.remove(item, "decontaminate", overlap[0], **overlap[1])
+            return None
     return found
+
+
+def _index(folder: Path, out: Path, about: Decontaminate) -> None:
+    contamination.write_index(about, out)
 
 
 def _about(job: Job, folder: Path, names: list[str]) -> dict[str, Any]:
     """Return what the report shows."""
-    total = merged([folder / stage / name for stage in ("tidy", "select") for name in names])
+    total = merged([folder / stage / name for stage in STAGES for name in names if (folder / stage).is_dir()])
     twins = json.loads((folder / "twins" / "all" / "about.json").read_text())
     sources = {
         name: {
@@ -277,17 +267,21 @@ def _about(job: Job, folder: Path, names: list[str]) -> dict[str, Any]:
         "tallies": total["tallies"],
         "examples": total["examples"],
         **twins,
+        "sets": try_json(folder / "choose" / "all" / "about.json"),
     }
 
 
-def kept(folder: Path) -> Iterator[Item]:
-    """Yield the rows that stay, in the order of the input."""
-    for part in sorted((folder / "select").iterdir()):
-        yield from read_items(part / "kept.rows")
+def kept(folder: Path) -> Iterator[tuple[str, Item]]:
+    """Yield the set and the row of all that stay, in the order of the input; the set is `rows` where there is no split."""
+    placed = folder / "place"
+    for part in sorted((placed if placed.is_dir() else folder / "select").iterdir()):
+        names = json.loads((part / "sets.json").read_text())["sets"] if placed.is_dir() else None
+        for row, item in enumerate(read_items(part / "kept.rows")):
+            yield (names[row] if names else "rows"), item
 
 
 def aside(folder: Path, name: str) -> Iterator[bytes]:
     """Yield the lines of what was `removed` or `changed`, a stage after the other."""
-    for stage in ("tidy", "select"):
-        for part in sorted((folder / stage).iterdir()):
+    for stage in STAGES:
+        for part in sorted((folder / stage).iterdir()) if (folder / stage).is_dir() else ():
             yield (part / f"{name}.jsonl").read_bytes()

@@ -11,6 +11,7 @@ from typing import Any
 from trainers.config.choices import Layout
 from trainers.data.fields import READ
 from trainers.data.formats import BadRow, Message, Row, strict_json, to_messages, to_text
+from trainers.data.formats import first_prompt as first_user_turn
 from trainers.data.preferences import to_preference
 
 STRUCTURE = ("role", "from", "type", "id", "tool_call_id", "name")
@@ -91,6 +92,13 @@ def view(row: Row, layout: Layout) -> View:
     messages = to_messages(row, layout)
     last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
     return View(_joined(messages[:last]), (said(messages[last]),))
+
+
+def first_prompt(row: Row, layout: Layout) -> str:
+    """Return what a conversation begins with, by which its continuations belong together; of a text, the text."""
+    if layout is Layout.text:
+        return to_text(row)
+    return first_user_turn(to_preference(row).prompt if layout is Layout.preference else to_messages(row, layout))
 
 
 def said(message: Message) -> str:

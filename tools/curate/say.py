@@ -34,9 +34,22 @@ def notes(report: dict[str, Any]) -> list[str]:
     lines = []
     if report["contradictions"]:
         lines.append(f"{report['contradictions']:,} prompts have different answers: contradictions.jsonl")
+    lines += proof(report["sets"])
     if report["not_compared"]:
         lines.append(f"{report['not_compared']:,} candidate pairs were not compared: raise near.compared, or near.characters")
     return ["", *lines] if lines else []
+
+
+def proof(sets: dict[str, Any]) -> list[str]:
+    """Return the sizes of the sets, and what was looked for to show that they share nothing."""
+    if not sets:
+        return []
+    lines = ["sets: " + ", ".join(f"{name} {rows:,}" for name, rows in sets["rows"].items() if rows)]
+    for kind, found in sets["proof"].items():
+        lines.append(f"  {found['pairs']:,} pairs of rows with {kind}: {found['across']:,} across sets")
+    if sets["not_compared"]:
+        lines.append(f"  {sets['not_compared']:,} candidate pairs were not compared")
+    return lines
 
 
 def lengths(report: dict[str, Any], part: str) -> list[tuple[str, int, int]]:

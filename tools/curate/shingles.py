@@ -30,7 +30,8 @@ def shingles(text: str, length: int) -> Hashes:
             rolled = rolled * np.uint64(0x100000001B3) + codes[at : len(codes) - length + 1 + at]
     rolled = (rolled ^ (rolled >> np.uint64(29))) * MIX
     rolled = (rolled ^ (rolled >> np.uint64(32))) * MIX
-    return np.unique((rolled >> np.uint64(32)).astype(np.uint32))
+    found = np.sort((rolled >> np.uint64(32)).astype(np.uint32))  # np.unique takes three times as long
+    return found[np.concatenate([[True], found[1:] != found[:-1]])]
 
 
 @cache
