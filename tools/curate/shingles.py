@@ -31,7 +31,8 @@ def shingles(text: str, length: int) -> Hashes:
     rolled = (rolled ^ (rolled >> np.uint64(29))) * MIX
     rolled = (rolled ^ (rolled >> np.uint64(32))) * MIX
     found = np.sort((rolled >> np.uint64(32)).astype(np.uint32))  # np.unique takes three times as long
-    return found[np.concatenate([[True], found[1:] != found[:-1]])]
+    distinct: Hashes = found[np.concatenate([[True], found[1:] != found[:-1]])]
+    return distinct
 
 
 @cache
