@@ -18,6 +18,7 @@ from trainers.data.pack import one_each
 from trainers.data.table import TokenTable
 from trainers.model.blueprint import positions_limit
 from trainers.model.forward import forward
+from trainers.scoring import score_rows
 
 Ints = NDArray[np.int64]
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -47,6 +48,15 @@ def losses(model: PreTrainedModel, table: TokenTable, documents: Ints, batch: in
         nats, tokens = -logps.double().sum(1), (on_device.labels != IGNORE).sum(1)
         for document, nat, count in zip(chunk.tolist(), nats.tolist(), tokens.tolist(), strict=True):
             yield {"document": document, "tokens": count, "nats": nat}
+
+
+def scores(model: PreTrainedModel, table: TokenTable, documents: Ints, batch: int) -> Iterator[dict[str, Any]]:
+    """Yield {"document", "tokens", "reward"} of each: its supervised tokens, and what a reward model makes of all of it."""
+    for at in range(0, len(documents), batch):
+        chunk = documents[at : at + batch]
+        for document, reward in zip(chunk.tolist(), score_rows(model, table, chunk, batch)[:, 0].tolist(), strict=True):
+            tokens = int(table.supervised[table.offsets[document] : table.offsets[document + 1]].sum())
+            yield {"document": document, "tokens": tokens, "reward": reward}
 
 
 def reference(table: TokenTable, document: int) -> Ints:

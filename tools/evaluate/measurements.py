@@ -17,7 +17,7 @@ from tools.evaluate.intervals import Floats
 from tools.evaluate.pairs import Pairs, rewards_of
 from tools.evaluate.record import FOLDER, Evaluation
 from tools.runs import is_run, runs_below
-from trainers.config.choices import Metric, Quantisation
+from trainers.config.choices import Metric, ObjectiveName, Quantisation
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.measured import validate_evaluation
@@ -79,8 +79,13 @@ def measurements_of(options: argparse.Namespace) -> tuple[list[Measurement], lis
             skipped += others
     if sum(one.name == "model" for one in found) > 1:
         raise ConfigError("--out", str(options.out or FOLDER), "several models have one place for their results", "one model at a time")
-    with_base = [] if options.no_base else [one for one in found if one.config.model.id is not None]
+    with_base = [] if options.no_base else [one for one in found if one.config.model.id is not None and not _scores(one.config)]
     return [*(Measurement(name="base", config=one.config, folder=None, out=one.out) for one in with_base), *found], skipped
+
+
+def _scores(config: RunConfig) -> bool:
+    """Tell a run of a reward model, whose base has no head to compare."""
+    return config.objective.name in SCORED
 
 
 def _runs(path: Path, options: argparse.Namespace) -> tuple[list[Measurement], list[str]]:
@@ -123,11 +128,13 @@ def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     for name in ("path", "general"):
         if name in given and Path(given[name]).exists():
             given[name] = os.path.abspath(given[name])
-    if config.objective.name in SCORED:
-        reason = f"objective={config.objective.name} has made a model of scores, which gives no answers and no log-probabilities"
-        raise ConfigError(
-            "objective.name", str(config.objective.name), reason, "its numbers of held-out rows in metrics.jsonl, as eval_accuracy"
-        )
+    if config.objective.name is ObjectiveName.classify:
+        reason = "a classifier gives no answers, no log-probabilities and no order of pairs"
+        raise ConfigError("objective.name", "classify", reason, "its numbers of held-out rows in metrics.jsonl, as eval_macro_f1")
+    for name in ("lm_eval", "judge"):
+        if _scores(config) and getattr(options, name):
+            reason = "a reward model gives scores, and no answers"
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), reason, "leave it out")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
     validate_evaluation(config.evaluation)
     return config

@@ -6,13 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from tools.evaluate.record import digest_of
 from trainers.cache import content_key
 from trainers.config.choices import Quantisation
+from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data.tokenizer import load_tokenizer
@@ -35,6 +37,11 @@ class Subject:
     def is_adapter(self) -> bool:
         """Tell an adapter, which needs the run's base."""
         return self.folder is not None and (self.folder / "adapter_config.json").is_file()
+
+    @property
+    def gives_scores(self) -> bool:
+        """Tell a model whose head scores documents, and that gives no log-probabilities."""
+        return self.config.objective.name in SCORED
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -69,6 +76,8 @@ class Subject:
     def open(self, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
         """Return the model in `dtype`, ready to be asked; on several GPUs of one machine where one does not hold it."""
         where = "auto" if device.type == "cuda" and device.index is None else {"": device} if device.type == "cuda" else None
+        if self.gives_scores:
+            return self._open_scores(dtype, where)
         of_base = self.folder is None or self.is_adapter
         folder = self.base if of_base or self.folder is None else self.folder
         trust = self.config.model.trust_remote_code
@@ -81,6 +90,20 @@ class Subject:
         model.requires_grad_(False)
         if self.is_adapter:
             assert self.folder is not None
+            model = reopen_adapter(self.folder, self._as_trained(model))
+        model.eval()
+        return model
+
+    def _open_scores(self, dtype: torch.dtype, where: Any) -> PreTrainedModel:
+        """Return a model of scores; the config of the head is in its directory, also where that is an adapter's."""
+        assert self.folder is not None
+        folder, trust = self.base if self.is_adapter else self.folder, self.config.model.trust_remote_code
+        config = open_config(self.folder, trust)
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, dtype=dtype, device_map=where, trust_remote_code=trust
+        )
+        model.requires_grad_(False)
+        if self.is_adapter:
             model = reopen_adapter(self.folder, self._as_trained(model))
         model.eval()
         return model

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from tools.evaluate.harness import benchmark
-from tools.evaluate.measure import Ints, answers, longest_first, losses, with_prompt
+from tools.evaluate.measure import Ints, answers, longest_first, losses, scores, with_prompt
 from tools.evaluate.record import read_lines
 from tools.evaluate.scores import repetition
 from tools.evaluate.sets import EvalSet, evenly, general, held_out
@@ -97,11 +97,13 @@ def measure_share(subject: Subject, number: int, request: dict[str, Any], device
         return
     say(subject=number, opening=True)
     model = subject.open(getattr(torch, request["dtype"]), device)
-    stops = _stops(model, tokenizer)
     pad = pad_id(tokenizer)
     for part in parts:
         documents = left[part.name]
-        if part.name == "answers":
+        if subject.gives_scores:
+            found = scores(model, part.table.table, documents, request["batch"])
+        elif part.name == "answers":
+            stops = _stops(model, tokenizer)
             longest = subject.config.evaluation.max_new_tokens
             found = answers(model, tokenizer, part.table.table, documents, request["batch"], longest, stops, pad)
             found = (_without_ids(row) for row in found)
@@ -131,9 +133,15 @@ def parts_of(subject: Subject, dtype: str, device: torch.device) -> list[Part]:
     """Return what is to be measured of a model: losses on held-out rows and on general text, and answers; raises ConfigError."""
     config, model = subject.config, _key_of(subject, dtype)
     root = cache_root(config.data.prepared_dir)
-    held, text = held_out(config, subject.tokenizer), general(subject, device)
+    held = held_out(config, subject.tokenizer)
+    text = None if subject.gives_scores else general(subject, device)
     folder = _folder(root, *model, "loss", held.key)
     is_of_pairs = held.table.units is not None
+    if subject.gives_scores:
+        if not is_of_pairs:
+            reason = "a reward model is measured by the order of pairs, and these rows are none"
+            raise ConfigError("evaluation.path", config.evaluation.path, reason, "--path FILE, rows with `chosen` and `rejected`")
+        return [Part(name="pairs", table=held, documents=held.documents, folder=_folder(root, *model, "scores", held.key))]
     parts = [Part(name="pairs", table=held, documents=held.documents, folder=folder)] if is_of_pairs else []
     documents = held.documents[::2] if is_of_pairs else held.documents  # preferred answers
     parts.append(Part(name="held_out", table=held, documents=documents, folder=folder))
