@@ -59,11 +59,9 @@ def _pairs(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
     lines = [_accuracy(ours, theirs, bucket) for bucket in BUCKET_WORDS]
     margins = [None if one is None or _kind(one) != _kind(ours) else one.margin() for one in (theirs, ours)]
     lines.append([f"{_kind(ours)} margin", *(plus_minus(value, 3, "") for value in margins), ""])
-    return (
-        lines
-        if ours.pairs.rewards is None or ours.pairs.logps is None
-        else [*lines, _accuracy(likely(ours), theirs and likely(theirs), "all")]
-    )
+    if ours.pairs.rewards is None or ours.pairs.logps is None:
+        return lines
+    return [*lines, _accuracy(likely(ours), theirs and likely(theirs), "all")]
 
 
 def _accuracy(ours: Evaluation, theirs: Evaluation | None, bucket: str) -> list[str]:
