@@ -67,7 +67,7 @@ def label_of(row: Any) -> str:
 def find_labels(config: RunConfig, source: Source | None) -> tuple[str, ...]:
     """Return the classes of a run: as they are named, or those of all training rows, sorted, numbers by size.
 
-    Raises ConfigError where there is one class, or so many that they are no classes.
+    Raises ConfigError where there is one class, or more than MOST_LABELS.
     """
     if config.objective.labels:
         return tuple(config.objective.labels)

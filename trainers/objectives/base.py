@@ -84,12 +84,12 @@ class Measured(Objective, Protocol):
 
 @runtime_checkable
 class Tallied(Objective, Protocol):
-    """An objective with figures of held-out rows that are no mean over them, such as a ratio of counts."""
+    """An objective with metrics of held-out rows that a mean over them does not give, such as a ratio of counts."""
 
     def tally(self, output: Output, batch: Batch) -> Tensor:
         """Return a microbatch's part of what they are made of, (K,) SUMS."""
         ...
 
     def summary(self, sums: list[float]) -> dict[str, float]:
-        """Return the figures from the sums over all held-out rows."""
+        """Return these metrics from the sums over all held-out rows."""
         ...
