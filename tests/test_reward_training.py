@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from conftest import Ranks
+from command import arguments, launch, tool
+from conftest import WORDS, Ranks
 from peft_cases import NoTokenizer
 from tables import EPS, blueprint_for, config_for, pair_table, ragged_table
 from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from trainers.batch import Needs
 from trainers.config.choices import EngineName, ObjectiveName, PeftMethod, Schedule
@@ -222,3 +224,59 @@ def test_a_run_that_is_continued_is_the_same_to_the_bit(
     keys = ("step", "loss", "grad_norm", "accuracy", "rows_hash")
     assert [[row[key] for key in keys] for row in parts[0]] == [[row[key] for key in keys] for row in whole[0]]
     assert all(torch.equal(tensor, whole[1][name]) for name, tensor in parts[1].items())
+
+
+def scores_of(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """Score texts padded together, as a user does; each alone gives the same."""
+    with torch.no_grad():
+        together = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+        alone = torch.cat([model(**tokenizer([text], return_tensors="pt")).logits for text in texts])
+    assert together.numpy() == pytest.approx(alone.numpy(), abs=1e-5)
+    return cast("torch.Tensor", together)
+
+
+TEXTS = [
+    f"<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n{words}<|im_end|>" for words in ("sat on a mat", "ran", "far home again")
+]
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_reward_model_that_plain_transformers_and_the_evaluation_open(base: Path, cache: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pairs = [
+        {"prompt": f"the {word}", "chosen": " ".join(random.choice(WORDS[:8], 4)), "rejected": " ".join(random.choice(WORDS[8:], 6))}
+        for word in WORDS * 5
+    ]
+    file, run_dir = tmp_path / "pairs.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    said = launch(cache, arguments(base, file, run_dir, "objective=reward"))
+    assert "export reopened with plain transformers" in said
+    measured = [row for row in read_rows(run_dir) if "eval_accuracy" in row]
+    assert [row["step"] for row in measured] == [0, 4, 8]
+    model = AutoModelForSequenceClassification.from_pretrained(run_dir / "export").eval()
+    scores_of(model, AutoTokenizer.from_pretrained(run_dir / "export"), TEXTS)
+    tool(cache, run_dir)
+    found = json.loads((run_dir / "evaluation" / "run.json").read_text())["figures"]
+    assert found["preference_accuracy"]["value"] == pytest.approx(measured[-1]["eval_accuracy"])
+    assert found["preference_scores"] == "reward"
+
+
+@pytest.mark.slow
+def test_the_command_makes_a_classifier_that_plain_peft_opens(base: Path, cache: Path, tmp_path: Path) -> None:
+    import peft
+
+    random = np.random.default_rng(0)
+    rows = [
+        {"messages": [{"role": "user", "content": " ".join([word, *random.choice(WORDS[6:], 4)])}], "label": word}
+        for word in ["cat", "mat", "dogs"] * 20
+    ]
+    file, run_dir = tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("objective=classify", "objective.balanced=true", "peft=lora", "engine=zero3")
+    assert "export reopened with plain peft" in launch(cache, arguments(base, file, run_dir, *more))
+    assert {"eval_accuracy", "eval_macro_f1", "eval_calibration_error"} <= read_rows(run_dir)[-1].keys() | read_rows(run_dir)[0].keys()
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        run_dir / "export", num_labels=3, pad_token_id=tokenizer.pad_token_id
+    )
+    assert scores_of(model.eval(), tokenizer, TEXTS).shape == (3, 3)
