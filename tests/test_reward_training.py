@@ -33,6 +33,9 @@ from trainers.model.export import export
 from trainers.model.scores import ScoreHead, with_head
 from trainers.peft.base import FullTraining
 from trainers.peft.saved import export_adapter, reopen_adapter
+from trainers.plan.inputs import read_model
+from trainers.plan.simulate import ranks as simulated
+from trainers.plan.simulate import simulate
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows, steps
 from trainers.scoring import reopen_scores, score_rows, weighted
@@ -226,6 +229,16 @@ def test_a_run_that_is_continued_is_the_same_to_the_bit(
     assert all(torch.equal(tensor, whole[1][name]) for name, tensor in parts[1].items())
 
 
+@pytest.mark.parametrize("objective", ["reward", "classify"])
+def test_the_plan_knows_the_head(tiny_llama: Path, tmp_path: Path, objective: str) -> None:
+    config = replace(config_for(tmp_path, tiny_llama, steps=1, global_batch=2), objective=OBJECTIVES[objective])
+    config = replace(config, objective=replace(config.objective, labels=list(LABELS) if objective == "classify" else []))
+    with simulated(2, 2) as world:
+        simulation = simulate(config, read_model(config)[0], world, 64)
+    model = plain(tiny_llama, objective)
+    assert simulation.parameters == simulation.trainable == sum(p.numel() for p in model.parameters())
+
+
 def scores_of(model: Any, tokenizer: Any, texts: list[str]) -> torch.Tensor:
     """Score texts padded together, as a user does; each alone gives the same."""
     with torch.no_grad():
@@ -255,6 +268,9 @@ def test_the_command_makes_a_reward_model_that_plain_transformers_and_the_evalua
     assert [row["step"] for row in measured] == [0, 4, 8]
     model = AutoModelForSequenceClassification.from_pretrained(run_dir / "export").eval()
     scores_of(model, AutoTokenizer.from_pretrained(run_dir / "export"), TEXTS)
+    tool(cache, run_dir, tmp_path / "again", name="export")
+    files = [folder / "model.safetensors" for folder in (tmp_path / "again", run_dir / "export")]
+    assert files[0].read_bytes() == files[1].read_bytes()
     tool(cache, run_dir)
     found = json.loads((run_dir / "evaluation" / "run.json").read_text())["figures"]
     assert found["preference_accuracy"]["value"] == pytest.approx(measured[-1]["eval_accuracy"])
