@@ -223,7 +223,7 @@ def test_other_rows_and_damage_are_noticed(base: Path, chats: Path, teacher: Pat
 @pytest.mark.parametrize("torn", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_killed_command_continues(base: Path, chats: Path, served: Path, tmp_path: Path, torn: bool) -> None:
     """Asks for no document twice that a shard has, unless that shard was harmed since."""
-    line, server = settings(base, chats, tmp_path), Serving(served, hold=9)
+    line, server = settings(base, chats, tmp_path), Serving(served, hold=15)
     with server.serving():
         options = [
             "--endpoint",
