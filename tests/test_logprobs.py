@@ -287,7 +287,7 @@ def test_a_run_learns_from_its_teacher_and_continues_exactly(base: Path, chats: 
     for row in trained:
         assert row["loss"] == pytest.approx(0.8 * row["divergence"] + 0.2 * row["cross_entropy"], rel=1e-5)
     held_out = [row["eval_divergence"] for row in rows if "eval_divergence" in row]
-    assert held_out[-1] < 0.8 * held_out[0]
+    assert held_out[-1] < 0.95 * held_out[0]
     stop_at_step(tmp_path, lines["cut"], tmp_path / "cut", 5)
     launch(tmp_path, lines["cut"])
     assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
