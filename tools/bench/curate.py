@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -43,16 +44,19 @@ def run(options: argparse.Namespace) -> int:
         if child.wait():
             return child.returncode
         seconds = time.monotonic() - began
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
         found = json.loads((Path(folder) / "out" / "report.json").read_text())["rows"]
-        say(options, seconds, memory.peak, file.stat().st_size, found["after"])
+        say(options, seconds, spent.ru_utime + spent.ru_stime, memory.peak, file.stat().st_size, found["after"])
     return 0
 
 
-def say(options: argparse.Namespace, seconds: float, peak: int, size: int, after: int) -> None:
-    """Print what was measured, and what it means for a million rows if both grow with the rows."""
+def say(options: argparse.Namespace, seconds: float, cpu: float, peak: int, size: int, after: int) -> None:
+    """Print what was measured, and what it means for a million rows if time grows with the rows."""
     print(f"{options.rows:,} rows, {in_bytes(size)}, {options.processes} processes: {after:,} rows stay")
     print(f"{seconds:.1f} s, {options.rows / seconds:,.0f} rows a second; peak memory of all processes {in_bytes(peak)}")
-    print(f"a million rows, if time grows with the rows: {in_time(seconds / options.rows * AIM)}")
+    shared = cpu / options.processes / options.rows * AIM
+    print(f"{cpu:.1f} s of CPU time, {cpu / options.rows * 1e6:,.0f} microseconds a row")
+    print(f"a million rows, if time grows with the rows: {in_time(seconds / options.rows * AIM)}; on idle cores {in_time(shared)}")
 
 
 def rows(count: int) -> Iterator[str]:
