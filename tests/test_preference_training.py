@@ -22,10 +22,10 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
-from trainers.config.choices import EngineName, ObjectiveName
+from trainers.config.choices import EngineName, ObjectiveName, PeftMethod
 from trainers.config.derived import learning_rate
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EngineConfig, ObjectiveConfig, OptimConfig
+from trainers.config.schema import DataConfig, EngineConfig, ObjectiveConfig, OptimConfig, PeftConfig
 from trainers.data.loader import Loader
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
@@ -48,7 +48,14 @@ OBJECTIVES = {
 
 
 def run_pairs(
-    world: World, run_dir: Path, model: Path, table: TokenTable, objective: str, fields: dict[str, Any], engine: str = "fsdp"
+    world: World,
+    run_dir: Path,
+    model: Path,
+    table: TokenTable,
+    objective: str,
+    fields: dict[str, Any],
+    engine: str = "fsdp",
+    peft: PeftConfig | None = None,
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Train on pairs through the real reference and loop; return the rows of the steps, and the reference of each document."""
     run_dir.mkdir(exist_ok=True)
@@ -60,6 +67,7 @@ def run_pairs(
         engine=EngineConfig(name=EngineName(engine)),
         data=data_config,
         optim=replace(config.optim, lr=LR),
+        peft=peft or PeftConfig(),
     )
     built = build_engine(config, world, blueprint_for(model))
     data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
@@ -81,11 +89,23 @@ def summed(model: Any, table: TokenTable, document: int) -> tuple[torch.Tensor, 
     return -cross_entropy(model(input_ids=ids[None]).logits[0], labels, ignore_index=IGNORE, reduction="sum"), int((labels != IGNORE).sum())
 
 
-def plain_losses(model_dir: Path, table: TokenTable, num_steps: int, objective: str) -> tuple[list[float], list[float]]:
-    """One process, plain transformers and torch, a second model as the reference: the losses and gradient norms of all pairs a step."""
+def opened(model_dir: Path, adapter: Path | None) -> Any:
+    """The model as transformers opens it, with an adapter as peft does."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    frozen = copy.deepcopy(model)
-    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
+    if adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+
+
+def plain_losses(
+    model_dir: Path, table: TokenTable, num_steps: int, objective: str, adapter: Path | None = None
+) -> tuple[list[float], list[float]]:
+    """One process, plain transformers and torch, a second model as the reference: the losses and gradient norms of all pairs a step."""
+    model = opened(model_dir, adapter)
+    frozen, trained = copy.deepcopy(model), [p for p in model.parameters() if p.requires_grad]
+    groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
     groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS)
     losses, norms = [], []
@@ -151,6 +171,50 @@ def test_twenty_steps_of_dpo_equal_a_plain_loop(ranks: Callable[[int], Ranks], t
     assert losses[-1] < 0.8 * losses[0], "nothing was learnt"
     assert rows[-1]["accuracy"] == 1.0
     assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that peft made, and that changes what the base says: the reference of a run that begins with it is not the base."""
+    import peft
+
+    folder, settings = tmp_path_factory.mktemp("adapter"), {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    torch.manual_seed(0)
+    model: Any = peft.get_peft_model(opened(tiny_llama, None), peft.LoraConfig(r=4, lora_alpha=8, **settings))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def lora(adapter: Path, dropout: float = 0.0) -> PeftConfig:
+    return PeftConfig(method=PeftMethod.lora, rank=4, alpha=8.0, dropout=dropout, targets=["all-linear"], adapter=str(adapter))
+
+
+@pytest.mark.parametrize(("size", "engine"), [(2, "fsdp"), pytest.param(3, "zero3", marks=pytest.mark.slow)])
+def test_an_adapter_learns_as_in_a_plain_loop(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, adapter: Path, tmp_path: Path, size: int, engine: str
+) -> None:
+    table = pair_table(LENGTHS, 64)
+    fields = {"steps": 4, "global_batch": len(table), "microbatch": 1}
+    rows, reference = ranks(size).call(run_pairs, tmp_path / "run", tiny_llama, table, "dpo", fields, engine, lora(adapter))[0]
+    losses, norms = plain_losses(tiny_llama, table, 4, "dpo", adapter)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-6)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
+    of_base, of_adapter = (opened(tiny_llama, known).eval() for known in (None, adapter))
+    with torch.no_grad():
+        assert reference == pytest.approx([float(summed(of_adapter, table, number)[0]) for number in range(len(LENGTHS))], rel=1e-5)
+        assert abs(float(summed(of_base, table, 0)[0]) - reference[0]) > 1e-2, "the adapter changes nothing"
+
+
+def test_dropout_leaves_the_reference_alone(ranks: Callable[[int], Ranks], tiny_llama: Path, adapter: Path, tmp_path: Path) -> None:
+    table, fields = pair_table(LENGTHS, 64), {"steps": 1, "global_batch": 2, "microbatch": 1}
+    rows, reference = ranks(2).call(run_pairs, tmp_path / "run", tiny_llama, table, "dpo", fields, "fsdp", lora(adapter, 0.5))[0]
+    model = opened(tiny_llama, adapter).eval()
+    with torch.no_grad():
+        assert reference == pytest.approx([float(summed(model, table, number)[0]) for number in range(len(LENGTHS))], rel=1e-5)
+    assert abs(rows[0]["reward_margin"]) > 1e-4, "dropout changes nothing while training"
 
 
 def test_the_reference_is_measured_once_and_the_same_for_any_ranks(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
