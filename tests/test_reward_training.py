@@ -179,7 +179,8 @@ def test_every_split_equals_a_plain_loop(
     fields = {"steps": 3, "global_batch": len(table), "microbatch": microbatch}
     rows, *_ = ranks(size).call(run, tmp_path / "run", tiny_llama, table, objective, fields, engine)[0]
     losses, norms = plain_losses(tiny_llama, table, 3, objective)
-    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-6)
+    rounding = 5e-6 if objective == "scores" else 1e-6  # a step moves squared errors of 3 to 1, and their rounding with them
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=rounding)
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
 
 
