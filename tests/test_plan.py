@@ -27,8 +27,8 @@ from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
 from tools.bench.plan import BLOCK, CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
 from trainers.batch import Output
-from trainers.config.choices import Activations, Offload, Precision
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, RunConfig, TrainConfig
+from trainers.config.choices import Activations, ObjectiveName, Offload, Precision
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from trainers.engines import activations
 from trainers.engines.fsdp import engine as fsdp
 from trainers.model.blueprint import Blueprint
@@ -135,6 +135,21 @@ def test_flops_are_those_of_the_products() -> None:
     assert forward == blocks * (block + attention) + 2 * tokens * hidden * vocab
     backward = sum(moment.flops for moment in found.moments if moment.name.startswith("backward"))
     assert backward == 2 * (forward - blocks * attention) + 2.5 * blocks * attention  # flash computes the scores again
+
+
+def test_a_statistic_of_the_step_costs_a_forward_of_each_microbatch() -> None:
+    case = Case(1, "tiny", precision=Precision.fp32, seq_len=32, microbatches=2)
+    with ranks(1, 1) as world:
+        found = {
+            name: simulate(replace(case.config("."), objective=ObjectiveConfig(name=name)), blueprint_of_case(case), world, 32).moments
+            for name in (ObjectiveName.sft, ObjectiveName.kto)
+        }
+    measured = [moment for moment in found[ObjectiveName.kto] if moment.name == "statistic"]
+    forward = [moment for moment in found[ObjectiveName.sft] if moment.name in ("embedding", "forward", "logits and loss")]
+    assert [moment.microbatch for moment in measured] == [0, 1]
+    assert sum(moment.flops for moment in measured) == sum(moment.flops for moment in forward)
+    others = [moment.flops for moment in found[ObjectiveName.kto] if moment.name != "statistic"]
+    assert sum(others) == sum(moment.flops for moment in found[ObjectiveName.sft])
 
 
 def test_the_allocator_is_replayed() -> None:

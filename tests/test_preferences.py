@@ -79,7 +79,7 @@ BAD = {
     "another prompt": ({"prompt": "Bye", "chosen": [HI, says("good")], "rejected": [HI, says("bad")]}, "not in the conversations"),
     "no answer": ({"prompt": "Hi", "chosen": [says("good"), BYE], "rejected": [says("bad")]}, "ends with a turn of the user"),
     "one begins the other": ({"chosen": [HI, says("a"), BYE, says("b")], "rejected": [HI, says("a")]}, "answer"),
-    "a flag": ({"prompt": "Hi", "chosen": [says("good") | {"weight": 0}], "rejected": [says("bad")]}, "whole answers are compared"),
+    "a flag": ({"prompt": "Hi", "chosen": [says("good") | {"weight": 0}], "rejected": [says("bad")]}, "takes whole answers"),
     "an image": ({"prompt": "Hi", "chosen": "good", "rejected": "bad", "images": ["x"]}, "only text is trained"),
 }
 

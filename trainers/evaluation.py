@@ -88,12 +88,29 @@ class HeldOut:
         assert self.table is not None
         rows = self.train.eval_microbatch or self.train.microbatch
         targets = objective.targets(self.sizes)
+        if self.table.partners is not None:
+            given = self._with_statistic(engine, objective, targets, rows)
+            if given is None:
+                return None
+            objective = given
         batches = eval_batches(self.table, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.pad_id)
         found = evaluate(engine, objective, batches, self.world, targets)
         if found is not None:
             self.losses.append(found.loss)
             self.at = step
         return found
+
+    def _with_statistic(self, engine: Engine, objective: Objective, targets: int, rows: int) -> Objective | None:
+        """Return the objective given its statistic over all held-out rows; None where a rank was asked to stop. Collective."""
+        from trainers.data.mismatched import all_mismatched
+        from trainers.statistic import AsLoss
+
+        assert self.table is not None
+        share = {"rank": self.world.rank, "world_size": self.world.size, "pad_id": self.pad_id}
+        batches = (batch for part in all_mismatched(self.table) for batch in eval_batches(part, rows, **share))
+        measure = AsLoss(objective)
+        found = evaluate(engine, measure, batches, self.world, targets)
+        return None if found is None else measure.measured.given(found.loss)
 
     def loss_at(self, step: int) -> float | None:
         """Return the loss after `step`, None where it was not measured in this attempt."""

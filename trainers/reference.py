@@ -1,9 +1,12 @@
-"""What the model that training begins with says of each answer: measured once, before the first step, and read from then on."""
+"""What the reference says of each answer: the model that training begins with, or another. Measured once, before the first step."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import Needs, by_document
 from trainers.cache import build_once, cache_root, changed_files, content_key
+from trainers.config.choices import PeftMethod
+from trainers.config.derived import OF_THE_MODEL
 from trainers.config.errors import ConfigError
-from trainers.config.schema import RunConfig, plain
+from trainers.config.numerics import NUMERICS
+from trainers.config.schema import OptimConfig, PeftConfig, RunConfig, plain
 from trainers.data.loader import deal, make_batch
+from trainers.data.mismatched import SIGNAL as MISMATCHED
+from trainers.data.mismatched import all_mismatched
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
+from trainers.data.tokenizer import load_tokenizer, pad_id
 from trainers.engines.base import Engine
+from trainers.engines.build import build_engine
 from trainers.health.activity import watch
+from trainers.model.blueprint import make_blueprint
 from trainers.objectives import REFERENCE
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt
+from trainers.rundir.base import base_of
 from trainers.rundir.beats import Phase
 from trainers.rundir.checkpoints import steps
 from trainers.rundir.files import try_json, write_json
@@ -33,7 +46,7 @@ log = logging.getLogger("fulltune")
 RECORD = "reference.json"
 """In the folder: the key of what was measured."""
 SUM_AT_ONCE = 1 << 16
-VERSION = 1
+VERSION = 2
 """Of what is measured: raise it when the numbers come out differently."""
 
 
@@ -45,28 +58,98 @@ def with_reference(
     They are in RUN_DIR/reference, where a continued run reads them again, and next to the prepared data for other runs of the
     same model, rows and settings. Raises ConfigError where a run that has trained has them no more, or those of other rows.
     """
-    folder, kept = attempt.run_dir / paths.REFERENCE, cache_root(config.data.prepared_dir) / f"reference-{_key(config, data, base)}"
+
+    def measure() -> Measured:
+        return _measure_all(engine, world, data, config, pad_id)
+
+    return _with(config, world, attempt, data, _key(config, data, base, world.device.type), measure)
+
+
+def with_other_reference(config: RunConfig, world: World, attempt: Attempt, data: Prepared, tokenizer: PreTrainedTokenizerFast) -> Prepared:
+    """Return the data as `with_reference` does, under the model that `objective.reference` names; collective.
+
+    It is built by the run's engine before the model that is trained, and freed. Raises ConfigError where its vocabulary is another.
+    """
+    other = other_model(config)
+    require_same_vocabulary(other, tokenizer)
+    blueprint = make_blueprint(other.model, other.seed, tokenizer)
+    base = world.from_first(base_of(other, blueprint.folder, blueprint.revision) if world.rank == 0 else {})
+
+    def measure() -> Measured:
+        watch.enter(Phase.loading)
+        log.info("reference: building %s", other.model.id)
+        with contextlib.closing(build_engine(other, world, blueprint)) as engine:
+            return _measure_all(engine, world, data, other, pad_id(tokenizer))
+
+    found = _with(config, world, attempt, data, _key(other, data, base, world.device.type), measure)
+    gc.collect()  # what the engine held; its parts know each other
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return found
+
+
+def other_model(config: RunConfig) -> RunConfig:
+    """Return the config that builds the reference which `objective.reference` names: nearly all of it frozen, for the least memory."""
+    model = replace(config.model, id=config.objective.reference, revision=None, architecture={}, train_tokenizer=0, add_tokens=[])
+    model = replace(model, grow_vocabulary=False, tokenizer=None)
+    train = replace(config.train, balance_loss=None)
+    return replace(config, model=model, peft=PeftConfig(method=PeftMethod.freeze, last_blocks=1), optim=OptimConfig(), train=train)
+
+
+def require_same_vocabulary(other: RunConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise ConfigError, naming the first token that differs, unless the reference gives each token of the run the same id."""
+    named = other.model.id
+    try:
+        theirs = load_tokenizer(other).get_vocab()
+    except ConfigError as error:
+        raise ConfigError("objective.reference", named, error.reason, "a model directory with its tokenizer") from error
+    wrong = [token for token, number in tokenizer.get_vocab().items() if theirs.get(token) != number]
+    if wrong:
+        token = min(wrong, key=tokenizer.get_vocab().__getitem__)
+        place = f"id {theirs[token]}" if token in theirs else "none"
+        reason = f"has another vocabulary: {token!r} is id {tokenizer.get_vocab()[token]} of the run's and {place} of its own"
+        raise ConfigError(
+            "objective.reference", named, f"{reason}; {len(wrong):,} differ", "a model of the same tokenizer, or leave it out"
+        )
+
+
+Measured = dict[str, NDArray[np.float32]]
+"""Summed log-probabilities of documents in nats, by the names of their files."""
+OTHER = "-mismatched"
+"""Ends the name of a file of prompts with answers to others."""
+
+
+def _with(config: RunConfig, world: World, attempt: Attempt, data: Prepared, key: str, measure: Callable[[], Measured]) -> Prepared:
+    """Return the data with the reference of a key: from the run directory, from next to the prepared data, or measured now; collective."""
+    folder, kept = attempt.run_dir / paths.REFERENCE, cache_root(config.data.prepared_dir) / f"reference-{key}"
     refused = _take_or_refuse(folder, kept, attempt) if world.rank == 0 else None
     fault = world.from_first(None if refused is None else refused.parts())
     if fault is not None:
         raise ConfigError(**fault)
     if not world.from_first(folder.is_dir() if world.rank == 0 else False):
-        tables = {name: table for name, table in (("train", data.train), ("eval", data.eval)) if table is not None}
-        watch.enter(Phase.evaluating)
-        measured = {name: _measure(engine, world, table, config, pad_id, name) for name, table in tables.items()}
+        measured = measure()
         if world.rank == 0:
             _keep(measured, kept)
             _take(kept, folder, attempt)
     world.barrier()
-    held_out = None if data.eval is None else _carrying(data.eval, folder / "eval.npy")
-    return replace(data, train=_carrying(data.train, folder / "train.npy"), eval=held_out)
+    held_out = None if data.eval is None else _carrying(data.eval, folder, "eval")
+    return replace(data, train=_carrying(data.train, folder, "train"), eval=held_out)
 
 
-def _key(config: RunConfig, data: Prepared, base: dict[str, Any]) -> str:
-    """Return the hash of what the numbers depend on: weights, rows, and how the model is built and computes."""
-    model = {name: base.get(name) for name in ("id", "commit", "weights", "adapter")}
-    settings = [plain(config.model), plain(config.peft), str(config.train.precision), config.seed]
-    return content_key(VERSION, data.path.name, model, settings)
+def _key(config: RunConfig, data: Prepared, base: dict[str, Any], device: str) -> str:
+    """Return the hash of what the numbers depend on: weights, rows, and how the model is built and computes.
+
+    Rates, dropout and what is trained of the weights change none; the last bits depend on the kernels, of which `auto` takes others
+    on a GPU.
+    """
+    model: dict[str, Any] = {name: base.get(name) for name in ("id", "commit", "weights", "adapter")}
+    model = {name: value for name, value in model.items() if name != "id"} if base.get("weights") else model
+    left_out = ("id", "revision", "convert") if base.get("weights") else ("convert",)
+    model |= {name: value for name, value in plain(config.model).items() if name not in left_out}
+    peft = {name: value for name, value in plain(config.peft).items() if name not in ("lr", "lr_ratio", "dropout", "adapter")}
+    seed = None if config.peft.method in OF_THE_MODEL and config.model.id is not None else config.seed
+    settings = [{} if config.peft.method in OF_THE_MODEL else peft, str(config.train.precision), str(config.train.float8), seed, device]
+    return content_key(VERSION, NUMERICS, data.path.name, model, settings)
 
 
 def _take_or_refuse(folder: Path, kept: Path, attempt: Attempt) -> ConfigError | None:
@@ -85,7 +168,7 @@ def _take_or_refuse(folder: Path, kept: Path, attempt: Attempt) -> ConfigError |
         log.info("reference: read from %s", kept)
         return None
     if trained:
-        reason = f"has been trained, and {folder.name}/ is gone: the model that it began with is no longer in memory"
+        reason = f"has been trained, and {folder.name}/ is gone: what it began with is not measured anew"
         return ConfigError("run_dir", str(attempt.run_dir), reason, f"put {folder} back, or run_dir={attempt.run_dir}-new")
     return None
 
@@ -97,6 +180,20 @@ def _fault(folder: Path, name: str) -> str | None:
         return f"it is of other rows, weights or settings ({record.get('key')}, and not {name})"
     changed = changed_files(folder)
     return f"{', '.join(changed)} has changed on its disk" if changed else None
+
+
+def _measure_all(engine: Engine, world: World, data: Prepared, config: RunConfig, pad_id: int) -> Measured:
+    """Return the reference of all documents, and of each prompt with the answer to another where the data say which; collective."""
+    watch.enter(Phase.evaluating)
+    found = {}
+    for name, table in (("train", data.train), ("eval", data.eval)):
+        if table is None:
+            continue
+        found[name] = _measure(engine, world, table, config, pad_id, name)
+        if table.partners is not None:
+            parts = [_measure(engine, world, part, config, pad_id, f"mismatched {name}") for part in all_mismatched(table)]
+            found[f"{name}{OTHER}"] = np.concatenate(parts)
+    return found
 
 
 @torch.no_grad()
@@ -156,5 +253,9 @@ def _take(kept: Path, folder: Path, attempt: Attempt) -> None:
     staging.rename(folder)
 
 
-def _carrying(table: TokenTable, file: Path) -> TokenTable:
-    return replace(table, signals={**table.signals, REFERENCE: np.load(file, mmap_mode="r", allow_pickle=False)})
+def _carrying(table: TokenTable, folder: Path, name: str) -> TokenTable:
+    """Return a table with its reference, memory-mapped, and that of prompts with answers to others where it has such."""
+    found = {REFERENCE: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)}
+    if table.partners is not None:
+        found[f"{MISMATCHED}{REFERENCE}"] = np.load(folder / f"{name}{OTHER}.npy", mmap_mode="r", allow_pickle=False)
+    return replace(table, signals={**table.signals, **found})

@@ -105,6 +105,10 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         from trainers.settle import settled
 
         config = settled(config, world, attempt)
+    if config.objective.reference is not None:
+        from trainers.reference import with_other_reference
+
+        data = with_other_reference(config, world, attempt, data, tokenizer)
     watch.enter(Phase.loading)
     rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
     with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:
@@ -139,7 +143,7 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         require_isolation(_asking(built), vocab_size, config.train.microbatch, rounds)
         engine.train(True)
     padding = pad_id(built.tokenizer)
-    if REFERENCE in CHOICES[config.objective.name](config.objective).signals:
+    if REFERENCE in CHOICES[config.objective.name](config.objective).signals - data.train.signals.keys():
         from trainers.reference import with_reference
 
         data = with_reference(config, world, attempt, engine, data, base, padding)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trainers.batch import Batch, Output
+from trainers.batch import Batch, Output, Sizes
 from trainers.engines.base import Engine
 from trainers.objectives import Loss, Objective
 from trainers.objectives.base import Measured
@@ -33,7 +33,11 @@ class AsLoss:
     def __init__(self, objective: Objective) -> None:
         """Take an objective that has one."""
         assert isinstance(objective, Measured)
-        self.measured, self.needs, self.signals, self.targets = objective, objective.needs, objective.signals, objective.targets
+        self.measured, self.needs, self.signals = objective, objective.needs, objective.signals
+
+    def targets(self, sizes: Sizes) -> int:
+        """Return the objective's own."""
+        return self.measured.targets(sizes)
 
     def __call__(self, output: Output, batch: Batch) -> Loss:
         """Return a microbatch's part of the statistic."""

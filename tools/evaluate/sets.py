@@ -67,7 +67,7 @@ def _with_objective(config: RunConfig) -> RunConfig:
     """Return a config whose objective takes its rows: one of pairs for pairs, else the run's own or one of single answers."""
     of_pairs = dataclasses.replace(config, objective=ObjectiveConfig(name=ObjectiveName.dpo))
     with contextlib.suppress(ConfigError):  # what is wrong with rows of neither kind is said by who prepares them
-        if find_layout(of_pairs, sources_of(config.data)[0]) is Layout.preference:
+        if find_layout(of_pairs, sources_of(config.data)[0]) in (Layout.preference, Layout.ranked):
             return of_pairs
     if not compares(config.objective.name):
         return config

@@ -14,11 +14,12 @@ from trainers.config.choices import (
     Export,
     ObjectiveName,
     OnSpike,
+    PairsOf,
     Precision,
     Supervise,
     TooLong,
 )
-from trainers.config.derived import compares, has_held_out, peak_lr, rows_as
+from trainers.config.derived import compares, has_held_out, of_answers, peak_lr, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.kernels import validate_kernels
 from trainers.config.local import looks_local, require_model_directory
@@ -44,6 +45,7 @@ def load(path: Path | str) -> RunConfig:
 POSITIVE = (
     "data.seq_len",
     "objective.beta",
+    "objective.f_alpha",
     "data.processes",
     "optim.lr",
     "optim.full_lr",
@@ -109,6 +111,8 @@ NOT_NEGATIVE = (
     "objective.margin",
     "objective.nll_weight",
     "objective.center",
+    "objective.desirable_weight",
+    "objective.undesirable_weight",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
@@ -133,6 +137,7 @@ NOT_EMPTY = (
     "data.template",
     "engine.nvme_path",
     "peft.adapter",
+    "objective.reference",
     "evaluation.path",
     "evaluation.general",
     "evaluation.extract",
@@ -228,9 +233,12 @@ def _validate_data(config: RunConfig) -> None:
     if data.document is DocumentOf.turn and rows_as(config.objective.name) is not ObjectiveName.sft:
         reason = "trains every token" if config.objective.name is ObjectiveName.cpt else "reads whole answers and documents"
         raise ConfigError("data.document", "turn", f"objective={config.objective.name} {reason}", "data.document=row, or objective=sft")
-    if data.supervise is not Supervise.assistant and compares(config.objective.name):
-        reason = f"objective={config.objective.name} compares the answers, and no turn of the prompt"
+    if data.supervise is not Supervise.assistant and of_answers(config.objective.name):
+        reason = f"objective={config.objective.name} is about the answers, and no turn of the prompt"
         raise ConfigError("data.supervise", str(data.supervise), reason, "data.supervise=assistant")
+    if data.pairs is not PairsOf.best_worst and not compares(config.objective.name):
+        reason = f"says which answers are compared, and objective={config.objective.name} compares none"
+        raise ConfigError("data.pairs", str(data.pairs), reason, "data.pairs=best_worst, or objective=dpo")
     if data.document is DocumentOf.turn and data.supervise is not Supervise.assistant:
         reason = f"data.supervise is {data.supervise}, and each document has one turn that is trained"
         raise ConfigError("data.document", "turn", reason, "data.supervise=assistant")

@@ -36,6 +36,8 @@ class Layout(StrEnum):
     question_answer = "question_answer"
     prompt_completion = "prompt_completion"
     preference = "preference"
+    ranked = "ranked"
+    unpaired = "unpaired"
     text = "text"
 
 
@@ -70,7 +72,7 @@ class DataSource(StrEnum):
 
 
 class ObjectiveName(StrEnum):
-    """Supervised fine-tuning, continued pre-training, preferences between answers, a head that scores documents, or a teacher's tokens."""
+    """Fine-tuning, continued pre-training, preferences, answers wanted or not, a head that scores documents, or a teacher's tokens."""
 
     sft = "sft"
     cpt = "cpt"
@@ -80,6 +82,7 @@ class ObjectiveName(StrEnum):
     orpo = "orpo"
     reward = "reward"
     classify = "classify"
+    kto = "kto"
     distil = "distil"
 
 
@@ -97,6 +100,24 @@ class PreferenceLoss(StrEnum):
     sigmoid = "sigmoid"
     hinge = "hinge"
     ipo = "ipo"
+
+
+class FDivergence(StrEnum):
+    """How far from the reference a model may go is measured by this divergence, whose derivative is what DPO compares."""
+
+    reverse_kl = "reverse_kl"
+    forward_kl = "forward_kl"
+    jensen_shannon = "jensen_shannon"
+    alpha = "alpha"
+
+
+class PairsOf(StrEnum):
+    """Which answers of a ranked list are compared: best and worst, best and one below it, all, or those next to each other by score."""
+
+    best_worst = "best_worst"
+    best_random = "best_random"
+    all = "all"
+    neighbours = "neighbours"
 
 
 class PeftMethod(StrEnum):

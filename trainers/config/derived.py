@@ -64,8 +64,17 @@ PREFERENCES = (ObjectiveName.dpo, ObjectiveName.simpo, ObjectiveName.cpo, Object
 """Objectives that compare the two answers of a pair."""
 
 
+DESIRABLE = "desirable"
+"""The signal that is 1 where a document's answer is wanted, and 0 where it is not."""
+OF_REFERENCE = (ObjectiveName.dpo, ObjectiveName.kto)
+"""Objectives that compare with a reference model."""
 SCORED = (ObjectiveName.reward, ObjectiveName.classify)
 """Objectives of a head that makes scores of documents in the place of log-probabilities."""
+
+
+def of_answers(objective: ObjectiveName) -> bool:
+    """Tell whether an objective is about whole answers, in pairs or each by itself."""
+    return compares(objective) or objective is ObjectiveName.kto
 
 
 def compares(objective: ObjectiveName) -> bool:

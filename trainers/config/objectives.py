@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from trainers.config.choices import Divergence, ObjectiveName, PreferenceLoss, Supervise
+from trainers.config.choices import Divergence, FDivergence, ObjectiveName, PreferenceLoss, Supervise
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import of_others, refuse_foreign
+from trainers.config.local import looks_local, require_model_directory
 from trainers.config.methods import VIRTUAL
 from trainers.config.schema import ObjectiveConfig, RunConfig
 
@@ -17,13 +18,17 @@ SCORE = "score"
 FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.sft: (),
     ObjectiveName.cpt: (),
-    ObjectiveName.dpo: ("beta", "loss", "label_smoothing", "robust", "length_normalised", "nll_weight"),
+    ObjectiveName.dpo: (
+        *("beta", "loss", "label_smoothing", "robust", "length_normalised", "nll_weight"),
+        *("f_divergence", "f_alpha", "reference"),
+    ),
     ObjectiveName.cpo: ("beta", "loss", "label_smoothing", "length_normalised", "nll_weight"),
     ObjectiveName.simpo: ("beta", "margin"),
     ObjectiveName.orpo: ("beta",),
     ObjectiveName.reward: ("center",),
     ObjectiveName.classify: ("labels", "class_weights", "balanced"),
     ObjectiveName.distil: ("beta", "teacher", "divergence", "ce_weight"),
+    ObjectiveName.kto: ("beta", "desirable_weight", "undesirable_weight", "reference"),
 }
 """The settings that each objective has."""
 TEACHER = "teacher.json"
@@ -45,6 +50,29 @@ def validate_objective(objective: ObjectiveConfig) -> None:
     _validate_teacher(objective)
     if objective.name in SCORED:
         _validate_classes(objective)
+    _validate_divergence(objective)
+    if objective.desirable_weight == objective.undesirable_weight == 0:
+        raise ConfigError("objective.desirable_weight", 0, "with both weights 0 nothing is trained", "objective.desirable_weight=1")
+    if objective.reference is not None and looks_local(objective.reference):
+        require_model_directory("objective.reference", objective.reference)
+
+
+def _validate_divergence(objective: ObjectiveConfig) -> None:
+    """Refuse an alpha of another divergence, and a divergence of anything but a ratio of two models' probabilities of an answer."""
+    alpha, divergence = objective.f_alpha, objective.f_divergence
+    if alpha > 1:
+        raise ConfigError("objective.f_alpha", alpha, "must be above 0 and at most 1", "objective.f_alpha=0.5")
+    if alpha != ObjectiveConfig().f_alpha and divergence is not FDivergence.alpha:
+        reason = f"is of the alpha divergence, and objective.f_divergence is {divergence}"
+        raise ConfigError("objective.f_alpha", alpha, reason, "objective.f_divergence=alpha")
+    if divergence is not FDivergence.reverse_kl and (objective.length_normalised or objective.loss is PreferenceLoss.ipo):
+        what = (
+            "objective.loss=ipo is derived for reverse_kl"
+            if objective.loss is PreferenceLoss.ipo
+            else "an answer's ratio is not one a token"
+        )
+        remedy = "objective.f_divergence=reverse_kl, or objective.loss=sigmoid objective.length_normalised=false"
+        raise ConfigError("objective.f_divergence", str(divergence), what, remedy)
 
 
 def _validate_teacher(objective: ObjectiveConfig) -> None:

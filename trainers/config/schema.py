@@ -24,6 +24,7 @@ from trainers.config.choices import (
     EngineName,
     Experts,
     Export,
+    FDivergence,
     Float8,
     Layout,
     Metric,
@@ -32,6 +33,7 @@ from trainers.config.choices import (
     OnSpike,
     OptimizerName,
     OptimizerState,
+    PairsOf,
     PeftMethod,
     Precision,
     PreferenceLoss,
@@ -96,6 +98,8 @@ class DataConfig:
     """Share of the rows held out, grouped by first prompt so that none is on both sides. In [0, 0.5]."""
     layout: Layout = Layout.auto
     """Row layout; `auto` recognises and prints it."""
+    pairs: PairsOf = PairsOf.best_worst
+    """Layout `ranked`: which answers of a row are compared. Answers of one score, or of one text, are not; they are counted."""
     template: str | None = None
     """A Jinja file, `chatml`, `plain`, or the name of one of the tokenizer's own; empty takes the tokenizer's own."""
     document: DocumentOf = DocumentOf.row
@@ -132,8 +136,8 @@ class ObjectiveConfig:
     The others train answers or documents as a whole.
     """
     beta: float = 0.1
-    """dpo, simpo, cpo: what a difference of log-probabilities in nats is multiplied by; orpo: weight of the odds ratio; distil with jsd:
-    share of the teacher in the mixture."""
+    """dpo, simpo, cpo, kto: what a difference of log-probabilities in nats is multiplied by; orpo: weight of the odds ratio; distil with
+    jsd: share of the teacher in the mixture."""
     loss: PreferenceLoss = PreferenceLoss.sigmoid
     """dpo, cpo: what becomes of a pair's margin."""
     label_smoothing: float = 0.0
@@ -160,6 +164,16 @@ class ObjectiveConfig:
     """distil: `forward_kl` covers all that the teacher says, `reverse_kl` keeps to its likeliest tokens, `jsd` is between (`beta`)."""
     ce_weight: float = 0.0
     """distil: share of the loss that is cross-entropy of the rows' own tokens, the rest being the divergence. In [0, 1)."""
+    f_divergence: FDivergence = FDivergence.reverse_kl
+    """dpo: what keeps the model near the reference (arXiv 2309.16240); `alpha` lies between reverse_kl (0) and forward_kl (1)."""
+    f_alpha: float = 0.5
+    """dpo with f_divergence=alpha: its alpha. Above 0, at most 1."""
+    desirable_weight: float = 1.0
+    """kto: what the loss of a wanted answer is multiplied by."""
+    undesirable_weight: float = 1.0
+    """kto: the same of one that is not wanted; with weights, both kinds are to count about the same in sum (arXiv 2402.01306, eq. 9)."""
+    reference: str | None = None
+    """dpo, kto: a model directory or hub id that is compared with, of the same vocabulary; empty is the model that training begins with."""
 
 
 @dataclass(kw_only=True)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config.choices import DocumentOf, Layout, ObjectiveName, Supervise, TooLong
-from trainers.config.derived import SCORED, rows_as
+from trainers.config.choices import DocumentOf, Layout, ObjectiveName, PairsOf, Supervise, TooLong
+from trainers.config.derived import SCORED, compares, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data import formats, masks
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ints = NDArray[np.int64]
-COUNTS = ("rows", "bad", "truncated", "dropped", "split", "supervised_before", "supervised_lost")
+COUNTS = ("rows", "bad", "truncated", "dropped", "split", "equal", "supervised_before", "supervised_lost")
 BATCH = 256
 
 
@@ -87,10 +87,12 @@ class Encoder:
     """Fields of rows and turns that are left out before anything reads them."""
     labels: Sequence[str] = ()
     """Names of the classes of rows that are classified."""
+    pairs: PairsOf = PairsOf.best_worst
+    """Which answers of a ranked list are compared."""
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
-        rendered, groups, bad = [], [], []
+        rendered, groups, bad, equal = [], [], [], 0
         unread: set[str] = set()
         lost = LeftOut()
         try:
@@ -98,7 +100,7 @@ class Encoder:
                 try:
                     data = parse(row, self.ignore)
                     texts, prompt = self.render(data)
-                    if self.objective in SCORED:
+                    if self.objective in SCORED and self.layout is not Layout.ranked:
                         from trainers.data.scored import signal_of
 
                         signals = signal_of(data, self.objective, self.layout, self.labels)
@@ -109,13 +111,17 @@ class Encoder:
                     rendered.extend(texts)
                     groups.extend([self._group(prompt)] * len(texts))
                     lost.add(_kinds(texts), f"{row.file}:{row.line}")
+                    if self.layout is Layout.ranked:
+                        from trainers.data.ranked import num_pairs
+
+                        equal += num_pairs(data, self.pairs) - len(texts) // 2
                 except BadRow as error:
                     bad.append(f"{row.file}:{row.line}: {error}")
         except ConfigError as error:
             return Documents(*_NOTHING, counts={}, error=(error.path, error.value, error.reason, error.remedy))
         documents = [self._documents(rendered[at : at + BATCH], groups[at : at + BATCH]) for at in range(0, len(rendered), BATCH)]
         whole = join(documents)
-        whole.counts.update(rows=len(rows), bad=len(bad))
+        whole.counts.update(rows=len(rows), bad=len(bad), equal=equal)
         whole.bad, whole.unread, whole.left_out = bad, unread, lost
         return whole
 
@@ -138,8 +144,8 @@ class Encoder:
         if self.layout is Layout.text:
             text = formats.to_text(row)
             return [masks.plain_text(text, self.bos, self.eos)], text
-        if self.layout is Layout.preference:
-            return self._render_preference(row)
+        if self.layout in (Layout.preference, Layout.ranked, Layout.unpaired):
+            return self._render_answers(row)
         plain = self.template is None or self.objective is ObjectiveName.cpt
         if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
             pair, prompt = self._render_pair(row)
@@ -170,24 +176,24 @@ class Encoder:
         require_not_rendered(messages, rendered[0].text if rendered else "", self.bos, self.opening)
         return rendered, prompt
 
-    def _render_preference(self, row: Any) -> tuple[list[Rendered], str]:
-        """Return the prompt with the answer that is preferred, and with the other one; each answer is trained, no turn of the prompt."""
+    def _render_answers(self, row: Any) -> tuple[list[Rendered], str]:
+        """Return the prompt with each of its answers, those of a pair one after the other; answers are trained, no turn of the prompt."""
         from trainers.data import fields
-        from trainers.data.preferences import to_preference
+        from trainers.data.answers import answers_of
 
-        pair = to_preference(row)
+        found = answers_of(row, self.layout, self.objective, self.pairs)
         if self.template is None:
             raise ConfigError("data.template", None, "the tokenizer has no chat template, and answers need one", self.chat_remedy)
         template, tools = _with_variables(self.template, fields.template_variables(row)), formats.to_tools(row)
-        of_prompt = frozenset(range(len(pair.prompt)))
-        rendered = [
-            masks.render(template, pair.prompt + answer, tools, Supervise.assistant, of_prompt) for answer in (pair.chosen, pair.rejected)
-        ]
-        require_not_rendered(pair.prompt + pair.chosen, rendered[0].text, self.bos, self.opening)
+        of_prompt = frozenset(range(len(found.prompt)))
+        rendered = [masks.render(template, found.prompt + answer, tools, Supervise.assistant, of_prompt) for answer in found.answers]
+        if rendered:
+            require_not_rendered(found.prompt + found.answers[0], rendered[0].text, self.bos, self.opening)
         prompts = {item.text[: item.spans[0][0]] for item in rendered}
         if len(prompts) > 1:
-            raise BadRow("has a prompt that the chat template writes differently before each of the two answers")
-        return rendered, formats.first_prompt(pair.prompt)
+            raise BadRow("has a prompt that the chat template writes differently before each of its answers")
+        rendered = [replace(item, signals=signals) for item, signals in zip(rendered, found.signals, strict=True)]
+        return rendered, formats.first_prompt(found.prompt)
 
     def _require_supervision(self, row: formats.Row) -> None:
         """Raise ConfigError where turns say that they are not trained, and everything is."""
@@ -274,7 +280,7 @@ class Encoder:
         """Cut or drop documents over `seq_len`, and drop those with nothing to train; both of a pair or none."""
         counts = dict.fromkeys(COUNTS, 0)
         counts["supervised_before"] = int(supervised.sum())
-        if self.layout is Layout.preference:
+        if self.layout in (Layout.preference, Layout.ranked) and compares(self.objective):
             return self._fit_pairs(tokens, supervised, offsets, groups, counts)
         pieces: list[tuple[int, int, int]] = []
         for group, first, last in zip(groups, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -375,6 +381,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         opening=written_tokens(template) if template is not None else (),
         ignore=config.data.ignore,
         labels=labels,
+        pairs=config.data.pairs,
     )
 
 

@@ -6,7 +6,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainers.config.choices import Layout
-from trainers.data.formats import CONVERSATION_KEYS, KEPT_KEYS, REASONING_KEYS, SYSTEM_KEYS, BadRow, Message, Row, conversation_of
+from trainers.data.formats import (
+    CONVERSATION_KEYS,
+    KEPT_KEYS,
+    RANKED_KEYS,
+    REASONING_KEYS,
+    SCORE_KEYS,
+    SYSTEM_KEYS,
+    BadRow,
+    Message,
+    Row,
+    conversation_of,
+)
 
 FLAGS = (
     *("weight", "loss_weight", "loss_scale", "train", "training", "trainable", "trained", "train_on_turn"),
@@ -60,6 +71,8 @@ READ = {
     Layout.question_answer: {"question", "answer", *KNOWN_ROW},
     Layout.alpaca: {"instruction", "input", "output", *KNOWN_ROW},
     Layout.preference: {"prompt", "chosen", "rejected", *KNOWN_ROW},
+    Layout.ranked: {"prompt", "instruction", "question", *RANKED_KEYS, *SCORE_KEYS, *KNOWN_ROW},
+    Layout.unpaired: {"prompt", "completion", "response", "label", *CONVERSATION_KEYS, *KNOWN_ROW},
     Layout.text: {"text", *KNOWN_ROW} - set(CONTEXT),
 }
 
@@ -74,8 +87,8 @@ def check(row: Row, layout: Layout) -> None:
         raise _refusal("", "mask", "roles that are not to be trained, and only the assistant is")
     if row.get("label") is False and layout is Layout.prompt_completion:
         raise _refusal("", "label", "false: an answer that is not wanted, which this objective would train")
-    if layout is Layout.preference and has_flags(row, layout):
-        raise BadRow("has a turn that says that it is not trained, and of a pair the whole answers are compared")
+    if layout in (Layout.preference, Layout.unpaired) and has_flags(row, layout):
+        raise BadRow("has a turn that says that it is not trained, and this objective takes whole answers")
     for number, turn in enumerate(_turns(row, layout), 1):
         if not REFUSED_TURN.keys().isdisjoint(turn):
             _check_turn(turn, number)
@@ -157,7 +170,7 @@ def template_variables(row: Row) -> dict[str, Any]:
 
 def _turns(row: Row, layout: Layout) -> Iterator[dict[str, Any]]:
     """Yield the turns of a row as they are in it, prompt before completion or answers."""
-    one = layout in (Layout.messages, Layout.sharegpt)
+    one = layout in (Layout.messages, Layout.sharegpt) or (layout is Layout.unpaired and conversation_of(row) is not None)
     names = ("prompt", "chosen", "rejected") if layout is Layout.preference else ("prompt", "completion", "response")
     parts = [conversation_of(row)] if one else [row.get(name) for name in names]
     for part in parts:

@@ -75,6 +75,8 @@ def recognise(row: object) -> Layout:
         turns = conversation_of(row)
         first = turns[0] if isinstance(turns, list) and turns else None
         return Layout.sharegpt if isinstance(first, dict) and "from" in first else Layout.messages
+    if ranked_key(row) is not None:
+        return Layout.ranked
     if "prompt" in row and ("completion" in row or "response" in row):
         return Layout.prompt_completion
     if "question" in row and "answer" in row:
@@ -84,6 +86,21 @@ def recognise(row: object) -> Layout:
     if "text" in row:
         return Layout.text
     raise BadRow(f"has no known layout; its fields are {', '.join(sorted(map(str, row))) or 'none'}")
+
+
+RANKED_KEYS = ("completions", "responses", "answers")
+SCORE_KEYS = ("scores", "ratings", "ranks", "score", "overall_score", "rating", "rank")
+"""Of a list of answers, next to it or in each of them: the best has the highest score and the lowest rank."""
+
+
+def ranked_key(row: Row) -> str | None:
+    """Return the field that holds a row's several answers with what each is worth; None where it has none."""
+    for key in RANKED_KEYS:
+        if isinstance(answers := row.get(key), list) and answers:
+            inside = isinstance(answers[0], dict) and any(name in answers[0] for name in SCORE_KEYS)
+            if inside or any(isinstance(row.get(name), list) for name in SCORE_KEYS):
+                return key
+    return None
 
 
 def to_messages(row: Row, layout: Layout, answered: bool = True) -> list[Message]:

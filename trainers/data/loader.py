@@ -69,6 +69,7 @@ class Loader:
         self.global_batch, self.microbatch = train.global_batch, train.microbatch
         self.num_rows, self.num_steps = length(train, len(table))
         self.epoch_rows = len(table)
+        self.capacity: int | None = None
 
     def table(self, step: int) -> TokenTable:
         """Return the table: the same in every step."""
@@ -96,8 +97,16 @@ class Loader:
         return [make_batch(self.table(step), rows, self.microbatch, self.pad_id) for rows in mine]
 
     def first(self, step: int, row_ids: Ints) -> list[Batch]:
-        """Return none: no table has such rows."""
-        return []
+        """Return the prompts of the step's documents with answers to others where the table has such partners."""
+        table = self.table(step)
+        if table.partners is None:
+            return []
+        from trainers.data.mismatched import longest_row, mismatched
+
+        self.capacity = self.capacity or longest_row(table)
+        other = mismatched(table, table.documents_of(row_ids), self.capacity)
+        mine = deal(np.arange(len(other)), self.microbatch, self.rank, self.world_size)
+        return [make_batch(other, rows, self.microbatch, self.pad_id) for rows in mine]
 
     def epoch(self, step: int) -> float:
         """Return the passes over the table that are done when `step` steps are."""

@@ -32,8 +32,8 @@ def to_preference(row: Row) -> Pair:
     """
     if missing := [name for name in ANSWERS if row.get(name) is None]:
         raise BadRow(f"has no `{missing[0]}`")
-    prompt = _turns_of(row.get("prompt"), "prompt", "user") if row.get("prompt") is not None else []
-    chosen, rejected = (_turns_of(row[name], name, "assistant") for name in ANSWERS)
+    prompt = turns_of(row.get("prompt"), "prompt", "user") if row.get("prompt") is not None else []
+    chosen, rejected = (turns_of(row[name], name, "assistant") for name in ANSWERS)
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         if not prompt:
             raise BadRow("has answers without a `prompt`")
@@ -43,13 +43,16 @@ def to_preference(row: Row) -> Pair:
         if prompt and prompt[-1] not in pair.prompt:
             raise BadRow("has a `prompt` that is not in the conversations of `chosen` and `rejected`")
     _check(pair)
+    return Pair(with_system(row, pair.prompt), pair.chosen, pair.rejected)
+
+
+def with_system(row: Row, prompt: list[Message]) -> list[Message]:
+    """Return a prompt with the system text that the row holds elsewhere."""
     system = system_of(row)
-    if system and pair.prompt[0]["role"] != "system":
-        return Pair([{"role": "system", "content": system}, *pair.prompt], pair.chosen, pair.rejected)
-    return pair
+    return [{"role": "system", "content": system}, *prompt] if system and prompt[0]["role"] != "system" else prompt
 
 
-def _turns_of(value: Any, name: str, role: str) -> list[Message]:
+def turns_of(value: Any, name: str, role: str) -> list[Message]:
     """Return a text as one turn of `role`, a transcript as its turns, and turns as they are."""
     if not isinstance(value, str):
         return to_turns(value, name)

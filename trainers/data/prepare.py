@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from trainers import host
 from trainers.cache import build_once, cache_root, content_key, require_whole
-from trainers.config.choices import Layout, ObjectiveName, TooLong
-from trainers.config.derived import SCORED, Source, compares, rows_as, sources_of
+from trainers.config.choices import Layout, ObjectiveName, PairsOf, TooLong
+from trainers.config.derived import DESIRABLE, SCORED, Source, compares, rows_as, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
@@ -125,6 +125,7 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     options = {name: str(getattr(data, name)) for name in RENDERING}
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
+    options |= {"pairs": str(data.pairs)} if data.pairs is not PairsOf.best_worst else {}
     marks = [sources.fingerprint(source, config.objective.name) for source in sources_of(data)]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
 
@@ -207,11 +208,15 @@ def _left_out(config: RunConfig) -> dict[str, list[str]]:
 def find_layout(config: RunConfig, source: Source | None) -> Layout:
     """Return the layout of a source, recognised in its first row that has one."""
     if config.data.layout is not Layout.auto:
+        _require_fitting(config, config.data.layout)
         return config.data.layout
     reason = "there are no rows"
     for row in islice(sources.rows(source, config.objective.name), 100):
         try:
-            found = formats.recognise(sources.parse(row, config.data.ignore))
+            data = sources.parse(row, config.data.ignore)
+            found = formats.recognise(data)
+            if config.objective.name is ObjectiveName.kto and found in JUDGED and "label" in data:
+                found = Layout.unpaired
             _require_fitting(config, found)
             return found
         except BadRow as error:
@@ -223,17 +228,42 @@ def find_layout(config: RunConfig, source: Source | None) -> Layout:
 
 def _require_fitting(config: RunConfig, layout: Layout) -> None:
     """Raise ConfigError where rows compare answers and the objective does not, or the other way round."""
-    name = config.objective.name
-    if layout is Layout.preference and name is ObjectiveName.classify:
+    name, in_pairs = config.objective.name, layout in (Layout.preference, Layout.ranked)
+    if name is ObjectiveName.kto:
+        if layout not in (Layout.preference, Layout.unpaired):
+            reason = f"is told by a `label` whether an answer is wanted, and rows of layout {layout} have none"
+            raise ConfigError("objective.name", "kto", reason, "rows of prompt, completion and label, or pairs")
+    elif layout is Layout.unpaired:
+        reason = f"rows are answers that are wanted or not, and objective={name} is not told which"
+        raise ConfigError("data.layout", str(layout), reason, "objective=kto")
+    elif in_pairs and name is ObjectiveName.classify:
         raise ConfigError("data.path", config.data.path, "rows are pairs of answers, and a document has one class", "objective=reward")
-    if layout is Layout.preference and not compares(name):
-        reason = f"rows are pairs of answers, and objective={name} trains on one"
+    elif in_pairs and not compares(name):
+        reason = f"rows are {'pairs' if layout is Layout.preference else 'lists'} of answers, and objective={name} trains on one"
         raise ConfigError(
             "data.path", config.data.path, reason, "objective=dpo, or data.ignore=[rejected] where another field has the answer"
         )
-    if layout is not Layout.preference and compares(name) and name is not ObjectiveName.reward:
+    elif not in_pairs and compares(name) and name is not ObjectiveName.reward:
         reason = f"compares two answers, and rows of layout {layout} have one"
         raise ConfigError("objective.name", str(name), reason, "objective=sft, or rows with `chosen` and `rejected`")
+    if config.data.pairs is not PairsOf.best_worst and layout is not Layout.ranked:
+        reason = f"says which answers of a ranked list are compared, and rows of layout {layout} have none"
+        raise ConfigError("data.pairs", str(config.data.pairs), reason, "data.pairs=best_worst")
+
+
+JUDGED = (Layout.prompt_completion, Layout.messages, Layout.sharegpt)
+"""Layouts whose rows have one answer, which a `label` may judge."""
+
+
+def _partners(config: RunConfig, groups: NDArray[np.uint64], split: str) -> NDArray[np.int64]:
+    """Return whose answer follows each document's prompt in KTO's baseline; raises ConfigError where most have one prompt."""
+    from trainers.data.mismatched import partners_of
+
+    found = partners_of(groups)
+    if found is None:
+        reason = f"more than half of the {split} rows have one prompt, and the baseline of kto is measured on answers to other prompts"
+        raise ConfigError("data.path", config.data.path, reason, "rows of more prompts, or objective=dpo on pairs")
+    return found
 
 
 class Store:
@@ -428,7 +458,7 @@ def _rows_of(lengths: NDArray[np.int64], units: NDArray[np.int64] | None, data: 
 
 def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> dict[str, Any]:
     """Pack and write a split; return its part of the report."""
-    tokens, supervised, lengths, _ = store.arrays()
+    tokens, supervised, lengths, groups = store.arrays()
     which = slice(None) if keep.all() else np.repeat(keep, lengths)
     lengths = lengths[keep]
     started = time.monotonic()
@@ -446,6 +476,7 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
         units=units,
         apart=apart,
         signals={name: np.concatenate(values)[keep] for name, values in store.signals.items()},
+        partners=_partners(config, groups[keep], folder.name) if config.objective.name is ObjectiveName.kto else None,
     )
     save_table(table, folder)
     num_tokens = int(offsets[-1])
@@ -453,6 +484,7 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
     return {
         "documents": len(lengths),
         **({} if units is None else {"pairs": len(lengths) // 2}),
+        **({"wanted": int(table.signals[DESIRABLE].sum())} if DESIRABLE in table.signals else {}),
         "rows": len(table),
         "tokens": num_tokens,
         "supervised_tokens": int(table.supervised.sum(dtype=np.int64)),

@@ -25,6 +25,10 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
             f"  {name:5} {what} in {plural(split['rows'], 'row')} (filled {split['efficiency']:.2%}), "
             f"{plural(split['tokens'], 'token')}, {split['supervised_tokens']:,} supervised; document lengths {lengths}"
         )
+        if "wanted" in split:
+            lines.append(f"        {split['wanted']:,} answers are wanted, {split['documents'] - split['wanted']:,} are not")
+    if report.get("equal"):
+        lines.append(f"  equal {plural(report['equal'], 'pair')} of a ranked list with one score or one text, which are left out")
     lost = report["supervised_lost"] / report["supervised_before"]
     lines.append(
         f"  lost  {report['supervised_lost']:,} supervised tokens ({lost:.2%}): rows truncated {report['truncated']:,}, "

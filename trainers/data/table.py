@@ -31,6 +31,8 @@ class TokenTable:
     """Supervised tokens of each document, (documents,); None where they are counted when needed."""
     units: NDArray[np.int64] | None = None
     """The unit of each document, (documents,): those of one unit, such as a pair, share a row. None where each is its own."""
+    partners: NDArray[np.int64] | None = None
+    """The document whose answer follows each document's prompt where an objective has a baseline of such, (documents,)."""
     apart: bool = False
     """The documents of a row lie below each other in a batch, each padded, and not one after the other: pairs without packing."""
     signals: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -62,9 +64,13 @@ class TokenTable:
         found: NDArray[np.int64] = self.order[self.rows[row] : self.rows[row + 1]]
         return found
 
+    def documents_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the documents of some rows, those of a row that is named twice twice."""
+        return np.concatenate([np.zeros(0, np.int64), *(self.documents(int(row)) for row in rows)]).astype(np.int64)
+
     def sizes(self, rows: NDArray[np.int64]) -> Sizes:
         """Return how much is in some rows, named by number; a row that is named twice counts twice."""
-        documents = np.concatenate([np.zeros(0, np.int64), *(self.documents(int(row)) for row in rows)]).astype(np.int64)
+        documents = self.documents_of(rows)
         starts, ends = self.offsets[documents], self.offsets[documents + 1]
         if self.labels is not None:
             labels = int(self.labels[documents].sum())

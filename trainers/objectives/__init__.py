@@ -38,12 +38,19 @@ def _of_teacher(config: ObjectiveConfig) -> Objective:
     return Distil(config)
 
 
+def _kto(config: ObjectiveConfig) -> Objective:
+    from trainers.objectives.kto import KTO
+
+    return KTO(config)
+
+
 CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
     ObjectiveName.sft: lambda config: NextToken(),
     ObjectiveName.cpt: lambda config: NextToken(),
     **dict.fromkeys(PREFERENCES, _of_pairs),
     **dict.fromkeys(SCORED, _of_documents),
     ObjectiveName.distil: _of_teacher,
+    ObjectiveName.kto: _kto,
 }
 
 

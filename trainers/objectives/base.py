@@ -28,10 +28,10 @@ class Loss:
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars that are reported under their names, the same names in every microbatch; SUMS, divided like `total`."""
     counts: dict[str, Tensor] = field(default_factory=dict)
-    """What divides some of the figures instead, by their names: SUMS, such as the documents of one kind."""
+    """What divides some of these numbers instead, by their names: SUMS, such as the documents of one kind."""
 
     def sums(self) -> dict[str, Tensor]:
-        """Return the figures, and the counts under the names of theirs with OVER."""
+        """Return the reported numbers, and the counts under their names with OVER."""
         return self.figures | {f"{name}{OVER}": count for name, count in self.counts.items()}
 
     @property
@@ -41,11 +41,11 @@ class Loss:
 
 
 OVER = "/"
-"""Ends the name of a count among sums of figures."""
+"""Ends the name of a count among the sums."""
 
 
 def per_target(sums: Mapping[str, float], targets: int) -> dict[str, float]:
-    """Return the means of figures from their sums over all ranks: by their own counts, else by the targets; nan where that is 0."""
+    """Return the means of what an objective reports from sums over all ranks: by their own counts, else by the targets; nan for 0."""
     over = {name: sums.get(f"{name}{OVER}", targets) for name in sums if not name.endswith(OVER)}
     return {name: sums[name] / count if count else math.nan for name, count in over.items()}
 

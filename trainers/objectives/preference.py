@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from trainers.batch import Batch, Needs, Output, Sizes, by_document, by_pair
-from trainers.config.choices import PreferenceLoss
+from trainers.config.choices import FDivergence, PreferenceLoss
 from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import REFERENCE, Loss
+
+LARGEST = 80.0
+"""Of exponents: exp(88) is the largest of a float32."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class Answers:
     """Labels."""
     reference: tuple[Tensor, Tensor] | None
     """The same sums under the reference; None where the objective has none."""
+
+    def ratios(self) -> tuple[Tensor, Tensor]:
+        """Return the log-ratios to the reference in nats; log-probabilities where there is none."""
+        chosen, rejected = self.logps
+        return (chosen, rejected) if self.reference is None else (chosen - self.reference[0], rejected - self.reference[1])
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities in nats a token."""
@@ -61,15 +69,19 @@ class Preference(ABC):
             "accuracy": (chosen > rejected).float(),
             "nll_chosen": -answers.means()[0].detach(),
         }
+        if REFERENCE in self.signals:
+            ratios = (ratio.detach() for ratio in answers.ratios())
+            figures |= dict(zip(("log_ratio_chosen", "log_ratio_rejected"), ratios, strict=True))
         return Loss(total=losses.sum(), figures={name: values.sum() for name, values in figures.items()})
 
     @abstractmethod
     def losses(self, answers: Answers) -> Tensor:
         """Return the loss of each pair, (P,)."""
 
-    @abstractmethod
     def rewards(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """Return the implicit reward of each preferred answer and of each other one, (P,) each."""
+        """Return the implicit reward of each preferred answer and of each other one, (P,) each: beta times nats a token."""
+        chosen, rejected = answers.means()
+        return self.config.beta * chosen, self.config.beta * rejected
 
 
 class DPO(Preference):
@@ -77,7 +89,8 @@ class DPO(Preference):
 
     Label smoothing: Mitchell 2023, "A note on DPO with noisy preferences", eq. 3; robust: Chowdhury et al. 2024, arXiv
     2403.00409, eq. 12. Hinge: SLiC (Zhao et al. 2023, arXiv 2305.10425). IPO: Azar et al. 2023, arXiv 2310.12036, eq. 17.
-    With the preferred answer's own loss: Pang et al. 2024, arXiv 2404.19733, eq. 1.
+    With the preferred answer's own loss: Pang et al. 2024, arXiv 2404.19733, eq. 1. Other divergences: Wang et al. 2023, arXiv
+    2309.16240, eq. 10 and table 1.
     """
 
     signals = frozenset({REFERENCE})
@@ -89,13 +102,11 @@ class DPO(Preference):
         return losses - self.config.nll_weight * answers.means()[0] if self.config.nll_weight else losses
 
     def rewards(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """Return beta times each answer's log-ratio to the reference, in nats or in nats a token."""
-        chosen, rejected = (self._reward(answers, number) for number in (0, 1))
-        return chosen, rejected
-
-    def _reward(self, answers: Answers, number: int) -> Tensor:
-        ratio = answers.logps[number] - (0.0 if answers.reference is None else answers.reference[number])
-        return self.config.beta * (ratio / answers.tokens[number] if self.config.length_normalised else ratio)
+        """Return beta times each answer's log-ratio to the reference, in nats or in nats a token; or what a divergence makes of it."""
+        chosen, rejected = answers.ratios()
+        if self.config.length_normalised:
+            chosen, rejected = chosen / answers.tokens[0], rejected / answers.tokens[1]
+        return self.config.beta * derivative(chosen, self.config), self.config.beta * derivative(rejected, self.config)
 
 
 class CPO(DPO):
@@ -115,11 +126,6 @@ class SimPO(Preference):
         chosen, rejected = self.rewards(answers)
         return -logsigmoid(chosen - rejected - self.config.margin)
 
-    def rewards(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """Return beta times each answer's log-probability in nats a token."""
-        chosen, rejected = answers.means()
-        return self.config.beta * chosen, self.config.beta * rejected
-
 
 class ORPO(Preference):
     """Odds ratio preference optimisation (Hong et al. 2024, arXiv 2403.07691, eq. 6): the answer's own loss and the ratio of odds."""
@@ -129,11 +135,6 @@ class ORPO(Preference):
         chosen, rejected = (log_odds(mean) for mean in answers.means())
         return -answers.means()[0] - self.config.beta * logsigmoid(chosen - rejected)
 
-    def rewards(self, answers: Answers) -> tuple[Tensor, Tensor]:
-        """Return beta times each answer's log-probability in nats a token."""
-        chosen, rejected = answers.means()
-        return self.config.beta * chosen, self.config.beta * rejected
-
 
 def of_margin(margin: Tensor, config: ObjectiveConfig) -> Tensor:
     """Return the loss of each pair from the difference of its rewards, which is `beta` times one in nats."""
@@ -141,10 +142,25 @@ def of_margin(margin: Tensor, config: ObjectiveConfig) -> Tensor:
         return torch.relu(1 - margin)
     if config.loss is PreferenceLoss.ipo:
         return (margin / config.beta - 1 / (2 * config.beta)) ** 2
-    smoothing, right, wrong = config.label_smoothing, -logsigmoid(margin), -logsigmoid(-margin)
-    if config.robust:
-        return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
-    return (1 - smoothing) * right + smoothing * wrong if smoothing else right
+    smoothing = config.label_smoothing
+    if not smoothing:
+        return -logsigmoid(margin)
+    right, wrong = -(1 - smoothing) * logsigmoid(margin), -smoothing * logsigmoid(-margin)
+    return (right - wrong) / (1 - 2 * smoothing) if config.robust else right + wrong
+
+
+def derivative(ratio: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Return f'(u) of a divergence at u = exp(ratio), but for a constant, which a difference of two answers does not have.
+
+    Wang et al. 2023, arXiv 2309.16240, table 1: log u, -1/u, log(u / (1 + u)), and (1 - u^-alpha) / alpha. Powers end at
+    exp(LARGEST), where their gradient is 0: further on they would be infinite.
+    """
+    if config.f_divergence is FDivergence.jensen_shannon:
+        return logsigmoid(ratio)
+    if config.f_divergence is FDivergence.reverse_kl:
+        return ratio
+    alpha = 1.0 if config.f_divergence is FDivergence.forward_kl else config.f_alpha
+    return -torch.expm1((-alpha * ratio).clamp(max=LARGEST)) / alpha
 
 
 def log_odds(mean: Tensor) -> Tensor:

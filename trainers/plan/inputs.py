@@ -170,7 +170,8 @@ def _read_data(config: RunConfig, plan: PlanConfig, in_row: int) -> Data:
         longest = seq_len if config.data.packing else min(seq_len, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
         words = f"the prepared data ({prepared.path.name})"
         tables = [table for table in (prepared.train, prepared.eval) if table is not None]
-        measured = float(sum(map(len, tables))), float(sum(len(table.offsets) - 1 for table in tables))
+        times = 1 if prepared.train.partners is None else 2  # prompts with answers to others in addition
+        measured = float(times * sum(map(len, tables))), float(times * sum(len(table.offsets) - 1 for table in tables))
         return Data(source=words, seq_len=longest, rows=float(len(lengths)), tokens=float(lengths.sum()), measured=measured, in_row=in_row)
     if plan.tokens is not None:
         words = f"plan.tokens={plan.tokens:g}, in full rows: the data are not prepared on this machine"

@@ -29,6 +29,7 @@ from trainers.engines.base import Accepts, Engine
 from trainers.engines.build import class_of, end_groups, outline
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.objectives import make_objective
+from trainers.objectives.base import Measured
 from trainers.peft import nf4
 from trainers.plan.allocator import replay
 from trainers.plan.trace import Kind, Moment, Trace, combine
@@ -257,7 +258,8 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
             trace.restart()
             without_values = [batch.map(fake.from_tensor) for batch in batches]
             marked = Marked(engine, trace, stepping, gpus)
-            take_step(marked, objective, without_values, world, lr=LR, targets=1)  # type: ignore[arg-type]
+            first = without_values if isinstance(objective, Measured) else ()  # as long and as many as what is trained, about
+            take_step(marked, objective, without_values, world, lr=LR, targets=1, first=first)  # type: ignore[arg-type]
         if evaluated is not None:
             trace.mark("evaluation")
             engine.train(False)
@@ -339,13 +341,18 @@ class Marked:
     ) -> None:
         """Mark the blocks from now on, until the optimizer's step is done."""
         self.engine, self.trace, self.stepping, self.gpus, self.number = engine, trace, stepping, gpus, 0
+        self.measured = 0
         self.inputs_on_host = 0
         self.marks = _Marks(trace, engine.blocks)
         _label(engine, trace, gpus)
 
     def forward(self, batch: Batch, needs: Needs) -> Output:
         """Mark where the microbatch begins."""
-        self.marks.begin_microbatch(self.number)
+        if torch.is_grad_enabled():
+            self.marks.begin_microbatch(self.number)
+        else:
+            self.marks.measure(self.measured)
+            self.measured += 1
         output: Output = self.engine.forward(batch, needs)
         return output
 
@@ -397,6 +404,12 @@ class _Marks:
     def begin_microbatch(self, number: int) -> None:
         self.forward, self.microbatch = True, number
         self._mark("embedding")
+
+    def measure(self, number: int) -> None:
+        """Begin a forward without gradients, for a statistic of the step: one moment as a whole."""
+        self.forward, self.microbatch = True, number
+        self._mark("statistic")
+        self.forward = False
 
     def turn(self) -> None:
         """Go from forward to backward."""
