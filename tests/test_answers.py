@@ -12,7 +12,7 @@ from preparing import marked, prepared, write
 from trainers.config.choices import PairsOf
 from trainers.config.derived import DESIRABLE
 from trainers.config.errors import ConfigError
-from trainers.data.mismatched import all_mismatched, mismatched, partners_of
+from trainers.data.mismatched import all_mismatched, longest_row, mismatched, partners_of
 from trainers.data.report import summary
 
 HI, BYE = {"role": "user", "content": "Hi"}, {"role": "user", "content": "Bye"}
@@ -118,7 +118,7 @@ def test_mismatched_documents_are_a_prompt_and_the_answer_to_another(packing: bo
         assert marked(table)[partner].split("⟦")[1].startswith(answer)
     assert int(other.row_lengths().max()) <= int(table.row_lengths().max())
     assert (len(other) < len(other.offsets) - 1) == packing
-    some = mismatched(table, np.array([5, 2, 5]), 64)
+    some = mismatched(table, np.array([5, 2, 5]), longest_row(table))
     assert marked(some) == [marked(other)[number] for number in (5, 2, 5)]
 
 
