@@ -40,6 +40,7 @@ OF_PRESETS = {
 }
 OF_EXPERIMENTS = {
     "llama8b_full": 5e-6,
+    "llama8b_kto": 5e-7,
     "llama70b_full": 2e-6,
     "qwen3_8b_full": 7e-6,
     "qwen3_30b_a3b_lora": 1e-5,
