@@ -71,13 +71,14 @@ def _tally(report: dict[str, Any], name: str, title: str, head: str) -> str:
 
 
 def _lengths(report: dict[str, Any]) -> str:
-    figures = []
-    for part in ("prompt", "answer"):
-        if bars := say.lengths(report, part):
-            figures.append(
-                f"<figure>{_bars(bars)}<figcaption><b>{part} length</b>rows by characters, before and after</figcaption></figure>"
-            )
-    return f'<h2>Lengths</h2><div class="plots">{"".join(figures)}</div>' if figures else ""
+    found = [(part, bars) for part in ("prompt", "answer") if (bars := say.lengths(report, part))]
+    charts = "".join(map(_chart, found))
+    return f'<h2>Lengths</h2><div class="plots">{charts}</div>' if charts else ""
+
+
+def _chart(found: tuple[str, list[tuple[str, int, int]]]) -> str:
+    words = f"<b>{found[0]} length</b>rows by characters, before and after"
+    return f"<figure>{_bars(found[1])}<figcaption>{words}</figcaption></figure>"
 
 
 def _bars(bars: list[tuple[str, int, int]]) -> str:

@@ -23,7 +23,7 @@ OF_THE_ROW: dict[str, Callable[[Item, View, Job], str]] = {
     "script": lambda item, found, job: script(found.text),
     "length": lambda item, found, job: str(1 << len(found.text).bit_length()),
 }
-"""Names of caps that are no fields; length is the power of two that a text is shorter than."""
+"""Names of caps other than fields; length is the power of two that a text is shorter than."""
 COMPARED = 500
 """Rows of a bucket that a row is compared with, so that a split is proved."""
 
