@@ -40,7 +40,11 @@ OF_PRESETS = {
 }
 OF_EXPERIMENTS = {
     "llama8b_full": 5e-6,
-    "llama8b_kto": 5e-7,
+    "llama8b_kto": 2e-5,
+    "llama8b_distil": 5e-6,
+    "quickstart_distil": 2e-3,
+    "qwen3_8b_simpo": 4e-5,
+    "tulu3_8b_dpo": 2e-5,
     "llama70b_full": 2e-6,
     "qwen3_8b_full": 7e-6,
     "qwen3_30b_a3b_lora": 1e-5,
@@ -50,7 +54,7 @@ OF_EXPERIMENTS = {
     "quickstart_base": 5e-3,
     "compare_quickstart": 1e-5,
 }
-FACTORS = {"compare_quickstart": 100.0}
+FACTORS = {"compare_quickstart": 100.0, "llama8b_kto": 0.025, "qwen3_8b_simpo": 0.025, "tulu3_8b_dpo": 0.025}
 
 
 def expected(experiment: str, preset: str) -> float:

@@ -10,7 +10,7 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         if self.executor is not None:
-            for child in list((self.executor._processes or {}).values()):
+            for child in active_children():
                 child.terminate()
             self.executor.shutdown(wait=True, cancel_futures=True)
 
