@@ -196,6 +196,23 @@ def test_a_flipped_byte_is_found_and_the_older_one_continues(ranks: Callable[[in
     assert "can be read; move them away" in str(ranks(2).call(restored, tiny_llama, run_dir)[0][0])
 
 
+def test_a_run_whose_only_checkpoint_is_harmed_does_not_begin_anew(ranks: Callable[[int], Ranks], tiny_llama: Path, run_dir: Path) -> None:
+    ranks(2).call(save_steps, tiny_llama, run_dir, {1: None}, {})
+    only = run_dir / "checkpoints" / "step-000001"
+    manifest = (only / "manifest.json").read_bytes()
+    for harm in (
+        lambda: (only / "manifest.json").write_bytes(manifest.replace(b"tokens", b"tok\xf6ns", 1)),
+        lambda: (only / "manifest.json").write_bytes(manifest[:100]),
+        lambda: (only / "manifest.json").unlink(),
+        lambda: next(only.glob("*.distcp")).unlink(),
+    ):
+        harm()
+        assert "can be read; move them away" in str(ranks(2).call(restored, tiny_llama, run_dir)[0][0])
+        (only / "manifest.json").write_bytes(manifest)
+    only.rename(run_dir / "moved")
+    assert ranks(2).call(restored, tiny_llama, run_dir)[0][0] == 0
+
+
 def plant(folder: Path, marker: Path) -> None:
     """Put code into a checkpoint's table of contents, and its hash into the manifest: what an attacker can write."""
     contents = folder / ".metadata"

@@ -305,14 +305,14 @@ class Checkpointer:
         Says which ones it skips, and why. Raises NoCheckpoint where there are some and none is valid: to start again would be to
         lose them.
         """
-        found = self.world.from_first(self._candidates() if self.world.rank == 0 else [])
+        found, harmed = self.world.from_first(self._candidates() if self.world.rank == 0 else ([], False))
         path = self._load_first(engine, found)
         if path is not None:
             progress = Progress(**read_manifest(path)["progress"])
             self.saved_step = progress.step
             log.info("continuing from %s: step %d, %s tokens", path, progress.step, f"{progress.tokens:,}")
             return progress
-        if found:
+        if found or harmed:
             raise NoCheckpoint(f"none of the checkpoints in {self.folder} can be read; move them away to start from step 0")
         return Progress()
 
@@ -348,15 +348,16 @@ class Checkpointer:
             self.damaged[path] = str(failures[0])  # its step will be saved again
         return None
 
-    def _candidates(self) -> list[Path]:
-        """Return what may be continued from, newest first; says what may not."""
-        candidates = []
+    def _candidates(self) -> tuple[list[Path], bool]:
+        """Return what may be continued from, newest first, and whether others have lost what they held; says what may not."""
+        candidates, harmed = [], False
         for path in reversed(steps(self.folder)):
             if why := self._why_not_ours(path):
                 log.warning("skipping %s: %s", path, why)
+                harmed = harmed or bool(why_incomplete(path))
             else:
                 candidates.append(path)
-        return candidates
+        return candidates, harmed
 
 
 def _own_files(staging: Path, world: World) -> list[Path]:
