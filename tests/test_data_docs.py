@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 
+import pytest
+
 from trainers.config.choices import Layout
 from trainers.data import python_docs
 from trainers.data.formats import recognise, to_messages
@@ -32,6 +34,7 @@ def test_no_private_or_test_module_is_read():
     assert all(one[1] <= other[1] for one, other in pairwise(python_docs._source_files()))
 
 
+@pytest.mark.slow
 def test_a_pair_is_an_answer_and_its_words_in_another_order() -> None:
     rows = list(python_docs.pairs())
     assert len(rows) > 1000

@@ -108,7 +108,8 @@ def test_the_loss_is_that_of_rounded_inputs_and_weights(ranks: Any, tiny_llama: 
     ours = group.call(train, tiny_llama, how)[0]
     loss, plain = ours["found"][0][0], bf16["found"][0][0]
     assert loss != plain
-    assert loss == pytest.approx(plain_loss(tiny_llama, how), rel=2e-3)
+    within = 2e-3 if how is Float8.rowwise else 4e-3  # a scale for all: one padding value more or less moves every product
+    assert loss == pytest.approx(plain_loss(tiny_llama, how), rel=within)
     assert [norm for _, norm in ours["found"]] == pytest.approx([norm for _, norm in bf16["found"]], rel=0.2)
     assert ours["evaluated"] == pytest.approx(bf16["evaluated"], rel=0.05)
     assert ours["names"] == bf16["names"]

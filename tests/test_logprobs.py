@@ -151,6 +151,7 @@ class Serving(LocalServer):
         self.turn, self.held, self.released = threading.Lock(), threading.Event(), threading.Event()
 
 
+@pytest.mark.slow
 def test_an_endpoint_gives_what_the_model_gives(base: Path, chats: Path, served: Path, tmp_path: Path) -> None:
     """With either protocol: what is served here is computed by the same model. Another one under its name is noticed."""
     data = {}

@@ -51,7 +51,8 @@ DEEPSEEK |= {"num_key_value_heads": 4}
 GPU_RUN = ("model.id=meta-llama/Llama-3.1-8B", "data.path=absent/set", "launch.gpus_per_node=8", "train.steps=10", "train.global_batch=64")
 
 
-@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
 def test_bytes_are_those_of_real_runs(size: int) -> None:
     """Parameters, gradients and optimizer state to the byte; the peak of tensors within 5 %, as `tools.bench plan` shows of more."""
     cases = [case for case in CASES if case.ranks == size and (case.size == "tiny" or case.microbatches > 1)]

@@ -17,6 +17,7 @@ import numpy as np
 
 from launcher.presets import CONF
 from tools.bench.arguments import at_least
+from trainers.processes import prepare_child
 from trainers.units import in_bytes, in_time
 
 ROW_BYTES = 1000
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
             stream.writelines(rows(options.rows))
         line = [sys.executable, "-m", "tools.curate", str(CONF / "curate" / "default.yaml"), str(file), "--out", f"{folder}/out"]
         began = time.monotonic()
-        child = subprocess.Popen([*line, "--processes", str(options.processes)], stdout=subprocess.DEVNULL)
+        child = subprocess.Popen([*line, "--processes", str(options.processes)], stdout=subprocess.DEVNULL, preexec_fn=prepare_child())
         memory = Memory(child.pid)
         if child.wait():
             return child.returncode

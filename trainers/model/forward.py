@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -114,12 +116,23 @@ def forward(
     """
     config = config or model.config
     backend = str(getattr(config, "_attn_implementation", ""))
-    in_one_row = "flash" in backend or takes_lengths(config) or (backend == VARLEN and not begins_anew(model))
+    told = takes_positions(model) and ("flash" in backend or (backend == VARLEN and not begins_anew(model)))
+    in_one_row = told or takes_lengths(config)
     if needs.scores:
         return _scores(model, batch.in_one_row() if in_one_row else batch, config, batch.labels.shape)
     if in_one_row:
         return _in_columns(model, batch.in_one_row(), needs, config, head).map_tokens(batch.out_of_one_row)
     return _in_columns(model, batch, needs, config, head)
+
+
+def takes_positions(model: nn.Module) -> bool:
+    """Tell whether a model is told positions: one that counts them itself, as Bart's decoder does, must see each row alone."""
+    return _takes_positions(type(model))  # type: ignore[arg-type]
+
+
+@cache
+def _takes_positions(kind: Any) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head: Head | None) -> Output:

@@ -57,7 +57,7 @@ def newest_attempt(run_dir: Path) -> int:
     """Return the number of the attempt that started last, 0 before the first.
 
     Read from a file that is written in place: of a network's file system, opening one asks the server, listing may not. A folder alone
-    is no attempt: ranks that never met leave the stacks of all threads in one.
+    does not make one: ranks that never met leave the stacks of all threads there.
     """
     try:
         return int((run_dir / LOGS / "attempt").read_text())
