@@ -160,8 +160,9 @@ def test_a_run_on_transcripts_is_trained_evaluated_and_passed(base: Path, cache:
     assert known.rewards is None
     assert pairs.rewards == pytest.approx(0.1 * (pairs.logps - known.logps), rel=1e-6, abs=1e-6)
     config = config_of(run)
-    known = Variant(run=plain(config), place=Place(nodes=1, ranks_per_node=2, gpus=True, save_s=300))
-    planned = make_plan(known, [next(item for item in known_hardware() if item.name == "h100")], PlanConfig(), {})
+    config.data.prepared_dir = str(cache / "prepared")  # as FULLTUNE_CACHE of the commands
+    asked = Variant(run=plain(config), place=Place(nodes=1, ranks_per_node=2, gpus=True, save_s=300))
+    planned = make_plan(asked, [next(item for item in known_hardware() if item.name == "h100")], PlanConfig(), {})
     assert planned.reference is not None
     assert planned.reference.disk_bytes == sum(np.load(kept).nbytes for kept in (run / "reference").glob("*.npy"))
     assert planned.reference.second_model_bytes == planned.parameters * 4 // 2
@@ -173,7 +174,7 @@ def test_a_run_on_transcripts_is_trained_evaluated_and_passed(base: Path, cache:
     other = shutil.copy(file, tmp_path / "other.jsonl")
     tool(cache, run, "--rows", "0", "--path", other)
     assert json.loads((run / "evaluation" / "run.json").read_text())["figures"]["preference_accuracy"]["documents"] == 60
-    tool(cache, base, "--rows", "0", "--path", other, "--out", tmp_path / "out")
+    tool(cache, run / "export", "--rows", "0", "--path", other, "--out", tmp_path / "out")
     alone = json.loads((tmp_path / "out" / "model.json").read_text())["figures"]
     assert alone["preference_scores"] == "likelihood"
     assert alone["preference_accuracy"]["documents"] == 60

@@ -188,8 +188,8 @@ def adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def lora(adapter: Path) -> PeftConfig:
-    return PeftConfig(method=PeftMethod.lora, rank=4, alpha=8.0, targets=["all-linear"], adapter=str(adapter))
+def lora(adapter: Path, dropout: float = 0.0) -> PeftConfig:
+    return PeftConfig(method=PeftMethod.lora, rank=4, alpha=8.0, dropout=dropout, targets=["all-linear"], adapter=str(adapter))
 
 
 @pytest.mark.parametrize(("size", "engine"), [(2, "fsdp"), pytest.param(3, "zero3", marks=pytest.mark.slow)])
@@ -206,6 +206,15 @@ def test_an_adapter_learns_as_in_a_plain_loop(
     with torch.no_grad():
         assert reference == pytest.approx([float(summed(of_adapter, table, number)[0]) for number in range(len(LENGTHS))], rel=1e-5)
         assert abs(float(summed(of_base, table, 0)[0]) - reference[0]) > 1e-2, "the adapter changes nothing"
+
+
+def test_dropout_leaves_the_reference_alone(ranks: Callable[[int], Ranks], tiny_llama: Path, adapter: Path, tmp_path: Path) -> None:
+    table, fields = pair_table(LENGTHS, 64), {"steps": 2, "global_batch": 2, "microbatch": 1}
+    rows, reference = ranks(2).call(run_pairs, tmp_path / "run", tiny_llama, table, "dpo", fields, "fsdp", lora(adapter, 0.5))[0]
+    model = opened(tiny_llama, adapter).eval()
+    with torch.no_grad():
+        assert reference == pytest.approx([float(summed(model, table, number)[0]) for number in range(len(LENGTHS))], rel=1e-5)
+    assert abs(rows[0]["reward_margin"]) > 1e-4, "dropout changes nothing while training"
 
 
 def test_the_reference_is_measured_once_and_the_same_for_any_ranks(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
