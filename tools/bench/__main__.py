@@ -9,6 +9,7 @@ python -m tools.bench checkpoint --engine fsdp zero3
 python -m tools.bench engines --parameters 1e9 --precision bf16 --out FILE.md
 python -m tools.bench methods --model DIR --data FILE --out FILE.md
 python -m tools.bench peers --peer trl --out FILE.md
+python -m tools.bench preferences --trl --out FILE.md
 python -m tools.bench plan
 python -m tools.bench gpu --out benchmarks/gpu.md
 """
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tools.bench import checkpoint, curate, data, engines, load, methods, plan, train
+from tools.bench import checkpoint, curate, data, engines, load, methods, plan, preferences, train
 from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "engines": (engines, "speed, memory and parity of engines on the same random model and rows; a rank a GPU, or gloo between CPU ranks"),
     "methods": (methods, "parameter-efficient methods and full fine-tuning on the same rows, each at the best of its learning rates"),
     "peers": (peers, "tokens a second, memory and time to the first step next to other trainers'; installs them once; minutes a run"),
+    "preferences": (preferences, "DPO next to supervised training, to a second model and to TRL's DPOTrainer (--trl); losses must agree"),
     "plan": (plan, "a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal"),
     "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
@@ -50,6 +52,14 @@ RANKS: dict[str, tuple[Callable[[argparse.Namespace], None], dict[str, dict[str,
     "checkpoint-rank": (checkpoint.run_rank, {"run_dir": {}}),
     "load-rank": (load.run_rank, {"folder": {}, "engine": {}, "run_dir": {}}),
     "peer-inputs": (peers.make_inputs, {"folder": {}, "shape": {}} | {name: {"type": int} for name in ("seq_len", "rows", "multiple")}),
+    "preference-inputs": (
+        preferences.make_inputs,
+        {"folder": {}, "shape": {}} | {name: {"type": int} for name in ("seq_len", "rows", "multiple")},
+    ),
+    "preference-one": (
+        preferences.run_one,
+        {"folder": {}, "variant": {}} | {name: {"type": int} for name in ("steps", "seq_len", "microbatch")},
+    ),
     "one": (
         train.run_one,
         {"shape": {"choices": train.SHAPES}, "variant": {"choices": train.VARIANTS}, "--steps": {"type": int, "default": 12}},

@@ -191,7 +191,7 @@ def _measure(
         run_dir, work = Path(own) / "run", Path(own)
         if trainer.environment is None:
             line = our_command(folder / "inputs", run_dir, inputs, rows, microbatch, options)
-            return measure(line, ROOT, _env(work), options.steps, options.limit, OurSteps(run_dir), show, log=work / "log")
+            return measure(line, ROOT, env_of(work), options.steps, options.limit, OurSteps(run_dir), show, log=work / "log")
         order = {
             "model": str(folder / "inputs" / "model"),
             "rows": str(folder / "inputs" / "rows.jsonl"),
@@ -211,10 +211,10 @@ def _measure(
         (work / "order.json").write_text(json.dumps(order))
         boot = Path(__file__).parent / "drivers" / "boot.py"
         line = [str(trainer.environment.python), str(boot), str(ROOT), peer.replace("-", ""), str(work / "order.json")]
-        return measure(line, work, _env(work), options.steps, options.limit, partial(recorded, work / "steps.jsonl"), show)
+        return measure(line, work, env_of(work), options.steps, options.limit, partial(recorded, work / "steps.jsonl"), show)
 
 
-def _env(work: Path) -> dict[str, str]:
+def env_of(work: Path) -> dict[str, str]:
     """Return the environment of a run: no network, and no caches of an earlier one."""
     own = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled", "DO_NOT_TRACK": "1"}
     own |= {"HF_HOME": str(work / "hub"), "FULLTUNE_CACHE": str(work / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}

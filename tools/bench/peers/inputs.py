@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainers.data import python_docs
+
+if TYPE_CHECKING:
+    from trainers.config.schema import RunConfig
 
 WORDS = r"\w+|[^\w]"
 """A token: a word or another character. None crosses the end of a prompt, so that trainers that tokenise both apart agree."""
@@ -95,6 +99,57 @@ def make(folder: Path, shape: str, seq_len: int, rows: int, multiple: int) -> No
         packed_rows=packed_rows,
     )
     (folder / "inputs.json").write_text(json.dumps(vars(made)))
+
+
+TEMPLATE = (
+    "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token if turn.role == 'assistant' else '' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Of conversations, in words that the tokenizer has."""
+
+
+def make_pairs(folder: Path, shape: str, config: RunConfig, rows: int, multiple: int) -> dict[str, float]:
+    """Make a model, a tokenizer with a template, and pairs that fill about so many packed rows of a run, a multiple of `multiple`.
+
+    The other answer has the preferred one's words in another order. Returns how much there is.
+    """
+    import numpy as np
+    from transformers import AutoTokenizer
+
+    from trainers.data.pack import pack_units
+    from trainers.data.prepare import prepare
+
+    seq_len = config.data.seq_len
+    make(folder, shape, seq_len // 2 - 16, rows, 1)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    single = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    pairs = [_pair(row["prompt"].strip(), row["completion"].split()) for row in single if len(set(row["completion"].split())) > 1]
+    _write(folder / "pairs.jsonl", pairs)
+    table = prepare(config).train
+    lengths, units = np.diff(table.offsets), np.arange(len(table.offsets) - 1) // 2
+    count = next(
+        count
+        for count in range(len(lengths) // 2, 0, -1)
+        if (len(pack_units(lengths[: 2 * count], units[: 2 * count], seq_len)[1]) - 1) % multiple == 0
+    )
+    _write(folder / "pairs.jsonl", pairs[:count])
+    table = prepare(config).train
+    made = {"pairs": float(count), "rows": float(len(table)), "tokens": float(table.row_lengths().sum())}
+    return made | {"parameters": float(Inputs.read(folder).parameters)}
+
+
+def _pair(prompt: str, words: list[str]) -> dict[str, Any]:
+    """Return a row of a question and its answer's words, in their order and in another."""
+    other = random.Random(prompt).sample(words, len(words))
+    other = other if other != words else words[::-1]
+    turns = {name: [{"role": "assistant", "content": " ".join(answer)}] for name, answer in (("chosen", words), ("rejected", other))}
+    return {"prompt": [{"role": "user", "content": prompt}], **turns}
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _pairs() -> list[tuple[str, str]]:
