@@ -48,7 +48,7 @@ def launch(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes(name: str, model: Path) -> None:
-    extra = [f"model.id={model}"] if name.endswith("quickstart") or name == "quickstart_distil" else []
+    extra = [f"model.id={model}"] if name.endswith(("quickstart", "quickstart_dpo", "quickstart_distil")) else []
     extra += ["evaluation.general=null"] if name == "compare_quickstart" else []  # a run that has not been made
     job = compose([f"+exp={name}", *extra])
     assert job.name == name
