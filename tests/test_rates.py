@@ -43,6 +43,7 @@ OF_EXPERIMENTS = {
     "llama8b_kto": 2e-5,
     "llama8b_distil": 5e-6,
     "quickstart_distil": 2e-3,
+    "quickstart_dpo": 1e-4,
     "qwen3_8b_simpo": 4e-5,
     "tulu3_8b_dpo": 2e-5,
     "llama70b_full": 2e-6,
