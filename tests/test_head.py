@@ -187,8 +187,10 @@ def test_engines_train_as_with_whole_logits(
         folder = save_tiny(tmp_path / f"{case}-{tied}" / "model", tied=tied)
         runs = [partial(train, logits_chunk=chunk) for chunk in (0, 7)]
         whole, parts = (ranks(size).call(run, folder, case, engine)[0] for run in runs)
-        assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-6), case
-        assert parts["norms"] == pytest.approx(whole["norms"], rel=1e-5), case
+        assert parts["losses"][0] == pytest.approx(whole["losses"][0], rel=1e-6), case
+        assert parts["norms"][0] == pytest.approx(whole["norms"][0], rel=1e-5), case
+        assert parts["losses"] == pytest.approx(whole["losses"], rel=2e-5), case  # AdamW makes much of gradients near 0
+        assert parts["norms"] == pytest.approx(whole["norms"], rel=1e-4), case
         assert whole["logits"] == "whole"
         assert parts["logits"] == "of 7 tokens at once, made again in backward"
 
