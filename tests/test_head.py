@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import TINY, Ranks, blueprint_for, save_tiny
 from peft_cases import config_for
+from tables import EPS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launcher.compose import compose
@@ -151,6 +152,7 @@ def test_it_decides_by_the_size_of_a_microbatchs_logits() -> None:
 def train(world: World, folder: Path, case: str, engine: str, steps: int = 2, **train: Any) -> dict[str, Any]:
     """Train a few steps on packed rows, as many for every rank, with other numbers of labels on each; then evaluate."""
     config = config_for(folder, "lora" if case == "full" else case, engine, **train)
+    config.optim.eps = EPS  # AdamW makes much of the rounding of gradients near 0
     if case == "full":
         config.peft = PeftConfig()
     elif case != "qlora":
@@ -187,10 +189,8 @@ def test_engines_train_as_with_whole_logits(
         folder = save_tiny(tmp_path / f"{case}-{tied}" / "model", tied=tied)
         runs = [partial(train, logits_chunk=chunk) for chunk in (0, 7)]
         whole, parts = (ranks(size).call(run, folder, case, engine)[0] for run in runs)
-        assert parts["losses"][0] == pytest.approx(whole["losses"][0], rel=1e-6), case
-        assert parts["norms"][0] == pytest.approx(whole["norms"][0], rel=1e-5), case
-        assert parts["losses"] == pytest.approx(whole["losses"], rel=2e-5), case  # AdamW makes much of gradients near 0
-        assert parts["norms"] == pytest.approx(whole["norms"], rel=1e-4), case
+        assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-6), case
+        assert parts["norms"] == pytest.approx(whole["norms"], rel=1e-5), case
         assert whole["logits"] == "whole"
         assert parts["logits"] == "of 7 tokens at once, made again in backward"
 
