@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, BartForCausalLM
 
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch, Needs, Sizes, by_document
-from trainers.model.forward import forward
+from trainers.model.forward import forward, takes_positions
 from trainers.model.head import Head
 from trainers.objectives import NextToken
 
@@ -99,6 +99,20 @@ def test_flash_attention_gets_its_documents_in_one_row(tiny_llama: Path) -> None
     with pytest.raises((StopIteration, RuntimeError)):
         forward(model, batch)
     assert seen == [(1, 51)]
+
+
+def test_what_wraps_a_model_does_not_hide_that_it_takes_positions(tiny_llama: Path) -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *inputs: object, **more: object) -> object:
+            return self.inner(*inputs, **more)
+
+    small_bart = BartConfig(d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8, vocab_size=33)
+    assert takes_positions(Wrapper(AutoModelForCausalLM.from_pretrained(tiny_llama)))
+    assert not takes_positions(Wrapper(BartForCausalLM(small_bart)))
 
 
 @pytest.mark.parametrize("masked", [False, True])

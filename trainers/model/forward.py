@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from trainers.batch import IGNORE, Batch, Needs, Output, last_tokens
 from trainers.model.attention import VARLEN, documents_of
@@ -126,8 +127,9 @@ def forward(
 
 
 def takes_positions(model: nn.Module) -> bool:
-    """Tell whether a model is told positions: one that counts them itself, as Bart's decoder does, must see each row alone."""
-    return _takes_positions(type(model))  # type: ignore[arg-type]
+    """Tell whether a model, or the one that is wrapped in it, takes positions: Bart's decoder counts them, and must see each row alone."""
+    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+    return _takes_positions(type(inner))  # type: ignore[arg-type]
 
 
 @cache
