@@ -85,6 +85,7 @@ def make_paths_absolute(job: JobConfig) -> None:
         (job.model, "id"),
         (job.model, "tokenizer"),
         *((job.data, name) for name in ("path", "eval_path", "template", "prepared_dir")),
+        *((source, name) for source in job.data.mix.values() for name in ("path", "eval_path", "template")),
         *((job.evaluation, name) for name in ("path", "general")),
     ):
         value = getattr(part, name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
@@ -116,8 +117,9 @@ def run_config(job: JobConfig) -> RunConfig:
 
 def register() -> None:
     """Put the schema where conf/config.yaml finds it; nested groups inherit their types from it."""
-    store = ConfigStore.instance()
-    store.store(name="base_config", node=JobConfig, provider="launcher")
+    store, node = ConfigStore.instance(), OmegaConf.structured(JobConfig)
+    OmegaConf.set_struct(node.data.mix, False)  # a source's name needs no +
+    store.store(name="base_config", node=node, provider="launcher")
     store.store(group="hydra/launcher", name="fulltune", node={"_target_": "hydra_plugins.fulltune.Points"}, provider="launcher")
 
 

@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 from launcher.changes import field_of
-from trainers.config.choices import PeftMethod
+from trainers.config.choices import Exhausted, PeftMethod
 from trainers.config.derived import learning_rate, length, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
@@ -33,13 +33,15 @@ def continues_from(run_dir: Path, old: RunConfig, new: RunConfig) -> int:
     Raises ConfigError where the new length is not longer, is not asked for by `train.extend`, or would have trained the steps before
     every checkpoint differently.
     """
-    rows = try_json(run_dir / paths.MANIFEST).get("data", {}).get("splits", {}).get("train", {}).get("rows")
+    rows = pass_rows(run_dir)
     if rows is None:
         raise _new_run(run_dir, old, new, "how long this run is, is not known yet")
     before, after = length(old.train, rows)[1], length(new.train, rows)[1]
     if after <= before:
         reason = f"this run has {before} steps, and {after} is not longer; `touch {run_dir / paths.STOP}` ends one that is running"
         raise ConfigError(*_asked(new), reason, "the settings of this run")
+    if new.data.mix and new.data.mix_exhausted is not Exhausted.repeat:
+        raise _new_run(run_dir, old, new, f"data.mix_exhausted={new.data.mix_exhausted} decides when it ends", after - before)
     if new.train.patience is not None:
         raise _new_run(run_dir, old, new, "train.patience decides when this run ends", after - before)
     same = same_steps(old, new, rows)
@@ -63,6 +65,14 @@ def same_steps(old: RunConfig, new: RunConfig, rows: int) -> int:
     peak = peak_lr(old.optim, old.peft).value
     rates = ((learning_rate(old.optim, peak, step, before), learning_rate(old.optim, peak, step, after)) for step in range(whole))
     return next((step for step, (one, other) in enumerate(rates) if one != other), whole)
+
+
+def pass_rows(run_dir: Path) -> int | None:
+    """Return the rows of one epoch; None where the data were never prepared."""
+    known = try_json(run_dir / paths.MANIFEST)
+    rows: int | None = known.get("data", {}).get("splits", {}).get("train", {}).get("rows")
+    of_mixture: int | None = known.get("mixture", {}).get("pass_rows")
+    return of_mixture or rows
 
 
 def set_aside(run_dir: Path, step: int, num_steps: int) -> None:

@@ -12,8 +12,10 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from launcher.config import JobConfig
+from trainers.config.schema import SourceConfig
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+SOURCE = "data.mix.NAME"
 PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
@@ -31,6 +33,12 @@ class Field:
 def all_fields() -> dict[str, Field]:
     """Return every setting that is not itself a group, in the order of the dataclasses."""
     return {item.path: item for item in _walk(JobConfig, "")}
+
+
+@cache
+def source_fields() -> dict[str, Field]:
+    """Return what each source of `data.mix` has, by its dotted path with NAME in the place of the source's."""
+    return {item.path: item for item in _walk(SourceConfig, f"{SOURCE}.")}
 
 
 def _walk(schema: type, prefix: str) -> list[Field]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.changes import differing, field_of, kept
-from launcher.extend import continues_from, is_other_length, set_aside
+from launcher.extend import continues_from, is_other_length, pass_rows, set_aside
 from launcher.job import Job, code_version, command_line, frozen_text, holder, manifest, mark_submitted, publish
 from launcher.queue import in_queue, record_of
 from trainers.config.derived import length
@@ -294,7 +294,7 @@ def _require_same_numerics(job: Job) -> None:
 
 
 def _num_steps(run_dir: Path, run: RunConfig) -> int:
-    return length(run.train, try_json(run_dir / paths.MANIFEST)["data"]["splits"]["train"]["rows"])[1]
+    return length(run.train, pass_rows(run_dir) or 0)[1]
 
 
 def _frozen_run(job: Job) -> RunConfig:

@@ -60,6 +60,7 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the table's lines; a value that the run does not have makes no line."""
     lines = [
         ("held-out loss", _change(summary.get("eval_loss_before"), summary.get("eval_loss_after"))),
+        *_of_sources(summary),
         ("training loss", _number(summary.get("train_loss"), ".4f")),
         ("steps", _number(summary.get("steps"), ",d")),
         ("exported step", _exported(summary)),
@@ -78,6 +79,16 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         *_sample(summary.get("sample")),
     ]
     return [(name, value) for name, value in lines if value]
+
+
+def _of_sources(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a line for each source of a mixture: its held-out loss, and how often its rows were taken."""
+    lines = []
+    for name in (key.partition("/")[2] for key in summary if key.startswith("epoch/")):
+        change = _change(summary.get(f"eval_loss_before/{name}"), summary.get(f"eval_loss_after/{name}"))
+        passes = f"{summary[f'epoch/{name}']:.2f} passes"
+        lines.append((f"  {name}", f"{change}, {passes}" if change else passes))
+    return lines
 
 
 def _written(write: Callable[[float], str], value: float | None) -> str:

@@ -41,6 +41,7 @@ OF_PRESETS = {
 OF_EXPERIMENTS = {
     "llama8b_full": 5e-6,
     "llama8b_kto": 2e-5,
+    "llama8b_mix": 5e-6,
     "llama8b_distil": 5e-6,
     "quickstart_distil": 2e-3,
     "quickstart_dpo": 1e-4,

@@ -82,6 +82,7 @@ def template(folder: Path, text: str) -> str:
 
 
 LORA = "peft=lora"
+MIX = ("data.source=files", "data.mix.a.path=owner/a", "data.mix.a.weight=1", "data.mix.b.path=owner/b", "data.mix.b.weight=2")
 CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a number that is not positive": ["train.steps=0"],
     "a number below zero": ["optim.weight_decay=-1"],
@@ -207,6 +208,25 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "dropout on stacks": [LORA, "peft.targets=[experts]", "peft.dropout=0.1"],
     "compiled stacks": [LORA, "peft.dropout=0", "peft.targets=[experts]", "train.compile=true"],
     "stacks one by one": [LORA, "peft.dropout=0", "peft.targets=[experts]", "model.experts=eager"],
+    "a setting of mixtures without one": ["data.mix_by=rows"],
+    "one data set and several": [*MIX, "data.path=owner/name"],
+    "a source that is not there": [*MIX, "data.mix.a.path=/nowhere"],
+    "classes of several sources": [*MIX, "objective=classify"],
+    "a source with a name that metrics cannot have": [*MIX, "data.mix.a/b.path=owner/c", "data.mix.a/b.weight=1"],
+    "a share below zero": [*MIX, "data.mix.a.weight=-1"],
+    "a source without a weight": [*MIX, "data.mix.a.weight=null"],
+    "weights of nothing": [*MIX, "data.mix.a.weight=0", "data.mix.b.weight=0"],
+    "no temperature": [*MIX, "data.mix_temperature=0"],
+    "a last weight below zero": [*MIX, "data.mix.a.weight_end=-1"],
+    "a last weight and no first": [*MIX, "data.mix.a.weight=null", "data.mix.b.weight=null", "data.mix.a.weight_end=1"],
+    "a last weight that is never reached": [*MIX, "data.mix.a.weight_end=1"],
+    "steps in which nothing changes": [*MIX, "data.mix_anneal_steps=5"],
+    "weights that end at nothing": [*MIX, "data.mix_anneal_steps=5", "data.mix.a.weight_end=0", "data.mix.b.weight_end=0"],
+    "a source without a path": [*MIX, "data.mix.a.path=''"],
+    "a source without rows": [*MIX, "data.mix.a.max_rows=0"],
+    "a source that is held out": [*MIX, "data.mix.a.eval_fraction=1"],
+    "no passes": [*MIX, "data.mix_exhausted=drop", "data.mix.a.repeat=0"],
+    "passes of what repeats": [*MIX, "data.mix.a.repeat=2"],
     "rows that do not divide over ranks": ["train.global_batch=7"],
     "copies that do not divide": ["engine.replicate=4"],
     "a shard of another size": ["engine.shard=3"],
@@ -271,7 +291,7 @@ PRESET = re.compile(rf"(?<![\w./-])({ROOMS}|launch|hardware)=([a-z_0-9]+)")
 def test_each_setting_and_preset_that_a_message_names_exists() -> None:
     """In every text of the code, so that no remedy of a refusal which only ranks can make is forgotten."""
     fields, wrong = all_fields(), []
-    open_ended = ("model.architecture.", "engine.overrides.")
+    open_ended = ("model.architecture.", "engine.overrides.", "data.mix.")
     for path in (path for room in ("launcher", "trainers", "tools") for path in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from launcher.config import JobConfig
-from launcher.fields import Field, all_fields, choices, expected
+from launcher.fields import Field, all_fields, choices, expected, source_fields
 from launcher.presets import CONF
 from tools.command import parser_of
 from tools.markdown import cell_of
@@ -56,7 +56,8 @@ def group(name: str) -> str:
     """Return one group as a heading, its docstring and a table of its fields."""
     schema = JobConfig if name == RUN else get_type_hints(JobConfig)[name]
     doc = "Settings of the run itself." if name == RUN else inspect.cleandoc(schema.__doc__ or "")
-    rows = [_row(field) for field in all_fields().values() if _group_of(field) == name]
+    fields = [field for field in all_fields().values() if _group_of(field) == name]
+    rows = [_row(field) for field in (*fields, *(source_fields().values() if name == "data" else ()))]
     return "\n".join([f"## {name}", "", doc, "", "| setting | default | values | meaning |", "|---|---|---|---|", *rows])
 
 

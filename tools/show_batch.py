@@ -38,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def show(config: RunConfig, num_rows: int, split: str) -> None:
     """Prepare the data of a run if need be, and print `num_rows` rows: of the train split those of the first steps."""
+    import numpy as np
+
     from trainers.data.loader import row_order
     from trainers.data.prepare import prepare
     from trainers.data.report import summary
@@ -50,15 +52,21 @@ def show(config: RunConfig, num_rows: int, split: str) -> None:
         raise ConfigError("data.eval_fraction", config.data.eval_fraction, "there are no held-out rows to show", "data.eval_fraction=0.05")
     console = Console()
     console.print(summary(prepared.report, prepared.reused), highlight=False, markup=False)
-    order = row_order(config.seed, 0, len(table)) if split == "train" else range(len(table))
-    for row in list(order)[:num_rows]:
+    if split == "train" and table.sources:
+        from trainers.data.mixture import mixture_of
+
+        order = mixture_of(config, table).row_ids(np.arange(num_rows))
+    else:
+        order = row_order(config.seed, 0, len(table)) if split == "train" else np.arange(len(table))
+    for row in order[:num_rows]:
         console.print(render_row(table, int(row), tokenizer, marks=console.color_system is None or console.no_color), soft_wrap=True)
 
 
 def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase, marks: bool = False) -> Text:
     """Return a row as coloured text, each of its documents under a heading with its counts; `marks` puts what is trained into [[ ]]."""
     documents = table.documents(row)
-    text = Text(f"── row {row}: {plural(len(documents), 'document')} ", style=BOUNDARY)
+    source = next((f" of {name}" for name, rows in table.rows_of_sources().items() if row in rows), "")
+    text = Text(f"── row {row}{source}: {plural(len(documents), 'document')} ", style=BOUNDARY)
     for document in documents:
         span = slice(int(table.offsets[document]), int(table.offsets[document + 1]))
         tokens, supervised = table.tokens[span].tolist(), table.supervised[span].tolist()

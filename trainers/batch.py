@@ -11,6 +11,8 @@ from torch import Tensor
 
 IGNORE = -100
 NO_DOCUMENT = -1
+SOURCE = "source"
+"""The signal of a mixture: the number of each document's source, (D,)."""
 PADDING_PIECE = 64
 """Tokens of padding that may attend to each other: kernels compute padding as if it were documents, which short ones make cheap."""
 MULTIPLE = 16

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from trainers.batch import Batch, Sizes
 from trainers.config.schema import TrainConfig
-from trainers.data.loader import eval_batches
+from trainers.data.loader import Ints, eval_batches
 from trainers.data.table import TokenTable
 from trainers.engines.base import Engine
 from trainers.health.activity import watch
@@ -86,15 +87,16 @@ class HeldOut:
     def measure(self, engine: Engine, objective: Objective, step: int) -> Evaluation | None:
         """Evaluate after `step`; None where a rank was asked to stop. Collective."""
         assert self.table is not None
-        rows = self.train.eval_microbatch or self.train.microbatch
-        targets = objective.targets(self.sizes)
         if self.table.partners is not None:
-            given = self._with_statistic(engine, objective, targets, rows)
+            rows = self.train.eval_microbatch or self.train.microbatch
+            given = self._with_statistic(engine, objective, objective.targets(self.sizes), rows)
             if given is None:
                 return None
             objective = given
-        batches = eval_batches(self.table, rows, rank=self.world.rank, world_size=self.world.size, pad_id=self.pad_id)
-        found = evaluate(engine, objective, batches, self.world, targets)
+        if not self.table.sources:
+            found = self._evaluate(engine, objective, np.arange(len(self.table)))
+        else:
+            found = self._by_source(engine, objective, self.table.rows_of_sources())
         if found is not None:
             self.losses.append(found.loss)
             self.at = step
@@ -106,11 +108,32 @@ class HeldOut:
         from trainers.statistic import AsLoss
 
         assert self.table is not None
-        share = {"rank": self.world.rank, "world_size": self.world.size, "pad_id": self.pad_id}
+        share: dict[str, Any] = {"rank": self.world.rank, "world_size": self.world.size, "pad_id": self.pad_id}
         batches = (batch for part in all_mismatched(self.table) for batch in eval_batches(part, rows, **share))
         measure = AsLoss(objective)
         found = evaluate(engine, measure, batches, self.world, targets)
         return None if found is None else measure.measured.given(found.loss)
+
+    def _evaluate(self, engine: Engine, objective: Objective, rows: Ints) -> Evaluation | None:
+        """Evaluate some of the rows."""
+        assert self.table is not None
+        microbatch, world = self.train.eval_microbatch or self.train.microbatch, self.world
+        batches = eval_batches(self.table, microbatch, rank=world.rank, world_size=world.size, pad_id=self.pad_id, rows=rows)
+        return evaluate(engine, objective, batches, world, objective.targets(self.table.sizes(rows)))
+
+    def _by_source(self, engine: Engine, objective: Objective, rows_of: dict[str, Ints]) -> Evaluation | None:
+        """Evaluate the rows of each source: the loss of all, and each source's numbers as NAME/SOURCE."""
+        assert self.table is not None
+        total, figures = 0.0, dict[str, float]()
+        for name, rows in rows_of.items():
+            found = self._evaluate(engine, objective, rows)
+            if found is None:
+                return None
+            targets = objective.targets(self.table.sizes(rows))
+            total += found.loss * targets if targets else 0.0
+            figures |= {f"{figure}/{name}": value for figure, value in {"eval_loss": found.loss, **found.figures}.items()}
+        targets = objective.targets(self.sizes)
+        return Evaluation(loss=total / targets if targets else math.nan, figures=figures)
 
     def loss_at(self, step: int) -> float | None:
         """Return the loss after `step`, None where it was not measured in this attempt."""

@@ -32,6 +32,7 @@ from trainers.peft.saved import export_adapter, reopen_adapter
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.ending import State
+from trainers.rundir.rows import of_sources, read_rows
 from trainers.world import Stopped, World
 
 log = logging.getLogger("fulltune")
@@ -95,6 +96,8 @@ def finish(built: Built, outcome: Outcome) -> None:
             "export": str(folder),
             "sample": sample,
         }
+        if built.data.train.sources:
+            figures |= of_sources(read_rows(run_dir), figures["export_step"])
         if not attempt.write_json(run_dir / paths.SUMMARY, figures):
             attempt.require_current()
         attempt.set_status(State.done, step=outcome.progress.step)

@@ -83,6 +83,8 @@ class Run:
     engine: Engine
     rows: Rows
     objective: Objective
+    sources: list[str]
+    """Of a mixture, whose losses are reported too; empty where there are none."""
     held_out: HeldOut
     guard: Guard
     stragglers: Stragglers
@@ -146,6 +148,7 @@ def train(
         engine=engine,
         rows=rows,
         objective=make_objective(config.objective, data.train.signals, config.train.balance_loss),
+        sources=list(data.train.sources),
         held_out=HeldOut(data.eval, config.train, rows.num_steps, world, rows.pad_id),
         guard=Guard(config.train),
         stragglers=Stragglers(world, config.limits.slow_node),
@@ -205,6 +208,8 @@ def _compute(run: Run, prefetch: Prefetch, progress: Progress) -> Step:
     lr, report = learning_rate(run.config.optim, run.peak_lr, progress.step, run.rows.num_steps), partial(_report, run)
     if engine.adaptation.update is not None:
         engine.adaptation.update.at(progress.step, run.rows.num_steps)
+    if run.sources:
+        objective = _by_source(objective, run.sources)
     result = take_step(engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report, first=dealt.first)
     seconds = time.perf_counter() - started
     reports = _read_reports(result, run.guard)
@@ -220,6 +225,7 @@ def _record(run: Run, outcome: Outcome, step: Step) -> None:
     if step.overflowed:
         log.info("step %d is not taken: its gradients overflow float16 at a loss scale of %.10g", progress.step, step.loss_scale)
     row = _row(progress, step, run.rows.epoch(progress.step))
+    row |= {f"epoch/{name}": passes for name, passes in run.rows.passes(progress.step).items()}
     if run.peak_tflops is not None:
         peak = run.peak_tflops * 1e12
         outcome.mfu = run.flops_per_token * progress.input_tokens / (peak * progress.device_seconds)
@@ -288,6 +294,12 @@ def _begin_profile(steps: int, attempt: Attempt, world: World) -> Profile | None
     from trainers.profiling import Profile
 
     return Profile(steps, attempt, world.device) if world.rank == 0 else None
+
+
+def _by_source(objective: Objective, names: list[str]) -> Objective:
+    from trainers.objectives.by_source import BySource
+
+    return BySource(objective, names)
 
 
 def _say_best(best: tuple[int, float] | None, last: int, losses: list[float]) -> None:

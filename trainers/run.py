@@ -23,7 +23,7 @@ from trainers.config.derived import SCORED, exports_best, peak_lr, rows_words, s
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
-from trainers.data.loader import Loader
+from trainers.data.loader import Loader, Stream
 from trainers.data.prepare import Prepared, prepare
 from trainers.data.report import summary
 from trainers.data.tokenizer import load_tokenizer, pad_id
@@ -147,7 +147,9 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         from trainers.reference import with_reference
 
         data = with_reference(config, world, attempt, engine, data, base, padding)
-    loader = Loader(data.train, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=padding)
+    stream = _mixed(config, data, attempt, world) if data.train.sources else None
+    split: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "stream": stream}
+    loader = Loader(data.train, config.train, seed=config.seed, pad_id=padding, **split)
     world.begin_steps()
     adaptation = engine.adaptation
     shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
@@ -180,6 +182,25 @@ def _asking(built: Built) -> Callable[[Batch], torch.Tensor]:
     from trainers.scoring import of_each_token
 
     return lambda batch: of_each_token(engine, batch.to(device))
+
+
+def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) -> Stream:
+    """Return the stream of a mixture; rank 0 says what each source's share of the run is."""
+    from trainers.data.mixture import mixture_of
+
+    mixture = mixture_of(config, data.train)
+    if world.rank == 0:
+        shares = mixture.report()
+        table = Table("source", "rows", "tokens", "of the rows", "of the tokens", "passes", title="the mixture", title_justify="left")
+        for name, of in shares.items():
+            amounts = (f"{of[key]:,}" for key in ("rows", "tokens"))
+            table.add_row(name, *amounts, *(f"{of[key]:.2%}" for key in ("row_share", "token_share")), f"{of['passes']:.2f}")
+        console.print(table)
+        path = attempt.run_dir / paths.MANIFEST
+        attempt.write_json(
+            path, read_json(path) | {"mixture": {"rows": mixture.num_rows, "pass_rows": mixture.pass_rows, "sources": shares}}
+        )
+    return mixture
 
 
 def _say_what_is_trained(config: RunConfig, world: World, report: dict[str, str]) -> None:

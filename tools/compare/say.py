@@ -20,6 +20,9 @@ from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
 from tools.markdown import cell_of
 from trainers.units import in_bytes
 
+OF_SOURCE = "eval_loss_after/"
+"""Begins the keys of summary.json for the sources of a mixture."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -39,6 +42,8 @@ def learned(comparison: Comparison, form: Form) -> Grid:
         ("learning rate", lambda method: f"{method.best.lr:.3g}" + (" †" if method.is_at_edge else "")),
         ("held-out loss", lambda method: form(method.figures.held_out, 4, "")),
     ]
+    for source in dict.fromkeys(key.partition("/")[2] for method in comparison.methods for key in method.best.summary if OF_SOURCE in key):
+        columns.append((f"held-out loss, {source}", lambda method, source=source: _of_source(method, source)))  # type: ignore[misc]
     if full:
         columns.append(("held-out loss - full", lambda method: _apart(method, "held_out_to_full", 4, form)))
     if comparison.metric:
@@ -65,6 +70,12 @@ def _of_pairs(form: Form) -> list[tuple[str, Callable[[Method], str]]]:
         ("longer preferred", lambda method: form(method.figures.longer, 3, "")),
         ("shorter preferred", lambda method: form(method.figures.shorter, 3, "")),
     ]
+
+
+def _of_source(method: Method, source: str) -> str:
+    """Return the held-out loss of one source of a mixture, as training has measured it."""
+    loss = method.best.summary.get(f"{OF_SOURCE}{source}")
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def _benchmarks(comparison: Comparison) -> list[tuple[str, str]]:

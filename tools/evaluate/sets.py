@@ -19,6 +19,7 @@ from trainers.config.choices import DataSource, Layout, ObjectiveName, TooLong
 from trainers.config.derived import compares, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.measured import SAMPLED
+from trainers.config.mix import first_of
 from trainers.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from trainers.data.pack import one_each
 from trainers.data.prepare import Prepared, find_layout, open_prepared, prepare
@@ -49,9 +50,10 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
     """
     path = config.evaluation.path
     if path is not None:
-        data = dataclasses.replace(config.data, source=DataSource.files, path=path, eval_path=None, eval_fraction=0.0, packing=False)
+        given = first_of(config.data)
+        data = dataclasses.replace(given, source=DataSource.files, path=path, eval_path=None, eval_fraction=0.0, packing=False)
         data = dataclasses.replace(data, split=data.eval_split or data.split, eval_split=None)
-        if path != config.data.path:
+        if path != given.path:
             data = dataclasses.replace(data, config=None, data_files=[], revision=None)
         prepared = prepare(_with_objective(dataclasses.replace(config, data=data)), tokenizer=tokenizer)
         table: TokenTable | None = prepared.train

@@ -19,7 +19,7 @@ from trainers.config.choices import (
     Supervise,
     TooLong,
 )
-from trainers.config.derived import compares, has_held_out, of_answers, peak_lr, rows_as
+from trainers.config.derived import OF_MIXTURES, compares, has_held_out, of_answers, peak_lr, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.kernels import validate_kernels
 from trainers.config.local import looks_local, require_model_directory
@@ -47,6 +47,8 @@ POSITIVE = (
     "objective.beta",
     "objective.f_alpha",
     "data.processes",
+    "data.max_rows",
+    "data.mix_anneal_steps",
     "optim.lr",
     "optim.full_lr",
     "optim.lr_factor",
@@ -214,6 +216,19 @@ def _validate_model(model: ModelConfig) -> None:
 
 
 def _validate_data(config: RunConfig) -> None:
+    data = config.data
+    if data.mix or any(getattr(data, name) != getattr(DataConfig(), name) for name in OF_MIXTURES):
+        from trainers.config.mix import named, sources_of_mix, validate_mix
+
+        validate_mix(config)
+        for name, one in sources_of_mix(config).items():
+            with named(name):
+                _validate_one(one)
+    if not data.mix:
+        _validate_one(config)
+
+
+def _validate_one(config: RunConfig) -> None:
     data = config.data
     if data.source is DataSource.files and data.path is None:
         raise ConfigError("data.path", None, "no data is named", "data=files data.path=FILE, a directory, or a hub id")

@@ -264,3 +264,18 @@ class WandbMode(StrEnum):
     online = "online"
     offline = "offline"
     disabled = "disabled"
+
+
+class MixBy(StrEnum):
+    """What the weights of a mixture are shares of: tokens, padding not counted, or rows."""
+
+    tokens = "tokens"
+    rows = "rows"
+
+
+class Exhausted(StrEnum):
+    """What a source of a mixture does once it has run out: begin again, end the run, or leave its share to the others."""
+
+    repeat = "repeat"
+    stop = "stop"
+    drop = "drop"

@@ -12,6 +12,9 @@ from trainers.config.schema import DataConfig, OptimConfig, PeftConfig, RunConfi
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
 
+OF_MIXTURES = ("mix_by", "mix_exhausted", "mix_temperature", "mix_anneal_steps")
+"""Fields of `data` that are about all sources of a mixture together."""
+
 LOGITS_BYTES = 256 << 20
 """Of the logits that exist at once where the run decides."""
 
@@ -135,8 +138,13 @@ def warmup_steps(optim: OptimConfig, num_steps: int) -> int:
     return min(optim.warmup_steps or round(optim.warmup_fraction * num_steps), num_steps - 1)
 
 
-def length(train: TrainConfig, table_rows: int) -> tuple[int, int]:
-    """Return the rows that a run takes over all ranks, a row of a second epoch again, and its steps, the last of which may be short."""
+def length(train: TrainConfig, table_rows: int, stream_rows: int | None = None) -> tuple[int, int]:
+    """Return the rows that a run takes over all ranks, a row of a second epoch again, and its steps, the last of which may be short.
+
+    `stream_rows` is what a mixture takes, which may end earlier.
+    """
+    if stream_rows is not None:
+        return stream_rows, math.ceil(stream_rows / train.global_batch)
     rows = train.steps * train.global_batch if train.steps is not None else max(1, round((train.epochs or 1.0) * table_rows))
     return rows, math.ceil(rows / train.global_batch)
 
@@ -183,7 +191,9 @@ def logits_chunk(config: RunConfig, vocab_size: int, itemsize: int) -> int:
 
 def has_held_out(config: RunConfig) -> bool:
     """Tell whether rows are held out."""
-    return config.data.eval_path is not None or config.data.eval_fraction > 0
+    data = config.data
+    held = [(source.eval_path, source.eval_fraction) for source in data.mix.values()] or [(data.eval_path, data.eval_fraction)]
+    return any(path is not None or (data.eval_fraction if share is None else share) > 0 for path, share in held)
 
 
 def exports_best(config: RunConfig) -> bool:

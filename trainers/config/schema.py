@@ -22,12 +22,14 @@ from trainers.config.choices import (
     Divergence,
     DocumentOf,
     EngineName,
+    Exhausted,
     Experts,
     Export,
     FDivergence,
     Float8,
     Layout,
     Metric,
+    MixBy,
     ObjectiveName,
     Offload,
     OnSpike,
@@ -44,6 +46,7 @@ from trainers.config.choices import (
     WandbMode,
 )
 from trainers.config.errors import ConfigError as ConfigError
+from trainers.config.errors import alike
 
 
 @dataclass(kw_only=True)
@@ -75,6 +78,48 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class SourceConfig:
+    """One source of a mixture; what it leaves empty is as `data` says for all."""
+
+    weight: float | None = None
+    """Its share, next to those of the others; 0 only evaluates its held-out rows. Empty for all sources: as much as each has."""
+    weight_end: float | None = None
+    """Its share after `data.mix_anneal_steps`, reached in a straight line; empty keeps `weight`."""
+    repeat: float | None = None
+    """mix_exhausted=stop and drop: passes over its rows after which it has run out; empty is 1."""
+    source: DataSource = DataSource.files
+    """Files or a hub id named by `path`, or the documentation of the running Python."""
+    path: str | None = None
+    """Its rows, as `data.path` names them."""
+    split: str = "train"
+    """As `data.split`."""
+    config: str | None = None
+    """As `data.config`."""
+    data_files: list[str] = field(default_factory=list)
+    """As `data.data_files`."""
+    revision: str | None = None
+    """As `data.revision`."""
+    max_rows: int | None = None
+    """As `data.max_rows`."""
+    eval_path: str | None = None
+    """Its held-out rows, in place of `data.eval_fraction`."""
+    eval_split: str | None = None
+    """Split of its `eval_path`."""
+    eval_fraction: float | None = None
+    """Share of its rows held out; empty is `data.eval_fraction`."""
+    layout: Layout | None = None
+    """Its row layout; empty is `data.layout`."""
+    template: str | None = None
+    """Its chat template; empty is `data.template`, which is exported."""
+    document: DocumentOf | None = None
+    """What one of its documents is; empty is `data.document`."""
+    supervise: Supervise | None = None
+    """Which of its tokens are trained; empty is `data.supervise`."""
+    ignore: list[str] | None = None
+    """Fields of its rows and turns that are not read; empty is `data.ignore`."""
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Rows, their layout, template, supervision, length and packing."""
 
@@ -96,6 +141,18 @@ class DataConfig:
     """Split of `eval_path`, which may be the data set of `path`; empty is `split`."""
     eval_fraction: float = 0.0
     """Share of the rows held out, grouped by first prompt so that none is on both sides. In [0, 0.5]."""
+    mix: dict[str, Any] = field(default_factory=dict)
+    """Sources by name instead of `path`, each a SourceConfig, as data.mix.code.path=FILE data.mix.code.weight=20."""
+    mix_by: MixBy = MixBy.tokens
+    """What weights are shares of: of every 1,000 rows, so many are taken that tokens, or rows, are shared as the weights say."""
+    mix_exhausted: Exhausted = Exhausted.repeat
+    """A source that has run out is repeated, stops the run, or is dropped, and the others share what it had."""
+    mix_temperature: float = 1.0
+    """Weights are raised to 1 / temperature: above 1 small sources get more, at infinity all the same."""
+    mix_anneal_steps: int | None = None
+    """Optimizer steps over which each `weight` becomes `weight_end`."""
+    max_rows: int | None = None
+    """Rows that are read at most, the first ones; empty reads all."""
     layout: Layout = Layout.auto
     """Row layout; `auto` recognises and prints it."""
     pairs: PairsOf = PairsOf.best_worst
@@ -124,6 +181,32 @@ class DataConfig:
     """Processes that tokenise; empty is one a core."""
     prepared_dir: str | None = None
     """Where prepared data is kept, shared by runs; empty is `~/.cache/fulltune/prepared`."""
+
+    def __post_init__(self) -> None:
+        """Type the sources; raises ConfigError for what is not a valid source."""
+        self.mix = {name: _source(name, value) for name, value in self.mix.items()}
+
+
+def _source(name: str, value: Any) -> SourceConfig:
+    """Return what a mapping says of a source: OmegaConf types no mapping whose keys a command line adds one by one."""
+    if isinstance(value, SourceConfig):
+        return value
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path, names = f"data.mix.{name}", [item.name for item in dataclasses.fields(SourceConfig)]
+    if not isinstance(value, dict):
+        raise ConfigError(path, value, "is a source, which has fields", f"{path}.path=FILE")
+    for key in (key for key in value if key not in names):
+        near = [f"{path}.{close}" for close in alike(key, names)]
+        raise ConfigError(f"{path}.{key}", value[key], f"there is no such field; a source has {', '.join(names)}", ", ".join(near))
+    try:
+        source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), OmegaConf.create(escaped(value))))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key)
+        raise ConfigError(f"{path}.{key}", value.get(key), str(error.msg).splitlines()[0]) from error
+    assert isinstance(source, SourceConfig)
+    return source
 
 
 @dataclass(kw_only=True)

@@ -53,22 +53,46 @@ class Rows(Protocol):
         """Return the passes over the rows that are done after `step` steps."""
         ...
 
+    def passes(self, step: int) -> dict[str, float]:
+        """Return the passes over each source's rows that are done after `step` steps; empty where there are no sources."""
+        ...
+
+
+class Stream(Protocol):
+    """An order of rows other than epochs of all of them, such as a mixture's."""
+
+    num_rows: int
+    """Of the run."""
+    pass_rows: int
+    """Of one epoch."""
+
+    def row_ids(self, positions: Ints) -> Ints:
+        """Return the table's rows at positions of the stream."""
+        ...
+
+    def passes(self, position: int) -> dict[str, float]:
+        """Return the passes over each source's rows before a position."""
+        ...
+
 
 class Loader:
     """Rows of a table in one global stream, the same for every world size, dealt out to ranks.
 
     Position p of the stream is row `row_order(seed, p // rows)[p % rows]`; step s takes the positions from
-    s x global_batch; within a step, the k-th microbatch of rows goes to rank k % world_size.
+    s x global_batch; within a step, the k-th microbatch of rows goes to rank k % world_size. Another `stream` may say which row it is.
     """
 
-    def __init__(self, table: TokenTable, train: TrainConfig, *, seed: int, rank: int, world_size: int, pad_id: int) -> None:
+    def __init__(
+        self, table: TokenTable, train: TrainConfig, *, seed: int, rank: int, world_size: int, pad_id: int, stream: Stream | None = None
+    ) -> None:
         """Raise ValueError for an empty table."""
         if not len(table):
             raise ValueError("the table has no rows")
         self.rows, self.seed, self.rank, self.world_size, self.pad_id = table, seed, rank, world_size, pad_id
         self.global_batch, self.microbatch = train.global_batch, train.microbatch
-        self.num_rows, self.num_steps = length(train, len(table))
-        self.epoch_rows = len(table)
+        self.stream = stream
+        self.num_rows, self.num_steps = length(train, len(table), None if stream is None else stream.num_rows)
+        self.epoch_rows = len(table) if stream is None else stream.pass_rows
         self.capacity: int | None = None
 
     def table(self, step: int) -> TokenTable:
@@ -81,6 +105,8 @@ class Loader:
         They are `ahead` steps further in the stream, after a window of rows was left out.
         """
         positions = np.arange(step * self.global_batch, min((step + 1) * self.global_batch, self.num_rows)) + ahead * self.global_batch
+        if self.stream is not None:
+            return self.stream.row_ids(positions)
         epochs = positions // len(self.rows)
         places = positions % len(self.rows)
         return np.array(
@@ -111,6 +137,10 @@ class Loader:
     def epoch(self, step: int) -> float:
         """Return the passes over the table that are done when `step` steps are."""
         return min(step * self.global_batch, self.num_rows) / self.epoch_rows
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Return the passes over each source's rows that are done when `step` steps are."""
+        return {} if self.stream is None else self.stream.passes(min(step * self.global_batch, self.num_rows))
 
 
 @dataclass(frozen=True)
@@ -169,11 +199,14 @@ class Prefetch:
         self.thread.shutdown(cancel_futures=True)
 
 
-def eval_batches(table: TokenTable, microbatch: int, *, rank: int, world_size: int, pad_id: int) -> Iterator[Batch]:
-    """Yield a rank's share of all rows, longest first: each row once over all ranks, as many batches on every rank."""
-    longest_first = np.argsort(-table.row_lengths(), kind="stable")
-    for rows in deal(longest_first, microbatch, rank, world_size):
-        yield make_batch(table, rows, microbatch, pad_id)
+def eval_batches(
+    table: TokenTable, microbatch: int, *, rank: int, world_size: int, pad_id: int, rows: Ints | None = None
+) -> Iterator[Batch]:
+    """Yield a rank's share of all rows, or of some, longest first: each row once over all ranks, as many batches on every rank."""
+    taken = np.arange(len(table)) if rows is None else rows
+    longest_first = taken[np.argsort(-table.row_lengths()[taken], kind="stable")]
+    for dealt in deal(longest_first, microbatch, rank, world_size):
+        yield make_batch(table, dealt, microbatch, pad_id)
 
 
 def deal(rows: Ints, microbatch: int, rank: int, world_size: int) -> list[Ints]:

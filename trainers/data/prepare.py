@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -30,7 +30,7 @@ from trainers.data.parts import KINDS, LeftOut
 from trainers.data.report import bar_of
 from trainers.data.sources import Row
 from trainers.data.table import TokenTable, open_table, save_table
-from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash
+from trainers.data.tokenizer import is_trained, load_tokenizer, template_hash, tokenizer_hash, with_template
 from trainers.health.activity import watch
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     nothing is left to train. With `progress` this process draws a bar on stderr, and checks the hashes of data that were there already.
     """
     tokenizer = tokenizer or load_tokenizer(config)
+    if config.data.mix:
+        return _prepare_mix(config, progress, tokenizer)
     name = f"data-{data_key(config, tokenizer)}"
     root = cache_root(config.data.prepared_dir)
     folder, reused = build_once(root, name, lambda partial: _build(config, tokenizer, partial, progress), "the prepared data")
@@ -86,6 +88,26 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     prepared = open_prepared(folder, reused)
     _rename(config, prepared.report)
     return prepared
+
+
+def _prepare_mix(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFast) -> Prepared:
+    """Prepare each source under its own key, and join their tables; raises ConfigError, which names the source."""
+    from trainers.config.mix import named, sources_of_mix
+    from trainers.data.joint import join, joined_report
+
+    parts: dict[str, Prepared] = {}
+    for name, one in sources_of_mix(config).items():
+        with named(name):
+            parts[name] = prepare(one, progress, with_template(one, tokenizer))
+    splits = {name: {"train": part.train} | ({} if part.eval is None else {"eval": part.eval}) for name, part in parts.items()}
+    folders, reports = {name: part.path for name, part in parts.items()}, {name: part.report for name, part in parts.items()}
+    key = f"data-{data_key(config, tokenizer)}"
+    root = cache_root(config.data.prepared_dir)
+    folder, reused = build_once(root, key, lambda partial: join(splits, folders, reports, partial), "the joined data")
+    if reused and progress:
+        require_whole(folder, "the joined data")
+    found = open_prepared(folder, reused and all(part.reused for part in parts.values()))
+    return replace(found, report=found.report | joined_report(splits, reports))
 
 
 def _rename(config: RunConfig, report: dict[str, Any]) -> None:
@@ -122,7 +144,12 @@ def open_prepared(folder: Path, reused: bool = True) -> Prepared:
 def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the content hash: data, tokenizer, template and every option that changes the result."""
     data = config.data
+    if data.mix:
+        from trainers.config.mix import sources_of_mix
+
+        return content_key(VERSION, [[name, data_key(one, with_template(one, tokenizer))] for name, one in sources_of_mix(config).items()])
     options = {name: str(getattr(data, name)) for name in RENDERING}
+    options |= {} if data.max_rows is None else {"max_rows": str(data.max_rows)}
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
     options |= {"pairs": str(data.pairs)} if data.pairs is not PairsOf.best_worst else {}
@@ -271,6 +298,7 @@ class Store:
 
     def __init__(self, folder: Path, name: str) -> None:
         """Open the files in `folder`."""
+        self.name = name
         self.files = [folder / f"{name}.tokens.raw", folder / f"{name}.supervised.raw"]
         self.streams: list[BinaryIO] = [file.open("wb") for file in self.files]
         self.lengths: list[NDArray[np.int64]] = []
@@ -322,7 +350,7 @@ class Store:
 
 
 def _encode_all(config: RunConfig, encoder: Encoder, source: Source | None, store: Store, advance: Callable[[int], None]) -> None:
-    rows = store.counted(sources.rows(source, config.objective.name))
+    rows = store.counted(islice(sources.rows(source, config.objective.name), config.data.max_rows if store.name == "train" else None))
     bad: list[str] = []
     for documents in encode_rows(encoder, rows, config.data.processes or host.cores()):
         if documents.error is not None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.batch import Sizes
+from trainers.batch import SOURCE, Sizes
+from trainers.config.errors import ConfigError
+
+Ints = NDArray[np.int64]
+SIGNALS = "signals/"
+APART = "apart"
+"""Name of the empty file that says `TokenTable.apart`."""
+SOURCES = "sources.json"
+"""Name of the file of a joined table: where the tokens of each source are, and how many rows it has."""
+TOKENS = ("tokens", "supervised")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,8 @@ class TokenTable:
     """The documents of a row lie below each other in a batch, each padded, and not one after the other: pairs without packing."""
     signals: dict[str, NDArray[Any]] = field(default_factory=dict)
     """What an objective reads besides tokens, by name: (documents,), (tokens,), or (labels, k) where each label has k, in their order."""
+    sources: dict[str, int] = field(default_factory=dict)
+    """Of a mixture: the rows of each source, one source after the other; signal SOURCE has the number of each document's."""
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -79,6 +92,11 @@ class TokenTable:
         units = 0 if self.units is None else sum(len(np.unique(self.units[self.documents(int(row))])) for row in rows)
         return Sizes(rows=len(rows), documents=len(documents), tokens=int((ends - starts).sum()), labels=labels, units=units)
 
+    def rows_of_sources(self) -> dict[str, NDArray[np.int64]]:
+        """Return the numbers of each source's rows."""
+        ends = np.cumsum([0, *self.sources.values()])
+        return {name: np.arange(start, end) for name, start, end in zip(self.sources, ends[:-1], ends[1:], strict=True)}
+
     def prompt(self, document: int) -> NDArray[np.int32]:
         """Return a document's tokens before the first supervised one; its first 16 where there is no such prompt."""
         start, end = int(self.offsets[document]), int(self.offsets[document + 1])
@@ -96,30 +114,122 @@ def labels_of(table: TokenTable) -> NDArray[np.int64]:
 
 def save_table(table: TokenTable, folder: Path) -> None:
     """Write a table as one .npy file an array, with the labels of each document counted."""
+    _write(_arrays(replace(table, labels=labels_of(table))), table.apart, folder)
+
+
+def _write(arrays: dict[str, NDArray[Any]], apart: bool, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, array in _arrays(replace(table, labels=labels_of(table))).items():
+    for name, array in arrays.items():
         (folder / name).parent.mkdir(exist_ok=True)
         np.save(folder / f"{name}.npy", array)
-    if table.apart:
+    if apart:
         (folder / APART).touch()
 
 
 def open_table(folder: Path) -> TokenTable:
-    """Memory-map a table that `save_table` wrote, of this version or one that had fewer arrays."""
-    found = {
-        str(path.relative_to(folder).with_suffix("")): np.load(path, mmap_mode="r", allow_pickle=False) for path in folder.rglob("*.npy")
-    }
+    """Memory-map a table that `save_table` or `save_joined` wrote, of this version or one that had fewer arrays.
+
+    Raises ConfigError where a source of a joined table is gone.
+    """
+    found: dict[str, Any] = {str(path.relative_to(folder).with_suffix("")): _mapped(path) for path in folder.rglob("*.npy")}
     signals = {name.removeprefix(SIGNALS): found.pop(name) for name in list(found) if name.startswith(SIGNALS)}
+    if (folder / SOURCES).exists():
+        known = json.loads((folder / SOURCES).read_text())
+        for name in TOKENS:
+            found[name] = Joined([_mapped(_require(folder / item["folder"] / f"{name}.npy")) for item in known.values()])
+        found["sources"] = {name: item["rows"] for name, item in known.items()}
     return TokenTable(**found, signals=signals, apart=(folder / APART).exists())
 
 
-SIGNALS = "signals/"
-APART = "apart"
-"""Name of the empty file that says `TokenTable.apart`."""
+def save_joined(tables: Mapping[str, TokenTable], places: Mapping[str, str], folder: Path) -> None:
+    """Write the tables of a mixture's sources as one, which reads their tokens where they are: in `places`, seen from `folder`."""
+    held = list(tables.values())
+    documents = [len(table.offsets) - 1 for table in held]
+    number_of = np.repeat(np.arange(len(held), dtype=np.float32), documents)
+    signals = {name: np.concatenate([table.signals[name] for table in held]) for name in held[0].signals}
+    whole = TokenTable(
+        tokens=held[0].tokens[:0],
+        supervised=held[0].supervised[:0],
+        offsets=_one_after_another([table.offsets for table in held]),
+        order=_raised([table.order for table in held], documents),
+        rows=_one_after_another([table.rows for table in held]),
+        labels=np.concatenate([_labels_of(table) for table in held]),
+        units=None if held[0].units is None else _raised([cast(Ints, table.units) for table in held], [_units_of(table) for table in held]),
+        partners=None if held[0].partners is None else _raised([cast(Ints, table.partners) for table in held], documents),
+        signals=signals | {SOURCE: number_of},
+        apart=held[0].apart,
+    )
+    _write({name: array for name, array in _arrays(whole).items() if name not in TOKENS}, whole.apart, folder)
+    parts = {name: {"folder": places[name], "rows": len(table)} for name, table in tables.items()}
+    (folder / SOURCES).write_text(json.dumps(parts, indent=1))
+
+
+class Joined:
+    """Arrays one after the other, read as one array without a copy of it: by slices, and by numbers of elements, (N,)."""
+
+    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+        """Take arrays of one type."""
+        self.parts = parts
+        self.ends = np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        """Return the elements of all."""
+        return int(self.ends[-1])
+
+    def __getitem__(self, where: slice | NDArray[np.int64]) -> NDArray[Any]:
+        """Return elements, (N,)."""
+        if isinstance(where, slice):
+            start, stop, _ = where.indices(len(self))
+            pieces = [part[max(0, start - at) : max(0, stop - at)] for part, at in zip(self.parts, self.ends[:-1], strict=True)]
+            filled = [piece for piece in pieces if len(piece)]
+            return filled[0] if len(filled) == 1 else np.concatenate([pieces[0][:0], *filled])
+        part_of = np.searchsorted(self.ends, where, side="right") - 1
+        found = np.empty(len(where), dtype=self.parts[0].dtype)
+        for number in np.unique(part_of):
+            mine = part_of == number
+            found[mine] = self.parts[number][where[mine] - self.ends[number]]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return a copy of all, which numpy's functions ask for."""
+        return np.concatenate(self.parts).astype(dtype or self.parts[0].dtype, copy=False)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    return found
+
+
+def _require(file: Path) -> Path:
+    if not file.exists():
+        reason = f"{file.resolve().parent} is gone, which is a part of a mixture"
+        raise ConfigError("data.prepared_dir", str(file.resolve().parents[2]), reason, "the run's command again, which prepares it")
+    return file
+
+
+def _one_after_another(bounds: Sequence[Ints]) -> Ints:
+    """Return bounds [0, ..., n] of what is in several tables as those of one table."""
+    ends = np.cumsum([0, *(int(bound[-1]) for bound in bounds)])
+    return np.concatenate([*(bound[:-1] + end for bound, end in zip(bounds, ends[:-1], strict=True)), ends[-1:]])
+
+
+def _raised(numbers: Sequence[Ints], counts: Sequence[int]) -> Ints:
+    """Return numbers below the counts of several tables as those of one table."""
+    starts = np.cumsum([0, *counts])[:-1]
+    return np.concatenate([found + start for found, start in zip(numbers, starts, strict=True)])
+
+
+def _units_of(table: TokenTable) -> int:
+    return 0 if table.units is None else int(table.units.max()) + 1
+
+
+def _labels_of(table: TokenTable) -> Ints:
+    """Return the labels of each document, counted where nobody has, (documents,)."""
+    return labels_of(table) if table.labels is None else table.labels
 
 
 def _arrays(table: TokenTable) -> dict[str, NDArray[Any]]:
     """Return the arrays of a table by the names of their files."""
-    arrays = {item.name: getattr(table, item.name) for item in fields(table) if item.name not in ("signals", "apart")}
+    arrays = {item.name: getattr(table, item.name) for item in fields(table) if item.name not in ("signals", "apart", "sources")}
     arrays |= {f"{SIGNALS}{name}": signal for name, signal in table.signals.items()}
     return {name: array for name, array in arrays.items() if array is not None}

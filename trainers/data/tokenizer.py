@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,18 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
     if config.data.template is not None:
         tokenizer.chat_template = _template(config.data.template, tokenizer.chat_template)
     return tokenizer
+
+
+def with_template(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return a run's tokenizer with the template of one source of its mixture, the same object where it is the run's."""
+    if config.data.template is None:
+        return tokenizer
+    template = _template(config.data.template, tokenizer.chat_template)
+    if template == tokenizer.chat_template:
+        return tokenizer
+    own = copy(tokenizer)
+    own.chat_template = template
+    return own
 
 
 def _template(name: str, own: Any) -> str:
@@ -114,8 +127,10 @@ def is_trained(config: RunConfig) -> bool:
 
 
 def _trained_folder(config: RunConfig) -> Path:
-    marks = sources.fingerprint(sources_of(config.data)[0], config.objective.name)
-    key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, config.data.ignore, *marks)
+    data = [one.data for one in _each(config)]
+    marks = [mark for each in data for mark in sources.fingerprint(sources_of(each)[0], config.objective.name)]
+    more = [[each.layout, each.ignore, each.max_rows] for each in data] if config.data.mix or config.data.max_rows is not None else []
+    key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, config.data.ignore, *marks, *more)
     return cache_root(config.data.prepared_dir) / f"tokenizer-{key}"
 
 
@@ -140,14 +155,24 @@ def _train(config: RunConfig, folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def _each(config: RunConfig) -> list[RunConfig]:
+    """Return the run of each source of a mixture, or the run itself."""
+    if not config.data.mix:
+        return [config]
+    from trainers.config.mix import sources_of_mix
+
+    return list(sources_of_mix(config).values())
+
+
 def _texts(config: RunConfig) -> Iterator[str]:
-    rows = sources.rows(sources_of(config.data)[0], config.objective.name)
-    for row in islice(rows, TRAINING_ROWS):
-        try:
-            data = sources.parse(row, config.data.ignore)
-            yield from _strings(data, config.data.layout)
-        except BadRow:
-            continue  # preparation names it
+    each = _each(config)
+    for one in each:
+        rows = islice(sources.rows(sources_of(one.data)[0], config.objective.name), one.data.max_rows)
+        for row in islice(rows, TRAINING_ROWS // len(each)):
+            try:
+                yield from _strings(sources.parse(row, one.data.ignore), one.data.layout)
+            except BadRow:
+                continue  # preparation names it
 
 
 def _strings(data: Any, layout: Layout) -> Iterator[str]:

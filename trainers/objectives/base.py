@@ -30,6 +30,9 @@ class Loss:
     counts: dict[str, Tensor] = field(default_factory=dict)
     """What divides some of these numbers instead, by their names: SUMS, such as the documents of one kind."""
 
+    each: tuple[Tensor, Tensor] | None = None
+    """What `total` and the targets are sums of, a number a document or pair; only where the batch says which source they are of."""
+
     def sums(self) -> dict[str, Tensor]:
         """Return the reported numbers, and the counts under their names with OVER."""
         return self.figures | {f"{name}{OVER}": count for name, count in self.counts.items()}

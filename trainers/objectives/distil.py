@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainers.batch import IGNORE, Batch, Needs, Output, Sizes
+from trainers.batch import IGNORE, SOURCE, Batch, Needs, Output, Sizes, by_document
 from trainers.config.choices import Divergence
 from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import TEACHER_IDS, TEACHER_LOGPS, Loss
@@ -36,11 +36,16 @@ class Distil:
         assert output.gathered is not None
         teacher = batch.signals[TEACHER_LOGPS].log_softmax(-1)  # what float16 has rounded sums to 1 again
         share, labelled = self.config.ce_weight, (batch.labels != IGNORE).float()
-        far, own = (divergence(teacher, output.gathered, self.config) * labelled).sum(), -output.logps.sum()
+        apart = divergence(teacher, output.gathered, self.config) * labelled
+        far, own = apart.sum(), -output.logps.sum()
         outside = {"student_rest": output.gathered[..., -1].detach(), "teacher_rest": teacher[..., -1]}
         figures = {"divergence": far.detach(), "cross_entropy": own.detach()}
         figures |= {name: (logps.exp() * labelled).sum() for name, logps in outside.items()}
-        return Loss(total=(1 - share) * far + share * own if share else far, figures=figures)
+        each = None
+        if SOURCE in batch.signals:
+            losses = ((1 - share) * apart - share * output.logps).detach()
+            each = by_document(losses, batch), by_document(labelled, batch)
+        return Loss(total=(1 - share) * far + share * own if share else far, figures=figures, each=each)
 
 
 def divergence(teacher: Tensor, student: Tensor, config: ObjectiveConfig) -> Tensor:

@@ -46,7 +46,7 @@ class KTO:
         weights = torch.where(wanted, self.config.desirable_weight, self.config.undesirable_weight)
         losses = weights * torch.sigmoid(torch.where(wanted, -above, above))  # 1 - sigmoid(x) is sigmoid(-x)
         figures, counts = self._figures(ratios.detach(), wanted, output, batch)
-        return Loss(total=losses.sum(), figures=figures, counts=counts)
+        return Loss(total=losses.sum(), figures=figures, counts=counts, each=(losses.detach(), torch.ones_like(losses)))
 
     def _figures(self, ratios: Tensor, wanted: Tensor, output: Output, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         chosen, rejected = wanted.float(), (~wanted).float()

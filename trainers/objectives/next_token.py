@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from trainers.batch import Batch, Needs, Output, Sizes
+import torch
+from torch import Tensor
+
+from trainers.batch import SOURCE, Batch, Needs, Output, Sizes, by_document
 from trainers.objectives.base import Loss
 
 
@@ -18,4 +21,8 @@ class NextToken:
 
     def __call__(self, output: Output, batch: Batch) -> Loss:
         """Return minus the summed log-probability."""
-        return Loss(total=-output.logps.sum())
+        return Loss(total=-output.logps.sum(), each=_by_document(output, batch) if SOURCE in batch.signals else None)
+
+
+def _by_document(output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
+    return by_document(-output.logps.detach(), batch), by_document(torch.ones_like(output.logps), batch)

@@ -72,7 +72,8 @@ class Preference(ABC):
         if REFERENCE in self.signals:
             ratios = (ratio.detach() for ratio in answers.ratios())
             figures |= dict(zip(("log_ratio_chosen", "log_ratio_rejected"), ratios, strict=True))
-        return Loss(total=losses.sum(), figures={name: values.sum() for name, values in figures.items()})
+        each = losses.detach(), torch.ones_like(chosen)
+        return Loss(total=losses.sum(), figures={name: values.sum() for name, values in figures.items()}, each=each)
 
     @abstractmethod
     def losses(self, answers: Answers) -> Tensor:

@@ -20,6 +20,7 @@ from trainers.config.local import looks_local
 from trainers.config.schema import ModelConfig, RunConfig
 from trainers.data.loader import LENGTH_MULTIPLE
 from trainers.data.prepare import find_prepared
+from trainers.data.table import TokenTable
 from trainers.data.tokenizer import load_tokenizer
 from trainers.model import hub
 from trainers.model.blueprint import Blueprint, blueprint_of, from_architecture, num_ids
@@ -53,7 +54,8 @@ class Data:
     """Tokens of one pass, without padding."""
     measured: tuple[float, float] | None = None
     """Rows and documents that a reference is measured of, held-out ones included; None where the data are not prepared."""
-
+    num_rows: int | None = None
+    """Rows that the run takes, where the data say that."""
     in_row: int = 1
     """Sequences of `seq_len` tokens that a row has below each other: the two answers of a pair without packing."""
 
@@ -64,6 +66,8 @@ class Data:
 
     def steps(self, config: RunConfig) -> int | None:
         """Return the run's optimizer steps."""
+        if self.num_rows is not None:
+            return math.ceil(self.num_rows / config.train.global_batch)
         if config.train.steps is not None:
             return config.train.steps
         if self.rows is None:
@@ -172,7 +176,8 @@ def _read_data(config: RunConfig, plan: PlanConfig, in_row: int) -> Data:
         tables = [table for table in (prepared.train, prepared.eval) if table is not None]
         times = 1 if prepared.train.partners is None else 2  # prompts with answers to others in addition
         measured = float(times * sum(map(len, tables))), float(times * sum(len(table.offsets) - 1 for table in tables))
-        return Data(source=words, seq_len=longest, rows=float(len(lengths)), tokens=float(lengths.sum()), measured=measured, in_row=in_row)
+        found = Data(source=words, seq_len=longest, rows=float(len(lengths)), tokens=float(lengths.sum()), measured=measured, in_row=in_row)
+        return _of_mixture(config, prepared.train, found) if prepared.train.sources else found
     if plan.tokens is not None:
         words = f"plan.tokens={plan.tokens:g}, in full rows: the data are not prepared on this machine"
         return Data(source=words, seq_len=seq_len, rows=math.ceil(plan.tokens / (in_row * seq_len)), tokens=plan.tokens, in_row=in_row)
@@ -184,5 +189,18 @@ def _read_data(config: RunConfig, plan: PlanConfig, in_row: int) -> Data:
     return Data(source=words, seq_len=seq_len, rows=None, tokens=None, in_row=in_row)
 
 
+def _of_mixture(config: RunConfig, table: TokenTable, whole: Data) -> Data:
+    """Return how much there is of a mixture: a pass has as many rows as all sources, in the shares of the run."""
+    from trainers.data.mixture import mixture_of
+
+    mixture = mixture_of(config, table)
+    found = mixture.report()
+    rows = mixture.pass_rows
+    tokens = sum(of["row_share"] * of["tokens"] / of["rows"] for of in found.values()) * rows
+    shares = ", ".join(f"{name} {of['row_share']:.1%} of the rows in {of['passes']:.2f} passes" for name, of in found.items())
+    return replace(whole, source=f"{whole.source}, a mixture: {shares}", rows=float(rows), tokens=tokens, num_rows=mixture.num_rows)
+
+
 def _is_here(config: RunConfig) -> bool:
-    return config.data.path is not None and Path(config.data.path).exists()
+    files = [source.path for source in config.data.mix.values() if source.source is DataSource.files] or [config.data.path]
+    return all(path is not None and Path(path).exists() for path in files)

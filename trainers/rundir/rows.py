@@ -146,3 +146,14 @@ def number(value: float | None) -> float:
 def finite(values: dict[str, Any]) -> dict[str, Any]:
     """Return values with None for numbers that are not finite, which JSON does not have."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+
+
+def of_sources(rows: Iterable[Row], step: int) -> dict[str, float | None]:
+    """Return what summary.json has of each source of a mixture: held-out losses before training and at `step`, passes over its rows."""
+    measured, trained, loss = evaluations(rows), steps(rows), "eval_loss/"
+    at = next((row for row in reversed(measured) if row["step"] == step), {})
+    before = (
+        {f"eval_loss_before/{name[len(loss) :]}": value for name, value in measured[0].items() if name.startswith(loss)} if measured else {}
+    )
+    after = {f"eval_loss_after/{name[len(loss) :]}": value for name, value in at.items() if name.startswith(loss)}
+    return before | after | {name: value for name, value in trained[-1].items() if name.startswith("epoch/")}
