@@ -164,7 +164,7 @@ def hand_over(jobs: list[Job], folder: Path, at_once: int = 1, after: Sequence[s
     for job in jobs:
         mark_submitted(job)
     try:
-        with _clean_environment():
+        with clean_environment():
             executor = SlurmExecutor(folder=folder)
             executor.update_parameters(**_after(parameters(jobs[0], root), after), array_parallelism=at_once)
             if len(jobs) == 1:
@@ -244,7 +244,7 @@ def parameters(job: Job, root: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
+def clean_environment() -> Iterator[None]:
     """Hide an outer job's variables from the one that is submitted; where SLURM's configuration is must stay known."""
     say_leftovers()
     kept = {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cluster import Cluster
 from command import ROOT, wait_for
 from planted import REPLACED, SPOILT, plant, report, score
 
@@ -106,6 +107,39 @@ def test_a_curation_that_is_killed_continues(tmp_path: Path) -> None:
         said = subprocess.run([*line, str(tmp_path / out)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stderr
     assert "tidy" in said
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+def test_tasks_of_slurm_arrays_make_the_same_bytes_after_a_kill_too(cluster: Cluster, tmp_path: Path) -> None:
+    """The command is killed with an array in the queue, and typed again; rows are in sets, so that all stages run."""
+    config = write(tmp_path / "config.yaml", [])
+    config.write_text(f"{DEFAULT.read_text('utf-8')}\nsplit: {{validation: 0.2}}\n".replace("split: false", ""), "utf-8")
+    rows = chats(300)
+    files = [str(write(tmp_path / "in" / f"{number}.jsonl", rows[number * 50 : number * 50 + 60])) for number in range(6)]
+    line = [sys.executable, "-m", "tools.curate", str(config), *files, "--quiet", "--out"]
+    for processes in (1, 2):
+        assert main([*line[3:], str(tmp_path / str(processes)), "--processes", str(processes)]) == 0
+    asked = [*line, str(tmp_path / "slurm"), "--slurm", "3", "--sbatch", "time=10", "--sbatch", "partition=main"]
+    child = subprocess.Popen(asked, cwd=ROOT, env=cluster.environment)
+    wait_for(lambda: list((tmp_path / "slurm").glob(".curate/*/tidy/[0-9]*")), timeout_s=120)
+    child.kill()
+    child.wait()
+    assert not (tmp_path / "slurm" / "report.json").exists()
+    done = subprocess.run(asked, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "slurm")
+    assert cluster.run("squeue", "--noheader") == ""
+    refused = subprocess.run(
+        [*line, str(tmp_path / "no"), "--slurm", "1", "--sbatch", "partition=none"],
+        cwd=ROOT,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert refused.returncode == 2
+    assert "invalid partition" in refused.stderr
 
 
 def alive(group: int) -> bool:

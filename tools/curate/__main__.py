@@ -2,12 +2,13 @@
 
 python -m tools.curate conf/curate/default.yaml chats.jsonl --out curated
 python -m tools.curate conf/curate/default.yaml chats.jsonl more/ --out curated --processes 8
+python -m tools.curate conf/curate/default.yaml shards/ --out curated --slurm 32 --sbatch partition=cpu --sbatch mem=8G
 
 Rows of any layout come out in the same layout, as JSON lines in DIR/rows, or in DIR/train and other sets where the config splits.
 A row that no step changes keeps every byte. What is removed is in removed.jsonl, what is changed in changed.jsonl, each row with the
 reason. Both hold the originals, personal data included. The report is in report.txt, report.json and report.html.
 
-The same command continues a curation that was stopped. The result does not depend on the number of processes.
+The same command continues a curation that was stopped. The result does not depend on the number of processes or tasks.
 
 Exit codes: 0 done, 1 failed, 2 bad input, 130 Ctrl-C.
 """
@@ -15,13 +16,14 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -31,7 +33,7 @@ from tools.curate.choose import SETS
 from tools.curate.config import read_settings
 from tools.curate.job import Job
 from tools.curate.page import page
-from tools.curate.stages import Pool
+from tools.curate.stages import STAGING, Pool
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError, plural
 from trainers.data.sources import files
@@ -51,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("inputs", nargs="+", metavar="IN", help="files or directories of rows")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes; a new or an empty directory")
     parser.add_argument("--processes", type=int, default=cores(), metavar="N", help="at once (default the cores); changes no result")
+    parser.add_argument("--slurm", type=int, metavar="TASKS", help="instead, by tasks of SLURM arrays, at most so many; waits for them")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="NAME=VALUE", help="an option of sbatch, such as time=2:00:00")
     parser.add_argument("--quiet", action="store_true", help="print no progress")
     options = parser.parse_args(arguments)
     return ended(lambda: curate(options), lambda: "stopped: the same command continues", (OSError, MemoryError))
@@ -61,6 +65,8 @@ def curate(options: argparse.Namespace) -> int:
     out: Path = options.out
     if options.processes < 1:
         raise ConfigError("--processes", options.processes, "is less than 1", "--processes 1")
+    if options.slurm is not None and options.slurm < 1:
+        raise ConfigError("--slurm", options.slurm, "is less than 1", "--slurm 8")
     settings = read_settings(options.config)
     found = tuple(str(file) for name in options.inputs for file in _files(name))
     job = Job(settings, found, _names(found))
@@ -118,7 +124,8 @@ def work(job: Job, key: str, out: Path, options: argparse.Namespace) -> dict[str
         if other.is_dir() and other != folder:
             shutil.rmtree(other)
     folder.mkdir(exist_ok=True)
-    with Pool(options.processes) as pool:
+    shutil.rmtree(folder / STAGING, ignore_errors=True)
+    with _pool(options, folder) as pool:
         about = pipeline.run(job, folder, pool, Progress(options.quiet))
     write_result(job, folder, out)
     report = {"key": key, "files": list(job.files), "names": list(job.names), "config": options.config.read_text("utf-8")} | about
@@ -128,13 +135,28 @@ def work(job: Job, key: str, out: Path, options: argparse.Namespace) -> dict[str
     return report
 
 
+def _pool(options: argparse.Namespace, folder: Path) -> contextlib.AbstractContextManager[pipeline.Parts]:
+    """Return what does the parts; raises ConfigError where SLURM is asked for and is not here."""
+    if options.slurm is None:
+        if options.sbatch:
+            raise ConfigError("--sbatch", options.sbatch[0], "goes with --slurm", "--slurm 8")
+        return Pool(options.processes)
+    from tools.curate.cluster import Cluster  # submitit is for those who ask for it
+
+    return Cluster(options.slurm, folder.resolve() / "slurm", options.sbatch)
+
+
 def write_result(job: Job, folder: Path, out: Path) -> None:
     """Write the rows that stay, and what was removed, changed and listed."""
-    for name in SETS if job.settings.split else ("rows",):
-        (out / name).mkdir(exist_ok=True)
-        for number, source in enumerate(job.names):
-            found = (item.raw + b"\n" for of, item in pipeline.kept(folder) if (of, item.file) == (name, number))
-            write_bytes(out / name / f"{source}.jsonl", found)
+    names = SETS if job.settings.split else ("rows",)
+    with contextlib.ExitStack() as files:
+        streams = {}
+        for name in names:
+            (out / name).mkdir(exist_ok=True)
+            for number, source in enumerate(job.names):
+                streams[name, number] = files.enter_context(written(out / name / f"{source}.jsonl"))
+        for name, item in pipeline.kept(folder):
+            streams[name, item.file].write(item.raw + b"\n")
     for name in PRIVATE:
         write_bytes(out / name, pipeline.aside(folder, Path(name).stem))
     write_bytes(out / "contradictions.jsonl", [(folder / "twins" / "all" / "contradictions.jsonl").read_bytes()])
@@ -142,9 +164,16 @@ def write_result(job: Job, folder: Path, out: Path) -> None:
 
 def write_bytes(file: Path, parts: Iterable[bytes]) -> None:
     """Write a file that is never seen half-written."""
+    with written(file) as stream:
+        stream.writelines(parts)
+
+
+@contextlib.contextmanager
+def written(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file to write it under another name, which becomes its own at the end."""
     staging = file.with_name(f".{file.name}.tmp")
     with open(staging, "wb", opener=lambda path, flags: os.open(path, flags, 0o600 if file.name in PRIVATE else 0o666)) as stream:
-        stream.writelines(parts)
+        yield stream
     staging.rename(file)
 
 

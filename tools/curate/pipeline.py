@@ -12,9 +12,9 @@ place     each part: rows in their sets
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from tools.curate.job import Job
 from tools.curate.notes import SHOWN, Notes, merged
 from tools.curate.personal import hidden, mask
 from tools.curate.rows import Item, View, parsed, read_items, to_json, view, write_items
-from tools.curate.stages import Pool
+from tools.curate.stages import Tell, Work
 from tools.curate.tidy import check_schema, normalise
 from trainers.config.choices import Layout
 from trainers.data import containers
@@ -37,10 +37,16 @@ STAGES = ("tidy", "select", "place")
 """Those that take or change rows."""
 PAIRS = 20
 """Duplicates that the report shows side by side."""
-Tell = Callable[[str, int, int], None]
 
 
-def run(job: Job, folder: Path, pool: Pool, tell: Tell) -> dict[str, Any]:
+class Parts(Protocol):
+    """What does the parts of a stage: processes here, or tasks of a SLURM array."""
+
+    def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Tell) -> None:
+        """Do the parts that are not there yet, each into folder/stage/NAME."""
+
+
+def run(job: Job, folder: Path, pool: Parts, tell: Tell) -> dict[str, Any]:
     """Do all stages in `folder`, or what is missing of them, and return what the report shows."""
     pool.run(folder, "read", _read, [(f"{number:05}", (job, number)) for number in range(len(job.files))], tell)
     parts = _parts(folder)

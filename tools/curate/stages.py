@@ -1,6 +1,7 @@
 """Steps as stages that can be killed: each part of a stage is written whole or not at all, and what is there is not done again.
 
-Local processes do the parts. A library's executor would bring its own files and readers, which keep no row to the byte.
+Local processes do the parts here, tasks of SLURM arrays in cluster.py. A library's executor would bring its own files and readers,
+which keep no row to the byte.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import active_children, get_context
@@ -18,6 +20,10 @@ from trainers.processes import die_with_parent
 
 Work = Callable[[Path, Path, Any], None]
 """What makes one part: (folder of the curation, new folder to fill, what the part is about)."""
+Tell = Callable[[str, int, int], None]
+"""Gets a stage, its parts that are done, and all of them."""
+STAGING = "staging"
+"""Folder of parts that are not whole."""
 
 
 class Pool:
@@ -39,10 +45,9 @@ class Pool:
                 child.terminate()
             self.executor.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Callable[[str, int, int], None]) -> None:
+    def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Tell) -> None:
         """Do the parts of a stage that are not there yet, each into folder/stage/NAME."""
-        (folder / stage).mkdir(exist_ok=True)
-        open_parts = [(name, about) for name, about in parts if not (folder / stage / name).is_dir()]
+        open_parts = open_of(folder, stage, parts)
         done = len(parts) - len(open_parts)
         tell(stage, done, len(parts))
         if self.executor is None:
@@ -63,10 +68,24 @@ def _begin(parent: int) -> None:
     die_with_parent(parent)
 
 
+def open_of(folder: Path, stage: str, parts: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Return the parts of a stage that are not there yet."""
+    (folder / stage).mkdir(exist_ok=True)
+    (folder / STAGING).mkdir(exist_ok=True)
+    return [(name, about) for name, about in parts if not (folder / stage / name).is_dir()]
+
+
 def do_part(folder: Path, stage: str, name: str, work: Work, about: Any) -> None:
-    """Fill a part's folder under another name, which becomes its own when it is whole."""
-    staging = folder / stage / f".{name}.tmp"
-    shutil.rmtree(staging, ignore_errors=True)
+    """Fill a part's folder elsewhere and put it in its place once it is whole.
+
+    A lost node may still do what another does again: each has a folder of its own, and the first one's stays.
+    """
+    staging = folder / STAGING / f"{stage}-{name}-{uuid.uuid4().hex}"
     staging.mkdir()
     work(folder, staging, about)
-    staging.rename(folder / stage / name)
+    try:
+        staging.rename(folder / stage / name)
+    except OSError:
+        if not (folder / stage / name).is_dir():
+            raise
+        shutil.rmtree(staging)
