@@ -77,7 +77,10 @@ def test_a_gpu_takes_what_was_planned() -> None:
     ("case", "more"),
     [
         (Case(4, "tiny", activations=BLOCK), {}),
-        (Case(2, "tiny"), {"model_type": "qwen3_moe", "num_hidden_layers": 18, "decoder_sparse_step": 2, **EXPERTS}),
+        pytest.param(
+            *(Case(2, "tiny"), {"model_type": "qwen3_moe", "num_hidden_layers": 18, "decoder_sparse_step": 2, **EXPERTS}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(Case(2, "tiny"), {"model_type": "gemma3_text", "num_hidden_layers": 30, "head_dim": 16}, marks=pytest.mark.slow),
         pytest.param(Case(4, "tiny", method=LORA, quantise=NF4, microbatches=2), {}, marks=pytest.mark.slow),
         pytest.param(Case(2, "tiny"), {"model_type": "deepseek_v3", "num_hidden_layers": 16, **DEEPSEEK}, marks=pytest.mark.slow),

@@ -219,7 +219,7 @@ def test_a_killed_rank_is_named(base: Path, chats: Path, cache: Path, tmp_path: 
     wait_until_gone(tmp_path / "run")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=lambda how: how.name)
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=lambda how: how.name)
 def test_interrupting_preparation_leaves_nothing_behind(base: Path, chats: Path, tmp_path: Path, how: signal.Signals) -> None:
     """Ctrl-C on the launcher ends it soon; kill -9 of a rank takes the processes that tokenise with it; the next start works."""
     many = tmp_path / "many.jsonl"

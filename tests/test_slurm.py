@@ -66,7 +66,7 @@ def steps_done(run_dir: Path) -> int:
     ("nodes", "ranks"),
     [
         pytest.param(1, 2, marks=pytest.mark.soak),
-        (2, 1),
+        pytest.param(2, 1, marks=pytest.mark.slow),
         pytest.param(3, 1, marks=pytest.mark.slow),
         pytest.param(2, 2, marks=pytest.mark.slow),
     ],

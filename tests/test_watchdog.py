@@ -146,7 +146,7 @@ def test_a_stopped_rank_is_named_by_the_others(base: Path, chats: Path, cache: P
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("raise", ["ValueError: the fault of this test", "Traceback"]),
+        pytest.param("raise", ["ValueError: the fault of this test", "Traceback"], marks=pytest.mark.slow),
         pytest.param("memory", ["MemoryError", "Traceback"], marks=pytest.mark.slow),
         pytest.param("kill", ["rank 1 was killed by SIGKILL (out of memory, or kill -9)"], marks=pytest.mark.slow),
         pytest.param("sleep", ["rank 1 did not arrive: it is in step 8, at trainers/", "sitecustomize.py"], marks=pytest.mark.soak),
