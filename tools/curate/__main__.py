@@ -29,10 +29,12 @@ from filelock import FileLock, Timeout
 
 from tools.command import ended, parser_of
 from tools.curate import pipeline, say
+from tools.curate.checks import check
 from tools.curate.choose import SETS
 from tools.curate.config import read_settings
 from tools.curate.job import Job
 from tools.curate.page import page
+from tools.curate.quality import require_scorer
 from tools.curate.stages import STAGING, Pool
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError, plural
@@ -68,6 +70,7 @@ def curate(options: argparse.Namespace) -> int:
     if options.slurm is not None and options.slurm < 1:
         raise ConfigError("--slurm", options.slurm, "is less than 1", "--slurm 8")
     settings = read_settings(options.config)
+    check(settings)
     found = tuple(str(file) for name in options.inputs for file in _files(name))
     job = Job(settings, found, _names(found))
     require_free(out, job)
@@ -78,6 +81,8 @@ def curate(options: argparse.Namespace) -> int:
     if report:
         print(f"{say.text(report)}\nnothing to do: {out} holds this result already")
         return 0
+    if settings.quality:
+        require_scorer(settings.quality)
     (out / WORK).mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / WORK / "lock", timeout=0):
@@ -157,6 +162,8 @@ def write_result(job: Job, folder: Path, out: Path) -> None:
                 streams[name, number] = files.enter_context(written(out / name / f"{source}.jsonl"))
         for name, item in pipeline.kept(folder):
             streams[name, item.file].write(item.raw + b"\n")
+    if job.settings.quality:
+        write_bytes(out / "scores.jsonl", pipeline.scores(job, folder))
     for name in PRIVATE:
         write_bytes(out / name, pipeline.aside(folder, Path(name).stem))
     write_bytes(out / "contradictions.jsonl", [(folder / "twins" / "all" / "contradictions.jsonl").read_bytes()])

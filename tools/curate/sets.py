@@ -1,4 +1,4 @@
-"""The last stages: rows beyond a cap go, and the others are put into sets that share nothing, which is proved."""
+"""The last stages: rows that are not good enough, or too many, go. The others are put into sets that share nothing, which is proved."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from tools.curate import choose, duplicates
-from tools.curate.config import Near, Settings, Split
+from tools.curate import choose, diversity, duplicates, quality
+from tools.curate.config import Diversity, Near, Settings, Split
 from tools.curate.filters import ABSENT, field_of
 from tools.curate.job import Job
 from tools.curate.languages import script
 from tools.curate.notes import Notes
 from tools.curate.rows import Item, View, first_prompt, parsed, read_items, view, write_items
+from trainers.config.errors import ConfigError
+from trainers.data.formats import BadRow
 from trainers.rundir.files import write_json
 
 OF_THE_ROW: dict[str, Callable[[Item, View, Job], str]] = {
@@ -30,7 +32,7 @@ COMPARED = 500
 
 def chooses(settings: Settings) -> bool:
     """Tell whether rows are chosen among all."""
-    return settings.balance is not None or settings.split is not None
+    return any(step is not None for step in (settings.quality, settings.balance, settings.diversity, settings.split))
 
 
 def near_of(split: Split) -> Near:
@@ -48,6 +50,24 @@ def write_keys(out: Path, items: list[Item], views: list[View], job: Job) -> Non
     values = [[_value(name, item, view, job) for name in caps] for item, view in zip(items, views, strict=True)]
     grouped = [_text_of(field_of(item.row, split.group)) for item in items] if split and split.group else []
     write_json(out / "keys.json", {"values": values, "groups": grouped})
+    if job.settings.diversity:
+        np.save(out / "vectors.npy", vectors_of(items, views, job.settings.diversity))
+
+
+def vectors_of(items: list[Item], views: list[View], settings: Diversity) -> diversity.Vectors:
+    """Return by what rows are compared for diversity, (rows, dimensions); raises ConfigError for embeddings that do not go together."""
+    if settings.embedding is None:
+        found = [diversity.hashed(held.text, settings.dimensions) for held in views]
+        return np.array(found, np.int8).reshape(-1, settings.dimensions)
+    try:
+        found = [diversity.embedded(field_of(item.row, settings.embedding)) for item in items]
+    except BadRow as error:
+        raise ConfigError(
+            "diversity.embedding", settings.embedding, f"a row {error}", "the path of a list of numbers in every row"
+        ) from None
+    if len({len(vector) for vector in found}) > 1:
+        raise ConfigError("diversity.embedding", settings.embedding, "embeddings have different lengths", "those of one model")
+    return np.array(found, np.int8).reshape(len(found), -1)
 
 
 def _value(name: str, item: Item, found: View, job: Job) -> str:
@@ -65,8 +85,7 @@ def choose_all(folder: Path, out: Path, about: tuple[Job, list[str]]) -> None:
     keys = [json.loads((part / "keys.json").read_text()) for part in parts]
     marks = [duplicates.read_marks(part) for part in parts]
     text = np.concatenate([part.text for part in marks])
-    balance = job.settings.balance
-    gone = choose.beyond_caps([row for part in keys for row in part["values"]], text, balance) if balance else {}
+    gone = left_out(job.settings, parts, [row for part in keys for row in part["values"]], text, names)
     sets: list[str] = ["rows"] * len(text)
     proof: dict[str, Any] = {}
     if job.settings.split:
@@ -82,12 +101,47 @@ def choose_all(folder: Path, out: Path, about: tuple[Job, list[str]]) -> None:
         start = rows.stop
 
 
+Gone = dict[int, tuple[str, str, dict[str, Any]]]
+"""Rows that go: the step, the reason and what else is noted."""
+
+
+def left_out(settings: Settings, parts: list[Path], values: list[list[str]], text: duplicates.Keys, names: list[str]) -> Gone:
+    """Return the rows that are not good enough, and of the others those beyond a cap, and of these those that are most alike."""
+    gone: Gone = {}
+    scores = np.full(len(text), np.nan)
+    if settings.quality:
+        scores = np.concatenate([np.load(part.parents[1] / "score" / name / "scores.npy") for part, name in zip(parts, names, strict=True)])
+        order = [choose.order_of(0, key) for key in text]
+        gone |= {row: ("quality", *found) for row, found in quality.left_out(scores, order, settings.quality).items()}
+    if settings.balance:
+        rows = [row for row in range(len(text)) if row not in gone]
+        beyond = choose.beyond_caps([values[row] for row in rows], text[rows], settings.balance)
+        gone |= {rows[at]: ("balance", reason, {}) for at, reason in beyond.items()}
+    if settings.diversity:
+        gone |= alike(settings.diversity, parts, scores, text, gone)
+    return gone
+
+
+def alike(settings: Diversity, parts: list[Path], scores: quality.Scores, text: duplicates.Keys, gone: Gone) -> Gone:
+    """Return the rows that are not among the most diverse ones."""
+    rows = sorted((row for row in range(len(text)) if row not in gone), key=lambda row: choose.order_of(settings.seed, text[row]))
+    loaded = [found for part in parts if len(found := np.load(part / "vectors.npy"))]
+    if len({found.shape[1] for found in loaded}) > 1:
+        raise ConfigError("diversity.embedding", settings.embedding, "embeddings have different lengths", "those of one model")
+    if len(rows) <= settings.rows:
+        return {}
+    vectors = np.concatenate(loaded)[rows]
+    taken = set(diversity.choose(vectors, diversity.relevance_of(scores[rows]), settings.rows, settings.relevance))
+    reason = f"is not among the {settings.rows} most diverse rows"
+    return {row: ("diversity", reason, {}) for at, row in enumerate(rows) if at not in taken}
+
+
 def split_all(
-    split: Split, text: duplicates.Keys, first: duplicates.Keys, groups: list[str], marks: list[duplicates.Marks], gone: dict[int, str]
+    split: Split, text: duplicates.Keys, first: duplicates.Keys, groups: list[str], marks: list[duplicates.Marks], gone: Gone
 ) -> tuple[list[str], dict[str, Any]]:
     """Return the set of each row, and the proof: how many pairs of each kind there are, and how many of them are in two sets.
 
-    Rows that are beyond a cap are in no set, but what they connect is not divided either.
+    Rows that go are in no set, but what they connect is not divided either.
     """
     similar, not_compared = choose.similar_pairs(marks, near_of(split))
     named = [(name, row) for row, name in enumerate(groups) if name]
@@ -107,13 +161,14 @@ def split_all(
 
 
 def place(folder: Path, out: Path, about: tuple[Job, str]) -> None:
-    """Leave out the rows of a part that are beyond a cap, and say which set each of the others is in."""
+    """Leave out the rows of a part that are too many, and say which set each of the others is in."""
     job, name = about
     decided = json.loads((folder / "choose" / "all" / f"{name}.json").read_text())
     notes, kept, sets = Notes(list(job.files), job.settings.personal), [], []
     for row, item in enumerate(read_items(folder / "select" / name / "kept.rows")):
-        if (reason := decided["gone"].get(str(row))) is not None:
-            notes.remove(parsed(item), "balance", reason)
+        if (found := decided["gone"].get(str(row))) is not None:
+            step, reason, more = found
+            notes.remove(parsed(item), step, reason, **more)
             continue
         notes.stays(job.names[item.file], view(parsed(item).row, item.layout))
         kept.append(item)

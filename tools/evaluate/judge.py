@@ -12,13 +12,13 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from statistics import fmean
 from string import Template
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -90,7 +90,22 @@ class Verdict:
         return cls(**row)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rating:
+    """What the judge made of one text by itself, or why there is nothing."""
+
+    number: int
+    """Of the text among those that were asked about."""
+    scores: Scores | None = None
+    """By criterion, 1 to 5."""
+    failure: str = ""
+    """Of the last attempt; empty where there are scores."""
+
+
 Asked = tuple[Question, bool]
+Of = TypeVar("Of")
+Made = TypeVar("Made")
+Read = TypeVar("Read")
 
 
 class _Failed(Exception):
@@ -110,9 +125,35 @@ def ask(questions: Sequence[Question], judge: Judge, known: Iterable[Verdict], t
     verdicts = {(verdict.document, verdict.swapped): verdict for verdict in known if verdict.scores}
     asked = [(question, swapped) for question in questions for swapped in (False, True)]
     todo = [(question, swapped) for question, swapped in asked if (question.document, swapped) not in verdicts]
+
     # Not threads: one that waits for a reply cannot be stopped, and Python would wait for it before it exits.
-    verdicts |= {(verdict.document, verdict.swapped): verdict for verdict in asyncio.run(_ask_all(todo, judge, took))}
+    async def one(endpoint: _Endpoint, of: Asked) -> Verdict:
+        if endpoint.down.is_set():
+            return Verdict(document=of[0].document, swapped=of[1], failure=NOT_ASKED)
+        took(verdict := await _verdict(endpoint, *of))
+        return verdict
+
+    verdicts |= {(verdict.document, verdict.swapped): verdict for verdict in asyncio.run(_ask_all(todo, judge, one))}
     return [verdicts[question.document, swapped] for question, swapped in asked]
+
+
+def rate(prompts: Sequence[str], judge: Judge, known: Iterable[Rating], took: Callable[[Rating], None]) -> list[Rating]:
+    """Return the rating of each prompt that asks for one object with the five scores: those `known` as they are, all others asked for.
+
+    `took` gets each rating in the calling thread as soon as it is there, but not those that were known or not asked.
+    """
+    ratings = {rating.number: rating for rating in known}
+    todo = [number for number in range(len(prompts)) if number not in ratings]
+
+    async def one(endpoint: _Endpoint, number: int) -> Rating:
+        if endpoint.down.is_set():
+            return Rating(number=number, failure=NOT_ASKED)
+        scores, failure, _ = await _asked(endpoint, prompts[number], read_rating)
+        took(rating := Rating(number=number, scores=scores, failure=failure))
+        return rating
+
+    ratings |= {rating.number: rating for rating in asyncio.run(_ask_all(todo, judge, one))}
+    return [ratings[number] for number in range(len(prompts))]
 
 
 def check(judge: Judge) -> str:
@@ -204,36 +245,37 @@ class _Endpoint:
         return not self.down.is_set()
 
 
-async def _ask_all(todo: list[Asked], judge: Judge, took: Callable[[Verdict], None]) -> list[Verdict]:
+async def _ask_all(todo: Sequence[Of], judge: Judge, one: Callable[[_Endpoint, Of], Awaitable[Made]]) -> list[Made]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=judge.at_once)
     async with httpx.AsyncClient(headers=_headers(), timeout=judge.timeout_s, limits=limits) as client:
         endpoint, queue = _Endpoint(judge, client), iter(todo)
-        workers = [asyncio.create_task(_work(endpoint, queue, took)) for _ in range(min(judge.at_once, len(todo)))]
+
+        async def work() -> list[Made]:  # the queue is shared by all workers
+            return [await one(endpoint, of) for of in queue]
+
+        workers = [asyncio.create_task(work()) for _ in range(min(judge.at_once, len(todo)))]
         try:
-            return [verdict for verdicts in await asyncio.gather(*workers) for verdict in verdicts]
+            return [made for found in await asyncio.gather(*workers) for made in found]
         finally:
             for worker in workers:  # one has failed: else the others would take the closing of the client for the endpoint's doing
                 worker.cancel()
 
 
-async def _work(endpoint: _Endpoint, queue: Iterator[Asked], took: Callable[[Verdict], None]) -> list[Verdict]:
-    """Take from the queue that all workers share until it is empty; return the verdicts."""
-    verdicts = []
-    for question, swapped in queue:
-        if endpoint.down.is_set():
-            verdicts.append(Verdict(document=question.document, swapped=swapped, failure=NOT_ASKED))
-        else:
-            verdicts.append(await _verdict(endpoint, question, swapped))
-            took(verdicts[-1])
-    return verdicts
-
-
 async def _verdict(endpoint: _Endpoint, question: Question, swapped: bool) -> Verdict:
+    found, failure, attempts = await _asked(endpoint, _prompt(question, swapped), read_scores)
+    if found is None:
+        return Verdict(document=question.document, swapped=swapped, failure=failure, attempts=attempts)
+    scores, other = found[::-1] if swapped else found
+    return Verdict(document=question.document, swapped=swapped, scores=scores, other=other, attempts=attempts)
+
+
+async def _asked(endpoint: _Endpoint, prompt: str, read: Callable[[str], Read | None]) -> tuple[Read | None, str, int]:
+    """Ask until there is an answer that can be read; return it, or None and the last failure, and the number of attempts."""
     judge, attempt, failure, may_ask = endpoint.judge, 0, "", True
     while may_ask:
         attempt += 1
         try:
-            first, second = await _request(endpoint, _prompt(question, swapped))
+            found = await _request(endpoint, prompt, read)
         except _Failed as failed:
             failure = failed.kind
             wait_s = max(failed.wait_s, min(judge.backoff_s * 2 ** (attempt - 1), LONGEST_WAIT_S))
@@ -242,13 +284,12 @@ async def _verdict(endpoint: _Endpoint, question: Question, swapped: bool) -> Ve
             may_ask = not is_last and await endpoint.wait(wait_s)
         else:
             endpoint.count("")
-            scores, other = (second, first) if swapped else (first, second)
-            return Verdict(document=question.document, swapped=swapped, scores=scores, other=other, attempts=attempt)
-    return Verdict(document=question.document, swapped=swapped, failure=failure, attempts=attempt)
+            return found, "", attempt
+    return None, failure, attempt
 
 
-async def _request(endpoint: _Endpoint, prompt: str) -> tuple[Scores, Scores]:
-    """Ask once; return the scores of what stood first and second, or raise _Failed."""
+async def _request(endpoint: _Endpoint, prompt: str, read: Callable[[str], Read | None]) -> Read:
+    """Ask once; return what is read of the reply, or raise _Failed."""
     judge = endpoint.judge
     body = {
         "model": judge.model,
@@ -270,7 +311,7 @@ async def _request(endpoint: _Endpoint, prompt: str) -> tuple[Scores, Scores]:
     if not response.is_success:
         retried = response.status_code >= 500 or response.status_code in (408, 429)
         raise _Failed(f"HTTP {response.status_code}", _retry_after_s(response) if retried else float("inf"))
-    found = read_scores(_content(response))
+    found = read(_content(response))
     if found is None:
         raise _Failed(GARBAGE)
     return found
@@ -312,15 +353,25 @@ def _content(response: httpx.Response) -> str:
 
 def read_scores(reply: str) -> tuple[Scores, Scores] | None:
     """Return both answers' scores from the last JSON object of a reply that has them, wherever it is; None without one."""
+    for value in _objects(reply):
+        first, second = _scores(value.get("1")), _scores(value.get("2"))
+        if first and second:
+            return first, second
+    return None
+
+
+def read_rating(reply: str) -> Scores | None:
+    """Return the five scores from the last JSON object of a reply that has them, wherever it is; None without one."""
+    return next((scores for value in _objects(reply) if (scores := _scores(value))), None)
+
+
+def _objects(reply: str) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a text, the last to begin first."""
     decoder, at = json.JSONDecoder(), reply.rfind("{")
     while at >= 0:
         with contextlib.suppress(ValueError, RecursionError):
-            value = decoder.raw_decode(reply, at)[0]
-            first, second = _scores(value.get("1")), _scores(value.get("2"))
-            if first and second:
-                return first, second
+            yield decoder.raw_decode(reply, at)[0]
         at = reply.rfind("{", 0, at)
-    return None
 
 
 def _scores(value: object) -> Scores | None:
