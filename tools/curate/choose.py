@@ -40,19 +40,18 @@ def beyond_caps(values: Sequence[Sequence[str]], text: Keys, settings: Balance) 
 def similar_pairs(parts: Sequence[Marks], near: Near) -> tuple[list[tuple[int, int]], int]:
     """Return all pairs of rows that share a band and reach the threshold, and how many were not compared."""
     sets = duplicates.Sets(parts)
-    banded, rough = (np.concatenate([getattr(part, name) for part in parts]) for name in ("bands", "signature"))
+    rough = np.concatenate([part.signature for part in parts])
     found: dict[int, bool] = {}
     left_out = 0
-    for number in range(near.bands):
-        for bucket in duplicates.groups(banded[:, number : number + 1]):
-            for place, row in enumerate(bucket):
-                others = np.array(bucket[max(0, place - near.compared) : place], np.int64)
-                left_out += max(0, place - near.compared)
-                agree = (rough[others] == rough[row]).mean(axis=1)
-                for other in others[agree >= near.threshold - duplicates.MARGIN].tolist():
-                    pair = (other << 40) | row
-                    if pair not in found:
-                        found[pair] = jaccard(sets[other], sets[row]) >= near.threshold
+    for bucket in duplicates.buckets(parts, near):
+        for place, row in enumerate(bucket):
+            others = np.array(bucket[max(0, place - near.compared) : place], np.int64)
+            left_out += max(0, place - near.compared)
+            agree = (rough[others] == rough[row]).mean(axis=1)
+            for other in others[agree >= near.threshold - duplicates.MARGIN].tolist():
+                pair = (other << 40) | row
+                if pair not in found:
+                    found[pair] = jaccard(sets[other], sets[row]) >= near.threshold
     return [(pair >> 40, pair & ((1 << 40) - 1)) for pair, is_similar in found.items() if is_similar], left_out
 
 

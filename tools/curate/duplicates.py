@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from tools.curate.config import Near, Settings
 from tools.curate.rows import View
-from tools.curate.shingles import Hashes, bands, jaccard, shingles, signature
+from tools.curate.shingles import Hashes, bands, jaccard, shingles, signatures
 from trainers.config.choices import Layout
 
 Keys = npt.NDArray[np.uint64]
@@ -78,14 +78,14 @@ def marks(views: Sequence[View], layouts: Sequence[Layout], ranks: Sequence[floa
     """Return what is kept of rows, as far as the steps need it. Pairs, texts and conversations are compared among themselves."""
     kinds = [APART.get(layout, "") for layout in layouts]
     sets = [shingles(view.text, near.characters) for view in views] if near else []
-    least = [signature(found, near.bands * near.band_rows) for found in sets] if near else []
-    banded = [bands(found, near.bands) ^ SALT[kind] for found, kind in zip(least, kinds, strict=True)] if near else []
+    least = signatures(sets, near.bands * near.band_rows if near else 0)
+    salt = np.array([SALT[kind] for kind in kinds], np.uint64)
     return Marks(
         text=digests("\0".join((kind, view.prompt, *view.answers)) for kind, view in zip(kinds, views, strict=True)),
         prompt=digests(f"{kind}\0{view.prompt}" for kind, view in zip(kinds, views, strict=True)),
         rank=np.array(ranks, np.float64),
-        bands=np.array(banded, np.uint64) if banded else np.zeros((len(views), 0), np.uint64),
-        signature=np.array(least, np.uint32).astype(np.uint8) if least else np.zeros((len(views), 0), np.uint8),
+        bands=bands(least, near.bands) ^ salt[:, None] if near and sets else np.zeros((len(views), 0), np.uint64),
+        signature=least.astype(np.uint8) if sets else np.zeros((len(views), 0), np.uint8),
         sizes=np.array([len(found) for found in sets], np.int64),
         shingles=np.concatenate(sets) if sets else np.zeros(0, np.uint32),
     )
@@ -103,9 +103,15 @@ def write_marks(folder: Path, found: Marks) -> None:
 
 
 def read_marks(folder: Path) -> Marks:
-    """Read what `write_marks` has written; shingles are read as they are asked for."""
+    """Read what `write_marks` has written; shingles and bands, which are large, as they are asked for."""
     names = [found.name for found in fields(Marks)]
-    return Marks(**{name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "shingles" else None) for name in names})
+    return Marks(**{name: np.load(folder / f"{name}.npy", mmap_mode="r" if name in ("shingles", "bands") else None) for name in names})
+
+
+def buckets(parts: Sequence[Marks], near: Near) -> Iterator[list[int]]:
+    """Yield the rows that share a band, a band after the other, so that only one is in memory."""
+    for number in range(near.bands):
+        yield from groups(np.concatenate([part.bands[:, number : number + 1] for part in parts]))
 
 
 def find(parts: Sequence[Marks], settings: Settings) -> Found:
@@ -133,7 +139,8 @@ def groups(keys: Keys) -> Iterator[list[int]]:
     ordered = keys[order]
     starts = np.flatnonzero(np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(axis=1)]))
     sizes = np.diff(np.append(starts, len(keys)))
-    several = [order[start : start + size].tolist() for start, size in zip(starts, sizes, strict=True) if size > 1]
+    many = sizes > 1
+    several = [order[start : start + size].tolist() for start, size in zip(starts[many], sizes[many], strict=True)]
     yield from sorted(several)
 
 
@@ -143,16 +150,14 @@ def _find_near(parts: Sequence[Marks], near: Near, found: Found) -> None:
     Repeated until nothing is found: then no two rows that stay are similar and share a band, but for those that were not compared.
     """
     sets = Sets(parts)
-    banded = np.concatenate([part.bands for part in parts])
     rough = np.concatenate([part.signature for part in parts])
     rank = np.concatenate([part.rank for part in parts])
-    buckets = [bucket for number in range(near.bands) for bucket in groups(banded[:, number : number + 1])]
-    del banded
+    shared = list(buckets(parts, near))
     seen: dict[int, bool] = {}
     while True:
         found.not_compared = 0
         similar: list[tuple[int, int]] = []
-        for bucket in buckets:
+        for bucket in shared:
             rows = sorted((row for row in bucket if row not in found.twins), key=lambda row: (-rank[row], row))
             found.not_compared += _compare(rows, near, rough, sets, seen, similar)
         if not similar:

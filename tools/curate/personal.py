@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from tools.curate.config import PERSONAL_KINDS, Personal
 from tools.curate.identifiers import is_business, is_card, is_iban, is_mrz_field, is_resident
@@ -69,10 +70,15 @@ DIGITS = re.compile(r"\d(?:[ .\-()]{0,2}\d){6}")
 
 def _may_have_key(text: str) -> bool:
     text = text.lower()
-    return any(sign in text for sign in SIGNS)
+    for sign in SIGNS:  # noqa: SIM110 - any() takes twice as long
+        if sign in text:
+            return True
+    return False
 
 
+@lru_cache(maxsize=1)
 def _has_digits(text: str) -> bool:
+    """Several kinds ask for the same text, one after the other."""
     return DIGITS.search(text) is not None
 
 
@@ -114,8 +120,12 @@ KINDS: dict[str, Kind] = {
             r"|(?:[0-9A-Fa-f]{1,4}:){2,7}(?::?[0-9A-Fa-f]{1,4}){1,7}(?![\w:]))"
         ),
         _is_public,
+        lambda text: text.count(".") >= 3 or text.count(":") >= 2,
     ),
-    "mac": Kind(re.compile(r"(?<![\w:\-])[0-9A-Fa-f]{2}(?:([:\-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![\w:\-])")),
+    "mac": Kind(
+        re.compile(r"(?<![\w:\-])[0-9A-Fa-f]{2}(?:([:\-])[0-9A-Fa-f]{2})(?:\1[0-9A-Fa-f]{2}){4}(?![\w:\-])"),
+        may_be=lambda text: text.count(":") >= 5 or text.count("-") >= 5,
+    ),
 }
 """In the order in which they are looked for: what has a check digit before what has none."""
 assert tuple(KINDS) == PERSONAL_KINDS

@@ -118,17 +118,16 @@ def _tidy(folder: Path, out: Path, about: tuple[Job, Path, str]) -> None:
     expected = Layout(schema.layout or layout or Layout.auto) if schema else None
     for item in read_items(file):
         notes.tally("source before", job.names[item.file])
-        if (reason := check_schema(item, expected)) is not None:
-            notes.remove(item, "schema", reason)
+        if isinstance(found := check_schema(item, expected), str):
+            notes.remove(item, "schema", found)
             continue
         notes.tally("layout", item.layout)
         before = item.raw
         if job.settings.normalise and (reason := normalise(item, job.settings.normalise)):
             notes.change(item, "normalise", reason, before)
-            if (reason := check_schema(Item(item.file, item.line, item.raw), None)) is not None:
-                notes.remove(item, "schema", f"{reason} once it is normalised")
+            if isinstance(found := check_schema(Item(item.file, item.line, item.raw), None), str):
+                notes.remove(item, "schema", f"{found} once it is normalised")
                 continue
-        found = view(item.row, item.layout)
         notes.lengths(found, "before")
         kept.append(item)
         views.append(found)

@@ -6,7 +6,7 @@ import re
 import unicodedata
 
 from tools.curate.config import Normalise
-from tools.curate.rows import Item, map_text, to_json, view
+from tools.curate.rows import Item, View, map_text, to_json, view
 from trainers.config.choices import Layout
 from trainers.data.formats import BadRow, recognise, strict_json
 
@@ -30,8 +30,8 @@ TRAILING = re.compile(r"[ \t]+(?=\n)")
 MANY_LINES = re.compile(r"\n{4,}")
 
 
-def check_schema(item: Item, expected: Layout | None) -> str | None:
-    """Parse a row and say what is wrong with it: in its layout or, where nothing is expected, in the one that its fields tell."""
+def check_schema(item: Item, expected: Layout | None) -> View | str:
+    """Parse a row and return what it says, or what is wrong with it: in its layout or, where nothing is expected, as its fields tell."""
     try:
         if item.bad:
             raise BadRow(item.bad)
@@ -39,10 +39,9 @@ def check_schema(item: Item, expected: Layout | None) -> str | None:
         item.layout = recognise(item.row)
         if expected not in (None, item.layout):
             raise BadRow(f"has the layout {item.layout}, and {expected} is expected")
-        view(item.row, item.layout)
+        return view(item.row, item.layout)
     except BadRow as error:
         return str(error)
-    return None
 
 
 def _read(item: Item) -> None:
@@ -60,8 +59,6 @@ def _read(item: Item) -> None:
 
 def normalise(item: Item, settings: Normalise) -> str | None:
     """Spell a row's texts in one way, in place; say what was done."""
-    if item.raw.isascii() and not _may_change(item.raw):
-        return None
     done: set[str] = set()
     ends = item.layout not in (Layout.prompt_completion, Layout.text)
 
@@ -75,13 +72,20 @@ def normalise(item: Item, settings: Normalise) -> str | None:
     return ", ".join(sorted(done))
 
 
-def _may_change(raw: bytes) -> bool:
-    """Tell whether an ASCII row has anything to normalise: an escape of JSON, or a blank before a line end or a quote."""
-    return b"\\u" in raw or b"\\r" in raw or b" \\n" in raw or b"\\t\\n" in raw or b"\\n\\n\\n\\n" in raw or b' "' in raw or b'\\n"' in raw
+def _is_plain(text: str) -> bool:
+    """Tell at a glance of most texts that there is nothing to normalise."""
+    return (
+        text.isascii()
+        and text.replace("\n", "").replace("\t", "").isprintable()
+        and not any(found in text for found in (" \n", "\t\n", "\n\n\n\n"))
+        and text.strip() == text
+    )
 
 
 def _normalised(text: str, settings: Normalise, ends: bool, done: set[str]) -> str:
     """Return a text in one spelling, and note in `done` what was needed for it."""
+    if _is_plain(text):
+        return text
     steps = []
     if settings.encodings and not text.isascii():
         steps.append(("encoding", read_again))
