@@ -9,6 +9,7 @@ import tomllib
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from tools.curate import languages
@@ -16,10 +17,16 @@ from tools.curate.config import Boilerplate, Languages, Length, Provenance, Refu
 from tools.curate.rows import Item, View
 
 FENCE = re.compile(r"^[ \t]*```([\w+\-]*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
+CLOSING_FENCE = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
+FENCES = 8
+"""Further ones up to which a block of code is read that does not parse."""
 OPEN_FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
 WORD = re.compile(r"\w+")
-OPEN_END = re.compile(r"(?:[,(\[{]|(?<=[\w,] )(?:the|an?|of|to|and|or|with|for|from|that|which|is|are|was|were|by|as|because))$")
-"""A comma, an opening bracket or an English word that something must follow."""
+OPEN_END = re.compile(r"(?:[,(\[{]|(?<=[\w,] )(?:the|an|a|of|and|or|that|which|because))$")
+"""A comma, an opening bracket or an English word that something must follow. A sentence may end with `to`, `with` or `is`."""
+PROMPTED = re.compile(r"^[ \t]*(?:>>>|\.\.\.)(?: |$)")
+NOTEBOOK = re.compile(r"^[ \t]*[!%].*$", re.MULTILINE)
+"""Lines that a notebook hands to its shell or to itself."""
 REFUSAL = re.compile(
     r"^\W*(?:(?:(?:i'?m|i am) )?(?:very |so )?sorry\b[^.\n]{0,120}?\b(?:can'?t|cannot|unable|not able|won'?t|must decline)\b"
     r"|i (?:can'?t|cannot|won'?t|will not|must decline to|(?:am|'m) (?:unable|not able) to) "
@@ -110,15 +117,32 @@ def boilerplate(item: Item, found: View, settings: Boilerplate) -> str | None:
 def syntax(item: Item, found: View, settings: Syntax) -> str | None:
     """Remove answers with a block of code in one of the languages that is not valid in it."""
     for text in said(found):
-        if "```" in text:
-            for language, code in FENCE.findall(text):
-                parse = PARSERS.get(language.casefold())
-                if parse is not None and language.casefold() in settings.languages and (wrong := _wrong(parse, code)):
-                    return f"has {language} that is not valid: {wrong}"
+        at = 0
+        while "```" in text and (block := FENCE.search(text, at)):
+            language, at = block[1], block.end()
+            parse = PARSERS.get(language.casefold())
+            if parse is None or language.casefold() not in settings.languages or not (wrong := _wrong(parse, block[2])):
+                continue
+            if (at := _end_of_longer(text, block, parse)) < 0:
+                return f"has {language} that is not valid: {wrong}"
     return None
 
 
+def _end_of_longer(text: str, block: re.Match[str], parse: Callable[[str], Any]) -> int:
+    """Return where a block ends that has fences of its own, in a docstring; -1 where it is not valid up to any of the next ones."""
+    for close in islice(CLOSING_FENCE.finditer(text, block.end()), FENCES):
+        if not _wrong(parse, text[block.start(2) : close.start()]):
+            return close.end()
+    return -1
+
+
 def _wrong(parse: Callable[[str], Any], code: str) -> str:
+    """Return why a block is not valid, empty where it is: as it is or, of Python, by what of it was typed."""
+    wrong = _error(parse, code)
+    return wrong if wrong and (parse is not ast.parse or _error(parse, typed(code))) else ""
+
+
+def _error(parse: Callable[[str], Any], code: str) -> str:
     indent = len(code) - len(code.lstrip(" "))
     lines = [line[indent:] if not line[:indent].strip() else line for line in code.split("\n")]
     try:
@@ -128,6 +152,14 @@ def _wrong(parse: Callable[[str], Any], code: str) -> str:
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # tomllib's is a ValueError
         return str(error).split("(<")[0].strip() or type(error).__name__
     return ""
+
+
+def typed(code: str) -> str:
+    """Return the Python of a block: of a session with prompts what was typed, of a notebook's cell what is Python."""
+    lines = code.split("\n")
+    if code.lstrip().startswith(">>>"):
+        return "\n".join(PROMPTED.sub("", line) for line in lines if PROMPTED.match(line))
+    return NOTEBOOK.sub("", code)
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"json": json.loads, "python": ast.parse, "toml": tomllib.loads}

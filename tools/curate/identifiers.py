@@ -6,6 +6,7 @@ import datetime
 from itertools import cycle
 
 CENTURIES = {"1": 1900, "2": 1900, "3": 2000, "4": 2000, "5": 1900, "6": 1900, "7": 2000, "8": 2000, "9": 1800, "0": 1800}
+MAESTRO = (5018, 5020, 5038, 5893, 6304, 6759, 6761, 6762, 6763)
 RANDOM_SINCE = datetime.date(2020, 10, 5)
 """From then on new Korean registration numbers have no check digit (Enforcement Rule of the Resident Registration Act)."""
 
@@ -26,6 +27,8 @@ def is_card(text: str) -> bool:
         or ((four == 6011 or 6440 <= four <= 6599 or 3528 <= four <= 3589) and 16 <= size <= 19)
         or ((3000 <= four <= 3059 or number[:2] in ("36", "38", "39")) and 14 <= size <= 19)
         or (number[:2] == "62" and 16 <= size <= 19)
+        or (four in (1800, 2131) and size == 15)
+        or (four in MAESTRO and 12 <= size <= 19)
         or (number[:1] == "9" and size == 16)  # cards for use in Korea
     )
     return known and luhn(number)

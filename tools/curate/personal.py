@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from tools.curate.config import PERSONAL_KINDS, Personal
-from tools.curate.identifiers import is_business, is_card, is_iban, is_mrz_field, is_resident
+from tools.curate.identifiers import digits_of, is_business, is_card, is_iban, is_mrz_field, is_resident
 from tools.curate.rows import Item, map_text, view
 from trainers.data.formats import BadRow
 
@@ -47,16 +47,36 @@ class Kind:
 
 
 def _is_public(match: re.Match[str]) -> bool:
-    """Tell whether an address is one that is reached from everywhere; those of a local network and of examples stay."""
+    """Tell whether an address is one that is reached from everywhere; those of a local network and of examples stay.
+
+    Four small numbers are a version more often than an address, and need a word before them.
+    """
     try:
-        return ipaddress.ip_address(match[0]).is_global
+        address = ipaddress.ip_address(match[0])
     except ValueError:
         return False
+    if address.version == 4 and all(int(part) < SMALL for part in match[0].split(".")):
+        before = match.string[max(0, match.start() - BEFORE) : match.start()].lower()
+        if not any(word in before for word in ("ip", "addr", "host", "server", "dns", "ping", "//")):
+            return False
+    return bool(address.is_global and not address.is_multicast)
+
+
+SMALL = 40
+BEFORE = 20
+"""Characters before an address that are looked at."""
+DATE = re.compile(r"\d{1,2}[ .\-]\d{1,2}[ .\-](?:19|20)\d\d(?!\d)")
 
 
 def _is_phone(match: re.Match[str]) -> bool:
-    size = sum(char.isdigit() for char in match[0])
-    return 8 <= size <= 15
+    """Tell whether a number has as many digits as a telephone's, is not a date, and is not one of a row of numbers."""
+    number: str = match[0]
+    size = len(digits_of(match["main"]))
+    if not re.match(r"\(?0[1-9]", number):
+        return 8 <= size <= 15
+    before, after = match.string[: match.start()], match.string[match.end() :]
+    is_in_row = (before[-2:-1].isdigit() and before[-1:] == " ") or (after[:1] in (" ", ":") and after[1:2].isdigit())
+    return 9 <= size <= 12 and not DATE.match(number) and not is_in_row
 
 
 def _is_passport(match: re.Match[str]) -> bool:
@@ -107,9 +127,10 @@ KINDS: dict[str, Kind] = {
     ),
     "phone": Kind(
         re.compile(
-            r"(?<![\w.+\-])(?:\+\d{1,3}[ .\-]?(?:\(\d{1,4}\)[ .\-]?)?\d{1,4}(?:[ .\-]?\d{2,4}){1,4}"
-            r"|0(?:2|1[016789]|[3-6]\d|70|80|50\d)[ .\-]\d{3,4}[ .\-]\d{4}|01[016789]\d{7,8}"
-            r"|(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[.\-])[2-9]\d{2}[.\-]\d{4})" + ENDS
+            r"(?<![\w.+\-(/])(?P<main>(?:\+|00)[1-9]\d{0,2}[ .\-]?(?:\(\d{1,4}\)[ .\-]?)?\d{1,4}(?:[ .\-]?\d{2,4}){1,4}"
+            r"|(?:001[ .\-])?(?:\([2-9]\d{2}\) ?|[2-9]\d{2}[.\-])[2-9]\d{2}[.\-]\d{4}"
+            r"|(?:\(0[1-9]\d{0,3}\) ?|0[1-9]\d{0,4}[ .\-/])\d{2,8}(?:[ .\-]\d{2,5}){0,4}|0[1-9]\d{8,9})"
+            r"(?:(?: ?x| ext\.? ?)\d{1,6})?" + ENDS
         ),
         _is_phone,
         _has_digits,
