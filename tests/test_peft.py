@@ -47,6 +47,7 @@ from trainers.engines.build import build_engine
 from trainers.model.export import export
 from trainers.model.weights import origin_of
 from trainers.objectives import NextToken
+from trainers.optim.sharded import local
 from trainers.peft.adapt import adapt
 from trainers.peft.base import Adaptation, read_whole
 from trainers.peft.nf4 import packed_shape, round_trip
@@ -71,8 +72,8 @@ def state_bytes(engine: Any) -> tuple[int, int]:
     if hasattr(engine.optimizer, "grad_partitions_flat_buffer"):
         moments = [state[kind] for state in engine.optimizer.optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
         return engine.optimizer.grad_partitions_flat_buffer.nbytes, sum(moment.nbytes for moment in moments)
-    gradients = [p.grad.to_local() for p in engine.model.parameters() if p.grad is not None]
-    moments = [state[kind].to_local() for state in engine.optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
+    gradients = [local(p.grad) for p in engine.model.parameters() if p.grad is not None]
+    moments = [local(state[kind]) for state in engine.optimizer.state.values() for kind in ("exp_avg", "exp_avg_sq")]
     return sum(tensor.nbytes for tensor in gradients), sum(moment.nbytes for moment in moments)
 
 

@@ -40,7 +40,7 @@ from trainers.engines.base import (
     update_statement,
     update_tensors,
 )
-from trainers.engines.fsdp.groups import layout, require_groups, shard, unreached_modules
+from trainers.engines.fsdp.groups import has_use, layout, require_groups, shard, unreached_modules
 from trainers.engines.fsdp.state import (
     begin_state,
     bytes_on_host,
@@ -73,7 +73,10 @@ CLIP_EPS = 1e-6
 
 
 class FSDPEngine:
-    """The Engine over fully_shard; parameters, gradients and AdamW state are float32 DTensors, split over all ranks."""
+    """The Engine over fully_shard; parameters, gradients and AdamW state are float32 DTensors, split over all ranks.
+
+    One rank that computes in float32 has nothing to split, gather or cast: its tensors are plain, and so is its model.
+    """
 
     settling_steps = 0
 
@@ -101,6 +104,12 @@ class FSDPEngine:
         self.routers = [self.model.get_submodule(path) for path in routers]
         require_groups(self.model, [*self.blocks, *self.unreached])
         self.compiled = self._compile() if config.train.compile else None
+        self.is_cut = has_use(config, self.compute, world)
+        if self.is_cut:
+            self._shard()
+        self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
+
+    def _shard(self) -> None:
         if self.adaptation.packed:
             from trainers.engines.integers import shard_integers
 
@@ -112,10 +121,9 @@ class FSDPEngine:
             self.routers,
             never_used=self.adaptation.unreached,
             compute=self.compute,
-            engine=engine,
-            world=world,
+            engine=self.config.engine,
+            world=self.world,
         )
-        self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
 
     @staticmethod
     def require_parts(config: RunConfig) -> None:
@@ -189,9 +197,10 @@ class FSDPEngine:
 
         In float16 it grows by the loss scale alone, so that gradients overflow alike on any number of ranks; `squares` divides.
         """
-        self.model.set_requires_gradient_sync(last or self.config.engine.sync_each_microbatch)  # type: ignore[operator]
-        self.model.set_requires_all_reduce(last)  # type: ignore[operator]
-        self.model.set_reshard_after_backward(last or self.config.engine.reshard_after_backward)  # type: ignore[operator]
+        if self.is_cut:
+            self.model.set_requires_gradient_sync(last or self.config.engine.sync_each_microbatch)  # type: ignore[operator]
+            self.model.set_requires_all_reduce(last)  # type: ignore[operator]
+            self.model.set_reshard_after_backward(last or self.config.engine.reshard_after_backward)  # type: ignore[operator]
         (loss * (self.world.size if self.scale is None else self.scale.factor)).backward()
 
     def squares(self) -> Tensor:
@@ -279,7 +288,7 @@ class FSDPEngine:
     def _average(self, on: bool) -> None:
         """Let the parameters hold their averages or what is trained, where the optimizer knows both."""
         change: Any = getattr(self.optimizer, "average", None)
-        if change is not None and change(on):
+        if change is not None and change(on) and self.is_cut:
             for module in (*self.blocks, *self.unreached, self.model):
                 module.reshard()  # type: ignore[operator]  # what an evaluation has gathered holds the old values
 
@@ -342,15 +351,12 @@ class FSDPEngine:
         total = sum(unpacked_numel(self.adaptation, name, p.numel()) for name, p in self.model.named_parameters())
         trained = sum(p.numel() for p in parameters)
         require_state_bytes(self.config.optim, size["optimizer"], size["trainable"] // 4)
-        policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
-        if policies != {self.compute}:
-            raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
-        cut = layout(self.model, [*self.blocks, *self.unreached], self.world.size, self.config.engine.replicate)
+        cut = self._layout()
         home = HOST if self.offloaded else ""
         until = "whole until the last microbatch" if self.keeps_whole_gradients else home
         state = state_statement(self.config.optim, moments, size["optimizer"], HOST if self.visits else home)
         return {
-            "parameters": f"{counted(total, trained)}, in {cut}",
+            "parameters": f"{counted(total, trained)}, {cut}",
             "storage": statement("master weights", parameters, torch.float32, size["trainable"], home),
             "compute": in_short(self.compute),
             **({} if self.scale is None else {"loss scale": self.scale.words()}),
@@ -368,6 +374,15 @@ class FSDPEngine:
             **({"routers": f"computed in float32, in {plural(len(self.routers), 'group')} of their own"} if self.routers else {}),
             "logits": self.logits,
         }
+
+    def _layout(self) -> str:
+        """Say how the model is cut; raises RuntimeError if its groups compute in another type than the run."""
+        if not self.is_cut:
+            return "whole: one rank that computes in float32 has nothing to gather or to cast"
+        policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
+        if policies != {self.compute}:
+            raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
+        return f"in {layout(self.model, [*self.blocks, *self.unreached], self.world.size, self.config.engine.replicate)}"
 
     def close(self) -> None:
         """Look no more at what is compiled; all else that remains is in the run directory."""

@@ -64,6 +64,8 @@ def load(model: PreTrainedModel, optimizer: Any, update: Update | None, scale: L
 def _of_each_rank(optimizer: torch.optim.Optimizer, values: Tensor) -> Tensor:
     """Return a part of a tensor that holds as many values of each rank."""
     p: Any = next(iter(optimizer.state))
+    if not isinstance(p, DTensor):
+        return values
     return DTensor.from_local(values, p.device_mesh, p.placements, run_check=False)
 
 
@@ -85,7 +87,8 @@ def pieces(model: PreTrainedModel, ranks: int) -> dict[Tensor, list[Any]]:
 def placed(model: PreTrainedModel, name: str, elements: Tensor) -> Tensor:
     """Return flat elements of this rank as a part of a whole that is split as the parameter is; shares memory."""
     p: Any = model.get_parameter(name)
-    return DTensor(elements.view(local_block(p)[0].shape), p._spec, requires_grad=False)
+    part = elements.view(local_block(p)[0].shape)
+    return DTensor(part, p._spec, requires_grad=False) if isinstance(p, DTensor) else part
 
 
 def load_values(model: PreTrainedModel, origin: Origin) -> None:
