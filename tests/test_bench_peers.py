@@ -35,6 +35,14 @@ def test_a_run_is_measured_from_its_command_to_its_last_step(tmp_path: Path) -> 
     assert found.step_seconds >= 0.3
     assert found.first_step_s >= 0.2
     assert found.peak_bytes > 64 << 20
+    assert found.cpu_seconds < 0.2
+
+
+def test_cpu_time_of_all_processes_counts_and_waiting_does_not(tmp_path: Path) -> None:
+    spin = "until = time.process_time() + 0.3\nwhile time.process_time() < until: pass\n"
+    code = f"import os\nstep(2.0)\ntime.sleep(0.3)\nchild = os.fork()\n{spin}\nif not child: time.sleep(30)\n"
+    code += "time.sleep(0.5)\nstep(1.0)\ntime.sleep(0.3)\nos.kill(child, 9)"
+    assert 0.5 < run(code, tmp_path, num_steps=2, limit_s=60.0).cpu_seconds < 0.9
 
 
 def test_forked_processes_count_once(tmp_path: Path) -> None:
@@ -83,7 +91,7 @@ def test_nothing_is_left_of_a_run(tmp_path: Path) -> None:
 
 
 def measured(first: float, last: float, seconds: float = 1.0, peak: int = 1 << 30, first_step_s: float = 10.0) -> Measured:
-    return Measured(losses=[first, last], step_seconds=seconds, first_step_s=first_step_s, peak_bytes=peak)
+    return Measured(losses=[first, last], step_seconds=seconds, first_step_s=first_step_s, peak_bytes=peak, cpu_seconds=2 * seconds)
 
 
 def test_the_table_has_ratios_of_what_trains_the_same_only() -> None:
@@ -99,7 +107,8 @@ def test_the_table_has_ratios_of_what_trains_the_same_only() -> None:
         [cell.strip() for cell in line.strip("|").split(" | ")] for line in table(["packed", "padded"], 1000, ours, peers).splitlines()
     ]
     assert lines[2][:4] == ["fulltune", "packed", "4", "2,000"], "each at its best microbatch"
-    assert lines[3] == ["fast", "packed", "4", "1,000", "**2.00**", "2.0 GiB", "**0.50**", "20.0 s", "0.50", "9.9010, 8.0100"]
+    assert lines[3][:7] == ["fast", "packed", "4", "1,000", "**2.00**", "2.0", "0.50"]
+    assert lines[3][7:] == ["2.0 GiB", "**0.50**", "20.0 s", "0.50", "9.9010, 8.0100"]
     assert lines[4][4] == lines[5][4] == "-"
     assert "the first is not ours" in lines[4][-1]
     assert "the last is not ours" in lines[5][-1]

@@ -34,7 +34,7 @@ def test_the_plain_loop_measures_what_ours_does(tiny_llama: Path) -> None:
 def test_the_section_gives_ratios_and_refuses_other_losses() -> None:
     one = {"speed": 100.0, "peak": 100.0 * 2**20, "loss": 0.5}
     found = {"dpo": one | {"reference": 300.0, "evaluation": 200.0}, "sft": one, "plain": one, "second": one | {"speed": 50.0}}
-    measured = Measured(losses=[0.69, 0.5, 0.4], step_seconds=2.0, first_step_s=9.0, peak_bytes=2**30)
+    measured = Measured(losses=[0.69, 0.5, 0.4], step_seconds=2.0, first_step_s=9.0, peak_bytes=2**30, cpu_seconds=3.0)
     text = section(OPTIONS, MADE, found, {"ours": [measured]})
     assert "| plain loop, a second model | 50 | 2.00 |" in text
     assert "1.50 times" in text

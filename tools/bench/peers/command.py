@@ -277,7 +277,8 @@ def table(all_rows: Iterable[str], tokens: int, ours: Trainer, peers: Iterable[T
 
     No ratio is given where the first losses differ: the two would not train the same.
     """
-    heads = ["peer", "rows", "microbatch", "tokens/s", "ours : peer", "peak memory", "ours : peer", "to the first step", "ours : peer"]
+    ratio = "ours : peer"
+    heads = ["peer", "rows", "microbatch", "tokens/s", ratio, "CPU s a step", ratio, "peak memory", ratio, "to the first step", ratio]
     lines = [[*heads, "first and last loss"], ["---"] * (len(heads) + 1)]
     for rows in all_rows:
         best = ours.best(rows)
@@ -287,8 +288,8 @@ def table(all_rows: Iterable[str], tokens: int, ours: Trainer, peers: Iterable[T
 
 
 def _own(tokens: int, microbatch: int, runs: list[Measured]) -> list[str]:
-    speed, peak, first = _medians(tokens, runs)
-    return [str(microbatch), f"{speed:,.0f}", "", in_bytes(peak), "", f"{first:.1f} s", "", _losses(runs)]
+    speed, cpu, peak, first = _medians(tokens, runs)
+    return [str(microbatch), f"{speed:,.0f}", "", f"{cpu:.1f}", "", in_bytes(peak), "", f"{first:.1f} s", "", _losses(runs)]
 
 
 def _against(rows: str, tokens: int, ours: tuple[int, list[Measured]] | None, peer: Trainer) -> list[str]:
@@ -300,12 +301,14 @@ def _against(rows: str, tokens: int, ours: tuple[int, list[Measured]] | None, pe
     if ours is None:
         return [peer.name, rows, *cells]
     differs = difference(ours[1], theirs[1])
-    ratios = ["-"] * 3
+    ratios = ["-"] * 4
     if not differs:
-        speed, peak, first = (a / b for a, b in zip(_medians(tokens, ours[1]), _medians(tokens, theirs[1]), strict=True))
-        ratios = [f"**{speed:.2f}**", f"**{peak:.2f}**", f"{first:.2f}"]
-    micro, speed_, _, peak_, _, first_, _, losses = cells
-    return [peer.name, rows, micro, speed_, ratios[0], peak_, ratios[1], first_, ratios[2], losses + (f": {differs}" if differs else "")]
+        speed, cpu, peak, first = (a / b for a, b in zip(_medians(tokens, ours[1]), _medians(tokens, theirs[1]), strict=True))
+        ratios = [f"**{speed:.2f}**", f"{cpu:.2f}", f"**{peak:.2f}**", f"{first:.2f}"]
+    for place, found in zip((2, 4, 6, 8), ratios, strict=True):
+        cells[place] = found
+    cells[-1] += f": {differs}" if differs else ""
+    return [peer.name, rows, *cells]
 
 
 def difference(ours: list[Measured], theirs: list[Measured]) -> str:
@@ -317,11 +320,11 @@ def difference(ours: list[Measured], theirs: list[Measured]) -> str:
     return ""
 
 
-def _medians(tokens: int, runs: list[Measured]) -> tuple[float, float, float]:
-    """Return tokens a second, bytes and seconds to the first step."""
-    found: list[Any] = [[getattr(run, name) for run in runs] for name in ("step_seconds", "peak_bytes", "first_step_s")]
-    seconds, peak, first = map(statistics.median, found)
-    return tokens / seconds, peak, first
+def _medians(tokens: int, runs: list[Measured]) -> tuple[float, float, float, float]:
+    """Return tokens a second, CPU seconds a step, bytes, and seconds to the first step."""
+    found: list[Any] = [[getattr(run, name) for run in runs] for name in ("step_seconds", "cpu_seconds", "peak_bytes", "first_step_s")]
+    seconds, cpu, peak, first = map(statistics.median, found)
+    return tokens / seconds, cpu, peak, first
 
 
 def _losses(runs: list[Measured]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -43,6 +44,8 @@ class Measured:
     """From the command to the end of the first step."""
     peak_bytes: int
     """The largest memory until the last step: CUDA memory where there is some, else the host's of all its processes."""
+    cpu_seconds: float
+    """Median CPU time of the steps after the first, of all its processes: unlike `step_seconds` it does not grow on a busy machine."""
 
 
 class RunFailed(Exception):
@@ -65,6 +68,7 @@ def measure(
     """
     log = log or folder / "log"
     began, until, peak, steps = time.time(), time.monotonic() + limit_s, 0, list[Step]()
+    used = list[tuple[int, float]]()
     with log.open("wb") as file:
         child = subprocess.Popen(
             line,
@@ -83,6 +87,8 @@ def measure(
                 family = _family(child.pid) or family
                 peak = max(peak, _together(family))
                 steps = steps_of()
+                if len(steps) > (used[-1][0] if used else 0):
+                    used.append((len(steps), sum(map(_cpu_seconds, family))))
                 until = min(until, time.monotonic() + END_S) if len(steps) == num_steps else until
                 show(len(steps))
             time.sleep(LOOK_S)
@@ -101,6 +107,7 @@ def measure(
         step_seconds=statistics.median(after - before for before, after in pairwise(times)),
         first_step_s=times[0] - began,
         peak_bytes=max(on_device) if on_device else peak,
+        cpu_seconds=statistics.median([(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(used)] or [math.nan]),
     )
 
 
@@ -144,6 +151,14 @@ def _bytes(pid: int, file: str, name: str) -> int:
         lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
         return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(name))
     return 0
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used, with that of its children that have ended; 0 where it is gone."""
+    with contextlib.suppress(OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def _end(child: subprocess.Popen[bytes], family: set[int]) -> None:
