@@ -98,7 +98,7 @@ def _files(name: str) -> list[Path]:
     path = Path(name)
     if not path.exists():
         raise ConfigError("IN", name, "no such file or directory")
-    return [file for file in files(Source(name, "train")) if not path.is_dir() or file.is_file()]
+    return [Path(file) for file in map(str, files(Source(name, "train"))) if not path.is_dir() or Path(file).is_file()]
 
 
 def _names(found: tuple[str, ...]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from trainers.config.choices import (
 from trainers.config.derived import OF_MIXTURES, compares, has_held_out, of_answers, peak_lr, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.kernels import validate_kernels
-from trainers.config.local import looks_local, require_model_directory
+from trainers.config.local import FILE_TYPES, file_type, is_remote, looks_local, require_known_scheme, require_model_directory
 from trainers.config.measured import validate_evaluation
 from trainers.config.methods import validate_peft
 from trainers.config.mixtures import validate_mixtures
@@ -234,7 +234,9 @@ def _validate_one(config: RunConfig) -> None:
         raise ConfigError("data.path", None, "no data is named", "data=files data.path=FILE, a directory, or a hub id")
     for name in ("path", "eval_path"):
         value = getattr(data, name)
-        if value is not None and looks_local(value) and not Path(value).exists():
+        if value is not None and is_remote(value):
+            require_known_scheme(f"data.{name}", value)
+        elif value is not None and looks_local(value) and not Path(value).exists():
             raise ConfigError(f"data.{name}", value, "no such file or directory")
     _validate_source(data)
     if data.eval_path is not None and data.eval_fraction:
@@ -270,10 +272,12 @@ def _validate_source(data: DataConfig) -> None:
     if data.eval_split is not None and data.eval_path is None:
         raise ConfigError("data.eval_split", data.eval_split, "data.eval_path is not set", f"data.eval_path={data.path}")
     here = data.source is not DataSource.files or Path(str(data.path)).exists()
-    if data.revision is not None and here:
+    remote = is_remote(str(data.path))
+    if data.revision is not None and (here or remote):
         raise ConfigError("data.revision", data.revision, "only a hub data set has revisions", "leave it out")
+    is_file = file_type(str(data.path)) in FILE_TYPES if remote else here and not Path(str(data.path)).is_dir()
     for name in ("config", "data_files"):
-        if getattr(data, name) and here and not Path(str(data.path)).is_dir():
+        if getattr(data, name) and is_file:
             raise ConfigError(f"data.{name}", getattr(data, name), "data.path is neither a directory nor a hub data set", "leave it out")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from trainers.config.choices import PeftMethod
@@ -11,6 +12,22 @@ from trainers.config.errors import ConfigError
 FILE_TYPES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """What the name of a file of FILE_TYPES may have after it; parquet and arrow compress their own content."""
+
+
+REMOTE = ("s3", "gs", "az", "hf", "https", "http")
+"""What a URL of data may begin with."""
+
+
+def is_remote(name: str) -> bool:
+    """Tell a URL from a path and a hub id."""
+    return "://" in name
+
+
+def require_known_scheme(path: str, url: str) -> None:
+    """Raise ConfigError unless rows can be read from where a URL says."""
+    if url.partition("://")[0] not in REMOTE:
+        known = ", ".join(f"{scheme}://" for scheme in REMOTE)
+        raise ConfigError(path, url, f"nothing here reads such a URL: known are {known}", "one of these, or a path on this machine")
 
 
 def looks_local(name: str) -> bool:
@@ -22,7 +39,8 @@ def looks_local(name: str) -> bool:
 
 def file_type(name: str) -> str:
     """Return the suffix that says what a file holds, in small letters and without that of its compression; '' where none does."""
-    suffixes = [suffix.lower() for suffix in Path(name).suffixes]
+    plain = re.sub(r"[?#].*", "", name) if is_remote(name) else name
+    suffixes = [suffix.lower() for suffix in Path(plain).suffixes]
     if len(suffixes) > 1 and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
-from trainers.config.local import looks_local
+from trainers.config.local import is_remote, looks_local
 from trainers.config.schema import EvaluationConfig
 
 EXTRACTS = ("auto", "hashes", "number", "whole")
@@ -19,7 +19,7 @@ def validate_evaluation(evaluation: EvaluationConfig) -> None:
     """Refuse files that are not there, an expression that is not valid, and answers that nothing measures."""
     for name in ("path", "general"):
         value = getattr(evaluation, name)
-        if value not in (None, SAMPLED) and looks_local(value) and not Path(value).exists():
+        if value not in (None, SAMPLED) and not is_remote(value) and looks_local(value) and not Path(value).exists():
             raise ConfigError(f"evaluation.{name}", value, "no such file or directory")
     if evaluation.rows and not evaluation.metrics:
         raise ConfigError(

@@ -126,7 +126,7 @@ class DataConfig:
     source: DataSource = DataSource.files
     """Files or a hub id named by `path`, or the documentation of the running Python."""
     path: str | None = None
-    """A jsonl, json, csv, tsv, parquet, arrow or text file, also with .gz, .bz2, .xz or .zst; a directory of these; or a hub id."""
+    """A jsonl, json, csv, tsv, parquet, arrow or text file, also with .gz, .bz2, .xz or .zst; a directory or URL of these; or a hub id."""
     split: str = "train"
     """Split of a hub data set, or of a directory whose files or folders are named by splits."""
     config: str | None = None

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 from trainers.config.errors import ConfigError, plural
 from trainers.config.local import file_type
 from trainers.data.formats import BadRow, strict_json
+from trainers.data.remote import RemotePath
 from trainers.processes import raise_exhausted
 
 LFS_POINTER = b"version https://git-lfs"
@@ -26,17 +27,18 @@ MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\x00": "lzma", b"]\x00\x0
 """First bytes of a compressed file, which its name may not tell."""
 LARGEST_FIELD = 1 << 30
 Numbered = Iterator[tuple[Any, int]]
+File = Path | RemotePath
 
 
-def read(file: Path) -> Numbered:
+def read(file: File) -> Numbered:
     """Yield a file's rows with their lines, counted from 1, or their numbers; a row may be a BadRow.
 
     Raises ConfigError where the file, or what follows a row, cannot be read.
     """
-    if _head(file) == LFS_POINTER:
-        raise ConfigError("data.path", str(file), "is a Git LFS pointer and not the data", f"git -C {file.parent} lfs pull")
     line = 0
     try:
+        if _head(file) == LFS_POINTER:
+            raise ConfigError("data.path", str(file), "is a Git LFS pointer and not the data", f"git -C {file.parent} lfs pull")
         for data, line in READERS[file_type(file.name)](file):
             yield data, line
     except (OSError, EOFError, ValueError, csv.Error, lzma.LZMAError, zlib.error) as error:  # ValueError: also pyarrow's and JSON's
@@ -45,12 +47,12 @@ def read(file: Path) -> Numbered:
         raise ConfigError("data.path", str(file), f"cannot be read{after}: {error}") from None
 
 
-def _head(file: Path) -> bytes:
+def _head(file: File) -> bytes:
     with file.open("rb") as stream:
         return stream.read(HEAD)
 
 
-def opened(file: Path) -> BinaryIO:
+def opened(file: File) -> BinaryIO:
     """Open a file for its content, decompressed by its first bytes: gzip, bz2, xz and zstd (by pyarrow, which has it)."""
     head = _head(file)
     kind = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
@@ -59,12 +61,12 @@ def opened(file: Path) -> BinaryIO:
     if kind == "zstd":
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"))
+        return io.BufferedReader(pa.input_stream(file.open("rb"), compression="zstd"))
     import bz2
     import gzip
 
     openers: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "lzma": lzma.open}
-    return io.BufferedReader(openers[kind](file, "rb"))
+    return io.BufferedReader(openers[kind](file.open("rb"), "rb"))
 
 
 def _encoding(stream: BinaryIO) -> str:
@@ -73,13 +75,13 @@ def _encoding(stream: BinaryIO) -> str:
     return json.detect_encoding(head) if head.strip(b"\x00") else "utf-8"  # also utf-8-sig, utf-16 and utf-32, which drop the mark
 
 
-def _text(file: Path, newline: str | None = None) -> TextIO:
+def _text(file: File, newline: str | None = None) -> TextIO:
     """Open a file as text; a byte that is not UTF-8 becomes half a surrogate pair, which makes its row a bad one."""
     stream = opened(file)
     return io.TextIOWrapper(stream, encoding=_encoding(stream), errors="surrogateescape", newline=newline)
 
 
-def _jsonl(file: Path) -> Numbered:
+def _jsonl(file: File) -> Numbered:
     stream = opened(file)
     encoding = _encoding(stream)
     lines: Iterable[bytes] = stream
@@ -91,7 +93,7 @@ def _jsonl(file: Path) -> Numbered:
             yield text, number
 
 
-def _json(file: Path) -> Numbered:
+def _json(file: File) -> Numbered:
     try:
         content = strict_json(_text(file).read())
     except json.JSONDecodeError as error:
@@ -109,7 +111,7 @@ def _json(file: Path) -> Numbered:
     yield from zip(content, range(1, len(content) + 1), strict=True)
 
 
-def _csv(file: Path) -> Numbered:
+def _csv(file: File) -> Numbered:
     """Yield rows with the line that they begin in: a quoted field may hold line ends. What the header has most of separates."""
     csv.field_size_limit(LARGEST_FIELD)
     with _text(file, newline="") as stream, _text(file) as header:
@@ -138,20 +140,20 @@ def _require_distinct(names: list[str]) -> None:
         raise ValueError(f"it has the column `{twice[0]}` twice")
 
 
-def _whole_text(file: Path) -> Numbered:
+def _whole_text(file: File) -> Numbered:
     yield {"text": _text(file).read()}, 1
 
 
-def _parquet(file: Path) -> Numbered:
+def _parquet(file: File) -> Numbered:
     from pyarrow import parquet
 
-    yield from arrow_rows(parquet.ParquetFile(file).iter_batches(batch_size=1024))
+    yield from arrow_rows(parquet.ParquetFile(file.open("rb") if isinstance(file, RemotePath) else file).iter_batches(batch_size=1024))
 
 
-def _arrow(file: Path) -> Numbered:
+def _arrow(file: File) -> Numbered:
     import pyarrow as pa
 
-    with pa.memory_map(str(file)) as source:
+    with pa.PythonFile(file.open("rb")) if isinstance(file, RemotePath) else pa.memory_map(str(file)) as source:
         try:
             reader = pa.ipc.open_file(source)
             batches: Iterator[Any] = (reader.get_batch(number) for number in range(reader.num_record_batches))
@@ -226,7 +228,7 @@ def _from_text(text: str) -> Any:
         raise BadRow(f"holds JSON text that is not valid: {error}") from None
 
 
-READERS: dict[str, Callable[[Path], Numbered]] = {
+READERS: dict[str, Callable[[File], Numbered]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError
-from trainers.config.local import COMPRESSED, FILE_TYPES, file_type
+from trainers.config.local import COMPRESSED, FILE_TYPES, file_type, is_remote
+from trainers.data.remote import RemotePath
 
 PREFERRED = (".parquet", ".arrow", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
 """Of files with the same rows in two formats the first of these is read, as in `datasets`."""
@@ -33,7 +34,7 @@ LeftOut = dict[str, Names]
 class Listing(NamedTuple):
     """The files that are read, in sorted order, and by their reason the names of those that are not."""
 
-    files: list[Path]
+    files: list[Path | RemotePath]
     left_out: LeftOut
 
 
@@ -43,6 +44,8 @@ def listing(source: Source) -> Listing:
     Raises ConfigError where there are none, for a split or a configuration that is not there with those that are, and
     where it cannot be told which files are the rows.
     """
+    if is_remote(source.path):
+        return _listed(RemotePath(source.path), source)
     root = Path(source.path)
     return _saved(root, source) or _listed(root, source)
 
@@ -63,7 +66,7 @@ def _saved(root: Path, source: Source) -> Listing | None:
     return Listing([root / part["filename"] for part in json.loads(state.read_text("utf-8"))["_data_files"]], {})
 
 
-def _listed(root: Path, source: Source) -> Listing:
+def _listed(root: Path | RemotePath, source: Source) -> Listing:
     left_out: LeftOut = {}
     names = _candidates(root, source.patterns, left_out)
     structured = [name for name in names if file_type(name) not in TEXT_TYPES]
@@ -91,12 +94,12 @@ def _nothing(source: Source, left_out: LeftOut) -> ConfigError:
     return ConfigError("data.path", source.path, reason, known + asked)
 
 
-def _candidates(root: Path, patterns: tuple[str, ...], left_out: LeftOut) -> Names:
+def _candidates(root: Path | RemotePath, patterns: tuple[str, ...], left_out: LeftOut) -> Names:
     """Return the files that may be rows, relative to `root` and sorted: by their names, or as `patterns` ask for them.
 
     The others, but for hidden ones, are left out.
     """
-    found: dict[Path, str] = {}
+    found: dict[Path | str, str] = {}
     visible = sorted(_visible(root))
     asked = set(_matching(patterns, visible))
     for name in visible:
@@ -112,8 +115,12 @@ def _candidates(root: Path, patterns: tuple[str, ...], left_out: LeftOut) -> Nam
     return list(found.values())
 
 
-def _visible(root: Path) -> Iterable[str]:
+def _visible(root: Path | RemotePath) -> Iterable[str]:
     """Yield the files below a directory, links followed once, without hidden ones and what is in folders like __MACOSX."""
+    if isinstance(root, RemotePath):
+        hidden = re.compile(r"(.*/)?\.|(.*/)?__[^/]*/")
+        yield from (name for name in root.files if not hidden.match(name))
+        return
     seen: set[Path] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
@@ -124,7 +131,7 @@ def _visible(root: Path) -> Iterable[str]:
         yield from (str((Path(folder) / name).relative_to(root)) for name in files if not name.startswith("."))
 
 
-def _reason(file: Path, asked: bool) -> str | None:
+def _reason(file: Path | RemotePath, asked: bool) -> str | None:
     """Return why a file cannot be rows; None where it can, or is asked for. Raises ConfigError for a link to nothing."""
     name = file.name.lower()
     if not asked and (name in NOT_ROWS or CARD.fullmatch(name) or INDEX.fullmatch(name)):
@@ -132,11 +139,11 @@ def _reason(file: Path, asked: bool) -> str | None:
     if file_type(name) not in FILE_TYPES:
         return "no known type"
     if not file.exists():
-        raise ConfigError("data.path", str(file), f"is a link to {os.readlink(file)}, which is not there", "fetch the files again")
+        raise ConfigError("data.path", str(file), f"is a link to {os.readlink(str(file))}, which is not there", "fetch the files again")
     return "empty" if not file.stat().st_size else None
 
 
-def _of_split(root: Path, source: Source, names: Names, left_out: LeftOut) -> Names:
+def _of_split(root: Path | RemotePath, source: Source, names: Names, left_out: LeftOut) -> Names:
     """Return the files of a source's split: by `data.data_files`, by the configurations in README.md, or by their names."""
     if source.patterns:
         chosen = _matching(source.patterns, names)
@@ -158,7 +165,7 @@ def _of_split(root: Path, source: Source, names: Names, left_out: LeftOut) -> Na
     return chosen
 
 
-def _patterns(root: Path, source: Source, names: Names) -> dict[str, Names]:
+def _patterns(root: Path | RemotePath, source: Source, names: Names) -> dict[str, Names]:
     """Return the patterns of each split, as `datasets` finds them."""
     from datasets.data_files import _get_data_files_patterns, sanitize_patterns
 
@@ -174,7 +181,7 @@ def _patterns(root: Path, source: Source, names: Names) -> dict[str, Names]:
     return {str(split): [below + pattern for pattern in patterns] for split, patterns in found.items()}
 
 
-def _configuration(root: Path, source: Source) -> dict[str, Any]:
+def _configuration(root: Path | RemotePath, source: Source) -> dict[str, Any]:
     """Return the named or default configuration of a data set's README.md; empty where it has none."""
     configs = _card(root)
     if not configs and source.config is None:
@@ -189,7 +196,7 @@ def _configuration(root: Path, source: Source) -> dict[str, Any]:
     return found
 
 
-def _card(root: Path) -> Any:
+def _card(root: Path | RemotePath) -> Any:
     """Return the configurations that a data set's README.md has; raises ConfigError where its header is not valid."""
     card = root / "README.md"
     if not card.is_file() or "configs:" not in card.read_text("utf-8", "replace"):
@@ -199,7 +206,7 @@ def _card(root: Path) -> Any:
     from huggingface_hub import DatasetCard
 
     try:
-        return MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data)
+        return MetadataConfigs.from_dataset_card_data(DatasetCard(card.read_text("utf-8")).data)
     except (ValueError, yaml.YAMLError) as error:
         reason = f"its header does not say which files are read: {' '.join(str(error).split())[:200]}"
         raise ConfigError("data.path", str(card), reason, '"data.data_files=[**/train*]", or mend it') from None
@@ -231,7 +238,7 @@ def _require_split(source: Source, splits: Names) -> None:
         )
 
 
-def _one_format(root: Path, names: Names, left_out: LeftOut) -> Names:
+def _one_format(root: Path | RemotePath, names: Names, left_out: LeftOut) -> Names:
     """Return one file of those that differ in their format only; raises ConfigError where more than one format is left."""
     kept: dict[str, str] = {}
     for name in sorted(names, key=lambda name: (PREFERRED.index(file_type(name)), name.endswith(COMPRESSED), name)):

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from trainers.config.choices import ObjectiveName
 from trainers.config.derived import Source, compares
 from trainers.config.errors import ConfigError
-from trainers.config.local import COMPRESSED, FILE_TYPES, file_type
+from trainers.config.local import COMPRESSED, FILE_TYPES, file_type, is_remote
 from trainers.data.formats import BadRow, strict_json
+from trainers.data.remote import RemotePath
 from trainers.rundir.files import sha256
 
 LARGE_FILE = 64 << 20
@@ -64,7 +65,7 @@ def rows(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
     """
     if source is None:
         yield from _python_docs(objective)
-    elif Path(source.path).exists():
+    elif _has_files(source):
         for file in files(source):
             yield from _read(file)
     else:
@@ -79,7 +80,7 @@ def fingerprint(source: Source | None, objective: ObjectiveName) -> list[str]:
     """Return what identifies the rows of a source in a content hash: digests of file contents, a hub data set's own."""
     if source is None:
         return ["python_docs", sys.version, str(objective)]
-    if Path(source.path).exists():
+    if _has_files(source):
         return [f"{file_type(file.name)}:{digest(file)}" for file in files(source)]
     from trainers.data import hub
 
@@ -90,7 +91,7 @@ def names(source: Source | None) -> list[str]:
     """Return what the rows of a source are called by, in their order: `Row.file`."""
     if source is None:
         return ["python_docs"]
-    if Path(source.path).exists():
+    if _has_files(source):
         return [str(file) for file in files(source)]
     from trainers.data import hub
 
@@ -99,16 +100,25 @@ def names(source: Source | None) -> list[str]:
 
 def left_out(source: Source | None) -> dict[str, list[str]]:
     """Return the files of a directory that are not read, by the reason."""
-    if source is None or not Path(source.path).is_dir():
+    if source is None or not _place(source.path).is_dir():
         return {}
     from trainers.data.listing import listing
 
     return listing(source).left_out
 
 
-def files(source: Source) -> list[Path]:
-    """Return the data files of a path in sorted order; raises ConfigError where there are none."""
-    root = Path(source.path)
+def _place(path: str) -> Path | RemotePath:
+    return RemotePath(path) if is_remote(path) else Path(path)
+
+
+def _has_files(source: Source) -> bool:
+    """Tell files, here or at a URL, from a hub data set."""
+    return is_remote(source.path) or Path(source.path).exists()
+
+
+def files(source: Source) -> list[Path | RemotePath]:
+    """Return the data files of a path or URL in sorted order; raises ConfigError where there are none."""
+    root = _place(source.path)
     if root.is_dir():
         from trainers.data.listing import listing
 
@@ -119,8 +129,13 @@ def files(source: Source) -> list[Path]:
     return [root]
 
 
-def digest(file: Path) -> str:
-    """Return the sha256 of a file's content; that of a large file is kept with its size and time, as every rank asks for it."""
+def digest(file: Path | RemotePath) -> str:
+    """Return the sha256 of a file's content; that of a large file is kept with its size and time, as every rank asks for it.
+
+    Of a remote file it is what its store says of it.
+    """
+    if isinstance(file, RemotePath):
+        return f"{file.url}:{file.version()}"
     return _large_digest(file) if file.stat().st_size >= LARGE_FILE else sha256(file)
 
 
@@ -132,8 +147,8 @@ def _large_digest(file: Path) -> str:
     return remembered(key, partial(sha256, file))
 
 
-def _read(file: Path) -> Iterator[Row]:
-    if file.suffix == ".jsonl" and _is_plain(file):
+def _read(file: Path | RemotePath) -> Iterator[Row]:
+    if isinstance(file, Path) and file.suffix == ".jsonl" and _is_plain(file):
         with file.open("rb") as stream:
             yield from (Row(line, str(file), number) for number, line in enumerate(stream, 1) if line.strip())
         return
