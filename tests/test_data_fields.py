@@ -63,7 +63,7 @@ def test_rows_of_which_no_turn_is_trained_are_dropped_and_counted(tmp_path):
 
 
 TURNS = {
-    "half a weight": ({"weight": 0.5}, "`weight` = 0.5, which is neither 0 nor 1"),
+    "half a flag": ({"train": 0.5}, "`train` = 0.5, which is neither 0 nor 1"),
     "not a number": ({"weight": float("nan")}, "nan"),
     "text": ({"train": "yes"}, "`train` = 'yes'"),
     "contradiction": ({"weight": 1, "masked": True}, "contradict"),
@@ -91,8 +91,8 @@ ROWS = {
     "input_ids": {"input_ids": [1, 2]},
     "history": {"history": [["a", "b"]]},
     "rejected": {"rejected": "worse"},
-    "weight": {"weight": 0.3},
-    "sample_weight": {"sample_weight": 2},
+    "weight": {"weight": -0.3},
+    "sample_weight": {"sample_weight": "2"},
     "train": {"train": False},
     "loss_mask": {"loss_mask": [0, 1]},
     "add_generation_prompt": {"add_generation_prompt": True},

@@ -72,12 +72,12 @@ TRUE = [0.0, 1.0, 0.0, 2.0]
 
 
 def test_a_class_is_trained_by_its_weighted_cross_entropy() -> None:
-    objective = make_objective(ObjectiveConfig(name=ObjectiveName.classify), ["label", "weight"])
+    objective = make_objective(ObjectiveConfig(name=ObjectiveName.classify), ["label", "class_weight"])
     weights = [0.5, 2.0, 0.5, 1.0]
     expected = sum(
         weight * (math.log(sum(map(math.exp, row))) - row[int(label)]) for row, label, weight in zip(LOGITS, TRUE, weights, strict=True)
     )
-    loss = loss_of(objective, LOGITS, label=TRUE, weight=weights)
+    loss = loss_of(objective, LOGITS, label=TRUE, class_weight=weights)
     assert loss.total.item() == pytest.approx(expected, rel=1e-6)
     assert float(loss.figures["accuracy"]) == 3
 

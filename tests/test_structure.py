@@ -9,8 +9,8 @@ import pytest
 
 from tools.structure import run, source
 
-MOST_RUN_FILES, MOST_RUN_LINES = 112, 4300
-MOST_STEP_FILES, MOST_STEP_LINES = 23, 395
+MOST_RUN_FILES, MOST_RUN_LINES = 112, 4340
+MOST_STEP_FILES, MOST_STEP_LINES = 23, 400
 """On one rank; a slow machine adds a few. CONTRIBUTING.md says why these."""
 MOST_SMALL_COLLECTIVES = 1
 """Of a steady step on two ranks, without those that move weights and gradients."""

@@ -15,6 +15,7 @@ from rich.text import Text
 from launcher.compose import compose
 from launcher.config import run_config
 from tools.command import ended, parser_of
+from trainers.batch import WEIGHT
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
 
@@ -70,11 +71,22 @@ def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase, 
     for document in documents:
         span = slice(int(table.offsets[document]), int(table.offsets[document + 1]))
         tokens, supervised = table.tokens[span].tolist(), table.supervised[span].tolist()
-        text.append(f"\n── document {document}: {plural(len(tokens), 'token')}, {sum(supervised)} supervised ──\n", style=BOUNDARY)
+        about = f"{plural(len(tokens), 'token')}, {sum(supervised)} supervised{_weight(table, int(document))}"
+        text.append(f"\n── document {document}: {about} ──\n", style=BOUNDARY)
         for ids, trained in runs_of(tokens, supervised):
             said = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
             text.append(f"[[{said}]]" if trained and marks else said, style=SUPERVISED if trained else CONTEXT)
     return text
+
+
+def _weight(table: TokenTable, document: int) -> str:
+    """Return what a document's labels weigh, in words; nothing where each weighs 1."""
+    if WEIGHT not in table.signals:
+        return ""
+    of = table.signals[WEIGHT]
+    own = of[table.label_starts[document] : table.label_starts[document + 1]] if of.ndim == 2 else of[document : document + 1]
+    low, high = float(own.min()), float(own.max())
+    return f", weight {low:.4g}" if low == high else f", weights from {low:.4g} to {high:.4g}"
 
 
 def runs_of(tokens: list[int], supervised: list[int]) -> list[tuple[list[int], bool]]:

@@ -13,6 +13,8 @@ IGNORE = -100
 NO_DOCUMENT = -1
 SOURCE = "source"
 """The signal of a mixture: the number of each document's source, (D,)."""
+WEIGHT = "weight"
+"""The signal of rows that have weights: of each label, (B, S, 1), or of each document where an objective judges whole ones, (D,)."""
 PADDING_PIECE = 64
 """Tokens of padding that may attend to each other: kernels compute padding as if it were documents, which short ones make cheap."""
 MULTIPLE = 16
@@ -31,6 +33,8 @@ class Sizes:
     """Tokens that are predicted."""
     units: int = 0
     """Groups of documents that belong together, such as pairs; 0 where the table has none."""
+    weight: float = 0.0
+    """Sum of the weights, of labels or of documents, each above 0; 0 where nothing has one and each counts as 1."""
 
     def __add__(self, other: Sizes) -> Sizes:
         return Sizes(**{item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)})
@@ -114,7 +118,8 @@ class Batch:
     def sizes(self) -> Sizes:
         """Return how much counts in it; not of units, which a batch does not know."""
         labels = int((self.labels != IGNORE).sum())
-        return Sizes(rows=self.num_rows, documents=self.num_documents, tokens=self.num_tokens, labels=labels)
+        weight = float(self.signals[WEIGHT].double().sum()) if WEIGHT in self.signals else 0.0
+        return Sizes(rows=self.num_rows, documents=self.num_documents, tokens=self.num_tokens, labels=labels, weight=weight)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         """Return the batch with `f` of each tensor."""
@@ -182,6 +187,18 @@ def by_document(values: Tensor, batch: Batch) -> Tensor:
     labelled = values.where(batch.labels != IGNORE, 0.0).flatten()
     sums = values.new_zeros(batch.num_documents + 1)
     return sums.index_add(0, batch.documents.flatten() + 1, labelled)[1:]
+
+
+def label_weights(batch: Batch) -> Tensor | None:
+    """Return the weight of each label, (B, S) with 0 where there is none; None where each counts as 1."""
+    weights = batch.signals.get(WEIGHT)
+    return None if weights is None else weights.squeeze(-1)
+
+
+def document_weights(batch: Batch) -> Tensor:
+    """Return the weight of each document, (D,): 1 where rows have none."""
+    weights = batch.signals.get(WEIGHT)
+    return torch.ones(batch.num_documents, device=batch.labels.device) if weights is None else weights
 
 
 def last_tokens(batch: Batch) -> Tensor:

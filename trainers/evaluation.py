@@ -35,7 +35,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World, targets: int) -> Evaluation | None:
+def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World, targets: float) -> Evaluation | None:
     """Return the loss of held-out rows: one sum over all of them, each counted once; None where a rank was asked to stop.
 
     Takes as many microbatches on every rank. Only sums are kept, so memory does not grow with the number of rows. Collective.
@@ -102,7 +102,7 @@ class HeldOut:
             self.at = step
         return found
 
-    def _with_statistic(self, engine: Engine, objective: Objective, targets: int, rows: int) -> Objective | None:
+    def _with_statistic(self, engine: Engine, objective: Objective, targets: float, rows: int) -> Objective | None:
         """Return the objective given its statistic over all held-out rows; None where a rank was asked to stop. Collective."""
         from trainers.data.mismatched import all_mismatched
         from trainers.statistic import AsLoss

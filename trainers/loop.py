@@ -106,7 +106,7 @@ class Step:
     reports: Reports
     lr: float
     limits: Limits
-    targets: int
+    targets: float
     sizes: Sizes
     row_ids: Ints
     seconds: float

@@ -21,6 +21,7 @@ from trainers.data.table import TokenTable
 from trainers.engines.base import Engine
 from trainers.model.blueprint import Blueprint
 from trainers.model.scores import ScoreHead, with_head
+from trainers.objectives.scored import CLASS_WEIGHT
 
 log = logging.getLogger("fulltune")
 AT_ONCE = 8
@@ -49,7 +50,7 @@ def weighted(config: RunConfig, data: Prepared) -> Prepared:
 
 
 def _carrying(table: TokenTable, weights: NDArray[np.float32]) -> TokenTable:
-    return replace(table, signals={**table.signals, "weight": weights[table.signals[LABEL].astype(np.int64)]})
+    return replace(table, signals={**table.signals, CLASS_WEIGHT: weights[table.signals[LABEL].astype(np.int64)]})
 
 
 def of_each_token(engine: Engine, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from trainers.world import World, read
 
 
 @torch.no_grad()
-def with_statistic(engine: Engine, objective: Objective, batches: Sequence[Batch], world: World, targets: int) -> Objective:
+def with_statistic(engine: Engine, objective: Objective, batches: Sequence[Batch], world: World, targets: float) -> Objective:
     """Return the objective given its statistic over this rank's microbatches, as many as on every other rank; collective.
 
     It is the sum over all ranks, divided by the step's targets: the same under any split.
@@ -35,7 +35,7 @@ class AsLoss:
         assert isinstance(objective, Measured)
         self.measured, self.needs, self.signals = objective, objective.needs, objective.signals
 
-    def targets(self, sizes: Sizes) -> int:
+    def targets(self, sizes: Sizes) -> float:
         """Return the objective's own."""
         return self.measured.targets(sizes)
 

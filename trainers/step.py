@@ -42,7 +42,7 @@ def take_step(
     world: World,
     *,
     lr: float,
-    targets: int,
+    targets: float,
     limits: Limits = NO_LIMITS,
     report: Callable[[], Sequence[float]] = nothing,
     first: Sequence[Batch] = (),

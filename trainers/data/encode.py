@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,8 @@ class Documents:
     """What the chat template leaves out of rows."""
     signals: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """What each document carries besides its tokens, by name, (documents,)."""
+    weights: NDArray[np.float32] | None = None
+    """What each token weighs where it is trained; None where each weighs 1."""
     unread: set[str] = field(default_factory=set)
     """Fields that rows have and nobody reads."""
     error: tuple[str, object, str, str] | None = None
@@ -106,6 +108,8 @@ class Encoder:
                         signals = signal_of(data, self.objective, self.layout, self.labels)
                         texts = [replace(text, signals=signals) for text in texts]
                     unread |= self._unread(data)
+                    if self.layout is not Layout.text or data.keys() != {"text"}:
+                        texts = self._weighed(texts, data)
                     for item in texts:
                         formats.require_characters(item.text)
                     rendered.extend(texts)
@@ -136,6 +140,13 @@ class Encoder:
         fields.check(row, self.layout)
         return fields.unread(row, self.layout)
 
+    def _weighed(self, texts: list[Rendered], row: Any) -> list[Rendered]:
+        """Return the documents of a row with its weight."""
+        from trainers.data import weights
+
+        weight = weights.row_weight(row)
+        return [weights.weighed(text, weight) for text in texts]
+
     def render(self, row: Any) -> tuple[list[Rendered], str]:
         """Return a row's documents as text with their trained spans, and its first prompt.
 
@@ -153,7 +164,7 @@ class Encoder:
         from trainers.data import fields
 
         messages = formats.to_messages(row, self.layout, answered=self.objective is not ObjectiveName.classify)
-        prompt, untrained = formats.first_prompt(messages), fields.untrained(row, self.layout, messages)
+        prompt, weights = formats.first_prompt(messages), fields.turn_weights(row, self.layout, messages)
         if self.objective not in SCORED:
             self._require_supervision(row)
         if self.objective is ObjectiveName.cpt:
@@ -170,9 +181,10 @@ class Encoder:
         if self.objective in SCORED:
             rendered = [masks.render(template, messages, tools, Supervise.all)]
         elif self.document is DocumentOf.turn:
-            rendered = _each_turn(template, messages, tools, untrained)
+            rendered = _each_turn(template, messages, tools, weights)
         else:
-            rendered = [masks.render(template, messages, tools, self.supervise, untrained)]
+            untrained = frozenset(number for number, weight in weights.items() if not weight)
+            rendered = [masks.render(template, messages, tools, self.supervise, untrained, weights)]
         require_not_rendered(messages, rendered[0].text if rendered else "", self.bos, self.opening)
         return rendered, prompt
 
@@ -196,7 +208,7 @@ class Encoder:
         return rendered, formats.first_prompt(found.prompt)
 
     def _require_supervision(self, row: formats.Row) -> None:
-        """Raise ConfigError where turns say that they are not trained, and everything is."""
+        """Raise ConfigError where turns say that they are not trained, or have weights, and everything is trained."""
         from trainers.data import fields
 
         if (self.objective is ObjectiveName.cpt or self.supervise is Supervise.all) and fields.has_flags(row, self.layout):
@@ -206,7 +218,7 @@ class Encoder:
                 else ("data.supervise", "data.supervise=assistant")
             )
             value = str(self.objective if self.objective is ObjectiveName.cpt else self.supervise)
-            raise ConfigError(path, value, "trains every token, and rows have turns that say that they are not trained", remedy)
+            raise ConfigError(path, value, "trains every token, and rows have turns that are not trained or have weights", remedy)
 
     def _render_pair(self, row: Any) -> tuple[Rendered, str]:
         prompt, completion = formats.to_pair(row, self.layout)
@@ -231,8 +243,10 @@ class Encoder:
 
     def _documents(self, rendered: list[Rendered], groups: list[int]) -> Documents:
         tokens, ends, offsets = self._tokenise([item.text for item in rendered])
-        supervised = self._mask(rendered, tokens, ends, offsets)
-        documents = self._fit(tokens, supervised, offsets, groups)
+        supervised = np.zeros(len(tokens), dtype=np.uint8)
+        weights = np.ones(len(tokens), np.float32) if any(item.weights for item in rendered) else None
+        self._mark(rendered, ends, offsets, supervised, weights)
+        documents = self._fit(tokens, supervised, offsets, groups, weights)
         for name in rendered[0].signals:
             documents.signals[name] = np.array([item.signals[name] for item in rendered], np.float32)[documents.texts]
         return documents
@@ -263,37 +277,50 @@ class Encoder:
             return self.words.encode_batch(texts)
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _mask(self, rendered: list[Rendered], tokens: NDArray[np.int32], ends: Ints, offsets: Ints) -> NDArray[np.uint8]:
-        """Return 1 for each token that shares a character with a trained span, 0 at the first token of each document."""
-        supervised = np.zeros(len(tokens), dtype=np.uint8)
+    def _mark(
+        self, rendered: list[Rendered], ends: Ints, offsets: Ints, supervised: NDArray[np.uint8], weights: NDArray[np.float32] | None
+    ) -> None:
+        """Set 1 for each token that shares a character with a trained span, 0 at the first token of each document, and the weights."""
         for number, item in enumerate(rendered):
             first, last = offsets[number], offsets[number + 1]
             spans = item.spans if self.byte_lengths is None else _byte_spans(item)
-            for start, end in spans:
+            for place, (start, end) in enumerate(spans):
                 begins = np.searchsorted(ends[first:last], start, side="right")
                 up_to = max(np.searchsorted(ends[first:last], end, side="right"), np.searchsorted(ends[first:last], end) + 1)
-                supervised[first + begins : min(first + up_to, last)] = 1
+                span = slice(first + begins, min(first + up_to, last))
+                supervised[span] = 1
+                if weights is not None and item.weights:
+                    weights[span] = item.weights[place]
         supervised[offsets[:-1][np.diff(offsets) > 0]] = 0
-        return supervised
 
-    def _fit(self, tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, groups: list[int]) -> Documents:
+    def _fit(
+        self,
+        tokens: NDArray[np.int32],
+        supervised: NDArray[np.uint8],
+        offsets: Ints,
+        groups: list[int],
+        weights: NDArray[np.float32] | None = None,
+    ) -> Documents:
         """Cut or drop documents over `seq_len`, and drop those with nothing to train; both of a pair or none."""
         counts = dict.fromkeys(COUNTS, 0)
         counts["supervised_before"] = int(supervised.sum())
         if self.layout in (Layout.preference, Layout.ranked) and compares(self.objective):
-            return self._fit_pairs(tokens, supervised, offsets, groups, counts)
+            kept = self._fit_pairs(supervised, offsets, groups, counts)
+            documents = _documents_of(kept, tokens, supervised, offsets, counts, weights)
+            documents.units = np.arange(len(kept), dtype=np.int64) // 2
+            return documents
         pieces: list[tuple[int, int, int]] = []
         for group, first, last in zip(groups, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
             pieces.extend((group, start, end) for start, end in self._cut(first, last, counts))
         running = np.concatenate([[0], np.cumsum(supervised, dtype=np.int64)])
         kept = [piece for piece in pieces if running[piece[2]] - running[min(piece[1] + 1, piece[2])] > 0]
         counts["dropped"] += len(pieces) - len(kept)
-        return _documents_of(kept, tokens, supervised, offsets, counts)
+        return _documents_of(kept, tokens, supervised, offsets, counts, weights)
 
     def _fit_pairs(
-        self, tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, groups: list[int], counts: dict[str, int]
-    ) -> Documents:
-        """Cut both documents of a pair at one length; a pair goes where it is to be dropped, or where an answer has no token left.
+        self, supervised: NDArray[np.uint8], offsets: Ints, groups: list[int], counts: dict[str, int]
+    ) -> list[tuple[int, int, int]]:
+        """Return pieces (group, start, end): both documents of a pair cut at one length, none of one that is dropped or keeps no token.
 
         Packed, the two fit into a row of `seq_len` together; otherwise each has a row of its own.
         """
@@ -310,9 +337,7 @@ class Encoder:
                 continue
             counts["truncated"] += is_cut
             kept += [(groups[number], start, end) for start, end in cut]
-        documents = _documents_of(kept, tokens, supervised, offsets, counts)
-        documents.units = np.arange(len(kept), dtype=np.int64) // 2
-        return documents
+        return kept
 
     def _cut(self, first: int, last: int, counts: dict[str, int]) -> list[Span]:
         if last - first <= self.seq_len:
@@ -328,7 +353,12 @@ class Encoder:
 
 
 def _documents_of(
-    kept: Sequence[tuple[int, int, int]], tokens: NDArray[np.int32], supervised: NDArray[np.uint8], offsets: Ints, counts: dict[str, int]
+    kept: Sequence[tuple[int, int, int]],
+    tokens: NDArray[np.int32],
+    supervised: NDArray[np.uint8],
+    offsets: Ints,
+    counts: dict[str, int],
+    weights: NDArray[np.float32] | None,
 ) -> Documents:
     """Return the documents of pieces (group, start, end), and count the trained tokens that are in none."""
     index = _ranges([piece[1:] for piece in kept])
@@ -339,6 +369,7 @@ def _documents_of(
         groups=np.array([group for group, _, _ in kept], dtype=np.uint64),
         texts=np.searchsorted(offsets, np.array([start for _, start, _ in kept], dtype=np.int64), side="right") - 1,
         counts=counts,
+        weights=None if weights is None else weights[index],
     )
     documents.supervised[np.cumsum(documents.lengths) - documents.lengths] = 0
     counts["supervised_lost"] = counts["supervised_before"] - int(documents.supervised.sum())
@@ -433,15 +464,26 @@ def join(documents: list[Documents]) -> Documents:
         counts={name: sum(item.counts.get(name, 0) for item in documents) for name in COUNTS},
         bad=[line for item in documents for line in item.bad],
         signals={name: np.concatenate([item.signals[name] for item in documents]) for name in (documents[0].signals if documents else ())},
+        weights=_weights_of(documents),
         unread=set().union(*(item.unread for item in documents)),
         error=next((item.error for item in documents if item.error), None),
     )
 
 
-def _each_turn(template: Template, messages: list[formats.Message], tools: list[Any] | None, untrained: frozenset[int]) -> list[Rendered]:
+def _weights_of(documents: list[Documents]) -> NDArray[np.float32] | None:
+    if all(item.weights is None for item in documents):
+        return None
+    from trainers.data.weights import joined
+
+    return joined((item.weights, len(item.tokens)) for item in documents)
+
+
+def _each_turn(
+    template: Template, messages: list[formats.Message], tools: list[Any] | None, weights: Mapping[int, float]
+) -> list[Rendered]:
     """Return a document for each trained assistant turn: the row up to it, in which it alone is trained."""
-    last = [number for number, message in enumerate(messages) if message["role"] == "assistant" and number not in untrained]
-    return [masks.render(template, messages[: number + 1], tools, Supervise.last) for number in last]
+    last = [number for number, message in enumerate(messages) if message["role"] == "assistant" and weights.get(number) != 0]
+    return [masks.render(template, messages[: number + 1], tools, Supervise.last, weights=weights) for number in last]
 
 
 def _kinds(texts: list[Rendered]) -> dict[str, bool]:

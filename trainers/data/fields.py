@@ -18,12 +18,13 @@ from trainers.data.formats import (
     Row,
     conversation_of,
 )
+from trainers.data.weights import NAMES, ROW_NAMES, is_weight
 
 FLAGS = (
-    *("weight", "loss_weight", "loss_scale", "train", "training", "trainable", "trained", "train_on_turn"),
+    *(*NAMES, "train", "training", "trainable", "trained", "train_on_turn"),
     *("supervised", "loss", "loss_mask", "step_loss_mask"),
 )
-"""Of a turn: 1 or true trains it, 0 or false does not."""
+"""Of a turn: 1 or true trains it, 0 or false does not. NAMES may be any number from 0 on."""
 INVERSE_FLAGS = ("masked",)
 """Of a turn: true does not train it."""
 OPEN_ENDS = ("add_generation_prompt", "continue_final_message")
@@ -38,19 +39,18 @@ REFUSED_ROW = REFUSED | {
     **dict.fromkeys(("rejected", "rejected_response"), "the answer that is not preferred, which this objective does not read"),
 }
 REFUSED_TURN = REFUSED | {
-    "mask": "and it is not clear whether that is what is trained or what is not; `weight` 0 or 1 says it",
+    "mask": "and it is not clear whether that is what is trained or what is not; `weight` says it",
     **dict.fromkeys(("train_detail", "training_detail"), "and a turn is trained as a whole or not at all"),
     "refusal": "and it is not read; put what is to be trained into `content`",
     "tools": "and tools are read from the row, not from a turn",
 }
-ROW_WEIGHTS = ("weight", "weights", "sample_weight", "loss_weight", "loss_scale")
 NEMO_MASKS = (None, "", "User", "user", "human")
 """Values of a row's `mask`, the roles that are not trained, which ask for what is done anyway."""
 TEMPLATE_KEYS = ("chat_template_kwargs", "documents")
 RESERVED = ("messages", "conversation", "conversations", "chat_template", "tools", "tokenize", "return_dict", *OPEN_ENDS)
 
 CONTEXT = (*SYSTEM_KEYS, "tools", "functions", *TEMPLATE_KEYS)
-KNOWN_ROW = {*CONTEXT, *REFUSED_ROW, *ROW_WEIGHTS, *FLAGS, "mask"}
+KNOWN_ROW = {*CONTEXT, *REFUSED_ROW, *ROW_NAMES, *FLAGS, "mask"}
 KNOWN_TURN = {
     "role",
     "content",
@@ -88,7 +88,7 @@ def check(row: Row, layout: Layout) -> None:
     if row.get("label") is False and layout is Layout.prompt_completion:
         raise _refusal("", "label", "false: an answer that is not wanted, which this objective would train")
     if layout in (Layout.preference, Layout.unpaired) and has_flags(row, layout):
-        raise BadRow("has a turn that says that it is not trained, and this objective takes whole answers")
+        raise BadRow("has a turn that says that it is not trained, or has a weight, and this objective takes whole answers")
     for number, turn in enumerate(_turns(row, layout), 1):
         if not REFUSED_TURN.keys().isdisjoint(turn):
             _check_turn(turn, number)
@@ -101,53 +101,56 @@ def _check_turn(turn: dict[str, Any], number: int) -> None:
 
 
 def _check_weights(row: Row) -> None:
-    for name in row.keys() & {*FLAGS, *ROW_WEIGHTS}:
+    for name in row.keys() & {*FLAGS, *ROW_NAMES}:
         value = row[name]
-        refused = value not in (None, 1) if name in ROW_WEIGHTS else value == 0 or isinstance(value, list)
-        if refused:
-            raise _refusal("", name, f"{value!r}: a row counts whole; leave the row out, or give the field to single turns")
+        if name in ROW_NAMES and value is not None and not is_weight(value):
+            raise _refusal("", name, f"{value!r}, which is not a number from 0 on")
+        if name not in ROW_NAMES and (value == 0 or isinstance(value, list)):
+            raise _refusal("", name, f"{value!r}: `weight` 0 leaves a row out, or give the field to single turns")
 
 
 def _refusal(where: str, name: str, reason: str) -> BadRow:
     return BadRow(f"{where}has `{name}`, {reason}; data.ignore=[{name}] reads the rest as if it were not there")
 
 
-def untrained(row: Row, layout: Layout, messages: Sequence[Message]) -> frozenset[int]:
-    """Return which of a row's messages (0-based) are not trained: by a flag of the turn, or as a part of the prompt.
+def turn_weights(row: Row, layout: Layout, messages: Sequence[Message]) -> dict[int, float]:
+    """Return what those of a row's messages (0-based) weigh that do not weigh 1: 0 is not trained, by a flag or as a part of the prompt.
 
-    `messages` are the row's, which may begin with a system turn that the row holds elsewhere. Raises BadRow for flags
-    that are neither 0 nor 1, that contradict each other, or that train a turn of somebody else.
+    `messages` are the row's, which may begin with a system turn that the row holds elsewhere. Raises BadRow for what is not a weight,
+    for flags that contradict each other, or that train a turn of somebody else.
     """
     turns = list(_turns(row, layout))
     first = int(bool(turns) and messages[0]["role"] == "system" and turns[0].get("role", turns[0].get("from")) != "system")
     in_prompt = len(row["prompt"]) if layout is Layout.prompt_completion and isinstance(row.get("prompt"), list) else 0
-    left_out = {first + number for number in range(in_prompt)}
+    found = {first + number: 0.0 for number in range(in_prompt)}
     for number, turn in enumerate(turns):
-        flag = _flag(turn, number + 1)
-        if flag and messages[first + number]["role"] != "assistant":
+        weight = _weight(turn, number + 1)
+        if weight and messages[first + number]["role"] != "assistant":
             raise BadRow(f"turn {number + 1} is to be trained and is not the assistant's; data.supervise=all trains every turn")
-        if flag is False:
-            left_out.add(first + number)
-    return frozenset(left_out)
+        if weight not in (None, 1) and found.get(first + number) != 0:
+            found[first + number] = float(weight)
+    return found
 
 
 def has_flags(row: Row, layout: Layout) -> bool:
-    """Tell whether a turn says that it is not trained."""
-    return any(_flag(turn, number) is False for number, turn in enumerate(_turns(row, layout), 1))
+    """Tell whether a turn says that it is not trained, or has a weight."""
+    return any(_weight(turn, number) not in (None, 1) for number, turn in enumerate(_turns(row, layout), 1))
 
 
-def _flag(turn: dict[str, Any], number: int) -> bool | None:
-    """Return whether a turn says that it is trained; None where it says nothing."""
+def _weight(turn: dict[str, Any], number: int) -> float | None:
+    """Return what a turn weighs, 0 where it is not trained; None where it says nothing."""
     said = {name: turn[name] for name in (*FLAGS, *INVERSE_FLAGS) if turn.get(name) is not None}
     for name, value in said.items():
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadRow(f"turn {number} has `{name}` = {value!r}, which is neither 0 nor 1; data.ignore=[{name}] trains it all the same")
+        if not is_weight(value) or (name not in NAMES and value not in (0, 1)):
+            wanted = "not a number from 0 on" if name in NAMES else "neither 0 nor 1"
+            raise BadRow(f"turn {number} has `{name}` = {value!r}, which is {wanted}; data.ignore=[{name}] trains it all the same")
     meant = {bool(value) is (name not in INVERSE_FLAGS) for name, value in said.items()}
-    if len(meant) > 1:
+    weights = {float(value) for name, value in said.items() if name in NAMES}
+    if len(meant) > 1 or len(weights) > 1:
         raise BadRow(
             f"turn {number} has flags that contradict each other: {', '.join(f'{name} = {value!r}' for name, value in said.items())}"
         )
-    return meant.pop() if meant else None
+    return weights.pop() if weights else float(meant.pop()) if meant else None
 
 
 def unread(row: Row, layout: Layout) -> set[str]:

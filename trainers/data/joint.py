@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from trainers.batch import WEIGHT
 from trainers.config.errors import ConfigError
 from trainers.data.encode import COUNTS
 from trainers.data.table import TokenTable, save_joined
@@ -79,7 +80,7 @@ def _template_leaves_out(found: list[dict[str, dict[str, int]]]) -> dict[str, di
 
 def _require_alike(split: str, tables: Mapping[str, TokenTable]) -> None:
     """Raise ConfigError where sources have other kinds of rows than the first."""
-    (first, known), *others = ((name, sorted(table.signals)) for name, table in tables.items())
+    (first, known), *others = ((name, sorted(table.signals.keys() - {WEIGHT})) for name, table in tables.items())
     for name, signals in others:
         if signals != known:
             reason = (

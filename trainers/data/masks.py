@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from trainers.config.choices import Supervise
@@ -23,6 +24,8 @@ class Rendered:
 
     text: str
     spans: list[Span]
+    weights: list[float] = field(default_factory=list)
+    """What each of these spans weighs; empty where each weighs 1."""
     left_out: dict[str, bool] = field(default_factory=dict)
     """For each kind of part that the row has (parts.py), whether the template has left one out."""
     signals: Mapping[str, float] = field(default_factory=dict)
@@ -54,9 +57,11 @@ def render(
     tools: list[Any] | None = None,
     supervise: Supervise = Supervise.assistant,
     untrained: frozenset[int] = frozenset(),
+    weights: Mapping[int, float] = MappingProxyType({}),
 ) -> Rendered:
     """Render a conversation with the spans that `supervise` asks for, each through its end-of-turn text, without turns in `untrained`.
 
+    `weights` are those of turns that do not weigh 1, by their numbers.
     Raises BadRow where the template refuses the row or leaves a supervised turn out, and ConfigError where nothing marks
     the end of the last turn, since a model trained so would never stop.
     """
@@ -66,7 +71,7 @@ def render(
     numbers = numbers[-1:] if supervise is Supervise.last else numbers
     found, missing = _look(row, numbers, [number for number in numbers if number not in untrained], supervise)
     if supervise is Supervise.all:
-        return Rendered(text, [(0, len(text))], missing)
+        return Rendered(text, [(0, len(text))], left_out=missing)
     turns = find_turns(row, numbers, found)
     if turns[-1].end is None:
         raise ConfigError(
@@ -75,9 +80,11 @@ def render(
             "the chat template puts nothing after the last assistant turn, so the model would never learn to stop",
             "add {{ eos_token }} after the assistant's content in the template, or data.template=chatml",
         )
+    own = [weights.get(number, 1.0) for number in numbers if number not in untrained] if weights else []
     turns = [turn for number, turn in zip(numbers, turns, strict=True) if number not in untrained]
-    spans = [(turn.start, turn.text_end if turn.end is None else turn.end) for turn in turns]
-    return Rendered(text, _merge_marked(generated, turns) if generated else spans, missing)
+    spans_of = [_marked(generated, turn) if generated else [(turn.start, _end(turn))] for turn in turns]
+    weight_of = [weight for weight, spans in zip(own, spans_of, strict=False) for _ in spans]
+    return Rendered(text, [span for spans in spans_of for span in spans], weight_of, missing)
 
 
 def _look(row: Conversation, numbers: list[int], trained: list[int], supervise: Supervise) -> tuple[dict[int, Place], dict[str, bool]]:
@@ -99,12 +106,11 @@ def _look(row: Conversation, numbers: list[int], trained: list[int], supervise: 
     return all_at_once(row, numbers, marked, text) if is_long else {}, left_out(parts, missing)
 
 
-def _merge_marked(marked: list[Span], turns: list[Turn]) -> list[Span]:
-    """Return the template's own `generation` spans within the turns, made longer where they stop short of the end of turn."""
-    spans = []
-    for turn in turns:
-        last = turn.text_end if turn.end is None else turn.end
-        for start, end in marked:
-            if start < last and end > turn.start:
-                spans.append((start, max(end, last) if end >= turn.text_end else end))
-    return spans
+def _marked(marked: list[Span], turn: Turn) -> list[Span]:
+    """Return the template's own `generation` spans within a turn, made longer where they stop short of the end of turn."""
+    last = _end(turn)
+    return [(start, max(end, last) if end >= turn.text_end else end) for start, end in marked if start < last and end > turn.start]
+
+
+def _end(turn: Turn) -> int:
+    return turn.text_end if turn.end is None else turn.end

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from trainers.batch import WEIGHT
 from trainers.data.pack import one_each, pack
 from trainers.data.table import TokenTable
 
@@ -43,7 +44,7 @@ def mismatched(table: TokenTable, documents: Ints, capacity: int) -> TokenTable:
     """Return the prompts of some documents, each with its partner's answer: document k of the result is of `documents[k]`.
 
     Cut at `capacity` tokens, in rows of as many where the table is packed. A prompt is what comes before the first label, which
-    always leaves room for one. The signals are those of the table that SIGNAL begins, without it.
+    always leaves room for one. The signals are those of the table that SIGNAL begins, without it, and a prompt has its row's weight.
     """
     assert table.partners is not None
     tokens, supervised = [], []
@@ -54,6 +55,7 @@ def mismatched(table: TokenTable, documents: Ints, capacity: int) -> TokenTable:
         supervised += [np.zeros(first - start, np.uint8), table.supervised[answer:end]]
     lengths = np.array([len(prompt) + len(answer) for prompt, answer in zip(tokens[::2], tokens[1::2], strict=True)], np.int64)
     is_packed = len(table.order) > len(table)
+    signals = {name.removeprefix(SIGNAL): values[documents] for name, values in table.signals.items() if name.startswith(SIGNAL)}
     order, rows = pack(lengths, capacity) if is_packed else one_each(len(lengths))
     return TokenTable(
         tokens=np.concatenate([np.zeros(0, np.int32), *tokens]),
@@ -61,7 +63,7 @@ def mismatched(table: TokenTable, documents: Ints, capacity: int) -> TokenTable:
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         order=order,
         rows=rows,
-        signals={name.removeprefix(SIGNAL): values[documents] for name, values in table.signals.items() if name.startswith(SIGNAL)},
+        signals=signals | ({WEIGHT: table.signals[WEIGHT][documents]} if WEIGHT in table.signals else {}),
     )
 
 

@@ -15,10 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainers import host
+from trainers.batch import WEIGHT
 from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.choices import Layout, ObjectiveName, PairsOf, TooLong
 from trainers.config.derived import DESIRABLE, SCORED, Source, compares, rows_as, sources_of
 from trainers.config.errors import ConfigError
+from trainers.config.mixtures import OF_LABELS
 from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
 from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
@@ -35,6 +37,8 @@ from trainers.health.activity import watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from trainers.data.weights import Weights
 
 VERSION = 3
 """Of what is on disk and how it was made: raise it when either changes."""
@@ -153,6 +157,7 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
     options |= {"pairs": str(data.pairs)} if data.pairs is not PairsOf.best_worst else {}
+    options |= {"weights": "read"} if data.skip_bad_rows else {}  # rows with weights were bad rows once, which skipping left out
     marks = [sources.fingerprint(source, config.objective.name) for source in sources_of(data)]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
 
@@ -305,6 +310,7 @@ class Store:
         self.groups: list[NDArray[np.uint64]] = []
         self.has_pairs = False
         self.signals: dict[str, list[NDArray[np.float32]]] = {}
+        self.weights: Weights | None = None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.left_out = LeftOut()
         self.unread: set[str] = set()
@@ -320,10 +326,21 @@ class Store:
         self.has_pairs |= documents.units is not None
         for name, values in documents.signals.items():
             self.signals.setdefault(name, []).append(values)
+        if documents.weights is not None or self.weights is not None:
+            self._add_weights(documents)
         self.num_documents += len(documents.lengths)
         self.counts = {name: self.counts[name] + documents.counts.get(name, 0) for name in COUNTS}
         self.left_out.update(documents.left_out)
         self.unread |= documents.unread
+
+    def _add_weights(self, documents: Documents) -> None:
+        """Append the weights of documents whose lengths are known, from the first chunk on that has some."""
+        from trainers.data.weights import Weights
+
+        if self.weights is None:
+            before = sum(int(lengths.sum()) for lengths in self.lengths[:-1])
+            self.weights = Weights(self.files[0].with_name(f"{self.name}.weights.raw"), before)
+        self.weights.add(documents.weights, len(documents.tokens))
 
     def counted(self, rows: Iterator[Row]) -> Iterator[Row]:
         """Yield rows, and count those of each file."""
@@ -347,6 +364,8 @@ class Store:
         for stream, file in zip(self.streams, self.files, strict=True):
             stream.close()
             file.unlink()
+        if self.weights is not None:
+            self.weights.remove()
 
 
 def _encode_all(config: RunConfig, encoder: Encoder, source: Source | None, store: Store, advance: Callable[[int], None]) -> None:
@@ -495,6 +514,10 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
     pack_seconds = time.monotonic() - started
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     apart = units is not None and not config.data.packing
+    signals: dict[str, NDArray[Any]] = {name: np.concatenate(values)[keep] for name, values in store.signals.items()}
+    weights = None
+    if store.weights is not None:
+        weights = store.weights.signal(which, supervised[which], offsets, config.objective.name not in OF_LABELS)
     table = TokenTable(
         tokens=tokens[which],
         supervised=supervised[which],
@@ -503,7 +526,7 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
         rows=rows,
         units=units,
         apart=apart,
-        signals={name: np.concatenate(values)[keep] for name, values in store.signals.items()},
+        signals=signals | ({} if weights is None else {WEIGHT: weights}),
         partners=_partners(config, groups[keep], folder.name) if config.objective.name is ObjectiveName.kto else None,
     )
     save_table(table, folder)
@@ -516,6 +539,11 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
         "rows": len(table),
         "tokens": num_tokens,
         "supervised_tokens": int(table.supervised.sum(dtype=np.int64)),
+        **(
+            {}
+            if weights is None
+            else {"weights": {"min": float(weights.min()), "mean": float(weights.mean()), "max": float(weights.max())}}
+        ),
         "lengths": {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()},
         "efficiency": num_tokens / ((len(lengths) if apart else len(table)) * longest),
         "pack_seconds": round(pack_seconds, 4),

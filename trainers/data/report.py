@@ -27,6 +27,8 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
         )
         if "wanted" in split:
             lines.append(f"        {split['wanted']:,} answers are wanted, {split['documents'] - split['wanted']:,} are not")
+        if weights := split.get("weights"):
+            lines.append(f"        weights from {weights['min']:.4g} to {weights['max']:.4g}, {weights['mean']:.4g} in the mean")
     if report.get("equal"):
         lines.append(f"  equal {plural(report['equal'], 'pair')} of a ranked list with one score or one text, which are left out")
     lost = report["supervised_lost"] / report["supervised_before"]

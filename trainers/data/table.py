@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.batch import SOURCE, Sizes
+from trainers.batch import SOURCE, WEIGHT, Sizes
 from trainers.config.errors import ConfigError
 
 Ints = NDArray[np.int64]
@@ -72,6 +72,19 @@ class TokenTable:
         counts = labels_of(self) if self.labels is None else self.labels
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
+    @cached_property
+    def weights(self) -> NDArray[np.float64] | None:
+        """Return the sum of each document's weights, (documents,); None where nothing has one."""
+        if WEIGHT not in self.signals:
+            return None
+        of = self.signals[WEIGHT].astype(np.float64)
+        if of.ndim == 1:
+            return of
+        starts, sums = self.label_starts, np.zeros(len(self.offsets) - 1)
+        labelled = np.diff(starts) > 0
+        sums[labelled] = np.add.reduceat(of[:, 0], starts[:-1][labelled])
+        return sums
+
     def documents(self, row: int) -> NDArray[np.int64]:
         """Return the documents of a row."""
         found: NDArray[np.int64] = self.order[self.rows[row] : self.rows[row + 1]]
@@ -90,7 +103,9 @@ class TokenTable:
         else:
             labels = sum(int(np.count_nonzero(self.supervised[start:end])) for start, end in zip(starts, ends, strict=True))
         units = 0 if self.units is None else sum(len(np.unique(self.units[self.documents(int(row))])) for row in rows)
-        return Sizes(rows=len(rows), documents=len(documents), tokens=int((ends - starts).sum()), labels=labels, units=units)
+        weight = 0.0 if self.weights is None else float(self.weights[documents].sum())
+        tokens = int((ends - starts).sum())
+        return Sizes(rows=len(rows), documents=len(documents), tokens=tokens, labels=labels, units=units, weight=weight)
 
     def rows_of_sources(self) -> dict[str, NDArray[np.int64]]:
         """Return the numbers of each source's rows."""
@@ -146,7 +161,8 @@ def save_joined(tables: Mapping[str, TokenTable], places: Mapping[str, str], fol
     held = list(tables.values())
     documents = [len(table.offsets) - 1 for table in held]
     number_of = np.repeat(np.arange(len(held), dtype=np.float32), documents)
-    signals = {name: np.concatenate([table.signals[name] for table in held]) for name in held[0].signals}
+    names = dict.fromkeys(name for table in held for name in table.signals)
+    signals = {name: np.concatenate([_signal(table, name, held) for table in held]) for name in names}
     whole = TokenTable(
         tokens=held[0].tokens[:0],
         supervised=held[0].supervised[:0],
@@ -162,6 +178,14 @@ def save_joined(tables: Mapping[str, TokenTable], places: Mapping[str, str], fol
     _write({name: array for name, array in _arrays(whole).items() if name not in TOKENS}, whole.apart, folder)
     parts = {name: {"folder": places[name], "rows": len(table)} for name, table in tables.items()}
     (folder / SOURCES).write_text(json.dumps(parts, indent=1))
+
+
+def _signal(table: TokenTable, name: str, others: Sequence[TokenTable]) -> NDArray[Any]:
+    """Return a signal of a table; weights of 1, in the shape that the others have, where its rows have none."""
+    if name in table.signals or name != WEIGHT:
+        return table.signals[name]
+    shape = next(other.signals[WEIGHT].shape[1:] for other in others if WEIGHT in other.signals)
+    return np.ones((int(_labels_of(table).sum()) if shape else len(table.offsets) - 1, *shape), np.float32)
 
 
 class Joined:

@@ -111,7 +111,7 @@ class Guard:
         """Return above what the next step is a spike."""
         return NO_LIMITS if self.train.on_spike is OnSpike.none else self.spikes.limits()
 
-    def check(self, step: int, loss: float, grad_norm: float, targets: int, limits: Limits) -> bool:
+    def check(self, step: int, loss: float, grad_norm: float, targets: float, limits: Limits) -> bool:
         """Tell whether `step`, counted from 1, updated the weights, and remember it.
 
         Raises Spike where more than the step is to be left out, TrainingFailed where too many in a row were skipped.

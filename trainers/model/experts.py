@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers.batch import IGNORE, Batch, Output
+from trainers.batch import IGNORE, Batch, Output, label_weights
 from trainers.config.choices import Experts
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
@@ -188,7 +188,7 @@ class Routing:
 
 
 def balance(logits: Tensor, chosen: Tensor, batch: Batch, is_sigmoid: bool = False) -> Tensor:
-    """Return how unevenly one router treats each document, summed over the labels of all: a scalar float32.
+    """Return how unevenly one router treats each document, summed over the labels of all with their weights: a scalar float32.
 
     `logits` is (N, E) and `chosen` (N, K), N being the tokens of the batch in order. With f the tokens that a document sends to an
     expert and P the mean probability of the expert, each a share of the document's tokens, padding left out, a document has
@@ -201,7 +201,9 @@ def balance(logits: Tensor, chosen: Tensor, batch: Batch, is_sigmoid: bool = Fal
     affinities = logits.float().sigmoid() if is_sigmoid else logits.float().softmax(-1)
     shares = affinities / affinities.sum(-1, keepdim=True) if is_sigmoid else affinities
     tokens = shares.new_zeros(count).index_add(0, documents, torch.ones_like(documents, dtype=shares.dtype))
-    labels = shares.new_zeros(count).index_add(0, documents, (batch.labels.flatten() != IGNORE).to(shares.dtype))
+    weights = label_weights(batch)
+    weights = (batch.labels != IGNORE).to(shares.dtype) if weights is None else weights
+    labels = shares.new_zeros(count).index_add(0, documents, weights.flatten())
     sent = shares.new_zeros(count * num_experts)
     sent = sent.index_add(0, (documents[:, None] * num_experts + chosen).flatten(), torch.ones_like(chosen, dtype=shares.dtype).flatten())
     probabilities = shares.new_zeros(count, num_experts).index_add(0, documents, shares)

@@ -16,7 +16,7 @@ class Balanced:
         self.objective, self.coefficient = objective, coefficient
         self.needs, self.signals = objective.needs, objective.signals
 
-    def targets(self, sizes: Sizes) -> int:
+    def targets(self, sizes: Sizes) -> float:
         """Return the objective's own."""
         return self.objective.targets(sizes)
 

@@ -47,7 +47,7 @@ OVER = "/"
 """Ends the name of a count among the sums."""
 
 
-def per_target(sums: Mapping[str, float], targets: int) -> dict[str, float]:
+def per_target(sums: Mapping[str, float], targets: float) -> dict[str, float]:
     """Return the means of what an objective reports from sums over all ranks: by their own counts, else by the targets; nan for 0."""
     over = {name: sums.get(f"{name}{OVER}", targets) for name in sums if not name.endswith(OVER)}
     return {name: sums[name] / count if count else math.nan for name, count in over.items()}
@@ -60,8 +60,8 @@ class Objective(Protocol):
     signals: frozenset[str]
     """Signals that the table must carry."""
 
-    def targets(self, sizes: Sizes) -> int:
-        """Return the denominator for rows of these sizes: labels, documents or units."""
+    def targets(self, sizes: Sizes) -> float:
+        """Return the denominator for rows of these sizes: labels, documents or units, or the sum of their weights."""
         ...
 
     def __call__(self, output: Output, batch: Batch) -> Loss:

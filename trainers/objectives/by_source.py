@@ -20,7 +20,7 @@ class BySource:
         self.objective, self.names = objective, names
         self.needs, self.signals = objective.needs, objective.signals
 
-    def targets(self, sizes: Sizes) -> int:
+    def targets(self, sizes: Sizes) -> float:
         """Return the objective's own."""
         return self.objective.targets(sizes)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainers.batch import IGNORE, SOURCE, Batch, Needs, Output, Sizes, by_document
+from trainers.batch import IGNORE, SOURCE, Batch, Needs, Output, Sizes, by_document, label_weights
 from trainers.config.choices import Divergence
 from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import TEACHER_IDS, TEACHER_LOGPS, Loss
@@ -27,24 +27,25 @@ class Distil:
         """Take the settings of the objective."""
         self.config = config
 
-    def targets(self, sizes: Sizes) -> int:
-        """Return the number of labels."""
-        return sizes.labels
+    def targets(self, sizes: Sizes) -> float:
+        """Return the number of labels, or the sum of their weights."""
+        return sizes.weight or sizes.labels
 
     def __call__(self, output: Output, batch: Batch) -> Loss:
-        """Return the summed divergence and cross-entropy, each with its share."""
+        """Return the summed divergence and cross-entropy, each with its share, of each label times its weight."""
         assert output.gathered is not None
         teacher = batch.signals[TEACHER_LOGPS].log_softmax(-1)  # what float16 has rounded sums to 1 again
-        share, labelled = self.config.ce_weight, (batch.labels != IGNORE).float()
-        apart = divergence(teacher, output.gathered, self.config) * labelled
-        far, own = apart.sum(), -output.logps.sum()
+        share, weights = self.config.ce_weight, label_weights(batch)
+        logps = output.logps if weights is None else output.logps * weights
+        weights = (batch.labels != IGNORE).float() if weights is None else weights
+        apart = divergence(teacher, output.gathered, self.config) * weights
+        far, own = apart.sum(), -logps.sum()
         outside = {"student_rest": output.gathered[..., -1].detach(), "teacher_rest": teacher[..., -1]}
         figures = {"divergence": far.detach(), "cross_entropy": own.detach()}
-        figures |= {name: (logps.exp() * labelled).sum() for name, logps in outside.items()}
+        figures |= {name: (rest.exp() * weights).sum() for name, rest in outside.items()}
         each = None
         if SOURCE in batch.signals:
-            losses = ((1 - share) * apart - share * output.logps).detach()
-            each = by_document(losses, batch), by_document(labelled, batch)
+            each = by_document(((1 - share) * apart - share * logps).detach(), batch), by_document(weights, batch)
         return Loss(total=(1 - share) * far + share * own if share else far, figures=figures, each=each)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from trainers.batch import SOURCE, Batch, Needs, Output, Sizes, by_document
+from trainers.batch import SOURCE, WEIGHT, Batch, Needs, Output, Sizes, by_document, label_weights
 from trainers.objectives.base import Loss
 
 
@@ -15,14 +14,18 @@ class NextToken:
     needs = Needs()
     signals: frozenset[str] = frozenset()
 
-    def targets(self, sizes: Sizes) -> int:
-        """Return the number of labels."""
-        return sizes.labels
+    def targets(self, sizes: Sizes) -> float:
+        """Return the number of labels, or the sum of their weights."""
+        return sizes.weight or sizes.labels
 
     def __call__(self, output: Output, batch: Batch) -> Loss:
-        """Return minus the summed log-probability."""
-        return Loss(total=-output.logps.sum(), each=_by_document(output, batch) if SOURCE in batch.signals else None)
+        """Return minus the summed log-probability, each label times its weight."""
+        if batch.signals.keys().isdisjoint((WEIGHT, SOURCE)):
+            return Loss(total=-output.logps.sum())
+        return self._each(output, batch)
 
-
-def _by_document(output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
-    return by_document(-output.logps.detach(), batch), by_document(torch.ones_like(output.logps), batch)
+    def _each(self, output: Output, batch: Batch) -> Loss:
+        weights = label_weights(batch)
+        losses = -output.logps if weights is None else -output.logps * weights
+        each = by_document(losses.detach(), batch), by_document(torch.ones_like(losses) if weights is None else weights, batch)
+        return Loss(total=losses.sum(), each=each)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from trainers.batch import Batch, Needs, Output, Sizes, by_document, by_pair
+from trainers.batch import Batch, Needs, Output, Sizes, by_document, by_pair, document_weights
 from trainers.config.choices import FDivergence, PreferenceLoss
 from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import REFERENCE, Loss
@@ -50,17 +50,18 @@ class Preference(ABC):
         """Take the settings of the objective."""
         self.config = config
 
-    def targets(self, sizes: Sizes) -> int:
-        """Return the number of pairs."""
-        return sizes.units
+    def targets(self, sizes: Sizes) -> float:
+        """Return the number of pairs, or the sum of their weights: both documents of a pair have it."""
+        return sizes.weight / 2 or sizes.units
 
     def __call__(self, output: Output, batch: Batch) -> Loss:
-        """Return the summed loss of a microbatch's pairs, with the rewards of their answers."""
+        """Return the summed loss of a microbatch's pairs, each times its weight, with the rewards of their answers."""
         counts = by_document(torch.ones_like(output.logps), batch)
         known = batch.signals.get(REFERENCE) if REFERENCE in self.signals else None
         logps = by_pair(by_document(output.logps, batch))
         answers = Answers(logps, by_pair(counts), None if known is None else by_pair(known))
-        losses = self.losses(answers)
+        weights = by_pair(document_weights(batch))[0]
+        losses = self.losses(answers) * weights
         chosen, rejected = (reward.detach() for reward in self.rewards(answers))
         figures = {
             "reward_chosen": chosen,
@@ -72,8 +73,8 @@ class Preference(ABC):
         if REFERENCE in self.signals:
             ratios = (ratio.detach() for ratio in answers.ratios())
             figures |= dict(zip(("log_ratio_chosen", "log_ratio_rejected"), ratios, strict=True))
-        each = losses.detach(), torch.ones_like(chosen)
-        return Loss(total=losses.sum(), figures={name: values.sum() for name, values in figures.items()}, each=each)
+        figures = {name: (values * weights).sum() for name, values in figures.items()}
+        return Loss(total=losses.sum(), figures=figures, each=(losses.detach(), weights))
 
     @abstractmethod
     def losses(self, answers: Answers) -> Tensor:
