@@ -183,6 +183,8 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "pairs with all tokens": ["data.supervise=all", "objective=dpo"],
     "a setting of another objective": ["objective.margin=1"],
     "a share of wrong pairs that turns them": ["objective=dpo", "objective.label_smoothing=0.6"],
+    "a label that is all spread": ["objective=sft", "objective.label_smoothing=1"],
+    "smoothing of what has no distribution": ["objective=simpo", "objective.label_smoothing=0.1"],
     "smoothing of a hinge": ["objective=dpo", "objective.label_smoothing=0.1", "objective.loss=hinge"],
     "robust against nothing": ["objective=dpo", "objective.robust=true"],
     "nothing of the teacher": ["objective=distil", "objective.ce_weight=1"],

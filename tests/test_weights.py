@@ -173,7 +173,10 @@ def plain(model: Any, table: TokenTable, rows: list[int]) -> torch.Tensor:
     return (torch.cat(losses) * of).sum() / of.sum()
 
 
-@pytest.mark.parametrize(("size", "microbatch", "engine"), [(1, 6, "fsdp"), (2, 1, "zero3"), (3, 1, "fsdp")])
+SPLITS = [pytest.param(1, 6, "fsdp", marks=pytest.mark.slow), (2, 1, "zero3"), pytest.param(3, 1, "fsdp", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("size", "microbatch", "engine"), SPLITS)
 def test_every_split_equals_a_weighted_plain_loop(
     ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, size: int, microbatch: int, engine: str
 ) -> None:

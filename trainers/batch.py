@@ -15,6 +15,8 @@ SOURCE = "source"
 """The signal of a mixture: the number of each document's source, (D,)."""
 WEIGHT = "weight"
 """The signal of rows that have weights: of each label, (B, S, 1), or of each document where an objective judges whole ones, (D,)."""
+VOCABULARY = "vocabulary"
+"""`Needs.gathered` where the mean log-probability of all tokens is asked for: it is no signal."""
 PADDING_PIECE = 64
 """Tokens of padding that may attend to each other: kernels compute padding as if it were documents, which short ones make cheap."""
 MULTIPLE = 16
@@ -222,7 +224,10 @@ class Needs:
     scores: bool = False
     """Scores of documents, of a model whose head makes them; there are no log-probabilities then."""
     gathered: str | None = None
-    """Name of a signal of token ids, (B, S, k) int32: their log-probabilities are returned, and that of all others together."""
+    """Name of a signal of token ids, (B, S, k) int32: their log-probabilities are returned, and that of all others together.
+
+    Or VOCABULARY: the mean log-probability of all tokens is returned, (B, S, 1).
+    """
 
 
 @dataclass(kw_only=True)
@@ -236,7 +241,10 @@ class Output:
     scores: Tensor | None = None
     """(D, C): what the head of scores makes of each document's last hidden state, with a graph while training."""
     gathered: Tensor | None = None
-    """(B, S, k + 1): log-probability in nats of each of the k tokens asked for and, last, of all others together; with a graph."""
+    """(B, S, k + 1): log-probability in nats of each of the k tokens asked for and, last, of all others together; with a graph.
+
+    Where VOCABULARY was asked for, (B, S, 1): the mean of all tokens.
+    """
     balance: Tensor | None = None
     """Scalar: how unevenly routers treat each document, summed over labels; only where `train.balance_loss` asks for it."""
 

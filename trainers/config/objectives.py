@@ -16,8 +16,8 @@ from trainers.config.schema import ObjectiveConfig, RunConfig
 SCORE = "score"
 """The head's name in a model of scores."""
 FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
-    ObjectiveName.sft: (),
-    ObjectiveName.cpt: (),
+    ObjectiveName.sft: ("label_smoothing",),
+    ObjectiveName.cpt: ("label_smoothing",),
     ObjectiveName.dpo: (
         *("beta", "loss", "label_smoothing", "robust", "length_normalised", "nll_weight"),
         *("f_divergence", "f_alpha", "reference"),
@@ -38,7 +38,11 @@ TEACHER = "teacher.json"
 def validate_objective(objective: ObjectiveConfig) -> None:
     """Raise ConfigError for a setting that the named objective does not have, or a value that its formula does not allow."""
     refuse_foreign("objective", objective, f"objective.name={objective.name}", of_others(FIELDS, objective.name))
-    if not 0 <= objective.label_smoothing < 0.5:
+    spreads = objective.name in (ObjectiveName.sft, ObjectiveName.cpt)
+    if spreads and not 0 <= objective.label_smoothing < 1:
+        reason = "must be from 0 to below 1: it is a share of each label's probability"
+        raise ConfigError("objective.label_smoothing", objective.label_smoothing, reason, "objective.label_smoothing=0.1")
+    if not spreads and not 0 <= objective.label_smoothing < 0.5:
         reason = "must be from 0 to below 0.5: above it the other answer would be the preferred one"
         raise ConfigError("objective.label_smoothing", objective.label_smoothing, reason, "objective.label_smoothing=0.1")
     if objective.loss is not PreferenceLoss.sigmoid and objective.label_smoothing:

@@ -224,7 +224,7 @@ class ObjectiveConfig:
     loss: PreferenceLoss = PreferenceLoss.sigmoid
     """dpo, cpo: what becomes of a pair's margin."""
     label_smoothing: float = 0.0
-    """dpo, cpo: share of the pairs whose answers are taken to be in the wrong order. In [0, 0.5)."""
+    """sft, cpt: share of each label that is spread over the vocabulary, in [0, 1); dpo, cpo: of the pairs in the wrong order, below 0.5."""
     robust: bool = False
     """dpo: with `label_smoothing`, the loss whose mean over such pairs is that of clean ones (arXiv 2403.00409)."""
     length_normalised: bool = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers.batch import IGNORE, Batch, Needs, Output, last_tokens
+from trainers.batch import IGNORE, VOCABULARY, Batch, Needs, Output, last_tokens
 from trainers.model.attention import VARLEN, documents_of
 from trainers.model.recurrent import begins_anew, lengths_for_kernels, takes_lengths
 
@@ -76,9 +76,16 @@ def label_logps(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure(logits: Tensor, labels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return log-probabilities (N,) of labels and, where there are ids (N, k), theirs; backward overwrites the logits (N, V)."""
+    """Return log-probabilities (N,) of labels and, where there are ids (N, k), theirs; backward overwrites the logits (N, V).
+
+    Where k is 0, the mean over the vocabulary is returned instead, (N, 1).
+    """
     if ids is None:
         return label_logps(logits, labels), None
+    if not ids.shape[-1]:
+        from trainers.model.uniform import uniform_logps
+
+        return uniform_logps(logits, labels)
     from trainers.model.gathered import gathered_logps
 
     return gathered_logps(logits, labels, ids)
@@ -145,9 +152,10 @@ def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head:
     if takes_lengths(config):
         inputs |= lengths_for_kernels(batch)
     labels = batch.labels if every else batch.labels[:, columns]
-    ids = None if needs.gathered is None else batch.signals[needs.gathered]
-    if ids is not None:
-        ids = (ids if every else ids[:, columns]).flatten(0, 1)
+    ids = None
+    if needs.gathered is not None:
+        asked = batch.labels.new_empty(*shape, 0) if needs.gathered == VOCABULARY else batch.signals[needs.gathered]
+        ids = (asked if every else asked[:, columns]).flatten(0, 1)
     with documents_of(batch), nullcontext() if head is None else head.reading(labels.flatten(), needs.entropy, ids):
         output = model(**inputs, logits_to_keep=0 if every else columns)
     if head is None:

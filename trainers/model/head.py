@@ -247,6 +247,10 @@ def _writer(labels: Tensor, ids: Tensor | None, grads: tuple[Tensor, ...], part:
     """Return what writes the gradient of a few tokens' logits."""
     if ids is None:
         return partial(write_slopes, labels=labels[part], grad=grads[0][part])
+    if not ids.shape[-1]:
+        from trainers.model import uniform
+
+        return partial(uniform.write_slopes, labels=labels[part], grad=grads[0][part], grads=grads[2][part])
     from trainers.model import gathered
 
     return partial(gathered.write_slopes, labels=labels[part], ids=ids[part], grad=grads[0][part], grads=grads[2][part])

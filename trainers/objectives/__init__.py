@@ -45,8 +45,7 @@ def _kto(config: ObjectiveConfig) -> Objective:
 
 
 CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
-    ObjectiveName.sft: lambda config: NextToken(),
-    ObjectiveName.cpt: lambda config: NextToken(),
+    **dict.fromkeys((ObjectiveName.sft, ObjectiveName.cpt), lambda config: NextToken(config.label_smoothing)),
     **dict.fromkeys(PREFERENCES, _of_pairs),
     **dict.fromkeys(SCORED, _of_documents),
     ObjectiveName.distil: _of_teacher,
