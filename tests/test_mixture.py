@@ -19,9 +19,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE, SOURCE
-from trainers.config.choices import EngineName, Exhausted, MixBy, ObjectiveName
+from trainers.config.choices import EngineName, Exhausted, MixBy, MixChange, ObjectiveName
 from trainers.config.derived import learning_rate
 from trainers.config.errors import ConfigError
+from trainers.config.mix import schedule
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, SourceConfig, TrainConfig
 from trainers.data.loader import Loader, make_batch, row_order
 from trainers.data.mixture import Content, Mixture, contents
@@ -37,8 +38,8 @@ from trainers.world import World
 def mixture(weights: dict[str, float | None], rows: list[int], tokens: list[int] | None = None, seed: int = 3, **fields: Any) -> Mixture:
     """Return the stream of sources with so many rows, 10 tokens each unless `tokens` says how many."""
     given = {name: fields.pop(name) for name in ("steps", "epochs", "global_batch") if name in fields}
-    ends, repeats = fields.pop("ends", {}), fields.pop("repeats", {})
-    mix = {name: SourceConfig(weight=weight, weight_end=ends.get(name), repeat=repeats.get(name)) for name, weight in weights.items()}
+    then, repeats = fields.pop("then", {}), fields.pop("repeats", {})
+    mix = {name: SourceConfig(weight=weight, then=then.get(name, []), repeat=repeats.get(name)) for name, weight in weights.items()}
     each = tokens or [10 * count for count in rows]
     sources = [Content(name, count, total) for name, count, total in zip(weights, rows, each, strict=True)]
     return Mixture(DataConfig(mix=mix, **{"mix_by": MixBy.rows} | fields), TrainConfig(**{"steps": 1000} | given), sources, seed)
@@ -139,11 +140,38 @@ def test_a_source_that_runs_out_stops_the_run_or_is_dropped() -> None:
 
 def test_weights_that_change_are_the_integral_of_what_they_are() -> None:
     """From 90:10 to 20:80 over 500 steps of 16 rows: 8,000 rows, then constant."""
-    found = mixture({"a": 90, "b": 10}, [70, 70], ends={"a": 20.0, "b": 80.0}, mix_anneal_steps=500, global_batch=16)
+    found = mixture({"a": 90, "b": 10}, [70, 70], then={"a": [20.0], "b": [80.0]}, mix_steps=[500], global_batch=16)
     for position in range(1000, 12_001, 1000):
         inside = min(position, 8000)
         exact = 0.9 * inside - 0.7 * inside**2 / 16_000 + 0.2 * (position - inside)
         assert abs(found.counts_before(position)[0] - exact) < 1
+
+
+def test_weights_at_several_steps_are_exact_to_a_row_and_equal_a_sum_over_positions() -> None:
+    """90:10 to 50:50 in 333 steps of 7 rows, to 20:80 until step 1200, then constant; what remains is at most a row."""
+    found = mixture({"a": 90, "b": 10}, [70, 70], then={"a": [50.0, 20.0], "b": [50.0, 80.0]}, mix_steps=[333, 1200], global_batch=7)
+    share = np.interp(np.arange(12_000) + 0.5, [0, 2331, 8400], [0.9, 0.5, 0.2])
+    for position in (1000, 2000, 2331, 3331, 8331, 8400, 9400, 11_400):
+        assert abs(found.counts_before(position)[0] - share[:position].sum()) < 1
+    late = mixture({"a": 90, "b": 10}, [70, 70], then={"a": [50.0, 20.0], "b": [50.0, 80.0]}, mix_steps=[333, 1200], global_batch=7)
+    assert late.row_ids(np.arange(8390, 8420)).tolist() == found.row_ids(np.arange(9000))[8390:8420].tolist()
+
+
+def test_phases_begin_at_their_step() -> None:
+    """Rows of a source that has weight 0 until step 100, of 7 rows each, begin there; each phase has its shares to a row."""
+    then = {"a": [50.0, 0.0], "b": [50.0, 30.0], "c": [0.0, 70.0]}
+    found = mixture({"a": 100, "b": 0, "c": 0}, [70, 70, 70], then=then, mix_steps=[100, 400], mix_change=MixChange.phase, global_batch=7)
+    of, _ = stream(found, 5000)
+    counts = [Counter(of[start:end]) for start, end in ((0, 700), (700, 2800), (2800, 4800))]
+    assert counts == [Counter({0: 700}), Counter({0: 1050, 1: 1050}), Counter({1: 600, 2: 1400})]
+    assert found.pass_rows == 210
+
+
+def test_a_ratio_is_a_weight_for_each_source_and_a_text_is_a_path() -> None:
+    data = DataConfig(mix={"general": "owner/general", "domain": {"path": "chats.jsonl"}}, mix_ratio="80:20")
+    assert data.mix["general"] == SourceConfig(path="owner/general")
+    assert schedule(data) == [(0, [80.0, 20.0])]
+    assert schedule(DataConfig(mix={"a": "x", "b": "y"})) is None
 
 
 def three_sources() -> dict[str, TokenTable]:

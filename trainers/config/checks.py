@@ -48,7 +48,6 @@ POSITIVE = (
     "objective.f_alpha",
     "data.processes",
     "data.max_rows",
-    "data.mix_anneal_steps",
     "optim.lr",
     "optim.full_lr",
     "optim.lr_factor",

@@ -273,6 +273,13 @@ class MixBy(StrEnum):
     rows = "rows"
 
 
+class MixChange(StrEnum):
+    """How the weights of a mixture get from one of `data.mix_steps` to the next: in a straight line, or at once when it is reached."""
+
+    linear = "linear"
+    phase = "phase"
+
+
 class Exhausted(StrEnum):
     """What a source of a mixture does once it has run out: begin again, end the run, or leave its share to the others."""
 

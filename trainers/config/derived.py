@@ -12,7 +12,7 @@ from trainers.config.schema import DataConfig, OptimConfig, PeftConfig, RunConfi
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
 
-OF_MIXTURES = ("mix_by", "mix_exhausted", "mix_temperature", "mix_anneal_steps")
+OF_MIXTURES = ("mix_by", "mix_exhausted", "mix_temperature", "mix_ratio", "mix_steps", "mix_change")
 """Fields of `data` that are about all sources of a mixture together."""
 
 LOGITS_BYTES = 256 << 20

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import pairwise
 
-from trainers.config.choices import Exhausted
+from trainers.config.choices import Exhausted, MixChange
 from trainers.config.derived import OF_MIXTURES, SCORED
-from trainers.config.errors import ConfigError
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import DataConfig, RunConfig, SourceConfig
 
 OWN = ("source", "path", "split", "config", "data_files", "revision", "max_rows", "eval_path", "eval_split")
@@ -56,13 +57,37 @@ def _own_fields() -> list[str]:
     return [field.name for field in fields(SourceConfig)]
 
 
+def schedule(data: DataConfig) -> list[tuple[int, list[float]]] | None:
+    """Return the weights of the sources at step 0 and at each of `data.mix_steps`; None where they have none."""
+    begin = begin_weights(data)
+    if all(weight is None for weight in begin.values()):
+        return None
+    then = {name: source.then or [begin[name]] * len(data.mix_steps) for name, source in data.mix.items()}
+    rows = zip(*([begin[name], *then[name]] for name in data.mix), strict=True)
+    return [(step, [float(weight or 0.0) for weight in row]) for step, row in zip([0, *data.mix_steps], rows, strict=True)]
+
+
+def begin_weights(data: DataConfig) -> dict[str, float | None]:
+    """Return each source's weight at the beginning: its own, or that of `data.mix_ratio`; raises ConfigError for a ratio that is none."""
+    if data.mix_ratio is None:
+        return {name: source.weight for name, source in data.mix.items()}
+    parts, remedy = data.mix_ratio.split(":"), f"'data.mix_ratio={':'.join(['1'] * len(data.mix))}'"
+    if len(parts) != len(data.mix):
+        reason = f"has {len(parts)} numbers for the sources {', '.join(data.mix)}; YAML reads 80:20 without quotes as one number"
+        raise ConfigError("data.mix_ratio", data.mix_ratio, reason, remedy)
+    try:
+        return dict(zip(data.mix, map(float, parts), strict=True))
+    except ValueError as error:
+        raise ConfigError("data.mix_ratio", data.mix_ratio, "is not numbers with : between them", remedy) from error
+
+
 def validate_mix(config: RunConfig) -> None:
     """Raise ConfigError for weights that cannot be shares, and settings of one data set or of mixtures where there is the other."""
     data, plain = config.data, DataConfig()
     if not data.mix:
         for name in OF_MIXTURES:
             if (value := getattr(data, name)) != getattr(plain, name):
-                said = value if isinstance(value, int | float) else str(value)
+                said = value if isinstance(value, int | float | list) else str(value)
                 raise ConfigError(f"data.{name}", said, "is of mixtures, and data.mix names no sources", "leave it out")
         return
     if config.objective.name in SCORED:
@@ -84,10 +109,15 @@ def validate_mix(config: RunConfig) -> None:
 
 
 def _validate_weights(data: DataConfig) -> None:
-    given = {name: source.weight for name, source in data.mix.items() if source.weight is not None}
+    own = {name: source.weight for name, source in data.mix.items() if source.weight is not None}
+    if own and data.mix_ratio is not None:
+        reason = f"data.mix.{next(iter(own))}.weight is given too"
+        raise ConfigError("data.mix_ratio", data.mix_ratio, reason, "data.mix_ratio=null, or no weight in a source")
+    given = {name: weight for name, weight in begin_weights(data).items() if weight is not None}
     for name, weight in given.items():
         if not 0 <= weight < math.inf:
-            raise ConfigError(f"data.mix.{name}.weight", weight, "must be a number, 0 or greater")
+            path = f"data.mix.{name}.weight" if data.mix_ratio is None else "data.mix_ratio"
+            raise ConfigError(path, weight if data.mix_ratio is None else data.mix_ratio, "must be a number, 0 or greater")
     if missing := [name for name in data.mix if name not in given] if given else []:
         reason = f"{', '.join(given)} has a weight: all sources need one, or none, which takes as much as each has"
         raise ConfigError(f"data.mix.{missing[0]}.weight", None, reason, f"data.mix.{missing[0]}.weight=1")
@@ -98,22 +128,27 @@ def _validate_weights(data: DataConfig) -> None:
 
 
 def _validate_annealing(data: DataConfig) -> None:
-    ends = {name: source.weight_end for name, source in data.mix.items() if source.weight_end is not None}
-    for name, weight in ends.items():
-        if not 0 <= weight < math.inf:
-            raise ConfigError(f"data.mix.{name}.weight_end", weight, "must be a number, 0 or greater")
-        if data.mix[name].weight is None:
-            reason = "the sources have no weights to begin with"
-            raise ConfigError(f"data.mix.{name}.weight_end", weight, reason, f"data.mix.{name}.weight=1")
-    if ends and data.mix_anneal_steps is None:
-        name, weight = next(iter(ends.items()))
-        raise ConfigError(f"data.mix.{name}.weight_end", weight, "data.mix_anneal_steps is not set", "data.mix_anneal_steps=1000")
-    if data.mix_anneal_steps is not None and not ends:
+    steps, changing = data.mix_steps, {name: source.then for name, source in data.mix.items() if source.then}
+    if any(after <= before for before, after in pairwise([0, *steps])):
         raise ConfigError(
-            "data.mix_anneal_steps", data.mix_anneal_steps, "no source has a weight_end", f"data.mix.{next(iter(data.mix))}.weight_end=1"
+            "data.mix_steps", steps, "must be steps after the first, each greater than the one before", "data.mix_steps=[1000]"
         )
-    if ends and not any(ends.get(name, source.weight) for name, source in data.mix.items()):
-        raise ConfigError("data.mix", list(data.mix), "every weight ends at 0: nothing would be trained", "a weight_end above 0")
+    for name, then in changing.items():
+        if any(not 0 <= weight < math.inf for weight in then):
+            raise ConfigError(f"data.mix.{name}.then", then, "must be numbers, 0 or greater")
+        if begin_weights(data)[name] is None:
+            raise ConfigError(f"data.mix.{name}.then", then, "the sources have no weights to begin with", f"data.mix.{name}.weight=1")
+        if len(then) != len(steps):
+            reason = f"has {plural(len(then), 'weight')}, and data.mix_steps names {plural(len(steps), 'step')}"
+            raise ConfigError(f"data.mix.{name}.then", then, reason, "data.mix_steps=[1000] and one weight, or as many of both")
+    if steps and not changing:
+        raise ConfigError("data.mix_steps", steps, "no source has other weights then", f"data.mix.{next(iter(data.mix))}.then=[1]")
+    if data.mix_change is not MixChange.linear and not steps:
+        reason = "is about how weights change, and data.mix_steps is empty"
+        raise ConfigError("data.mix_change", str(data.mix_change), reason, "data.mix_change=linear")
+    for step, weights in schedule(data) or []:
+        if not any(weights):
+            raise ConfigError("data.mix", list(data.mix), f"every weight is 0 at step {step}: nothing would be trained", "a weight above 0")
 
 
 def _validate_values(name: str, source: SourceConfig) -> None:

@@ -30,6 +30,7 @@ from trainers.config.choices import (
     Layout,
     Metric,
     MixBy,
+    MixChange,
     ObjectiveName,
     Offload,
     OnSpike,
@@ -83,8 +84,8 @@ class SourceConfig:
 
     weight: float | None = None
     """Its share, next to those of the others; 0 only evaluates its held-out rows. Empty for all sources: as much as each has."""
-    weight_end: float | None = None
-    """Its share after `data.mix_anneal_steps`, reached in a straight line; empty keeps `weight`."""
+    then: list[float] = field(default_factory=list)
+    """Its shares at each of `data.mix_steps`, after `weight`; empty keeps `weight`."""
     repeat: float | None = None
     """mix_exhausted=stop and drop: passes over its rows after which it has run out; empty is 1."""
     source: DataSource = DataSource.files
@@ -142,15 +143,19 @@ class DataConfig:
     eval_fraction: float = 0.0
     """Share of the rows held out, grouped by first prompt so that none is on both sides. In [0, 0.5]."""
     mix: dict[str, Any] = field(default_factory=dict)
-    """Sources by name instead of `path`, each a SourceConfig, as data.mix.code.path=FILE data.mix.code.weight=20."""
+    """Sources by name instead of `path`, each a path or a SourceConfig: data.mix.code=FILE, or data.mix.code.path=FILE and more."""
     mix_by: MixBy = MixBy.tokens
     """What weights are shares of: of every 1,000 rows, so many are taken that tokens, or rows, are shared as the weights say."""
     mix_exhausted: Exhausted = Exhausted.repeat
     """A source that has run out is repeated, stops the run, or is dropped, and the others share what it had."""
     mix_temperature: float = 1.0
     """Weights are raised to 1 / temperature: above 1 small sources get more, at infinity all the same."""
-    mix_anneal_steps: int | None = None
-    """Optimizer steps over which each `weight` becomes `weight_end`."""
+    mix_ratio: str | None = None
+    """Weights of all sources in their order, as 80:20, instead of one in each source; in YAML in quotes."""
+    mix_steps: list[int] = field(default_factory=list)
+    """Optimizer steps at which the sources have the weights of `then`; before the first it is on the way from `weight`."""
+    mix_change: MixChange = MixChange.linear
+    """Between these steps weights change in a straight line, or by phases: each weight holds until the next step is reached."""
     max_rows: int | None = None
     """Rows that are read at most, the first ones; empty reads all."""
     layout: Layout = Layout.auto
@@ -191,6 +196,8 @@ def _source(name: str, value: Any) -> SourceConfig:
     """Return what a mapping says of a source: OmegaConf types no mapping whose keys a command line adds one by one."""
     if isinstance(value, SourceConfig):
         return value
+    if isinstance(value, str):
+        return SourceConfig(path=value)
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

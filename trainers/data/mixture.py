@@ -1,21 +1,25 @@
 """The stream of a mixture: which source each row comes from, and which of its rows, as a function of (seed, position) alone.
 
-The stream is cut into blocks of BLOCK rows. Of each block every source gets a whole number of rows, such that the rows until its
-end are what the shares ask for, to a row. Within the block a source is spread evenly: its n-th of N rows is somewhere in the n-th of
-N equal parts, where the seed says. A source's own rows come in the order that they have in a run of that source alone.
+The stream is cut into blocks of BLOCK rows; where weights change, a block ends, however short. Of each block every source gets a
+whole number of rows, such that the rows until its end are what the shares ask for, to a row. Within the block a source is spread
+evenly: its n-th of N rows is somewhere in the n-th of N equal parts, where the seed says. A source's own rows come in the order that
+they have in a run of that source alone.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from threading import Lock
 
 import numpy as np
 
-from trainers.config.choices import Exhausted, MixBy
+from trainers.config.choices import Exhausted, MixBy, MixChange
+from trainers.config.mix import schedule
 from trainers.config.schema import DataConfig, RunConfig, TrainConfig
 from trainers.data.loader import Ints, row_order
 from trainers.data.table import TokenTable
@@ -55,11 +59,12 @@ class Mixture:
         self.sources, self.seed, self.exhausted = sources, seed, data.mix_exhausted
         self.first = np.cumsum([0, *(source.rows for source in sources)]).tolist()
         self.per_row = [source.tokens / source.rows if data.mix_by is MixBy.tokens else 1.0 for source in sources]
-        begin, end = _weights(data, sources, self.per_row)
-        self.weights = tuple(
-            _normalised([weight ** (1 / data.mix_temperature) if weight else 0.0 for weight in given]) for given in (begin, end)
-        )
-        self.annealed_at = (data.mix_anneal_steps or 0) * train.global_batch
+        weights = schedule(data) or [(0, [source.rows * mean for source, mean in zip(sources, self.per_row, strict=True)])]
+        self.knots = [step * train.global_batch for step, _ in weights]
+        """Positions at which weights are given, the first of them 0."""
+        self.weights = [_normalised([weight ** (1 / data.mix_temperature) if weight else 0.0 for weight in given]) for _, given in weights]
+        self.is_linear = data.mix_change is MixChange.linear
+        self.first_block = [0, *accumulate(-(-(end - begin) // BLOCK) for begin, end in pairwise(self.knots))]
         self.limits = [max(1, round((data.mix[source.name].repeat or 1.0) * source.rows)) for source in sources]
         self.counts = [[0] * len(sources)]
         """Rows of each source before each block, and before the block that comes next."""
@@ -75,8 +80,11 @@ class Mixture:
 
     def shares(self, position: float) -> list[float]:
         """Return the share of the rows that each source has at a position of the stream."""
-        done = min(1.0, position / self.annealed_at) if self.annealed_at else 0.0
-        wanted = [one + (other - one) * done for one, other in zip(*self.weights, strict=True)]
+        part = bisect_right(self.knots, position) - 1
+        wanted = self.weights[part]
+        if self.is_linear and part + 1 < len(self.knots):
+            done = (position - self.knots[part]) / (self.knots[part + 1] - self.knots[part])
+            wanted = [one + (other - one) * done for one, other in zip(wanted, self.weights[part + 1], strict=True)]
         return _normalised([weight / mean for weight, mean in zip(wanted, self.per_row, strict=True)])
 
     def row_ids(self, positions: Ints) -> Ints:
@@ -90,7 +98,7 @@ class Mixture:
 
     def counts_before(self, position: int) -> list[int]:
         """Return the rows of each source before a position, which is at most the end of a stream that drops its sources."""
-        number, inside = divmod(position, BLOCK)
+        number, inside = self._place(position)
         self._reach(number if inside else number - 1)
         more = np.bincount(self.block(number)[0][:inside], minlength=len(self.sources)) if inside else np.zeros(len(self.sources), np.int64)
         return [int(count + taken) for count, taken in zip(self.counts[number], more, strict=True)]
@@ -112,12 +120,23 @@ class Mixture:
 
     def _row_at(self, position: int) -> int:
         turn, position = (0, position) if self.total is None else divmod(position, self.total)
-        number, inside = divmod(position, BLOCK)
+        number, inside = self._place(position)
         of, places = self.block(number)
         source = int(of[inside])
         place = int(places[inside]) + turn * self.limits[source]
         epoch, within = divmod(place, self.sources[source].rows)
         return int(self.first[source] + self.order(self.seed, epoch, self.sources[source].rows)[within])
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Return the block that a position is in, and where in it."""
+        part = bisect_right(self.knots, position) - 1
+        number, inside = divmod(position - self.knots[part], BLOCK)
+        return self.first_block[part] + number, inside
+
+    def _begin(self, number: int) -> int:
+        """Return the position at which a block begins."""
+        part = bisect_right(self.first_block, number) - 1
+        return self.knots[part] + (number - self.first_block[part]) * BLOCK
 
     def _block(self, number: int) -> tuple[Ints, Ints]:
         """Return the source of each row of a block, and which row of that source's own stream it is."""
@@ -140,9 +159,10 @@ class Mixture:
                 before = self.counts[-1]
                 drops = self.exhausted is Exhausted.drop
                 room = [limit - count for limit, count in zip(self.limits, before, strict=True)] if drops else None
-                taken, self.owed = divide(self.shares((len(self.counts) - 0.5) * BLOCK), self.owed, BLOCK, room)
+                begin, end = (self._begin(len(self.counts) + more) for more in (-1, 0))
+                taken, self.owed = divide(self.shares((begin + end) / 2), self.owed, end - begin, room)
                 self.counts.append([count + more for count, more in zip(before, taken, strict=True)])
-                if sum(taken) < BLOCK:
+                if sum(taken) < end - begin:
                     self.total = sum(self.counts[-1])
 
     def _length(self, train: TrainConfig) -> int:
@@ -170,9 +190,9 @@ class Mixture:
             self._reach(number)
             if any(count > limit for count, limit in zip(self.counts[number + 1], self.limits, strict=True)):
                 of, places = self.block(number)
-                return number * BLOCK + int(np.argmax(places >= np.array(self.limits)[of]))
+                return self._begin(number) + int(np.argmax(places >= np.array(self.limits)[of]))
             number += 1
-            if wanted is not None and number * BLOCK >= wanted:
+            if wanted is not None and self._begin(number) >= wanted:
                 return wanted
 
 
@@ -209,16 +229,6 @@ def _rounded(exact: dict[int, float], size: int) -> dict[int, int]:
     while sum(given.values()) > size:
         given[max((number for number in given if given[number]), key=lambda number: given[number] - exact[number])] -= 1
     return given
-
-
-def _weights(data: DataConfig, sources: Sequence[Content], per_row: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return what each source weighs at the beginning and at the end of annealing; without weights as much as it has."""
-    settings = [data.mix[source.name] for source in sources]
-    if all(setting.weight is None for setting in settings):
-        sizes = [source.rows * mean for source, mean in zip(sources, per_row, strict=True)]
-        return sizes, sizes
-    begin = [float(setting.weight or 0.0) for setting in settings]
-    return begin, [weight if setting.weight_end is None else setting.weight_end for setting, weight in zip(settings, begin, strict=True)]
 
 
 def _normalised(amounts: Sequence[float]) -> list[float]:
