@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tables import EPS, LR, blueprint_for, config_for, pair_table, ragged_table
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from tools.evaluate.sets import general
 from trainers.batch import IGNORE, SOURCE
 from trainers.config.choices import EngineName, Exhausted, MixBy, MixChange, ObjectiveName
 from trainers.config.derived import learning_rate
@@ -246,6 +248,22 @@ def test_sources_are_prepared_under_keys_of_their_own(tmp_path: Path) -> None:
     alone = prepare(replace(config, data=DataConfig(path=config.data.mix["general"].path, **fields_of(config.data))), tokenizer=TOKENIZER)
     assert alone.reused, "a source of a mixture is prepared as for a run of its own"
     assert alone.path.name in folders
+
+
+def test_forgetting_is_measured_on_the_general_source(tmp_path: Path) -> None:
+    config = mix_settings(tmp_path)
+    for named, wanted in ((None, "general"), ("general", "general"), ("code", "code")):
+        asked = replace(config, evaluation=replace(config.evaluation, general=named, general_rows=2))
+        found = general(SimpleNamespace(config=asked, tokenizer=TOKENIZER), torch.device("cpu"))  # type: ignore[arg-type]
+        assert found is not None
+        texts = marked(found.table)
+        assert 0 < len(found.documents) <= 2
+        assert all(wanted in texts[document] for document in found.documents)
+    none = replace(config, data=replace(config.data, eval_fraction=0.0))
+    assert general(SimpleNamespace(config=none, tokenizer=TOKENIZER), torch.device("cpu")) is None  # type: ignore[arg-type]
+    asked = replace(none, evaluation=replace(config.evaluation, general="code"))
+    with pytest.raises(ConfigError, match="held no rows out"):
+        general(SimpleNamespace(config=asked, tokenizer=TOKENIZER), torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def fields_of(data: DataConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ SOURCE = "source"
 WEIGHT = "weight"
 """The signal of rows that have weights: of each label, (B, S, 1), or of each document where an objective judges whole ones, (D,)."""
 VOCABULARY = "vocabulary"
-"""`Needs.gathered` where the mean log-probability of all tokens is asked for: it is no signal."""
+"""`Needs.gathered` where the mean log-probability of all tokens is asked for; no signal has this name."""
 PADDING_PIECE = 64
 """Tokens of padding that may attend to each other: kernels compute padding as if it were documents, which short ones make cheap."""
 MULTIPLE = 16

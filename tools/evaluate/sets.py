@@ -32,6 +32,8 @@ from trainers.rundir.files import try_json
 
 Ints = NDArray[np.int64]
 SAMPLES_AT_ONCE, SAMPLE_TOKENS = 16, 256
+GENERAL = "general"
+"""The source of a mixture whose held-out rows forgetting is measured on where nothing else is named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +93,16 @@ def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared
 
 
 def general(subject: Subject, device: torch.device) -> EvalSet | None:
-    """Return the text that forgetting is measured on, of which every token counts; None where none is named.
+    """Return the text that forgetting is measured on, of which every token counts, or held-out rows; None where none is named.
 
-    Raises ConfigError where a run that is named has another tokenizer.
+    Raises ConfigError where a run that is named has another tokenizer, or a source of the run's mixture has no held-out rows.
     """
     config, tokenizer = subject.config, subject.tokenizer
     name, rows = config.evaluation.general, config.evaluation.general_rows
-    if name is None:
+    if name is None and GENERAL not in config.data.mix:
         return None
+    if name is None or name in config.data.mix:
+        return _of_source(config, tokenizer, name)
     if name == SAMPLED:
         return _sampled(subject, device, rows)
     if (Path(name) / paths.CONFIG).is_file():
@@ -119,6 +123,21 @@ def general(subject: Subject, device: torch.device) -> EvalSet | None:
     text = dataclasses.replace(config, data=data, objective=ObjectiveConfig(name=ObjectiveName.cpt))
     prepared = prepare(text, tokenizer=tokenizer)
     return EvalSet(table=prepared.train, documents=evenly(len(prepared.train.offsets) - 1, rows), key=f"{prepared.path.name}-{rows}")
+
+
+def _of_source(config: RunConfig, tokenizer: PreTrainedTokenizerFast, name: str | None) -> EvalSet | None:
+    """Return held-out rows of a source of the run's mixture; of GENERAL, if it has some, where none is named."""
+    prepared, rows = _prepared(config, tokenizer), config.evaluation.general_rows
+    numbers = None if prepared.eval is None else prepared.eval.rows_of_sources().get(name or GENERAL)
+    if prepared.eval is None or numbers is None:
+        if name is None:
+            return None
+        reason = "this source of the mixture held no rows out"
+        raise ConfigError("evaluation.general", name, reason, f"a file of text, or data.mix.{name}.eval_fraction=0.05 in the run")
+    documents = prepared.eval.documents_of(numbers)
+    return EvalSet(
+        table=prepared.eval, documents=documents[evenly(len(documents), rows)], key=f"{prepared.path.name}-{name or GENERAL}-{rows}"
+    )
 
 
 def evenly(count: int, wanted: int) -> Ints:

@@ -68,7 +68,7 @@ def schedule(data: DataConfig) -> list[tuple[int, list[float]]] | None:
 
 
 def begin_weights(data: DataConfig) -> dict[str, float | None]:
-    """Return each source's weight at the beginning: its own, or that of `data.mix_ratio`; raises ConfigError for a ratio that is none."""
+    """Return each source's weight at the beginning: its own, or that of `data.mix_ratio`; raises ConfigError for another one."""
     if data.mix_ratio is None:
         return {name: source.weight for name, source in data.mix.items()}
     parts, remedy = data.mix_ratio.split(":"), f"'data.mix_ratio={':'.join(['1'] * len(data.mix))}'"

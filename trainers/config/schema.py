@@ -508,7 +508,7 @@ class EvaluationConfig:
     max_new_tokens: int = 256
     """Longest answer in tokens; one that does not end by then counts as unfinished."""
     general: str | None = None
-    """Text of the base's own domain, to measure forgetting: a file, directory or hub id, a run whose held-out rows it is, or `sampled`."""
+    """To measure forgetting: text as a file, directory or hub id, a run or a source of `data.mix` with held-out rows, or `sampled`."""
     general_rows: int = 200
     """Rows of it that count, evenly spread."""
 

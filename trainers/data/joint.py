@@ -60,14 +60,28 @@ def joined_report(splits: Mapping[str, Splits], reports: Mapping[str, dict[str, 
 def _joined_split(tables: Mapping[str, TokenTable], split: str, reports: list[dict[str, Any]]) -> dict[str, Any]:
     parts = [report["splits"][split] for report in reports if split in report["splits"]]
     lengths = np.concatenate([np.diff(table.offsets) for table in tables.values()])
-    sums = {
+    sums: dict[str, Any] = {
         name: sum(part[name] for part in parts)
         for name in ("documents", "pairs", "rows", "tokens", "supervised_tokens")
         if name in parts[0]
     }
     room = sum(part["tokens"] / part["efficiency"] for part in parts)
     quantiles = {name: int(np.quantile(lengths, share, method="nearest")) for name, share in QUANTILES.items()}
+    sums |= _weights(list(tables.values()))
     return {**sums, "lengths": quantiles, "efficiency": sums["tokens"] / room, "pack_seconds": sum(part["pack_seconds"] for part in parts)}
+
+
+def _weights(tables: list[TokenTable]) -> dict[str, dict[str, float]]:
+    """Return the smallest, mean and largest weight of all sources; nothing where no source has weights."""
+    held = [table.signals[WEIGHT] for table in tables if WEIGHT in table.signals]
+    if not held:
+        return {}
+    counts = [int(table.label_starts[-1]) if held[0].ndim == 2 else len(table.offsets) - 1 for table in tables]
+    total = sum(count if table.weights is None else float(table.weights.sum()) for table, count in zip(tables, counts, strict=True))
+    ones = [1.0] if len(held) < len(tables) else []
+    smallest = min([*ones, *(float(weights.min()) for weights in held)])
+    largest = max([*ones, *(float(weights.max()) for weights in held)])
+    return {"weights": {"min": smallest, "mean": total / sum(counts), "max": largest}}
 
 
 def _template_leaves_out(found: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
