@@ -40,6 +40,7 @@ THEIR_NAMES = {
     "data.mix": "dataset_mixer dataset_mix mixture interleave_probs data_mix",
     "data.mix_exhausted": "mix_strategy stopping_strategy",
     "data.max_rows": "max_samples max_train_samples",
+    "objective.label_smoothing": "label_smoothing_factor",
     "data.eval_path": "eval_dataset test_datasets validation_file",
     "data.eval_split": "dataset_test_split",
     "data.eval_fraction": "val_set_size val_size test_size eval_split_ratio",
