@@ -334,7 +334,12 @@ FILTERED = [
         "refuses",
     ),
     ("truncated: true", {"answer": "```ls``` lists"}, {"answer": "So:\n```sh\nls"}, "ends in a block of code"),
-    ("syntax: true", {"answer": "```python\n>>> 1 +\\\n... 1\n2 is\n```"}, {"answer": "```python\n>>> 1 +\n2\n```"}, "has python"),
+    (
+        "syntax: true",
+        {"answer": "```python\n# So\n>>> 1 +\\\n... 1\n2 is\n```\n```python\n>>> f(\n    x)\n```"},
+        {"answer": "```python\n>>> 1 +\n2\n```"},
+        "has python",
+    ),
     ("syntax: true", {"answer": "```python\n%matplotlib inline\nx = 1\n```"}, {"answer": "```python\n1 %\n```"}, "has python"),
     (
         "syntax: true",

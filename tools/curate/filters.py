@@ -139,7 +139,7 @@ def _end_of_longer(text: str, block: re.Match[str], parse: Callable[[str], Any])
 def _wrong(parse: Callable[[str], Any], code: str) -> str:
     """Return why a block is not valid, empty where it is: as it is or, of Python, by what of it was typed."""
     wrong = _error(parse, code)
-    return wrong if wrong and (parse is not ast.parse or _error(parse, typed(code))) else ""
+    return wrong if wrong and (parse is not ast.parse or all(_error(parse, other) for other in typed(code))) else ""
 
 
 def _error(parse: Callable[[str], Any], code: str) -> str:
@@ -154,12 +154,16 @@ def _error(parse: Callable[[str], Any], code: str) -> str:
     return ""
 
 
-def typed(code: str) -> str:
-    """Return the Python of a block: of a session with prompts what was typed, of a notebook's cell what is Python."""
+def typed(code: str) -> list[str]:
+    """Return what may be the Python of a block: of a session what has prompts, or all without them; of a notebook what is Python."""
     lines = code.split("\n")
-    if code.lstrip().startswith(">>>"):
-        return "\n".join(PROMPTED.sub("", line) for line in lines if PROMPTED.match(line))
-    return NOTEBOOK.sub("", code)
+    begins = next((line for line in lines if line.strip() and not line.lstrip().startswith("#")), "")
+    if not begins.lstrip().startswith(">>>"):
+        return [NOTEBOOK.sub("", code)]
+    return [
+        "\n".join(PROMPTED.sub("", line) for line in lines if PROMPTED.match(line)),
+        "\n".join(PROMPTED.sub("", line) for line in lines),
+    ]
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"json": json.loads, "python": ast.parse, "toml": tomllib.loads}

@@ -11,7 +11,7 @@ from pathlib import Path
 from tools.curate.config import Settings
 from trainers.data.sources import digest
 
-VERSION = 1
+VERSION = 2
 """Of what the steps do: what a curation has begun with another one is not continued."""
 
 

@@ -65,6 +65,7 @@ def _is_public(match: re.Match[str]) -> bool:
 SMALL = 40
 BEFORE = 20
 """Characters before an address that are looked at."""
+COUNTED = "0123456789"
 DATE = re.compile(r"\d{1,2}[ .\-]\d{1,2}[ .\-](?:19|20)\d\d(?!\d)")
 
 
@@ -76,7 +77,7 @@ def _is_phone(match: re.Match[str]) -> bool:
         return 8 <= size <= 15
     before, after = match.string[: match.start()], match.string[match.end() :]
     is_in_row = (before[-2:-1].isdigit() and before[-1:] == " ") or (after[:1] in (" ", ":") and after[1:2].isdigit())
-    return 9 <= size <= 12 and not DATE.match(number) and not is_in_row
+    return 9 <= size <= 12 and number not in COUNTED and not DATE.match(number) and not is_in_row
 
 
 def _is_passport(match: re.Match[str]) -> bool:
