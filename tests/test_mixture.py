@@ -170,7 +170,7 @@ def test_phases_begin_at_their_step() -> None:
 
 
 def test_a_ratio_is_a_weight_for_each_source_and_a_text_is_a_path() -> None:
-    data = DataConfig(mix={"general": "owner/general", "domain": {"path": "chats.jsonl"}}, mix_ratio="80:20")
+    data = DataConfig(mix={"general": "owner/general", "domain": {"path": "chats.jsonl"}}, mix_ratio=[80, 20])
     assert data.mix["general"] == SourceConfig(path="owner/general")
     assert schedule(data) == [(0, [80.0, 20.0])]
     assert schedule(DataConfig(mix={"a": "x", "b": "y"})) is None

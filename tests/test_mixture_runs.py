@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def line_of(base: Path, chats: Path, code: Path, run_dir: Path, *more: str) -> list[str]:
     """Return the command of a run of two sources, 80 : 20 by rows for 4 steps, then 50 : 50, with smoothed labels."""
     whole = [text for text in arguments(base, chats, run_dir) if not text.startswith(("data=", "data.path=", "train.steps="))]
-    mix = [f"data.mix.general={chats}", f"data.mix.code.path={code}", "data.mix_ratio=80:20", "data.mix_by=rows", "data.packing=false"]
+    mix = [f"data.mix.general={chats}", f"data.mix.code.path={code}", "data.mix_ratio=[80,20]", "data.mix_by=rows", "data.packing=false"]
     mix += ["data.mix_steps=[4]", "data.mix_change=phase", "data.mix.code.then=[80]", "objective.label_smoothing=0.1"]
     return [*whole, *mix, "checkpoint.every=2", "train.steps=12", "train.global_batch=6", *more]
 

@@ -68,17 +68,13 @@ def schedule(data: DataConfig) -> list[tuple[int, list[float]]] | None:
 
 
 def begin_weights(data: DataConfig) -> dict[str, float | None]:
-    """Return each source's weight at the beginning: its own, or that of `data.mix_ratio`; raises ConfigError for another one."""
-    if data.mix_ratio is None:
+    """Return each source's weight at the beginning: its own, or that of `data.mix_ratio`; raises ConfigError for another number of them."""
+    if not data.mix_ratio:
         return {name: source.weight for name, source in data.mix.items()}
-    parts, remedy = data.mix_ratio.split(":"), f"'data.mix_ratio={':'.join(['1'] * len(data.mix))}'"
-    if len(parts) != len(data.mix):
-        reason = f"has {len(parts)} numbers for the sources {', '.join(data.mix)}; YAML reads 80:20 without quotes as one number"
-        raise ConfigError("data.mix_ratio", data.mix_ratio, reason, remedy)
-    try:
-        return dict(zip(data.mix, map(float, parts), strict=True))
-    except ValueError as error:
-        raise ConfigError("data.mix_ratio", data.mix_ratio, "is not numbers with : between them", remedy) from error
+    if len(data.mix_ratio) != len(data.mix):
+        reason = f"has {plural(len(data.mix_ratio), 'number')}, and the sources are {', '.join(data.mix)}"
+        raise ConfigError("data.mix_ratio", data.mix_ratio, reason, "data.mix_ratio=[], or a number for each source")
+    return dict(zip(data.mix, data.mix_ratio, strict=True))
 
 
 def validate_mix(config: RunConfig) -> None:
@@ -110,14 +106,14 @@ def validate_mix(config: RunConfig) -> None:
 
 def _validate_weights(data: DataConfig) -> None:
     own = {name: source.weight for name, source in data.mix.items() if source.weight is not None}
-    if own and data.mix_ratio is not None:
+    if own and data.mix_ratio:
         reason = f"data.mix.{next(iter(own))}.weight is given too"
-        raise ConfigError("data.mix_ratio", data.mix_ratio, reason, "data.mix_ratio=null, or no weight in a source")
+        raise ConfigError("data.mix_ratio", data.mix_ratio, reason, "data.mix_ratio=[], or no weight in a source")
     given = {name: weight for name, weight in begin_weights(data).items() if weight is not None}
     for name, weight in given.items():
         if not 0 <= weight < math.inf:
-            path = f"data.mix.{name}.weight" if data.mix_ratio is None else "data.mix_ratio"
-            raise ConfigError(path, weight if data.mix_ratio is None else data.mix_ratio, "must be a number, 0 or greater")
+            path = "data.mix_ratio" if data.mix_ratio else f"data.mix.{name}.weight"
+            raise ConfigError(path, data.mix_ratio or weight, "must be a number, 0 or greater")
     if missing := [name for name in data.mix if name not in given] if given else []:
         reason = f"{', '.join(given)} has a weight: all sources need one, or none, which takes as much as each has"
         raise ConfigError(f"data.mix.{missing[0]}.weight", None, reason, f"data.mix.{missing[0]}.weight=1")

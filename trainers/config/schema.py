@@ -150,8 +150,8 @@ class DataConfig:
     """A source that has run out is repeated, stops the run, or is dropped, and the others share what it had."""
     mix_temperature: float = 1.0
     """Weights are raised to 1 / temperature: above 1 small sources get more, at infinity all the same."""
-    mix_ratio: str | None = None
-    """Weights of all sources in their order, as 80:20, instead of one in each source; in YAML in quotes."""
+    mix_ratio: list[float] = field(default_factory=list)
+    """Weights of all sources in their order, as [80,20], instead of one in each source."""
     mix_steps: list[int] = field(default_factory=list)
     """Optimizer steps at which the sources have the weights of `then`; before the first it is on the way from `weight`."""
     mix_change: MixChange = MixChange.linear
