@@ -33,14 +33,22 @@ def test_the_plain_loop_measures_what_ours_does(tiny_llama: Path) -> None:
 
 def test_the_section_gives_ratios_and_refuses_other_losses() -> None:
     one = {"speed": 100.0, "peak": 100.0 * 2**20, "loss": 0.5}
-    found = {"dpo": one | {"reference": 300.0, "evaluation": 200.0}, "sft": one, "plain": one, "second": one | {"speed": 50.0}}
+    found = {
+        "dpo": one | {"reference": 300.0, "evaluation": 200.0, "kept": 88.0},
+        "sft": one,
+        "plain": one,
+        "second": one | {"speed": 50.0},
+    }
     measured = Measured(losses=[0.69, 0.5, 0.4], step_seconds=2.0, first_step_s=9.0, peak_bytes=2**30, cpu_seconds=3.0)
-    text = section(OPTIONS, MADE, found, {"ours": [measured]})
+    planned = {"peak": 80.0 * 2**20, "second": 32.0 * 2**20, "kept": 88.0}
+    found["second"] = found["second"] | {"peak": 130.0 * 2**20}
+    text = section(OPTIONS, MADE, found, planned, {"ours": [measured]})
     assert "| plain loop, a second model | 50 | 2.00 |" in text
     assert "1.50 times" in text
     assert "| ours | 998 | 1.00 |" in text
+    assert "| DPO with a second model | 112 MiB | 130 MiB |" in text
     with pytest.raises(RuntimeError, match="does not train the same"):
-        section(OPTIONS, MADE, found | {"second": one | {"loss": 0.4}}, {})
+        section(OPTIONS, MADE, found | {"second": one | {"loss": 0.4}}, planned, {})
 
 
 def test_our_command_is_one_rank_and_a_pass_a_step(tmp_path: Path) -> None:
@@ -51,4 +59,7 @@ def test_our_command_is_one_rank_and_a_pass_a_step(tmp_path: Path) -> None:
 def test_the_command_measures_all_on_the_same_pairs(tmp_path: Path) -> None:
     out = tmp_path / "found.md"
     assert main(["preferences", "--runs", "1", "--steps", "2", "--step-rows", "2", "--microbatch", "1", "--out", str(out)]) == 0
-    assert "DPO, the reference kept" in out.read_text()
+    text = out.read_text()
+    assert "DPO, the reference kept" in text
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("| on disk") for cell in line.strip("|").split("|")]
+    assert cells[1] == cells[2], "the plan knows the bytes that are kept"

@@ -28,6 +28,7 @@ from tools.markdown import put_section
 from trainers import host
 from trainers.config.choices import ObjectiveName, Precision, Schedule, WandbMode
 from trainers.config.schema import DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from trainers.rundir import paths
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:
@@ -80,11 +81,28 @@ def run(options: argparse.Namespace) -> int:
             for name, measured in (_peers(options, folder, made, status.update) if options.trl else {}).items():
                 status.update(f"run {number + 1} of {options.runs}: {name}")
                 peers.setdefault(name, []).append(measured())
-    text = section(options, made, {name: _medians(runs) for name, runs in found.items()}, peers)
+        status.update("planning")
+        planned = plan_of(folder, int(made["rows"]), options)
+    text = section(options, made, {name: _medians(runs) for name, runs in found.items()}, planned, peers)
     print(text, end="")
     if options.out is not None:
         put_section(options.out, text)
     return 0
+
+
+def plan_of(folder: Path, rows: int, options: argparse.Namespace) -> Found:
+    """Return what mode=plan says of our command: bytes of a rank's tensors at their peak, of the reference kept and of a second model."""
+    with tempfile.TemporaryDirectory(dir=folder) as own:
+        work, run_dir = Path(own), Path(own) / "run"
+        line = [*our_command(folder, run_dir, rows, options), "mode=plan", "plan.changes=false"]
+        line.append(f"data.prepared_dir={folder / 'prepared'}")  # where the command's own runs leave it: then it knows the documents
+        done = subprocess.run(line, cwd=ROOT, env=env_of(work), capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        if not (run_dir / paths.PLAN).exists():
+            raise RuntimeError(f"{' '.join(line)} left no plan:\n{done.stdout[-1500:]}{done.stderr[-1500:]}")
+        plan = json.loads((run_dir / paths.PLAN).read_text())
+    kept = plan["reference"]["disk_bytes"]
+    more = {} if kept is None else {"kept": float(kept)}
+    return {"peak": float(sum(plan["peak"].values())), "second": float(plan["reference"]["second_model_bytes"])} | more
 
 
 def _in_process(words: list[str], folder: Path) -> Found:
@@ -155,7 +173,7 @@ def _ours(config: RunConfig, world: World, data: Prepared, blueprint: Blueprint,
     from trainers.engines.build import build_engine
     from trainers.evaluation import evaluate
     from trainers.loop import train
-    from trainers.objectives import make_objective
+    from trainers.objectives import REFERENCE, make_objective
     from trainers.reference import with_reference
     from trainers.rundir.attempt import Attempt
     from trainers.rundir.rows import read_rows, steps
@@ -172,6 +190,7 @@ def _ours(config: RunConfig, world: World, data: Prepared, blueprint: Blueprint,
         began = time.perf_counter()
         data = with_reference(config, world, attempt, engine, data, {}, pad)
         found["reference"] = tokens / (time.perf_counter() - began)
+        found["kept"] = float(data.train.signals[REFERENCE].nbytes)
     loader = Loader(data.train, config.train, seed=0, rank=0, world_size=1, pad_id=pad)
     train(config, world, attempt, engine, data, loader, 1.0)
     rows = steps(read_rows(Path(config.run_dir)))
@@ -277,7 +296,7 @@ def our_command(folder: Path, run_dir: Path, rows: int, options: argparse.Namesp
     return [sys.executable, "-m", "launcher", *given]
 
 
-def section(options: argparse.Namespace, made: Found, found: dict[str, Found], peers: dict[str, list[Measured]]) -> str:
+def section(options: argparse.Namespace, made: Found, found: dict[str, Found], planned: Found, peers: dict[str, list[Measured]]) -> str:
     """Return the Markdown: command, machine, and tables; raises RuntimeError where what is the same has other losses."""
     for name in ("plain", "second"):
         if abs(found[name]["loss"] - found["dpo"]["loss"]) > 1e-3 * abs(found["dpo"]["loss"]):
@@ -294,14 +313,31 @@ def section(options: argparse.Namespace, made: Found, found: dict[str, Found], p
         one = found[name]
         ratios = [f"{dpo[key] / one[key]:.2f}" for key in ("speed", "peak")]
         lines.append(f"| {words} | {one['speed']:,.0f} | {ratios[0]} | {in_bytes(one['peak'])} | {ratios[1]} |")
-    more = found["second"]["peak"] - found["plain"]["peak"]
     passes = (
         f"The reference's pass reads {dpo['reference']:,.0f} tokens/s, and an evaluation of the same rows {dpo['evaluation']:,.0f}: "
-        f"{dpo['reference'] / dpo['evaluation']:.2f} times. A second model takes {in_bytes(more)} more of a plain loop, of which its "
-        f"weights are {in_bytes(4 * made['parameters'])}. Ours keeps {in_bytes(8 * made['pairs'])} on disk."
+        f"{dpo['reference'] / dpo['evaluation']:.2f} times."
     )
-    parts = [f"## `{command_words(options.line)}`", about, "\n".join(lines), passes, *([_table(made, peers)] if peers else [])]
+    parts = [f"## `{command_words(options.line)}`", about, "\n".join(lines), passes, _memory(found, planned)]
+    parts += [_table(made, peers)] if peers else []
     return "\n\n".join(parts) + "\n"
+
+
+def _memory(found: dict[str, Found], planned: Found) -> str:
+    """Return the table of planned and measured memory, with the reference kept and with a second model."""
+    measured, more = found["dpo"]["peak"], found["second"]["peak"] - found["plain"]["peak"]
+    rows = [
+        ("DPO, the reference kept", _mib(planned["peak"]), _mib(measured)),
+        ("what a second model adds", _mib(planned["second"]), f"{_mib(more)}, to a plain loop"),
+        ("DPO with a second model", _mib(planned["peak"] + planned["second"]), _mib(measured + more)),
+        ("on disk for the reference", f"{planned['kept']:,.0f} bytes" if "kept" in planned else "", f"{found['dpo']['kept']:,.0f} bytes"),
+    ]
+    lines = ["| memory | by the plan | measured |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    words = "The plan counts tensors where they are highest; what is measured is the process, with its allocator's gaps and its libraries."
+    return "\n".join(lines) + f"\n\n{words}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.0f} MiB"
 
 
 def _table(made: Found, peers: dict[str, list[Measured]]) -> str:

@@ -18,6 +18,11 @@ def train(order: dict[str, Any]) -> None:
         def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[Any]:
             return [callback(Recorder(order["events"]))]
 
+        def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+            # It looks for `num_items_in_batch` in the forward of the model without its head, finds none, and takes the mean of the
+            # microbatches' means: rows of few labels then count as much as others, and the first loss is not ours.
+            trainer.model_accepts_loss_kwargs = True
+
     globals()["Steps"] = Steps
     folder = Path(order["folder"])
     text = {"field_instruction": "prompt", "field_output": "completion", "format": "{instruction}", "no_input_format": "{instruction}"}
