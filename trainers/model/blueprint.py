@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,7 +207,7 @@ def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary, num_tokens:
             "model.architecture.model_type", kind, "transformers has no such architecture", did_you_mean(kind, CONFIG_MAPPING)
         ) from error
     for name, value in fields.items():
-        if not hasattr(known, name):
+        if not hasattr(known, name) and not _is_read(known, name):
             raise ConfigError(
                 f"model.architecture.{name}", value, f"{type(known).__name__} has no such field", did_you_mean(name, vars(known))
             )
@@ -215,6 +217,12 @@ def from_architecture(fields: dict[str, Any], tokenizer: Vocabulary, num_tokens:
     except Exception as error:  # transformers' own check of types and of sizes that do not divide
         raise_exhausted(error)
         raise ConfigError("model.architecture", fields, " ".join(str(error).split())) from error
+
+
+def _is_read(config: PreTrainedConfig, name: str) -> bool:
+    """Tell whether a model's code asks for a field that its config does not declare, as Qwen3-MoE's does for head_dim."""
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return model is not None and f'config, "{name}"' in inspect.getsource(sys.modules[model.__module__])
 
 
 def _fetch(model: ModelConfig) -> tuple[Path, str | None]:

@@ -124,8 +124,8 @@ def forward(
     """
     config = config or model.config
     backend = str(getattr(config, "_attn_implementation", ""))
-    told = takes_positions(model) and ("flash" in backend or (backend == VARLEN and not begins_anew(model)))
-    in_one_row = told or takes_lengths(config)
+    told = "flash" in backend or (backend == VARLEN and not begins_anew(model))
+    in_one_row = (told and takes_positions(model)) or takes_lengths(config)
     if needs.scores:
         return _scores(model, batch.in_one_row() if in_one_row else batch, config, batch.labels.shape)
     if in_one_row:
@@ -135,8 +135,7 @@ def forward(
 
 def takes_positions(model: nn.Module) -> bool:
     """Tell whether a model, or the one that is wrapped in it, takes positions: Bart's decoder counts them, and must see each row alone."""
-    inner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
-    return _takes_positions(type(inner))  # type: ignore[arg-type]
+    return _takes_positions(type(next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)))  # type: ignore[arg-type]
 
 
 @cache
