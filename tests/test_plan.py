@@ -27,7 +27,8 @@ from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
 from tools.bench.plan import BLOCK, CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
 from trainers.batch import Output
-from trainers.config.choices import Activations, ObjectiveName, Offload, Precision
+from trainers.config.choices import Activations, Experts, ObjectiveName, Offload, Precision
+from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, RunConfig, TrainConfig
 from trainers.engines import activations
 from trainers.engines.fsdp import engine as fsdp
@@ -43,6 +44,7 @@ from trainers.plan.trace import Kind, Moment
 from trainers.world import World
 
 GIB = 1 << 30
+FIELDS = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 33}
 EXPERTS = {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 H100 = next(item for item in gate.known_hardware() if item.name == "h100")
 DEEPSEEK = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "n_group": 1}
@@ -90,9 +92,8 @@ def test_a_gpu_takes_what_was_planned() -> None:
 )
 def test_two_depths_tell_of_all(case: Case, more: dict[str, Any]) -> None:
     blueprint = blueprint_of_case(case)
-    fields = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 33}
     if more:
-        config = AutoConfig.for_model(more["model_type"], **(fields | {key: value for key, value in more.items() if key != "model_type"}))
+        config = AutoConfig.for_model(more["model_type"], **(FIELDS | {key: value for key, value in more.items() if key != "model_type"}))
         config._attn_implementation = "sdpa"
         blueprint = replace(blueprint, config=config)
     else:
@@ -108,6 +109,25 @@ def test_two_depths_tell_of_all(case: Case, more: dict[str, Any]) -> None:
         assert (ours.flops, ours.moved) == pytest.approx((theirs.flops, theirs.moved))
         assert ours.sent == pytest.approx(theirs.sent)
     assert (told.state_bytes, told.parameters, told.trainable) == (whole.state_bytes, whole.parameters, whole.trainable)
+
+
+def test_grouped_experts_are_planned_in_either_type_and_experts_in_turn_are_refused() -> None:
+    """In float32, torch's own product computes what it has no shapes of without values."""
+    found = {}
+    for precision in (Precision.bf16, Precision.fp32):
+        case = Case(1, "tiny", precision=precision)
+        config = AutoConfig.for_model("qwen3_moe", **(FIELDS | {"num_hidden_layers": 2} | EXPERTS))
+        config._attn_implementation = "sdpa"
+        blueprint = replace(blueprint_of_case(case), config=config)
+        with ranks(1, 1) as world:
+            found[precision] = simulate(case.config("."), blueprint, world, 32)
+            with pytest.raises(ConfigError, match="depends on values") as refused:
+                simulate(case.config("."), replace(blueprint, experts=Experts.eager), world, 32)
+        assert refused.value.path == "model.experts"
+    flops = [sum(moment.flops for moment in one.moments) for one in found.values()]
+    assert flops[0] == flops[1]
+    held = [max(moment.peak[Kind.activations] for moment in one.moments) for one in found.values()]
+    assert 1.2 < held[1] / held[0] < 2.0  # twice, but for what is of integers or of float32 in both
 
 
 def test_a_rank_alone_keeps_sixteen_bytes_a_parameter() -> None:

@@ -22,12 +22,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from trainers.batch import Batch, Needs, Output
 from trainers.config.choices import ObjectiveName, Offload, PeftMethod
 from trainers.config.derived import compares
+from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.engines import float8
 from trainers.engines.activations import page_locked
 from trainers.engines.base import Accepts, Engine
 from trainers.engines.build import class_of, end_groups, outline
 from trainers.model.blueprint import Blueprint, find_blocks
+from trainers.model.experts import one_by_one
 from trainers.objectives import make_objective
 from trainers.objectives.base import Measured
 from trainers.peft import nf4
@@ -111,6 +113,10 @@ def simulate(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int
     Where blocks repeat themselves, two depths are simulated and all numbers continued from there in a straight line.
     Raises ConfigError for what the engine or the method refuses.
     """
+    if one_by_one(blueprint.build()):
+        reason = "which tokens an expert computes depends on values, and a plan has none"
+        remedy = "model.experts=grouped_mm or batched_mm; auto takes eager where the experts' sizes are no multiples of 8"
+        raise ConfigError("model.experts", str(config.model.experts), reason, remedy)
     depths = _two_depths(config, blueprint, world)
     if depths is None:
         return _take(config, blueprint, world, seq_len, gpus)

@@ -134,7 +134,7 @@ class Trace(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 0.0 if args[0].dtype.is_floating_point else 0  # nothing has overflowed, and a norm lets a step be taken
-        out = func(*args, **kwargs)
+        out = (_grouped if func is aten._grouped_mm.default and self.fake else func)(*args, **kwargs)
         space, name = func.namespace, func._opname
         found = [item for item in tree_leaves(out) if isinstance(item, Tensor)]
         if space in COMMUNICATE:
@@ -250,6 +250,12 @@ class Trace(TorchDispatchMode):
                     best, top = dict(now), total
             found.append(Moment(*name, best, dict(now), flops, float8, moved, dict(sent)))
         return [moment for moment in found if moment.name not in ("build", "before")]
+
+
+def _grouped(rows: Tensor, experts: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return what a grouped product makes of tensors without values: torch computes it in any type, and its shapes only in bf16."""
+    out = aten._grouped_mm.default(rows.bfloat16(), experts.bfloat16(), *args, **kwargs)
+    return torch.empty_like(out, dtype=rows.dtype)
 
 
 def combine(moments: Sequence[Moment], how: Callable[[list[float]], float]) -> Moment:
