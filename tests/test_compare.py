@@ -205,6 +205,19 @@ def test_runs_that_are_not_evaluated_compare_by_what_training_saw(tmp_path: Path
     assert conclusions(compare([tmp_path], None)) == ["LoRA: time 1.00 x; peak host memory 0.50 x."]
 
 
+@pytest.mark.parametrize("objective", ["dpo", "kto", "reward", "classify", "distil"])
+def test_the_loss_of_another_objective_is_none_of_tokens(tmp_path: Path, objective: str) -> None:
+    for name, evaluated in (("none", True), ("lora", False)):
+        run = make_run(tmp_path / name, name, evaluated=evaluated, final_loss=0.5)
+        change(run / "config.yaml", objective__name=objective)
+    comparison = compare([tmp_path], None)
+    full, lora = comparison.methods
+    assert (lora.figures.held_out, full.figures.held_out) == (None, full.best.ours.loss("held_out"))  # type: ignore[union-attr]
+    assert [method.figures.own_loss.value for method in (full, lora)] == [0.5, 0.5]  # type: ignore[union-attr]
+    assert f"| held-out {objective} loss, of training |" in markdown(comparison)
+    assert f"Held-out {objective} loss during training" in page(comparison, [])
+
+
 def test_csv_has_a_line_a_run_in_plain_numbers(sweep: Path, tmp_path: Path) -> None:
     change(sweep / "peft=lora" / "status.json", state="failed")
     assert main([str(sweep), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "runs.md")]) == 0

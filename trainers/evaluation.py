@@ -75,7 +75,7 @@ class HeldOut:
         self.table, self.train, self.num_steps, self.world, self.pad_id = table, train, num_steps, world, pad_id
         self.sizes = Sizes() if table is None else table.sizes(np.arange(len(table)))
         self.losses: list[float] = []
-        """In nats a token, the one before the first step first."""
+        """The objective's, the one before the first step first."""
         self.at = -1
         """The step after which the newest was measured in this attempt; -1 before any."""
 

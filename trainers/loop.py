@@ -53,7 +53,7 @@ class Outcome:
     best: tuple[int, float] | None = None
     """Step and held-out loss of the checkpoint that the engine holds at the end; None where it holds the last step."""
     eval_losses: list[float] = field(default_factory=list)
-    """Held-out losses in nats a token, the one before the first step first."""
+    """The objective's held-out losses, the one before the first step first."""
     train_loss: float | None = None
     mfu: float | None = None
     loss_scale: float | None = None

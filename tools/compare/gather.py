@@ -14,8 +14,8 @@ import yaml
 
 from tools.evaluate import record
 from tools.evaluate.record import FOLDER, Evaluation, Judged
-from trainers.config.choices import PeftMethod
-from trainers.config.derived import peak_lr
+from trainers.config.choices import ObjectiveName, PeftMethod
+from trainers.config.derived import loss_words, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, PeftConfig, RunConfig, plain
 from trainers.rundir import paths
@@ -66,7 +66,7 @@ FOLLOWS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A loss over a run: what had been trained on by then, what it had cost, and the loss in nats a token."""
+    """The objective's loss over a run: what had been trained on by then, what it had cost, and the loss."""
 
     tokens: list[float] = field(default_factory=list)
     hours: list[float] = field(default_factory=list)
@@ -104,9 +104,14 @@ class Run:
 
     @property
     def loss(self) -> float | None:
-        """Held-out loss of the step that is exported, by which rates are chosen; None where there is none."""
+        """The objective's held-out loss of the step that is exported, by which rates are chosen; None where there is none."""
         value = self.summary.get("eval_loss_after")
         return None if value is None else float(value)
+
+    @property
+    def loss_words(self) -> str:
+        """What that loss is: `loss` in nats a token, or that of the objective by its name."""
+        return loss_words(ObjectiveName(self.config["objective.name"]))
 
     @property
     def lr(self) -> float:

@@ -36,6 +36,8 @@ class Figures:
 
     held_out: Estimate | None = None
     """Loss in nats a token; without an interval where it is training's own value."""
+    own_loss: Estimate | None = None
+    """Training's own held-out loss, where that is not one in nats a token; without an interval."""
     held_out_to_full: Estimate | None = None
     score: Estimate | None = None
     score_to_base: Estimate | None = None
@@ -113,6 +115,11 @@ class Comparison:
     def is_on_gpu(self) -> bool:
         """Tell whether hours are GPU-hours."""
         return any(method.best.is_on_gpu for method in self.methods)
+
+    @property
+    def loss_words(self) -> str:
+        """What the runs minimise, all the same: `loss` in nats a token, or the loss of an objective by its name."""
+        return self.methods[0].best.loss_words if self.methods else "loss"
 
     @property
     def is_picked(self) -> bool:
@@ -212,10 +219,14 @@ def _tell_apart(methods: list[Method]) -> None:
 def figures_of(method: Method, comparison: Comparison) -> Figures:
     """Return a method's metrics, and what they allow to say of it against the base and full fine-tuning."""
     run, full, metric = method.best, comparison.full, comparison.metric
+    of_tokens = run.loss_words == "loss"
+    own = None if run.loss is None else Estimate(value=run.loss, low=None, high=None, count=0)
     if run.ours is None:
-        known = run.loss is not None and not comparison.has_own_rows  # training's own value is of the rows that it held out
-        return Figures(held_out=Estimate(value=run.loss or 0.0, low=None, high=None, count=0) if known else None)
+        if not of_tokens:
+            return Figures(own_loss=own)
+        return Figures(held_out=None if comparison.has_own_rows else own)  # training's own value is of the rows that it held out
     found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None)
+    found.own_loss = None if of_tokens else own
     found.accuracy, found.longer, found.shorter = (run.ours.accuracy(bucket) for bucket in BUCKETS)
     found.wins = None if run.judged is None else run.judged.win_rate()
     if run.base is not None:

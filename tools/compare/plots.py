@@ -44,7 +44,8 @@ def pictures(comparison: Comparison) -> list[Picture]:
         _of_curves(
             comparison,
             "Loss against tokens",
-            "Held-out loss during training (with markers); in pale training loss, the mean of a twentieth of the steps.",
+            f"Held-out {comparison.loss_words} during training (with markers); in pale that of training, the mean of a twentieth of the "
+            "steps.",
             "trained tokens",
             lambda curve: curve.tokens,
         ),
@@ -110,7 +111,7 @@ def _of_curves(
         room = 0.08 * (max(held_out) - min(held_out) or 1.0)
         axes.set_ylim(min(held_out) - 2 * room, max(held_out) + room)
         axes.set_xlabel(unit)
-        axes.set_ylabel("nats a token")
+        axes.set_ylabel("nats a token" if comparison.loss_words == "loss" else comparison.loss_words)
         axes.xaxis.set_major_formatter(lambda value, _place: in_digits(value))
         _legend(axes)
 
@@ -153,14 +154,15 @@ def _against(
     across: Callable[[Method], float | None],
     of_all: Callable[[Method], float] | None = None,
 ) -> Picture | None:
-    """Draw the task's score, else the held-out loss, over what it took; methods with another set-up are left out."""
-    known = [method for method in comparison.methods if method.best.has_same_costs and across(method) and _quality(method)]
+    """Draw the task's score, else the best of what there is, over what it took; methods with another set-up are left out."""
+    name, quality_of = _measure(comparison)
+    known = [method for method in comparison.methods if method.best.has_same_costs and across(method) and quality_of(method)]
     if not known:
         return None
 
     def plot(axes: Axes) -> None:
         for number, method in enumerate(comparison.methods):
-            place, quality = across(method), _quality(method)
+            place, quality = across(method), quality_of(method)
             if method not in known or place is None or quality is None:
                 continue
             if of_all is not None and len(method.tried) > 1:
@@ -169,14 +171,21 @@ def _against(
             _point(axes, number, method, Estimate(value=place, low=None, high=None, count=0), quality)
         axes.set_xlim(left=0, right=1.15 * axes.get_xlim()[1])
         axes.set_xlabel(unit)
-        axes.set_ylabel(comparison.metric or "held-out loss, nats a token")
+        axes.set_ylabel(name)
         _legend(axes)
 
     return Picture(title=title, words=words, svg=_draw(title, plot))
 
 
-def _quality(method: Method) -> Estimate | None:
-    return method.figures.score or method.figures.held_out
+def _measure(comparison: Comparison) -> tuple[str, Callable[[Method], Estimate | None]]:
+    """Return the one thing that all methods are drawn by: score, accuracy of pairs, held-out loss, or the objective's own."""
+    if comparison.metric:
+        return comparison.metric, lambda method: method.figures.score
+    if comparison.has_pairs:
+        return "preference accuracy", lambda method: method.figures.accuracy
+    if any(method.figures.held_out for method in comparison.methods):
+        return "held-out loss, nats a token", lambda method: method.figures.held_out
+    return f"held-out {comparison.loss_words}", lambda method: method.figures.own_loss
 
 
 def _point(axes: Axes, number: int, method: Method, across: Estimate | None, up: Estimate | None) -> None:

@@ -41,6 +41,7 @@ def learned(comparison: Comparison, form: Form) -> Grid:
         ("trained parameters", _trained),
         ("learning rate", lambda method: f"{method.best.lr:.3g}" + (" †" if method.is_at_edge else "")),
         ("held-out loss", lambda method: form(method.figures.held_out, 4, "")),
+        (f"held-out {comparison.loss_words}, of training", lambda method: form(method.figures.own_loss, 4, "")),
     ]
     for source in dict.fromkeys(key.partition("/")[2] for method in comparison.methods for key in method.best.summary if OF_SOURCE in key):
         columns.append((f"held-out loss, {source}", lambda method, source=source: _of_source(method, source)))  # type: ignore[misc]
@@ -113,7 +114,8 @@ def rates(comparison: Comparison) -> Grid | None:
     for method in comparison.methods:
         cells = [f"{run.lr:.3g}: {_number(run.loss, '{:.4f}')}{' *' if run is method.best else ''}" for run in method.tried]
         lines.append([method.label, ", ".join(cells)])
-    return Grid(title="Rates tried", heads=["method", "held-out loss at the end of training, at each rate (* the best)"], lines=lines)
+    head = f"held-out {comparison.loss_words} at the end of training, at each rate (* the best)"
+    return Grid(title="Rates tried", heads=["method", head], lines=lines)
 
 
 def _grid(title: str, methods: list[Method], columns: list[tuple[str, Callable[[Method], str]]]) -> Grid:
@@ -210,11 +212,14 @@ def legend(comparison: Comparison) -> list[str]:
             "likelihood a token; then that of pairs whose preferred answer is the longer, and the shorter one. Held-out losses are of "
             "preferred answers."
         )
+    if comparison.loss_words != "loss":
+        lines.append(f"The {comparison.loss_words} is what training minimised, in the units of the objective and not in nats a token.")
     if any(method.figures.forgetting is not None for method in comparison.methods):
         lines.append("Forgetting: loss on text of the base's own domain, less that of the base; above 0 something is lost.")
     if comparison.is_picked:
         lines.append(
-            "Rates were chosen by the held-out loss that is reported, which makes it look a little better for methods with more rates; "
+            f"Rates were chosen by the held-out {comparison.loss_words} that is reported, which makes it look a little better for methods "
+            "with more rates; "
             "evaluation.path names rows that nothing was chosen by."
         )
     if any(method.is_at_edge for method in comparison.methods):

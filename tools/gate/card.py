@@ -11,7 +11,8 @@ from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import Evaluation, accuracy_apart, loss_apart, score_apart, task_metric
 from tools.gate.rules import Check
 from tools.markdown import cell_of, without_folders
-from trainers.config.derived import Peak, peak_lr
+from trainers.config.choices import ObjectiveName
+from trainers.config.derived import Peak, loss_words, peak_lr
 from trainers.config.errors import plural
 from trainers.config.schema import plain, read
 from trainers.rundir import paths
@@ -90,7 +91,7 @@ def _training(config: dict[str, Any], summary: dict[str, Any], peak: Peak) -> li
     lines = [
         f"method: {peft['method'] if peft['method'] != 'none' else 'full fine-tuning'}",
         f"{summary.get('steps') or 0:,} steps of {train['global_batch']} rows, {summary.get('tokens') or 0:,} supervised tokens",
-        *_exported(summary),
+        *_exported(summary, loss_words(ObjectiveName(config["objective"]["name"]))),
         f"{optim['name']}, peak learning rate {peak.value:g}, {optim['schedule']}",
         f"compute in {train['precision']}, {config['engine']['name']}, {plural(summary.get('world_size') or 0, 'rank')}, "
         f"seed {config['seed']}",
@@ -100,12 +101,12 @@ def _training(config: dict[str, Any], summary: dict[str, Any], peak: Peak) -> li
     return lines
 
 
-def _exported(summary: dict[str, Any]) -> list[str]:
-    """Name the step that is exported, with its held-out loss, where it is not the last."""
+def _exported(summary: dict[str, Any], words: str) -> list[str]:
+    """Name the step that is exported, with its held-out loss, which `words` call, where it is not the last."""
     step, loss = summary.get("export_step"), summary.get("eval_loss_after")
     if step in (None, summary.get("steps")) or loss is None:
         return []
-    return [f"exported: step {step:,}, of the lowest held-out loss, {loss:.4f} nats a token"]
+    return [f"exported: step {step:,}, of the lowest held-out {words}, {loss:.4f}{' nats a token' if words == 'loss' else ''}"]
 
 
 def _figures(ours: Evaluation, theirs: Evaluation | None) -> str:

@@ -85,6 +85,11 @@ def compares(objective: ObjectiveName) -> bool:
     return objective in PREFERENCES or objective is ObjectiveName.reward
 
 
+def loss_words(objective: ObjectiveName) -> str:
+    """Return what an objective's loss is called: `loss` where it is nats a label, as tools.evaluate measures it, else by its name."""
+    return "loss" if objective in (ObjectiveName.sft, ObjectiveName.cpt) else f"{objective} loss"
+
+
 def rows_as(objective: ObjectiveName) -> ObjectiveName:
     """Return the objective whose rows are prepared: a teacher's log-probabilities are of the rows of supervised fine-tuning."""
     return ObjectiveName.sft if objective is ObjectiveName.distil else objective

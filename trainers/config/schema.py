@@ -435,7 +435,7 @@ class TrainConfig:
     export: Export | None = None
     """Step that is exported: `best` by held-out loss, or `last`; empty is best with `patience` or `checkpoint.keep_best`, else last."""
     min_improvement: float = 0.0
-    """Smallest drop of the evaluation loss, in nats a token, that counts as better."""
+    """Smallest drop of the held-out loss that counts as better: in nats a token, or in the units of the objective."""
     max_skipped: int = 3
     """Steps in a row skipped for non-finite gradients or spikes, or rollbacks without a new checkpoint, that end the run with an error."""
     on_spike: OnSpike = OnSpike.none

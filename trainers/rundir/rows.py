@@ -46,7 +46,7 @@ class History:
     """What a run must know of its own past to continue from a checkpoint."""
 
     eval_losses: list[float] = field(default_factory=list)
-    """Held-out losses in nats a token, nan where one was not finite; the one before the first step first."""
+    """The objective's held-out losses, nan where one was not finite; the one before the first step first."""
     train_loss: float | None = None
     """Loss of the last step, nan where it was not finite; None before the first."""
     evaluated_at: int = -1
@@ -123,7 +123,7 @@ def last_step(rows: Iterable[Row], default: int = 0) -> int:
 
 
 def eval_losses(rows: Iterable[Row]) -> list[float]:
-    """Return the held-out losses in nats a token, nan where one was not finite."""
+    """Return the objective's held-out losses, nan where one was not finite."""
     return [number(row["eval_loss"]) for row in evaluations(rows)]
 
 
