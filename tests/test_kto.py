@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import arguments, environment, launch, pids_of, started, trace, wait_for_step
+from command import arguments, environment, launch, pids_of, started, tool, trace, wait_for_step
 from conftest import WORDS, Ranks, save_tiny
 from tables import EPS, blueprint_for, config_for, ragged_table
 from torch.nn.functional import cross_entropy
@@ -222,6 +222,14 @@ def test_a_killed_run_against_another_model_continues_to_the_same_numbers(base: 
         files = [(tmp_path / run / "reference" / f"{name}.npy").read_bytes() for run in lines]
         assert files[0] == files[1]
     require_reference_of(other, tmp_path / "whole", cache)
+    run = tmp_path / "whole"
+    tool(cache, run, "--rows", "0")
+    figures, last = json.loads((run / "evaluation" / "run.json").read_text())["figures"], read_rows(run)[-1]
+    assert figures["accuracy"]["value"] == pytest.approx(last["eval_accuracy"])
+    assert figures["reward_baseline"] == pytest.approx(0.1 * last["eval_kl"], rel=1e-4, abs=1e-7)
+    for kind, trained in (("wanted", "chosen"), ("unwanted", "rejected")):
+        assert figures[f"reward_{kind}"]["value"] == pytest.approx(last[f"eval_reward_{trained}"], rel=1e-4, abs=1e-6)
+    assert figures["held_out_loss"]["documents"] == figures["reward_wanted"]["documents"]
 
 
 def require_reference_of(model_dir: Path, run_dir: Path, cache: Path) -> None:

@@ -292,6 +292,16 @@ def test_the_command_makes_a_classifier_that_plain_peft_opens(base: Path, cache:
     more = ("objective=classify", "objective.balanced=true", "peft=lora", "engine=zero3")
     assert "export reopened with plain peft" in launch(cache, arguments(base, file, run_dir, *more))
     assert {"eval_accuracy", "eval_macro_f1", "eval_calibration_error"} <= read_rows(run_dir)[-1].keys() | read_rows(run_dir)[0].keys()
+    tool(cache, run_dir, "--processes", "2", "--batch", "3")
+    figures, last = json.loads((run_dir / "evaluation" / "run.json").read_text())["figures"], read_rows(run_dir)[-1]
+    for name, trained in (("accuracy", "eval_accuracy"), ("macro_f1", "eval_macro_f1"), ("calibration_error", "eval_calibration_error")):
+        assert figures[name]["value"] == pytest.approx(last[trained], abs=1e-5)
+    assert figures["f1"].keys() == {"cat", "mat", "dogs"}
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows if row["label"] != "cat"))
+    tool(cache, run_dir, "--path", other)
+    told = json.loads((run_dir / "evaluation" / "run.json").read_text())["figures"]
+    assert (told["accuracy"]["documents"], told["f1"].keys()) == (40, {"mat", "dogs"})
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
         run_dir / "export", num_labels=3, pad_token_id=tokenizer.pad_token_id

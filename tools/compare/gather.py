@@ -15,7 +15,7 @@ import yaml
 from tools.evaluate import record
 from tools.evaluate.record import FOLDER, Evaluation, Judged
 from trainers.config.choices import ObjectiveName, PeftMethod
-from trainers.config.derived import loss_words, peak_lr
+from trainers.config.derived import SCORED, loss_words, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, PeftConfig, RunConfig, plain
 from trainers.rundir import paths
@@ -256,7 +256,7 @@ def _own_notes(run: Run) -> list[str]:
         notes.append(f"exports step {exported} of {steps}, of the lowest held-out loss")
     if run.state == "done" and run.ours is None:
         notes.append(f"is not evaluated: python -m tools.evaluate {run.run_dir}")
-    elif run.ours is not None and run.base is None:
+    elif run.ours is not None and run.base is None and run.config["objective.name"] not in SCORED:
         notes.append("its base is not evaluated: nothing can be said of forgetting")
     elif run.ours is not None and run.base is not None:
         notes += [] if run.judged is None else [record.judged_words(run.judged.about)]

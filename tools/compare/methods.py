@@ -10,7 +10,7 @@ from typing import Any
 from tools.compare.gather import FREE, RATE, Run, flag, is_among, load
 from tools.evaluate.intervals import Estimate, level_of_all, verdict
 from tools.evaluate.pairs import BUCKETS
-from tools.evaluate.record import Evaluation, accuracy_apart, loss_apart, score_apart, task_metric
+from tools.evaluate.record import Evaluation, accuracy_apart, loss_apart, rightness_apart, score_apart, task_metric
 from tools.runs import runs_below
 from trainers.config.errors import ConfigError, plural
 
@@ -51,6 +51,11 @@ class Figures:
     """That of pairs whose preferred answer is the longer one."""
     shorter: Estimate | None = None
     accuracy_to_full: Estimate | None = None
+    told: Estimate | None = None
+    """Share of documents whose class is found, or of answers that are told as wanted or not."""
+    told_to_full: Estimate | None = None
+    macro_f1: Estimate | None = None
+    calibration_error: Estimate | None = None
     wins: Estimate | None = None
     """Share of answers that a judge prefers to the base's, ties as half."""
     judged: Estimate | None = None
@@ -228,6 +233,9 @@ def figures_of(method: Method, comparison: Comparison) -> Figures:
     found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None)
     found.own_loss = None if of_tokens else own
     found.accuracy, found.longer, found.shorter = (run.ours.accuracy(bucket) for bucket in BUCKETS)
+    found.told, classes = run.ours.rightness(), run.ours.classes
+    if classes is not None:
+        found.macro_f1, found.calibration_error = classes.macro_f1(), classes.calibration_error()
     found.wins = None if run.judged is None else run.judged.win_rate()
     if run.base is not None:
         level = level_of_all(len(comparison.methods))
@@ -241,6 +249,7 @@ def figures_of(method: Method, comparison: Comparison) -> Figures:
         found.forgetting_to_full = loss_apart(run.ours, theirs, "general", level)
         found.score_to_full = score_apart(run.ours, theirs, metric, level) if metric else None
         found.accuracy_to_full = accuracy_apart(run.ours, theirs, level=level)
+        found.told_to_full = rightness_apart(run.ours, theirs, level)
     return found
 
 

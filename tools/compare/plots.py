@@ -183,6 +183,8 @@ def _measure(comparison: Comparison) -> tuple[str, Callable[[Method], Estimate |
         return comparison.metric, lambda method: method.figures.score
     if comparison.has_pairs:
         return "preference accuracy", lambda method: method.figures.accuracy
+    if any(method.figures.told for method in comparison.methods):
+        return "accuracy", lambda method: method.figures.told
     if any(method.figures.held_out for method in comparison.methods):
         return "held-out loss, nats a token", lambda method: method.figures.held_out
     return f"held-out {comparison.loss_words}", lambda method: method.figures.own_loss

@@ -55,6 +55,11 @@ def learned(comparison: Comparison, form: Form) -> Grid:
     columns += _of_pairs(form) if comparison.has_pairs else []
     if full and comparison.has_pairs:
         columns.append(("preference accuracy - full", lambda method: _apart(method, "accuracy_to_full", 3, form)))
+    columns.append(("accuracy", lambda method: form(method.figures.told, 3, "")))
+    if full:
+        columns.append(("accuracy - full", lambda method: _apart(method, "told_to_full", 3, form)))
+    columns.append(("macro F1", lambda method: form(method.figures.macro_f1, 3, "")))
+    columns.append(("calibration error", lambda method: form(method.figures.calibration_error, 3, "")))
     columns.append(("forgetting", lambda method: _apart(method, "forgetting", 4, form)))
     columns.append(("judge, 1 to 5", lambda method: form(method.figures.judged, 2, "")))
     columns.append(("judge - base", lambda method: _apart(method, "judged_to_base", 2, form)))
@@ -165,6 +170,7 @@ def _of_full(method: Method, full: Method, comparison: Comparison) -> list[str]:
     parts = [_words("held-out loss against full fine-tuning", figures.held_out_to_full, figures.verdict("held_out_to_full"), 4)]
     parts.append(_words(f"{comparison.metric}", figures.score_to_full, figures.verdict("score_to_full"), 3))
     parts.append(_words("preference accuracy", figures.accuracy_to_full, figures.verdict("accuracy_to_full"), 3))
+    parts.append(_words("accuracy", figures.told_to_full, figures.verdict("told_to_full"), 3))
     parts.append(_words("loss on general text", figures.forgetting_to_full, figures.verdict("forgetting_to_full"), 4))
     if method.best.has_same_costs and full.best.has_same_costs:
         parts.append(_ratio("time", method.best.hours, full.best.hours))
@@ -211,6 +217,11 @@ def legend(comparison: Comparison) -> list[str]:
             "Preference accuracy: the share of pairs whose preferred answer has the higher reward, or where there are none the higher "
             "likelihood a token; then that of pairs whose preferred answer is the longer, and the shorter one. Held-out losses are of "
             "preferred answers."
+        )
+    if any(method.figures.told is not None for method in comparison.methods):
+        lines.append(
+            "Accuracy: the share of documents whose class is found, or of answers whose reward is on the right side of KTO's baseline. "
+            "Calibration error: how far a classifier's confidence is from its accuracy, in ten bins."
         )
     if comparison.loss_words != "loss":
         lines.append(f"The {comparison.loss_words} is what training minimised, in the units of the objective and not in nats a token.")
@@ -311,7 +322,7 @@ def write_csv(comparison: Comparison, file: Path) -> None:
 
 CSV_ESTIMATES = (
     *("held_out", "held_out_to_full", "score", "score_to_base", "score_to_full", "forgetting", "forgetting_to_full"),
-    *("accuracy", "longer", "shorter", "accuracy_to_full", "wins"),
+    *("accuracy", "longer", "shorter", "accuracy_to_full", "wins", "told", "told_to_full", "macro_f1", "calibration_error"),
 )
 """Metrics that have a value and two ends in a line."""
 

@@ -110,11 +110,40 @@ def mean(values: Floats, level: float = LEVEL) -> Estimate:
 
 def share(hits: int, count: int, level: float = LEVEL) -> Estimate:
     """Return hits / count with Wilson's interval (1927), which 0 hits of 200 do not shrink to a point."""
-    value, z = hits / count, NormalDist().inv_cdf((1 + level) / 2)
-    centre, scale = (value + z * z / (2 * count)), 1 + z * z / count
-    reach = z * math.sqrt(value * (1 - value) / count + z * z / (4 * count * count))
+    return wilson(hits / count, count, count, level)
+
+
+def wilson(value: float, effective: float, count: int, level: float = LEVEL) -> Estimate:
+    """Return a value from 0 to 1 of `count` documents with the interval of a share of `effective` ones."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    centre, scale = (value + z * z / (2 * effective)), 1 + z * z / effective
+    reach = z * math.sqrt(value * (1 - value) / effective + z * z / (4 * effective * effective))
     low, high = max(0.0, (centre - reach) / scale), min(1.0, (centre + reach) / scale)
-    return Estimate(value=value, low=0.0 if hits == 0 else low, high=1.0 if hits == count else high, count=count)
+    return Estimate(value=value, low=0.0 if value == 0 else low, high=1.0 if value == 1 else high, count=count)
+
+
+def gaps(said: Floats, hits: Floats, groups: NDArray[np.int64], level: float = LEVEL) -> Estimate:
+    """Return the sum over groups of |sum of probabilities said - hits| / documents, as a calibration error is; (documents,) each.
+
+    It is above 0 by chance alone. Each group's gap is taken as normal, with the variance of its share of hits after Agresti and Coull
+    (1998). The lower end is what would give a value as high by chance in half of what the level leaves outside, with all gaps so many
+    times those that were found: 0 where gaps of nothing do. The upper end leaves chance in the value.
+    """
+    count, size = len(said), int(groups.max()) + 1
+    documents, right, found = (np.bincount(groups, weights=values, minlength=size) for values in (np.ones(count), hits, said - hits))
+    value, outside = float(np.abs(found).sum()) / count, (1 - level) / 2
+    if count < FEW:
+        return Estimate(value=value, low=None, high=None, count=count)
+    share = (right + 1) / (documents + 2)
+    errors = np.sqrt(documents * share * (1 - share))
+    noise = errors * np.random.Generator(np.random.Philox(size)).standard_normal((RESAMPLES, size))
+    low, above = 0.0, 1.0
+    for _ in range(12):
+        middle = (low + above) / 2
+        as_high = float((np.abs(middle * found + noise).sum(1) / count >= value).mean())
+        low, above = (middle, above) if as_high < outside else (low, middle)
+    reach = NormalDist().inv_cdf(1 - outside) * math.sqrt(float((errors**2).sum())) / count
+    return Estimate(value=value, low=low * value, high=min(1.0, value + reach), count=count)
 
 
 def difference(ours: Floats, theirs: Floats, weights: Floats | None = None, level: float = LEVEL) -> Estimate:

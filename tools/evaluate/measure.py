@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.batch import IGNORE
+from trainers.config.derived import DESIRABLE
 from trainers.data.loader import make_batch
 from trainers.data.pack import one_each
+from trainers.data.scored import LABEL
 from trainers.data.table import TokenTable
 from trainers.model.blueprint import positions_limit
 from trainers.model.forward import forward
@@ -57,6 +59,28 @@ def scores(model: PreTrainedModel, table: TokenTable, documents: Ints, batch: in
         for document, reward in zip(chunk.tolist(), score_rows(model, table, chunk, batch)[:, 0].tolist(), strict=True):
             tokens = int(table.supervised[table.offsets[document] : table.offsets[document + 1]].sum())
             yield {"document": document, "tokens": tokens, "reward": reward}
+
+
+def classes(
+    model: PreTrainedModel, table: TokenTable, documents: Ints, batch: int, known: Sequence[str], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield {"document", "label", "taken", "confidence"} of each: its class, and the most probable one with its probability.
+
+    `known` are the names of the model's outputs, `names` those of the table's numbers.
+    """
+    for at in range(0, len(documents), batch):
+        chunk = documents[at : at + batch]
+        logits = torch.from_numpy(score_rows(model, table, chunk, batch)).double()
+        confidence, taken = logits.softmax(-1).max(-1)
+        for document, sure, best in zip(chunk.tolist(), confidence.tolist(), taken.tolist(), strict=True):
+            label = names[int(table.signals[LABEL][document])]
+            yield {"document": document, "label": label, "taken": known[best], "confidence": sure}
+
+
+def wanted(rows: Iterator[dict[str, Any]], table: TokenTable) -> Iterator[dict[str, Any]]:
+    """Yield rows of answers with `wanted`, 1 or 0."""
+    for row in rows:
+        yield row | {"wanted": int(table.signals[DESIRABLE][row["document"]])}
 
 
 def reference(table: TokenTable, document: int) -> Ints:

@@ -14,10 +14,10 @@ import numpy as np
 
 from tools.evaluate import record
 from tools.evaluate.intervals import Floats
-from tools.evaluate.pairs import Pairs, rewards_of
+from tools.evaluate.pairs import rewards_of
 from tools.evaluate.record import FOLDER, Evaluation
 from tools.runs import is_run, runs_below
-from trainers.config.choices import Metric, ObjectiveName, Quantisation
+from trainers.config.choices import Metric, Quantisation
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.measured import validate_evaluation
@@ -26,6 +26,9 @@ from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.base import config_of
 from trainers.rundir.ending import State
+
+KEPT, KEPT_MISMATCHED = "eval.npy", "eval-mismatched.npy"
+"""Of RUN_DIR/reference: what the reference says of the held-out documents, and of their prompts with other answers."""
 
 
 @dataclass(kw_only=True)
@@ -128,12 +131,9 @@ def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
     for name in ("path", "general"):
         if name in given and Path(given[name]).exists():
             given[name] = os.path.abspath(given[name])
-    if config.objective.name is ObjectiveName.classify:
-        reason = "a classifier gives no answers, no log-probabilities and no order of pairs"
-        raise ConfigError("objective.name", "classify", reason, "its numbers of held-out rows in metrics.jsonl, as eval_macro_f1")
     for name in ("lm_eval", "judge"):
         if _scores(config) and getattr(options, name):
-            reason = "a reward model gives scores, and no answers"
+            reason = f"a model of objective={config.objective.name} gives scores, and no answers"
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), reason, "leave it out")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
     validate_evaluation(config.evaluation)
@@ -146,30 +146,36 @@ def keep(measured: Measurement, dtype: str, base: Evaluation | None = None) -> E
     if "answers" in rows:
         rows["answers"] = [record.scored(row, measured.config.evaluation) for row in rows["answers"]]
     if "pairs" in rows:
-        rows["pairs"] = with_rewards(rows["pairs"], measured, base)
+        rows["pairs"] = with_rewards(rows["pairs"], measured, None if base is None or base.pairs is None else base.pairs.logps, KEPT)
+    for part, kept in (("unpaired", KEPT), ("mismatched", KEPT_MISMATCHED)):
+        if part in rows:
+            rows[part] = with_rewards(rows[part], measured, None if base is None else base.logps.get(part), kept)
     return record.write(measured.out, measured.name, measured.about(dtype), rows)
 
 
-def with_rewards(rows: list[dict[str, Any]], measured: Measurement, base: Evaluation | None) -> list[dict[str, Any]]:
-    """Return the rows of both answers of pairs with `reward`, where the run's objective has one and its reference is known."""
-    pairs = Pairs.of_rows(rows)
-    if pairs.logps is None:
+def with_rewards(rows: list[dict[str, Any]], measured: Measurement, of_base: Floats | None, kept: str) -> list[dict[str, Any]]:
+    """Return the rows of answers with `reward`, where the run's objective has one and its reference is known.
+
+    `of_base` are the base's summed log-probabilities of the same answers; `kept` is the run's own file of its reference.
+    """
+    logps, tokens = (np.array([row.get(name, np.nan) for row in rows], np.float64) for name in ("nats", "tokens"))
+    if np.isnan(logps).any():  # a model that gives scores, and no log-probabilities
         return rows
-    reference = None if measured.name == "base" else _reference(measured, base, pairs.tokens)
-    rewards = rewards_of(measured.config.objective, pairs.logps, pairs.tokens, reference)
-    return rows if rewards is None else [row | {"reward": value} for row, value in zip(rows, rewards.ravel().tolist(), strict=True)]
+    reference = None if measured.name == "base" else _reference(measured, of_base, len(rows), kept)
+    rewards = rewards_of(measured.config.objective, -logps, tokens, reference)
+    return rows if rewards is None else [row | {"reward": value} for row, value in zip(rows, rewards.tolist(), strict=True)]
 
 
-def _reference(measured: Measurement, base: Evaluation | None, tokens: Floats) -> Floats | None:
-    """Return the summed log-probabilities of pairs under the model that a run began with, of the shape of `tokens`.
+def _reference(measured: Measurement, of_base: Floats | None, count: int, kept: str) -> Floats | None:
+    """Return the summed log-probabilities of answers under the model that a run is compared with, (count,).
 
-    They are the base's, or where training began with something else those that it has kept of its held-out rows, else unknown.
+    They are the base's, or where the reference is another model those that the run has kept of its held-out rows, else unknown.
     """
     config = measured.config
-    if config.peft.adapter is None and config.peft.quantise is Quantisation.none:
-        return None if base is None or base.pairs is None else base.pairs.logps
-    kept = Path(config.run_dir) / paths.REFERENCE / "eval.npy"
-    if config.evaluation.path is not None or not kept.is_file():
+    if config.objective.reference is None and config.peft.adapter is None and config.peft.quantise is Quantisation.none:
+        return None if of_base is None else of_base.ravel()
+    file = Path(config.run_dir) / paths.REFERENCE / kept
+    if config.evaluation.path is not None or not file.is_file():
         return None
-    found = np.load(kept, allow_pickle=False).astype(np.float64)
-    return found.reshape(-1, 2) if found.size == tokens.size else None
+    found = np.load(file, allow_pickle=False).astype(np.float64)
+    return found if found.size == count else None

@@ -14,7 +14,7 @@ import numpy as np
 from tools.evaluate import intervals
 from tools.evaluate.intervals import LEVEL, Estimate, Floats
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import compares
+from trainers.config.derived import OF_REFERENCE, compares
 from trainers.config.schema import ObjectiveConfig
 
 OF_MEANS = (ObjectiveName.simpo, ObjectiveName.orpo)
@@ -64,7 +64,7 @@ def rewards_of(objective: ObjectiveConfig, logps: Floats, tokens: Floats, refere
 
     As in `trainers.objectives.preference`; `reference` are summed log-probabilities under the model that training began with.
     """
-    if not compares(objective.name):
+    if not compares(objective.name) and objective.name not in OF_REFERENCE:
         return None
     if objective.name in OF_MEANS:
         return objective.beta * logps / tokens
@@ -93,6 +93,23 @@ def members(tokens: Floats, bucket: str) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Return which pairs are in a bucket, (pairs, 2) -> (pairs,)."""
     longer = tokens[:, 0] - tokens[:, 1]
     return {"all": np.ones(len(longer), bool), "longer": longer > 0, "shorter": longer < 0}[bucket]
+
+
+def thirds(tokens: Floats) -> list[tuple[float, float, np.ndarray[Any, np.dtype[np.bool_]]]]:
+    """Return pairs by length, the short, the middle and the long third: (fewest, most, which), in tokens an answer of each pair.
+
+    A third is left out where no pair is in it, as where all are of one length.
+    """
+    lengths = tokens.mean(1)
+    third = np.searchsorted(np.quantile(lengths, [1 / 3, 2 / 3]), lengths, side="left")
+    kept = [third == number for number in range(3)]
+    return [(float(lengths[which].min()), float(lengths[which].max()), which) for which in kept if which.any()]
+
+
+def longer_wins(scores: Floats, tokens: Floats, level: float = LEVEL) -> Estimate | None:
+    """Return the share of pairs whose longer answer scores higher; next to the share whose longer answer is preferred it shows a bias."""
+    apart = (scores[:, 0] - scores[:, 1]) * (tokens[:, 0] - tokens[:, 1])
+    return intervals.share(int((apart > 0).sum()), len(apart), level) if len(apart) else None
 
 
 def margin(scores: Floats, level: float = LEVEL) -> Estimate | None:

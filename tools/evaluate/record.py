@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from tools.evaluate import intervals
+from tools.evaluate.classes import Classes
 from tools.evaluate.intervals import LEVEL, Estimate, Floats
-from tools.evaluate.pairs import BUCKETS, Pairs, accuracy, are_right, margin, members
+from tools.evaluate.pairs import BUCKETS, Pairs, accuracy, are_right, longer_wins, margin, members, thirds
 from tools.evaluate.scores import is_refusal, score
+from tools.evaluate.unpaired import KINDS, Unpaired
 from trainers.cache import content_key
 from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError
@@ -37,11 +39,17 @@ class Evaluation:
     about: dict[str, Any]
     """What was measured with which settings; RUN/evaluation/NAME.json without its metrics."""
     documents: dict[str, list[int]]
-    """Of each part: `held_out`, `general`, `pairs`, `answers`."""
+    """Of each part: `held_out`, `general`, `pairs`, `unpaired`, `mismatched`, `classes`, `answers`."""
     sums: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     """Of each loss: nats and tokens, (documents,)."""
+    logps: dict[str, Floats] = field(default_factory=dict)
+    """Summed log-probabilities of `unpaired` and `mismatched` answers, (documents,), in nats."""
     pairs: Pairs | None = None
     """Of pairs of answers, whose documents are neighbours; None where rows have one answer each."""
+    unpaired: Unpaired | None = None
+    """Of answers that are wanted or not."""
+    classes: Classes | None = None
+    """Of a classifier."""
     answers: list[dict[str, Any]] = field(default_factory=list)
     """Prompt, reference, answer and scores of each document that was answered."""
 
@@ -58,6 +66,31 @@ class Evaluation:
         if self.pairs is None or self.pairs.scores is None:
             return None
         return accuracy(self.pairs.scores, self.pairs.tokens, bucket, level)
+
+    @property
+    def right(self) -> Floats | None:
+        """Return 1 for each document whose class is found, or each answer that is told as wanted or not; None where there are none."""
+        found = self.classes or self.unpaired
+        return None if found is None else found.right
+
+    def rightness(self, level: float = LEVEL) -> Estimate | None:
+        """Return the share of these; None where there are none."""
+        return None if self.right is None or not len(self.right) else intervals.mean(self.right, level)
+
+    def by_length(self, level: float = LEVEL) -> list[tuple[tuple[float, float], Estimate | None]]:
+        """Return the accuracy of short, middle and long pairs, each third with its fewest and most tokens an answer."""
+        if self.pairs is None or self.pairs.scores is None:
+            return []
+        scores, tokens = self.pairs.scores, self.pairs.tokens
+        return [((low, high), accuracy(scores[which], tokens[which], "all", level)) for low, high, which in thirds(tokens)]
+
+    def longer_wins(self, level: float = LEVEL) -> Estimate | None:
+        """Return the share of pairs whose longer answer scores higher; None where there are none."""
+        return None if self.pairs is None or self.pairs.scores is None else longer_wins(self.pairs.scores, self.pairs.tokens, level)
+
+    def longer_preferred(self, level: float = LEVEL) -> Estimate | None:
+        """Return the share of pairs whose preferred answer is the longer one; None where there are none."""
+        return None if self.pairs is None else intervals.mean(members(self.pairs.tokens, "longer").astype(np.float64), level)
 
     def margin(self, level: float = LEVEL) -> Estimate | None:
         """Return by how much preferred answers score higher; None where there are no pairs."""
@@ -109,6 +142,14 @@ def accuracy_apart(ours: Evaluation, theirs: Evaluation, bucket: str = "all", le
     kept = members(ours.pairs.tokens, bucket)
     mine, other = (are_right(scores)[kept] for scores in (ours.pairs.scores, theirs.pairs.scores))
     return intervals.difference(mine, other, level=level) if kept.any() else None
+
+
+def rightness_apart(ours: Evaluation, theirs: Evaluation, level: float = LEVEL) -> Estimate | None:
+    """Return our share of documents that are told rightly less theirs, over the same ones; None where these differ or there are none."""
+    part = "unpaired" if ours.classes is None else "classes"
+    if ours.right is None or theirs.right is None or not len(ours.right) or not _are_of_the_same(ours, theirs, part):
+        return None
+    return intervals.difference(ours.right, theirs.right, level=level)
 
 
 def likely(evaluation: Evaluation) -> Evaluation:
@@ -188,7 +229,11 @@ def _of_rows(about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Evaluatio
     }
     documents = {part: [row["document"] for row in found] for part, found in by_part.items()}
     pairs = Pairs.of_rows(by_part["pairs"]) if by_part.get("pairs") else None
-    return Evaluation(about=about, documents=documents, sums=sums, pairs=pairs, answers=by_part.get("answers", []))
+    unpaired = Unpaired.of_rows(by_part["unpaired"], by_part.get("mismatched", [])) if by_part.get("unpaired") else None
+    classes = Classes.of_rows(by_part["classes"]) if by_part.get("classes") else None
+    logps = {part: np.array([-row["nats"] for row in by_part[part]], np.float64) for part in ("unpaired", "mismatched") if part in by_part}
+    more: dict[str, Any] = {"logps": logps, "unpaired": unpaired, "classes": classes, "answers": by_part.get("answers", [])}
+    return Evaluation(about=about, documents=documents, sums=sums, pairs=pairs, **more)
 
 
 def figures(evaluation: Evaluation) -> dict[str, Any]:
@@ -196,7 +241,7 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {f"{part}_loss": as_json(evaluation.loss(part)) for part in evaluation.sums}
     for part, (_, tokens) in evaluation.sums.items():
         found[f"{part}_loss"] |= {"tokens": int(tokens.sum())}
-    found |= _of_pairs(evaluation)
+    found |= _of_pairs(evaluation) | _of_unpaired(evaluation) | _of_classes(evaluation)
     if evaluation.answers:
         metrics = dict.fromkeys(metric for row in evaluation.answers for metric in row["scores"])
         found |= {metric: as_json(evaluation.score(metric)) for metric in metrics}
@@ -212,7 +257,32 @@ def _of_pairs(evaluation: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {"preference_scores": "likelihood" if evaluation.pairs.rewards is None else "reward"}
     found |= {f"preference_accuracy{'' if bucket == 'all' else f'_{bucket}'}": as_json(evaluation.accuracy(bucket)) for bucket in BUCKETS}
     found |= {"preference_margin": as_json(evaluation.margin()), "likelihood_accuracy": as_json(likely(evaluation).accuracy())}
-    return found | {"preferred_is_longer": as_json(intervals.mean(members(evaluation.pairs.tokens, "longer").astype(np.float64)))}
+    found |= {"preferred_is_longer": as_json(evaluation.longer_preferred())}
+    found |= {"longer_scores_higher": as_json(evaluation.longer_wins())}
+    return found | {
+        "preference_accuracy_by_length": [{"tokens": list(ends)} | (as_json(share) or {}) for ends, share in evaluation.by_length()]
+    }
+
+
+def _of_unpaired(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the metrics of answers that are wanted or not; none where there are no rewards."""
+    told = evaluation.unpaired
+    if told is None or told.rewards is None:
+        return {}
+    found: dict[str, Any] = {"accuracy": as_json(evaluation.rightness()), "reward_baseline": told.baseline}
+    for kind in KINDS:
+        found |= {f"accuracy_{kind}": as_json(told.accuracy(kind)), f"reward_{kind}": as_json(told.reward(kind))}
+    return found
+
+
+def _of_classes(evaluation: Evaluation) -> dict[str, Any]:
+    """Return the metrics of a classifier, with F1 of each class."""
+    told = evaluation.classes
+    if told is None:
+        return {}
+    found = {"accuracy": evaluation.rightness(), "macro_f1": told.macro_f1(), "calibration_error": told.calibration_error()}
+    found |= {"overconfidence": told.overconfidence()}
+    return {name: as_json(value) for name, value in found.items()} | {"f1": {name: as_json(told.f1(name)) for name in told.names}}
 
 
 def as_json(estimate: Estimate | None) -> dict[str, Any] | None:

@@ -9,9 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from tools.evaluate.intervals import Estimate, verdict
-from tools.evaluate.record import Evaluation, accuracy_apart, likely, load_judged, loss_apart, of_json, score_apart
+from tools.evaluate.record import Evaluation, accuracy_apart, likely, load_judged, loss_apart, of_json, rightness_apart, score_apart
+from tools.evaluate.unpaired import KINDS
 
 NOTHING = "-"
+MOST_CLASSES = 20
+"""Of which F1 is printed; run.json has all."""
 MARKS = {"better": "▲", "worse": "▼", "no difference": "="}
 """Of a verdict, in front of a difference."""
 Form = Callable[[Estimate | None, int, str], str]
@@ -31,6 +34,7 @@ def table_of(folder: Path, ours: Evaluation, theirs: Evaluation | None) -> Table
     for line in [
         *_losses(ours, theirs),
         *_pairs(ours, theirs),
+        *_told_apart(ours, theirs),
         *_scores(ours, theirs),
         *_benchmarks(ours, theirs),
         *_judged(folder, ours, theirs),
@@ -59,6 +63,10 @@ def _pairs(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
     lines = [_accuracy(ours, theirs, bucket) for bucket in BUCKET_WORDS]
     margins = [None if one is None or _kind(one) != _kind(ours) else one.margin() for one in (theirs, ours)]
     lines.append([f"{_kind(ours)} margin", *(plus_minus(value, 3, "") for value in margins), ""])
+    lines += [_length(number, ours, theirs) for number in range(len(ours.by_length()))]
+    longer = [None if one is None or _kind(one) != _kind(ours) else one.longer_wins() for one in (theirs, ours)]
+    preferred = plus_minus(ours.longer_preferred(), 3, "")
+    lines.append([f"longer answer scores higher (preferred: {preferred})", *(plus_minus(value, 3, "") for value in longer), ""])
     if ours.pairs.rewards is None or ours.pairs.logps is None:
         return lines
     return [*lines, _accuracy(likely(ours), theirs and likely(theirs), "all")]
@@ -69,6 +77,32 @@ def _accuracy(ours: Evaluation, theirs: Evaluation | None, bucket: str) -> list[
     apart = accuracy_apart(ours, theirs, bucket) if theirs else None
     title = f"{_kind(ours)} accuracy{BUCKET_WORDS[bucket]}"
     return [title, plus_minus(base, 3, ""), plus_minus(ours.accuracy(bucket), 3, ""), _told(apart, 3, False)]
+
+
+def _length(number: int, ours: Evaluation, theirs: Evaluation | None) -> list[str]:
+    """Return the accuracy of a third of the pairs by length; the base's where it was measured on the same ones."""
+    (low, high), own = ours.by_length()[number]
+    is_same = theirs is not None and _kind(theirs) == _kind(ours) and accuracy_apart(ours, theirs) is not None
+    base = theirs.by_length()[number][1] if theirs is not None and is_same else None
+    return [f"{_kind(ours)} accuracy, {low:g} to {high:g} tokens an answer", plus_minus(base, 3, ""), plus_minus(own, 3, ""), ""]
+
+
+def _told_apart(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
+    """Return how often a classifier finds the class, or how often a reward tells answers that are wanted from the others."""
+    if ours.right is None:
+        return []
+    apart = rightness_apart(ours, theirs) if theirs else None
+    base = theirs.rightness() if theirs else None
+    lines = [["accuracy", plus_minus(base, 3, ""), plus_minus(ours.rightness(), 3, ""), _told(apart, 3, False)]]
+    if ours.unpaired is not None:
+        lines += [[f"accuracy of {kind} answers", NOTHING, plus_minus(ours.unpaired.accuracy(kind), 3, ""), ""] for kind in KINDS]
+        lines += [[f"reward of {kind} answers", NOTHING, plus_minus(ours.unpaired.reward(kind), 3, ""), ""] for kind in KINDS]
+    if ours.classes is not None:
+        named = {"macro F1": ours.classes.macro_f1(), "calibration error": ours.classes.calibration_error()}
+        named |= {"confidence - accuracy": ours.classes.overconfidence()}
+        named |= {f"F1 of {name}": ours.classes.f1(name) for name in ours.classes.names[:MOST_CLASSES]}
+        lines += [[escape(name), NOTHING, plus_minus(value, 3, ""), ""] for name, value in named.items()]
+    return lines
 
 
 def _kind(evaluation: Evaluation) -> str:

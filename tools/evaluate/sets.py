@@ -43,12 +43,15 @@ class EvalSet:
     table: TokenTable
     documents: Ints
     key: str
+    labels: tuple[str, ...] = ()
+    """The names of classes, in the order of their numbers in the table."""
 
 
-def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
+def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast, labels: tuple[str, ...] = ()) -> EvalSet:
     """Return the rows of `evaluation.path`, else those that the run held out; of pairs all documents, two a pair.
 
-    Raises ConfigError where there are none.
+    `labels` are the classes that a classifier knows: rows of another one are refused, by file and line. Raises ConfigError where
+    there are no rows.
     """
     path = config.evaluation.path
     if path is not None:
@@ -57,18 +60,22 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> EvalSet:
         data = dataclasses.replace(data, split=data.eval_split or data.split, eval_split=None)
         if path != given.path:
             data = dataclasses.replace(data, config=None, data_files=[], revision=None)
-        prepared = prepare(_with_objective(dataclasses.replace(config, data=data)), tokenizer=tokenizer)
+        objective = dataclasses.replace(config.objective, labels=list(labels), class_weights=[])
+        prepared = prepare(_with_objective(dataclasses.replace(config, data=data, objective=objective)), tokenizer=tokenizer)
         table: TokenTable | None = prepared.train
     else:
         prepared = _prepared(config, tokenizer)
         table = prepared.eval
     if table is None:
         raise ConfigError("evaluation.path", None, "the run held no rows out", "--path FILE, rows of the task that it has not trained on")
-    return EvalSet(table=table, documents=np.arange(len(table.offsets) - 1), key=prepared.path.name)
+    names = tuple(prepared.report.get("labels", ()))
+    return EvalSet(table=table, documents=np.arange(len(table.offsets) - 1), key=prepared.path.name, labels=names)
 
 
 def _with_objective(config: RunConfig) -> RunConfig:
     """Return a config whose objective takes its rows: one of pairs for pairs, else the run's own or one of single answers."""
+    if config.objective.name is ObjectiveName.classify:
+        return config
     of_pairs = dataclasses.replace(config, objective=ObjectiveConfig(name=ObjectiveName.dpo))
     with contextlib.suppress(ConfigError):  # what is wrong with rows of neither kind is said by who prepares them
         if find_layout(of_pairs, sources_of(config.data)[0]) in (Layout.preference, Layout.ranked):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tools.evaluate.record import digest_of
 from trainers.cache import content_key
-from trainers.config.choices import Quantisation
+from trainers.config.choices import ObjectiveName, Quantisation
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
@@ -42,6 +42,14 @@ class Subject:
     def gives_scores(self) -> bool:
         """Tell a model whose head scores documents, and that gives no log-probabilities."""
         return self.config.objective.name in SCORED
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Return the classes that a classifier knows, in the order of its outputs; of any other model nothing."""
+        if self.config.objective.name is not ObjectiveName.classify or self.folder is None:
+            return ()
+        names: dict[int, str] = open_config(self.folder, self.config.model.trust_remote_code).id2label  # type: ignore[assignment]
+        return tuple(names[number] for number in sorted(names))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:

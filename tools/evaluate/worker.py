@@ -20,16 +20,18 @@ import torch
 import transformers
 
 from tools.evaluate.harness import benchmark
-from tools.evaluate.measure import Ints, answers, longest_first, losses, scores, with_prompt
+from tools.evaluate.measure import Ints, answers, classes, longest_first, losses, scores, wanted, with_prompt
 from tools.evaluate.record import read_lines
 from tools.evaluate.scores import repetition
 from tools.evaluate.sets import EvalSet, evenly, general, held_out
 from tools.evaluate.subject import Subject
 from trainers.cache import cache_root, content_key
+from trainers.config.derived import DESIRABLE
 from trainers.config.errors import ConfigError
 from trainers.config.schema import parse
 from trainers.data.ends import stop_ids
 from trainers.data.loader import deal
+from trainers.data.mismatched import longest_row, mismatched
 from trainers.data.tokenizer import pad_id, tokenizer_hash
 from trainers.host import cores
 from trainers.rundir.ending import Exit
@@ -44,10 +46,17 @@ class Part:
     """Documents of which one thing is measured, and where their metrics are kept."""
 
     name: str
-    """`held_out` and `general` are losses, `pairs` those of both answers of pairs, `answers` are answers."""
+    """`held_out` and `general` are losses, `pairs` those of both answers of pairs, `unpaired` those of answers that are wanted or not,
+    `mismatched` those of their prompts with other answers, `classes` what a classifier says, `answers` are answers.
+    """
     table: EvalSet
     documents: Ints
     folder: Path
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Tell answers that are wanted or not."""
+        return DESIRABLE in self.table.table.signals
 
     def as_json(self) -> dict[str, Any]:
         """Return what whoever asks needs to read the metrics."""
@@ -100,7 +109,9 @@ def measure_share(subject: Subject, number: int, request: dict[str, Any], device
     pad = pad_id(tokenizer)
     for part in parts:
         documents = left[part.name]
-        if subject.gives_scores:
+        if part.name == "classes":
+            found = classes(model, part.table.table, documents, request["batch"], subject.labels, part.table.labels)
+        elif subject.gives_scores:
             found = scores(model, part.table.table, documents, request["batch"])
         elif part.name == "answers":
             stops = _stops(model, tokenizer)
@@ -109,6 +120,7 @@ def measure_share(subject: Subject, number: int, request: dict[str, Any], device
             found = (_without_ids(row) for row in found)
         else:
             found = losses(model, part.table.table, documents, request["batch"], pad)
+            found = wanted(found, part.table.table) if part.is_unpaired else found
         _keep(found, part, number, rank, request["batch"])
     if benchmarks is not None:
         figures = benchmark(model, tokenizer, request["tasks"], request["tasks_dir"], request["batch"])
@@ -133,17 +145,11 @@ def parts_of(subject: Subject, dtype: str, device: torch.device) -> list[Part]:
     """Return what is to be measured of a model: losses on held-out rows and on general text, and answers; raises ConfigError."""
     config, model = subject.config, _key_of(subject, dtype)
     root = cache_root(config.data.prepared_dir)
-    held = held_out(config, subject.tokenizer)
-    text = None if subject.gives_scores else general(subject, device)
-    folder = _folder(root, *model, "loss", held.key)
-    is_of_pairs = held.table.units is not None
+    held = held_out(config, subject.tokenizer, subject.labels)
     if subject.gives_scores:
-        if not is_of_pairs:
-            reason = "a reward model is measured by the order of pairs, and these rows are none"
-            raise ConfigError("evaluation.path", config.evaluation.path, reason, "--path FILE, rows with `chosen` and `rejected`")
-        return [Part(name="pairs", table=held, documents=held.documents, folder=_folder(root, *model, "scores", held.key))]
-    parts = [Part(name="pairs", table=held, documents=held.documents, folder=folder)] if is_of_pairs else []
-    documents = held.documents[::2] if is_of_pairs else held.documents  # preferred answers
+        return [_part_of_scores(subject, held, root, model)]
+    text = general(subject, device)
+    parts, documents, folder = _of_answers(held, root, model)
     parts.append(Part(name="held_out", table=held, documents=documents, folder=folder))
     if text is not None:
         parts.append(Part(name="general", table=text, documents=text.documents, folder=_folder(root, *model, "loss", text.key)))
@@ -153,6 +159,34 @@ def parts_of(subject: Subject, dtype: str, device: torch.device) -> list[Part]:
         folder = _folder(root, *model, "answers", held.key, config.evaluation.max_new_tokens)
         parts.append(Part(name="answers", table=held, documents=documents, folder=folder))
     return parts
+
+
+def _part_of_scores(subject: Subject, held: EvalSet, root: Path, model: tuple[object, ...]) -> Part:
+    """Return what is measured of a model with a head; raises ConfigError where the rows have nothing to hold its scores against."""
+    if subject.labels:
+        return Part(name="classes", table=held, documents=held.documents, folder=_folder(root, *model, "classes", held.key))
+    if held.table.units is None:
+        reason = "a reward model is measured by the order of pairs, and these rows are none"
+        raise ConfigError("evaluation.path", subject.config.evaluation.path, reason, "--path FILE, rows with `chosen` and `rejected`")
+    return Part(name="pairs", table=held, documents=held.documents, folder=_folder(root, *model, "scores", held.key))
+
+
+def _of_answers(held: EvalSet, root: Path, model: tuple[object, ...]) -> tuple[list[Part], Ints, Path]:
+    """Return what is measured of all held-out documents, those whose losses are reported, and where these are kept.
+
+    Of pairs they are the preferred answers, of answers that are wanted or not the wanted ones.
+    """
+    if held.table.units is not None:
+        folder = _folder(root, *model, "loss", held.key)
+        return [Part(name="pairs", table=held, documents=held.documents, folder=folder)], held.documents[::2], folder
+    if DESIRABLE not in held.table.signals:
+        return [], held.documents, _folder(root, *model, "loss", held.key)
+    folder = _folder(root, *model, "unpaired", held.key)
+    parts = [Part(name="unpaired", table=held, documents=held.documents, folder=folder)]
+    if held.table.partners is not None:
+        other = EvalSet(table=mismatched(held.table, held.documents, longest_row(held.table)), documents=held.documents, key=held.key)
+        parts.append(Part(name="mismatched", table=other, documents=other.documents, folder=_folder(root, *model, "mismatched", held.key)))
+    return parts, held.documents[np.array(held.table.signals[DESIRABLE]) > 0], folder
 
 
 def _folder(root: Path, *parts: object) -> Path:

@@ -8,11 +8,11 @@ from typing import Any
 import yaml
 
 from tools.evaluate.intervals import Estimate
-from tools.evaluate.record import Evaluation, accuracy_apart, loss_apart, score_apart, task_metric
+from tools.evaluate.record import Evaluation, accuracy_apart, loss_apart, rightness_apart, score_apart, task_metric
 from tools.gate.rules import Check
 from tools.markdown import cell_of, without_folders
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import Peak, loss_words, peak_lr
+from trainers.config.derived import SCORED, Peak, loss_words, peak_lr
 from trainers.config.errors import plural
 from trainers.config.schema import plain, read
 from trainers.rundir import paths
@@ -40,7 +40,7 @@ def card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: list[Ch
     base, data = config["model"]["id"], config["data"]
     metadata: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if settings.objective.name in SCORED else "text-generation",
         "tags": ["fulltune", config["peft"]["method"] if is_adapter else "full-fine-tuning"],
     }
     metadata |= {"base_model": base} if base and not Path(base).is_absolute() else {}
@@ -49,7 +49,7 @@ def card(run: Path, ours: Evaluation, theirs: Evaluation | None, checks: list[Ch
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
         MARK,
         f"# {config['name']}" + ("" if run.resolve().name == config["name"] else f": {run.resolve().name}"),
-        _model(base, is_adapter, summary),
+        _model(base, is_adapter, summary, settings.objective.name in SCORED),
         "## Data\n\n" + _lines(_data(data, manifest)),
         "## Training\n\n" + _lines(_training(config, summary, peak_lr(settings.optim, settings.peft))),
         "## Metrics\n\n" + _figures(ours, theirs),
@@ -64,13 +64,14 @@ def _lines(items: list[str]) -> str:
     return "\n".join(f"- {' '.join(item.split())}" for item in items)
 
 
-def _model(base: str | None, is_adapter: bool, summary: dict[str, Any]) -> str:
+def _model(base: str | None, is_adapter: bool, summary: dict[str, Any], gives_scores: bool) -> str:
     name = without_folders(base.removesuffix("/export")) if base else None
     whole, trained = summary.get("parameters") or 0, summary.get("trainable_parameters") or 0
     if is_adapter:
         return f"A PEFT adapter of {trained:,} parameters for `{name}`."
     began = f"fine-tuned from `{name}`" if name else "trained from random weights"
-    return f"A causal language model of {whole:,} parameters, {began}; {trained:,} were trained."
+    kind = "A sequence classification model" if gives_scores else "A causal language model"
+    return f"{kind} of {whole:,} parameters, {began}; {trained:,} were trained."
 
 
 def _data(data: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
@@ -120,6 +121,9 @@ def _figures(ours: Evaluation, theirs: Evaluation | None) -> str:
             (metric, theirs.score(metric) if theirs else None, ours.score(metric), score_apart(ours, theirs, metric) if theirs else None)
         )
     rows += _pairs(ours, theirs)
+    rows.append(("accuracy", theirs.rightness() if theirs else None, ours.rightness(), rightness_apart(ours, theirs) if theirs else None))
+    if ours.classes is not None:
+        rows += [("macro F1", None, ours.classes.macro_f1(), None), ("calibration error", None, ours.classes.calibration_error(), None)]
     rows.append(("answers that end", theirs.share("finished") if theirs else None, ours.share("finished"), None))
     lines = ["| | base | this model | difference |", "|---|---|---|---|"]
     lines += [f"| {cell_of(name)} | {_estimate(base)} | {_estimate(own)} | {_estimate(apart)} |" for name, base, own, apart in rows if own]
@@ -148,9 +152,8 @@ def _estimate(estimate: Estimate | None) -> str:
 
 def _limits(ours: Evaluation, theirs: Evaluation | None) -> list[str]:
     """Say what the metrics do not."""
-    lines = [
-        f"Measured on {len(ours.documents.get('held_out', []))} held-out documents of the training data's own kind, and on nothing else."
-    ]
+    documents = ours.documents.get("held_out") or ours.documents.get("classes") or ours.documents.get("pairs", [])
+    lines = [f"Measured on {len(documents)} held-out documents of the training data's own kind, and on nothing else."]
     lines.append(f"{len(ours.answers)} answers were scored." if ours.answers else "No answer was scored.")
     if theirs is None or loss_apart(ours, theirs, "general") is None:
         lines.append("What the model has forgotten of its base was not measured.")

@@ -36,6 +36,9 @@ class Rules:
     preference_accuracy_at_least: float | None = None
     preference_shorter_at_least: float | None = None
     win_rate_at_least: float | None = None
+    accuracy_at_least: float | None = None
+    macro_f1_at_least: float | None = None
+    calibration_error_at_most: float | None = None
     sure: bool = True
     prompts: str | None = None
     prompts_passed_at_least: float = 1.0
@@ -153,6 +156,7 @@ def hold(rules: Rules, ours: Evaluation, theirs: Evaluation | None, judged: Judg
     metric = task_metric(ours)
     gain = None if theirs is None or metric is None else score_apart(ours, theirs, metric)
     forgetting = None if theirs is None else loss_apart(ours, theirs, "general")
+    classes = ours.classes
     asked = [
         ("score_at_least", ours.score(metric) if metric else None, "evaluation.rows and evaluation.metrics"),
         ("score_gain_at_least", gain, "evaluation.rows, and the base"),
@@ -163,6 +167,9 @@ def hold(rules: Rules, ours: Evaluation, theirs: Evaluation | None, judged: Judg
         ("refused_at_most", ours.share("refused"), "evaluation.rows"),
         ("preference_accuracy_at_least", ours.accuracy(), "rows that are pairs of answers"),
         ("preference_shorter_at_least", ours.accuracy("shorter"), "pairs whose preferred answer is the shorter one"),
+        ("accuracy_at_least", ours.rightness(), "a classifier, or objective=kto with its base"),
+        ("macro_f1_at_least", None if classes is None else classes.macro_f1(), "a classifier"),
+        ("calibration_error_at_most", None if classes is None else classes.calibration_error(), "a classifier"),
         ("win_rate_at_least", None if judged is None else judged.win_rate(), "evaluation.rows, the base, and --judge"),
     ]
     return [

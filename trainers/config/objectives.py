@@ -31,6 +31,8 @@ FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.kto: ("beta", "desirable_weight", "undesirable_weight", "reference"),
 }
 """The settings that each objective has."""
+BINS = 10
+"""Of a classifier's confidence, all as wide, for the calibration error."""
 TEACHER = "teacher.json"
 """In a directory of a teacher's log-probabilities: whose they are, and of which rows."""
 

@@ -7,13 +7,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from trainers.batch import Batch, Needs, Output, Sizes, by_pair, document_weights
+from trainers.config.objectives import BINS
 from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import Loss
 
 CLASS_WEIGHT = "class_weight"
 """The signal of a classifier's documents whose classes have weights, (D,)."""
-BINS = 10
-"""Of confidence, all as wide, for the calibration error."""
 
 
 class Reward:
