@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trainers.config.choices import Precision, WandbMode
+from trainers.config.derived import learning_rate
 from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.data.pack import pack, pack_units
 from trainers.data.table import TokenTable
@@ -56,6 +60,25 @@ def blueprint_for(model: Path, attention: str | None = None) -> Blueprint:
     config = AutoConfig.from_pretrained(model)
     config._attn_implementation = attention
     return Blueprint(config=config, folder=model, revision=None, seed=0, trust_remote_code=False)
+
+
+def plain_adamw(model: torch.nn.Module, lr: float, num_steps: int) -> Callable[[], float]:
+    """Return what takes a step of plain AdamW as `config_for` sets it, with the gradients that are there; it returns their norm."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.1}]
+    groups += [{"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer, taken = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=EPS), itertools.count()
+
+    def step() -> float:
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, 0.5))
+        rate = learning_rate(OptimConfig(warmup_steps=1), lr, next(taken), num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    return step
 
 
 def pair_table(lengths: list[int], packed: int | None = None) -> TokenTable:

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ranks
-from tables import EPS, LENGTHS, LR, blueprint_for, config_for, ragged_table
+from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_table
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE, Batch
 from trainers.config.choices import Divergence, EngineName, ObjectiveName, PeftMethod
-from trainers.config.derived import learning_rate
-from trainers.config.schema import EngineConfig, ObjectiveConfig, OptimConfig, PeftConfig
+from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
@@ -30,6 +29,7 @@ from trainers.model.forward import forward
 from trainers.model.head import Head
 from trainers.objectives import TEACHER_IDS, TEACHER_LOGPS, make_objective
 from trainers.objectives.distil import divergence
+from trainers.plan.simulate import most_of
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows, steps
 from trainers.world import World
@@ -151,6 +151,14 @@ def test_each_label_has_its_own_tokens_of_the_teacher(packed: int | None) -> Non
     assert batch.signals[TEACHER_IDS].dtype is torch.int32
 
 
+def test_a_plan_carries_as_many_bytes_of_a_teacher(tiny_llama: Path, tmp_path: Path) -> None:
+    """Of a batch without a gap, which is the most that rows of a length take."""
+    batch = make_batch(taught(ragged_table([24] * 4), VOCABULARY), np.arange(4), 4, 0)
+    planned = most_of(replace(config_for(tmp_path, tiny_llama), objective=DISTIL), 4, 24, VOCABULARY)
+    for name, signal in batch.signals.items():
+        assert (planned.signals[name].shape, planned.signals[name].dtype) == (signal.shape, signal.dtype)
+
+
 def run_distil(
     world: World, run_dir: Path, model: Path, table: TokenTable, fields: dict[str, Any], engine: str, peft: str = "none"
 ) -> list[dict[str, Any]]:
@@ -168,11 +176,9 @@ def run_distil(
 def plain_losses(model_dir: Path, table: TokenTable, num_steps: int) -> tuple[list[float], list[float]]:
     """One process, plain transformers and torch, one unpadded document at a time."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
-    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS)
+    plain_step = plain_adamw(model, LR, num_steps)
     losses, norms = [], []
-    for step in range(num_steps):
+    for _ in range(num_steps):
         total, count = torch.zeros(()), int(table.label_starts[-1])
         for document in range(len(table.offsets) - 1):
             part = slice(table.offsets[document], table.offsets[document + 1])
@@ -185,11 +191,7 @@ def plain_losses(model_dir: Path, table: TokenTable, num_steps: int) -> tuple[li
             total = total + 0.75 * far + 0.25 * cross_entropy(logits, ids[1:][kept], reduction="sum")
         (total / count).backward()
         losses.append(float(total.detach()) / count)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OptimConfig(warmup_steps=1), LR, step, num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        norms.append(plain_step())
     return losses, norms
 
 

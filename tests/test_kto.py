@@ -17,15 +17,15 @@ import pytest
 import torch
 from command import arguments, environment, launch, pids_of, started, tool, trace, wait_for_step
 from conftest import WORDS, Ranks, save_tiny
-from tables import EPS, blueprint_for, config_for, ragged_table
+from tables import blueprint_for, config_for, plain_adamw, ragged_table
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.batch import IGNORE, Batch, Output, Sizes
 from trainers.config.choices import EngineName, ObjectiveName
-from trainers.config.derived import DESIRABLE, learning_rate
+from trainers.config.derived import DESIRABLE
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, RunConfig
 from trainers.data.loader import Loader
 from trainers.data.mismatched import all_mismatched
 from trainers.data.prepare import Prepared, open_prepared
@@ -88,11 +88,9 @@ def plain_steps(model_dir: Path, num_steps: int) -> list[dict[str, float]]:
     (other,) = all_mismatched(table)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     frozen = copy.deepcopy(model)
-    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
-    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS)
+    plain_step = plain_adamw(model, LR, num_steps)
     found = []
-    for step in range(num_steps):
+    for _ in range(num_steps):
         z0, losses, rewards = baseline_of(model, frozen, other), [], []
         for number in range(len(LENGTHS)):
             with torch.no_grad():
@@ -102,14 +100,10 @@ def plain_steps(model_dir: Path, num_steps: int) -> list[dict[str, float]]:
             loss = 1 - torch.sigmoid(KTO.beta * above) if WANTED[number] else 1.5 * (1 - torch.sigmoid(-KTO.beta * above))
             (loss / len(LENGTHS)).backward()
             losses.append(loss.item())
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        norm = plain_step()
         kinds = {"reward_chosen": WANTED > 0, "reward_rejected": WANTED == 0}
         found.append({name: float(np.mean(np.array(rewards)[kind])) for name, kind in kinds.items()})
         found[-1] |= {"loss": sum(losses) / len(losses), "grad_norm": norm, "kl": z0}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OptimConfig(warmup_steps=1), LR, step, num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
     return found
 
 

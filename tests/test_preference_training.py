@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,19 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import arguments, environment, launch, pids_of, started, trace, wait_for_step
-from conftest import WORDS, Ranks
-from tables import EPS, blueprint_for, config_for, pair_table
+from command import arguments, environment, launch, pids_of, started, tool, trace, wait_for_step
+from conftest import WORDS, Ranks, save_tiny
+from tables import blueprint_for, config_for, pair_table, plain_adamw
 from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainers.batch import IGNORE
 from trainers.config.choices import EngineName, ObjectiveName, PeftMethod
-from trainers.config.derived import learning_rate
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EngineConfig, ObjectiveConfig, OptimConfig, PeftConfig
+from trainers.config.schema import DataConfig, EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.data.loader import Loader
-from trainers.data.prepare import Prepared
+from trainers.data.prepare import Prepared, open_prepared
 from trainers.data.table import TokenTable
 from trainers.engines.build import build_engine
 from trainers.loop import train
@@ -104,12 +104,10 @@ def plain_losses(
 ) -> tuple[list[float], list[float]]:
     """One process, plain transformers and torch, a second model as the reference: the losses and gradient norms of all pairs a step."""
     model = opened(model_dir, adapter)
-    frozen, trained = copy.deepcopy(model), [p for p in model.parameters() if p.requires_grad]
-    groups = [[p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]]
-    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS)
+    frozen = copy.deepcopy(model)
+    plain_step = plain_adamw(model, LR, num_steps)
     losses, norms = [], []
-    for step in range(num_steps):
+    for _ in range(num_steps):
         total = 0.0
         for first in range(0, len(table.offsets) - 1, 2):
             (chosen, c), (rejected, r) = (summed(model, table, first + number) for number in (0, 1))
@@ -125,11 +123,7 @@ def plain_losses(
             (loss / PAIRS).backward()
             total += loss.item() / PAIRS
         losses.append(total)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OptimConfig(warmup_steps=1), LR, step, num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        norms.append(plain_step())
     return losses, norms
 
 
@@ -251,16 +245,44 @@ def test_a_trained_run_without_its_reference_is_refused(ranks: Callable[[int], R
     assert ranks(2).call(refusal, tmp_path / "run", tiny_llama, table, "dpo", fields | {"steps": 3}) == ["", ""]
 
 
-@pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_numbers(base: Path, cache: Path, tmp_path: Path) -> None:
-    """The whole command: two ranks, adapters, a held-out share; one rank is killed, and the same command goes to the end."""
+def write_pairs(file: Path) -> Path:
     random = np.random.default_rng(0)
     rows = [
         {"prompt": f"the cat {number}", "chosen": " ".join(random.choice(WORDS, 6)), "rejected": " ".join(random.choice(WORDS, 9))}
         for number in range(60)
     ]
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.slow
+def test_under_zero3_another_model_is_the_reference_of_training_and_of_evaluation(base: Path, cache: Path, tmp_path: Path) -> None:
+    vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
+    other, run = save_tiny(tmp_path / "other", tied=True, seed=5, vocab_size=vocabulary), tmp_path / "run"
+    AutoTokenizer.from_pretrained(base).save_pretrained(other)
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    launch(cache, arguments(base, pairs, run, "objective=dpo", f"objective.reference={other}", "engine=zero3"))
+    table = open_prepared(cache / "prepared" / json.loads((run / "manifest.json").read_text())["prepared"]).train
+    model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    with torch.no_grad():
+        plain = [float(summed(model, table, document)[0]) for document in range(len(table.offsets) - 1)]
+    assert np.load(run / "reference" / "train.npy").tolist() == pytest.approx(plain, rel=1e-5)
+    measured = [row for row in read_rows(run) if "eval_accuracy" in row]
+    assert measured[0]["eval_loss"] != pytest.approx(math.log(2), abs=1e-3), "the reference is what training began with"
+    tool(cache, run, "--rows", "0", "--no-base")
+    figures = json.loads((run / "evaluation" / "run.json").read_text())["figures"]
+    assert figures["preference_scores"] == "reward"
+    assert figures["preference_accuracy"]["value"] == pytest.approx(measured[-1]["eval_accuracy"])
+    assert figures["preference_margin"]["value"] == pytest.approx(measured[-1]["eval_reward_margin"], rel=1e-4)
+    assert [third["documents"] for third in figures["preference_accuracy_by_length"]]
+    tool(cache, run, "--rows", "0", "--no-base", "--path", shutil.copy(pairs, tmp_path / "others.jsonl"))
+    assert json.loads((run / "evaluation" / "run.json").read_text())["figures"]["preference_scores"] == "likelihood"
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_numbers(base: Path, cache: Path, tmp_path: Path) -> None:
+    """The whole command: two ranks, adapters, a held-out share; one rank is killed, and the same command goes to the end."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
     more = ("objective=dpo", "peft=lora", "peft.rank=4", "train.steps=8", "checkpoint.every=2", "train.eval_every=4")
     lines = {name: arguments(base, pairs, tmp_path / name, *more) for name in ("whole", "killed")}
     launch(cache, lines["whole"])

@@ -14,14 +14,13 @@ import torch
 from command import arguments, launch, tool
 from conftest import WORDS, Ranks
 from peft_cases import NoTokenizer
-from tables import EPS, blueprint_for, config_for, pair_table, ragged_table
+from tables import blueprint_for, config_for, pair_table, plain_adamw, ragged_table
 from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from trainers.batch import Needs
 from trainers.config.choices import EngineName, ObjectiveName, PeftMethod, Schedule
-from trainers.config.derived import learning_rate
-from trainers.config.schema import EngineConfig, ObjectiveConfig, OptimConfig, PeftConfig
+from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
@@ -137,21 +136,17 @@ def plain_loss(model: Any, table: TokenTable, objective: str) -> torch.Tensor:
     return (cross_entropy(scores, labels, reduction="none") * weights[labels]).mean()
 
 
-def plain_losses(model_dir: Path, table: TokenTable, num_steps: int, objective: str) -> tuple[list[float], list[float]]:
-    model = plain(model_dir, objective)
-    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
-    groups = [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=EPS)
+def plain_losses(
+    model_dir: Path, table: TokenTable, num_steps: int, objective: str, adapted: Callable[[Any], Any] | None = None
+) -> tuple[list[float], list[float]]:
+    model = plain(model_dir, objective) if adapted is None else adapted(plain(model_dir, objective))
+    plain_step = plain_adamw(model, LR, num_steps)
     losses, norms = [], []
-    for step in range(num_steps):
+    for _ in range(num_steps):
         loss = plain_loss(model, table, objective)
         loss.backward()
         losses.append(loss.item())
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OptimConfig(warmup_steps=1), LR, step, num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        norms.append(plain_step())
     return losses, norms
 
 
@@ -181,6 +176,35 @@ def test_every_split_equals_a_plain_loop(
     losses, norms = plain_losses(tiny_llama, table, 3, objective)
     rounding = 5e-6 if objective == "scores" else 1e-6  # a step moves squared errors of 3 to 1, and their rounding with them
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=rounding)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
+
+
+def first_weights(world: World, *arguments: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in engine_for(world, *arguments).weights()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_an_adapter_with_its_head_learns_as_in_plain_peft(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, engine: str
+) -> None:
+    import peft
+
+    table = table_for("reward", 64)
+    fields = {"steps": 4, "global_batch": len(table), "microbatch": 1}
+    begun = ranks(2).call(first_weights, tmp_path / "begun", tiny_llama, "reward", fields, engine, "lora")[0]
+    rows, *_ = ranks(2).call(run, tmp_path / "run", tiny_llama, table, "reward", fields, engine, "lora")[0]
+
+    def adapted(model: Any) -> Any:
+        settings = {"task_type": "SEQ_CLS", "target_modules": "all-linear", "modules_to_save": ["score"]}
+        made = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, **settings))  # type: ignore[arg-type]
+        found = peft.set_peft_model_state_dict(made, begun)
+        assert not found.unexpected_keys
+        assert not [name for name in found.missing_keys if "lora" in name or "modules_to_save" in name]
+        return made
+
+    losses, norms = plain_losses(tiny_llama, table, 4, "reward", adapted)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-6)
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=1e-5)
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ranks, save_tiny
-from tables import EPS, LENGTHS, LR, STEPS, blueprint_for, config_for, ragged_table
+from tables import LENGTHS, LR, STEPS, blueprint_for, config_for, plain_adamw, ragged_table
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE, Batch
-from trainers.config.derived import learning_rate, rows_words, scarcity
+from trainers.config.derived import rows_words, scarcity
 from trainers.config.errors import plural
-from trainers.config.schema import OptimConfig, TrainConfig
+from trainers.config.schema import TrainConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
@@ -55,13 +55,9 @@ def steps_of(result: dict[str, Any]) -> list[dict[str, Any]]:
 def run_plainly(model_dir: Path, table: TokenTable) -> dict[str, Any]:
     """One process, plain transformers and torch, one unpadded row at a time."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=LR, betas=(0.9, 0.95), eps=EPS
-    )
-    optim = OptimConfig(warmup_steps=1)
+    plain_step = plain_adamw(model, LR, STEPS)
     losses, gradients = [], []
-    for step in range(STEPS):
+    for _ in range(STEPS):
         rows = list(plain_rows(table))
         targets = sum(int((labels != IGNORE).sum()) for _, labels in rows)
         total = 0.0
@@ -72,11 +68,7 @@ def run_plainly(model_dir: Path, table: TokenTable) -> dict[str, Any]:
             total += loss.item()
         losses.append(total)
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, LR, step, STEPS)
-        optimizer.step()
-        optimizer.zero_grad()
+        plain_step()
     return {"losses": losses, "gradients": gradients, "weights": model.state_dict()}
 
 

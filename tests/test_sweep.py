@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 import pytest
+import yaml
 from command import ROOT, arguments, environment, launch, read_rows, wait_for_step, wait_until_gone
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -65,6 +66,38 @@ def test_each_method_of_a_sweep_trains_at_its_own_rate(base: Path, chats: Path, 
         assert f"{rate:g}, from {setting}" in said
 
 
+def references(cache: Path) -> set[Path]:
+    return {path for path in (cache / "prepared").glob("reference-*") if path.is_dir()}
+
+
+@pytest.mark.slow
+def test_a_sweep_over_objectives_prepares_once_and_measures_one_reference(base: Path, cache: Path, tmp_path: Path) -> None:
+    """Each point has the values of its preset and the rate of full fine-tuning; a sweep over beta reads the reference again."""
+    file, folder = tmp_path / "pairs.jsonl", tmp_path / "sweep"
+    rows = [{"prompt": f"the cat {number}", "chosen": "sat on a mat", "rejected": f"far home {number}"} for number in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ("train.steps=1", "data.eval_fraction=0", "optim.full_lr=3e-3")
+    before = references(cache)
+    launch(cache, command(base, file, folder, "objective=dpo,simpo,orpo", *more))
+    assert states(folder) == {f"objective={name}": "done" for name in ("dpo", "orpo", "simpo")}
+    settings = {name: yaml.safe_load((folder / f"objective={name}" / "config.yaml").read_text()) for name in ("dpo", "simpo", "orpo")}
+    assert {name: (found["objective"]["beta"], found["objective"]["margin"]) for name, found in settings.items()} == {
+        "dpo": (0.1, 0.0),
+        "simpo": (2.5, 1.375),
+        "orpo": (0.1, 0.0),
+    }
+    assert [row["lr"] for name in settings for row in read_rows(folder / f"objective={name}")] == [3e-3] * 3
+    assert len({json.loads((run / "manifest.json").read_text())["prepared"] for run in folder.glob("objective=*")}) == 1
+    assert [run.parent.name for run in folder.glob("*/reference")] == ["objective=dpo"]
+    kept = references(cache) - before
+    assert len(kept) == 1
+    again = tmp_path / "betas"
+    launch(cache, command(base, file, again, "objective=dpo", "objective.beta=0.1,0.5", *more))
+    assert references(cache) - before == kept
+    files = [run / "reference" / "train.npy" for run in (folder / "objective=dpo", *sorted(again.glob("objective.beta=*")))]
+    assert [found.read_bytes() for found in files] == [files[0].read_bytes()] * 3
+
+
 @pytest.mark.slow
 def test_ctrl_c_stops_the_sweep_and_the_same_command_goes_on(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
@@ -110,8 +143,6 @@ def test_values_arrive_unchanged(base: Path, chats: Path, cache: Path, tmp_path:
     folder, values = tmp_path / "sweep", ["a b=c 50%|x#y d'e 한글", "plain"]
     quoted = ",".join('"' + value + '"' for value in values)
     launch(cache, command(base, chats, folder, f"name={quoted}", "train.steps=1", "data.eval_fraction=0"))
-    import yaml
-
     found = {path.parent.name: yaml.safe_load(path.read_text())["name"] for path in folder.glob("*/config.yaml")}
     assert sorted(found.values()) == sorted(values)
     assert all(name.isascii() and not set(name) & set(" %|#'\"") for name in found)

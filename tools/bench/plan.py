@@ -20,8 +20,17 @@ from tools.bench.arguments import at_least
 from tools.bench.machine import gpu_words, versions
 from tools.bench.ranks import explaining, leave, start_ranks, wait_for
 from tools.markdown import put_section
-from trainers.config.choices import Activations, EngineName, OptimizerName, OptimizerState, PeftMethod, Precision, Quantisation
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.config.choices import (
+    Activations,
+    EngineName,
+    ObjectiveName,
+    OptimizerName,
+    OptimizerState,
+    PeftMethod,
+    Precision,
+    Quantisation,
+)
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:
@@ -74,6 +83,7 @@ class Case:
     optimizer: OptimizerName = OptimizerName.adamw
     logits_chunk: int | None = None
     state: OptimizerState = OptimizerState.fp32
+    objective: ObjectiveName = ObjectiveName.sft
 
     @property
     def name(self) -> str:
@@ -90,6 +100,7 @@ class Case:
         words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
         words += [f"logits of {self.logits_chunk or 'all'} tokens"] if self.logits_chunk is not None else []
         words += ["bf16 moments"] if self.state is OptimizerState.bf16 else []
+        words += [str(self.objective)] if self.objective is not ObjectiveName.sft else []
         words += [f"{self.microbatch} x {self.seq_len}"] if self.seq_len > 128 else []
         return " ".join(words)
 
@@ -101,6 +112,7 @@ class Case:
             model=ModelConfig(architecture={"model_type": "llama", **SIZES[self.size]}),
             data=DataConfig(seq_len=self.seq_len),
             peft=PeftConfig(method=self.method, quantise=self.quantise),
+            objective=ObjectiveConfig(name=self.objective),
             engine=replace(engine, replicate=self.replicate) if self.replicate > 1 else engine,
             optim=OptimConfig(name=self.optimizer, state=self.state, lr=1e-5),
             train=TrainConfig(
@@ -151,6 +163,10 @@ CASES = [
     Case(2, "9M", engine=ZERO3, optimizer=OptimizerName.adamw_8bit),
     Case(2, "9M", engine=ZERO3, optimizer=OptimizerName.schedule_free_adamw),
     Case(2, "9M", state=OptimizerState.bf16),
+    Case(2, "tiny", objective=ObjectiveName.distil),
+    Case(2, "9M", objective=ObjectiveName.distil),
+    Case(2, "9M", engine=ZERO3, objective=ObjectiveName.distil),
+    Case(2, "tiny", objective=ObjectiveName.dpo),
 ]
 GPU_CASES = [
     Case(1, "1B", seq_len=2048),
@@ -325,16 +341,17 @@ def _take_steps(
     """Take two steps; returns the engine, and its bytes of state with those of inputs that waited on the host."""
     from trainers.engines.build import build_engine
     from trainers.objectives import make_objective
-    from trainers.plan.simulate import LR, Marked, whole_batch
+    from trainers.plan.simulate import LR, Marked, most_of
     from trainers.step import take_step
 
     config = case.config(str(folder))
     engine = build_engine(config, world, blueprint_of_case(case))
-    objective = make_objective(config.objective, (), config.train.balance_loss)
+    objective = make_objective(config.objective, None, config.train.balance_loss)
     built()
     for _ in range(2):
         trace.restart()
-        batches = [whole_batch(case.microbatch, case.seq_len) for _ in range(case.microbatches)]
+        vocab_size = SIZES[case.size]["vocab_size"]
+        batches = [most_of(config, case.microbatch, case.seq_len, vocab_size) for _ in range(case.microbatches)]
         marked: Any = Marked(engine, trace)
         take_step(marked, objective, [batch.to(world.device) for batch in batches], world, lr=LR, targets=1)
     return engine, engine.state_bytes() | {"inputs on the host": marked.inputs_on_host}

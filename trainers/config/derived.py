@@ -91,7 +91,12 @@ def loss_words(objective: ObjectiveName) -> str:
 
 
 def rows_as(objective: ObjectiveName) -> ObjectiveName:
-    """Return the objective whose rows are prepared: a teacher's log-probabilities are of the rows of supervised fine-tuning."""
+    """Return the objective whose rows are prepared: those that learn from the same rows share them, so that a sweep prepares once.
+
+    A teacher's log-probabilities are of the rows of supervised fine-tuning, and all preferences are of the same pairs.
+    """
+    if objective in PREFERENCES:
+        return ObjectiveName.dpo
     return ObjectiveName.sft if objective is ObjectiveName.distil else objective
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import Source, compares
+from trainers.config.derived import Source, compares, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.local import COMPRESSED, FILE_TYPES, file_type, is_remote
 from trainers.data.formats import BadRow, strict_json
@@ -79,7 +79,7 @@ def rows(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
 def fingerprint(source: Source | None, objective: ObjectiveName) -> list[str]:
     """Return what identifies the rows of a source in a content hash: digests of file contents, a hub data set's own."""
     if source is None:
-        return ["python_docs", sys.version, str(objective)]
+        return ["python_docs", sys.version, str(rows_as(objective))]
     if _has_files(source):
         return [f"{file_type(file.name)}:{digest(file)}" for file in files(source)]
     from trainers.data import hub

@@ -245,16 +245,10 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
     count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
-    in_row = 2 if compares(config.objective.name) and not config.data.packing else 1  # the answers of a pair lie apart
-    batches = [whole_batch(in_row * config.train.microbatch, seq_len, objective.signals) for _ in range(count)]
+    vocab_size = blueprint.config.get_text_config().vocab_size
+    batches = [most_of(config, config.train.microbatch, seq_len, vocab_size) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
-    evaluated = whole_batch(in_row * rows, seq_len) if rows > config.train.microbatch else None
-    if config.objective.name is ObjectiveName.distil:
-        from trainers.teacher import as_taught
-
-        vocab_size = blueprint.config.get_text_config().vocab_size
-        batches = [as_taught(batch, config.objective, vocab_size) for batch in batches]
-        evaluated = None if evaluated is None else as_taught(evaluated, config.objective, vocab_size)
+    evaluated = most_of(config, rows, seq_len, vocab_size) if rows > config.train.microbatch else None
     has_dtensors = any(isinstance(p, DTensor) for p in engine.model.parameters())
     stepping: Callable[[], AbstractContextManager[Any]] = unset_fake_temporarily if has_dtensors else nullcontext  # DTensor has its own
     with warnings.catch_warnings(), _few_chunks(trace), fake, trace:
@@ -447,6 +441,18 @@ class _Marks:
                 self._mark("logits and loss")
 
         return mark
+
+
+def most_of(config: RunConfig, rows: int, seq_len: int, vocab_size: int) -> Batch:
+    """Return the most that a microbatch of so many rows takes, with its signals; of pairs that are not packed both answers."""
+    objective = config.objective
+    in_row = 2 if compares(objective.name) and not config.data.packing else 1
+    batch = whole_batch(in_row * rows, seq_len, make_objective(objective, None).signals)
+    if objective.name is not ObjectiveName.distil:
+        return batch
+    from trainers.teacher import as_taught
+
+    return as_taught(batch, objective, vocab_size)
 
 
 def whole_batch(rows: int, seq_len: int, signals: Collection[str] = ()) -> Batch:
