@@ -218,6 +218,24 @@ def test_the_loss_of_another_objective_is_none_of_tokens(tmp_path: Path, objecti
     assert f"Held-out {objective} loss during training" in page(comparison, [])
 
 
+def test_objectives_on_the_same_rows_are_compared_by_what_is_evaluated(tmp_path: Path) -> None:
+    """Their own losses are of different kinds: they choose a rate of each objective, and are never drawn together."""
+    for name, beta, loss in (("dpo", 0.1, 0.4), ("dpo", 0.5, 0.2), ("simpo", 2.5, 1.4)):
+        run = make_run(tmp_path / f"{name}-{beta}", better=0.5 if name == "simpo" else 0.1, final_loss=loss)
+        change(run / "config.yaml", objective__name=name, objective__beta=beta)
+    comparison = compare([tmp_path], None)
+    assert not comparison.flagged
+    labels = [method.label for method in comparison.methods]
+    assert labels == [f"full fine-tuning, name {name}, beta {beta}" for name, beta in (("dpo", 0.1), ("dpo", 0.5), ("simpo", 2.5))]
+    assert [method.figures.verdict("held_out_to_full") for method in comparison.methods] == ["", "no difference", "better"]
+    said = markdown(comparison)
+    assert f"| held-out loss | held-out loss of its own, of training | held-out loss - {labels[0]} |" in said
+    assert "Objectives differ" in said
+    assert "Loss against tokens" not in page(comparison, [])
+    change(tmp_path / "simpo-2.5" / "manifest.json", prepared="data-two")
+    assert [run.name for run in compare([tmp_path], None).flagged] == ["simpo-2.5"]
+
+
 def test_csv_has_a_line_a_run_in_plain_numbers(sweep: Path, tmp_path: Path) -> None:
     change(sweep / "peft=lora" / "status.json", state="failed")
     assert main([str(sweep), "--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "runs.md")]) == 0

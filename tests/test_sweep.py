@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 import pytest
 import yaml
-from command import ROOT, arguments, environment, launch, read_rows, wait_for_step, wait_until_gone
+from command import ROOT, arguments, environment, launch, read_rows, tool, wait_for_step, wait_until_gone
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -91,6 +91,11 @@ def test_a_sweep_over_objectives_prepares_once_and_measures_one_reference(base: 
     assert [run.parent.name for run in folder.glob("*/reference")] == ["objective=dpo"]
     kept = references(cache) - before
     assert len(kept) == 1
+    tool(cache, folder, "--rows", "0", "--path", file)
+    said = tool(cache, folder, name="compare")
+    assert "3 methods, 3 runs" in said
+    assert "preference accuracy" in said
+    assert "not compared" not in said
     again = tmp_path / "betas"
     launch(cache, command(base, file, again, "objective=dpo", "objective.beta=0.1,0.5", *more))
     assert references(cache) - before == kept

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from synthetic import make_run
+from synthetic import change, make_run
 
 from tools.compare.methods import compare
 from tools.compare.say import markdown, write_csv
@@ -142,6 +142,8 @@ def test_the_gate_the_card_and_the_comparison_know_classes(tmp_path: Path, capsy
     assert full.figures.told == share(81, 90)
     assert lora.figures.verdict("told_to_full") == "worse"
     assert "| accuracy | accuracy - full | macro F1 | calibration error |" in markdown(comparison)
+    change(run / "evaluation" / "run.json", sets__classes="data-two")
+    assert "another set of rows it is evaluated on" in str([flagged.faults for flagged in compare([tmp_path / "all"], None).flagged])
     write_csv(comparison, tmp_path / "found.csv")
     assert "macro_f1_low" in (tmp_path / "found.csv").read_text()
     ours = record.load(run / "evaluation", "run")

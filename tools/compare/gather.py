@@ -24,8 +24,8 @@ from trainers.rundir.files import try_json
 from trainers.rundir.rows import Kind, Row, kind_of, read_rows
 
 RATE = ("optim.lr", "optim.full_lr", "optim.adamw_factor", "optim.lr_factor", "peft.lr")
-METHOD = ("peft.", *RATE)
-"""Settings that are what is compared."""
+METHOD = ("peft.", "objective.", *RATE)
+"""Settings that are what is compared; objectives learn from the same rows, or their data are flagged."""
 BEGUN = ("peft.adapter",)
 """Of those, what a run began with in addition to its base: what that had seen, it has seen too."""
 FREE = (
@@ -177,7 +177,8 @@ def _marks(
     marks |= {key: summary.get(key) for key in ("steps", "tokens", "input_tokens")}
     if ours is not None:
         sets = ours.about.get("sets", {})
-        marks |= {"held_out_set": sets.get("held_out"), "general_set": sets.get("general"), "dtype": ours.about.get("dtype")}
+        measured = next((sets[part] for part in ("held_out", "classes", "pairs") if part in sets), None)
+        marks |= {"held_out_set": measured, "general_set": sets.get("general"), "dtype": ours.about.get("dtype")}
         marks |= {"answered": _answered(ours)}
     marks |= {} if base is None else {"base_weights": base.about.get("weights")}
     return marks | ({} if judged is None else {"judge": f"{judged.about['model']}, {judged.about['scored']} answers"})

@@ -103,7 +103,7 @@ class Comparison:
 
     @property
     def full(self) -> Method | None:
-        """Full fine-tuning, which the others are compared with."""
+        """Full fine-tuning, which the others are compared with; of several objectives the first."""
         return next((method for method in self.methods if method.best.is_full), None)
 
     @property
@@ -123,8 +123,20 @@ class Comparison:
 
     @property
     def loss_words(self) -> str:
-        """What the runs minimise, all the same: `loss` in nats a token, or the loss of an objective by its name."""
-        return self.methods[0].best.loss_words if self.methods else "loss"
+        """What the runs minimise: `loss` in nats a token, the loss of an objective by its name, or `loss of its own` of several ones."""
+        found = {method.best.loss_words for method in self.methods}
+        return found.pop() if len(found) == 1 else "loss of its own" if found else "loss"
+
+    @property
+    def has_one_loss(self) -> bool:
+        """Tell whether all runs minimise the same, with the same settings, so that their own losses compare."""
+        return len({str(_objective(method.best.config)) for method in self.methods}) < 2
+
+    @property
+    def full_words(self) -> str:
+        """What others are compared with, in a table's head: `full`, or where several train the whole model the first one's label."""
+        full, several = self.full, sum(method.best.is_full for method in self.methods) > 1
+        return full.label if full is not None and several else "full"
 
     @property
     def is_picked(self) -> bool:
@@ -195,6 +207,10 @@ def _methods(runs: list[Run]) -> list[Method]:
         methods.append(Method(label=_name(best.config), best=best, tried=tried))
     _tell_apart(methods)
     return sorted(methods, key=lambda method: (not method.best.is_full, -(method.best.summary.get("trainable_parameters") or 0)))
+
+
+def _objective(config: dict[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in config.items() if path.startswith("objective.")}
 
 
 def _name(config: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def _draw(name: str, plot: Callable[[Axes], None]) -> str:
 def _of_curves(
     comparison: Comparison, title: str, words: str, unit: str, across: Callable[[Curve], list[float] | list[int]]
 ) -> Picture | None:
-    if not any(method.best.evaluated.loss for method in comparison.methods):
+    if not comparison.has_one_loss or not any(method.best.evaluated.loss for method in comparison.methods):
         return None
 
     def plot(axes: Axes) -> None:
@@ -187,7 +187,7 @@ def _measure(comparison: Comparison) -> tuple[str, Callable[[Method], Estimate |
         return "accuracy", lambda method: method.figures.told
     if any(method.figures.held_out for method in comparison.methods):
         return "held-out loss, nats a token", lambda method: method.figures.held_out
-    return f"held-out {comparison.loss_words}", lambda method: method.figures.own_loss
+    return f"held-out {comparison.loss_words}", lambda method: method.figures.own_loss if comparison.has_one_loss else None
 
 
 def _point(axes: Axes, number: int, method: Method, across: Estimate | None, up: Estimate | None) -> None:

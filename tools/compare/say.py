@@ -46,18 +46,18 @@ def learned(comparison: Comparison, form: Form) -> Grid:
     for source in dict.fromkeys(key.partition("/")[2] for method in comparison.methods for key in method.best.summary if OF_SOURCE in key):
         columns.append((f"held-out loss, {source}", lambda method, source=source: _of_source(method, source)))  # type: ignore[misc]
     if full:
-        columns.append(("held-out loss - full", lambda method: _apart(method, "held_out_to_full", 4, form)))
+        columns.append((f"held-out loss - {comparison.full_words}", lambda method: _apart(method, "held_out_to_full", 4, form)))
     if comparison.metric:
         columns.append((comparison.metric, lambda method: form(method.figures.score, 3, "")))
         columns.append((f"{comparison.metric} - base", lambda method: _apart(method, "score_to_base", 3, form)))
     if full and comparison.metric:
-        columns.append((f"{comparison.metric} - full", lambda method: _apart(method, "score_to_full", 3, form)))
+        columns.append((f"{comparison.metric} - {comparison.full_words}", lambda method: _apart(method, "score_to_full", 3, form)))
     columns += _of_pairs(form) if comparison.has_pairs else []
     if full and comparison.has_pairs:
-        columns.append(("preference accuracy - full", lambda method: _apart(method, "accuracy_to_full", 3, form)))
+        columns.append((f"preference accuracy - {comparison.full_words}", lambda method: _apart(method, "accuracy_to_full", 3, form)))
     columns.append(("accuracy", lambda method: form(method.figures.told, 3, "")))
     if full:
-        columns.append(("accuracy - full", lambda method: _apart(method, "told_to_full", 3, form)))
+        columns.append((f"accuracy - {comparison.full_words}", lambda method: _apart(method, "told_to_full", 3, form)))
     columns.append(("macro F1", lambda method: form(method.figures.macro_f1, 3, "")))
     columns.append(("calibration error", lambda method: form(method.figures.calibration_error, 3, "")))
     columns.append(("forgetting", lambda method: _apart(method, "forgetting", 4, form)))
@@ -167,7 +167,7 @@ def _of_base(method: Method, comparison: Comparison) -> str:
 
 def _of_full(method: Method, full: Method, comparison: Comparison) -> list[str]:
     figures = method.figures
-    parts = [_words("held-out loss against full fine-tuning", figures.held_out_to_full, figures.verdict("held_out_to_full"), 4)]
+    parts = [_words(f"held-out loss against {full.label}", figures.held_out_to_full, figures.verdict("held_out_to_full"), 4)]
     parts.append(_words(f"{comparison.metric}", figures.score_to_full, figures.verdict("score_to_full"), 3))
     parts.append(_words("preference accuracy", figures.accuracy_to_full, figures.verdict("accuracy_to_full"), 3))
     parts.append(_words("accuracy", figures.told_to_full, figures.verdict("told_to_full"), 3))
@@ -225,6 +225,8 @@ def legend(comparison: Comparison) -> list[str]:
         )
     if comparison.loss_words != "loss":
         lines.append(f"The {comparison.loss_words} is what training minimised, in the units of the objective and not in nats a token.")
+    if not comparison.has_one_loss:
+        lines.append("Objectives differ: each run's own loss compares with those of the same objective and settings alone.")
     if any(method.figures.forgetting is not None for method in comparison.methods):
         lines.append("Forgetting: loss on text of the base's own domain, less that of the base; above 0 something is lost.")
     if comparison.is_picked:

@@ -7,7 +7,8 @@ python -m tools.evaluate some/model --like runs/mine --out OUT  any model direct
 python -m tools.evaluate runs/mine --judge http://host:8000/v1 --judge-model NAME
 
 Settings come from the run's own config.yaml (evaluation.*); options here take their place. A loss is a mean over supervised tokens. Of
-pairs of answers it is that of the preferred ones, and accuracy and margin say how well they are told from the others. Answers are the
+pairs of answers it is that of the preferred ones, and accuracy and margin say how well they are told from the others. Of a classifier
+accuracy, F1 and calibration are measured, of objective=kto how well wanted answers are told from the others. Answers are the
 most likely token at every place, the same whatever the batch and the number of processes. Metrics and their 95 % intervals go to
 RUN/evaluation, with every answer. What is measured already, also of another run's base, is not measured again, and a stopped command
 continues where it was. `python -m tools.compare` puts runs side by side.
