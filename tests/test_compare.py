@@ -162,11 +162,16 @@ def test_broken_records_are_no_traceback(sweep: Path, capsys: pytest.CaptureFixt
 def test_another_set_up_keeps_its_quality_and_loses_its_costs(sweep: Path) -> None:
     change(sweep / "peft=lora" / "config.yaml", engine__name="zero3")
     change(sweep / "peft=ia3" / "config.yaml", optim__weight_decay=0.1)
+    manifest = sweep / "peft=none" / "manifest.json"
+    known = json.loads(manifest.read_text())
+    known["data"]["leakage"] = {"documents": 90, "text": 1, "near": 2, "prompt": 0, "any": 3, "similarity": 0.8}
+    manifest.write_text(json.dumps(known))
     comparison = compare([sweep], None)
     assert not comparison.flagged
     notes = {run.name: "; ".join(run.notes) for run in comparison.runs}
     assert "engine.name = zero3, the others' fsdp: another set-up" in notes["peft=lora"]
     assert notes["peft=ia3"] == "optim.weight_decay = 0.1, the others' 0.0"
+    assert "of 90 held-out documents 1 have the text of a trained one, 2 nearly" in notes["peft=none"]
     said = {line.partition(":")[0]: line for line in conclusions(comparison)}
     assert "time" not in said["LoRA"]
     assert "time 1.00 x" in said["IA3"]

@@ -25,7 +25,7 @@ from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
 from trainers.data.loader import Loader, Stream
 from trainers.data.prepare import Prepared, prepare
-from trainers.data.report import summary
+from trainers.data.report import summary, warnings
 from trainers.data.tokenizer import load_tokenizer, pad_id
 from trainers.engines.build import build_engine, require_parts
 from trainers.finish import Built, finish
@@ -96,6 +96,8 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     if world.rank == 0:
         preflight.say(readings, findings)
         console.print(summary(data.report, data.reused), soft_wrap=True, highlight=False)
+        for line in warnings(data.report):
+            log.warning(line)
         documents = len(data.train.offsets) - 1
         if scarce := scarcity(config.train, config.data.packing, len(data.train), documents, world.size):
             log.warning(scarce)

@@ -18,6 +18,7 @@ from trainers.config.choices import ObjectiveName, PeftMethod
 from trainers.config.derived import SCORED, loss_words, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, PeftConfig, RunConfig, plain
+from trainers.data.report import is_leaky, leaked_words
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_status
 from trainers.rundir.files import try_json
@@ -252,6 +253,8 @@ def _own_faults(run: Run, status: dict[str, Any]) -> list[str]:
 def _own_notes(run: Run) -> list[str]:
     """Return what is to be known of a run in addition to its metrics."""
     notes = [f"{run.summary['skipped_steps']} steps updated nothing"] if run.summary.get("skipped_steps") else []
+    leaked = run.manifest.get("data", {}).get("leakage")
+    notes += [] if not leaked or not is_leaky(leaked) else [f"its held-out loss says too little: {leaked_words(leaked)}"]
     exported, steps = run.summary.get("export_step"), run.summary.get("steps")
     if exported not in (None, steps):
         notes.append(f"exports step {exported} of {steps}, of the lowest held-out loss")

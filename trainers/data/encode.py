@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
@@ -19,6 +20,7 @@ from trainers.config.schema import RunConfig
 from trainers.data import formats, masks
 from trainers.data.ends import chat_remedy, may_grow, require_ends, require_ids, require_not_rendered, written_tokens
 from trainers.data.formats import BadRow
+from trainers.data.glance import WIDTH, Glance, Keys, digest, marks_of, opening_of, sketches
 from trainers.data.masks import Rendered, Span, Template
 from trainers.data.parts import LeftOut, left_out, parts_of, search
 from trainers.data.sources import Row, parse
@@ -56,6 +58,10 @@ class Documents:
     """What each token weighs where it is trained; None where each weighs 1."""
     unread: set[str] = field(default_factory=set)
     """Fields that rows have and nobody reads."""
+    marks: Keys = field(default_factory=lambda: np.zeros((0, WIDTH), np.uint64))
+    """What each document is recognised by, (documents, WIDTH)."""
+    glance: Glance = field(default_factory=Glance)
+    """What the rows look like."""
     error: tuple[str, object, str, str] | None = None
     """A ConfigError's parts, which survive the way back from another process where the exception does not."""
 
@@ -66,6 +72,8 @@ class Encoder:
 
     backend: Any
     """The fast tokenizer's `tokenizers.Tokenizer`."""
+    special: NDArray[np.bool_]
+    """Whether an id is an added token, such as a mark of a turn, (vocabulary,)."""
     byte_lengths: NDArray[np.int64] | None
     """Bytes of text of each token id of a byte-level tokenizer, else None."""
     words: WordCache | None
@@ -94,7 +102,7 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
-        rendered, groups, bad, equal = [], [], [], 0
+        rendered, groups, prompts, bad, equal = [], [], [], [], 0
         unread: set[str] = set()
         lost = LeftOut()
         try:
@@ -114,6 +122,7 @@ class Encoder:
                         formats.require_characters(item.text)
                     rendered.extend(texts)
                     groups.extend([self._group(prompt)] * len(texts))
+                    prompts.extend([0 if self.layout is Layout.text else digest(prompt)] * len(texts))
                     lost.add(_kinds(texts), f"{row.file}:{row.line}")
                     if self.layout is Layout.ranked:
                         from trainers.data.ranked import num_pairs
@@ -123,7 +132,8 @@ class Encoder:
                     bad.append(f"{row.file}:{row.line}: {error}")
         except ConfigError as error:
             return Documents(*_NOTHING, counts={}, error=(error.path, error.value, error.reason, error.remedy))
-        documents = [self._documents(rendered[at : at + BATCH], groups[at : at + BATCH]) for at in range(0, len(rendered), BATCH)]
+        parts = [slice(at, at + BATCH) for at in range(0, len(rendered), BATCH)]
+        documents = [self._documents(rendered[part], groups[part], prompts[part]) for part in parts]
         whole = join(documents)
         whole.counts.update(rows=len(rows), bad=len(bad), equal=equal)
         whole.bad, whole.unread, whole.left_out = bad, unread, lost
@@ -241,7 +251,7 @@ class Encoder:
         digest = hashlib.blake2b(prompt.strip().encode("utf-8", "replace"), digest_size=8, key=str(self.seed).encode())
         return int.from_bytes(digest.digest(), "little")
 
-    def _documents(self, rendered: list[Rendered], groups: list[int]) -> Documents:
+    def _documents(self, rendered: list[Rendered], groups: list[int], prompts: list[int]) -> Documents:
         tokens, ends, offsets = self._tokenise([item.text for item in rendered])
         supervised = np.zeros(len(tokens), dtype=np.uint8)
         weights = np.ones(len(tokens), np.float32) if any(item.weights for item in rendered) else None
@@ -249,7 +259,16 @@ class Encoder:
         documents = self._fit(tokens, supervised, offsets, groups, weights)
         for name in rendered[0].signals:
             documents.signals[name] = np.array([item.signals[name] for item in rendered], np.float32)[documents.texts]
+        sketched = sketches(documents.tokens, documents.lengths, self.special)
+        documents.marks = marks_of([item.text for item in rendered], prompts, documents.texts, sketched)
+        documents.glance = self._glance(rendered, offsets)
         return documents
+
+    def _glance(self, rendered: list[Rendered], offsets: Ints) -> Glance:
+        """Return what texts look like: an answer is the first trained span of one that is not trained from its start."""
+        answers = [item.text[slice(*item.spans[0])] for item in rendered if item.spans and item.spans[0][0] > len(self.bos)]
+        openings = Counter(map(opening_of, answers))
+        return Glance(len(rendered), int((np.diff(offsets) > self.seq_len).sum()), len(answers), openings)
 
     def _tokenise(self, texts: list[str]) -> tuple[NDArray[np.int32], Ints, Ints]:
         """Return flat ids, where each token ends in its text (in bytes or characters), and document offsets.
@@ -395,6 +414,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
     backend = fast_backend(tokenizer, name)
     return Encoder(
         backend=backend,
+        special=special_tokens(tokenizer),
         byte_lengths=byte_lengths(tokenizer),
         words=word_cache(backend),
         template=template,
@@ -414,6 +434,13 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         labels=labels,
         pairs=config.data.pairs,
     )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
+    """Return whether an id is an added token, such as the marks of turns, (vocabulary,)."""
+    found = np.zeros(len(tokenizer) + 1, dtype=bool)
+    found[[number for number in tokenizer.get_added_vocab().values() if number < len(found)]] = True
+    return found
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase, name: str) -> Any:
@@ -466,8 +493,17 @@ def join(documents: list[Documents]) -> Documents:
         signals={name: np.concatenate([item.signals[name] for item in documents]) for name in (documents[0].signals if documents else ())},
         weights=_weights_of(documents),
         unread=set().union(*(item.unread for item in documents)),
+        marks=np.concatenate([np.zeros((0, WIDTH), np.uint64), *(item.marks for item in documents)]),
+        glance=_glances(documents),
         error=next((item.error for item in documents if item.error), None),
     )
+
+
+def _glances(documents: list[Documents]) -> Glance:
+    whole = Glance()
+    for item in documents:
+        whole.update(item.glance)
+    return whole
 
 
 def _weights_of(documents: list[Documents]) -> NDArray[np.float32] | None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainers.batch import WEIGHT
 from trainers.config.errors import ConfigError
 from trainers.data.encode import COUNTS
+from trainers.data.leakage import shared
 from trainers.data.table import TokenTable, save_joined
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
@@ -20,15 +22,24 @@ Splits = Mapping[str, TokenTable]
 """Tables of a source by their names, train and eval."""
 
 
-def join(splits: Mapping[str, Splits], folders: Mapping[str, Path], reports: Mapping[str, dict[str, Any]], folder: Path) -> None:
-    """Write the joined tables and their report into a folder next to those of the sources."""
+def join(
+    splits: Mapping[str, Splits],
+    folders: Mapping[str, Path],
+    reports: Mapping[str, dict[str, Any]],
+    folder: Path,
+    special: NDArray[np.bool_],
+) -> None:
+    """Write the joined tables and their report into a folder next to those of the sources.
+
+    `special` says of each id whether it is an added token, (vocabulary,).
+    """
     for split in ("train", "eval"):
         tables = {name: tables[split] for name, tables in splits.items() if split in tables}
         if tables:
             _require_alike(split, tables)
             places = {name: f"../../{folders[name].name}/{split}" for name in tables}
             save_joined(tables, places, folder / split)
-    whole = joined_report(splits, reports) | {"fingerprint": folder.name.split("-")[2]}
+    whole = joined_report(splits, reports) | {"fingerprint": folder.name.split("-")[2]} | shared([*folders.values()], special)
     (folder / "report.json").write_text(json.dumps(whole, indent=2))
 
 

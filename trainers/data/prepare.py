@@ -23,9 +23,11 @@ from trainers.config.errors import ConfigError
 from trainers.config.mixtures import OF_LABELS
 from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
-from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of
+from trainers.data.encode import COUNTS, Documents, Encoder, encoder_of, special_tokens
 from trainers.data.ends import chat_remedy, may_grow, stop_ids
 from trainers.data.formats import BadRow
+from trainers.data.glance import WIDTH, Glance, Keys
+from trainers.data.leakage import marks_file, shared
 from trainers.data.masks import BUILT_IN
 from trainers.data.pack import one_each, pack, pack_units
 from trainers.data.parts import KINDS, LeftOut
@@ -107,7 +109,8 @@ def _prepare_mix(config: RunConfig, progress: bool, tokenizer: PreTrainedTokeniz
     folders, reports = {name: part.path for name, part in parts.items()}, {name: part.report for name, part in parts.items()}
     key = f"data-{data_key(config, tokenizer)}"
     root = cache_root(config.data.prepared_dir)
-    folder, reused = build_once(root, key, lambda partial: join(splits, folders, reports, partial), "the joined data")
+    special = special_tokens(tokenizer)
+    folder, reused = build_once(root, key, lambda partial: join(splits, folders, reports, partial, special), "the joined data")
     if reused and progress:
         require_whole(folder, "the joined data")
     found = open_prepared(folder, reused and all(part.reused for part in parts.values()))
@@ -183,6 +186,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
     _check_left_out(config, left_out, tokenizer)
     splits = _split(config, stores)
     report = {name: _save_split(config, store, keep, folder / name) for name, (store, keep) in splits.items()}
+    seen = {"glance": stores["train"].glance.report(stores["train"].marks())} | shared([folder], special_tokens(tokenizer))
     for store in stores.values():
         store.remove()
     seconds = time.monotonic() - started
@@ -209,6 +213,7 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
         "seconds": round(seconds, 3),
         "rows_per_second": round(counts["rows"] / seconds, 1),
         "splits": report,
+        **seen,
         **(_scored(folder, tokenizer, list(splits), labels) if config.objective.name in SCORED else {}),
     }
     (folder / "report.json").write_text(json.dumps(whole, indent=2))
@@ -304,7 +309,8 @@ class Store:
     def __init__(self, folder: Path, name: str) -> None:
         """Open the files in `folder`."""
         self.name = name
-        self.files = [folder / f"{name}.tokens.raw", folder / f"{name}.supervised.raw"]
+        self.files = [folder / f"{name}.{what}.raw" for what in ("tokens", "supervised", "marks")]
+        self.glance = Glance()
         self.streams: list[BinaryIO] = [file.open("wb") for file in self.files]
         self.lengths: list[NDArray[np.int64]] = []
         self.groups: list[NDArray[np.uint64]] = []
@@ -321,6 +327,8 @@ class Store:
         """Append documents."""
         documents.tokens.tofile(self.streams[0])
         documents.supervised.tofile(self.streams[1])
+        documents.marks.tofile(self.streams[2])
+        self.glance.update(documents.glance)
         self.lengths.append(documents.lengths)
         self.groups.append(documents.groups)
         self.has_pairs |= documents.units is not None
@@ -354,10 +362,15 @@ class Store:
             stream.flush()
         tokens, supervised = (
             np.memmap(file, dtype=dtype, mode="r") if file.stat().st_size else np.zeros(0, dtype)
-            for file, dtype in zip(self.files, (np.int32, np.uint8), strict=True)
+            for file, dtype in zip(self.files[:2], (np.int32, np.uint8), strict=True)
         )
         lengths = np.concatenate([np.zeros(0, np.int64), *self.lengths])
         return tokens, supervised, lengths, np.concatenate([np.zeros(0, np.uint64), *self.groups])
+
+    def marks(self) -> Keys:
+        """Return what documents are recognised by, (documents, WIDTH), memory-mapped."""
+        self.streams[2].flush()
+        return np.memmap(self.files[2], np.uint64, "r").reshape(-1, WIDTH) if self.num_documents else np.zeros((0, WIDTH), np.uint64)
 
     def remove(self) -> None:
         """Close and delete the files."""
@@ -530,6 +543,7 @@ def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> di
         partners=_partners(config, groups[keep], folder.name) if config.objective.name is ObjectiveName.kto else None,
     )
     save_table(table, folder)
+    np.save(marks_file(folder.parent, folder.name), store.marks()[keep])
     num_tokens = int(offsets[-1])
     longest = config.data.seq_len if config.data.packing else int(lengths.max())
     return {

@@ -31,6 +31,7 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
             lines.append(f"        weights from {weights['min']:.4g} to {weights['max']:.4g}, {weights['mean']:.4g} in the mean")
     if report.get("equal"):
         lines.append(f"  equal {plural(report['equal'], 'pair')} of a ranked list with one score or one text, which are left out")
+    lines += glance_in_words(report)
     lost = report["supervised_lost"] / report["supervised_before"]
     lines.append(
         f"  lost  {report['supervised_lost']:,} supervised tokens ({lost:.2%}): rows truncated {report['truncated']:,}, "
@@ -48,6 +49,72 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
     if report.get("unread"):
         lines.append(f"  unread  fields that nothing here reads: {', '.join(report['unread'])}")
     return "\n".join(lines)
+
+
+MOST_OPENING, MOST_COPIES, MOST_LONG, MOST_LEAKED = 0.3, 0.05, 0.4, 0.01
+"""Shares above which data are likely not what they were meant to be: one opening, copies, texts over data.seq_len, leaked documents."""
+
+
+def glance_in_words(report: dict[str, Any]) -> list[str]:
+    """Return three lines on the rows, or one a source of a mixture, and one on what held-out documents share with trained ones."""
+    lines = []
+    if seen := report.get("glance"):
+        lines = [f"  {name:8}{words}" for name, words in zip(("copies", "openings", "long"), _seen(seen), strict=True)]
+    for name, one in report.get("sources", {}).items():
+        if seen := one.get("glance"):
+            lines.append(f"  of {name}: {'; '.join(_seen(seen))}")
+    if leaked := report.get("leakage"):
+        lines.append(f"  leakage {leaked_words(leaked)}")
+    return lines
+
+
+def leaked_words(leaked: dict[str, Any]) -> str:
+    """Say what held-out documents share with trained ones."""
+    same = f"{leaked['text']:,} have the text of a trained one, {leaked['near']:,} nearly (similarity of {leaked['similarity']:g} or more)"
+    return f"of {plural(leaked['documents'], 'held-out document')} {same}, {leaked['prompt']:,} the first prompt of one"
+
+
+def is_leaky(leaked: dict[str, Any]) -> bool:
+    """Tell whether more held-out documents are trained than may be chance."""
+    return bool(leaked["any"] > MOST_LEAKED * leaked["documents"])
+
+
+def _seen(seen: dict[str, Any]) -> tuple[str, str, str]:
+    first = next(iter(seen["openings"]), None)
+    begun = (
+        f"{_share(first['answers'], seen['answers'])} of {plural(seen['answers'], 'answer')} begin with '{first['text']}'" if first else ""
+    )
+    copies = f"{_share(seen['copies'], seen['documents'])} of {plural(seen['documents'], 'document')} have the text of another"
+    prompts = f"{_share(seen['same_prompt'], seen['documents'])} the first prompt of another"
+    return (
+        f"{copies}, {prompts}",
+        begun or "no answers",
+        f"{_share(seen['long'], seen['texts'])} of {plural(seen['texts'], 'text')} over data.seq_len",
+    )
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count / max(1, total):.1%}"
+
+
+def warnings(report: dict[str, Any]) -> list[str]:
+    """Return what is likely to be wrong with the rows, and the remedy."""
+    lines = [
+        f"data.mix.{name}: {line}" for name, one in report.get("sources", {}).items() for line in warnings({"glance": one.get("glance")})
+    ]
+    if seen := report.get("glance"):
+        copies, opening, long = _seen(seen)
+        first = next(iter(seen["openings"]), {"answers": 0})
+        if seen["copies"] > MOST_COPIES * seen["documents"]:
+            lines.append(f"{copies}: python -m tools.curate removes duplicates")
+        if first["answers"] > MOST_OPENING * max(seen["answers"], MOST_FILES):
+            lines.append(f"{opening}: the model will begin so too")
+        if seen["long"] > MOST_LONG * seen["texts"]:
+            lines.append(f"{long}: a longer data.seq_len, or shorter texts")
+    leaked = report.get("leakage")
+    if leaked and is_leaky(leaked):
+        lines.append(f"leakage: {leaked_words(leaked)}; the held-out loss says too little: python -m tools.curate, with `split`")
+    return lines
 
 
 def _files_in_words(report: dict[str, Any]) -> list[str]:
