@@ -19,6 +19,7 @@ TOOLS = {
     "chaos": "run with injected faults, and see what is lost",
     "compare": "runs side by side, as a table and as a page",
     "curate": "make rows ready for training: duplicates, personal data, quality, splits",
+    "data_report": "the quality of rows at a glance, before training",
     "doctor": "try the GPUs and links of a job's nodes",
     "evaluate": "measure a trained model",
     "export": "make a model of a checkpoint",

@@ -25,7 +25,7 @@ from tools.curate.filters import FILTERS
 from tools.curate.job import Job
 from tools.curate.notes import SHOWN, Notes, merged
 from tools.curate.personal import hidden, mask
-from tools.curate.rows import Item, View, parsed, read_items, to_json, view, write_items
+from tools.curate.rows import Item, View, item_of, parsed, read_items, view, write_items
 from tools.curate.stages import Tell, Work
 from tools.curate.tidy import check_schema, normalise
 from trainers.config.choices import Layout
@@ -81,7 +81,7 @@ def _read(folder: Path, out: Path, about: tuple[Job, int]) -> None:
     size = parts = 0
     layout = ""
     for data, line in containers.read(Path(job.files[number])):
-        item = _item(number, line, data)
+        item = item_of(number, line, data)
         layout = layout or _layout_of(item)
         items.append(item)
         size += len(item.raw)
@@ -91,15 +91,6 @@ def _read(folder: Path, out: Path, about: tuple[Job, int]) -> None:
     if items or not parts:
         write_items(out / f"{parts:05}.rows", items)
     write_json(out / "about.json", {"layout": layout})
-
-
-def _item(number: int, line: int, data: Any) -> Item:
-    if isinstance(data, BadRow):
-        return Item(number, line, b"", str(data))
-    try:
-        return Item(number, line, data.strip() if isinstance(data, bytes) else to_json(data))
-    except BadRow as error:
-        return Item(number, line, repr(data).encode(errors="replace").replace(b"\n", b" "), str(error))
 
 
 def _layout_of(item: Item) -> str:

@@ -60,6 +60,16 @@ def to_json(row: Any) -> bytes:
         raise BadRow(f"holds what JSON has no word for: {error}") from None
 
 
+def item_of(number: int, line: int, data: Any) -> Item:
+    """Return a row of an input file as it was read: bytes of JSON, an object, or why it could not be read."""
+    if isinstance(data, BadRow):
+        return Item(number, line, b"", str(data))
+    try:
+        return Item(number, line, data.strip() if isinstance(data, bytes) else to_json(data))
+    except BadRow as error:
+        return Item(number, line, repr(data).encode(errors="replace").replace(b"\n", b" "), str(error))
+
+
 def write_items(file: Path, items: Iterable[Item]) -> None:
     """Write rows between two stages: where each was found, its layout, what was wrong with it, and its JSON."""
     with file.open("wb") as stream:

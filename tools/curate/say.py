@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from tools.page import span
+
 REASONS = 5
 """Of a step that are listed."""
 
@@ -59,8 +61,4 @@ def lengths(report: dict[str, Any], part: str) -> list[tuple[str, int, int]]:
     if not sizes:
         return []
     spans = range(sizes[0], sizes[-1] + 1)
-    return [(_span(size), before.get(str(size), 0), after.get(str(size), 0)) for size in spans]
-
-
-def _span(bits: int) -> str:
-    return "0" if bits == 0 else "1" if bits == 1 else f"{1 << bits - 1:,} to {(1 << bits) - 1:,}"
+    return [(span(size), before.get(str(size), 0), after.get(str(size), 0)) for size in spans]

@@ -1,0 +1,1 @@
+"""The quality of rows at a glance."""
