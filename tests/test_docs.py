@@ -56,7 +56,7 @@ def commands(page: Path) -> list[list[str]]:
 
 def test_the_launchers_commands_on_all_pages_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is composed and checked as the launcher does, with the files that it names; of a sweep the first point."""
-    for folder in ("runs/quickstart_base/export", "slurm"):
+    for folder in ("runs/quickstart_base/export", "slurm", "curated/maths/rows", "curated/chats/rows"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "runs" / "quickstart_base" / "export" / "config.json").write_text("{}")
     (tmp_path / "slurm" / "env.sh").touch()
