@@ -13,6 +13,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from itertools import chain
 from pathlib import Path
@@ -64,10 +65,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _name(given: list[str], settings: list[str]) -> str:
-    """Return what a report is called: by its paths, its experiment, or the paths of its data."""
-    words = [word.partition("=")[2] for word in settings if word.startswith("+exp=")]
-    words = words or [word.partition("=")[2] for word in settings if word.partition("=")[0].endswith((".path", ".eval_path"))]
-    return ", ".join(dict.fromkeys(Path(word).name for word in (words or given)))
+    """Return what a report is called: by its experiment, its sources or its files."""
+    pairs = [(field, value) for field, _, value in (word.partition("=") for word in settings)]
+    words = [value for field, value in pairs if field == "+exp"]
+    words = words or [field.split(".")[2] for field, _ in pairs if re.fullmatch(r"data\.mix\.[^.]+\.path", field)]
+    words = words or [Path(value).name for field, value in pairs if field in ("data.path", "data.eval_path")]
+    return ", ".join(dict.fromkeys(words or [Path(word).name for word in given]))
 
 
 def of_paths(paths: list[str], options: argparse.Namespace) -> dict[str, Any]:
