@@ -18,7 +18,7 @@ from tools.curate.filters import FILTERS, WORD
 from tools.curate.languages import script
 from tools.curate.notes import DETAIL, SHOWN
 from tools.curate.personal import hidden, mask
-from tools.curate.rows import Item, View, item_of, view
+from tools.curate.rows import Item, View, item_of
 from tools.curate.tidy import check_schema
 from trainers.data.glance import opening_of
 from trainers.data.sources import Row
@@ -103,11 +103,11 @@ def _items(rows: list[Row], names: list[str]) -> Iterator[Item]:
 def _look_at(item: Item, looked: Looked, names: list[str], layouts: dict[int, Any]) -> None:
     """Check a row; the layout of a file's first row is expected of the others."""
     looked.tally("source", Path(names[item.file]).name)
-    if (reason := check_schema(item, layouts.get(item.file))) is not None:
-        looked.show("format", reason, item, names)
+    found = check_schema(item, layouts.get(item.file))
+    if isinstance(found, str):
+        looked.show("format", found, item, names)
         return
     layouts.setdefault(item.file, item.layout)
-    found = view(item.row, item.layout)
     looked.items.append(item)
     looked.views.append(found)
     looked.tally("layout", str(item.layout))
