@@ -129,7 +129,7 @@ def test_tasks_of_slurm_arrays_make_the_same_bytes_after_a_kill_too(cluster: Clu
     done = subprocess.run(asked, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "slurm")
-    assert cluster.run("squeue", "--noheader") == ""
+    wait_for(lambda: cluster.run("squeue", "--noheader") == "")
     refused = subprocess.run(
         [*line, str(tmp_path / "no"), "--slurm", "1", "--sbatch", "partition=none"],
         cwd=ROOT,

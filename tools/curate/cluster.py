@@ -93,7 +93,10 @@ class Cluster:
             if left and ended and time.monotonic() - ended > SEEN_S:
                 raise OSError(self._said(stage, left, number))
             ended = ended or self._end(number)
-        self.record.unlink()
+        until = time.monotonic() + SEEN_S
+        while time.monotonic() < until and queue.in_queue(number) != {}:  # tasks write how they ended
+            time.sleep(LOOK_EVERY_S)
+        self.cancel()
 
     def _end(self, number: str) -> float:
         """Return the time if the array has left the queue, else 0; squeue may be busy, and is not asked all the time."""
