@@ -150,7 +150,7 @@ def split_all(
         "the same text": choose.same(text),
         "the same first prompt": choose.same(first),
         f"a similarity of {split.similar:g} or more": similar,
-        "the same group": [(first, row) for name, row in named if (first := firsts.setdefault(name, row)) != row],
+        "the same group": [(one, row) for name, row in named if (one := firsts.setdefault(name, row)) != row],
     }
     together = choose.connected(len(text), [pair for found in pairs.values() for pair in found])
     sets = choose.sets_of([rest for group in together if (rest := [row for row in group if row not in gone])], text, split)
