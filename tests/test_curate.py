@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from cluster import Cluster
 from command import ROOT, wait_for
+from curating import WORDS, contents, lines, run, sentence, write
 from planted import REPLACED, SPOILT, plant, report, score
 
 from tools.curate.__main__ import main
@@ -21,12 +22,6 @@ from tools.curate.shingles import bands, jaccard, shingles, signatures
 from tools.curate.tidy import one_blank, read_again
 
 DEFAULT = ROOT / "conf" / "curate" / "default.yaml"
-LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-WORDS = ["".join(np.random.default_rng(seed).choice(LETTERS, 3 + seed % 6)) for seed in range(800)]
-
-
-def sentence(rng: np.random.Generator, words: int) -> str:
-    return " ".join(rng.choice(WORDS, words))
 
 
 def chats(count: int, seed: int = 0) -> list[dict[str, object]]:
@@ -37,28 +32,6 @@ def chats(count: int, seed: int = 0) -> list[dict[str, object]]:
     return [
         {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}], "id": asked} for asked, said in turns
     ]
-
-
-def write(file: Path, rows: list[object]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
-    return file
-
-
-def run(config: Path | str, *inputs: Path, out: Path, processes: int = 1) -> int:
-    if isinstance(config, str):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        text, config = config, out.parent / f"{out.name}.yaml"
-        config.write_text(text)
-    return main([str(config), *map(str, inputs), "--out", str(out), "--processes", str(processes), "--quiet"])
-
-
-def lines(file: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(out)): file.read_bytes() for file in sorted(out.rglob("*")) if file.is_file()}
 
 
 def test_planted_faults_are_found_and_nothing_else_is_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from curating import contents, lines, run, sentence, write
 from local_server import JsonRequests, LocalServer
-from test_curate import contents, lines, run, sentence, write
 
 from tools.curate import diversity, pipeline
 from tools.evaluate.judge import CRITERIA

@@ -94,6 +94,7 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "no base yet": ["model.id=runs/quickstart_base_x/export", "model.architecture={}", "model.train_tokenizer=0"],
     "an adapter for a model": lambda folder: [f"model.id={adapter(folder)}", "model.architecture={}", "model.train_tokenizer=0"],
     "a directory without a config": lambda folder: [f"model.id={folder}", "model.architecture={}", "model.train_tokenizer=0"],
+    "a URL of a kind that nothing reads": ["data.path=ftp://host/rows.jsonl"],
     "no such tokenizer": ["model.tokenizer=/nowhere", "model.train_tokenizer=0"],
     "two tokenizers": lambda folder: [f"model.tokenizer={folder}"],
     "no tokenizer": ["model.train_tokenizer=0"],

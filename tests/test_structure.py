@@ -9,7 +9,7 @@ import pytest
 
 from tools.structure import run, source
 
-MOST_RUN_FILES, MOST_RUN_LINES = 114, 4400
+MOST_RUN_FILES, MOST_RUN_LINES = 116, 4500
 MOST_STEP_FILES, MOST_STEP_LINES = 23, 400
 """On one rank; a slow machine adds a few. CONTRIBUTING.md says why these."""
 MOST_SMALL_COLLECTIVES = 1

@@ -115,7 +115,7 @@ def simulate(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int
     """
     if one_by_one(blueprint.build()):
         reason = "which tokens an expert computes depends on values, and a plan has none"
-        remedy = "model.experts=grouped_mm or batched_mm; auto takes eager where the experts' sizes are no multiples of 8"
+        remedy = "model.experts=grouped_mm or batched_mm; auto takes eager where the experts' sizes are not multiples of 8"
         raise ConfigError("model.experts", str(config.model.experts), reason, remedy)
     depths = _two_depths(config, blueprint, world)
     if depths is None:
