@@ -13,6 +13,7 @@ from launcher.job import frozen_text
 from tools.evaluate import record
 from trainers.config.choices import Metric, PeftMethod
 from trainers.config.schema import EvaluationConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig, plain
+from trainers.generate.identity import digest_of
 
 DOCUMENTS = 80
 
@@ -85,7 +86,7 @@ def write_evaluation(folder: Path, config: RunConfig, seed: int, better: float, 
     own = np.random.default_rng(seed + 1).normal(0, noise, DOCUMENTS)
     sets = {"held_out": "data-one", "general": "data-general-200", "answers": "data-one"}
     for name, gain, wobble in (("run", better, own), ("base", 0.0, np.zeros(DOCUMENTS))):
-        about: dict[str, Any] = {"name": name, "files": record.digest_of(folder / "export")}
+        about: dict[str, Any] = {"name": name, "files": digest_of(folder / "export")}
         about |= {"model": name, "weights": f"weights of {name}" if name == "run" else "base weights", "settings": plain(config.evaluation)}
         losses = [
             {"document": at, "tokens": int(count), "nats": float(count * (level - gain + wander))}

@@ -19,10 +19,11 @@ from command import ROOT, SAMPLED, arguments, environment, launch, tool
 from conftest import save_tiny
 
 from tools.evaluate.__main__ import main as evaluate
-from tools.evaluate.measure import Alone, answers, losses
+from tools.evaluate.measure import answers, losses
 from tools.evaluate.record import load
-from tools.evaluate.subject import Subject
 from trainers.config.schema import ModelConfig, RunConfig, plain, read, read_at
+from trainers.generate.decode import Choice
+from trainers.generate.subject import Subject
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +160,9 @@ def test_answers_do_not_depend_on_batches_where_tokens_are_as_likely(finished: P
         half = len(weight) // 2
         weight[half : 2 * half] = weight[:half] * (1 + 1e-7 * torch.randn(half, 1, generator=torch.Generator().manual_seed(0)))
     asked = []
-    whole = Alone._logits
+    whole = Choice._logits
 
-    def counted(self: Alone, ids: torch.Tensor) -> torch.Tensor:
+    def counted(self: Choice, ids: torch.Tensor) -> torch.Tensor:
         asked.append(len(ids))
         return whole(self, ids)
 
@@ -169,11 +170,11 @@ def test_answers_do_not_depend_on_batches_where_tokens_are_as_likely(finished: P
         return {row["document"]: row["ids"] for row in answers(model, tokenizer, table, np.arange(24), batch, 12, [2, 5], 0)}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Alone, "_logits", counted)
+        patch.setattr(Choice, "_logits", counted)
         found = [ids_by_document(batch) for batch in (1, 3, 8, 24)]
         assert asked
         assert found[0] == found[1] == found[2] == found[3]
-        patch.setattr("tools.evaluate.measure.CLOSE", {torch.float32: 0.0})
+        patch.setattr("trainers.generate.decode.CLOSE", {torch.float32: 0.0})
         assert any(ids_by_document(batch) != found[0] for batch in (3, 8, 24))  # what it is for
 
 
@@ -297,7 +298,7 @@ def test_a_run_is_measured_on_its_own_rows_wherever_it_is(
 
 
 def test_models_are_told_apart_wherever_they_differ(finished: Path, tmp_path: Path) -> None:
-    from tools.evaluate.record import digest_of
+    from trainers.generate.identity import digest_of
 
     shutil.copytree(finished / "export", tmp_path / "export")
     assert digest_of(tmp_path / "export") == digest_of(finished / "export")

@@ -21,7 +21,8 @@ import pytest
 from conftest import free_port
 from synthetic import change, make_run
 
-from tools.evaluate.judge import CRITERIA, DOWN_AFTER, Judge, Question, Verdict, ask, check, read_scores, tally
+from tools.evaluate.judge import CRITERIA, Judge, Question, Verdict, ask, read_scores, tally
+from trainers.generate.endpoint import DOWN_AFTER, check
 
 pytestmark = pytest.mark.timeout(30)
 KEY = "sk-a-secret"

@@ -17,6 +17,7 @@ from trainers.rundir.ending import Exit
 TOOLS = {
     "bench": "how fast what is here runs, and whether it is right",
     "chaos": "run with injected faults, and see what is lost",
+    "chat": "talk to a trained model",
     "compare": "runs side by side, as a table and as a page",
     "curate": "make rows ready for training: duplicates, personal data, quality, splits",
     "data_report": "the quality of rows at a glance, before training",
@@ -29,6 +30,7 @@ TOOLS = {
     "rates": "the learning rate of every experiment and preset",
     "reference": "every setting",
     "runs": "the runs in a folder, and how they are",
+    "sample": "ask a model for n answers of each prompt",
     "show_batch": "what a run trains on, token by token",
     "structure": "what the code's structure costs; in a checkout",
 }

@@ -15,8 +15,9 @@ from tools.curate.config import Quality
 from tools.curate.filters import field_of, said
 from tools.curate.job import Job
 from tools.curate.rows import Item, View, parsed, read_items, view
-from tools.evaluate.judge import GARBAGE, Judge, Rating, check, rate
+from tools.evaluate.judge import Judge, Rating, rate
 from trainers.config.errors import ConfigError
+from trainers.generate.endpoint import GARBAGE, check
 from trainers.rundir.files import read_json
 
 PROMPT = Template(Path(__file__).with_name("quality.txt").read_text(encoding="utf-8"))

@@ -6,47 +6,30 @@ equally. Where only one order came back there is no score.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import os
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from email.utils import parsedate_to_datetime
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from string import Template
 from typing import Any, TypeVar
 
-import httpx
+from trainers.generate.endpoint import NOT_ASKED, Endpoint, Server, ask_all
+from trainers.generate.served import read_text
 
 CRITERIA = ("instruction_following", "factual_accuracy", "format", "length", "no_hallucination")
 PROMPT = Template(Path(__file__).with_name("judge.txt").read_text(encoding="utf-8"))  # a text put into it is not looked through again
-TIMEOUT, UNREACHABLE, GARBAGE, NOT_ASKED = "timeout", "unreachable", "garbage", "not asked"
-"""Failures, in addition to "HTTP 500" and its like."""
-DOWN_AFTER = 10
-"""Requests in a row without a reply, after which the endpoint is asked nothing more."""
-LONGEST_WAIT_S = 60.0
-"""Between two attempts. A server that wants a longer wait is not asked again."""
 
 Scores = dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judge:
-    """Which model judges, and how it is asked. Its key is in the environment alone, so that nothing that shows a Judge shows it."""
+class Judge(Server):
+    """Which model judges, and how it is asked."""
 
-    url: str
-    """Up to the version, such as http://host:8000/v1."""
-    model: str
-    timeout_s: float = 60.0
-    """Of one request, from connecting to the last byte."""
-    attempts: int = 3
-    at_once: int = 8
-    backoff_s: float = 1.0
-    """Wait before the second attempt, doubled before each further one up to LONGEST_WAIT_S; the server's Retry-After where longer."""
+    key_name: str = "FULLTUNE_JUDGE_KEY"
     max_tokens: int = 512
     """Of one reply; a judge that reasons before it answers needs more."""
 
@@ -103,17 +86,7 @@ class Rating:
 
 
 Asked = tuple[Question, bool]
-Of = TypeVar("Of")
-Made = TypeVar("Made")
 Read = TypeVar("Read")
-
-
-class _Failed(Exception):
-    """A request without scores: its kind, and for how many seconds the server wants no other (inf: asking again is of no use)."""
-
-    def __init__(self, kind: str, wait_s: float = 0.0) -> None:
-        super().__init__(kind)
-        self.kind, self.wait_s = kind, wait_s
 
 
 def ask(questions: Sequence[Question], judge: Judge, known: Iterable[Verdict], took: Callable[[Verdict], None]) -> list[Verdict]:
@@ -126,14 +99,13 @@ def ask(questions: Sequence[Question], judge: Judge, known: Iterable[Verdict], t
     asked = [(question, swapped) for question in questions for swapped in (False, True)]
     todo = [(question, swapped) for question, swapped in asked if (question.document, swapped) not in verdicts]
 
-    # Not threads: one that waits for a reply cannot be stopped, and Python would wait for it before it exits.
-    async def one(endpoint: _Endpoint, of: Asked) -> Verdict:
+    async def one(endpoint: Endpoint, of: Asked) -> Verdict:
         if endpoint.down.is_set():
             return Verdict(document=of[0].document, swapped=of[1], failure=NOT_ASKED)
-        took(verdict := await _verdict(endpoint, *of))
+        took(verdict := await _verdict(endpoint, judge, *of))
         return verdict
 
-    verdicts |= {(verdict.document, verdict.swapped): verdict for verdict in asyncio.run(_ask_all(todo, judge, one))}
+    verdicts |= {(verdict.document, verdict.swapped): verdict for verdict in ask_all(todo, judge, one)}
     return [verdicts[question.document, swapped] for question, swapped in asked]
 
 
@@ -145,33 +117,15 @@ def rate(prompts: Sequence[str], judge: Judge, known: Iterable[Rating], took: Ca
     ratings = {rating.number: rating for rating in known}
     todo = [number for number in range(len(prompts)) if number not in ratings]
 
-    async def one(endpoint: _Endpoint, number: int) -> Rating:
+    async def one(endpoint: Endpoint, number: int) -> Rating:
         if endpoint.down.is_set():
             return Rating(number=number, failure=NOT_ASKED)
-        scores, failure, _ = await _asked(endpoint, prompts[number], read_rating)
+        scores, failure, _ = await _asked(endpoint, judge, prompts[number], read_rating)
         took(rating := Rating(number=number, scores=scores, failure=failure))
         return rating
 
-    ratings |= {rating.number: rating for rating in asyncio.run(_ask_all(todo, judge, one))}
+    ratings |= {rating.number: rating for rating in ask_all(todo, judge, one)}
     return [ratings[number] for number in range(len(prompts))]
-
-
-def check(judge: Judge) -> str:
-    """Say why nothing can be asked there, by one request for its list of models, which it need not have; empty if it can."""
-    url = _url(judge, "models")
-    try:
-        status = httpx.get(url, headers=_headers(), timeout=judge.timeout_s).status_code
-    except httpx.TimeoutException:
-        return f"{url} does not answer within {judge.timeout_s:g} s"
-    except httpx.ConnectError as error:
-        return f"{url} is unreachable: {error}"
-    except httpx.LocalProtocolError:  # its message quotes the header
-        return "the judge's key has characters that no HTTP header may have"
-    except (httpx.RequestError, httpx.InvalidURL) as error:
-        return f"{url} cannot be asked: {error}"
-    if status in (401, 403):
-        return f"{url} refuses the key (HTTP {status}): set FULLTUNE_JUDGE_KEY, or OPENAI_API_KEY, to one that it takes"
-    return f"{url} answers with HTTP {status}" if status >= 500 else ""
 
 
 def tally(verdicts: Iterable[Verdict]) -> dict[str, Any]:
@@ -219,136 +173,29 @@ def _lead_of_first(verdict: Verdict) -> float:
     return -lead if verdict.swapped else lead
 
 
-@dataclass
-class _Endpoint:
-    """The client, and whether anything answers there."""
-
-    judge: Judge
-    client: httpx.AsyncClient
-    silent: int = 0
-    """Requests in a row without a reply."""
-    down: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def count(self, failure: str, is_last: bool = True) -> None:
-        """Count a request. Garbage is a reply; who is told to wait a little is not refused, unless it is told so to the last."""
-        if failure in ("", GARBAGE):
-            self.silent = 0
-        elif failure != "HTTP 429" or is_last:
-            self.silent += 1
-        if self.silent >= DOWN_AFTER:
-            self.down.set()
-
-    async def wait(self, seconds: float) -> bool:
-        """Wait; tell whether the endpoint may still be asked."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.down.wait(), seconds)
-        return not self.down.is_set()
-
-
-async def _ask_all(todo: Sequence[Of], judge: Judge, one: Callable[[_Endpoint, Of], Awaitable[Made]]) -> list[Made]:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=judge.at_once)
-    async with httpx.AsyncClient(headers=_headers(), timeout=judge.timeout_s, limits=limits) as client:
-        endpoint, queue = _Endpoint(judge, client), iter(todo)
-
-        async def work() -> list[Made]:  # the queue is shared by all workers
-            return [await one(endpoint, of) for of in queue]
-
-        workers = [asyncio.create_task(work()) for _ in range(min(judge.at_once, len(todo)))]
-        try:
-            return [made for found in await asyncio.gather(*workers) for made in found]
-        finally:
-            for worker in workers:  # one has failed: else the others would take the closing of the client for the endpoint's doing
-                worker.cancel()
-
-
-async def _verdict(endpoint: _Endpoint, question: Question, swapped: bool) -> Verdict:
-    found, failure, attempts = await _asked(endpoint, _prompt(question, swapped), read_scores)
+async def _verdict(endpoint: Endpoint, judge: Judge, question: Question, swapped: bool) -> Verdict:
+    found, failure, attempts = await _asked(endpoint, judge, _prompt(question, swapped), read_scores)
     if found is None:
         return Verdict(document=question.document, swapped=swapped, failure=failure, attempts=attempts)
     scores, other = found[::-1] if swapped else found
     return Verdict(document=question.document, swapped=swapped, scores=scores, other=other, attempts=attempts)
 
 
-async def _asked(endpoint: _Endpoint, prompt: str, read: Callable[[str], Read | None]) -> tuple[Read | None, str, int]:
+async def _asked(endpoint: Endpoint, judge: Judge, prompt: str, read: Callable[[str], Read | None]) -> tuple[Read | None, str, int]:
     """Ask until there is an answer that can be read; return it, or None and the last failure, and the number of attempts."""
-    judge, attempt, failure, may_ask = endpoint.judge, 0, "", True
-    while may_ask:
-        attempt += 1
-        try:
-            found = await _request(endpoint, prompt, read)
-        except _Failed as failed:
-            failure = failed.kind
-            wait_s = max(failed.wait_s, min(judge.backoff_s * 2 ** (attempt - 1), LONGEST_WAIT_S))
-            is_last = attempt >= judge.attempts or wait_s > LONGEST_WAIT_S
-            endpoint.count(failure, is_last)
-            may_ask = not is_last and await endpoint.wait(wait_s)
-        else:
-            endpoint.count("")
-            return found, "", attempt
-    return None, failure, attempt
+    body: dict[str, Any] = {"model": judge.model, "messages": [{"role": "user", "content": prompt}]}
+    body |= {"temperature": 0, "seed": 0, "max_tokens": judge.max_tokens}
 
+    def of_reply(reply: Any) -> Read | None:
+        found = read_text(reply)
+        return None if found is None else read(found["text"])
 
-async def _request(endpoint: _Endpoint, prompt: str, read: Callable[[str], Read | None]) -> Read:
-    """Ask once; return what is read of the reply, or raise _Failed."""
-    judge = endpoint.judge
-    body = {
-        "model": judge.model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0,
-        "seed": 0,
-        "max_tokens": judge.max_tokens,
-    }
-    try:
-        async with asyncio.timeout(judge.timeout_s):  # httpx's own begins anew with each byte
-            # httpx would not escape, and half a surrogate pair, which JSON may hold, has no UTF-8
-            response = await endpoint.client.post(_url(judge, "chat/completions"), content=json.dumps(body))
-    except (TimeoutError, httpx.TimeoutException):
-        raise _Failed(TIMEOUT) from None
-    except httpx.DecodingError:
-        raise _Failed(GARBAGE) from None
-    except httpx.RequestError:
-        raise _Failed(UNREACHABLE) from None
-    if not response.is_success:
-        retried = response.status_code >= 500 or response.status_code in (408, 429)
-        raise _Failed(f"HTTP {response.status_code}", _retry_after_s(response) if retried else float("inf"))
-    found = read(_content(response))
-    if found is None:
-        raise _Failed(GARBAGE)
-    return found
-
-
-def _headers() -> dict[str, str]:
-    """Return the header with the key. An empty FULLTUNE_JUDGE_KEY keeps OpenAI's from an endpoint that is not theirs."""
-    key = os.environ.get("FULLTUNE_JUDGE_KEY", os.environ.get("OPENAI_API_KEY", "")).strip()
-    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-
-
-def _url(judge: Judge, path: str) -> str:
-    return f"{judge.url.rstrip('/')}/{path}"
+    return await endpoint.ask("chat/completions", body, of_reply)
 
 
 def _prompt(question: Question, swapped: bool) -> str:
     first, second = (question.other, question.answer) if swapped else (question.answer, question.other)
     return PROMPT.substitute(question=question.prompt, reference=question.reference, first=first, second=second)
-
-
-def _retry_after_s(response: httpx.Response) -> float:
-    """Return the seconds that Retry-After asks for, as a number or a date (RFC 9110, 10.2.3); 0 without one that can be read."""
-    said = response.headers.get("Retry-After", "").strip()
-    if said.replace(".", "", 1).isdecimal():
-        return float(said)
-    with contextlib.suppress(ValueError):
-        return max(parsedate_to_datetime(said).timestamp() - time.time(), 0.0)
-    return 0.0
-
-
-def _content(response: httpx.Response) -> str:
-    """Return the text of a chat completion, empty where it has none."""
-    try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        return ""
-    return content if isinstance(content, str) else ""
 
 
 def read_scores(reply: str) -> tuple[Scores, Scores] | None:

@@ -18,9 +18,7 @@ from tools.evaluate.scores import is_refusal, score
 from tools.evaluate.unpaired import KINDS, Unpaired
 from trainers.cache import content_key
 from trainers.config.choices import Metric
-from trainers.config.errors import ConfigError
 from trainers.config.schema import EvaluationConfig
-from trainers.data.sources import digest
 from trainers.rundir import paths
 from trainers.rundir.files import try_json, try_row, write_json
 from trainers.rundir.rows import finite
@@ -161,18 +159,6 @@ def _are_of_the_same(ours: Evaluation, theirs: Evaluation, part: str) -> bool:
     """Tell whether two models were measured on the same documents of the same rows, in the same type."""
     marks = [(one.about.get("sets", {}).get(part), one.about.get("dtype"), one.documents.get(part)) for one in (ours, theirs)]
     return marks[0] == marks[1]
-
-
-def digest_of(folder: Path) -> str:
-    """Return what identifies a model or adapter directory: a digest of its weights and its config, kept for large files while they stay.
-
-    Raises ConfigError where there are no weights.
-    """
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError("RUN_OR_MODEL", str(folder), "holds no safetensors file", "a run that is done, or a model directory")
-    configs = [folder / name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
-    return content_key(*((file.name, digest(file)) for file in [*weights, *configs]))
 
 
 def read_lines(file: Path) -> Iterator[dict[str, Any]]:

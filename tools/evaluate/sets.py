@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from tools.evaluate.subject import Subject
 from trainers.cache import build_once, cache_root, content_key
 from trainers.config.choices import DataSource, Layout, ObjectiveName, TooLong
 from trainers.config.derived import compares, sources_of
@@ -25,6 +24,7 @@ from trainers.data.pack import one_each
 from trainers.data.prepare import Prepared, find_layout, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
+from trainers.generate.subject import Subject
 from trainers.model.blueprint import positions_limit
 from trainers.rundir import paths
 from trainers.rundir.base import config_of

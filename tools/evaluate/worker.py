@@ -24,15 +24,15 @@ from tools.evaluate.measure import Ints, answers, classes, longest_first, losses
 from tools.evaluate.record import read_lines
 from tools.evaluate.scores import repetition
 from tools.evaluate.sets import EvalSet, evenly, general, held_out
-from tools.evaluate.subject import Subject
 from trainers.cache import cache_root, content_key
 from trainers.config.derived import DESIRABLE
 from trainers.config.errors import ConfigError
 from trainers.config.schema import parse
-from trainers.data.ends import stop_ids
 from trainers.data.loader import deal
 from trainers.data.mismatched import longest_row, mismatched
 from trainers.data.tokenizer import pad_id, tokenizer_hash
+from trainers.generate.decode import stops_of
+from trainers.generate.subject import Subject
 from trainers.host import cores
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import read_json, write_json
@@ -114,7 +114,7 @@ def measure_share(subject: Subject, number: int, request: dict[str, Any], device
         elif subject.gives_scores:
             found = scores(model, part.table.table, documents, request["batch"])
         elif part.name == "answers":
-            stops = _stops(model, tokenizer)
+            stops = stops_of(model, tokenizer)
             longest = subject.config.evaluation.max_new_tokens
             found = answers(model, tokenizer, part.table.table, documents, request["batch"], longest, stops, pad)
             found = (_without_ids(row) for row in found)
@@ -208,12 +208,6 @@ def _share(part: Part, taken: set[int], rank: int, size: int, batch: int) -> Int
     known = taken | {row["document"] for file in part.folder.glob("*.jsonl") for row in read_lines(file)}
     own = [rows for rows in deal(longest_first(part.table.table, part.documents), batch, rank, size) if len(rows)]
     return np.array([document for rows in own for document in rows.tolist() if document not in known], np.int64)
-
-
-def _stops(model: Any, tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: those of the model's generation config, and the end of a turn."""
-    known = model.generation_config.eos_token_id
-    return sorted({*([known] if isinstance(known, int) else known or []), *stop_ids(tokenizer)})
 
 
 def _without_ids(row: dict[str, Any]) -> dict[str, Any]:

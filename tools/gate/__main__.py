@@ -36,6 +36,7 @@ from tools.runs import is_run
 from trainers.config.choices import DataSource, Layout, ObjectiveName, TooLong
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
+from trainers.generate.identity import digest_of
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.base import config_of
@@ -79,7 +80,7 @@ def gate(options: argparse.Namespace) -> int:
     ours, theirs = (record.load(run / FOLDER, name) for name in ("run", "base"))
     if ours is None:
         raise ConfigError("RUN", str(run), "is not evaluated", f"python -m tools.evaluate {run}")
-    if ours.about.get("files") != record.digest_of(run / paths.EXPORT):
+    if ours.about.get("files") != digest_of(run / paths.EXPORT):
         raise ConfigError("RUN", str(run), "its export is not the one that was evaluated", f"python -m tools.evaluate {run}")
     checks = hold(rules, ours, theirs, None if theirs is None else record.load_judged(run / FOLDER, ours, theirs))
     if not checks and not prompts:

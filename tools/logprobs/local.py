@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tools.evaluate.measure import longest_first, one_a_row
-from tools.evaluate.record import digest_of
 from tools.logprobs.shards import Found, Ints
 from trainers.batch import IGNORE
 from trainers.cache import content_key
 from trainers.config.local import looks_local, require_model_directory
 from trainers.data.loader import make_batch
 from trainers.data.table import TokenTable
+from trainers.generate.identity import digest_of
 from trainers.model import hub
 from trainers.model.blueprint import open_config
 

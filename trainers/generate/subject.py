@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
-from tools.evaluate.record import digest_of
 from trainers.cache import content_key
 from trainers.config.choices import ObjectiveName, Quantisation
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data.tokenizer import load_tokenizer
+from trainers.generate.identity import digest_of
 from trainers.model.blueprint import Blueprint, make_blueprint, open_config
 from trainers.model.weights import origin_of
 from trainers.peft.adapt import adapt

@@ -1,0 +1,1 @@
+"""What asks a model for text: prompts in; ids with log-probabilities, or text, out."""

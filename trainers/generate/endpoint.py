@@ -1,0 +1,177 @@
+"""An endpoint that speaks OpenAI's protocol: how it is asked, again where that may help, and what is counted as which failure."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, TypeVar
+
+import httpx
+
+TIMEOUT, UNREACHABLE, GARBAGE, NOT_ASKED = "timeout", "unreachable", "garbage", "not asked"
+"""Failures, in addition to "HTTP 500" and its like."""
+DOWN_AFTER = 10
+"""Requests in a row without a reply, after which the endpoint is asked nothing more."""
+LONGEST_WAIT_S = 60.0
+"""Between two attempts. A server that wants a longer wait is not asked again."""
+
+Of = TypeVar("Of")
+Made = TypeVar("Made")
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """Which model is asked where, and how. Its key is in the environment alone, so that nothing that shows a Server shows it."""
+
+    url: str
+    """Up to the version, such as http://host:8000/v1."""
+    model: str
+    timeout_s: float = 60.0
+    """Of one request, from connecting to the last byte."""
+    attempts: int = 3
+    at_once: int = 8
+    backoff_s: float = 1.0
+    """Wait before the second attempt, doubled before each further one up to LONGEST_WAIT_S; the server's Retry-After where longer."""
+    key_name: str = "FULLTUNE_ENDPOINT_KEY"
+    """Environment variable of its key; without it OPENAI_API_KEY."""
+
+    def at(self, path: str) -> str:
+        """Return the URL of one of its paths."""
+        return f"{self.url.rstrip('/')}/{path}"
+
+    def headers(self) -> dict[str, str]:
+        """Return the header with the key. An empty variable keeps OpenAI's from an endpoint that is not theirs."""
+        key = os.environ.get(self.key_name, os.environ.get("OPENAI_API_KEY", "")).strip()
+        return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+class _Failed(Exception):
+    """A request without an answer: its kind, and for how many seconds the server wants no other (inf: asking again is of no use)."""
+
+    def __init__(self, kind: str, wait_s: float = 0.0) -> None:
+        super().__init__(kind)
+        self.kind, self.wait_s = kind, wait_s
+
+
+def check(server: Server) -> str:
+    """Say why nothing can be asked there, by one request for its list of models, which it need not have; empty if it can."""
+    url = server.at("models")
+    try:
+        status = httpx.get(url, headers=server.headers(), timeout=server.timeout_s).status_code
+    except httpx.TimeoutException:
+        return f"{url} does not answer within {server.timeout_s:g} s"
+    except httpx.ConnectError as error:
+        return f"{url} is unreachable: {error}"
+    except httpx.LocalProtocolError:  # its message quotes the header
+        return "the endpoint's key has characters that no HTTP header may have"
+    except (httpx.RequestError, httpx.InvalidURL) as error:
+        return f"{url} cannot be asked: {error}"
+    if status in (401, 403):
+        return f"{url} refuses the key (HTTP {status}): set {server.key_name}, or OPENAI_API_KEY, to one that it takes"
+    return f"{url} answers with HTTP {status}" if status >= 500 else ""
+
+
+def ask_all(todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]]) -> list[Made]:
+    """Return what `one` makes of each, `server.at_once` of them at a time, in any order; an error of one ends all at once."""
+    # Not threads: one that waits for a reply cannot be stopped, and Python would wait for it before it exits.
+    return asyncio.run(_ask_all(todo, server, one))
+
+
+@dataclass
+class Endpoint:
+    """The client, and whether anything answers there."""
+
+    server: Server
+    client: httpx.AsyncClient
+    silent: int = 0
+    """Requests in a row without a reply."""
+    down: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def ask(self, path: str, body: dict[str, Any], read: Callable[[Any], Read | None]) -> tuple[Read | None, str, int]:
+        """Ask until there is an answer that can be read; return it, or None and the last failure, and the number of attempts."""
+        server, attempt, failure, may_ask = self.server, 0, "", True
+        while may_ask:
+            attempt += 1
+            try:
+                found = await self._request(path, body, read)
+            except _Failed as failed:
+                failure = failed.kind
+                wait_s = max(failed.wait_s, min(server.backoff_s * 2 ** (attempt - 1), LONGEST_WAIT_S))
+                is_last = attempt >= server.attempts or wait_s > LONGEST_WAIT_S
+                self._count(failure, is_last)
+                may_ask = not is_last and await self._wait(wait_s)
+            else:
+                self._count("")
+                return found, "", attempt
+        return None, failure, attempt
+
+    async def _request(self, path: str, body: dict[str, Any], read: Callable[[Any], Read | None]) -> Read:
+        """Ask once; return what is read of the reply, or raise _Failed."""
+        try:
+            async with asyncio.timeout(self.server.timeout_s):  # httpx's own begins anew with each byte
+                # httpx would not escape, and half a surrogate pair, which JSON may hold, has no UTF-8
+                response = await self.client.post(self.server.at(path), content=json.dumps(body))
+        except (TimeoutError, httpx.TimeoutException):
+            raise _Failed(TIMEOUT) from None
+        except httpx.DecodingError:
+            raise _Failed(GARBAGE) from None
+        except httpx.RequestError:
+            raise _Failed(UNREACHABLE) from None
+        if not response.is_success:
+            retried = response.status_code >= 500 or response.status_code in (408, 429)
+            raise _Failed(f"HTTP {response.status_code}", _retry_after_s(response) if retried else float("inf"))
+        try:
+            found = read(response.json())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            found = None
+        if found is None:
+            raise _Failed(GARBAGE)
+        return found
+
+    def _count(self, failure: str, is_last: bool = True) -> None:
+        """Count a request. Garbage is a reply; who is told to wait a little is not refused, unless it is told so to the last."""
+        if failure in ("", GARBAGE):
+            self.silent = 0
+        elif failure != "HTTP 429" or is_last:
+            self.silent += 1
+        if self.silent >= DOWN_AFTER:
+            self.down.set()
+
+    async def _wait(self, seconds: float) -> bool:
+        """Wait; tell whether the endpoint may still be asked."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.down.wait(), seconds)
+        return not self.down.is_set()
+
+
+async def _ask_all(todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]]) -> list[Made]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=server.at_once)
+    async with httpx.AsyncClient(headers=server.headers(), timeout=server.timeout_s, limits=limits) as client:
+        endpoint, queue = Endpoint(server, client), iter(todo)
+
+        async def work() -> list[Made]:  # the queue is shared by all workers
+            return [await one(endpoint, of) for of in queue]
+
+        workers = [asyncio.create_task(work()) for _ in range(min(server.at_once, len(todo)))]
+        try:
+            return [made for found in await asyncio.gather(*workers) for made in found]
+        finally:
+            for worker in workers:  # one has failed: else the others would take the closing of the client for the endpoint's doing
+                worker.cancel()
+
+
+def _retry_after_s(response: httpx.Response) -> float:
+    """Return the seconds that Retry-After asks for, as a number or a date (RFC 9110, 10.2.3); 0 without one that can be read."""
+    said = response.headers.get("Retry-After", "").strip()
+    if said.replace(".", "", 1).isdecimal():
+        return float(said)
+    with contextlib.suppress(ValueError):
+        return max(parsedate_to_datetime(said).timestamp() - time.time(), 0.0)
+    return 0.0

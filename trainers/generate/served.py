@@ -1,0 +1,57 @@
+"""Answers of a server: text of any OpenAI-compatible endpoint, or ids with log-probabilities of one that takes ids, such as vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from trainers.generate.endpoint import NOT_ASKED, Endpoint, Server, ask_all
+from trainers.generate.request import Answer, Request, Sampling
+
+FINAL = ("HTTP 400", "HTTP 413", "HTTP 422")
+"""Failures that are the request's own: the same request would fail again."""
+
+
+def ask(requests: Sequence[Request], sampling: Sampling, server: Server, took: Callable[[Answer], None]) -> None:
+    """Ask for all answers; `took` gets each in the calling thread as soon as it is there, a failure too, but not what was not asked.
+
+    A request with `ids` is asked as they are, at /completions, and answered in ids; one with messages at /chat/completions, in text.
+    Raises httpx.InvalidURL, and whatever `took` does.
+    """
+
+    async def one(endpoint: Endpoint, request: Request) -> None:
+        if endpoint.down.is_set():
+            return
+        path, read = ("completions", read_ids) if request.ids else ("chat/completions", read_text)
+        found, failure, attempts = await endpoint.ask(path, _body(request, sampling, server), read)
+        took(Answer(key=request.key, failure=failure or NOT_ASKED, attempts=attempts) if found is None else _of(request, found, attempts))
+
+    ask_all(requests, server, one)
+
+
+def _body(request: Request, sampling: Sampling, server: Server) -> dict[str, Any]:
+    asked: dict[str, Any] = {"model": server.model, "max_tokens": sampling.max_new_tokens, "seed": request.seed}
+    asked |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
+    asked |= {"top_k": sampling.top_k} if sampling.top_k else {}  # not OpenAI's: other servers have it
+    if request.ids:
+        return asked | {"prompt": request.ids, "logprobs": 1, "return_token_ids": True}
+    return asked | {"messages": request.messages}
+
+
+def read_text(reply: Any) -> dict[str, Any] | None:
+    """Return text and finish of a chat completion, None where it has none; an empty text is one."""
+    choice = reply["choices"][0]
+    text = choice["message"]["content"]
+    return {"text": text, "finish": str(choice.get("finish_reason") or "")} if isinstance(text, str) else None
+
+
+def read_ids(reply: Any) -> dict[str, Any] | None:
+    """Return ids, log-probabilities, text and finish of a completion, None where it has not one log-probability for each id."""
+    choice = reply["choices"][0]
+    ids, logps = list(map(int, choice["token_ids"])), list(map(float, choice["logprobs"]["token_logprobs"]))
+    finish = str(choice.get("finish_reason") or "")
+    return {"ids": ids, "logps": logps, "finish": finish} if len(ids) == len(logps) else None
+
+
+def _of(request: Request, found: dict[str, Any], attempts: int) -> Answer:
+    return Answer(key=request.key, attempts=attempts, **found)

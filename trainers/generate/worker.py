@@ -1,0 +1,69 @@
+"""Open a model and answer what is asked on stdin, a JSON object a line: python -m trainers.generate.worker MODEL.json, started by `local`.
+
+What it says goes to stdout, an object a line: {"ready"}, then for each line that it reads {"answer"} of every request and {"done"}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from trainers.config.errors import ConfigError
+from trainers.config.schema import parse
+from trainers.data.tokenizer import pad_id
+from trainers.generate.decode import decode, stops_of
+from trainers.generate.request import Answer, Sampling
+from trainers.generate.subject import Subject
+from trainers.host import cores
+from trainers.rundir.ending import Exit
+
+
+def main(arguments: list[str]) -> int:
+    """Answer until stdin ends; returns the exit code."""
+    asked = json.loads(Path(arguments[0]).read_text("utf-8"))
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(cores())
+    on_gpu = torch.cuda.is_available() and asked["device"] != "cpu"
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        subject = Subject(config=parse(asked["config"]), folder=Path(asked["folder"]) if asked["folder"] else None)
+        model = subject.open(getattr(torch, asked["dtype"]), torch.device("cuda" if on_gpu else "cpu"))
+        stops, pad = stops_of(model, subject.tokenizer), pad_id(subject.tokenizer)
+        say(ready=True, stops=stops)
+        for line in sys.stdin:
+            _answer(model, json.loads(line), asked["batch"], stops, pad)
+            say(done=True)
+    except ConfigError as error:
+        say(error=error.parts())
+        return Exit.bad_input
+    except torch.cuda.OutOfMemoryError as error:
+        say(failed=f"a GPU's memory is too small for the model with --batch {asked['batch']}: {str(error).splitlines()[0]}")
+        return Exit.failed
+    return Exit.done
+
+
+def say(**what: object) -> None:
+    """Tell whoever has asked."""
+    print(json.dumps(what), flush=True)
+
+
+def _answer(model: Any, asked: dict[str, Any], batch: int, stops: list[int], pad: int) -> None:
+    """Answer all requests of a line, longest prompts first."""
+    requests = sorted(asked["requests"], key=lambda request: -len(request["ids"]))
+    prompts, seeds = ({request["key"]: request[name] for request in requests} for name in ("ids", "seed"))
+    heard = (lambda token: say(token=token)) if asked["stream"] else None
+    for key, found in decode(model, prompts, batch, Sampling(**asked["sampling"]), stops, pad, seeds, heard):
+        failure = "" if found.ids else "the prompt leaves no room for an answer"
+        say(answer=asdict(Answer(key=key, ids=found.ids, logps=found.logps, finish=found.finish, failure=failure)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
