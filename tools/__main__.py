@@ -31,6 +31,7 @@ TOOLS = {
     "reference": "every setting",
     "runs": "the runs in a folder, and how they are",
     "sample": "ask a model for n answers of each prompt",
+    "select": "the best of several answers by rewards, and pairs of them",
     "show_batch": "what a run trains on, token by token",
     "structure": "what the code's structure costs; in a checkout",
 }

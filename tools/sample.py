@@ -124,7 +124,7 @@ def require(options: argparse.Namespace) -> None:
     if is_url(options.model) and not options.served:
         raise Refused(f"nothing says which model of {options.model} answers: --model NAME")
     if not is_url(options.model) and (options.served or options.tokenizer):
-        raise Refused(f"--model and --tokenizer are of a server, and {options.model} is none: http://HOST:PORT/v1")
+        raise Refused(f"--model and --tokenizer are of a server, and {options.model} is not a URL: http://HOST:PORT/v1")
 
 
 def progress() -> Progress:

@@ -1,0 +1,146 @@
+"""The best answers by reward become rows and pairs that the project trains on; what has no reward is counted and never taken."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.command import Refused
+from tools.select import __main__ as select
+from tools.select.choose import Limits, choose
+from tools.select.rewards import read, rewards_of
+from tools.select.shapes import NoReward, fits, require_known
+from trainers.config.choices import Layout
+from trainers.data import fields
+from trainers.data.formats import recognise, to_messages
+from trainers.data.preferences import to_preference
+
+
+def answer(text: str, question: str = "2 + 2?", **more: Any) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": question}]
+    return {"prompt": prompt, "answer": text, "finish": "stop", "ids": [1] * len(text), "reference": "#### 4", "row": {}} | more
+
+
+def column(rows: list[dict[str, Any]], text: str, folder: Path) -> tuple[list[float | None], dict[str, int]]:
+    asked = read(text)
+    found = rewards_of(rows, [asked], folder)
+    return [None if math.isnan(value) else round(value, 6) for value in found.parts[asked.name]], dict(found.failures[asked.name])
+
+
+def test_each_reward_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object", "required": ["a"], "properties": {"a": {"type": "integer", "minimum": 2}}}')
+    rows = [answer("so #### 4"), answer('{"a": 3}', reference="none"), answer('{"a": 1}', ids=None), answer("")]
+    assert column(rows, "exact:extract=hashes", tmp_path) == ([1, None, 0, 0], {"the row has no reference": 1})
+    assert column(rows, f"json:schema={tmp_path / 'schema.json'}", tmp_path) == ([0, 1, 0, 0], {})
+    assert column(rows, "json", tmp_path) == ([None] * 4, {"the row has no schema": 4})
+    assert column(rows, "length:min=2,max=8,soft=4,unit=characters", tmp_path) == ([0.75, 1, 1, 0.5], {})
+    assert column(rows, "length:max=8", tmp_path)[0] == [0, 1, None, 1]
+    assert column(rows, r"format:weight=2,pattern=so #+ \d{1,2}", tmp_path) == ([1, 0, 0, 0], {})
+
+
+def test_a_function_that_fails_or_is_late_gives_no_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_for_select.py").write_text(
+        "import time\n"
+        "def value(row):\n"
+        "    if row['answer'] == 'slow':\n"
+        "        try:\n            time.sleep(20)\n        except Exception:\n            return 1\n"
+        "    return {'nan': float('nan')}.get(row['answer']) or len(row['answer']) / (row['answer'] != 'bad')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rows = [answer(text) for text in ("good!", "slow", "nan", "bad")]
+    found, failures = column(rows, "function:path=mine_for_select:value,timeout=0.2", tmp_path)
+    assert found == [5, None, None, None]
+    assert failures == {"takes longer than 0.2 s": 1, "is not a finite number": 1, "raises ZeroDivisionError: division by zero": 1}
+
+
+SCHEMA = {"type": "array", "items": {"enum": ["x", 1]}, "minItems": 1, "maxItems": 2}
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "is_right"),
+    [
+        (["x", 1], SCHEMA, True),
+        ([], SCHEMA, False),
+        (["x"] * 3, SCHEMA, False),
+        ([True], SCHEMA, False),
+        (2.0, {"type": "integer"}, True),
+        (True, {"type": ["number", "null"]}, False),
+        ({"a": 1, "b": 2}, {"properties": {"a": True}, "additionalProperties": False}, False),
+        ({"a": "t"}, {"additionalProperties": {"const": "t"}}, True),
+        (11, {"maximum": 10}, False),
+    ],
+)
+def test_what_a_schema_takes(value: Any, wanted: dict[str, Any], is_right: bool) -> None:
+    assert fits(value, wanted) == is_right
+
+
+def test_a_schema_with_an_unknown_word_is_refused_also_deep_inside() -> None:
+    with pytest.raises(NoReward, match="oneOf"):
+        require_known({"properties": {"a": {"items": {"oneOf": []}}}})
+
+
+def test_the_best_are_chosen_and_each_text_once() -> None:
+    rows = [answer(text) for text in ("a", "b", "b", "c", "d", " ", "e")] + [answer("only", question="other?")]
+    rows[4]["finish"] = "length"
+    total = [0.2, 1.0, 0.9, 0.5, 2.0, 3.0, math.nan, 0.1]
+    chosen = choose(rows, total, Limits(threshold=0.3, per_prompt=1, pairs_per_prompt=2))
+    assert chosen.best == [1]
+    assert chosen.pairs == [(1, 0)]  # the second best is not above what is left
+    assert (chosen.prompts, chosen.without) == (2, 1)
+    left = {"was cut": 1, "is another's text": 1, "is empty": 1, "has no reward": 1}
+    assert chosen.left == left | {"is below the threshold": 2, "is not among the best of its prompt": 1}
+    assert sum(chosen.left.values()) + len(chosen.best) == len(rows)
+    assert choose(rows, total, Limits(per_prompt=3, keep_cut=True, cap=2)).best == [1, 4]
+    assert choose(rows, total, Limits(margin=0.9)).pairs == []
+
+
+def test_chosen_rows_and_pairs_are_ones_that_the_project_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = ("#### 5", "#### 4", "so #### 4", "#### 3")
+    rows = [answer(text, question=f"{n}?", sample=n, line=n, file="f", tools=[{"type": "function"}]) for n in range(3) for text in texts]
+    answers, out, pairs = (tmp_path / name for name in ("answers.jsonl", "best.jsonl", "pairs.jsonl"))
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [str(answers), "--reward", "exact", "--reward", "length:max=6,soft=10,weight=0.1", "--out", str(out), "--pairs", str(pairs)]
+    assert select.main([*words, "--threshold", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "3 of 12 answers of 3 prompts" in said
+    assert "3 pairs" in said
+    best, paired = ([json.loads(line) for line in file.read_text().splitlines()] for file in (out, pairs))
+    for number, (row, pair) in enumerate(zip(best, paired, strict=True)):
+        assert recognise(row) is Layout.messages
+        fields.check(row, Layout.messages)
+        assert [turn["content"] for turn in to_messages(row, Layout.messages)] == [f"{number}?", "#### 4"]
+        assert row["reward"] == pytest.approx(1.1)
+        assert row["rewards"] == {"exact": 1, "length": 1}
+        assert row["from"] == {"at": f"{answers}:{number * 4 + 2}", "file": "f", "line": number, "sample": number}
+        assert row["tools"] == pair["tools"] == [{"type": "function"}]
+        fields.check(pair, recognise(pair))
+        found = to_preference(pair)
+        assert [found.chosen[0]["content"], found.rejected[0]["content"]] == ["#### 4", "#### 3"]
+        assert pair["from"][1]["at"] == f"{answers}:{number * 4 + 4}"
+    told = json.loads(Path(f"{out}.json").read_text())
+    assert told["parts"]["exact"] == {"mean": 0.5, "chosen": 1.0, "failures": {}}
+
+
+def test_wrong_input_is_one_clear_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in (
+        "exakt",
+        "exact:how=x",
+        "length:max=x",
+        "length:unit=miles",
+        "format",
+        "format:pattern=(",
+        "function:path=no.such",
+        "judge:url=x",
+    ):
+        with pytest.raises(Refused, match=text.split(":")[0]):
+            rewards_of([answer("x")], [read(text)], tmp_path)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": []}\n')
+    for file, expected in ((bad, "bad.jsonl:1"), (tmp_path / "none", "no such file")):
+        assert select.main([str(file), "--reward", "exact", "--out", str(tmp_path / "out")]) == 2
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

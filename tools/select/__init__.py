@@ -1,0 +1,1 @@
+"""The best of several answers by rewards, as rows to train on: `python -m tools.select --help`."""
