@@ -9,6 +9,8 @@ ANSWERS are files of `python -m tools.sample`. A reward is KIND:SETTING=VALUE,..
   json       1 where the answer is JSON that the schema takes; schema=FILE, else the row's field `schema`
   length     1 from min to max, falling to 0 over `soft` outside; unit=tokens|words|characters
   format     1 where pattern=REGEX matches the whole answer; the pattern is the last setting
+  code       1 where the answer's code passes the row's tests (Python, raising where one fails); tests=FIELD,timeout=S,memory_mib=N,
+             processes=N,disk_mib=N. It runs without network and files of this machine, and not at all where that cannot be
   model      what a reward model says; path=DIR, the export of a run with objective=reward
   judge      a judge's mean score, 0 to 1; url=URL,model=NAME,timeout=S,at_once=N; its key is read from FULLTUNE_JUDGE_KEY
   function   a Python function of an answer's row; path=module:function,timeout=S. It runs here, with your rights

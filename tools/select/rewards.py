@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,18 @@ from tools.command import Refused
 from tools.curate import quality
 from tools.curate.config import Quality
 from tools.curate.rows import Item, View
-from tools.select.shapes import UNITS, NoReward, Reward, Row, exact, length, pattern, schema
+from tools.select.sandbox import Limits, passes, require_isolation
+from tools.select.shapes import UNITS, NoReward, Reward, Row, code_of, exact, length, pattern, schema
 from trainers.cache import content_key
 from trainers.config.choices import Layout
+from trainers.host import cores
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {"extract": "auto"},
     "json": {"schema": None},
     "length": {"min": 0.0, "max": math.inf, "soft": 0.0, "unit": "tokens"},
     "format": {"pattern": None},
+    "code": {"tests": "tests", "timeout": 10.0, "memory_mib": 512.0, "processes": 16.0, "disk_mib": 16.0},
     "function": {"path": None, "timeout": 10.0},
     "model": {"path": None},
     "judge": {"url": None, "model": None, "timeout": 60.0, "at_once": 8},
@@ -100,6 +104,8 @@ def _column(rows: Sequence[Row], asked: Asked, kept: Path) -> tuple[Any, Counter
         return _judged(rows, settings, kept)
     if asked.kind == "model":
         return _scored(rows, str(settings["path"]))
+    if asked.kind == "code":
+        return _tested(rows, settings)
     if asked.kind == "function":
         return _each(rows, _timed(_function(str(settings["path"])), settings["timeout"]))
     makers: dict[str, Callable[[], Reward]] = {
@@ -164,6 +170,29 @@ def _timed(function: Callable[[dict[str, Any]], Any], timeout_s: float) -> Rewar
             signal.signal(signal.SIGALRM, before)
 
     return reward
+
+
+def _tested(rows: Sequence[Row], settings: Mapping[str, Any]) -> tuple[Any, Counter[str]]:
+    """Return 1 where an answer's code passes the row's tests, else 0, also where a limit ended it; and how often one did."""
+    require_isolation()
+    mib = 1 << 20
+    sizes = {"memory_bytes": int(settings["memory_mib"] * mib), "disk_bytes": int(settings["disk_mib"] * mib)}
+    limits = Limits(time_s=settings["timeout"], processes=int(settings["processes"]), **sizes)
+    failures = Counter[str]()
+
+    def one(row: Row) -> float:
+        tests = row["row"].get(settings["tests"])
+        tests = "\n".join(map(str, tests)) if isinstance(tests, list) else tests
+        if not isinstance(tests, str) or not tests.strip():
+            failures[f"the row has no `{settings['tests']}`"] += 1
+            return math.nan
+        outcome = passes(code_of(str(row["answer"])), tests, limits)
+        if outcome.stopped:
+            failures[f"worth 0: stopped by its limit of {outcome.stopped}"] += 1
+        return float(outcome.passed)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        return np.array(list(pool.map(one, rows)), np.float64), failures
 
 
 def _scored(rows: Sequence[Row], folder: str) -> tuple[Any, Counter[str]]:

@@ -41,6 +41,7 @@ KEYWORDS = (
     "minItems",
     "maxItems",
 )
+FENCED = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 NOTES = ("$schema", "$id", "title", "description", "default", "examples")
 """Of a schema, what decides nothing."""
 
@@ -81,6 +82,12 @@ def pattern(text: str) -> Reward:
     except re.error as error:
         raise Refused(f"--reward format: `{text}` is not a valid regular expression: {error}") from None
     return lambda row: float(compiled.fullmatch(str(row["answer"]).strip()) is not None)
+
+
+def code_of(answer: str) -> str:
+    """Return the last fenced block of an answer that is Python's or nobody's, else all of it."""
+    blocks = FENCED.findall(answer)
+    return str(blocks[-1]) if blocks else answer
 
 
 def schema(file: str | None) -> Reward:

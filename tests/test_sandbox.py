@@ -1,0 +1,128 @@
+"""Code that nobody has read is stopped at each limit, sees nothing of this machine, leaves nothing, and is not run where it could."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command import ROOT, wait_for
+
+from tools.command import Refused
+from tools.select import rewards, sandbox
+from tools.select.sandbox import Limits, Outcome, passes, require_isolation
+from tools.select.shapes import code_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cells are made of Linux namespaces")
+SMALL = Limits(time_s=3, memory_bytes=256 << 20, processes=8, disk_bytes=4 << 20, files=50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cells() -> None:
+    try:
+        require_isolation()
+    except Refused as error:
+        pytest.skip(str(error))
+
+
+def programs() -> list[str]:
+    """Return the processes of cells."""
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            found += [name] if b"/work/program.py" in Path(f"/proc/{name}/cmdline").read_bytes() else []
+    return found
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """No process of a cell and no mount is there afterwards that was not before."""
+    before = programs(), Path("/proc/self/mounts").read_text()
+    yield
+    assert (programs(), Path("/proc/self/mounts").read_text()) == before
+
+
+HOSTILE = {
+    "a fork bomb": ("import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass", "time"),
+    "one that asks for processes": ("import os\nwhile True:\n    os.fork()", "processes"),
+    "an endless loop": ("while True:\n    pass", "time"),
+    "one that sleeps in a session of its own": ("import os, time\nos.fork() or os.setsid()\ntime.sleep(60)", "time"),
+    "memory": ("x = []\nwhile True:\n    x.append(bytearray(64 << 20))", "memory"),
+    "memory of many": (
+        "import os\nx = b'x' * (100 << 20)\nfor _ in range(4):\n    os.fork()\nwhile True:\n    x = x[:-1] + b'y'",
+        "memory",
+    ),
+    "a large file": ("with open('big', 'wb') as f:\n    while True:\n        f.write(b'x' * 65536)", "files"),
+    "many files": ("for n in range(1000):\n    open(f'f{n}', 'w').close()", "files"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE)
+def test_limits_end_what_exceeds_them(name: str, nothing_left: None) -> None:
+    program, limit = HOSTILE[name]
+    found = passes(program, "", SMALL)
+    assert not found.passed
+    assert found.stopped == limit or (name.startswith(("a fork", "one that asks", "memory of")) and found.stopped)
+
+
+def test_nothing_of_this_machine_is_seen_or_changed(tmp_path: Path, nothing_left: None) -> None:
+    (tmp_path / "secret").write_text("words")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert socket.create_connection(("127.0.0.1", port), 5).close() is None  # it is there, for this process
+        tries = [
+            f"open({str(tmp_path / 'secret')!r}).read()",
+            "open('/etc/passwd').read()",
+            f"open('/proc/1/root{tmp_path / 'secret'}').read()",
+            f"import os; os.kill({os.getpid()}, 0)",
+            f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)",
+            "open('/usr/there', 'w')",
+            "open('/there', 'w')",
+            "import os; os.setuid(0); os.mkdir('/usr/there')",
+            "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000 | 0x20000) == 0",
+            "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/work', b'tmpfs', 0, None) == 0",
+        ]
+        program = "worked = []\n" + "".join(
+            f"try:\n    {line}\n    worked.append({line!r})\nexcept BaseException:\n    pass\n" for line in tries
+        )
+        found = passes(program, "assert not worked, worked", Limits())
+    assert found == Outcome(passed=True)
+    assert (tmp_path / "secret").read_text() == "words"
+
+
+def test_a_killed_parent_takes_its_program_with_it(nothing_left: None) -> None:
+    line = "from tools.select.sandbox import Limits, passes; passes('while True: pass', '', Limits(time_s=60))"
+    with subprocess.Popen([sys.executable, "-c", line], cwd=ROOT) as parent:
+        wait_for(programs, 30)
+        parent.kill()
+    wait_for(lambda: not programs(), 10)
+
+
+def test_an_answer_passes_by_its_tests_alone(tmp_path: Path) -> None:
+    add = "Here:\n```python\ndef add(a, b):\n    return a + b\n```\nDone."
+    assert code_of(add) == "def add(a, b):\n    return a + b\n"
+    row = {"row": {"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}}
+    answers = [add, add.replace("+", "-"), "import os\nos._exit(0)", "print('passed')\nraise SystemExit", "while True:\n    pass"]
+    rows = [row | {"answer": text} for text in answers] + [{"row": {}, "answer": add}]
+    found = rewards.rewards_of(rows, [rewards.read("code:timeout=3")], tmp_path)
+    assert found.total[:-1].tolist() == [1, 0, 0, 0, 0]
+    assert found.total[-1] != found.total[-1]
+    assert found.failures["code"] == {"the row has no `tests`": 1, "worth 0: stopped by its limit of time": 1}
+
+
+def test_nothing_is_run_where_it_cannot_be_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell without namespaces, as where the system forbids them."""
+    broken = tmp_path / "cell.py"
+    broken.write_text(sandbox.CELL.read_text().replace("check(LIBC.unshare(NEW)", "check(LIBC.unshare(-1)"))
+    monkeypatch.setattr(sandbox, "CELL", broken)
+    ran = tmp_path / "ran"
+    rows = [{"row": {"tests": "pass"}, "answer": f"open({str(ran)!r}, 'w')"}]
+    with pytest.raises(Refused, match=r"cannot be cut off.*namespaces"):
+        rewards.rewards_of(rows, [rewards.read("code")], tmp_path)
+    assert not ran.exists()

@@ -1,0 +1,117 @@
+"""Programs that nobody has read, in a cell without network and files (`cell`); where none can be made, nothing is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tools.command import Refused
+from trainers.processes import prepare_child
+
+CELL = Path(__file__).with_name("cell.py")
+GRACE_S = 20.0
+"""To build the cell and take it down, next to the program's own time."""
+PATHS = ("/usr", "/bin", "/lib", "/lib64")
+"""What a program sees, without writing, next to Python's own folder."""
+
+MET = {"memory": ("MemoryError",), "files": ("[Errno 27]", "[Errno 28]"), "processes": ("[Errno 11]",)}
+"""What Python says where the system refuses more."""
+
+HARNESS = """\
+import sys
+def _run():
+    word = sys.stdin.readline()
+    names = {{"__name__": "answer"}}
+    exec(compile({answer!r}, "answer.py", "exec"), names)
+    exec(compile({tests!r}, "tests.py", "exec"), names)
+    sys.stdout.write("\\n" + word)
+    sys.stdout.flush()
+_run()
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a program may use, with all that it starts."""
+
+    time_s: float = 10.0
+    memory_bytes: int = 512 << 20
+    processes: int = 16
+    disk_bytes: int = 16 << 20
+    """Of all files, and of the largest."""
+    files: int = 1000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How tests ended."""
+
+    passed: bool
+    stopped: str = ""
+    """The limit that ended them: time, memory, processes or files; empty where they ended by themselves."""
+
+
+def passes(answer: str, tests: str, limits: Limits) -> Outcome:
+    """Run an answer's code and then its tests; raises Refused where they cannot be cut off."""
+    word = secrets.token_hex(16)
+    asked: dict[str, object] = {"program": HARNESS.format(answer=answer, tests=tests), "input": f"{word}\n", "limits": asdict(limits)}
+    found = _asked(asked | {"python": os.path.realpath(sys.executable), "paths": [*PATHS, sys.base_prefix]}, limits.time_s + GRACE_S)
+    # an answer that leaves early has exit code 0, and has not said the word
+    passed = found["code"] == 0 and str(found["said"]).rstrip("\n").endswith(word)
+    return Outcome(passed, str(found["why"]) or ("" if passed else _limit_of(str(found["said"]))))
+
+
+def _limit_of(said: str) -> str:
+    """Return the limit that a program says it has met in its last line."""
+    last = said.rstrip().rpartition("\n")[2]
+    return next((name for name, words in MET.items() if any(word in last for word in words)), "")
+
+
+def require_isolation() -> None:
+    """Raise Refused where a cell cannot be made, or lets a program see a file or a network of this machine."""
+    with tempfile.NamedTemporaryFile() as outside:
+        tests = f"""
+import os, socket
+assert not os.path.exists({outside.name!r}) and not os.path.exists({os.path.expanduser("~")!r} + "/.bashrc")
+assert socket.if_nameindex() in ([], [(1, "lo")])
+try:
+    os.mkdir("/usr/there")
+except OSError:
+    pass
+else:
+    raise AssertionError
+"""
+        outcome = passes("", tests, Limits())
+    if not outcome.passed:
+        raise Refused(f"this machine does not cut programs off: {outcome.stopped or 'a try of it sees files or networks'}. Nothing was run")
+
+
+def _asked(asked: dict[str, object], timeout_s: float) -> dict[str, object]:
+    if sys.platform != "linux":
+        raise Refused("code is run on Linux alone, whose namespaces cut it off: nothing was run")
+    line = [sys.executable, "-I", "-S", str(CELL)]
+    try:
+        done = subprocess.run(
+            line,
+            input=json.dumps(asked),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            preexec_fn=prepare_child(last=signal.SIGKILL),
+        )
+        found = json.loads(done.stdout)
+    except subprocess.TimeoutExpired:
+        raise Refused(f"a cell has not ended after {timeout_s:g} s") from None
+    except ValueError:
+        raise Refused(f"a cell has ended without a word: {done.stderr.strip()[-500:]}") from None
+    if "refused" in found:
+        raise Refused(f"a program cannot be cut off from this machine, so nothing was run: {found['refused']}")
+    return dict(found)
