@@ -96,6 +96,7 @@ def test_nothing_of_this_machine_is_seen_or_changed(tmp_path: Path, nothing_left
     assert (tmp_path / "secret").read_text() == "words"
 
 
+@pytest.mark.for_real
 def test_a_killed_parent_takes_its_program_with_it(nothing_left: None) -> None:
     line = "from tools.select.sandbox import Limits, passes; passes('while True: pass', '', Limits(time_s=60))"
     with subprocess.Popen([sys.executable, "-c", line], cwd=ROOT) as parent:

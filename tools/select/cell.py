@@ -80,8 +80,8 @@ def _map(process: int) -> None:
 
 
 def _apart(asked: dict[str, Any], ready: tuple[int, int], mapped: tuple[int, int], told: int) -> None:
-    LIBC.prctl(DEATHSIG, signal.SIGKILL, 0, 0, 0)
     check(LIBC.unshare(NEW), "namespaces")
+    LIBC.prctl(DEATHSIG, signal.SIGKILL, 0, 0, 0)  # unshare takes it back
     os.write(ready[1], b"x")
     os.read(mapped[0], 1)
     inner = os.fork()
