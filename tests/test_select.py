@@ -57,6 +57,31 @@ def test_a_function_that_fails_or_is_late_gives_no_reward(tmp_path: Path, monkey
     assert failures == {"takes longer than 0.2 s": 1, "is not a finite number": 1, "raises ZeroDivisionError: division by zero": 1}
 
 
+@pytest.mark.slow
+@pytest.mark.for_real
+def test_mathematics_is_compared_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where math-verify is installed; a comparison that hangs costs its own reward alone."""
+    pytest.importorskip("math_verify")
+    pairs = [(r"\boxed{\frac{1}{2}}", r"so \boxed{0.5}"), ("$x^2+1$", "It is $1+x^2$."), ("4", "5"), ("words", "4"), ("", "4")]
+    rows = [answer(text, reference=reference) for reference, text in pairs]
+    found, failures = column(rows, "math", tmp_path)
+    assert found == [1, 1, 0, None, None]
+    assert failures == {"the reference is not mathematics": 1, "the row has no reference": 1}
+    (tmp_path / "math_verify.py").write_text(
+        "import time\ndef parse(text):\n    time.sleep(60 * ('slow' in text))\n    return [text]\n"
+        "def verify(one, other):\n    return one == other\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found, failures = column([rows[2], answer("slow"), answer("1", reference="1")], "math:timeout=1", tmp_path)
+    assert (found, failures) == ([0, None, 1], {"takes longer than 1 s": 1})
+
+
+def test_mathematics_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.select.mathematics.find_spec", lambda name: None)
+    with pytest.raises(Refused, match="pip install"):
+        column([answer("4")], "math", tmp_path)
+
+
 SCHEMA = {"type": "array", "items": {"enum": ["x", 1]}, "minItems": 1, "maxItems": 2}
 
 

@@ -6,6 +6,7 @@ python -m tools.select answers.jsonl --reward model:path=runs/reward/export --pe
 
 ANSWERS are files of `python -m tools.sample`. A reward is KIND:SETTING=VALUE,... ; every kind also has `weight` and `name`:
   exact      1 where answer and reference agree; extract=auto|hashes|number|whole|REGEX, as evaluation.extract
+  math       1 where answer and reference are the same mathematics, by math-verify (pip install); timeout=S
   json       1 where the answer is JSON that the schema takes; schema=FILE, else the row's field `schema`
   length     1 from min to max, falling to 0 over `soft` outside; unit=tokens|words|characters
   format     1 where pattern=REGEX matches the whole answer; the pattern is the last setting

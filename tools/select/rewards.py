@@ -20,6 +20,7 @@ from tools.command import Refused
 from tools.curate import quality
 from tools.curate.config import Quality
 from tools.curate.rows import Item, View
+from tools.select.mathematics import Mathematics
 from tools.select.sandbox import Limits, passes, require_isolation
 from tools.select.shapes import UNITS, NoReward, Reward, Row, code_of, exact, length, pattern, schema
 from trainers.cache import content_key
@@ -28,6 +29,7 @@ from trainers.host import cores
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {"extract": "auto"},
+    "math": {"timeout": 15.0},
     "json": {"schema": None},
     "length": {"min": 0.0, "max": math.inf, "soft": 0.0, "unit": "tokens"},
     "format": {"pattern": None},
@@ -104,6 +106,12 @@ def _column(rows: Sequence[Row], asked: Asked, kept: Path) -> tuple[Any, Counter
         return _judged(rows, settings, kept)
     if asked.kind == "model":
         return _scored(rows, str(settings["path"]))
+    if asked.kind == "math":
+        mathematics = Mathematics(settings["timeout"])
+        try:
+            return _each(rows, mathematics)
+        finally:
+            mathematics.close()
     if asked.kind == "code":
         return _tested(rows, settings)
     if asked.kind == "function":
