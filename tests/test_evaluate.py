@@ -244,7 +244,7 @@ def test_what_is_measured_is_not_measured_again(finished: Path, tmp_path: Path, 
         texts = [path.read_text() for path in tmp_path.glob("evaluation-*/*.jsonl")]
         lines = [line for text in texts for line in text.splitlines() if line.endswith("}")]
         assert len(lines) == sum(map(len, rows.values()))
-        patch.setattr("tools.evaluate.subject.Subject.open", lambda *_: pytest.fail("a model was opened for nothing"))
+        patch.setattr("trainers.generate.subject.Subject.open", lambda *_: pytest.fail("a model was opened for nothing"))
         again = measured(tmp_path, finished, 3, 1, capsys, rows=4, max_new_tokens=6)
         assert again == rows
 

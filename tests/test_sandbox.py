@@ -35,7 +35,7 @@ def programs() -> list[str]:
     found = []
     for name in filter(str.isdecimal, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            found += [name] if b"/work/program.py" in Path(f"/proc/{name}/cmdline").read_bytes() else []
+            found += [name] if b"/cell/program.py" in Path(f"/proc/{name}/cmdline").read_bytes() else []
     return found
 
 
@@ -86,7 +86,7 @@ def test_nothing_of_this_machine_is_seen_or_changed(tmp_path: Path, nothing_left
             "open('/there', 'w')",
             "import os; os.setuid(0); os.mkdir('/usr/there')",
             "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000 | 0x20000) == 0",
-            "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/work', b'tmpfs', 0, None) == 0",
+            "import ctypes; assert ctypes.CDLL(None).mount(b'none', b'/cell', b'tmpfs', 0, None) == 0",
         ]
         program = "worked = []\n" + "".join(
             f"try:\n    {line}\n    worked.append({line!r})\nexcept BaseException:\n    pass\n" for line in tries

@@ -24,7 +24,7 @@ BIND, RECURSIVE, PRIVATE, NOSUID, NODEV = 0x1000, 0x4000, 0x40000, 2, 4
 PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 MOUNT_SETATTR, AT_RECURSIVE, READ_ONLY, DETACH = 442, 0x8000, 1, 2
 DEATHSIG, NO_NEW_PRIVS, DROP_BOUND = 1, 38, 24
-ROOT, WORK = "/sys", "/work"
+ROOT, WORK = "/sys", "/cell"
 """Where the new root is made: a folder that every system has, hidden for this process alone."""
 NOBODY = 65534
 LOOK_S = 0.02
