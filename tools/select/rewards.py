@@ -207,9 +207,12 @@ def _scored(rows: Sequence[Row], folder: str) -> tuple[Any, Counter[str]]:
     quality.require_scorer(Quality(by="reward", model=folder))
     from tools.curate.reward import scores_of  # torch is for those who ask for it
 
-    turns = [[*row["prompt"], {"role": "assistant", "content": row["answer"]}] for row in rows]
+    said = [number for number, row in enumerate(rows) if str(row["answer"]).strip()]
+    turns = [[*rows[number]["prompt"], {"role": "assistant", "content": rows[number]["answer"]}] for number in said]
     items = [Item(0, number, b"", row={"messages": messages}, layout=Layout.messages) for number, messages in enumerate(turns)]
-    return scores_of(Path(folder), items), Counter()
+    found = np.full(len(rows), np.nan)
+    found[said] = scores_of(Path(folder), items) if items else []
+    return found, +Counter({"the answer is empty": len(rows) - len(said)})
 
 
 def _judged(rows: Sequence[Row], settings: Mapping[str, Any], kept: Path) -> tuple[Any, Counter[str]]:
