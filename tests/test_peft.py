@@ -44,6 +44,7 @@ from trainers.config.checks import validate
 from trainers.config.choices import AdapterInit, Offload, PeftMethod, Precision
 from trainers.config.errors import ConfigError
 from trainers.engines.build import build_engine
+from trainers.engines.fsdp import state as sharded_state
 from trainers.model.export import export
 from trainers.model.weights import origin_of
 from trainers.objectives import NextToken
@@ -91,7 +92,7 @@ def unmoved(engine: Any, trained: set[str]) -> list[str]:
         if name not in trained:
             assert p.grad is None, name
             continue
-        grad = safe_get_full_grad(p) if hasattr(p, "ds_id") else None if p.grad is None else p.grad.full_tensor()
+        grad = safe_get_full_grad(p) if hasattr(p, "ds_id") else None if p.grad is None else sharded_state.whole(p.grad)
         if grad is None or not grad.any():
             found.append(name)
     return found

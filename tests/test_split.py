@@ -21,6 +21,7 @@ from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.engines.build import build_engine
+from trainers.engines.fsdp import state as sharded_state
 from trainers.health.isolation import require_isolation
 from trainers.loop import train
 from trainers.rundir.attempt import Attempt
@@ -37,7 +38,7 @@ def run_split(world: World, run_dir: Path, model: Path, table: TokenTable, eval_
 
     def step(lr: float, *accepts: Any) -> float:
         parameters = engine.model.named_parameters()
-        gradients.append({name: p.grad.full_tensor().clone() for name, p in parameters})
+        gradients.append({name: sharded_state.whole(p.grad).clone() for name, p in parameters})
         return plain_step(lr, *accepts)
 
     engine.step = step  # what is seen is what the optimizer gets, before clipping
@@ -151,7 +152,7 @@ def loss_and_gradients(world: World, model: Path, attention: str) -> list[tuple[
             loss = -engine.forward(batch).logps.sum()
             engine.backward(loss, last=number == len(batches))
             total += loss.item()
-        results.append((total, {name: p.grad.full_tensor() for name, p in engine.model.named_parameters()}))
+        results.append((total, {name: sharded_state.whole(p.grad) for name, p in engine.model.named_parameters()}))
     return results
 
 
