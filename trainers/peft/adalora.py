@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trainers.config.methods import require_pruning
 from trainers.config.schema import PeftConfig
+from trainers.optim.sharded import local
 from trainers.peft.update import Part
 
 KINDS = ("ipt", "unc")
@@ -118,7 +119,7 @@ class Pruning:
         self._finish(state["ranks"].bool() if state["ranks"].any() else None)
         for name, means in self.elements.items():
             for kind, mean in means.items():
-                mean.copy_(state["importance"][name][kind].to_local().reshape(-1))
+                mean.copy_(local(state["importance"][name][kind]).reshape(-1))
 
     def as_saved(self, name: str, whole: Tensor) -> Tensor:
         """Return an exported tensor, named as in the model or the export, without pruned triplets; whole while ranks are not final."""
