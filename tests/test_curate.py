@@ -328,6 +328,12 @@ FILTERED = [
     ),
     ("personal: {action: drop}", {"answer": "8.8.4.4, (02, 01-02-2003 04"}, {"answer": "ping 8.8.4.4"}, "1 ip"),
     ("syntax: true", {"answer": "```json\n{}\n```"}, {"answer": "```json\n{\n```"}, "has json that is not valid"),
+    (
+        "personal: {action: drop}",
+        {"answer": "번호 １２３４ ５６７８ ９０１２ ３４５６"},
+        {"answer": "４１１１ １１１１ １１１１ １１１１"},
+        "1 card",
+    ),
     ("personal: {action: drop}", {"answer": "192.168.0.1"}, {"answer": "a@b.org"}, "1 email"),
     ('personal: {allow: ["@b.org"]}', {"answer": "a@b.org"}, None, ""),
 ]

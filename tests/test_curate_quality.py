@@ -11,7 +11,11 @@ import pytest
 from curating import contents, lines, run, sentence, write
 from local_server import JsonRequests, LocalServer
 
-from tools.curate import diversity, pipeline
+from tools.curate import diversity, pipeline, quality
+from tools.curate.config import Diversity, Quality, Settings
+from tools.curate.job import Job
+from tools.curate.quality import judge_of
+from tools.curate.sets import vectors_of
 from tools.evaluate.judge import CRITERIA
 
 ANSWER = re.compile(r"<answer>\nAnswer (\d+)")
@@ -125,6 +129,30 @@ def test_a_judge_that_goes_down_is_asked_only_for_the_rest(tmp_path: Path, capsy
     assert [row["reason"] for row in lines(tmp_path / "out" / "removed.jsonl")].count("has no score") == 6
     assert run(config, file, out=tmp_path / "down") == 2
     assert "quality.url" in capsys.readouterr().err
+
+
+def test_how_a_judge_is_asked_and_a_cut_line_lose_no_reply(tmp_path: Path) -> None:
+    def key(**more: object) -> str:
+        settings = Settings(quality=Quality(**({"by": "judge", "url": "http://a/v1", "model": "m"} | more)))
+        return Job(settings, (), ()).key()
+
+    assert key() == key(url="http://b/v1", timeout_s=900.0, at_once=1) != key(model="n")
+    replies = tmp_path / "replies.jsonl"
+    replies.write_text('{"index": 0, "scores')
+    assert quality.of_judge([], judge_of(Quality(by="judge", url="http://localhost:1/v1", model="m")), replies).tolist() == []
+    assert replies.read_text() == ""
+
+
+def test_another_reward_model_in_the_same_folder_is_another_curation(tmp_path: Path) -> None:
+    job = Job(Settings(quality=Quality(by="reward", model=str(tmp_path))), (), ())
+    (tmp_path / "model.safetensors").write_text("one")
+    before = job.key()
+    (tmp_path / "model.safetensors").write_text("two")
+    assert job.key() != before
+
+
+def test_a_part_without_rows_has_no_embeddings() -> None:
+    assert vectors_of([], [], Diversity(embedding="meta.vector")).shape == (0, 0)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import re
 import pytest
 from preparing import marked, prepared, trained, write
 
+from trainers.batch import WEIGHT
 from trainers.config.choices import Layout, Supervise
 from trainers.config.errors import ConfigError
 from trainers.data.fields import FLAGS, READ
@@ -40,6 +41,11 @@ def test_flags_hold_in_every_layout_of_turns_and_with_a_system_text_elsewhere(tm
     ):
         assert trained(rows(tmp_path, row)) == ["right<|im_end|>"], row
     assert marked(prepared(rows(tmp_path, {"system_prompt": "Be brief.", "messages": turns})).train)[0].count("Be brief.") == 1
+
+
+def test_flags_alone_leave_no_weights_behind(tmp_path):
+    turns = [{**HI, "weight": 0}, says("wrong", train=False), BYE, says("right")]
+    assert WEIGHT not in prepared(rows(tmp_path, {"messages": turns})).train.signals
 
 
 def test_a_null_flag_says_nothing(tmp_path):

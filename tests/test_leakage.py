@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from preparing import TOKENIZER, prepared, settings, write
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from trainers.config.schema import DataConfig, SourceConfig
+from trainers.data.encode import special_tokens
 from trainers.data.glance import Glance, opening_of, runs, sketches
 from trainers.data.prepare import prepare
 from trainers.data.report import summary, warnings
 
 LETTERS = random.Random(0)
+SPREAD = {"<pad>": 0, "a": 7, "b": 3000}
 WORDS = ["".join(LETTERS.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(4000)]
 
 
@@ -167,3 +171,10 @@ def test_rare_openings_are_forgotten_and_frequent_ones_are_not() -> None:
     assert len(whole.openings) <= 4000
     assert opening_of("  As an   AI\nmodel, I") == "as an ai"
     assert opening_of("Yes.<|im_end|>\n") == "yes."
+
+
+def test_ids_may_have_gaps() -> None:
+    backend = Tokenizer(models.WordLevel(SPREAD, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
+    assert np.flatnonzero(special_tokens(tokenizer)).tolist() == [0]
+    assert len(special_tokens(tokenizer)) == 3001

@@ -90,6 +90,19 @@ def test_a_position_is_the_same_whoever_asks_first() -> None:
     assert stream(mixture(weights, rows, seed=4), 6000) != whole
 
 
+def test_a_stream_that_ends_before_a_source_begins_is_refused() -> None:
+    phases = {"mix_exhausted": Exhausted.drop, "mix_change": MixChange.phase, "mix_steps": [1000], "steps": 2000, "global_batch": 8}
+    with pytest.raises(ConfigError, match="runs out before it, and b waits") as refused:
+        mixture({"a": 1, "b": 0}, [4000, 100_000], then={"a": [0], "b": [1]}, **phases)
+    assert refused.value.path == "data.mix_exhausted"
+    assert mixture({"a": 1, "b": 0}, [9000, 100_000], then={"a": [0], "b": [1]}, **phases).num_rows == 16_000
+
+
+def test_extreme_temperatures_are_the_largest_source_alone_and_equal_shares() -> None:
+    assert mixture({"a": None, "b": None}, [9000, 1000], mix_temperature=0.001).shares(0) == [1.0, 0.0]
+    assert mixture({"a": 0.9, "b": 0.1}, [10, 10], mix_temperature=1e9).shares(0) == pytest.approx([0.5, 0.5])
+
+
 def test_one_source_is_that_source_alone() -> None:
     table = ragged_table([4 + number % 7 for number in range(50)])
     train_config = TrainConfig(global_batch=8, epochs=2.5)

@@ -105,6 +105,7 @@ def test_whole_documents_have_the_weight_of_their_row(tmp_path: Path, objective:
 BAD = {
     "below 0": ({"prompt": "Hi", "completion": "x", "weight": -1}, r"`weight`, -1, which is not a number from 0 on"),
     "a list": ({"prompt": "Hi", "completion": "x", "weights": [0, 1]}, "data.ignore=\\[weights\\]"),
+    "more than float32 has": ({"prompt": "Hi", "completion": "x", "weight": 1e39}, "not a number from 0 on"),
     "not finite": ({"messages": [HI, says("x", weight=float("inf"))]}, "turn 1|inf|not a number"),
     "two that differ": (
         {"prompt": "Hi", "completion": "x", "weight": 1, "loss_weight": 2},
@@ -124,9 +125,11 @@ def test_what_is_not_a_weight_is_refused_by_name(case: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_turns_weight_is_refused_where_whole_answers_are_compared(objective: str, tmp_path: Path) -> None:
-    row = {"prompt": [HI], "chosen": [says("yes", weight=0.5)], "rejected": [says("no")]}
-    with pytest.raises(ConfigError, match="has a weight, and this objective takes whole answers"):
-        prepared(write(tmp_path / "rows.jsonl", [row]), objective)
+    pair = {"prompt": [HI], "chosen": [says("yes", weight=0.5)], "rejected": [says("no")]}
+    ranked = {"prompt": "Hi", "responses": [{"response": [says("yes", weight=0.5)], "score": 2}, {"response": "no", "score": 1}]}
+    for row in (pair, *([ranked] if objective == "dpo" else [])):
+        with pytest.raises(ConfigError, match="has a weight, and this objective takes whole answers"):
+            prepared(write(tmp_path / "rows.jsonl", [row]), objective)
 
 
 def test_sources_with_and_without_weights_are_one_table(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ class Run:
 
     @property
     def loss_words(self) -> str:
-        """What that loss is: `loss` in nats a token, or that of the objective by its name."""
-        return loss_words(ObjectiveName(self.config["objective.name"]))
+        """What that loss is: `loss` in nats a token, `smoothed loss`, or that of the objective by its name."""
+        return loss_words(ObjectiveName(self.config["objective.name"]), self.config.get("objective.label_smoothing") or 0.0)
 
     @property
     def lr(self) -> float:

@@ -12,8 +12,8 @@ RANDOM_SINCE = datetime.date(2020, 10, 5)
 
 
 def digits_of(text: str) -> str:
-    """Return the ASCII digits of a text."""
-    return "".join(char for char in text if char in "0123456789")
+    """Return the decimal digits of a text, those of any script as ASCII."""
+    return "".join(str(int(char)) for char in text if char.isdecimal())
 
 
 def is_card(text: str) -> bool:

@@ -13,6 +13,8 @@ from trainers.data.sources import digest
 
 VERSION = 2
 """Of what the steps do: what a curation has begun with another one is not continued."""
+HOW_A_JUDGE_IS_ASKED = ("url", "at_once", "timeout_s")
+"""Settings that change no reply: where an endpoint has moved or is slow, a curation continues with others."""
 
 
 @dataclass(frozen=True)
@@ -26,5 +28,11 @@ class Job:
     def key(self) -> str:
         """Return what identifies the curation by its content."""
         evaluation = self.settings.decontaminate.files if self.settings.decontaminate else []
-        about = [VERSION, dataclasses.asdict(self.settings), self.files, [digest(Path(file)) for file in (*self.files, *evaluation)]]
+        quality = self.settings.quality
+        model = sorted(Path(str(quality.model)).glob("*")) if quality and quality.by == "reward" else []
+        settings = dataclasses.asdict(self.settings)
+        for name in HOW_A_JUDGE_IS_ASKED if quality else ():
+            del settings["quality"][name]
+        read = [*map(Path, (*self.files, *evaluation)), *(file for file in model if file.is_file())]
+        about = [VERSION, settings, self.files, [digest(file) for file in read]]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]

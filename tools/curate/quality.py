@@ -74,7 +74,9 @@ def of_judge(views: list[View], judge: Judge, replies: Path) -> Scores:
     A reply that cannot be read, or a request that is refused for what it holds, leaves a row without a score. Raises OSError where the
     endpoint answers no more: the rest is asked by the next attempt.
     """
-    known = [Rating(**json.loads(line)) for line in replies.read_text("utf-8").splitlines()] if replies.exists() else []
+    written = replies.read_bytes() if replies.exists() else b""
+    replies.write_bytes(whole := written[: written.rfind(b"\n") + 1])  # a full disk may have cut the last line
+    known = [Rating(**json.loads(line)) for line in whole.splitlines()]
     prompts = [PROMPT.substitute(question=found.prompt if found.answers else "", answer=said(found)[0]) for found in views]
     with replies.open("a", encoding="utf-8") as stream:
 

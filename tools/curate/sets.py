@@ -67,7 +67,7 @@ def vectors_of(items: list[Item], views: list[View], settings: Diversity) -> div
         ) from None
     if len({len(vector) for vector in found}) > 1:
         raise ConfigError("diversity.embedding", settings.embedding, "embeddings have different lengths", "those of one model")
-    return np.array(found, np.int8).reshape(len(found), -1)
+    return np.array(found, np.int8).reshape(len(found), len(found[0]) if found else 0)
 
 
 def _value(name: str, item: Item, found: View, job: Job) -> str:

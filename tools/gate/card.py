@@ -92,7 +92,7 @@ def _training(config: dict[str, Any], summary: dict[str, Any], peak: Peak) -> li
     lines = [
         f"method: {peft['method'] if peft['method'] != 'none' else 'full fine-tuning'}",
         f"{summary.get('steps') or 0:,} steps of {train['global_batch']} rows, {summary.get('tokens') or 0:,} supervised tokens",
-        *_exported(summary, loss_words(ObjectiveName(config["objective"]["name"]))),
+        *_exported(summary, loss_words(ObjectiveName(config["objective"]["name"]), config["objective"].get("label_smoothing") or 0.0)),
         f"{optim['name']}, peak learning rate {peak.value:g}, {optim['schedule']}",
         f"compute in {train['precision']}, {config['engine']['name']}, {plural(summary.get('world_size') or 0, 'rank')}, "
         f"seed {config['seed']}",

@@ -274,7 +274,8 @@ def _validate_source(data: DataConfig) -> None:
     remote = is_remote(str(data.path))
     if data.revision is not None and (here or remote):
         raise ConfigError("data.revision", data.revision, "only a hub data set has revisions", "leave it out")
-    is_file = file_type(str(data.path)) in FILE_TYPES if remote else here and not Path(str(data.path)).is_dir()
+    named = file_type(str(data.path)) in FILE_TYPES and not str(data.path).endswith("/")
+    is_file = named if remote else here and not Path(str(data.path)).is_dir()
     for name in ("config", "data_files"):
         if getattr(data, name) and is_file:
             raise ConfigError(f"data.{name}", getattr(data, name), "data.path is neither a directory nor a hub data set", "leave it out")

@@ -85,9 +85,11 @@ def compares(objective: ObjectiveName) -> bool:
     return objective in PREFERENCES or objective is ObjectiveName.reward
 
 
-def loss_words(objective: ObjectiveName) -> str:
+def loss_words(objective: ObjectiveName, label_smoothing: float = 0.0) -> str:
     """Return what an objective's loss is called: `loss` where it is nats a label, as tools.evaluate measures it, else by its name."""
-    return "loss" if objective in (ObjectiveName.sft, ObjectiveName.cpt) else f"{objective} loss"
+    if objective not in (ObjectiveName.sft, ObjectiveName.cpt):
+        return f"{objective} loss"
+    return "smoothed loss" if label_smoothing else "loss"
 
 
 def rows_as(objective: ObjectiveName) -> ObjectiveName:

@@ -437,9 +437,9 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> NDArray[np.bool_]:
-    """Return whether an id is an added token, such as the marks of turns, (vocabulary,)."""
-    found = np.zeros(len(tokenizer) + 1, dtype=bool)
-    found[[number for number in tokenizer.get_added_vocab().values() if number < len(found)]] = True
+    """Return whether an id is an added token, such as the marks of turns, (the largest id + 1,): ids may have gaps."""
+    found = np.zeros(max(tokenizer.get_vocab().values()) + 1, dtype=bool)
+    found[list(tokenizer.get_added_vocab().values())] = True
     return found
 
 

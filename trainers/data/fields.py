@@ -17,7 +17,9 @@ from trainers.data.formats import (
     Message,
     Row,
     conversation_of,
+    ranked_key,
 )
+from trainers.data.ranked import TEXT_KEYS
 from trainers.data.weights import NAMES, ROW_NAMES, is_weight
 
 FLAGS = (
@@ -87,7 +89,7 @@ def check(row: Row, layout: Layout) -> None:
         raise _refusal("", "mask", "roles that are not to be trained, and only the assistant is")
     if row.get("label") is False and layout is Layout.prompt_completion:
         raise _refusal("", "label", "false: an answer that is not wanted, which this objective would train")
-    if layout in (Layout.preference, Layout.unpaired) and has_flags(row, layout):
+    if layout in (Layout.preference, Layout.ranked, Layout.unpaired) and has_flags(row, layout):
         raise BadRow("has a turn that says that it is not trained, or has a weight, and this objective takes whole answers")
     for number, turn in enumerate(_turns(row, layout), 1):
         if not REFUSED_TURN.keys().isdisjoint(turn):
@@ -176,6 +178,13 @@ def _turns(row: Row, layout: Layout) -> Iterator[dict[str, Any]]:
     one = layout in (Layout.messages, Layout.sharegpt) or (layout is Layout.unpaired and conversation_of(row) is not None)
     names = ("prompt", "chosen", "rejected") if layout is Layout.preference else ("prompt", "completion", "response")
     parts = [conversation_of(row)] if one else [row.get(name) for name in names]
+    if layout is Layout.ranked:
+        parts += [_text_of(answer) for answer in row.get(ranked_key(row) or "", [])]
     for part in parts:
         if isinstance(part, list):
             yield from (turn for turn in part if isinstance(turn, dict))
+
+
+def _text_of(answer: Any) -> Any:
+    """Return the text or the turns of an answer in a ranked list."""
+    return next((answer[name] for name in TEXT_KEYS if answer.get(name) is not None), None) if isinstance(answer, dict) else answer

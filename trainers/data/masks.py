@@ -80,7 +80,8 @@ def render(
             "the chat template puts nothing after the last assistant turn, so the model would never learn to stop",
             "add {{ eos_token }} after the assistant's content in the template, or data.template=chatml",
         )
-    own = [weights.get(number, 1.0) for number in numbers if number not in untrained] if weights else []
+    own = [weights.get(number, 1.0) for number in numbers if number not in untrained]
+    own = own if any(weight != 1 for weight in own) else []
     turns = [turn for number, turn in zip(numbers, turns, strict=True) if number not in untrained]
     spans_of = [_marked(generated, turn) if generated else [(turn.start, _end(turn))] for turn in turns]
     weight_of = [weight for weight, spans in zip(own, spans_of, strict=False) for _ in spans]

@@ -19,6 +19,7 @@ from threading import Lock
 import numpy as np
 
 from trainers.config.choices import Exhausted, MixBy, MixChange
+from trainers.config.errors import ConfigError
 from trainers.config.mix import schedule
 from trainers.config.schema import DataConfig, RunConfig, TrainConfig
 from trainers.data.loader import Ints, row_order
@@ -60,9 +61,10 @@ class Mixture:
         self.first = np.cumsum([0, *(source.rows for source in sources)]).tolist()
         self.per_row = [source.tokens / source.rows if data.mix_by is MixBy.tokens else 1.0 for source in sources]
         weights = schedule(data) or [(0, [source.rows * mean for source, mean in zip(sources, self.per_row, strict=True)])]
+        self.batch = train.global_batch
         self.knots = [step * train.global_batch for step, _ in weights]
         """Positions at which weights are given, the first of them 0."""
-        self.weights = [_normalised([weight ** (1 / data.mix_temperature) if weight else 0.0 for weight in given]) for _, given in weights]
+        self.weights = [_normalised(_tempered(given, data.mix_temperature)) for _, given in weights]
         self.is_linear = data.mix_change is MixChange.linear
         self.first_block = [0, *accumulate(-(-(end - begin) // BLOCK) for begin, end in pairwise(self.knots))]
         self.limits = [max(1, round((data.mix[source.name].repeat or 1.0) * source.rows)) for source in sources]
@@ -163,7 +165,16 @@ class Mixture:
                 taken, self.owed = divide(self.shares((begin + end) / 2), self.owed, end - begin, room)
                 self.counts.append([count + more for count, more in zip(before, taken, strict=True)])
                 if sum(taken) < end - begin:
+                    self._require_no_later(begin, room or [])
                     self.total = sum(self.counts[-1])
+
+    def _require_no_later(self, position: int, room: Sequence[int]) -> None:
+        """Raise ConfigError where the stream would end before a source with rows has its first weight."""
+        for knot, weights in zip(self.knots, self.weights, strict=True):
+            waiting = [source.name for source, weight, left in zip(self.sources, weights, room, strict=True) if weight and left]
+            if knot > position and waiting:
+                reason = f"every source that has a weight before step {knot // self.batch:,} runs out before it, and {waiting[0]} waits"
+                raise ConfigError("data.mix_exhausted", "drop", reason, "data.mix_exhausted=repeat, or an earlier step in data.mix_steps")
 
     def _length(self, train: TrainConfig) -> int:
         """Return the rows of the run: what is asked for, or until sources have run out."""
@@ -229,6 +240,12 @@ def _rounded(exact: dict[int, float], size: int) -> dict[int, int]:
     while sum(given.values()) > size:
         given[max((number for number in given if given[number]), key=lambda number: given[number] - exact[number])] -= 1
     return given
+
+
+def _tempered(weights: Sequence[float], temperature: float) -> list[float]:
+    """Return weights raised to 1 / temperature, as shares of the largest: powers of large ones would be no floats."""
+    top = 1.0 if temperature == 1 else max(weights)
+    return [(weight / top) ** (1 / temperature) if weight else 0.0 for weight in weights]
 
 
 def _normalised(amounts: Sequence[float]) -> list[float]:

@@ -98,7 +98,7 @@ class RemotePath:
         """Tell whether it is a folder, which is seen in its name alone."""
         from trainers.config.local import FILE_TYPES, file_type
 
-        return file_type(self.name) not in FILE_TYPES
+        return self.url.endswith("/") or file_type(self.name) not in FILE_TYPES
 
     def resolve(self) -> str:
         """Return what tells it from others: there are no links."""

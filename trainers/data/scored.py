@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def find_labels(config: RunConfig, source: Source | None) -> tuple[str, ...]:
 
 
 def _labels_in(config: RunConfig, source: Source | None) -> Iterator[str]:
-    for row in sources.rows(source, config.objective.name):
+    for row in islice(sources.rows(source, config.objective.name), config.data.max_rows):
         try:
             yield label_of(sources.parse(row, config.data.ignore))
         except BadRow:  # which the encoder names by file and line

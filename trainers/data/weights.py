@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +17,13 @@ NAMES = ("weight", "loss_weight", "loss_scale")
 """Of a turn, or of a row."""
 ROW_NAMES = (*NAMES, "weights", "sample_weight")
 AT_ONCE = 1 << 20
+LARGEST = float(np.finfo(np.float32).max)
 Floats = NDArray[np.float32]
 
 
 def is_weight(value: Any) -> bool:
-    """Tell whether a value is a finite number from 0 on."""
-    return isinstance(value, bool | int | float) and 0 <= value < math.inf
+    """Tell whether a value is a number from 0 on that float32 has."""
+    return isinstance(value, bool | int | float) and 0 <= value <= LARGEST
 
 
 def row_weight(row: dict[str, Any]) -> float:
