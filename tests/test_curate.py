@@ -18,8 +18,10 @@ from curating import WORDS, contents, lines, run, sentence, write
 from planted import REPLACED, SPOILT, plant, report, score
 
 from tools.curate.__main__ import main
+from tools.curate.rows import View, first_prompt, view
 from tools.curate.shingles import bands, jaccard, shingles, signatures
 from tools.curate.tidy import one_blank, read_again
+from trainers.config.choices import Layout
 
 DEFAULT = ROOT / "conf" / "curate" / "default.yaml"
 
@@ -337,6 +339,14 @@ FILTERED = [
     ("personal: {action: drop}", {"answer": "192.168.0.1"}, {"answer": "a@b.org"}, "1 email"),
     ('personal: {allow: ["@b.org"]}', {"answer": "a@b.org"}, None, ""),
 ]
+
+
+def test_rows_of_every_layout_say_something() -> None:
+    ranked = {"prompt": "Hi", "responses": [{"response": "no", "score": 1}, {"response": "yes", "score": 2}]}
+    assert view(ranked, Layout.ranked) == View("Hi", ("yes", "no"))
+    labelled = {"messages": [{"role": "user", "content": "nice"}], "label": "good"}
+    assert view(labelled, Layout.messages) == View("nice", ())
+    assert (first_prompt(ranked, Layout.ranked), first_prompt(labelled, Layout.messages)) == ("Hi", "nice")
 
 
 @pytest.mark.parametrize(("config", "good", "bad", "reason"), FILTERED)

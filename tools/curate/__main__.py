@@ -35,7 +35,7 @@ from tools.curate.config import read_settings
 from tools.curate.job import Job
 from tools.curate.page import page
 from tools.curate.quality import require_scorer
-from tools.curate.stages import STAGING, Pool
+from tools.curate.stages import RECORD, STAGING, Pool
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError, plural
 from trainers.data.sources import files
@@ -126,8 +126,12 @@ def work(job: Job, key: str, out: Path, options: argparse.Namespace) -> dict[str
     """Do the stages and write the result; returns the report."""
     folder = out / WORK / key
     for other in (out / WORK).iterdir():
+        if (other / RECORD).is_file():
+            from tools.curate.cluster import cancel
+
+            cancel(other / RECORD)  # an array of a command that was killed would go on writing there
         if other.is_dir() and other != folder:
-            shutil.rmtree(other)
+            shutil.rmtree(other, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     shutil.rmtree(folder / STAGING, ignore_errors=True)
     with _pool(options, folder) as pool:

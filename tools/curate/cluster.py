@@ -19,7 +19,7 @@ from submitit.slurm.slurm import SlurmExecutor
 from launcher import queue
 from launcher.job import ROOT
 from launcher.slurm import clean_environment
-from tools.curate.stages import Tell, Work, do_part, open_of
+from tools.curate.stages import RECORD, Tell, Work, do_part, open_of
 from trainers.config.errors import ConfigError
 from trainers.rundir.files import try_json, write_json
 
@@ -61,20 +61,14 @@ class Cluster:
                 raise ConfigError("--sbatch", option, "names no option of sbatch", "--sbatch partition=cpu")
         self.tasks, self.logs, self.asked = tasks, logs, 0.0
         self.options = {name.lstrip("-"): value or True for name, _, value in (option.partition("=") for option in options)}
-        self.record = logs.with_name("slurm.json")
+        self.record = logs.with_name(RECORD)
 
     def __enter__(self) -> Cluster:
-        self.cancel()  # an array of this command when it was killed
+        cancel(self.record)  # an array of this command when it was killed
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cancel()
-
-    def cancel(self) -> None:
-        """End the array that was submitted last, where it is still in the queue."""
-        if number := try_json(self.record).get("id"):
-            queue.ask("scancel", "--quiet", str(number))
-            self.record.unlink()
+        cancel(self.record)
 
     def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Tell) -> None:
         """Do the parts of a stage that are not there yet, each into folder/stage/NAME; raises ConfigError, and OSError where some fail."""
@@ -96,7 +90,7 @@ class Cluster:
         until = time.monotonic() + SEEN_S
         while time.monotonic() < until and queue.in_queue(number) != {}:  # tasks write how they ended
             time.sleep(LOOK_EVERY_S)
-        self.cancel()
+        cancel(self.record)
 
     def _end(self, number: str) -> float:
         """Return the time if the array has left the queue, else 0; squeue may be busy, and is not asked all the time."""
@@ -145,3 +139,10 @@ class Cluster:
         lines = [line for line in failed[0].read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:] if failed else []
         about = "\n".join(f"    {line}" for line in lines)
         return f"array {number} has ended, and {left} parts of the stage {stage} are missing; the same command continues\n{about}"
+
+
+def cancel(record: Path) -> None:
+    """End the array that was submitted last by a command which left this record, where it is still in the queue."""
+    if number := try_json(record).get("id"):
+        queue.ask("scancel", "--quiet", str(number))
+        record.unlink()

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainers.config.choices import Layout
+from trainers.config.choices import Layout, PairsOf
 from trainers.data.fields import READ
 from trainers.data.formats import BadRow, Message, Row, strict_json, to_messages, to_text
 from trainers.data.formats import first_prompt as first_user_turn
 from trainers.data.preferences import to_preference
+from trainers.data.ranked import to_pairs
+from trainers.data.scored import LABEL, SCORE
 
 STRUCTURE = ("role", "from", "type", "id", "tool_call_id", "name")
 """Keys whose values say what a text is, and are not text."""
@@ -42,7 +44,7 @@ class View:
 
     prompt: str
     answers: tuple[str, ...]
-    """The last assistant turn; of a pair, the chosen and the rejected one; of a text, none."""
+    """The last assistant turn; of a pair, the chosen and the rejected one; of a ranked list, the best and the worst; of a text, none."""
 
     @property
     def text(self) -> str:
@@ -99,16 +101,26 @@ def view(row: Row, layout: Layout) -> View:
     if layout is Layout.preference:
         pair = to_preference(row)
         return View(_joined(pair.prompt), (_joined(pair.chosen), _joined(pair.rejected)))
-    messages = to_messages(row, layout)
-    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    return View(_joined(messages[:last]), (said(messages[last]),))
+    if layout is Layout.ranked:
+        prompt, answers = to_pairs(row, PairsOf.best_worst)
+        return View(_joined(prompt), tuple(map(_joined, answers)))
+    messages = _conversation(row, layout)
+    last = max((number for number, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+    return View(_joined(messages), ()) if last is None else View(_joined(messages[:last]), (said(messages[last]),))
+
+
+def _conversation(row: Row, layout: Layout) -> list[Message]:
+    """Return the turns of a row; one with a label or a score needs no answer."""
+    return to_messages(row, layout, answered=LABEL not in row and SCORE not in row)
 
 
 def first_prompt(row: Row, layout: Layout) -> str:
     """Return what a conversation begins with, by which its continuations belong together; of a text, the text."""
     if layout is Layout.text:
         return to_text(row)
-    return first_user_turn(to_preference(row).prompt if layout is Layout.preference else to_messages(row, layout))
+    if layout is Layout.ranked:
+        return first_user_turn(to_pairs(row, PairsOf.best_worst)[0])
+    return first_user_turn(to_preference(row).prompt if layout is Layout.preference else _conversation(row, layout))
 
 
 def said(message: Message) -> str:

@@ -22,6 +22,8 @@ Work = Callable[[Path, Path, Any], None]
 """What makes one part: (folder of the curation, new folder to fill, what the part is about)."""
 Tell = Callable[[str, int, int], None]
 """Gets a stage, its parts that are done, and all of them."""
+RECORD = "slurm.json"
+"""Next to the stages: the array that was submitted last."""
 STAGING = "staging"
 """Folder of parts that are not whole."""
 

@@ -15,6 +15,7 @@ from trainers.config.derived import sources_of
 from trainers.config.mix import sources_of_mix
 from trainers.config.schema import RunConfig
 from trainers.data import sources
+from trainers.data.formats import BadRow
 from trainers.data.prepare import prepare
 from trainers.data.report import summary
 from trainers.data.sources import Row
@@ -27,8 +28,15 @@ PAIRS = 8
 
 def rows_of(config: RunConfig) -> Iterator[Row]:
     """Yield the training rows of a run, those of a mixture's sources one after the other."""
-    parts = sources_of_mix(config).values() or [config]
-    return chain.from_iterable(islice(sources.rows(sources_of(one.data)[0], one.objective.name), one.data.max_rows) for one in parts)
+    return chain.from_iterable(map(_rows, sources_of_mix(config).values() or [config]))
+
+
+def _rows(config: RunConfig) -> Iterator[Row]:
+    for row in islice(sources.rows(sources_of(config.data)[0], config.objective.name), config.data.max_rows):
+        try:
+            yield row._replace(data=sources.parse(row, config.data.ignore)) if config.data.ignore else row
+        except BadRow:  # which the report names
+            yield row
 
 
 def about(config: RunConfig) -> dict[str, Any]:
