@@ -63,7 +63,7 @@ MOMENTS = {
     "writing status.json": r"rename:/\.status\.json\.[^/]*$:2:",
     "exporting": r"rename:/export[^/]*\.tmp$:1:",
 }
-SUITES = {"writing a checkpoint": pytest.mark.soak, "writing status.json": pytest.mark.soak}
+SUITES = dict.fromkeys(("writing a checkpoint", "committing a checkpoint", "writing status.json", "exporting"), pytest.mark.soak)
 
 
 def hooked(cache: Path, folder: Path, at: str) -> dict[str, str]:

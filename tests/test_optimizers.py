@@ -317,7 +317,7 @@ PLANNED += [Case(2, "tiny", state=OptimizerState.bf16), Case(2, "tiny", optimize
 PLANNED += [replace(case, engine=EngineName.zero3) for case in PLANNED if case.optimizer not in MATRICES]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_plan_has_the_bytes_of_each(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """State and what a checkpoint keeps of it to the byte, the peak of tensors within 5 %."""
     for case, found in zip(PLANNED, ranks(2).call(measured, tmp_path, PLANNED)[0], strict=True):
