@@ -123,6 +123,12 @@ def test_the_best_are_chosen_and_each_text_once() -> None:
     assert choose(rows, total, Limits(margin=0.9)).pairs == []
 
 
+def test_an_answer_without_a_reward_leaves_the_others_in_order() -> None:
+    chosen = choose([answer(text) for text in "abc"], [0.1, math.nan, 0.9], Limits())
+    assert (chosen.best, chosen.pairs) == ([2], [(2, 0)])
+    assert chosen.left == {"has no reward": 1, "is not among the best of its prompt": 1}
+
+
 def test_chosen_rows_and_pairs_are_ones_that_the_project_trains_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = ("#### 5", "#### 4", "so #### 4", "#### 3")
     rows = [answer(text, question=f"{n}?", sample=n, line=n, file="f", tools=[{"type": "function"}]) for n in range(3) for text in texts]
@@ -168,4 +174,8 @@ def test_wrong_input_is_one_clear_message(tmp_path: Path, capsys: pytest.Capture
     for file, expected in ((bad, "bad.jsonl:1"), (tmp_path / "none", "no such file")):
         assert select.main([str(file), "--reward", "exact", "--out", str(tmp_path / "out")]) == 2
         assert expected in capsys.readouterr().err
+    good = tmp_path / "good.jsonl"
+    good.write_text(json.dumps(answer("x")) + "\n")
+    assert select.main([str(good), "--reward", "exact", "--out", str(tmp_path / "out"), "--margin", "-1"]) == 2
+    assert "--margin" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -71,6 +71,8 @@ def select(options: argparse.Namespace) -> None:
     for name in ("per_prompt", "cap", "pairs_per_prompt"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
+    if not options.margin >= 0:
+        raise ConfigError("--margin", options.margin, "must be at least 0: an answer makes no pair with itself")
     asked = [read(text) for text in options.reward]
     if len({one.name for one in asked}) < len(asked):
         raise Refused("two rewards have one name: name=... tells them apart")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,11 +68,11 @@ def choose(rows: Sequence[Row], total: Sequence[float], limits: Limits) -> Chose
 def _ranked(rows: Sequence[Row], total: Sequence[float], members: list[int], limits: Limits, left: Counter[str]) -> list[int]:
     """Return the answers of a prompt that have a reward, the best first, each text once."""
     ranked: dict[str, int] = {}
-    for number in sorted(members, key=lambda number: (-total[number], number)):
+    known = [number for number in members if not math.isnan(total[number])]  # NaN has no place in an order
+    left["has no reward"] += len(members) - len(known)
+    for number in sorted(known, key=lambda number: (-total[number], number)):
         text = str(rows[number]["answer"])
-        if total[number] != total[number]:
-            left["has no reward"] += 1
-        elif rows[number]["finish"] == "length" and not limits.keep_cut:
+        if rows[number]["finish"] == "length" and not limits.keep_cut:
             left["was cut"] += 1
         elif not text.strip():
             left["is empty"] += 1
