@@ -218,6 +218,19 @@ def test_a_faulty_server_is_asked_until_it_answers(server: Server, tmp_path: Pat
     assert json.loads(Path(f"{out}.json").read_text())["failures"] == {"HTTP 400": 4}
 
 
+def test_what_a_server_refuses_says_nothing_of_the_server(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More refusals in a row than a dead server gives; where all are refused there is no file, and the exit code tells."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    words = [server.url, str(prompts), "--model", "m", "--out", str(out), "--n", "16", "--at-once", "32"]
+    prompts.write_text(json.dumps({"prompt": Faulty.refused}) + "\n")
+    assert sample.main(words) == 1
+    assert "all 16 answers have failed: HTTP 400 (16)" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["prompts.jsonl"]
+    prompts.write_text(json.dumps({"prompt": Faulty.refused}) + "\n" + json.dumps({"prompt": "cat sat"}) + "\n")
+    assert sample.main(words) == 0
+    assert "16 answers of 2 prompts" in capsys.readouterr().out
+
+
 def test_a_server_that_takes_ids_gives_ids_and_log_probabilities(server: Server, base: Path, tmp_path: Path) -> None:
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
     out = tmp_path / "out.jsonl"

@@ -15,7 +15,8 @@ prompts, nor on --batch. A server answers in text; with --tokenizer, that of its
 log-probabilities come back (vLLM). Whether its answers depend on each other is the server's doing. Its key is read from
 FULLTUNE_ENDPOINT_KEY, or OPENAI_API_KEY. A stopped command continues where it was: answers are in OUT.part until all are there.
 
-Exit codes: 0 written, or there already, 1 answers are missing, which the same command asks for again, 2 bad input, 130 Ctrl-C.
+Exit codes: 0 written, or there already, 1 answers are missing, or all have failed: the same command asks again, 2 bad input,
+130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from trainers.cache import content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ModelConfig, RunConfig
 from trainers.generate import prompts
-from trainers.generate.endpoint import Server, check
+from trainers.generate.endpoint import REFUSALS, Server, check
 from trainers.generate.kept import Kept
 from trainers.generate.local import Broken, Local
 from trainers.generate.models import is_url, named
 from trainers.generate.prompts import Prompt
 from trainers.generate.request import STOP, Answer, Request, Sampling
-from trainers.generate.served import FINAL, ask
+from trainers.generate.served import ask
 from trainers.rundir.ending import Exit
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -176,9 +177,9 @@ class Served:
         """Find out whether it can be asked; raises ConfigError."""
         self.sampling, self.name = sampling, f"{options.served} at {options.model}"
         at = {"timeout_s": options.timeout, "attempts": options.attempts, "at_once": options.at_once}
-        self.server = Server(url=options.model, model=options.served, **at)
+        self.server = Server(url=options.model, model=options.served, refusals_are_replies=True, **at)
         self.key = content_key("served", options.model, options.served, options.tokenizer)
-        self.final = FINAL
+        self.final = REFUSALS
         self.tokenizer: Any = None
         if reason := check(self.server):
             raise ConfigError("MODEL", options.model, reason, "an OpenAI-compatible endpoint up to its version")
@@ -228,6 +229,14 @@ def report(kept: Kept, about: dict[str, Any], rows: list[Prompt], requests: list
         )
         return Exit.failed
 
+    failures = Counter(row["failure"] for row in kept.rows.values() if "failure" in row)
+    finishes = Counter(row["finish"] for row in kept.rows.values() if "finish" in row)
+    if not finishes:
+        kept.drop()
+        why = ", ".join(f"{kind} ({count})" for kind, count in failures.most_common())
+        print(f"error: all {len(requests)} answers have failed: {why}. Nothing is written; the same command asks again", file=sys.stderr)
+        return Exit.failed
+
     def shown(row: dict[str, Any]) -> dict[str, Any] | None:
         prompt = rows[row["number"] // n]
         if "failure" in row:
@@ -238,8 +247,6 @@ def report(kept: Kept, about: dict[str, Any], rows: list[Prompt], requests: list
         about_it = {"sample": row["number"] % n, "seed": requests[row["number"]].seed, "model": about["model"]}
         return {"prompt": prompt.messages} | tools | drawn | about_it | origin
 
-    failures = Counter(row["failure"] for row in kept.rows.values() if "failure" in row)
-    finishes = Counter(row["finish"] for row in kept.rows.values() if "finish" in row)
     counts = {"answers": finishes.total(), "finish": dict(finishes), "failures": dict(failures)}
     kept.finish(about | counts, shown)
     words = [f"{count} failed: {kind}" for kind, count in failures.items()]

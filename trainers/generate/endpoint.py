@@ -18,6 +18,8 @@ TIMEOUT, UNREACHABLE, GARBAGE, NOT_ASKED = "timeout", "unreachable", "garbage", 
 """Failures, in addition to "HTTP 500" and its like."""
 DOWN_AFTER = 10
 """Requests in a row without a reply, after which the endpoint is asked nothing more."""
+REFUSALS = ("HTTP 400", "HTTP 413", "HTTP 422")
+"""Failures that may be the request's own: the same request would fail again."""
 LONGEST_WAIT_S = 60.0
 """Between two attempts. A server that wants a longer wait is not asked again."""
 
@@ -39,6 +41,8 @@ class Server:
     at_once: int = 8
     backoff_s: float = 1.0
     """Wait before the second attempt, doubled before each further one up to LONGEST_WAIT_S; the server's Retry-After where longer."""
+    refusals_are_replies: bool = False
+    """HTTP 400, 413 and 422 are about one request, and say nothing of the endpoint."""
     key_name: str = "FULLTUNE_ENDPOINT_KEY"
     """Environment variable of its key; without it OPENAI_API_KEY."""
 
@@ -137,7 +141,7 @@ class Endpoint:
 
     def _count(self, failure: str, is_last: bool = True) -> None:
         """Count a request. Garbage is a reply; who is told to wait a little is not refused, unless it is told so to the last."""
-        if failure in ("", GARBAGE):
+        if failure in ("", GARBAGE) or (self.server.refusals_are_replies and failure in REFUSALS):
             self.silent = 0
         elif failure != "HTTP 429" or is_last:
             self.silent += 1

@@ -68,6 +68,11 @@ class Kept:
         if self.stream is not None:
             self.stream.close()
 
+    def drop(self) -> None:
+        """Forget what is there."""
+        self.close()
+        self.part.unlink(missing_ok=True)
+
     def finish(self, about: dict[str, Any], shown: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
         """Write the file in the order of the requests, and what is known of it next to it; `shown` gives a row of it, None for none."""
         self.close()

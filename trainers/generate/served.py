@@ -8,9 +8,6 @@ from typing import Any
 from trainers.generate.endpoint import NOT_ASKED, Endpoint, Server, ask_all
 from trainers.generate.request import Answer, Request, Sampling
 
-FINAL = ("HTTP 400", "HTTP 413", "HTTP 422")
-"""Failures that are the request's own: the same request would fail again."""
-
 
 def ask(requests: Sequence[Request], sampling: Sampling, server: Server, took: Callable[[Answer], None]) -> None:
     """Ask for all answers; `took` gets each in the calling thread as soon as it is there, a failure too, but not what was not asked.
