@@ -57,6 +57,16 @@ HOSTILE = {
         "import os\nx = b'x' * (100 << 20)\nfor _ in range(4):\n    os.fork()\nwhile True:\n    x = x[:-1] + b'y'",
         "memory",
     ),
+    "memory in files of no folder": (
+        "import os, time\nos.fork()\nfor n in range(50):\n    os.write(os.memfd_create(str(n)), b'x' * (4 << 20))\ntime.sleep(60)",
+        "memory",
+    ),
+    "memory of System V": (
+        "import ctypes, time\nlibc, size = ctypes.CDLL(None), 10 << 20\nlibc.shmat.restype = ctypes.c_void_p\n"
+        "for n in range(40):\n    at = ctypes.c_void_p(libc.shmat(libc.shmget(0, size, 0o1600), None, 0))\n"
+        "    ctypes.memset(at, 1, size)\n    libc.shmdt(at)\ntime.sleep(60)",
+        "memory",
+    ),
     "a large file": ("with open('big', 'wb') as f:\n    while True:\n        f.write(b'x' * 65536)", "files"),
     "many files": ("for n in range(1000):\n    open(f'f{n}', 'w').close()", "files"),
 }
@@ -68,7 +78,7 @@ def test_limits_end_what_exceeds_them(name: str, nothing_left: None) -> None:
     program, limit = HOSTILE[name]
     found = passes(program, "", SMALL)
     assert not found.passed
-    assert found.stopped == limit or (name.startswith(("a fork", "one that asks", "memory of")) and found.stopped)
+    assert found.stopped == limit or (name.startswith(("a fork", "one that asks", "memory of many")) and found.stopped)
 
 
 def test_nothing_of_this_machine_is_seen_or_changed(tmp_path: Path, nothing_left: None) -> None:
@@ -94,6 +104,36 @@ def test_nothing_of_this_machine_is_seen_or_changed(tmp_path: Path, nothing_left
         found = passes(program, "assert not worked, worked", Limits())
     assert found == Outcome(passed=True)
     assert (tmp_path / "secret").read_text() == "words"
+
+
+TYPED = """\
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import ClassVar
+@dataclass
+class Point:
+    x: int
+    zero: ClassVar[int] = 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "tests"),
+    [
+        (TYPED, "from answer import Point\nassert Point(2).x == 2"),
+        ("import contextlib, os, signal\nwith contextlib.suppress(PermissionError):\n    os.kill(1, signal.SIGINT)", "open('/dev/null')"),
+    ],
+    ids=["a module's names", "who interrupts the first process"],
+)
+def test_what_an_answer_may_do(answer: str, tests: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python's folder is a link, and with a mask that hides new folders from others."""
+    (tmp_path / "python").symlink_to(sys.base_prefix)
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "python"))
+    before = os.umask(0o077)
+    try:
+        assert passes(answer, tests, Limits()) == Outcome(passed=True)
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.for_real

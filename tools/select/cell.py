@@ -94,6 +94,7 @@ def _apart(asked: dict[str, Any], ready: tuple[int, int], mapped: tuple[int, int
 
 def _first(asked: dict[str, Any], told: int) -> None:
     """Be the first process of the cell: build its files, start the program, watch it, and end with all that it has started."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which the first process does not get; a program of the same user could send it
     with open("/proc/self/uid_map") as file:
         is_root = len(file.read().splitlines()) == 2
     _files(asked)
@@ -108,6 +109,7 @@ def _first(asked: dict[str, Any], told: int) -> None:
 
 def _files(asked: dict[str, Any]) -> None:
     limits = asked["limits"]
+    os.umask(0o022)
     _mount("none", "/", "", RECURSIVE | PRIVATE)
     _mount("tmpfs", ROOT, "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
     for path in asked["paths"]:
@@ -219,7 +221,25 @@ def _excess(limits: dict[str, Any]) -> str:
     for number in numbers:
         with contextlib.suppress(OSError, IndexError, ValueError), open(f"/proc/{number}/statm") as file:
             pages += int(file.read().split()[1])
-    return "memory" if pages * resource.getpagesize() > limits["memory_bytes"] else ""
+    return "memory" if pages * resource.getpagesize() + _unmapped(numbers) > limits["memory_bytes"] else ""
+
+
+def _unmapped(numbers: list[str]) -> int:
+    """Return the bytes of open memfds and of System V's shared memory, which need no mapping."""
+    files: dict[tuple[int, int], int] = {}
+    for number in numbers:
+        with contextlib.suppress(OSError):  # a process that has ended
+            for name in os.listdir(f"/proc/{number}/fd"):
+                link = f"/proc/{number}/fd/{name}"
+                with contextlib.suppress(OSError):
+                    if os.readlink(link).startswith("/memfd:"):
+                        found = os.stat(link)
+                        files[found.st_dev, found.st_ino] = found.st_blocks * 512
+    segments = 0
+    with contextlib.suppress(OSError), open("/proc/sysvipc/shm") as file:
+        lines = [line.split() for line in file]
+        segments = sum(int(line[lines[0].index("rss")]) for line in lines[1:])
+    return sum(files.values()) + segments
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ MET = {"memory": ("MemoryError",), "files": ("[Errno 27]", "[Errno 28]"), "proce
 """What Python says where the system refuses more."""
 
 HARNESS = """\
-import sys
+import sys, types
 def _run():
     word = sys.stdin.readline()
-    names = {{"__name__": "answer"}}
+    module = sys.modules["answer"] = types.ModuleType("answer")
+    names = module.__dict__
     exec(compile({answer!r}, "answer.py", "exec"), names)
     exec(compile({tests!r}, "tests.py", "exec"), names)
     sys.stdout.write("\\n" + word)
@@ -62,7 +63,9 @@ def passes(answer: str, tests: str, limits: Limits) -> Outcome:
     """Run an answer's code and then its tests; raises Refused where they cannot be cut off."""
     word = secrets.token_hex(16)
     asked: dict[str, object] = {"program": HARNESS.format(answer=answer, tests=tests), "input": f"{word}\n", "limits": asdict(limits)}
-    found = _asked(asked | {"python": os.path.realpath(sys.executable), "paths": [*PATHS, sys.base_prefix]}, limits.time_s + GRACE_S)
+    found = _asked(
+        asked | {"python": os.path.realpath(sys.executable), "paths": [*PATHS, os.path.realpath(sys.base_prefix)]}, limits.time_s + GRACE_S
+    )
     # an answer that leaves early has exit code 0, and has not said the word
     passed = found["code"] == 0 and str(found["said"]).rstrip("\n").endswith(word)
     return Outcome(passed, str(found["why"]) or ("" if passed else _limit_of(str(found["said"]))))
