@@ -1,7 +1,7 @@
 """Whether two mathematical answers are the same, by math-verify, in a process of its own: python -m tools.select.mathematics.
 
-math-verify keeps its time by SIGALRM, which the main thread of a process alone has; and what it hands to sympy may take for ever. It reads
-{"reference", "answer"} a line from stdin, and says {"reward"} or {"failure"}.
+What math-verify hands to sympy may take for ever, and its own limits count what they end as different. So they are off, and who has started
+this process ends it. It reads {"reference", "answer"} a line from stdin, and says {"reward"} or {"failure"}.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from importlib.util import find_spec
 
 from tools.command import Refused
@@ -26,12 +27,14 @@ def main() -> None:
     """Compare until stdin ends."""
     from math_verify import parse, verify
 
+    read = partial(parse, parsing_timeout=None)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            wanted = parse(asked["reference"])
-            said = {"reward": float(verify(wanted, parse(asked["answer"])))} if wanted else {"failure": "the reference is not mathematics"}
+            wanted = read(asked["reference"])
+            same = bool(wanted) and verify(wanted, read(asked["answer"]), timeout_seconds=None)
+            said = {"reward": float(same)} if wanted else {"failure": "the reference is not mathematics"}
         except Exception as error:  # of sympy, for whatever an answer holds
             said = {"failure": f"math-verify raises {type(error).__name__}"}
         print(json.dumps(said), flush=True)
