@@ -153,6 +153,24 @@ def plain_answer(run: Path, said: str, seed: int) -> str:
     return str(tokenizer.decode(found.ids, skip_special_tokens=True))
 
 
+def test_a_prompt_is_what_training_renders(base: Path, tmp_path: Path) -> None:
+    """An instruction goes with what it is about, and a BOS that is the EOS, and that the tokenizer does not add, opens nothing."""
+    from transformers import AutoTokenizer
+
+    from trainers.generate.prompts import read, rendered
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = None
+    row = {"instruction": "cat", "input": "two dogs"}
+    for more in ({}, {"output": "far"}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row | more) + "\n")
+        (prompt,) = read(str(tmp_path / "rows.jsonl"))
+        assert prompt.messages == [{"role": "user", "content": "cat\ntwo dogs"}]
+    assert rendered(prompt, tokenizer)[0] == tokenizer.bos_token_id
+    tokenizer.bos_token = tokenizer.eos_token
+    assert rendered(prompt, tokenizer) == tokenizer.encode("cat\ntwo dogs\n", add_special_tokens=False)
+
+
 class Faulty(JsonRequests):
     """Speaks both protocols; every third first request fails, one prompt is refused."""
 

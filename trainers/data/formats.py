@@ -130,9 +130,7 @@ def to_pair(row: Row, layout: Layout) -> tuple[str, str]:
     if layout is Layout.question_answer:
         prompt, completion = _string(row, "question"), _string(row, "answer")
     elif layout is Layout.alpaca:
-        prompt, completion = _string(row, "instruction"), _string(row, "output")
-        extra = _string(row, "input") if row.get("input") is not None else ""
-        prompt = f"{prompt}\n{extra}" if extra else prompt
+        prompt, completion = joined(row), _string(row, "output")
     elif layout is Layout.prompt_completion:
         prompt, completion = _string(row, "prompt"), _string(row, _completion_key(row))
     else:
@@ -140,6 +138,13 @@ def to_pair(row: Row, layout: Layout) -> tuple[str, str]:
     if not completion.strip():
         raise BadRow("has an empty assistant turn")
     return prompt, completion
+
+
+def joined(row: Row) -> str:
+    """Return the instruction of a row and what it is about, where it has that."""
+    instruction = _string(row, "instruction")
+    extra = _string(row, "input") if row.get("input") is not None else ""
+    return f"{instruction}\n{extra}" if extra else instruction
 
 
 def to_text(row: Row) -> str:

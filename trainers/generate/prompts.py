@@ -10,7 +10,8 @@ from trainers.config.choices import Layout, ObjectiveName
 from trainers.config.derived import Source
 from trainers.config.errors import ConfigError
 from trainers.data import sources
-from trainers.data.formats import BadRow, Message, Row, recognise, require_characters, system_of, to_messages, to_tools
+from trainers.data.encode import first_token
+from trainers.data.formats import BadRow, Message, Row, joined, recognise, require_characters, system_of, to_messages, to_tools
 from trainers.data.preferences import to_preference, turns_of
 from trainers.data.template import fill, template_of
 
@@ -82,7 +83,10 @@ def _turns(row: Row) -> list[Message]:
     key = next((name for name in ("prompt", "question", "instruction") if isinstance(row, dict) and row.get(name)), None)
     if key is None:
         raise BadRow("has no `messages`, `prompt`, `question` or `instruction`")
-    turns = turns_of(row[key], key, "user")
+    asked = row[key]
+    if key == "instruction" and isinstance(asked, str) and row.get("input") is not None:
+        asked = joined(row)
+    turns = turns_of(asked, key, "user")
     system = system_of(row)
     return [{"role": "system", "content": system}, *turns] if system and turns[0]["role"] != "system" else turns
 
@@ -95,7 +99,7 @@ def rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             text = fill(template, prompt.messages, prompt.tools, add_generation_prompt=True)
         elif len(prompt.messages) == 1 and not prompt.tools:
             between = "" if "prompt" in prompt.row else "\n"
-            text = f"{tokenizer.bos_token or ''}{prompt.messages[0]['content']}{between}"
+            text = f"{first_token(tokenizer)}{prompt.messages[0]['content']}{between}"
         else:
             raise ConfigError("MODEL", tokenizer.name_or_path, "has no chat template, and a conversation needs one", "prompts of one turn")
     except BadRow as error:
