@@ -116,6 +116,30 @@ def test_a_schema_with_an_unknown_word_is_refused_also_deep_inside() -> None:
         require_known({"properties": {"a": {"items": {"oneOf": []}}}})
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"properties": []},
+        {"enum": 3},
+        {"minimum": "1"},
+        {"maxItems": True},
+        {"required": "a"},
+        {"required": [[]]},
+        {"items": []},
+        {"type": {}},
+        {"type": [["null"]]},
+        {"type": "text"},
+        "{",
+    ],
+    ids=str,
+)
+def test_a_schema_that_is_none_gives_no_reward(wanted: Any, tmp_path: Path) -> None:
+    for row in ({"schema": wanted}, {"schema": wanted if wanted == "{" else {"items": wanted}}):
+        found, failures = column([answer('[{"a": 1}]', row=row)], "json", tmp_path)
+        assert found == [None]
+        assert "schema" in next(iter(failures))
+
+
 def test_the_best_are_chosen_and_each_text_once() -> None:
     rows = [answer(text) for text in ("a", "b", "b", "c", "d", " ", "e")] + [answer("only", question="other?")]
     rows[4]["finish"] = "length"
@@ -168,6 +192,15 @@ def test_wrong_input_is_one_clear_message(tmp_path: Path, capsys: pytest.Capture
     for text in (
         "exakt",
         "exact:how=x",
+        "exact:extract=(",
+        r"exact:extract=\d+",
+        "code:timeout=inf",
+        "code:processes=0.5",
+        "code:memory_mib=0",
+        "code:disk_mib=-1",
+        "math:timeout=nan",
+        "exact:weight=nan",
+        "length:soft=-1",
         "length:max=x",
         "length:unit=miles",
         "format",

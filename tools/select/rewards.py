@@ -39,6 +39,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "judge": {"url": None, "model": None, "timeout": 60.0, "at_once": 8},
 }
 """What each kind may be told, and what it is told otherwise."""
+MOST = 1e6
+BOUNDS = {
+    "weight": (-MOST, MOST),
+    "min": (-math.inf, math.inf),
+    "max": (-math.inf, math.inf),
+    "soft": (0.0, math.inf),
+    "processes": (1.0, MOST),
+    "at_once": (1.0, MOST),
+}
+"""What numbers may be; others are above 0, and at most MOST."""
 NEEDED = {"format": "pattern", "function": "path", "model": "path", "judge": "url"}
 
 
@@ -86,9 +96,14 @@ def read(text: str) -> Asked:
 
 def _number(text: str, name: str, value: str) -> float:
     try:
-        return float(value)
+        found = float(value)
     except ValueError:
         raise Refused(f"--reward {text}: `{name}` is a number, and `{value}` is not") from None
+    least, most = BOUNDS.get(name, (0.0, MOST))
+    if not least <= found <= most or (name not in BOUNDS and found == 0):
+        allowed = f"from {least:g} to {most:g}" if name in BOUNDS else f"above 0, and at most {MOST:g}"
+        raise Refused(f"--reward {text}: `{name}` is {allowed}, and `{value}` is not")
+    return found
 
 
 def rewards_of(rows: Sequence[Row], asked: Sequence[Asked], kept: Path) -> Found:

@@ -10,6 +10,7 @@ from typing import Any
 
 from tools.command import Refused
 from tools.evaluate.scores import exact_match
+from trainers.config.measured import against_extract
 
 Row = Mapping[str, Any]
 Reward = Callable[[Row], float]
@@ -28,19 +29,20 @@ TYPES: dict[str, tuple[type, ...]] = {
     "boolean": (bool,),
     "null": (type(None),),
 }
-KEYWORDS = (
-    "type",
-    "properties",
-    "required",
-    "additionalProperties",
-    "items",
-    "enum",
-    "const",
-    "minimum",
-    "maximum",
-    "minItems",
-    "maxItems",
-)
+KEYWORDS: dict[str, tuple[type, ...]] = {
+    "type": (str, list),
+    "properties": (dict,),
+    "required": (list,),
+    "additionalProperties": (dict, bool),
+    "items": (dict, bool),
+    "enum": (list,),
+    "const": (object,),
+    "minimum": (int, float),
+    "maximum": (int, float),
+    "minItems": (int, float),
+    "maxItems": (int, float),
+}
+"""Of a schema, what decides, and what each may be."""
 FENCED = re.compile(r"^```(?:python|py|python3)?[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 NOTES = ("$schema", "$id", "title", "description", "default", "examples")
 """Of a schema, what decides nothing."""
@@ -52,6 +54,8 @@ class NoReward(Exception):
 
 def exact(how: str) -> Reward:
     """Return 1 where the answer has what the reference has, else 0; `how` is that of evaluation.extract."""
+    if reason := against_extract(how):
+        raise Refused(f"--reward exact: extract: `{how}` {reason}")
 
     def reward(row: Row) -> float:
         found = exact_match(str(row["answer"]), str(row["reference"]), how)
@@ -96,15 +100,20 @@ def schema(file: str | None) -> Reward:
 
     def reward(row: Row) -> float:
         wanted = given if given is not None else row["row"].get("schema")
-        wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
+        try:
+            wanted = json.loads(wanted) if isinstance(wanted, str) else wanted
+            if isinstance(wanted, dict):
+                require_known(wanted)
+        except ValueError:
+            raise NoReward("the row's schema is not JSON") from None
+        except RecursionError:
+            raise NoReward("the row's schema is nested too deeply") from None
         if not isinstance(wanted, dict):
             raise NoReward("the row has no schema")
-        require_known(wanted)
         try:
-            value = json.loads(str(row["answer"]))
+            return float(fits(json.loads(str(row["answer"])), wanted))
         except (ValueError, RecursionError):
             return 0.0
-        return float(fits(value, wanted))
 
     return reward
 
@@ -123,13 +132,23 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def require_known(wanted: Any) -> None:
-    """Raise NoReward for a schema with keywords that are not known here, anywhere in it."""
+    """Raise NoReward for a schema with keywords that are not known here, or with values that they may not have, anywhere in it."""
     if isinstance(wanted, bool):
         return
     if not isinstance(wanted, dict):
         raise NoReward("a schema is an object")
     if unknown := [name for name in wanted if name not in (*KEYWORDS, *NOTES)]:
         raise NoReward(f"the schema has `{unknown[0]}`, which is not known here; known are {', '.join(KEYWORDS)}")
+    for name, kinds in KEYWORDS.items():
+        value = wanted.get(name)
+        if name in wanted and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds)):
+            raise NoReward(f"the schema has a `{name}` that cannot be: {json.dumps(value)[:80]}")
+    if not all(isinstance(name, str) for name in wanted.get("required", ())):
+        raise NoReward("the schema requires names that are not strings")
+    kinds = wanted.get("type", [])
+    for kind in kinds if isinstance(kinds, list) else [kinds]:
+        if not isinstance(kind, str) or kind not in TYPES:
+            raise NoReward(f"the schema has the type `{kind}`; there are {', '.join(TYPES)}")
     for inner in [*wanted.get("properties", {}).values(), wanted.get("items", True), wanted.get("additionalProperties", True)]:
         require_known(inner)
 
@@ -155,8 +174,6 @@ def fits(value: Any, wanted: Mapping[str, Any] | bool) -> bool:
 def _is_of(value: Any, kind: str | list[str]) -> bool:
     if isinstance(kind, list):
         return any(_is_of(value, one) for one in kind)
-    if kind not in TYPES:
-        raise NoReward(f"the schema has the type `{kind}`; there are {', '.join(TYPES)}")
     if kind == "integer" and isinstance(value, float):
         return value.is_integer()
     return isinstance(value, TYPES[kind]) and (kind == "boolean" or not isinstance(value, bool))

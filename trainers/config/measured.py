@@ -25,19 +25,16 @@ def validate_evaluation(evaluation: EvaluationConfig) -> None:
         raise ConfigError(
             "evaluation.metrics", [], "nothing would measure the answers", "evaluation.rows=0, which lets the model answer none"
         )
-    if evaluation.extract in EXTRACTS:
-        return
+    if reason := against_extract(evaluation.extract):
+        raise ConfigError("evaluation.extract", evaluation.extract, reason, f"one of {', '.join(EXTRACTS)}, or one group")
+
+
+def against_extract(extract: str) -> str:
+    """Say why nothing can be extracted by this; empty where something can."""
+    if extract in EXTRACTS:
+        return ""
     try:
-        groups = re.compile(evaluation.extract).groups
+        groups = re.compile(extract).groups
     except re.error as error:
-        known = ", ".join(EXTRACTS)
-        raise ConfigError(
-            "evaluation.extract", evaluation.extract, f"is not a valid regular expression: {error}", f"one of {known}"
-        ) from error
-    if groups != 1:
-        raise ConfigError(
-            "evaluation.extract",
-            evaluation.extract,
-            f"has {groups} groups, and one says what is compared",
-            "evaluation.extract=whole, or one group",
-        )
+        return f"is not a valid regular expression: {error}"
+    return "" if groups == 1 else f"has {groups} groups, and one says what is compared"
