@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ from local_server import JsonRequests, LocalServer
 
 from tools import sample
 from trainers.generate.decode import choose, decode, stops_of
+from trainers.generate.local import Local
 from trainers.generate.request import LENGTH, STOP, Sampling
 
 DRAWS = [
@@ -129,7 +131,7 @@ def test_a_killed_command_continues_and_asks_nothing_twice(finished: Path, cache
 
     talk = subprocess.run(
         [sys.executable, "-m", "tools.chat", str(finished), "--max-new-tokens", "8", "--temperature", "1"],
-        input="cat sat\n/undo\ndogs ran\n/new\ncat sat\n",
+        input=f"cat sat\n/undo\ndogs ran\n{'cat ' * 20000}\n/new\ncat sat\n",
         cwd=ROOT,
         env=environment(cache),
         capture_output=True,
@@ -137,10 +139,20 @@ def test_a_killed_command_continues_and_asks_nothing_twice(finished: Path, cache
         timeout=120,
         check=True,
     )
+    assert "leaves no room for an answer" in talk.stderr
     assert talk.stdout.splitlines() == [
-        plain_answer(finished, said, turn) for turn, said in enumerate(("cat sat", "dogs ran", "cat sat"), 1)
+        plain_answer(finished, said, turn) for said, turn in (("cat sat", 1), ("dogs ran", 2), ("cat sat", 4))
     ]
     assert any(talk.stdout.splitlines())
+
+
+def test_what_a_models_own_code_prints_is_no_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    local = object.__new__(Local)
+    local.said, local.room = queue.SimpleQueue(), threading.Semaphore(9)
+    line = [sys.executable, "-c", "print('{ no JSON'); print('{\"done\": true}')"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as local.process:
+        local._listen()
+    assert [local.said.get(timeout=9), local.said.get(timeout=9)] == [{"done": True}, None]
 
 
 def plain_answer(run: Path, said: str, seed: int) -> str:

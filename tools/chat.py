@@ -4,7 +4,8 @@ python -m tools.chat runs/mine                     a run's export, also one of a
 python -m tools.chat some/model --temperature 0    a model directory, or a hub id
 
 A line is a message, and the answer appears word by word. /new begins another conversation, /undo takes the last message back, /quit or
-Ctrl-D ends. Ctrl-C ends too. Lines that come through a pipe are answered in turn, on stdout.
+Ctrl-D ends. Ctrl-C ends too. A message that leaves no room for an answer is left out. Lines that come through a pipe are answered in turn,
+on stdout.
 
 Exit codes: 0 ended, 1 the model could not answer, 2 bad input, 130 Ctrl-C.
 """
@@ -68,7 +69,8 @@ def chat(options: argparse.Namespace) -> None:
                 turn += 1
                 asked = [*messages, {"role": "user", "content": said}]
                 request = Request(key=turn, seed=options.seed + turn, ids=rendered(Prompt(asked, None, "", {}, "stdin", turn), tokenizer))
-                messages = [*asked, {"role": "assistant", "content": _answer(local, request, sampling, tokenizer)}]
+                answer = _answer(local, request, sampling, tokenizer)
+                messages = messages if answer is None else [*asked, {"role": "assistant", "content": answer}]
 
 
 def _line() -> str | None:
@@ -83,8 +85,8 @@ def _line() -> str | None:
     return line.strip() if line else None
 
 
-def _answer(local: Local, request: Request, sampling: Sampling, tokenizer: Any) -> str:
-    """Print an answer as its tokens come, and return it."""
+def _answer(local: Local, request: Request, sampling: Sampling, tokenizer: Any) -> str | None:
+    """Print an answer as its tokens come, and return it; None where there is none, and stderr says why."""
     ids: list[int] = []
     answers: list[Answer] = []
     shown = ""
@@ -100,7 +102,8 @@ def _answer(local: Local, request: Request, sampling: Sampling, tokenizer: Any) 
     local.ask([request], sampling, answers.append, heard)
     (answer,) = answers
     if answer.failure:
-        raise Broken(f"{answer.failure}: /new begins another conversation")
+        print(f"{answer.failure}: /undo takes a message back, /new begins another conversation", file=sys.stderr)
+        return None
     kept = (answer.ids or [])[: -1 if answer.finish == STOP else None]
     text = str(tokenizer.decode(kept, skip_special_tokens=True))
     print(text[len(shown) :] if text.startswith(shown) else "")

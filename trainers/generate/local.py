@@ -18,6 +18,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig, plain
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.processes import prepare_child
+from trainers.rundir.files import try_row
 
 STOP_S = 10.0
 
@@ -91,7 +92,7 @@ class Local:
         while "done" not in (word := self._next(self.timeout_s)):
             if "answer" in word:
                 took(Answer(**word["answer"]))
-            elif heard is not None:
+            elif heard is not None and "token" in word:
                 heard(word["token"])
 
     def close(self) -> None:
@@ -108,9 +109,9 @@ class Local:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("{"):
+            if (word := try_row(line)) is not None:  # a model's own code may print what it likes
                 self.room.acquire()
-                self.said.put(json.loads(line))
+                self.said.put(word)
         self.process.wait()
         self.said.put(None)
 
