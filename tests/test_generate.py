@@ -23,6 +23,7 @@ from tools import sample
 from trainers.generate.decode import choose, decode, stops_of
 from trainers.generate.local import Local
 from trainers.generate.request import LENGTH, STOP, Sampling
+from trainers.generate.subject import kind_of
 
 DRAWS = [
     Sampling(temperature=0.0, max_new_tokens=9),
@@ -126,6 +127,8 @@ def test_a_killed_command_continues_and_asks_nothing_twice(finished: Path, cache
     assert 3 <= len(known) < 36
     assert all(found[number]["logps"] == row["logps"] for number, row in known.items())  # to the bit: not asked again
     assert not part.exists()
+    about = json.loads(Path(f"{out}.json").read_text())
+    assert (about["dtype"], about["device"]) == ("float32", kind_of("auto"))
     assert "there already" in tool(cache, *words, "--out", out, name="sample")
     assert "holds other answers" in tool(cache, *words, "--out", out, "--seed", "1", name="sample", expect=2)
 

@@ -93,7 +93,8 @@ def sample(options: argparse.Namespace) -> int:
     sampling = Sampling(**{name: getattr(options, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")})
     rows = prompts.read(options.prompts, options.split)[: options.rows]
     asked = Served(options, sampling) if is_url(options.model) else Opened(options, sampling)
-    about = {"model": asked.name, "sampling": asdict(sampling), "seed": options.seed, "n": options.n, "prompts": options.prompts}
+    asked_for = {"sampling": asdict(sampling), "seed": options.seed, "n": options.n, "prompts": options.prompts}
+    about = {"model": asked.name} | asked.machine | asked_for
     kept = Kept(options.out, content_key(VERSION, asked.key, about["sampling"], options.seed, options.n, [vars(row) for row in rows]))
     if kept.is_whole:
         print(f"there already: {options.out}")
@@ -141,15 +142,15 @@ class Opened:
     def __init__(self, options: argparse.Namespace, sampling: Sampling) -> None:
         """Find its files; raises ConfigError."""
         from trainers.data.tokenizer import load_tokenizer, tokenizer_hash
-        from trainers.generate.subject import Subject
+        from trainers.generate.subject import Subject, kind_of
 
         self.options, self.sampling, self.name = options, sampling, options.model
         self.model = named(options.model)
         self.tokenizer: Any = load_tokenizer(self.model.config)
         subject = Subject(config=self.model.config, folder=self.model.folder)
-        self.key = content_key(
-            "local", subject.fingerprint, tokenizer_hash(self.tokenizer), str(self.tokenizer.chat_template), options.dtype
-        )
+        self.machine = {"dtype": options.dtype, "device": kind_of(options.device)}
+        tokenizer = tokenizer_hash(self.tokenizer), str(self.tokenizer.chat_template)
+        self.key = content_key("local", subject.fingerprint, *tokenizer, *self.machine.values())
         self.final: Sequence[str] = ("the prompt leaves no room for an answer",)
 
     def request(self, prompt: Prompt, number: int, seed: int) -> Request:
@@ -179,6 +180,7 @@ class Served:
         at = {"timeout_s": options.timeout, "attempts": options.attempts, "at_once": options.at_once}
         self.server = Server(url=options.model, model=options.served, refusals_are_replies=True, **at)
         self.key = content_key("served", options.model, options.served, options.tokenizer)
+        self.machine: dict[str, str] = {}
         self.final = REFUSALS
         self.tokenizer: Any = None
         if reason := check(self.server):

@@ -25,6 +25,11 @@ from trainers.peft.nf4 import round_base
 from trainers.peft.saved import reopen_adapter
 
 
+def kind_of(device: str) -> str:
+    """Return the kind of device that is used where `device` is asked for: cuda or cpu."""
+    return "cuda" if torch.cuda.is_available() and device != "cpu" else "cpu"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model, and the run whose rows and settings it is measured with."""

@@ -19,7 +19,7 @@ from trainers.config.schema import parse
 from trainers.data.tokenizer import pad_id
 from trainers.generate.decode import decode, stops_of
 from trainers.generate.request import Answer, Sampling
-from trainers.generate.subject import Subject
+from trainers.generate.subject import Subject, kind_of
 from trainers.host import cores
 from trainers.rundir.ending import Exit
 
@@ -30,12 +30,12 @@ def main(arguments: list[str]) -> int:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(cores())
-    on_gpu = torch.cuda.is_available() and asked["device"] != "cpu"
-    if on_gpu:
+    device = kind_of(asked["device"])
+    if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         subject = Subject(config=parse(asked["config"]), folder=Path(asked["folder"]) if asked["folder"] else None)
-        model = subject.open(getattr(torch, asked["dtype"]), torch.device("cuda" if on_gpu else "cpu"))
+        model = subject.open(getattr(torch, asked["dtype"]), torch.device(device))
         stops, pad = stops_of(model, subject.tokenizer), pad_id(subject.tokenizer)
         say(ready=True, stops=stops)
         for line in sys.stdin:
