@@ -136,6 +136,12 @@ def test_what_an_answer_may_do(answer: str, tests: str, tmp_path: Path, monkeypa
         os.umask(before)
 
 
+def test_a_program_that_narrows_its_watchers_limits_has_not_passed() -> None:
+    """It may where it has the same user, so not as root; it ends its cell, and not the command."""
+    answer = "import resource\ntry:\n    resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))\nexcept PermissionError:\n    pass\n"
+    assert passes(answer, "import time\ntime.sleep(0.3)", Limits()).passed == (os.geteuid() == 0)
+
+
 @pytest.mark.for_real
 def test_a_killed_parent_takes_its_program_with_it(nothing_left: None) -> None:
     line = "from tools.select.sandbox import Limits, passes; passes('while True: pass', '', Limits(time_s=60))"

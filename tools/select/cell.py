@@ -57,7 +57,8 @@ def main() -> None:
     while part := os.read(told[0], 65536):
         answer += part
     os.waitpid(outer, 0)
-    print(answer.decode() or json.dumps({"refused": "the cell has ended without a word"}))
+    said = {"code": None, "why": "", "said": ""} if answer else {"refused": "the cell has ended without a word"}
+    print(answer.decode().strip() or json.dumps(said))
 
 
 def _guarded(told: int, work: Any) -> NoReturn:
@@ -104,7 +105,11 @@ def _first(asked: dict[str, Any], told: int) -> None:
         _guarded(out[1], lambda: _program(asked, out[1], is_root))
     os.close(out[1])
     os.set_blocking(out[0], False)
-    os.write(told, json.dumps(_watched(program, out[0], asked["limits"])).encode())
+    os.write(told, b" ")  # from here on, whatever ends this process is the program's doing: where they share a user, by its limits
+    try:
+        os.write(told, json.dumps(_watched(program, out[0], asked["limits"])).encode())
+    except BaseException:
+        os._exit(1)  # and the system ends all others of the cell
 
 
 def _files(asked: dict[str, Any]) -> None:
