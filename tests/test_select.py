@@ -71,6 +71,7 @@ def test_mathematics_is_compared_as_mathematics(tmp_path: Path) -> None:
     assert (found, failures) == ([None], {"takes longer than 6 s": 1})
 
 
+@pytest.mark.for_real
 def test_a_comparison_that_hangs_costs_its_own_reward_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By our own limit: math-verify's, which call what they end different, are off."""
     (tmp_path / "math_verify.py").write_text(
