@@ -20,6 +20,7 @@ def test_conversations_are_thousands_of_checked_rows():
     assert max(len(row["messages"][1]["content"]) for row in rows) <= python_docs.LONGEST_ANSWER
 
 
+@pytest.mark.slow
 def test_documents_are_a_megabyte_of_text_and_always_the_same():
     texts = [row["text"] for row in python_docs.documents()]
     assert len(texts) > 300

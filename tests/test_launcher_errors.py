@@ -157,6 +157,7 @@ def test_each_misspelt_field_fails_with_its_right_name(path: str, capsys: pytest
     assert path in said.partition("nearest ")[2].split("\n")[0].split(", "), said
 
 
+@pytest.mark.slow
 def test_each_misspelt_field_fails_with_a_plus_too() -> None:
     for path in all_fields():
         config = OmegaConf.structured(JobConfig)

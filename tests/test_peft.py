@@ -260,7 +260,7 @@ def cases_for(size: int) -> list[str]:
 
 
 SUITES = {
-    (2, "fsdp"): [],
+    (2, "fsdp"): pytest.mark.slow,
     (2, "zero3"): pytest.mark.slow,
     (1, "fsdp"): pytest.mark.slow,
     (3, "fsdp"): pytest.mark.slow,

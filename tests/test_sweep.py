@@ -31,6 +31,7 @@ def command(base: Path, chats: Path, folder: Path, *more: str) -> list[str]:
     return [*line[:3], "-m", *line[3:], f"hydra.sweep.dir={folder}", "launch.processes=1", "train.eval_every=null", *more]
 
 
+@pytest.mark.slow
 def test_a_failing_point_stops_no_other(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """The middle one diverges; the same command again starts that alone, and single runs of the others have the same figures."""
     folder = tmp_path / "sweep"
