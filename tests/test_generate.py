@@ -288,6 +288,7 @@ def test_wrong_input_is_one_clear_message(base: Path, tmp_path: Path, capsys: py
         ([url, str(prompts)], "--model NAME"),
         ([url, str(prompts), "--model", "x"], "unreachable"),
         ([str(tmp_path), str(prompts)], "neither a run nor a model"),
+        (["runs/none", str(prompts)], "no such directory"),
     ]
     for words, expected in cases:
         assert sample.main([*words, "--out", out]) == 2, words

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
+from trainers.config.local import looks_local, require_model_directory
 from trainers.config.schema import ModelConfig, RunConfig
 from trainers.rundir import paths
 from trainers.rundir.base import config_of
@@ -36,6 +37,8 @@ def named(name: str) -> Named:
         raise ConfigError("MODEL", name, "is an adapter, and nothing says of which base", "the run that made it, or python -m tools.merge")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError("MODEL", name, "is neither a run nor a model directory")
+    if looks_local(name):
+        require_model_directory("MODEL", name)
     return Named(RunConfig(model=ModelConfig(id=str(path.resolve()) if path.is_dir() else name)), None)
 
 
