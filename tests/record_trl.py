@@ -3,7 +3,7 @@
 In an environment of its own with trl 1.16.0 (pip install trl==1.16.0), which no test needs. TRL's methods run as they are, with a model
 that returns the log-probabilities. Preferred answers have one length, but for the cases that end with `ragged`: TRL's own loss of the
 preferred answer is a mean over the tokens of a microbatch, ours one over answers. ORPO's is over prompt and answer there, and prompts
-are one token long here.
+are one token long here. Policies are GRPO's and what came after it, on sampled answers with advantages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
-from trl import DPOTrainer, KTOTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
@@ -59,6 +59,23 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "kto below the reference": ({"name": "kto", "beta": 0.3}, {}),
 }
+
+POLICIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({}, {}),
+    "grpo with a reference": ({"kl_weight": 0.3}, {"beta": 0.3}),
+    "dapo": ({"average": "tokens", "clip_high": 0.28}, {"loss_type": "dapo", "epsilon_high": 0.28}),
+    "dr_grpo": ({"average": "constant", "constant": 7}, {"loss_type": "dr_grpo"}),
+    "gspo": ({"ratio": "sequence"}, {"importance_sampling_level": "sequence"}),
+    "gspo with a reference": ({"ratio": "sequence", "kl_weight": 0.3}, {"importance_sampling_level": "sequence", "beta": 0.3}),
+    "grpo corrected": ({"importance_cap": 1.3}, {}),
+    "dapo corrected, with a reference": (
+        {"average": "tokens", "importance_cap": 1.3, "kl_weight": 0.3},
+        {"loss_type": "dapo", "beta": 0.3},
+    ),
+    "grpo corrected, at the first step": ({"importance_cap": 1.3}, {}),
+}
+LONGEST = 7
+"""Tokens of an answer at most: what Dr. GRPO divides by."""
 
 
 def answers(name: str) -> tuple[list[list[float]], list[float], list[float]]:
@@ -178,6 +195,49 @@ def measured(name: str) -> dict[str, Any]:
     return {"settings": ours, "logps": logps, "reference": reference, "ratios": ratios, "loss": float(loss), "gradient": gradient}
 
 
+def policy(name: str) -> dict[str, Any]:
+    """Return GRPO's loss of a case by TRL, and its gradient at each token's log-probability.
+
+    Log-probabilities are those of the policy, of what sampled, of the trainer before the first step on these answers, and of the reference.
+    """
+    ours, theirs = POLICIES[name]
+    drawn = torch.Generator().manual_seed(11)
+    lengths = [4, 2, 7, 1, 3, 5]
+    logps = [(-3 * torch.rand(length, generator=drawn) - 0.05).tolist() for length in lengths]
+
+    def near() -> list[list[float]]:
+        return [[value + 0.4 * float(torch.randn((), generator=drawn)) for value in row] for row in logps]
+
+    sampled, old, reference = near(), near(), near()
+    advantages = torch.randn(len(lengths), generator=drawn)
+    values, mask = padded(logps)
+    is_corrected, is_first = "corrected" in name, "first" in name
+    known = {of: padded(rows)[0].detach() for of, rows in (("sampled", sampled), ("old", old), ("reference", reference))}
+    trained = values.detach() if is_first else known["old"]
+    inputs = {"prompt_ids": torch.zeros(len(lengths), 1, dtype=torch.int64), "prompt_mask": torch.ones(len(lengths), 1)}
+    inputs |= {"completion_ids": mask, "completion_mask": mask, "advantages": advantages, "ref_per_token_logps": known["reference"]}
+    inputs |= {"old_per_token_logps": trained if is_corrected else known["sampled"], "num_items_in_batch": mask.sum()}
+    inputs["importance_sampling_ratio"] = torch.exp(trained - known["sampled"]).clamp(max=ours.get("importance_cap", math.inf))
+    loss = GRPOTrainer._compute_loss(_grpo_trainer(values, is_corrected, theirs), None, inputs)
+    loss.backward()
+    assert values.grad is not None
+    gradient = [row[:length].tolist() for row, length in zip(values.grad, lengths, strict=True)]
+    signals = {"sampled_logps": sampled, "reference_logps": reference} | ({"old_logps": old} if is_corrected and not is_first else {})
+    found = {"settings": {"name": "grpo", **ours}, "logps": logps, "signals": signals, "advantages": advantages.tolist()}
+    return found | {"loss": float(loss), "gradient": gradient}
+
+
+def _grpo_trainer(values: Tensor, is_corrected: bool, theirs: dict[str, Any]) -> Any:
+    settings: dict[str, Any] = {"loss_type": "grpo", "importance_sampling_level": "token", "beta": 0.0, "max_completion_length": LONGEST}
+    settings |= {"epsilon_low": 0.2, "epsilon_high": 0.2, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None}
+    settings |= {"use_vllm": is_corrected, "vllm_importance_sampling_correction": True, "current_gradient_accumulation_steps": 1}
+    self = trainer(**settings | {"_entropy_bonus_enabled": False} | theirs)
+    self.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    self.accelerator.num_processes, self.accelerator.reduce = 1, lambda tensor, reduction: tensor
+    self._get_per_token_logps_and_entropies = lambda *_, **__: (values, torch.zeros_like(values), None)
+    return self
+
+
 def _rounded(value: Any) -> Any:
     """Return nested numbers with the nine digits that a float32 has."""
     if isinstance(value, dict):
@@ -190,9 +250,13 @@ def _rounded(value: Any) -> Any:
 def main() -> None:
     """Write the table."""
     found = {name: measured(name) for name in CASES}
-    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(_rounded(case))}" for name, case in found.items())
+    policies = {name: policy(name) for name in POLICIES}
     head = f'"made by": "python tests/record_trl.py", "trl": "{trl.__version__}", "torch": "{torch.__version__}"'
-    GOLDEN.write_text(f'{{\n {head},\n "cases": {{\n{lines}\n }}\n}}\n')
+    GOLDEN.write_text(f'{{\n {head},\n "cases": {{\n{_lines(found)}\n }},\n "policies": {{\n{_lines(policies)}\n }}\n}}\n')
+
+
+def _lines(cases: dict[str, Any]) -> str:
+    return ",\n".join(f"  {json.dumps(name)}: {json.dumps(_rounded(case))}" for name, case in cases.items())
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def test_help_names_groups_experiments_fields_and_exit_codes(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     for words in (
         "+exp=quickstart",
-        "objective  classify, cpo, cpt, distil, dpo, kto, orpo, reward, sft, simpo",
+        "objective  classify, cpo, cpt, dapo, distil, dpo, grpo, gspo, kto, orpo, reward, sft, simpo",
         "optim.lr (null)",
         "optim.full_lr (1e-05)",
         "75 ",

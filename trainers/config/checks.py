@@ -46,6 +46,10 @@ POSITIVE = (
     "data.seq_len",
     "objective.beta",
     "objective.f_alpha",
+    "objective.constant",
+    "objective.clip_low",
+    "objective.clip_high",
+    "objective.importance_cap",
     "data.processes",
     "data.max_rows",
     "optim.lr",
@@ -114,6 +118,7 @@ NOT_NEGATIVE = (
     "objective.center",
     "objective.desirable_weight",
     "objective.undesirable_weight",
+    "objective.kl_weight",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),

@@ -72,7 +72,7 @@ class DataSource(StrEnum):
 
 
 class ObjectiveName(StrEnum):
-    """Fine-tuning, continued pre-training, preferences, answers wanted or not, a head that scores documents, or a teacher's tokens."""
+    """Fine-tuning, continued pre-training, preferences, answers wanted or not, scores of documents, a teacher's tokens, or rewards."""
 
     sft = "sft"
     cpt = "cpt"
@@ -84,6 +84,7 @@ class ObjectiveName(StrEnum):
     classify = "classify"
     kto = "kto"
     distil = "distil"
+    grpo = "grpo"
 
 
 class Divergence(StrEnum):
@@ -92,6 +93,31 @@ class Divergence(StrEnum):
     forward_kl = "forward_kl"
     reverse_kl = "reverse_kl"
     jsd = "jsd"
+
+
+class Advantage(StrEnum):
+    """How much better than expected an answer is: from the rewards of all answers to its prompt, or of the whole step."""
+
+    grpo = "grpo"
+    dr_grpo = "dr_grpo"
+    rloo = "rloo"
+    reinforce_pp = "reinforce_pp"
+    reinforce_pp_baseline = "reinforce_pp_baseline"
+
+
+class Average(StrEnum):
+    """What a step's policy loss is a mean of: answers, each a mean of its tokens; all tokens; or answers over a constant length."""
+
+    answers = "answers"
+    tokens = "tokens"
+    constant = "constant"
+
+
+class Ratio(StrEnum):
+    """Of what the policy's probability is compared with the sampler's: of each token, or an answer's geometric mean of them."""
+
+    token = "token"
+    sequence = "sequence"
 
 
 class PreferenceLoss(StrEnum):

@@ -75,6 +75,10 @@ SCORED = (ObjectiveName.reward, ObjectiveName.classify)
 """Objectives of a head that makes scores of documents in the place of log-probabilities."""
 
 
+SAMPLED = (ObjectiveName.grpo,)
+"""Objectives of answers that the model itself has given, with their rewards."""
+
+
 def of_answers(objective: ObjectiveName) -> bool:
     """Tell whether an objective is about whole answers, in pairs or each by itself."""
     return compares(objective) or objective is ObjectiveName.kto

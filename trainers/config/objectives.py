@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from trainers.config.choices import Divergence, FDivergence, ObjectiveName, PreferenceLoss, Supervise
+from trainers.config.choices import Average, Divergence, FDivergence, ObjectiveName, PreferenceLoss, Supervise
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import of_others, refuse_foreign
@@ -29,6 +29,7 @@ FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.classify: ("labels", "class_weights", "balanced"),
     ObjectiveName.distil: ("beta", "teacher", "divergence", "ce_weight"),
     ObjectiveName.kto: ("beta", "desirable_weight", "undesirable_weight", "reference"),
+    ObjectiveName.grpo: ("advantage", "average", "constant", "ratio", "clip_low", "clip_high", "kl_weight", "importance_cap"),
 }
 """The settings that each objective has."""
 BINS = 10
@@ -57,6 +58,7 @@ def validate_objective(objective: ObjectiveConfig) -> None:
     if objective.name in SCORED:
         _validate_classes(objective)
     _validate_divergence(objective)
+    _validate_policy(objective)
     if objective.desirable_weight == objective.undesirable_weight == 0:
         raise ConfigError("objective.desirable_weight", 0, "with both weights 0 nothing is trained", "objective.desirable_weight=1")
     if objective.reference is not None and looks_local(objective.reference):
@@ -79,6 +81,20 @@ def _validate_divergence(objective: ObjectiveConfig) -> None:
         )
         remedy = "objective.f_divergence=reverse_kl, or objective.loss=sigmoid objective.length_normalised=false"
         raise ConfigError("objective.f_divergence", str(divergence), what, remedy)
+
+
+def _validate_policy(objective: ObjectiveConfig) -> None:
+    """Refuse a mean over a constant that is not given, or given for nothing, and a ratio below 0."""
+    if objective.clip_low > 1:
+        reason = "must be above 0 and at most 1: no probability is below 0"
+        raise ConfigError("objective.clip_low", objective.clip_low, reason, "objective.clip_low=0.2")
+    divides = objective.average is Average.constant
+    if divides and objective.constant is None:
+        reason = "is what objective.average=constant divides each answer by: the most tokens that an answer may have"
+        raise ConfigError("objective.constant", None, reason, "objective.constant=1024, or objective.average=tokens")
+    if objective.constant is not None and not divides:
+        reason = f"divides nothing where objective.average is {objective.average}"
+        raise ConfigError("objective.constant", objective.constant, reason, "objective.average=constant")
 
 
 def _validate_teacher(objective: ObjectiveConfig) -> None:

@@ -17,7 +17,9 @@ from trainers.config.choices import (
     Activations,
     AdapterBias,
     AdapterInit,
+    Advantage,
     Attention,
+    Average,
     DataSource,
     Divergence,
     DocumentOf,
@@ -41,6 +43,7 @@ from trainers.config.choices import (
     Precision,
     PreferenceLoss,
     Quantisation,
+    Ratio,
     Schedule,
     Supervise,
     TooLong,
@@ -262,6 +265,23 @@ class ObjectiveConfig:
     """kto: what the loss of a wanted answer is multiplied by."""
     undesirable_weight: float = 1.0
     """kto: the same of one that is not wanted; with weights, both kinds are to count about the same in sum (arXiv 2402.01306, eq. 9)."""
+    advantage: Advantage = Advantage.grpo
+    """grpo: rewards less their group's mean, over its standard deviation (`grpo`) or not (`dr_grpo`); less the mean of the group's others
+    (`rloo`); standardised over the step (`reinforce_pp`), or centred by group before (`reinforce_pp_baseline`)."""
+    average: Average = Average.answers
+    """grpo: what a step's loss is a mean of; `tokens` weighs long answers more, `constant` divides each answer by `constant` tokens."""
+    constant: int | None = None
+    """grpo with average=constant: tokens that each answer is divided by, as many as an answer may have."""
+    ratio: Ratio = Ratio.token
+    """grpo: of what probabilities are compared and clipped; `sequence` is GSPO's (arXiv 2507.18071), with far narrower bounds."""
+    clip_low: float = 0.2
+    """grpo: how far below 1 the ratio of an answer that is worse than expected is followed. Above 0, at most 1."""
+    clip_high: float = 0.2
+    """grpo: how far above 1 that of a better one is followed; DAPO takes 0.28 (arXiv 2503.14476)."""
+    kl_weight: float = 0.0
+    """grpo: weight of the KL divergence from the reference, in nats a token; 0 needs no reference."""
+    importance_cap: float | None = None
+    """grpo: largest weight of a token by which its probability under the trainer exceeds that under the sampler; empty corrects nothing."""
     reference: str | None = None
     """dpo, kto: a model directory or hub id that is compared with, of the same vocabulary; empty is the model that training begins with."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import PREFERENCES, SCORED
+from trainers.config.derived import PREFERENCES, SAMPLED, SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ObjectiveConfig
 from trainers.objectives.base import REFERENCE, TEACHER_IDS, TEACHER_LOGPS, Loss, Objective, Tallied, per_target
@@ -44,12 +44,19 @@ def _kto(config: ObjectiveConfig) -> Objective:
     return KTO(config)
 
 
+def _of_policy(config: ObjectiveConfig) -> Objective:
+    from trainers.objectives.policy import Policy
+
+    return Policy(config)
+
+
 CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {
     **dict.fromkeys((ObjectiveName.sft, ObjectiveName.cpt), lambda config: NextToken(config.label_smoothing)),
     **dict.fromkeys(PREFERENCES, _of_pairs),
     **dict.fromkeys(SCORED, _of_documents),
     ObjectiveName.distil: _of_teacher,
     ObjectiveName.kto: _kto,
+    **dict.fromkeys(SAMPLED, _of_policy),
 }
 
 

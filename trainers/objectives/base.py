@@ -15,6 +15,12 @@ REFERENCE = "reference"
 """The signal that holds the log-probability of each document under the model that training began with, in nats."""
 TEACHER_IDS, TEACHER_LOGPS = "teacher_ids", "teacher_logps"
 """The signals that hold a teacher's k likeliest tokens at each label, and their log-probabilities with that of all others, k + 1."""
+ADVANTAGE = "advantage"
+"""The signal of how much better than expected a sampled answer is: a number a document, or one a label."""
+SAMPLED_LOGPS, OLD_LOGPS, REFERENCE_LOGPS = "sampled_logps", "old_logps", "reference_logps"
+"""The signals of each label's log-probability in nats: under what sampled it, the policy before its first step on it, the reference."""
+OF_LABELS = frozenset({SAMPLED_LOGPS, OLD_LOGPS, REFERENCE_LOGPS})
+"""Signals with one number a label: (labels, 1) in a table, (B, S, 1) in a batch."""
 
 
 @dataclass(kw_only=True)

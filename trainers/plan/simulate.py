@@ -31,7 +31,7 @@ from trainers.engines.build import class_of, end_groups, outline
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.experts import one_by_one
 from trainers.objectives import make_objective
-from trainers.objectives.base import Measured
+from trainers.objectives.base import OF_LABELS, Measured
 from trainers.peft import nf4
 from trainers.plan.allocator import replay
 from trainers.plan.trace import Kind, Moment, Trace, combine
@@ -460,4 +460,5 @@ def whole_batch(rows: int, seq_len: int, signals: Collection[str] = ()) -> Batch
     ids = torch.zeros(rows, seq_len, dtype=torch.int64)
     positions = torch.arange(seq_len) % max(1, seq_len // 2)
     batch = Batch.of(ids, ids.clone(), positions.repeat(rows, 1))
-    return dataclasses.replace(batch, signals={name: torch.zeros(batch.num_documents) for name in signals})
+    sizes = {name: (rows, seq_len, 1) if name in OF_LABELS else (batch.num_documents,) for name in signals}
+    return dataclasses.replace(batch, signals={name: torch.zeros(size) for name, size in sizes.items()})
