@@ -118,7 +118,8 @@ def run_config(job: JobConfig) -> RunConfig:
 def register() -> None:
     """Put the schema where conf/config.yaml finds it; nested groups inherit their types from it."""
     store, node = ConfigStore.instance(), OmegaConf.structured(JobConfig)
-    OmegaConf.set_struct(node.data.mix, False)  # a source's name needs no +
+    OmegaConf.set_struct(node.data.mix, False)  # a source's name needs no +, nor a reward's
+    OmegaConf.set_struct(node.reward, False)
     store.store(name="base_config", node=node, provider="launcher")
     store.store(group="hydra/launcher", name="fulltune", node={"_target_": "hydra_plugins.fulltune.Points"}, provider="launcher")
 

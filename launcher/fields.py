@@ -12,10 +12,10 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from launcher.config import JobConfig
-from trainers.config.schema import SourceConfig
+from trainers.config.schema import RewardConfig, SourceConfig
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-SOURCE = "data.mix.NAME"
+SOURCE, REWARD = "data.mix.NAME", "reward.NAME"
 PLURALS = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
@@ -36,9 +36,9 @@ def all_fields() -> dict[str, Field]:
 
 
 @cache
-def source_fields() -> dict[str, Field]:
-    """Return what each source of `data.mix` has, by its dotted path with NAME in the place of the source's."""
-    return {item.path: item for item in _walk(SourceConfig, f"{SOURCE}.")}
+def named_fields() -> dict[str, Field]:
+    """Return what each source of `data.mix` and each of `reward` has, by its dotted path with NAME in the place of its own."""
+    return {item.path: item for kind, name in ((SourceConfig, SOURCE), (RewardConfig, REWARD)) for item in _walk(kind, f"{name}.")}
 
 
 def _walk(schema: type, prefix: str) -> list[Field]:

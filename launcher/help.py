@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from launcher.fields import all_fields, choices, source_fields
+from launcher.fields import all_fields, choices, named_fields
 from launcher.presets import CONF, files, groups, own
 from trainers.config.schema import plain
 
@@ -42,7 +42,7 @@ def fields() -> str:
     """Return each field: path, default, the first line of its docstring and its choices, wrapped to the terminal."""
     width = shutil.get_terminal_size((160, 40)).columns
     lines = []
-    for field in (*all_fields().values(), *source_fields().values()):
+    for field in (*all_fields().values(), *named_fields().values()):
         names = f" [{'|'.join(choices(field.type))}]" if choices(field.type) else ""
         start = f"  {field.path + f' ({_default(field.default)})':<44} "
         lines.append(textwrap.fill(f"{field.doc}{names}", max(width, 80), initial_indent=start, subsequent_indent=" " * 47))

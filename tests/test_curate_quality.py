@@ -11,12 +11,12 @@ import pytest
 from curating import contents, lines, run, sentence, write
 from local_server import JsonRequests, LocalServer
 
-from tools.curate import diversity, pipeline, quality
+from tools.curate import diversity, pipeline
 from tools.curate.config import Diversity, Quality, Settings
 from tools.curate.job import Job
 from tools.curate.quality import judge_of
 from tools.curate.sets import vectors_of
-from tools.evaluate.judge import CRITERIA
+from trainers.rewards.judged import CRITERIA, mean_scores
 
 ANSWER = re.compile(r"<answer>\nAnswer (\d+)")
 
@@ -139,7 +139,7 @@ def test_how_a_judge_is_asked_and_a_cut_line_lose_no_reply(tmp_path: Path) -> No
     assert key() == key(url="http://b/v1", timeout_s=900.0, at_once=1) != key(model="n")
     replies = tmp_path / "replies.jsonl"
     replies.write_text('{"index": 0, "scores')
-    assert quality.of_judge([], judge_of(Quality(by="judge", url="http://localhost:1/v1", model="m")), replies).tolist() == []
+    assert mean_scores([], judge_of(Quality(by="judge", url="http://localhost:1/v1", model="m")), replies).tolist() == []
     assert replies.read_text() == ""
 
 

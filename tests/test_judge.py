@@ -21,8 +21,9 @@ import pytest
 from conftest import free_port
 from synthetic import change, make_run
 
-from tools.evaluate.judge import CRITERIA, Judge, Question, Verdict, ask, read_scores, tally
+from tools.evaluate.judge import Question, Verdict, ask, read_scores, tally
 from trainers.generate.endpoint import DOWN_AFTER, check
+from trainers.rewards.judged import CRITERIA, Judge
 
 pytestmark = pytest.mark.timeout(30)
 KEY = "sk-a-secret"

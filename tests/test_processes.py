@@ -84,7 +84,7 @@ def test_a_process_whose_parent_is_another_one_ends() -> None:
 
 ASK_THEMSELVES = {"trainers/engines/ops.py": "BUILD", "tools/doctor.py": "_answer"}
 """Programs that get the id of who starts them and ask the kernel, as their first act."""
-CELL = "tools/select/cell.py"
+CELL = "trainers/rewards/cell.py"
 """Runs without our modules, and asks the kernel after each fork; the answer's own program ends with its process namespace."""
 
 

@@ -238,6 +238,18 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a source that is held out": [*MIX, "data.mix.a.eval_fraction=1"],
     "no passes": [*MIX, "data.mix_exhausted=drop", "data.mix.a.repeat=0"],
     "passes of what repeats": [*MIX, "data.mix.a.repeat=2"],
+    "rewards that nothing learns from": ["reward.a.kind=exact"],
+    "a reward with a name that metrics cannot have": ["reward.a/b.kind=exact"],
+    "a setting of another kind of reward": ["reward.a.kind=exact", "reward.a.pattern=x"],
+    "a form without a pattern": ["reward.a.kind=format"],
+    "a weight without an end": ["reward.a.kind=exact", "reward.a.weight=inf"],
+    "no processes for code": ["reward.a.kind=code", "reward.a.processes=0"],
+    "a soft end below zero": ["reward.a.kind=length", "reward.a.soft=-1"],
+    "a longest answer below the shortest": ["reward.a.kind=length", "reward.a.min=2", "reward.a.max=1"],
+    "an extract of two groups": ["reward.a.kind=exact", "reward.a.extract='(a)(b)'"],
+    "a pattern that is none": ["reward.a.kind=format", "reward.a.pattern='('"],
+    "no such schema": ["reward.a.kind=json", "reward.a.schema=/nowhere"],
+    "no such reward model": ["reward.a.kind=model", "reward.a.path=/nowhere"],
     "rows that do not divide over ranks": ["train.global_batch=7"],
     "copies that do not divide": ["engine.replicate=4"],
     "a shard of another size": ["engine.shard=3"],
@@ -295,14 +307,14 @@ def raises(path: Path) -> Iterator[tuple[int, int]]:
 
 
 ROOMS = "|".join(GROUPS)
-SETTING = re.compile(rf"(?<![\w./-])((?:{ROOMS}|train|checkpoint|limits|evaluation|log|launch|plan|hardware)(?:\.[a-z_0-9]+)+)=")
+SETTING = re.compile(rf"(?<![\w./-])((?:{ROOMS}|train|checkpoint|limits|evaluation|log|reward|launch|plan|hardware)(?:\.[a-z_0-9]+)+)=")
 PRESET = re.compile(rf"(?<![\w./-])({ROOMS}|launch|hardware)=([a-z_0-9]+)")
 
 
 def test_each_setting_and_preset_that_a_message_names_exists() -> None:
     """In every text of the code, so that no remedy of a refusal which only ranks can make is forgotten."""
     fields, wrong = all_fields(), []
-    open_ended = ("model.architecture.", "engine.overrides.", "data.mix.")
+    open_ended = ("model.architecture.", "engine.overrides.", "data.mix.", "reward.")
     for path in (path for room in ("launcher", "trainers", "tools") for path in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from command import ROOT, wait_for
 
-from tools.command import Refused
-from tools.select import rewards, sandbox
-from tools.select.sandbox import Limits, Outcome, passes, require_isolation
-from tools.select.shapes import code_of
+from trainers.config.errors import ConfigError
+from trainers.config.schema import reward_of
+from trainers.rewards import sandbox
+from trainers.rewards.sandbox import Limits, Outcome, passes, require_isolation
+from trainers.rewards.score import Rewards
+from trainers.rewards.shapes import code_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cells are made of Linux namespaces")
 SMALL = Limits(time_s=3, memory_bytes=256 << 20, processes=8, disk_bytes=4 << 20, files=50)
@@ -26,7 +28,7 @@ SMALL = Limits(time_s=3, memory_bytes=256 << 20, processes=8, disk_bytes=4 << 20
 def cells() -> None:
     try:
         require_isolation()
-    except Refused as error:
+    except ConfigError as error:
         pytest.skip(str(error))
 
 
@@ -144,7 +146,7 @@ def test_a_program_that_narrows_its_watchers_limits_has_not_passed() -> None:
 
 @pytest.mark.for_real
 def test_a_killed_parent_takes_its_program_with_it(nothing_left: None) -> None:
-    line = "from tools.select.sandbox import Limits, passes; passes('while True: pass', '', Limits(time_s=60))"
+    line = "from trainers.rewards.sandbox import Limits, passes; passes('while True: pass', '', Limits(time_s=60))"
     with subprocess.Popen([sys.executable, "-c", line], cwd=ROOT) as parent:
         wait_for(programs, 30)
         parent.kill()
@@ -157,7 +159,8 @@ def test_an_answer_passes_by_its_tests_alone(tmp_path: Path) -> None:
     row = {"row": {"tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}}
     answers = [add, add.replace("+", "-"), "import os\nos._exit(0)", "print('passed')\nraise SystemExit", "while True:\n    pass"]
     rows = [row | {"answer": text} for text in answers] + [{"row": {}, "answer": add}]
-    found = rewards.rewards_of(rows, [rewards.read("code:timeout=3")], tmp_path)
+    with Rewards({"code": reward_of("code", {"kind": "code", "timeout_s": 3})}, tmp_path) as rewards:
+        found = rewards.score(rows)
     assert found.total[:-1].tolist() == [1, 0, 0, 0, 0]
     assert found.total[-1] != found.total[-1]
     assert found.failures["code"] == {"the row has no `tests`": 1, "worth 0: stopped by its limit of time": 1}
@@ -170,6 +173,6 @@ def test_nothing_is_run_where_it_cannot_be_cut_off(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sandbox, "CELL", broken)
     ran = tmp_path / "ran"
     rows = [{"row": {"tests": "pass"}, "answer": f"open({str(ran)!r}, 'w')"}]
-    with pytest.raises(Refused, match=r"cannot be cut off.*namespaces"):
-        rewards.rewards_of(rows, [rewards.read("code")], tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot be cut off.*namespaces"):
+        Rewards({"code": reward_of("code", "code")}, tmp_path).score(rows)
     assert not ran.exists()

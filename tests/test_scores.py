@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from tools.evaluate.scores import common_length, exact_match, extract, is_json, is_refusal, repetition, rouge_l, score
+from tools.evaluate.scores import common_length, is_json, is_refusal, repetition, rouge_l, score
 from trainers.config.choices import Metric
+from trainers.rewards.matches import exact_match, extract
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = 72 clips altogether.\n#### 72"
 

@@ -12,12 +12,14 @@ import pytest
 from tools.command import Refused
 from tools.select import __main__ as select
 from tools.select.choose import Limits, choose
-from tools.select.rewards import read, rewards_of
-from tools.select.shapes import NoReward, fits, require_known
+from tools.select.rewards import read
 from trainers.config.choices import Layout
+from trainers.config.errors import ConfigError
 from trainers.data import fields
 from trainers.data.formats import recognise, to_messages
 from trainers.data.preferences import to_preference
+from trainers.rewards.score import Rewards
+from trainers.rewards.shapes import NoReward, fits, require_known
 
 
 def answer(text: str, question: str = "2 + 2?", **more: Any) -> dict[str, Any]:
@@ -26,9 +28,10 @@ def answer(text: str, question: str = "2 + 2?", **more: Any) -> dict[str, Any]:
 
 
 def column(rows: list[dict[str, Any]], text: str, folder: Path) -> tuple[list[float | None], dict[str, int]]:
-    asked = read(text)
-    found = rewards_of(rows, [asked], folder)
-    return [None if math.isnan(value) else round(value, 6) for value in found.parts[asked.name]], dict(found.failures[asked.name])
+    with Rewards(read([text]), folder) as rewards:
+        found = rewards.score(rows)
+    (values,), (failures,) = found.parts.values(), found.failures.values()
+    return [None if math.isnan(value) else round(value, 6) for value in values], dict(failures)
 
 
 def test_each_reward_by_hand(tmp_path: Path) -> None:
@@ -52,7 +55,7 @@ def test_a_function_that_fails_or_is_late_gives_no_reward(tmp_path: Path, monkey
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = [answer(text) for text in ("good!", "slow", "nan", "bad")]
-    found, failures = column(rows, "function:path=mine_for_select:value,timeout=0.2", tmp_path)
+    found, failures = column(rows, "function:path=mine_for_select:value,timeout_s=0.2", tmp_path)
     assert found == [5, None, None, None]
     assert failures == {"takes longer than 0.2 s": 1, "is not a finite number": 1, "raises ZeroDivisionError: division by zero": 1}
 
@@ -67,7 +70,7 @@ def test_mathematics_is_compared_as_mathematics(tmp_path: Path) -> None:
     found, failures = column(rows, "math", tmp_path)
     assert found == [1, 1, 0, None, None]
     assert failures == {"the reference is not mathematics": 1, "the row has no reference": 1}
-    found, failures = column([answer("$9^{9^{9^9}}$", reference="$3$")], "math:timeout=6", tmp_path)
+    found, failures = column([answer("$9^{9^{9^9}}$", reference="$3$")], "math:timeout_s=6", tmp_path)
     assert (found, failures) == ([None], {"takes longer than 6 s": 1})
 
 
@@ -81,13 +84,13 @@ def test_a_comparison_that_hangs_costs_its_own_reward_alone(tmp_path: Path, monk
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
-    found, failures = column([answer("5"), answer("slow"), answer("#### 4")], "math:timeout=1", tmp_path)
+    found, failures = column([answer("5"), answer("slow"), answer("#### 4")], "math:timeout_s=1", tmp_path)
     assert (found, failures) == ([0, None, 1], {"takes longer than 1 s": 1})
 
 
 def test_mathematics_without_its_package_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.select.mathematics.find_spec", lambda name: None)
-    with pytest.raises(Refused, match="pip install"):
+    monkeypatch.setattr("trainers.rewards.mathematics.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install"):
         column([answer("4")], "math", tmp_path)
 
 
@@ -195,11 +198,11 @@ def test_wrong_input_is_one_clear_message(tmp_path: Path, capsys: pytest.Capture
         "exact:how=x",
         "exact:extract=(",
         r"exact:extract=\d+",
-        "code:timeout=inf",
+        "code:timeout_s=inf",
         "code:processes=0.5",
         "code:memory_mib=0",
         "code:disk_mib=-1",
-        "math:timeout=nan",
+        "math:timeout_s=nan",
         "exact:weight=nan",
         "length:soft=-1",
         "length:max=x",
@@ -209,8 +212,8 @@ def test_wrong_input_is_one_clear_message(tmp_path: Path, capsys: pytest.Capture
         "function:path=no.such",
         "judge:url=x",
     ):
-        with pytest.raises(Refused, match=text.split(":")[0]):
-            rewards_of([answer("x")], [read(text)], tmp_path)
+        with pytest.raises((ConfigError, Refused), match=text.split(":")[0]):
+            Rewards(read([text]), tmp_path)
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": []}\n')
     for file, expected in ((bad, "bad.jsonl:1"), (tmp_path / "none", "no such file")):

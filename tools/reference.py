@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from launcher.config import JobConfig
-from launcher.fields import Field, all_fields, choices, expected, source_fields
+from launcher.fields import Field, all_fields, choices, expected, named_fields
 from launcher.presets import CONF
 from tools.command import parser_of
 from tools.markdown import cell_of
@@ -24,6 +24,8 @@ PAGE = "configuration.md"
 MARKER = "<!-- the settings are put here by tools/reference.py -->"
 RUN = "run"
 """The name that this page gives to the settings without a group."""
+REWARD = "reward"
+"""They are next to these."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,7 +59,8 @@ def group(name: str) -> str:
     schema = JobConfig if name == RUN else get_type_hints(JobConfig)[name]
     doc = "Settings of the run itself." if name == RUN else inspect.cleandoc(schema.__doc__ or "")
     fields = [field for field in all_fields().values() if _group_of(field) == name]
-    rows = [_row(field) for field in (*fields, *(source_fields().values() if name == "data" else ()))]
+    entries = [field for field in named_fields().values() if _group_of(field) == (REWARD if name == RUN else name)]
+    rows = [_row(field) for field in (*fields, *entries)]
     return "\n".join([f"## {name}", "", doc, "", "| setting | default | values | meaning |", "|---|---|---|---|", *rows])
 
 

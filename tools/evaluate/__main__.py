@@ -25,13 +25,13 @@ from pathlib import Path
 from rich.console import Console
 
 from tools.command import ended, parser_of
-from tools.evaluate.judge import Judge
 from tools.evaluate.measurements import Measurement, keep, measurements_of
 from tools.evaluate.say import table_of
 from tools.evaluate.verdicts import collect_verdicts
 from tools.evaluate.workers import run_workers
 from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError
+from trainers.rewards.judged import Judge
 from trainers.rundir.ending import Exit
 
 DTYPES = ("float32", "bfloat16", "float64")

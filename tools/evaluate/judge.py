@@ -6,32 +6,18 @@ equally. Where only one order came back there is no score.
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from string import Template
-from typing import Any, TypeVar
+from typing import Any
 
-from trainers.generate.endpoint import NOT_ASKED, Endpoint, Server, ask_all
-from trainers.generate.served import read_text
+from trainers.generate.endpoint import NOT_ASKED, Endpoint, ask_all
+from trainers.rewards.judged import CRITERIA, Judge, Scores, ask_judge, objects, scores_in
 
-CRITERIA = ("instruction_following", "factual_accuracy", "format", "length", "no_hallucination")
 PROMPT = Template(Path(__file__).with_name("judge.txt").read_text(encoding="utf-8"))  # a text put into it is not looked through again
-
-Scores = dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judge(Server):
-    """Which model judges, and how it is asked."""
-
-    key_name: str = "FULLTUNE_JUDGE_KEY"
-    max_tokens: int = 512
-    """Of one reply; a judge that reasons before it answers needs more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +59,7 @@ class Verdict:
         return cls(**row)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rating:
-    """What the judge made of one text by itself, or why there is nothing."""
-
-    number: int
-    """Of the text among those that were asked about."""
-    scores: Scores | None = None
-    """By criterion, 1 to 5."""
-    failure: str = ""
-    """Of the last attempt; empty where there are scores."""
-
-
 Asked = tuple[Question, bool]
-Read = TypeVar("Read")
 
 
 def ask(questions: Sequence[Question], judge: Judge, known: Iterable[Verdict], took: Callable[[Verdict], None]) -> list[Verdict]:
@@ -107,25 +80,6 @@ def ask(questions: Sequence[Question], judge: Judge, known: Iterable[Verdict], t
 
     verdicts |= {(verdict.document, verdict.swapped): verdict for verdict in ask_all(todo, judge, one)}
     return [verdicts[question.document, swapped] for question, swapped in asked]
-
-
-def rate(prompts: Sequence[str], judge: Judge, known: Iterable[Rating], took: Callable[[Rating], None]) -> list[Rating]:
-    """Return the rating of each prompt that asks for one object with the five scores: those `known` as they are, all others asked for.
-
-    `took` gets each rating in the calling thread as soon as it is there, but not those that were known or not asked.
-    """
-    ratings = {rating.number: rating for rating in known}
-    todo = [number for number in range(len(prompts)) if number not in ratings]
-
-    async def one(endpoint: Endpoint, number: int) -> Rating:
-        if endpoint.down.is_set():
-            return Rating(number=number, failure=NOT_ASKED)
-        scores, failure, _ = await _asked(endpoint, judge, prompts[number], read_rating)
-        took(rating := Rating(number=number, scores=scores, failure=failure))
-        return rating
-
-    ratings |= {rating.number: rating for rating in ask_all(todo, judge, one)}
-    return [ratings[number] for number in range(len(prompts))]
 
 
 def tally(verdicts: Iterable[Verdict]) -> dict[str, Any]:
@@ -174,23 +128,11 @@ def _lead_of_first(verdict: Verdict) -> float:
 
 
 async def _verdict(endpoint: Endpoint, judge: Judge, question: Question, swapped: bool) -> Verdict:
-    found, failure, attempts = await _asked(endpoint, judge, _prompt(question, swapped), read_scores)
+    found, failure, attempts = await ask_judge(endpoint, judge, _prompt(question, swapped), read_scores)
     if found is None:
         return Verdict(document=question.document, swapped=swapped, failure=failure, attempts=attempts)
     scores, other = found[::-1] if swapped else found
     return Verdict(document=question.document, swapped=swapped, scores=scores, other=other, attempts=attempts)
-
-
-async def _asked(endpoint: Endpoint, judge: Judge, prompt: str, read: Callable[[str], Read | None]) -> tuple[Read | None, str, int]:
-    """Ask until there is an answer that can be read; return it, or None and the last failure, and the number of attempts."""
-    body: dict[str, Any] = {"model": judge.model, "messages": [{"role": "user", "content": prompt}]}
-    body |= {"temperature": 0, "seed": 0, "max_tokens": judge.max_tokens}
-
-    def of_reply(reply: Any) -> Read | None:
-        found = read_text(reply)
-        return None if found is None else read(found["text"])
-
-    return await endpoint.ask("chat/completions", body, of_reply)
 
 
 def _prompt(question: Question, swapped: bool) -> str:
@@ -200,29 +142,8 @@ def _prompt(question: Question, swapped: bool) -> str:
 
 def read_scores(reply: str) -> tuple[Scores, Scores] | None:
     """Return both answers' scores from the last JSON object of a reply that has them, wherever it is; None without one."""
-    for value in _objects(reply):
-        first, second = _scores(value.get("1")), _scores(value.get("2"))
+    for value in objects(reply):
+        first, second = scores_in(value.get("1")), scores_in(value.get("2"))
         if first and second:
             return first, second
     return None
-
-
-def read_rating(reply: str) -> Scores | None:
-    """Return the five scores from the last JSON object of a reply that has them, wherever it is; None without one."""
-    return next((scores for value in _objects(reply) if (scores := _scores(value))), None)
-
-
-def _objects(reply: str) -> Iterator[dict[str, Any]]:
-    """Yield the JSON objects of a text, the last to begin first."""
-    decoder, at = json.JSONDecoder(), reply.rfind("{")
-    while at >= 0:
-        with contextlib.suppress(ValueError, RecursionError):
-            yield decoder.raw_decode(reply, at)[0]
-        at = reply.rfind("{", 0, at)
-
-
-def _scores(value: object) -> Scores | None:
-    """Return the five scores alone; None where one is missing, no integer, or not from 1 to 5."""
-    found = {criterion: value.get(criterion) for criterion in CRITERIA} if isinstance(value, dict) else {}
-    scores = {criterion: score for criterion, score in found.items() if type(score) is int and 1 <= score <= 5}  # True is an int
-    return scores if len(scores) == len(CRITERIA) else None

@@ -9,10 +9,11 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tools.evaluate.judge import PROMPT, Judge, Question, Verdict, ask, tally
+from tools.evaluate.judge import PROMPT, Question, Verdict, ask, tally
 from tools.evaluate.record import JUDGED, Evaluation, answers_key, judged_words, read_lines
 from trainers.cache import content_key
 from trainers.generate.endpoint import NOT_ASKED, check
+from trainers.rewards.judged import Judge
 from trainers.rundir.files import write_json
 
 

@@ -6,15 +6,15 @@ python -m tools.select answers.jsonl --reward model:path=runs/reward/export --pe
 
 ANSWERS are files of `python -m tools.sample`. A reward is KIND:SETTING=VALUE,... ; every kind also has `weight` and `name`:
   exact      1 where answer and reference agree; extract=auto|hashes|number|whole|REGEX, as evaluation.extract
-  math       1 where answer and reference are the same mathematics, by math-verify (pip install); timeout=S
+  math       1 where answer and reference are the same mathematics, by math-verify (pip install); timeout_s=S
   json       1 where the answer is JSON that the schema takes; schema=FILE, else the row's field `schema`
   length     1 from min to max, falling to 0 over `soft` outside; unit=tokens|words|characters
   format     1 where pattern=REGEX matches the whole answer; the pattern is the last setting
-  code       1 where the answer's code passes the row's tests (Python, raising where one fails); tests=FIELD,timeout=S,memory_mib=N,
+  code       1 where the answer's code passes the row's tests (Python, raising where one fails); tests=FIELD,timeout_s=S,memory_mib=N,
              processes=N,disk_mib=N. It runs without network and files of this machine, and not at all where that cannot be
   model      what a reward model says; path=DIR, the export of a run with objective=reward
-  judge      a judge's mean score, 0 to 1; url=URL,model=NAME,timeout=S,at_once=N; its key is read from FULLTUNE_JUDGE_KEY
-  function   a Python function of an answer's row; path=module:function,timeout=S. It runs here, with your rights
+  judge      a judge's mean score, 0 to 1; url=URL,model=NAME,timeout_s=S,at_once=N; its key is read from FULLTUNE_JUDGE_KEY
+  function   a Python function of an answer's row; path=module:function,timeout_s=S. It runs here, with your rights
 
 The reward is the weighted sum. An answer of which a part fails has none: it is counted, and neither chosen nor rejected. Answers that were
 cut at the longest length are left out, or count with --keep-cut. A row of OUT has the conversation, its `reward`, the parts, and in `from`
@@ -35,10 +35,11 @@ from typing import Any
 
 import numpy as np
 
-from tools.command import Refused, ended, parser_of
+from tools.command import ended, parser_of
 from tools.select.choose import Chosen, Limits, choose
-from tools.select.rewards import Found, read, rewards_of
+from tools.select.rewards import read
 from trainers.config.errors import ConfigError
+from trainers.rewards.score import Found, Rewards
 from trainers.rundir.files import try_row, write_json
 
 NEEDED = ("prompt", "answer", "finish")
@@ -73,14 +74,13 @@ def select(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
     if not options.margin >= 0:
         raise ConfigError("--margin", options.margin, "must be at least 0: an answer makes no pair with itself")
-    asked = [read(text) for text in options.reward]
-    if len({one.name for one in asked}) < len(asked):
-        raise Refused("two rewards have one name: name=... tells them apart")
+    asked = read(options.reward)
     for file in filter(None, (options.out, options.pairs)):
         if not file.parent.is_dir():
             raise ConfigError("--out", str(file), "its folder does not exist", f"mkdir -p {file.parent}")
     rows = [row for file in options.answers for row in read_answers(file)]
-    found = rewards_of(rows, asked, Path(f"{options.out}.asked"))
+    with Rewards(asked, Path(f"{options.out}.asked")) as rewards:
+        found = rewards.score(rows)
     names = ("threshold", "per_prompt", "cap", "margin", "pairs_per_prompt", "keep_cut")
     chosen = choose(rows, found.total.tolist(), Limits(**{name: getattr(options, name) for name in names}))
     _write(options.out, [_as_row(rows[number], found, number) for number in chosen.best])

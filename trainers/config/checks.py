@@ -193,6 +193,10 @@ def validate(config: RunConfig) -> None:
     validate_mixtures(config)
     validate_optimizer(config)
     validate_evaluation(config.evaluation)
+    if config.reward:
+        from trainers.config.rewards import validate_rewards
+
+        validate_rewards(config)
     peak_lr(config.optim, config.peft)
 
 

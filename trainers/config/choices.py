@@ -306,6 +306,28 @@ class MixChange(StrEnum):
     phase = "phase"
 
 
+class RewardKind(StrEnum):
+    """What an answer is rewarded for."""
+
+    exact = "exact"
+    math = "math"
+    json = "json"
+    length = "length"
+    format = "format"  # type: ignore[assignment]  # str has a method of this name
+    code = "code"
+    model = "model"
+    judge = "judge"
+    function = "function"
+
+
+class LengthUnit(StrEnum):
+    """What the length of an answer is counted in."""
+
+    tokens = "tokens"
+    words = "words"
+    characters = "characters"
+
+
 class Exhausted(StrEnum):
     """What a source of a mixture does once it has run out: begin again, end the run, or leave its share to the others."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from trainers.config.choices import (
     Activations,
@@ -30,6 +30,7 @@ from trainers.config.choices import (
     FDivergence,
     Float8,
     Layout,
+    LengthUnit,
     Metric,
     MixBy,
     MixChange,
@@ -44,6 +45,7 @@ from trainers.config.choices import (
     PreferenceLoss,
     Quantisation,
     Ratio,
+    RewardKind,
     Schedule,
     Supervise,
     TooLong,
@@ -51,6 +53,8 @@ from trainers.config.choices import (
 )
 from trainers.config.errors import ConfigError as ConfigError
 from trainers.config.errors import alike
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(kw_only=True)
@@ -196,27 +200,82 @@ class DataConfig:
 
 
 def _source(name: str, value: Any) -> SourceConfig:
-    """Return what a mapping says of a source: OmegaConf types no mapping whose keys a command line adds one by one."""
-    if isinstance(value, SourceConfig):
+    """Return what a mapping says of a source."""
+    path = f"data.mix.{name}"
+    return _entry(path, {"path": value} if isinstance(value, str) else value, SourceConfig, "a source", f"{path}.path=FILE")
+
+
+def reward_of(name: str, value: Any) -> RewardConfig:
+    """Return what a mapping, or a kind alone, says of a reward; raises ConfigError for a field that is not one, or without a kind."""
+    path, remedy = f"reward.{name}", f"reward.{name}.kind=exact"
+    value = {"kind": value} if isinstance(value, str) else value
+    if isinstance(value, dict) and "kind" not in value:
+        raise ConfigError(f"{path}.kind", None, f"nothing says what is rewarded: one of {', '.join(RewardKind)}", remedy)
+    return _entry(path, value, RewardConfig, "a reward", remedy)
+
+
+def _entry(path: str, value: Any, kind: type[Entry], noun: str, remedy: str) -> Entry:
+    """Return a typed entry of a mapping: OmegaConf types none whose keys a command line adds one by one."""
+    if isinstance(value, kind):
         return value
-    if isinstance(value, str):
-        return SourceConfig(path=value)
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path, names = f"data.mix.{name}", [item.name for item in dataclasses.fields(SourceConfig)]
+    names = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
     if not isinstance(value, dict):
-        raise ConfigError(path, value, "is a source, which has fields", f"{path}.path=FILE")
+        raise ConfigError(path, value, f"is {noun}, which has fields", remedy)
     for key in (key for key in value if key not in names):
         near = [f"{path}.{close}" for close in alike(key, names)]
-        raise ConfigError(f"{path}.{key}", value[key], f"there is no such field; a source has {', '.join(names)}", ", ".join(near))
+        raise ConfigError(f"{path}.{key}", value[key], f"there is no such field; {noun} has {', '.join(names)}", ", ".join(near))
     try:
-        source = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SourceConfig), OmegaConf.create(escaped(value))))
+        entry = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(escaped(value))))
     except OmegaConfBaseException as error:
         key = str(error.full_key)
         raise ConfigError(f"{path}.{key}", value.get(key), str(error.msg).splitlines()[0]) from error
-    assert isinstance(source, SourceConfig)
-    return source
+    assert isinstance(entry, kind)
+    return entry
+
+
+@dataclass(kw_only=True)
+class RewardConfig:
+    """One part of what an answer is worth; each kind has settings of its own. An answer of which a part fails has no reward."""
+
+    kind: RewardKind = RewardKind.exact
+    """What is rewarded: agreeing with the reference, in words or as mathematics, a form, code that passes, or what somebody says."""
+    weight: float = 1.0
+    """What it is multiplied by in the sum of all."""
+    extract: str = "auto"
+    """exact: what is compared, as `evaluation.extract`."""
+    schema: str | None = None
+    """json: file of a JSON schema; empty takes the field `schema` of each row."""
+    min: float = 0.0
+    """length: from here to `max` the reward is 1."""
+    max: float | None = None
+    """length: empty is no limit."""
+    soft: float = 0.0
+    """length: outside, so far away the reward has fallen to 0 in a straight line (arXiv 2503.14476)."""
+    unit: LengthUnit = LengthUnit.tokens
+    """length: what it is counted in."""
+    pattern: str | None = None
+    """format: a regular expression that is to match the whole answer."""
+    tests: str = "tests"
+    """code: the rows' field of tests, Python that raises where one fails."""
+    memory_mib: float = 512.0
+    """code: memory of an answer's program, with all that it starts."""
+    processes: int = 16
+    """code: processes that it may have."""
+    disk_mib: float = 16.0
+    """code: all files that it may write."""
+    path: str | None = None
+    """model: directory of a reward model; function: a Python function of an answer's row, as module:function."""
+    url: str | None = None
+    """judge: an OpenAI-compatible endpoint up to its version, as http://host:8000/v1; its key is read from FULLTUNE_JUDGE_KEY."""
+    model: str | None = None
+    """judge: name of the model that judges."""
+    at_once: int = 8
+    """judge: requests in flight."""
+    timeout_s: float | None = None
+    """math, code, function, judge: seconds for an answer; empty is 15, 10, 10 and 60."""
 
 
 @dataclass(kw_only=True)
@@ -572,6 +631,12 @@ class RunConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    reward: dict[str, Any] = field(default_factory=dict)
+    """What answers are worth, by name, each a kind or a RewardConfig: reward.right=exact, or reward.right.kind=exact and more."""
+
+    def __post_init__(self) -> None:
+        """Type the rewards; raises ConfigError for what is not a valid reward."""
+        self.reward = {name: reward_of(name, value) for name, value in self.reward.items()}
 
 
 ASKS = re.compile(r"(?<!\\)(?:\\\\)*\$\{")

@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tools.command import Refused
-from tools.evaluate.scores import exact_match
-from trainers.config.measured import against_extract
+from trainers.config.choices import LengthUnit
+from trainers.config.errors import ConfigError
+from trainers.rewards.matches import exact_match
 
 Row = Mapping[str, Any]
 Reward = Callable[[Row], float]
 """Of an answer's row; raises NoReward where there is none."""
-UNITS: dict[str, Callable[[Row], int]] = {
-    "tokens": lambda row: len(row["ids"] or ()),
-    "words": lambda row: len(str(row["answer"]).split()),
-    "characters": lambda row: len(str(row["answer"])),
+UNITS: dict[LengthUnit, Callable[[Row], int]] = {
+    LengthUnit.tokens: lambda row: len(row["ids"] or ()),
+    LengthUnit.words: lambda row: len(str(row["answer"]).split()),
+    LengthUnit.characters: lambda row: len(str(row["answer"])),
 }
 TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -54,8 +54,6 @@ class NoReward(Exception):
 
 def exact(how: str) -> Reward:
     """Return 1 where the answer has what the reference has, else 0; `how` is that of evaluation.extract."""
-    if reason := against_extract(how):
-        raise Refused(f"--reward exact: extract: `{how}` {reason}")
 
     def reward(row: Row) -> float:
         found = exact_match(str(row["answer"]), str(row["reference"]), how)
@@ -66,11 +64,11 @@ def exact(how: str) -> Reward:
     return reward
 
 
-def length(least: float, most: float, soft: float, unit: str) -> Reward:
+def length(least: float, most: float, soft: float, unit: LengthUnit) -> Reward:
     """Return 1 from `least` to `most` of a unit, and outside a line that is 0 `soft` units away (arXiv 2503.14476, section 3.4)."""
 
     def reward(row: Row) -> float:
-        if unit == "tokens" and row.get("ids") is None:
+        if unit is LengthUnit.tokens and row.get("ids") is None:
             raise NoReward("the answer has no ids, whose number is its length")
         count = UNITS[unit](row)
         away = max(least - count, count - most, 0)
@@ -81,10 +79,7 @@ def length(least: float, most: float, soft: float, unit: str) -> Reward:
 
 def pattern(text: str) -> Reward:
     """Return 1 where a regular expression matches the whole answer, without the space around it, else 0."""
-    try:
-        compiled = re.compile(text, re.DOTALL)
-    except re.error as error:
-        raise Refused(f"--reward format: `{text}` is not a valid regular expression: {error}") from None
+    compiled = re.compile(text, re.DOTALL)
     return lambda row: float(compiled.fullmatch(str(row["answer"]).strip()) is not None)
 
 
@@ -94,9 +89,8 @@ def code_of(answer: str) -> str:
     return str(blocks[-1]) if blocks else answer
 
 
-def schema(file: str | None) -> Reward:
-    """Return 1 where the answer is JSON that the schema takes, else 0: a file's, else that of the row's field `schema`."""
-    given = None if file is None else _read(file)
+def schema(given: dict[str, Any] | None) -> Reward:
+    """Return 1 where the answer is JSON that the schema takes, else 0: the one that is given, else that of the row's field `schema`."""
 
     def reward(row: Row) -> float:
         wanted = given if given is not None else row["row"].get("schema")
@@ -118,16 +112,17 @@ def schema(file: str | None) -> Reward:
     return reward
 
 
-def _read(file: str) -> dict[str, Any]:
+def read_schema(field: str, file: str) -> dict[str, Any]:
+    """Return the schema of a file, which the setting `field` names; raises ConfigError."""
     try:
         found = json.loads(Path(file).read_text("utf-8"))
         require_known(found)
     except (OSError, ValueError) as error:
-        raise Refused(f"--reward json: {file} could not be read: {error}") from None
+        raise ConfigError(field, file, f"could not be read: {error}") from None
     except NoReward as error:
-        raise Refused(f"--reward json: {file}: {error}") from None
+        raise ConfigError(field, file, str(error)) from None
     if not isinstance(found, dict):
-        raise Refused(f"--reward json: {file} holds no schema, which is an object")
+        raise ConfigError(field, file, "holds no schema, which is an object")
     return dict(found)
 
 

@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are the same, by math-verify, in a process of its own: python -m tools.select.mathematics.
+"""Whether two mathematical answers are the same, by math-verify, in a process of its own: python -m trainers.rewards.mathematics.
 
 What math-verify hands to sympy may take for ever, and its own limits count what they end as different. So they are off, and who has started
 this process ends it. It reads {"reference", "answer"} a line from stdin, and says {"reward"} or {"failure"}.
@@ -15,9 +15,9 @@ import threading
 from functools import partial
 from importlib.util import find_spec
 
-from tools.command import Refused
-from tools.select.shapes import NoReward, Row
+from trainers.config.errors import ConfigError
 from trainers.processes import prepare_child
+from trainers.rewards.shapes import NoReward, Row
 
 START_S = 60.0
 """To import sympy and what is built on it."""
@@ -44,9 +44,9 @@ class Mathematics:
     """1 where answer and reference are the same, else 0. A comparison that takes too long gives no reward."""
 
     def __init__(self, timeout_s: float) -> None:
-        """Raise Refused where math-verify is not installed."""
+        """Raise ConfigError where math-verify is not installed."""
         if find_spec("math_verify") is None:
-            raise Refused("--reward math needs the package math-verify: pip install 'fulltune[math]'")
+            raise ConfigError("reward", "math", "needs the package math-verify", "pip install 'fulltune[math]'")
         self.timeout_s = timeout_s
         self.process: subprocess.Popen[str] | None = None
         self.said: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -72,7 +72,7 @@ class Mathematics:
         return float(said["reward"])
 
     def _start(self) -> subprocess.Popen[str]:
-        line = [sys.executable, "-m", "tools.select.mathematics"]
+        line = [sys.executable, "-m", "trainers.rewards.mathematics"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(line, text=True, preexec_fn=prepare_child(last=signal.SIGKILL), **pipes)  # type: ignore[call-overload]
         self.said = queue.SimpleQueue()
@@ -81,7 +81,7 @@ class Mathematics:
             json.loads(self.said.get(timeout=START_S))
         except (queue.Empty, ValueError):
             self.close()
-            raise Refused("math-verify could not be started") from None
+            raise ConfigError("reward", "math", "math-verify could not be started") from None
         return self.process
 
     def close(self) -> None:

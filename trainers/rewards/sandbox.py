@@ -12,8 +12,9 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tools.command import Refused
+from trainers.config.errors import ConfigError
 from trainers.processes import prepare_child
+from trainers.rewards.shapes import NoReward
 
 CELL = Path(__file__).with_name("cell.py")
 GRACE_S = 20.0
@@ -60,7 +61,7 @@ class Outcome:
 
 
 def passes(answer: str, tests: str, limits: Limits) -> Outcome:
-    """Run an answer's code and then its tests; raises Refused where they cannot be cut off."""
+    """Run an answer's code and then its tests; raises ConfigError where they cannot be cut off, and NoReward where a cell fails."""
     word = secrets.token_hex(16)
     asked: dict[str, object] = {"program": HARNESS.format(answer=answer, tests=tests), "input": f"{word}\n", "limits": asdict(limits)}
     found = _asked(
@@ -78,7 +79,7 @@ def _limit_of(said: str) -> str:
 
 
 def require_isolation() -> None:
-    """Raise Refused where a cell cannot be made, or lets a program see a file or a network of this machine."""
+    """Raise ConfigError where a cell cannot be made, or lets a program see a file or a network of this machine."""
     with tempfile.NamedTemporaryFile() as outside:
         tests = f"""
 import os, socket
@@ -91,14 +92,22 @@ except OSError:
 else:
     raise AssertionError
 """
-        outcome = passes("", tests, Limits())
+        try:
+            outcome = passes("", tests, Limits())
+        except NoReward as error:
+            raise _refused(f"{error}. Nothing was run") from None
     if not outcome.passed:
-        raise Refused(f"this machine does not cut programs off: {outcome.stopped or 'a try of it sees files or networks'}. Nothing was run")
+        why = outcome.stopped or "a try of it sees files or networks"
+        raise _refused(f"this machine does not cut programs off: {why}. Nothing was run")
+
+
+def _refused(reason: str) -> ConfigError:
+    return ConfigError("reward", "code", reason, "a machine with Linux 5.12 and user namespaces")
 
 
 def _asked(asked: dict[str, object], timeout_s: float) -> dict[str, object]:
     if sys.platform != "linux":
-        raise Refused("code is run on Linux alone, whose namespaces cut it off: nothing was run")
+        raise _refused("code is run on Linux alone, whose namespaces cut it off: nothing was run")
     line = [sys.executable, "-I", "-S", str(CELL)]
     try:
         done = subprocess.run(
@@ -112,9 +121,9 @@ def _asked(asked: dict[str, object], timeout_s: float) -> dict[str, object]:
         )
         found = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
-        raise Refused(f"a cell has not ended after {timeout_s:g} s") from None
+        raise NoReward(f"its cell has not ended after {timeout_s:g} s") from None
     except ValueError:
-        raise Refused(f"a cell has ended without a word: {done.stderr.strip()[-500:]}") from None
+        raise NoReward(f"its cell has ended without a word: {done.stderr.strip()[-200:]}") from None
     if "refused" in found:
-        raise Refused(f"a program cannot be cut off from this machine, so nothing was run: {found['refused']}")
+        raise _refused(f"a program cannot be cut off from this machine, so nothing was run: {found['refused']}")
     return dict(found)

@@ -1,0 +1,63 @@
+"""What a sequence-classification model says of conversations, as transformers opens it: the export of a run with objective=reward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer
+
+from trainers.config.choices import Layout
+from trainers.config.errors import ConfigError
+from trainers.data.formats import to_messages
+from trainers.scoring import reopen_scores
+
+AT_ONCE = 8
+"""Rows that are scored together; longest first, so that they need little padding."""
+
+
+class Scorer:
+    """A model of scores, opened once: on a GPU where there is one."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the model and its tokenizer."""
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.model = reopen_scores(folder, False).to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+
+    def tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return a conversation's tokens by the model's own chat template; raises ConfigError where it has none."""
+        if self.tokenizer.chat_template is None:
+            remedy = "one in chat_template.jinja of the model"
+            raise ConfigError("model", self.tokenizer.name_or_path, "the reward model's tokenizer has no chat template", remedy)
+        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+
+    @torch.no_grad()
+    def scores(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+        """Return the first score of each row of tokens, (N,). Rows that are longer than the model is wide lose their beginning."""
+        text = self.model.config.get_text_config()
+        ids = [row[-text.max_position_embeddings :] for row in rows]
+        found = np.zeros(len(ids))
+        order = sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row))
+        for start in range(0, len(order), AT_ONCE):
+            chunk = order[start : start + AT_ONCE]
+            tokens = [torch.tensor(ids[row]) for row in chunk]
+            padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=text.pad_token_id or 0)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True)
+            logits = self.model(input_ids=padded.to(self.model.device), attention_mask=mask.to(self.model.device)).logits
+            found[chunk] = logits[:, 0].double().cpu().numpy()
+        return found
+
+
+def rewards_of(scorer: Scorer, rows: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.float64], list[str]]:
+    """Return the score of each answer after its prompt, NaN for an empty one, and why there is none."""
+    found, reasons = np.full(len(rows), np.nan), [""] * len(rows)
+    said = [number for number, row in enumerate(rows) if str(row["answer"]).strip()]
+    for number in set(range(len(rows))).difference(said):
+        reasons[number] = "the answer is empty"
+    turns = ([*rows[number]["prompt"], {"role": "assistant", "content": rows[number]["answer"]}] for number in said)
+    found[said] = scorer.scores([scorer.tokens(to_messages({"messages": messages}, Layout.messages)) for messages in turns])
+    return found, reasons
