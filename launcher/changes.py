@@ -26,6 +26,8 @@ TAKEN_UNDER_FSDP = tuple(
         *("replicate", "shard", "prefetch", "sync_each_microbatch"),
     )
 )
+ACCEPT = ("data.skip_bad_rows", "data.max_lost_fraction", "data.max_left_out_fraction")
+"""Settings that decide whether rows are accepted."""
 PERMISSION = "train.extend"
 """Allows a change without being one."""
 
@@ -62,6 +64,8 @@ def _is_taken(path: str, old: RunConfig, new: RunConfig) -> bool:
         return False  # a rollback goes to the last checkpoint
     if path == "train.eval_every" and (old.train.patience, new.train.patience) != (None, None):
         return False  # patience counts evaluations
+    if new.data.streaming and path in ACCEPT and (path != "data.skip_bad_rows" or new.data.skip_bad_rows):
+        return True  # rows that were read before are the same, and a stream comes to others
     known = TAKEN + (TAKEN_UNDER_FSDP if new.engine.name is EngineName.fsdp else ())
     return any(path == name or (name.endswith(".") and path.startswith(name)) for name in known)
 

@@ -40,6 +40,8 @@ THEIR_NAMES = {
     "data.mix": "dataset_mixer dataset_mix mixture interleave_probs data_mix",
     "data.mix_exhausted": "mix_strategy stopping_strategy",
     "data.max_rows": "max_samples max_train_samples",
+    "data.streaming": "streaming dataset_streaming use_streaming",
+    "data.window_shards": "shuffle_buffer_size buffer_size streaming_buffer_size",
     "objective.label_smoothing": "label_smoothing_factor",
     "data.eval_path": "eval_dataset test_datasets validation_file",
     "data.eval_split": "dataset_test_split",

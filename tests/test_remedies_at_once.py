@@ -82,6 +82,7 @@ def template(folder: Path, text: str) -> str:
 
 
 LORA = "peft=lora"
+STREAM = "data.streaming=true"
 MIX = ("data.source=files", "data.mix.a.path=owner/a", "data.mix.a.weight=1", "data.mix.b.path=owner/b", "data.mix.b.weight=2")
 CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a number that is not positive": ["train.steps=0"],
@@ -250,6 +251,12 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a pattern that is none": ["reward.a.kind=format", "reward.a.pattern='('"],
     "no such schema": ["reward.a.kind=json", "reward.a.schema=/nowhere"],
     "no such reward model": ["reward.a.kind=model", "reward.a.path=/nowhere"],
+    "shards of no stream": ["data.shard_rows=100"],
+    "a stream without an end": [STREAM, "train.steps=null", "train.epochs=1"],
+    "a stream of several sources": [STREAM, *MIX],
+    "a share of a stream": [STREAM, "data.eval_fraction=0.1"],
+    "a stream that is to be measured first": [STREAM, "objective=dpo"],
+    "a stream of a hub data set": [STREAM, "data.source=files", "data.path=owner/name", "data.revision=main"],
     "rows that do not divide over ranks": ["train.global_batch=7"],
     "copies that do not divide": ["engine.replicate=4"],
     "a shard of another size": ["engine.shard=3"],

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from trainers.rundir.ending import State
 from trainers.rundir.rows import of_sources, read_rows
 from trainers.world import Stopped, World
 
+if TYPE_CHECKING:
+    from trainers.data.stream import Ahead
+
 log = logging.getLogger("fulltune")
 T = TypeVar("T")
 STARTED = time.monotonic()
@@ -55,6 +58,8 @@ class Built:
     data: Prepared
     blueprint: Blueprint
     tokenizer: PreTrainedTokenizerFast
+    ahead: Ahead | None = None
+    """On rank 0, what prepares a stream's shards."""
 
 
 def finish(built: Built, outcome: Outcome) -> None:

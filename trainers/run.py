@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from trainers.config.derived import SCORED, exports_best, peak_lr, rows_words, s
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
-from trainers.data.loader import Loader, Stream
+from trainers.data.loader import Loader, Rows, Stream
 from trainers.data.prepare import Prepared, prepare
 from trainers.data.report import summary, warnings
 from trainers.data.tokenizer import load_tokenizer, pad_id
@@ -50,6 +50,9 @@ from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import read_json
 from trainers.rundir.metrics import console, log_to
 from trainers.world import Stopped, World
+
+if TYPE_CHECKING:
+    from trainers.data.stream import Ahead
 
 log = logging.getLogger("fulltune")
 COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
@@ -99,7 +102,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         for line in warnings(data.report):
             log.warning(line)
         documents = len(data.train.offsets) - 1
-        if scarce := scarcity(config.train, config.data.packing, len(data.train), documents, world.size):
+        if not config.data.streaming and (scarce := scarcity(config.train, config.data.packing, len(data.train), documents, world.size)):
             log.warning(scarce)
         _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
@@ -111,10 +114,11 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         from trainers.reference import with_other_reference
 
         data = with_other_reference(config, world, attempt, data, tokenizer)
+    ahead = _ahead(config, data) if config.data.streaming and world.rank == 0 else None
     watch.enter(Phase.loading)
     rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
     with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:
-        return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer), base)
+        return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer, ahead), base)
 
 
 def rehearse(world: World, attempt: Attempt, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast, adaptation: Adaptation) -> None:
@@ -149,9 +153,7 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         from trainers.reference import with_reference
 
         data = with_reference(config, world, attempt, engine, data, base, padding)
-    stream = _mixed(config, data, attempt, world) if data.train.sources else None
-    split: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "stream": stream}
-    loader = Loader(data.train, config.train, seed=config.seed, pad_id=padding, **split)
+    loader = _streamed(built, padding) if config.data.streaming else _loader(config, world, attempt, data, padding)
     world.begin_steps()
     adaptation = engine.adaptation
     shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
@@ -159,6 +161,8 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
     outcome = train(config, world, attempt, engine, data, loader, flops)
     engine.report()
     stopped = outcome.stopped
+    if built.ahead is not None:
+        built.ahead.close(done=not stopped)
     if not stopped:
         watch.enter(Phase.exporting)
         try:
@@ -184,6 +188,30 @@ def _asking(built: Built) -> Callable[[Batch], torch.Tensor]:
     from trainers.scoring import of_each_token
 
     return lambda batch: of_each_token(engine, batch.to(device))
+
+
+def _loader(config: RunConfig, world: World, attempt: Attempt, data: Prepared, padding: int) -> Rows:
+    """Return the rows of prepared data."""
+    stream = _mixed(config, data, attempt, world) if data.train.sources else None
+    split: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "stream": stream}
+    return Loader(data.train, config.train, seed=config.seed, pad_id=padding, **split)
+
+
+def _ahead(config: RunConfig, data: Prepared) -> Ahead:
+    """Start the process that prepares a stream's shards."""
+    from trainers.data.shards import folder_of
+    from trainers.data.stream import Ahead
+
+    return Ahead(config, folder_of(config, data.path.name))
+
+
+def _streamed(built: Built, padding: int) -> Rows:
+    """Return the rows of a stream."""
+    from trainers.data.shards import folder_of
+    from trainers.data.stream import Streamed
+
+    world, folder = built.world, folder_of(built.config, built.data.path.name)
+    return Streamed(built.config, folder, rank=world.rank, world_size=world.size, pad_id=padding, ahead=built.ahead)
 
 
 def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) -> Stream:
@@ -224,6 +252,7 @@ def _check_positions(config: RunConfig, data: Prepared, blueprint: Blueprint) ->
     """Refuse documents longer than a model's learned positions; rotary positions continue, with a warning."""
     limit, learned = positions_limit(blueprint.config)
     longest = max(int(np.diff(table.offsets).max()) for table in (data.train, data.eval) if table is not None)
+    longest = config.data.seq_len if config.data.streaming else longest
     if limit is None or longest <= limit:
         return
     reason = f"documents have up to {longest} tokens, the model was made for {limit} positions"

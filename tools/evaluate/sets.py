@@ -57,6 +57,7 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast, labels: tupl
     if path is not None:
         given = first_of(config.data)
         data = dataclasses.replace(given, source=DataSource.files, path=path, eval_path=None, eval_fraction=0.0, packing=False)
+        data = dataclasses.replace(data, streaming=False)
         data = dataclasses.replace(data, split=data.eval_split or data.split, eval_split=None)
         if path != given.path:
             data = dataclasses.replace(data, config=None, data_files=[], revision=None)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
         config = run_config(compose(options.overrides))
     if rows_as(config.objective.name) is not ObjectiveName.sft:
         raise ConfigError("objective.name", str(config.objective.name), "has other rows than objective=distil", "objective=distil")
-    return config
+    return replace(config, data=replace(config.data, streaming=False))  # a teacher is asked about all rows
 
 
 def check(options: argparse.Namespace) -> None:

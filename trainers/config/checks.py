@@ -19,7 +19,7 @@ from trainers.config.choices import (
     Supervise,
     TooLong,
 )
-from trainers.config.derived import OF_MIXTURES, compares, has_held_out, of_answers, peak_lr, rows_as
+from trainers.config.derived import OF_MIXTURES, OF_STREAMS, compares, has_held_out, of_answers, peak_lr, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.kernels import validate_kernels
 from trainers.config.local import FILE_TYPES, file_type, is_remote, looks_local, require_known_scheme, require_model_directory
@@ -52,6 +52,8 @@ POSITIVE = (
     "objective.importance_cap",
     "data.processes",
     "data.max_rows",
+    "data.shard_rows",
+    "data.window_shards",
     "optim.lr",
     "optim.full_lr",
     "optim.lr_factor",
@@ -232,6 +234,10 @@ def _validate_data(config: RunConfig) -> None:
         for name, one in sources_of_mix(config).items():
             with named(name):
                 _validate_one(one)
+    if data.streaming or any(getattr(data, name) != getattr(DataConfig(), name) for name in OF_STREAMS):
+        from trainers.config.streams import validate_stream
+
+        validate_stream(config)
     if not data.mix:
         _validate_one(config)
 

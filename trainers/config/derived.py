@@ -15,6 +15,9 @@ OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 OF_MIXTURES = ("mix_by", "mix_exhausted", "mix_temperature", "mix_ratio", "mix_steps", "mix_change")
 """Fields of `data` that are about all sources of a mixture together."""
 
+OF_STREAMS = ("shard_rows", "window_shards")
+"""Fields of `data` that are about the shards of a stream."""
+
 LOGITS_BYTES = 256 << 20
 """Of the logits that exist at once where the run decides."""
 

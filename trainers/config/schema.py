@@ -165,6 +165,12 @@ class DataConfig:
     """Between these steps weights change in a straight line, or by phases: each weight holds until the next step is reached."""
     max_rows: int | None = None
     """Rows that are read at most, the first ones; empty reads all."""
+    streaming: bool = False
+    """Begin training once the first shards are prepared, and prepare the others ahead of it, on bounded disk; needs `train.steps`."""
+    shard_rows: int = 8192
+    """streaming: rows of the data in a shard, which is prepared and packed by itself."""
+    window_shards: int = 4
+    """streaming: shards whose rows are shuffled together. All of them are prepared before one of their rows is trained."""
     layout: Layout = Layout.auto
     """Row layout; `auto` recognises and prints it."""
     pairs: PairsOf = PairsOf.best_worst
@@ -251,7 +257,7 @@ class RewardConfig:
     min: float = 0.0
     """length: from here to `max` the reward is 1."""
     max: float | None = None
-    """length: empty is no limit."""
+    """length: empty sets no limit."""
     soft: float = 0.0
     """length: outside, so far away the reward has fallen to 0 in a straight line (arXiv 2503.14476)."""
     unit: LengthUnit = LengthUnit.tokens

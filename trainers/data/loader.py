@@ -41,6 +41,10 @@ class Rows(Protocol):
         """Return the table's rows that all ranks together take in a step, `ahead` steps further in the stream."""
         ...
 
+    def sizes(self, step: int, row_ids: Ints) -> Sizes:
+        """Return how much is in a step's rows."""
+        ...
+
     def batches(self, step: int, row_ids: Ints) -> list[Batch]:
         """Return this rank's microbatches of a step's rows, as many as on every other rank."""
         ...
@@ -112,6 +116,10 @@ class Loader:
         return np.array(
             [row_order(self.seed, int(epoch), len(self.rows))[place] for epoch, place in zip(epochs, places, strict=True)], np.int64
         )
+
+    def sizes(self, step: int, row_ids: Ints) -> Sizes:
+        """Return how much is in a step's rows."""
+        return self.table(step).sizes(row_ids)
 
     def step(self, step: int) -> list[Batch]:
         """Return this rank's microbatches of a step: as many on every rank, filled up with rows that do not count."""
@@ -188,7 +196,7 @@ class Prefetch:
         batches, first = self.rows.batches(step, row_ids), self.rows.first(step, row_ids)
         if self.device.type == "cuda":
             batches, first = ([batch.map(torch.Tensor.pin_memory) for batch in made] for made in (batches, first))
-        return Dealt(row_ids, batches, self.rows.table(step).sizes(row_ids), first)
+        return Dealt(row_ids, batches, self.rows.sizes(step, row_ids), first)
 
     def __enter__(self) -> Prefetch:
         """Return itself; the thread ends with the block."""

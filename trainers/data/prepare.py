@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -18,8 +19,8 @@ from trainers import host
 from trainers.batch import WEIGHT
 from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.choices import Layout, ObjectiveName, PairsOf, TooLong
-from trainers.config.derived import DESIRABLE, SCORED, Source, compares, rows_as, sources_of
-from trainers.config.errors import ConfigError
+from trainers.config.derived import DESIRABLE, OF_STREAMS, SCORED, Source, compares, rows_as, sources_of
+from trainers.config.errors import ConfigError, plural
 from trainers.config.mixtures import OF_LABELS
 from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
@@ -63,6 +64,9 @@ RENDERING = (
     "max_left_out_fraction",
 )
 
+CHECKS = ("skip_bad_rows", "max_lost_fraction", "max_left_out_fraction")
+"""Of these, what decides whether rows are accepted and not what becomes of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
@@ -78,7 +82,7 @@ class Prepared:
 
 
 def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedTokenizerFast | None = None) -> Prepared:
-    """Return the run's data, prepared by whichever process comes first; the others wait for it.
+    """Return the run's data, of a stream the first shard, prepared by whichever process comes first; the others wait for it.
 
     Raises ConfigError for bad rows (unless `data.skip_bad_rows`), for more lost than `data.max_lost_fraction`, and where
     nothing is left to train. With `progress` this process draws a bar on stderr, and checks the hashes of data that were there already.
@@ -88,12 +92,33 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
         return _prepare_mix(config, progress, tokenizer)
     name = f"data-{data_key(config, tokenizer)}"
     root = cache_root(config.data.prepared_dir)
-    folder, reused = build_once(root, name, lambda partial: _build(config, tokenizer, partial, progress), "the prepared data")
+    with of_first_shard(config) as part:
+        folder, reused = build_once(root, name, lambda partial: _build(part, tokenizer, partial, progress), "the prepared data")
     if reused and progress:
         require_whole(folder, "the prepared data")
     prepared = open_prepared(folder, reused)
     _rename(config, prepared.report)
+    if config.data.streaming:
+        prepared.report["stream"] = {name: getattr(config.data, name) for name in OF_STREAMS}
     return prepared
+
+
+@contextmanager
+def of_first_shard(config: RunConfig) -> Iterator[RunConfig]:
+    """Yield a run whose data are the first shard of a stream, which represents all until training begins; any other run as it is.
+
+    Errors say that they are about that shard.
+    """
+    data = config.data
+    if not data.streaming:
+        yield config
+        return
+    most = data.shard_rows if data.max_rows is None else min(data.shard_rows, data.max_rows)
+    try:
+        yield replace(config, data=replace(data, streaming=False, max_rows=most))
+    except ConfigError as error:
+        about = f"{error.reason} (of a stream's first {plural(most, 'row')})"
+        raise ConfigError(error.path, error.value, about, error.remedy) from error
 
 
 def _prepare_mix(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFast) -> Prepared:
@@ -149,19 +174,25 @@ def open_prepared(folder: Path, reused: bool = True) -> Prepared:
 
 
 def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return the content hash: data, tokenizer, template and every option that changes the result."""
+    """Return the content hash: data, tokenizer, template and every option that changes the result.
+
+    Files of a stream are told by size and time, and its settings that only check rows may change while it is read.
+    """
     data = config.data
     if data.mix:
         from trainers.config.mix import sources_of_mix
 
         return content_key(VERSION, [[name, data_key(one, with_template(one, tokenizer))] for name, one in sources_of_mix(config).items()])
-    options = {name: str(getattr(data, name)) for name in RENDERING}
+    options = {name: str(getattr(data, name)) for name in RENDERING if not (data.streaming and name in CHECKS)}
+    options |= {"shard_rows": str(data.shard_rows)} if data.streaming else {}
     options |= {} if data.max_rows is None else {"max_rows": str(data.max_rows)}
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
     options |= {"pairs": str(data.pairs)} if data.pairs is not PairsOf.best_worst else {}
-    options |= {"weights": "read"} if data.skip_bad_rows else {}  # rows with weights were bad rows once, which skipping left out
-    marks = [sources.fingerprint(source, config.objective.name) for source in sources_of(data)]
+    options |= (
+        {"weights": "read"} if data.skip_bad_rows and not data.streaming else {}
+    )  # rows with weights were bad rows once, which skipping left out
+    marks = [sources.fingerprint(source, config.objective.name, data.streaming) for source in sources_of(data)]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
 
 
@@ -177,15 +208,17 @@ def _build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path, 
     stores = {name: Store(folder, name) for name in ("train", "eval")[: len(layouts)]}
     with bar_of(progress) as advance:
         for store, source, layout in zip(stores.values(), places, layouts, strict=True):
-            _encode_all(config, encoder_of(config, tokenizer, layout, labels), source, store, advance)
+            rows = sources.rows(source, config.objective.name)
+            rows = islice(rows, config.data.max_rows) if store.name == "train" else rows
+            encode_all(config, encoder_of(config, tokenizer, layout, labels), rows, store, advance)
     counts = {name: sum(store.counts[name] for store in stores.values()) for name in COUNTS}
-    _check_losses(config, counts)
+    check_losses(config, counts)
     left_out = LeftOut()
     for store in stores.values():
         left_out.update(store.left_out)
-    _check_left_out(config, left_out, tokenizer)
+    check_left_out(config, left_out, tokenizer)
     splits = _split(config, stores)
-    report = {name: _save_split(config, store, keep, folder / name) for name, (store, keep) in splits.items()}
+    report = {name: save_split(config, store, keep, folder / name) for name, (store, keep) in splits.items()}
     seen = {"glance": stores["train"].glance.report(stores["train"].marks())} | shared([folder], special_tokens(tokenizer))
     for store in stores.values():
         store.remove()
@@ -381,10 +414,10 @@ class Store:
             self.weights.remove()
 
 
-def _encode_all(config: RunConfig, encoder: Encoder, source: Source | None, store: Store, advance: Callable[[int], None]) -> None:
-    rows = store.counted(islice(sources.rows(source, config.objective.name), config.data.max_rows if store.name == "train" else None))
+def encode_all(config: RunConfig, encoder: Encoder, rows: Iterator[Row], store: Store, advance: Callable[[int], None]) -> None:
+    """Add the documents of rows to a store; raises ConfigError for bad rows (unless `data.skip_bad_rows`)."""
     bad: list[str] = []
-    for documents in encode_rows(encoder, rows, config.data.processes or host.cores()):
+    for documents in encode_rows(encoder, store.counted(rows), config.data.processes or host.cores()):
         if documents.error is not None:
             raise ConfigError(*documents.error)
         bad.extend(documents.bad)
@@ -395,7 +428,7 @@ def _encode_all(config: RunConfig, encoder: Encoder, source: Source | None, stor
         watch.beat()
     if bad and not config.data.skip_bad_rows:
         lines = "".join(f"\n  {line}" for line in bad[:SHOWN])
-        path = source.path if source else None
+        path = config.data.path if store.name == "train" else config.data.eval_path
         raise ConfigError("data.path", path, f"has bad rows; the first ones:{lines}", "mend them, or data.skip_bad_rows=true")
 
 
@@ -416,7 +449,7 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _check_losses(config: RunConfig, counts: dict[str, int]) -> None:
+def check_losses(config: RunConfig, counts: dict[str, int]) -> None:
     """Raise ConfigError where nothing is trained, or too much is lost."""
     if not counts["supervised_before"]:
         reason = "there are no rows" if counts["rows"] == counts["bad"] else f"none of the {counts['rows']:,} rows has a supervised token"
@@ -440,7 +473,7 @@ def _stops(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[
     return [(number, str(tokenizer.convert_ids_to_tokens(number))) for number in ids]
 
 
-def _check_left_out(config: RunConfig, left_out: LeftOut, tokenizer: PreTrainedTokenizerFast) -> None:
+def check_left_out(config: RunConfig, left_out: LeftOut, tokenizer: PreTrainedTokenizerFast) -> None:
     """Raise ConfigError where the chat template leaves a kind of part out of too many of the rows that have it."""
     for kind, name in KINDS.items():
         rows, missing = left_out.rows[kind], left_out.missing[kind]
@@ -516,7 +549,7 @@ def _rows_of(lengths: NDArray[np.int64], units: NDArray[np.int64] | None, data: 
     return np.arange(len(lengths), dtype=np.int64), np.arange(0, len(lengths) + 1, 2, dtype=np.int64)
 
 
-def _save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> dict[str, Any]:
+def save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> dict[str, Any]:
     """Pack and write a split; return its part of the report."""
     tokens, supervised, lengths, groups = store.arrays()
     which = slice(None) if keep.all() else np.repeat(keep, lengths)

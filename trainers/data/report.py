@@ -18,6 +18,9 @@ def summary(report: dict[str, Any], reused: bool = False) -> str:
     pace = f"{report['seconds']:.1f} s ({report['rows_per_second']:,.0f} rows/s)"
     how = f", from the cache, where it is since {report['prepared_at']} (prepared in {pace})" if reused else f" in {pace}"
     lines = [f"data {report['fingerprint']}: layout {report['layout']}, {plural(report['rows'], 'row')}{how}", *_files_in_words(report)]
+    if of := report.get("stream"):
+        each, window = plural(of["shard_rows"], "row"), plural(of["window_shards"], "shard")
+        lines.append(f"  stream  this is the first shard; more of {each} are prepared while training, and {window} shuffled together")
     for name, split in report["splits"].items():
         lengths = ", ".join(f"{key} {value:,}" for key, value in split["lengths"].items())
         what = plural(split["pairs"], "pair") if "pairs" in split else plural(split["documents"], "document")

@@ -58,8 +58,8 @@ def _from_json(text: bytes) -> Any:
         raise BadRow(f"is not JSON: {error}") from None
 
 
-def rows(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
-    """Yield the rows of a source, or of Python's documentation where it is None.
+def rows(source: Source | None, objective: ObjectiveName, done: frozenset[str] = frozenset()) -> Iterator[Row]:
+    """Yield the rows of a source, or of Python's documentation where it is None, without those of the files `done`.
 
     Raises ConfigError where there are no rows of a known type.
     """
@@ -67,7 +67,8 @@ def rows(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
         yield from _python_docs(objective)
     elif _has_files(source):
         for file in files(source):
-            yield from _read(file)
+            if str(file) not in done:
+                yield from _read(file)
     else:
         from trainers.data import hub
 
@@ -76,12 +77,15 @@ def rows(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
             yield Row(row, name, number)
 
 
-def fingerprint(source: Source | None, objective: ObjectiveName) -> list[str]:
-    """Return what identifies the rows of a source in a content hash: digests of file contents, a hub data set's own."""
+def fingerprint(source: Source | None, objective: ObjectiveName, quick: bool = False) -> list[str]:
+    """Return what identifies the rows of a source in a content hash: digests of file contents, a hub data set's own.
+
+    With `quick`, files of this machine are told by name, size and time: reading terabytes takes hours.
+    """
     if source is None:
         return ["python_docs", sys.version, str(rows_as(objective))]
     if _has_files(source):
-        return [f"{file_type(file.name)}:{digest(file)}" for file in files(source)]
+        return [f"{file_type(file.name)}:{_stat(file) if quick and isinstance(file, Path) else digest(file)}" for file in files(source)]
     from trainers.data import hub
 
     return [repr(source), hub.fingerprint(source)]
@@ -137,6 +141,11 @@ def digest(file: Path | RemotePath) -> str:
     if isinstance(file, RemotePath):
         return f"{file.url}:{file.version()}"
     return _large_digest(file) if file.stat().st_size >= LARGE_FILE else sha256(file)
+
+
+def _stat(file: Path) -> str:
+    info = file.stat()
+    return f"{file.resolve()}:{info.st_size}:{info.st_mtime_ns}"
 
 
 def _large_digest(file: Path) -> str:

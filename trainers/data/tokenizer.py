@@ -128,7 +128,7 @@ def is_trained(config: RunConfig) -> bool:
 
 def _trained_folder(config: RunConfig) -> Path:
     data = [one.data for one in _each(config)]
-    marks = [mark for each in data for mark in sources.fingerprint(sources_of(each)[0], config.objective.name)]
+    marks = [mark for each in data for mark in sources.fingerprint(sources_of(each)[0], config.objective.name, each.streaming)]
     more = [[each.layout, each.ignore, each.max_rows] for each in data] if config.data.mix or config.data.max_rows is not None else []
     key = content_key(VERSION, config.model.train_tokenizer, config.data.layout, config.data.ignore, *marks, *more)
     return cache_root(config.data.prepared_dir) / f"tokenizer-{key}"

@@ -169,6 +169,8 @@ def _read_data(config: RunConfig, plan: PlanConfig, in_row: int) -> Data:
     except ConfigError as error:
         log.debug("no prepared data: %s", error)
         prepared = None
+    if prepared is not None and config.data.streaming:
+        return Data(source=f"a stream (first shard {prepared.path.name})", seq_len=seq_len, rows=None, tokens=None, in_row=in_row)
     if prepared is not None:
         lengths = prepared.train.row_lengths()
         longest = seq_len if config.data.packing else min(seq_len, -(-int(lengths.max()) // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)

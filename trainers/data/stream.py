@@ -1,0 +1,278 @@
+"""A stream of shards: rows of a data set that a process prepares ahead of the ranks, shuffled in a window, on bounded disk.
+
+Shard n is `data.shard_rows` rows of the data, prepared as a data set of its own. A window is `data.window_shards` shards, whose rows
+are in one order by seed and number of the window. When the data end they begin again. So the row at a position of the stream is a
+function of the seed and of how many rows each shard has, which the index keeps: no state is saved, and any number of ranks takes the
+same rows. A shard that is not there any more is prepared again (ahead.py); shards.py is what is kept of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainers.batch import WEIGHT, Batch, Sizes
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig
+from trainers.data.loader import Ints, deal, make_batch, row_order
+from trainers.data.shards import ERROR, POLL_S, PROGRESS, WANTED, Index, shard_folder
+from trainers.data.table import TokenTable, open_table
+from trainers.health.activity import watch
+from trainers.health.spikes import TrainingFailed
+from trainers.processes import prepare_child
+from trainers.rundir import paths
+from trainers.rundir.files import try_json, write_json
+
+log = logging.getLogger("fulltune")
+REMIND_S = 30.0
+RESTARTS = 3
+"""Of the process ahead without a new shard in between."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Shards whose rows are shuffled together."""
+
+    number: int
+    """Of the stream, from 0."""
+    epoch: int
+    start: int
+    """Its first position of the stream."""
+    first_shard: int
+    first_row: int
+    """Of the pass."""
+    rows: int
+    num_shards: int
+
+
+class Ahead:
+    """The process that prepares shards; rank 0's child, which starts it again where it is killed."""
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        """Start it."""
+        self.line = [sys.executable, "-m", "trainers.data.ahead", str(Path(config.run_dir) / paths.CONFIG), str(folder)]
+        self.folder, self.index, self.deaths, self.made = folder, Index(folder), 0, 0
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ERROR).unlink(missing_ok=True)
+        self._start()
+
+    def _start(self) -> None:
+        self.child = subprocess.Popen(self.line, stdin=subprocess.DEVNULL, preexec_fn=prepare_child(last=signal.SIGKILL))
+
+    def check(self) -> None:
+        """Start it again where it has died; raises TrainingFailed where that does not help."""
+        code = self.child.poll()
+        if code is None or (self.folder / ERROR).exists():
+            return
+        made = len(self.index.refresh())
+        self.deaths, self.made = (self.deaths + 1 if made == self.made else 1), made
+        if self.deaths > RESTARTS:
+            times = f"{RESTARTS + 1} times without a new shard, with exit code {code}"
+            raise TrainingFailed(f"the process that prepares data ahead has ended {times}; what it wrote is above ({self.folder})")
+        log.warning("the process that prepares data ahead has ended with exit code %d; it is started again", code)
+        self._start()
+
+    def close(self, done: bool) -> None:
+        """End it; a run that is done needs no shards any more."""
+        self.child.kill()
+        self.child.wait()
+        for path in [*self.folder.glob("tmp-*"), *(self.folder.glob("data-*") if done else ())]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+class Streamed:
+    """A run's rows from shards, as the loop asks for them."""
+
+    def __init__(self, config: RunConfig, folder: Path, *, rank: int, world_size: int, pad_id: int, ahead: Ahead | None = None) -> None:
+        """Wait for nothing yet; `ahead` is rank 0's."""
+        assert config.train.steps is not None
+        self.config, self.folder, self.rank, self.world_size, self.pad_id, self.ahead = config, folder, rank, world_size, pad_id, ahead
+        self.num_steps, self.global_batch = config.train.steps, config.train.global_batch
+        self.index, self.windows, self.wanted = Index(folder), list[Window](), list[int]()
+        self.open = lru_cache(4 * config.data.window_shards)(lambda number: open_table(shard_folder(folder, number) / "train"))
+        self.gathered: tuple[bytes, TokenTable] | None = None
+        self.oldest = 0
+        """The first position that some rank may still read."""
+        self.lock = threading.RLock()
+        """Steps are made in a thread, the first of an attempt where the loop is."""
+
+    def row_ids(self, step: int, ahead: int = 0) -> Ints:
+        """Return the rows of a pass that all ranks together take in a step; waits for their shards."""
+        positions = np.arange((step + ahead) * self.global_batch, (step + ahead + 1) * self.global_batch)
+        with self.lock:
+            self.oldest = max(0, int(positions[0]) - 2 * self.global_batch)
+            self._window(int(positions[-1]))
+            self._want()
+            found = []
+            for position in positions:
+                window = self._window(int(position))
+                order = row_order(self.config.seed, window.number, window.rows)
+                found.append(window.first_row + int(order[position - window.start]))
+            return np.array(found, np.int64)
+
+    def _want(self) -> None:
+        """Let the process ahead know which shards are needed: those of the windows that some rank may read, and of two more."""
+        if self.ahead is None:
+            return
+        size, known = self.config.data.window_shards, [window for window in self.windows if window.start + window.rows > self.oldest]
+        shards = [window.first_shard + number for window in known for number in range(window.num_shards)]
+        total, first = self.index.num_shards(), self._next_shard()
+        more = range(first, first + 2 * size) if total is None else [(first + number) % total for number in range(2 * size)]
+        wanted = list(dict.fromkeys([*shards, *more]))
+        if wanted != self.wanted:
+            self.wanted = wanted
+            write_json(self.folder / WANTED, {"shards": wanted})
+
+    def _next_shard(self) -> int:
+        if not self.windows:
+            return 0
+        last, total = self.windows[-1], self.index.num_shards()
+        after = last.first_shard + last.num_shards
+        return 0 if total is not None and after >= total else after
+
+    def _window(self, position: int) -> Window:
+        """Return the window of a position, once its shards are known."""
+        while not self.windows or self.windows[-1].start + self.windows[-1].rows <= position:
+            self._add_window()
+        return next(window for window in reversed(self.windows) if window.start <= position)
+
+    def _add_window(self) -> None:
+        size = self.config.data.window_shards
+
+        def is_known() -> bool:
+            return self.index.num_shards() is not None or len(self.index.refresh()) >= self._next_shard() + size
+
+        if not is_known():
+            self._want()
+            self._wait(is_known)
+        shards, first = self.index.refresh(), self._next_shard()
+        last = self.windows[-1] if self.windows else None
+        taken = shards[first : first + size]
+        number, start = (0, 0) if last is None else (last.number + 1, last.start + last.rows)
+        epoch = 0 if last is None else last.epoch + (first == 0)
+        before = sum(shard.rows for shard in shards[:first])
+        self.open.cache_clear()  # what is not needed any more is removed, and made again for the next pass
+        self.windows.append(Window(number, epoch, start, first, before, sum(shard.rows for shard in taken), len(taken)))
+        if last is not None and first == 0 and not sum(shard.rows for shard in shards):
+            raise ConfigError(
+                "data.path", self.config.data.path, "no row of the stream is trained", "python -m tools.show_batch shows them"
+            )
+
+    def _wait(self, is_there: Callable[[], bool]) -> None:
+        """Wait for what the process ahead makes; raises its ConfigError."""
+        known, reminded = None, time.monotonic()
+        while not is_there():
+            if (error := try_json(self.folder / ERROR)) and "path" in error:
+                raise ConfigError(**error)
+            if self.ahead is not None:
+                self.ahead.check()
+            if known != (known := (len(self.index.refresh()), read_bytes(self.folder / PROGRESS))):
+                watch.beat()
+            if self.ahead is not None and time.monotonic() - reminded > REMIND_S:
+                reminded = time.monotonic()
+                log.info("waiting for the process that prepares data ahead: %d shards are known, %s", known[0], self.folder)
+            time.sleep(POLL_S)
+
+    def shard(self, number: int) -> TokenTable:
+        """Return a shard's rows, once they are prepared."""
+        self._wait(lambda: shard_folder(self.folder, number).is_dir())
+        return self.open(number)
+
+    def gather(self, row_ids: Ints) -> TokenTable:
+        """Return a step's rows as a table of their own, in their order."""
+        with self.lock:
+            return self._gather(row_ids)
+
+    def _gather(self, row_ids: Ints) -> TokenTable:
+        key = row_ids.tobytes()
+        if self.gathered is None or self.gathered[0] != key:
+            ends = np.cumsum([shard.rows for shard in self.index.refresh()])
+            numbers = np.searchsorted(ends, row_ids, side="right")
+            firsts = np.concatenate([np.zeros(1, np.int64), ends])
+            places = [(self.shard(int(number)), int(row - firsts[number])) for row, number in zip(row_ids, numbers, strict=True)]
+            self.gathered = key, joined_rows(places)
+        return self.gathered[1]
+
+    def table(self, step: int) -> TokenTable:
+        """Return the rows of a step."""
+        return self.gather(self.row_ids(step))
+
+    def sizes(self, step: int, row_ids: Ints) -> Sizes:
+        """Return how much is in a step's rows."""
+        return self.gather(row_ids).sizes(np.arange(len(row_ids)))
+
+    def batches(self, step: int, row_ids: Ints) -> list[Batch]:
+        """Return this rank's microbatches of a step's rows."""
+        table, size = self.gather(row_ids), self.config.train.microbatch
+        mine = deal(np.arange(len(row_ids)), size, self.rank, self.world_size)
+        return [make_batch(table, rows, size, self.pad_id) for rows in mine]
+
+    def first(self, step: int, row_ids: Ints) -> list[Batch]:
+        """Return nothing: no objective that is streamed has a statistic of the step."""
+        return []
+
+    def epoch(self, step: int) -> float:
+        """Return the passes that are done after `step` steps: 0 while the first is under way, whose length nobody knows."""
+        last = max(0, step * self.global_batch - 1)
+        window = next(window for window in reversed(self.windows) if window.start <= last)  # without the lock: the step has been made
+        if window.epoch == 0:
+            return 0.0
+        rows = sum(shard.rows for shard in self.index.shards)
+        return window.epoch + (window.first_row + step * self.global_batch - window.start) / rows
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Return nothing: a stream has one source."""
+        return {}
+
+
+def joined_rows(places: list[tuple[TokenTable, int]]) -> TokenTable:
+    """Return rows of several tables, each with its number, as one table, in their order."""
+    documents = [(table, int(document)) for table, row in places for document in table.documents(row)]
+    spans = [(table, slice(int(table.offsets[number]), int(table.offsets[number + 1]))) for table, number in documents]
+    counts = [len(table.documents(row)) for table, row in places]
+    labels = np.array([np.diff(table.label_starts[number : number + 2])[0] for table, number in documents], np.int64)
+    first = places[0][0]
+    return TokenTable(
+        tokens=np.concatenate([table.tokens[span] for table, span in spans]),
+        supervised=np.concatenate([table.supervised[span] for table, span in spans]),
+        offsets=np.concatenate([[0], np.cumsum([span.stop - span.start for _, span in spans])]).astype(np.int64),
+        order=np.arange(len(documents), dtype=np.int64),
+        rows=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        labels=labels,
+        units=None if first.units is None else np.arange(len(documents), dtype=np.int64) // 2,  # a pair is two neighbours
+        apart=first.apart,
+        signals=_weights(documents, labels),
+    )
+
+
+def _weights(documents: list[tuple[TokenTable, int]], labels: Ints) -> dict[str, NDArray[np.float32]]:
+    """Return the weights of documents, or of their labels, 1 where a table has none; nothing where no table has any."""
+    held = next((table.signals[WEIGHT] for table, _ in documents if WEIGHT in table.signals), None)
+    if held is None:
+        return {}
+    found = []
+    for (table, number), count in zip(documents, labels.tolist(), strict=True):
+        start, end = (int(table.label_starts[number]), int(table.label_starts[number + 1])) if held.ndim == 2 else (number, number + 1)
+        size = count if held.ndim == 2 else 1
+        found.append(table.signals[WEIGHT][start:end] if WEIGHT in table.signals else np.ones((size, *held.shape[1:]), np.float32))
+    return {WEIGHT: np.concatenate(found)}
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's content, nothing where it is not there."""
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    return b""
