@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import math
-import os
+from functools import partial
 from typing import Any
 
-import httpx
 import numpy as np
 
 from tools.command import Refused
 from tools.logprobs.shards import Failed, Found, Ints
 from trainers.cache import content_key
+from trainers.config.errors import plural
 from trainers.data.table import TokenTable
+from trainers.generate.endpoint import GARBAGE, TIMEOUT, UNREACHABLE, Endpoint, Server, ask_all, is_refusal, once
 
 Place = dict[int, float]
 """Of one token of a prompt: log-probabilities by id."""
 SMALLEST_REST = 2.0**-24
 """Of the tokens that an endpoint does not name, where its float32 numbers say that there is nothing left."""
-LONGEST_WAIT_S = 30.0
 
 
 class Served:
@@ -31,6 +30,8 @@ class Served:
     def __init__(self, options: argparse.Namespace, num_ids: int) -> None:
         """Find the model; raises Refused and Failed."""
         self.options, self.num_ids, self.url = options, num_ids, options.endpoint.rstrip("/")
+        asked = {"timeout_s": options.timeout, "attempts": options.attempts, "at_once": options.at_once, "backoff_s": 0.5}
+        self.server = Server(url=self.url, model="", key_name="FULLTUNE_TEACHER_KEY", **asked)
         self.name = options.endpoint_model or self._only_model()
         self.key = content_key("served", self.name, num_ids)
         self.echoes: bool | None = None
@@ -38,43 +39,30 @@ class Served:
 
     def ask(self, table: TokenTable, documents: Ints) -> Found:
         """Return what it says at the labels of these documents, in their order."""
-        places = [place for document in asyncio.run(self._ask_all(table, documents)) for place in document]
+        if self.echoes is None:
+            [self.echoes] = ask_all([int(documents[0])], self.server, partial(self._find_way, table))
+        numbers = [int(document) for document in documents]
+        found = dict(ask_all(numbers, self.server, partial(self._ask, table)))
+        places = [place for document in numbers for place in found[document]]
         return _as_arrays(places, self.options.top_k, self.num_ids, self.name)
 
-    async def _ask_all(self, table: TokenTable, documents: Ints) -> list[list[Place]]:
-        limit = asyncio.Semaphore(self.options.at_once)
-        async with httpx.AsyncClient(headers=_headers(), timeout=self.options.timeout, limits=httpx.Limits(max_connections=None)) as client:
-            if self.echoes is None:
-                self.echoes = await self._find_way(client, table, int(documents[0]))
-
-            async def one(document: int) -> list[Place]:
-                async with limit:
-                    return await self._ask(client, table, document)
-
-            tasks = [asyncio.create_task(one(int(document))) for document in documents]
-            try:
-                return await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-
-    async def _find_way(self, client: httpx.AsyncClient, table: TokenTable, document: int) -> bool:
+    async def _find_way(self, table: TokenTable, endpoint: Endpoint, document: int) -> bool:
         """Tell whether it gives log-probabilities with `echo`, and not with `prompt_logprobs`; raises Refused where with neither."""
         ids = table.tokens[table.offsets[document] : table.offsets[document + 1]].tolist()
         said = []
         for echoes in (False, True):
             try:
-                _places(await self._post(client, self._body(ids, echoes)), ids, echoes)
+                await self._post(endpoint, ids, echoes)
                 return echoes
             except Refused as error:
                 said.append(str(error))
         raise Refused(f"{self.url} gives no log-probabilities of a prompt by ids. {'; '.join(dict.fromkeys(said))}")
 
-    async def _ask(self, client: httpx.AsyncClient, table: TokenTable, document: int) -> list[Place]:
+    async def _ask(self, table: TokenTable, endpoint: Endpoint, document: int) -> tuple[int, list[Place]]:
         start, end = int(table.offsets[document]), int(table.offsets[document + 1])
         ids, labels = table.tokens[start:end].tolist(), np.flatnonzero(table.supervised[start:end])
-        places = _places(await self._post(client, self._body(ids, bool(self.echoes))), ids, bool(self.echoes))
-        return [places[label] for label in labels]
+        places = await self._post(endpoint, ids, bool(self.echoes))
+        return document, [places[label] for label in labels]
 
     def _body(self, ids: list[int], echoes: bool) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.name, "prompt": ids, "max_tokens": 1, "temperature": 1.0}
@@ -82,54 +70,31 @@ class Served:
             return body | {"echo": True, "logprobs": self.options.top_k, "return_tokens_as_token_ids": True}
         return body | {"prompt_logprobs": self.options.top_k}
 
-    async def _post(self, client: httpx.AsyncClient, body: dict[str, Any]) -> dict[str, Any]:
-        """Ask until there is an answer; raises Refused where it says no, Failed where it says nothing."""
-        url = f"{self.url}/completions"
-        for attempt in range(1, self.options.attempts + 1):
-            try:
-                response = await client.post(url, json=body)
-            except httpx.HTTPError as error:
-                why = f"{url} does not answer: {error or type(error).__name__}"
-            else:
-                if response.is_success:
-                    return _json(response, url)
-                why = f"{url} answers with HTTP {response.status_code}: {response.text.strip()[:300]}"
-                if response.status_code < 500 and response.status_code not in (408, 429):
-                    raise Refused(why)
-            if attempt < self.options.attempts:
-                await asyncio.sleep(min(2.0 ** (attempt - 2), LONGEST_WAIT_S))
-        raise Failed(f"{why} ({self.options.attempts} attempts). What was written is kept, and the same command continues from there")
+    async def _post(self, endpoint: Endpoint, ids: list[int], echoes: bool) -> list[Place]:
+        """Return the log-probabilities at each token; raises Refused where it says no, Failed where it says nothing."""
+        found, failure, attempts = await endpoint.ask("completions", self._body(ids, echoes), lambda reply: _places(reply, ids, echoes))
+        if found is not None:
+            return found
+        url = self.server.at("completions")
+        if is_refusal(failure):
+            raise Refused(f"{url} answers with {failure}: {endpoint.said}")
+        why = {TIMEOUT: "does not answer in time", UNREACHABLE: "does not answer", GARBAGE: "does not answer in JSON"}
+        words = why.get(failure, f"answers with {failure}: {endpoint.said}")
+        raise Failed(f"{url} {words} ({plural(attempts, 'attempt')}). What was written is kept, and the same command continues from there")
 
     def _only_model(self) -> str:
-        url = f"{self.url}/models"
-        try:
-            response = httpx.get(url, headers=_headers(), timeout=self.options.timeout)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise Failed(f"{url} does not answer: {error}") from error
-        listed = _json(response, url).get("data") if response.is_success else None
+        reply, failure = once(self.server, "models")
+        listed = reply.get("data") if isinstance(reply, dict) else None
+        if failure and not listed:
+            raise Failed(failure)
         names = [str(one["id"]) for one in listed if isinstance(one, dict) and "id" in one] if isinstance(listed, list) else []
         if len(names) != 1:
-            said = f"lists {', '.join(names)}" if names else f"lists no models (HTTP {response.status_code})"
-            raise Refused(f"{url} {said}: name one with --endpoint-model")
+            said = f"lists {', '.join(names)}" if names else "lists no models"
+            raise Refused(f"{self.server.at('models')} {said}: name one with --endpoint-model")
         return names[0]
 
 
-def _json(response: httpx.Response, url: str) -> dict[str, Any]:
-    try:
-        answer = response.json()
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
-        raise Refused(f"{url} does not answer in JSON: {response.text.strip()[:100]}")
-    return answer
-
-
-def _headers() -> dict[str, str]:
-    key = os.environ.get("FULLTUNE_TEACHER_KEY", os.environ.get("OPENAI_API_KEY", "")).strip()
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _places(answer: dict[str, Any], ids: list[int], echoes: bool) -> list[Place]:
+def _places(answer: Any, ids: list[int], echoes: bool) -> list[Place]:
     """Return the log-probabilities at each token of a prompt; raises Refused where the answer has none, or of other tokens."""
     try:
         choice = answer["choices"][0]

@@ -22,6 +22,8 @@ REFUSALS = ("HTTP 400", "HTTP 413", "HTTP 422")
 """Failures that may be the request's own: the same request would fail again."""
 LONGEST_WAIT_S = 60.0
 """Between two attempts. A server that wants a longer wait is not asked again."""
+SAID = 300
+"""First characters of what a server says to a request that it refuses."""
 
 Of = TypeVar("Of")
 Made = TypeVar("Made")
@@ -64,11 +66,40 @@ class _Failed(Exception):
         self.kind, self.wait_s = kind, wait_s
 
 
+def is_refusal(failure: str) -> bool:
+    """Tell a failure that the same request would meet again: HTTP 3xx and 4xx, but for those that say when to come back."""
+    return failure.startswith(("HTTP 3", "HTTP 4")) and failure not in ("HTTP 408", "HTTP 429")
+
+
 def check(server: Server) -> str:
     """Say why nothing can be asked there, by one request for its list of models, which it need not have; empty if it can."""
-    url = server.at("models")
+    url, reply = server.at("models"), _exchange(server, "models")
+    if isinstance(reply, str):
+        return reply
+    if reply.status_code in (401, 403):
+        return f"{url} refuses the key (HTTP {reply.status_code}): set {server.key_name}, or OPENAI_API_KEY, to one that it takes"
+    return f"{url} answers with HTTP {reply.status_code}" if reply.status_code >= 500 else ""
+
+
+def once(server: Server, path: str, body: dict[str, Any] | None = None) -> tuple[Any, str]:
+    """Ask once, by GET without a body; return what a reply in JSON holds, else None, and why there is none, else an empty text."""
+    reply = _exchange(server, path, body)
+    if isinstance(reply, str):
+        return None, reply
+    if not reply.is_success:
+        return None, f"{server.at(path)} answers with HTTP {reply.status_code}: {reply.text.strip()[:SAID]}"
     try:
-        status = httpx.get(url, headers=server.headers(), timeout=server.timeout_s).status_code
+        return reply.json(), ""
+    except ValueError:
+        return None, ""
+
+
+def _exchange(server: Server, path: str, body: dict[str, Any] | None = None) -> httpx.Response | str:
+    """Return a reply, or why there is none."""
+    url, content = server.at(path), None if body is None else json.dumps(body)
+    try:
+        method = "GET" if body is None else "POST"
+        return httpx.request(method, url, headers=server.headers(), timeout=server.timeout_s, content=content)
     except httpx.TimeoutException:
         return f"{url} does not answer within {server.timeout_s:g} s"
     except httpx.ConnectError as error:
@@ -77,9 +108,6 @@ def check(server: Server) -> str:
         return "the endpoint's key has characters that no HTTP header may have"
     except (httpx.RequestError, httpx.InvalidURL) as error:
         return f"{url} cannot be asked: {error}"
-    if status in (401, 403):
-        return f"{url} refuses the key (HTTP {status}): set {server.key_name}, or OPENAI_API_KEY, to one that it takes"
-    return f"{url} answers with HTTP {status}" if status >= 500 else ""
 
 
 def ask_all(todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]]) -> list[Made]:
@@ -96,6 +124,8 @@ class Endpoint:
     client: httpx.AsyncClient
     silent: int = 0
     """Requests in a row without a reply."""
+    said: str = ""
+    """What the last request that was refused was answered with."""
     down: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def ask(self, path: str, body: dict[str, Any], read: Callable[[Any], Read | None]) -> tuple[Read | None, str, int]:
@@ -129,8 +159,9 @@ class Endpoint:
         except httpx.RequestError:
             raise _Failed(UNREACHABLE) from None
         if not response.is_success:
-            retried = response.status_code >= 500 or response.status_code in (408, 429)
-            raise _Failed(f"HTTP {response.status_code}", _retry_after_s(response) if retried else float("inf"))
+            self.said = response.text.strip()[:SAID]
+            failure = f"HTTP {response.status_code}"
+            raise _Failed(failure, float("inf") if is_refusal(failure) else _retry_after_s(response))
         try:
             found = read(response.json())
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
