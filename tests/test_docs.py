@@ -86,7 +86,7 @@ def test_the_reference_has_every_setting_preset_and_experiment() -> None:
     text = reference.reference()
     assert [path for path in all_fields() if f"| `{path}` |" not in text] == []
     for file in sorted((ROOT / "conf").rglob("*.yaml")):
-        name = {"exp": f"`+exp={file.stem}`", "gate": "", "curate": "", "conf": ""}.get(
+        name = {"exp": f"`+exp={file.stem}`", "gate": "", "curate": "", "synthesise": "", "conf": ""}.get(
             file.parent.name, f"`{file.parent.name}={file.stem}`"
         )
         assert name in text

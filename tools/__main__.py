@@ -34,6 +34,7 @@ TOOLS = {
     "select": "the best of several answers by rewards, and pairs of them",
     "show_batch": "what a run trains on, token by token",
     "structure": "what the code's structure costs; in a checkout",
+    "synthesise": "write rows with a model: instructions, answers, paraphrases and more",
 }
 """What can be called, and what for."""
 

@@ -77,7 +77,7 @@ def _row(field: Field) -> str:
 def presets() -> str:
     """Return the presets of each group with the first sentence of their files."""
     lines = ["## Presets", "", "| preset | what it sets |", "|---|---|"]
-    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate", "curate"))
+    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate", "curate", "synthesise"))
     lines += [f"| `{folder.name}={file.stem}` | {_about(file)} |" for folder in folders for file in sorted(folder.glob("*.yaml"))]
     return "\n".join(lines)
 

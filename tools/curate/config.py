@@ -307,7 +307,7 @@ def read_settings(file: Path) -> Settings:
     listed = found.get("words")
     if isinstance(listed, dict) and isinstance(listed.get("file"), str):
         found["words"] = listed | {"listed": [*listed.get("listed", []), *_lines(file.parent / listed["file"])]}
-    settings = Settings(**{name: _step(name, value) for name, value in found.items() if value not in (None, False)})
+    settings = Settings(**{name: settings_of(STEPS[name], name, value) for name, value in found.items() if value not in (None, False)})
     if settings == Settings():
         raise ConfigError("CONFIG", str(file), "turns on no step, so that every row would stay as it is", f"one of {', '.join(STEPS)}")
     return settings
@@ -322,19 +322,19 @@ def _lines(file: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _step(name: str, value: Any) -> Any:
-    """Return a step's settings: its defaults for true, else the keys of an object over them; raises ConfigError."""
-    kind = STEPS[name]
+def settings_of(kind: type[Any], name: str, value: Any) -> Any:
+    """Return the settings called `name`: defaults for true, else the keys of an object over them; raises ConfigError."""
     if value is True:
         return kind()
     if not isinstance(value, dict):
         raise ConfigError(name, value, "is neither true, false nor settings", f"{name}: true")
     fields = {item.name: item for item in dataclasses.fields(kind)}
     for key, held in value.items():
+        path = f"{name}.{key}" if name else str(key)
         if key not in fields:
             known = did_you_mean(str(key), fields) or (f"settings are {', '.join(fields)}" if fields else f"{name}: true")
-            raise ConfigError(f"{name}.{key}", held, "is not a setting of this step", known)
-        _require_type(f"{name}.{key}", held, fields[key])
+            raise ConfigError(path, held, "is not a setting of this step" if name else "is not a setting", known)
+        _require_type(path, held, fields[key])
     return kind(**value)
 
 

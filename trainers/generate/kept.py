@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,12 +75,15 @@ class Kept:
 
     def finish(self, about: dict[str, Any], shown: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
         """Write the file in the order of the requests, and what is known of it next to it; `shown` gives a row of it, None for none."""
+        found = (shown(self.rows[number]) for number in sorted(self.rows))
+        self.write(about, (row for row in found if row is not None))
+
+    def write(self, about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+        """Write rows as the file, and what is known of it next to it; forget the answers."""
         self.close()
         staging = Path(f"{self.file}.tmp")
         with staging.open("w", encoding="utf-8") as stream:
-            for number in sorted(self.rows):
-                if (row := shown(self.rows[number])) is not None:
-                    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             stream.flush()
             os.fsync(stream.fileno())
         write_json(self.about, {"key": self.key} | about)

@@ -65,3 +65,5 @@ class Answer:
     failure: str = ""
     """Why there is no answer; empty where there is one."""
     attempts: int = 1
+    usage: tuple[int, int] | None = None
+    """Tokens of the prompt and of the answer, as a server counts them; None where it says nothing."""

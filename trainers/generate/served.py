@@ -36,10 +36,17 @@ def _body(request: Request, sampling: Sampling, server: Server) -> dict[str, Any
 
 
 def read_text(reply: Any) -> dict[str, Any] | None:
-    """Return text and finish of a chat completion, None where it has none; an empty text is one."""
+    """Return text, finish and usage of a chat completion, None where it has no text; an empty text is one."""
     choice = reply["choices"][0]
-    text = choice["message"]["content"]
-    return {"text": text, "finish": str(choice.get("finish_reason") or "")} if isinstance(text, str) else None
+    text, finish = choice["message"]["content"], str(choice.get("finish_reason") or "")
+    return {"text": text, "finish": finish, "usage": read_usage(reply)} if isinstance(text, str) else None
+
+
+def read_usage(reply: dict[str, Any]) -> tuple[int, int] | None:
+    """Return the tokens of prompt and answer that a reply says, None where it says none."""
+    usage = reply.get("usage")
+    prompt, answer = (usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens"))
+    return (prompt, answer) if isinstance(prompt, int) and isinstance(answer, int) else None
 
 
 def read_ids(reply: Any) -> dict[str, Any] | None:
