@@ -16,12 +16,13 @@ from launcher import config as schema
 from launcher import help as help_text
 from launcher import local, plan, presets, slurm, sweep, torchrun, ways
 from launcher.compose import checked, compose_with, explained
-from launcher.config import Backend, JobConfig, Mode, validate_machine, world_size
+from launcher.config import Backend, JobConfig, Mode, ranks_per_node, validate_machine, world_size
 from launcher.freeze import freeze
 from launcher.job import Job, frozen_text, make_job
 from launcher.report import print_summary
 from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError, plural
+from trainers.config.mesh import mesh_of, seats_of
 from trainers.processes import never_fail
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
@@ -125,8 +126,10 @@ def dry_run(job: Job, commands: list[str]) -> str:
     """Return the frozen config and every command, as text."""
     steps = plural(job.run.train.steps, "step") if job.run.train.steps else "steps known once the data are prepared"
     ranks = world_size(job.launch)
-    size = f"# {plural(ranks, 'rank')} on {plural(job.launch.nodes, 'node')}, {rows_words(job.run.train, ranks)}, {steps}"
-    return "\n".join([f"# {job.config_path}", frozen_text(job.run), size, *commands])
+    rows = rows_words(job.run.train, mesh_of(job.run.engine, ranks))
+    size = f"# {plural(ranks, 'rank')} on {plural(job.launch.nodes, 'node')}, {rows}, {steps}"
+    seats = seats_of(mesh_of(job.run.engine, ranks), ranks_per_node(job.launch))
+    return "\n".join([f"# {job.config_path}", frozen_text(job.run), size, *seats, *commands])
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from launcher.origin import UNSET, shown, where_set
 from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError, alike
+from trainers.config.mesh import mesh_of
 
 # Ours, and what transformers, TRL, axolotl, LLaMA-Factory and accelerate call it: too far apart for a comparison of letters to find.
 THEIR_NAMES = {
@@ -190,8 +191,8 @@ def _accumulation(path: str, overrides: list[str]) -> str:
         composed = GlobalHydra.instance().config_loader().load_configuration("config", others, RunMode.RUN)
         train, launch = composed.train, OmegaConf.to_object(composed.launch)
         assert isinstance(launch, LaunchConfig)
-        ranks = world_size(launch)
-        now, share = f"now     {rows_words(train, ranks)}", ranks * train.microbatch
+        mesh = mesh_of(composed.engine, world_size(launch))
+        now, share = f"now     {rows_words(train, mesh)}", mesh.data_size * train.microbatch
     except (HydraException, OmegaConfBaseException, ArithmeticError):
         return _report(path, UNSET, reason, overrides, "try     train.global_batch=ROWS, which all ranks take together in a step")
     wanted = where_set(path, overrides)[1]

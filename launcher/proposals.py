@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from launcher.config import Backend
+from launcher.config import Backend, ranks_per_node
 from launcher.job import Job
 from trainers.config.activations import offered
 from trainers.config.choices import Activations, EngineName, Offload, OptimizerName, PeftMethod, Quantisation
@@ -25,6 +25,7 @@ def changes_of(job: Job) -> list[Change]:
     found = [parts, *rows[:1], *light[:1], *rows[1:], *light[1:]]
     found += [[*row, *how] for row in rows for how in light]
     found += [*small, [*lean, *_last(small)]]
+    found += [[*lean, *change] for change in _shared_rows(job)]
     found += [how for how in kept if how == OFFLOADED]
     least = [*few, *_last(kept)]
     found.append(least)
@@ -59,6 +60,13 @@ def _smaller_state(run: RunConfig) -> list[Change]:
     if EIGHT_BIT not in known or run.optim.name is not OptimizerName.adamw or run.engine.offload_optimizer is not Offload.none:
         return []
     return [[f"optim.name={EIGHT_BIT}"]]
+
+
+def _shared_rows(job: Job) -> list[Change]:
+    """Return more ranks for each row, up to those of a node; what that does not go with is refused as it is composed."""
+    engine, node = job.run.engine, ranks_per_node(job.launch)
+    sizes = [size for size in (2, 4, 8) if engine.context < size <= node and node % size == 0]
+    return [[f"engine.context={size}"] for size in sizes] if engine.name is EngineName.fsdp else []
 
 
 def _elsewhere(run: RunConfig) -> list[Change]:

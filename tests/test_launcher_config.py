@@ -19,6 +19,7 @@ from launcher.job import frozen_text, make_job
 from trainers import host
 from trainers.config.checks import load
 from trainers.config.derived import peak_lr
+from trainers.config.mesh import Mesh, mesh_of
 from trainers.config.schema import plain
 
 ROOT = CONF.parent
@@ -95,6 +96,7 @@ def test_a_run_needs_no_experiment(model: Path, tmp_path: Path) -> None:
 def test_large_experiments_ask_for_the_ranks_they_say() -> None:
     assert world_size(compose(["+exp=llama70b_full"]).launch) == 64
     assert world_size(compose(["+exp=llama8b_full"]).launch) == 8
+    assert mesh_of(compose(["+exp=llama70b_full_128k"]).engine, 64) == Mesh(shard=8, context=8)
 
 
 def test_frozen_text_is_read_back_unchanged(model: Path, tmp_path: Path) -> None:

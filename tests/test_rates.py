@@ -48,6 +48,7 @@ OF_EXPERIMENTS = {
     "qwen3_8b_simpo": 4e-5,
     "tulu3_8b_dpo": 2e-5,
     "llama70b_full": 2e-6,
+    "llama70b_full_128k": 2e-6,
     "qwen3_8b_full": 7e-6,
     "qwen3_30b_a3b_lora": 1e-5,
     "llama8b_compare": 1e-5,

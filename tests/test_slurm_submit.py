@@ -143,6 +143,13 @@ def test_dry_run_prints_the_text_that_sbatch_gets(name: str) -> None:
     assert text == (GOLDEN / f"{name}.sbatch").read_text()
 
 
+def test_ranks_that_share_rows_are_neighbours(tmp_path: Path) -> None:
+    given = ["+exp=quickstart_base", f"run_dir={tmp_path / 'run'}", "launch=slurm", "launch.gpus_per_node=8", "train.global_batch=64"]
+    for more, found in (([], False), (["engine.context=4"], True), (["engine.context=4", "+launch.sbatch.distribution=cyclic"], False)):
+        [text, *_] = slurm.commands(make_job(compose([*given, *more])))
+        assert ("--distribution=block" in text) is found
+
+
 def job_in(folder: Path) -> Job:
     given = ["launch=slurm", "launch.gpus_per_node=0", "launch.nodes=2", "launch.processes=2", "train.global_batch=32"]
     return make_job(compose(["+exp=quickstart_base", f"run_dir={folder / 'run'}", *given]))

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from trainers.batch import IGNORE, Batch
 from trainers.config.derived import rows_words, scarcity
 from trainers.config.errors import plural
+from trainers.config.mesh import Mesh
 from trainers.config.schema import TrainConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
@@ -276,4 +277,4 @@ def test_data_with_fewer_rows_than_a_step_takes_say_so_with_a_remedy() -> None:
 def test_counts_agree_with_their_nouns() -> None:
     said = [plural(1, "rank"), plural(2, "rank"), plural(0, "process"), plural(1000, "microbatch")]
     assert said == ["1 rank", "2 ranks", "0 processes", "1,000 microbatches"]
-    assert rows_words(TrainConfig(global_batch=4, microbatch=4), 1) == "4 rows a step, 1 microbatch of 4 on one rank"
+    assert rows_words(TrainConfig(global_batch=4, microbatch=4), Mesh()) == "4 rows a step, 1 microbatch of 4 on one rank"

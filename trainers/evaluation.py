@@ -59,11 +59,11 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
                 return None
             every += max(1, round(ASK_EVERY_S / max(seconds, 1e-6)))
     engine.train(True)
-    names = sorted(sums)
-    means = per_target(dict(zip(names, world.sum([sums[name] for name in names]), strict=True)), targets)
+    names, each = sorted(sums), engine.mesh.context  # as many ranks have the same rows
+    means = per_target(dict(zip(names, world.sum([sums[name] / each for name in names]), strict=True)), targets)
     loss_mean = means.pop("")
     if isinstance(objective, Tallied) and tally is not None:
-        means |= objective.summary(world.sum(tally.tolist()))
+        means |= objective.summary(world.sum((tally / each).tolist()))
     return Evaluation(loss=loss_mean, figures={f"eval_{name}": value for name, value in means.items()})
 
 
@@ -108,7 +108,7 @@ class HeldOut:
         from trainers.statistic import AsLoss
 
         assert self.table is not None
-        share: dict[str, Any] = {"rank": self.world.rank, "world_size": self.world.size, "pad_id": self.pad_id}
+        share: dict[str, Any] = {"rank": engine.mesh.data_rank(self.world.rank), "world_size": engine.mesh.data_size, "pad_id": self.pad_id}
         batches = (batch for part in all_mismatched(self.table) for batch in eval_batches(part, rows, **share))
         measure = AsLoss(objective)
         found = evaluate(engine, measure, batches, self.world, targets)
@@ -118,7 +118,8 @@ class HeldOut:
         """Evaluate some of the rows."""
         assert self.table is not None
         microbatch, world = self.train.eval_microbatch or self.train.microbatch, self.world
-        batches = eval_batches(self.table, microbatch, rank=world.rank, world_size=world.size, pad_id=self.pad_id, rows=rows)
+        share: dict[str, Any] = {"rank": engine.mesh.data_rank(world.rank), "world_size": engine.mesh.data_size}
+        batches = eval_batches(self.table, microbatch, pad_id=self.pad_id, rows=rows, **share)
         return evaluate(engine, objective, batches, world, objective.targets(self.table.sizes(rows)))
 
     def _by_source(self, engine: Engine, objective: Objective, rows_of: dict[str, Ints]) -> Evaluation | None:

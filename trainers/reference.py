@@ -200,9 +200,9 @@ def _measure_all(engine: Engine, world: World, data: Prepared, config: RunConfig
 def _measure(engine: Engine, world: World, table: TokenTable, config: RunConfig, pad_id: int, name: str) -> NDArray[np.float32]:
     """Return the summed log-probability of each document's labels in nats, (documents,); the same on every rank. Collective."""
     engine.train(False)
-    found = np.zeros(len(table.offsets) - 1)
+    found, mesh = np.zeros(len(table.offsets) - 1), engine.mesh
     longest_first = np.argsort(-table.row_lengths(), kind="stable")
-    shares = deal(longest_first, config.train.eval_microbatch or config.train.microbatch, world.rank, world.size)
+    shares = deal(longest_first, config.train.eval_microbatch or config.train.microbatch, mesh.data_rank(world.rank), mesh.data_size)
     shown = _bar(world.rank == 0, name, len(shares))
     num = config.train.eval_microbatch or config.train.microbatch
     for rows in watch.each(shown(shares)):
@@ -213,7 +213,7 @@ def _measure(engine: Engine, world: World, table: TokenTable, config: RunConfig,
         if world.any(world.signalled is not None)[0]:
             raise Stopped("a signal while the reference was measured")
     engine.train(True)
-    sums = [world.sum(found[at : at + SUM_AT_ONCE].tolist()) for at in range(0, len(found), SUM_AT_ONCE)]
+    sums = [world.sum((found[at : at + SUM_AT_ONCE] / mesh.context).tolist()) for at in range(0, len(found), SUM_AT_ONCE)]
     return np.concatenate([np.array(part, dtype=np.float32) for part in sums])
 
 

@@ -21,6 +21,7 @@ from trainers.batch import Batch
 from trainers.config.choices import Activations, ObjectiveName, Precision
 from trainers.config.derived import SCORED, exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
+from trainers.config.mesh import mesh_of
 from trainers.config.schema import RunConfig
 from trainers.data.ends import stop_ids
 from trainers.data.loader import Loader, Rows, Stream
@@ -102,7 +103,8 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         for line in warnings(data.report):
             log.warning(line)
         documents = len(data.train.offsets) - 1
-        if not config.data.streaming and (scarce := scarcity(config.train, config.data.packing, len(data.train), documents, world.size)):
+        groups = mesh_of(config.engine, world.size).data_size
+        if not config.data.streaming and (scarce := scarcity(config.train, config.data.packing, len(data.train), documents, groups)):
             log.warning(scarce)
         _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
@@ -193,7 +195,8 @@ def _asking(built: Built) -> Callable[[Batch], torch.Tensor]:
 def _loader(config: RunConfig, world: World, attempt: Attempt, data: Prepared, padding: int) -> Rows:
     """Return the rows of prepared data."""
     stream = _mixed(config, data, attempt, world) if data.train.sources else None
-    split: dict[str, Any] = {"rank": world.rank, "world_size": world.size, "stream": stream}
+    mesh = mesh_of(config.engine, world.size)
+    split: dict[str, Any] = {"rank": mesh.data_rank(world.rank), "world_size": mesh.data_size, "stream": stream}
     return Loader(data.train, config.train, seed=config.seed, pad_id=padding, **split)
 
 
@@ -210,8 +213,9 @@ def _streamed(built: Built, padding: int) -> Rows:
     from trainers.data.shards import folder_of
     from trainers.data.stream import Streamed
 
-    world, folder = built.world, folder_of(built.config, built.data.path.name)
-    return Streamed(built.config, folder, rank=world.rank, world_size=world.size, pad_id=padding, ahead=built.ahead)
+    mesh, folder = built.engine.mesh, folder_of(built.config, built.data.path.name)
+    share = {"rank": mesh.data_rank(built.world.rank), "world_size": mesh.data_size}
+    return Streamed(built.config, folder, **share, pad_id=padding, ahead=built.ahead)
 
 
 def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) -> Stream:
@@ -235,7 +239,7 @@ def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) ->
 
 def _say_what_is_trained(config: RunConfig, world: World, report: dict[str, str]) -> None:
     console.print(_as_table("the model on each rank", report))
-    peak, rows = peak_lr(config.optim, config.peft), rows_words(config.train, world.size)
+    peak, rows = peak_lr(config.optim, config.peft), rows_words(config.train, mesh_of(config.engine, world.size))
     console.print(_as_table("a step", {"peak learning rate": peak, "rows": rows}))
     step = "the checkpoint of the lowest held-out loss" if exports_best(config) else "the last step"
     console.print(_as_table("the export", {"step": step}))

@@ -70,7 +70,8 @@ def take_step(
         for name, value in loss.sums().items():
             figures[name] = figures.get(name, 0.0) + value.detach()
     names, squares = sorted(figures), engine.squares() if targets else None
-    mine = read([total, *(figures[name] for name in names), *(() if squares is None else (squares,))])
+    each = engine.mesh.context  # as many ranks have the same rows, and the same sums of them
+    mine = read([total / each, *(figures[name] / each for name in names), *(() if squares is None else (squares,))])
     sums, reports = world.sum_and_max(mine, report())
     norm = None if squares is None else math.sqrt(sums.pop())
     mean = sums[0] / targets if targets else math.nan

@@ -11,6 +11,7 @@ python -m tools.bench methods --model DIR --data FILE --out FILE.md
 python -m tools.bench peers --peer trl --out FILE.md
 python -m tools.bench preferences --trl --out FILE.md
 python -m tools.bench plan
+python -m tools.bench context --real
 python -m tools.bench gpu --out benchmarks/gpu.md
 """
 
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tools.bench import checkpoint, curate, data, engines, load, methods, plan, preferences, train
+from tools.bench import checkpoint, context, curate, data, engines, load, methods, plan, preferences, train
 from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
@@ -42,6 +43,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "peers": (peers, "tokens a second, memory and time to the first step next to other trainers'; installs them once; minutes a run"),
     "preferences": (preferences, "DPO next to supervised training, to a second model and to TRL's DPOTrainer (--trl); losses must agree"),
     "plan": (plan, "a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal"),
+    "context": (context, "what a rank keeps of rows that ranks share, by the plan and of real runs on CPU ranks (--real)"),
     "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
 """By name: the module that measures, and what it measures."""

@@ -36,7 +36,7 @@ from trainers.units import in_bytes
 if TYPE_CHECKING:
     from trainers.engines.base import Engine
     from trainers.model.blueprint import Blueprint
-    from trainers.plan.trace import Moment, Trace
+    from trainers.plan.trace import Kind, Moment, Trace
     from trainers.world import World
 
 LIMIT_S = 900.0
@@ -76,6 +76,7 @@ class Case:
     activations: Activations = Activations.keep
     microbatches: int = 1
     replicate: int = 1
+    context: int = 1
     keep_gathered: bool = False
     """Parameters stay gathered from microbatch to microbatch."""
     seq_len: int = 128
@@ -96,6 +97,7 @@ class Case:
         words += [str(self.activations)] if self.activations is not Activations.keep else []
         words += [f"{self.microbatches} microbatches"] if self.microbatches > 1 else []
         words += [f"{self.replicate} copies"] if self.replicate > 1 else []
+        words += [f"{self.context} ranks share each row"] if self.context > 1 else []
         words += ["kept gathered"] if self.keep_gathered else []
         words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
         words += [f"logits of {self.logits_chunk or 'all'} tokens"] if self.logits_chunk is not None else []
@@ -113,11 +115,11 @@ class Case:
             data=DataConfig(seq_len=self.seq_len),
             peft=PeftConfig(method=self.method, quantise=self.quantise),
             objective=ObjectiveConfig(name=self.objective),
-            engine=replace(engine, replicate=self.replicate) if self.replicate > 1 else engine,
+            engine=replace(engine, replicate=self.replicate, context=self.context) if self.replicate * self.context > 1 else engine,
             optim=OptimConfig(name=self.optimizer, state=self.state, lr=1e-5),
             train=TrainConfig(
                 steps=1,
-                global_batch=self.microbatch * self.ranks * self.microbatches,
+                global_batch=self.microbatch * self.ranks // self.context * self.microbatches,
                 microbatch=self.microbatch,
                 precision=self.precision,
                 activations=self.activations,
@@ -158,6 +160,9 @@ CASES = [
     Case(3, "tiny", engine=ZERO3, microbatches=2),
     Case(4, "9M"),
     Case(4, "9M", replicate=2),
+    Case(2, "tiny", precision=FP32, seq_len=1024, context=2),
+    Case(4, "tiny", precision=FP32, seq_len=1024, context=4, activations=BLOCK),
+    Case(4, "tiny", replicate=2, context=2),
     Case(4, "60M", engine=ZERO3, precision=FP32, activations=BLOCK),
     *(Case(2, "9M", optimizer=name) for name in OptimizerName if name is not OptimizerName.adamw),
     Case(2, "9M", engine=ZERO3, optimizer=OptimizerName.adamw_8bit),
@@ -181,6 +186,13 @@ GPU_CASES = [
     Case(1, "8B", seq_len=2048, microbatch=1, activations=BLOCK, optimizer=OptimizerName.sgd),
 ]
 """One GPU each, with 139 GiB."""
+CONTEXT_CASES = [
+    Case(4, "9M", precision=FP32, seq_len=length, context=context, microbatch=1, activations=BLOCK)
+    for length in (2048, 4096)
+    for context in (1, 2, 4)
+]
+"""Those of `tools.bench context`."""
+KNOWN = [*CASES, *GPU_CASES, *CONTEXT_CASES]
 
 
 def run_gpu(options: argparse.Namespace) -> None:
@@ -259,8 +271,9 @@ def blueprint_of_case(case: Case) -> Blueprint:
 
 
 def predict(case: Case) -> dict[str, Any]:
-    """Return `state` bytes by class, `peak` bytes and those of `logits`, `flops` and `parameters`, as a plan has them."""
+    """Return `state` bytes by class, `peak` bytes, those of `logits` and `activations`, `flops` and `parameters`, as a plan has them."""
     from trainers.plan.simulate import ranks, simulate
+    from trainers.plan.trace import Kind
 
     with ranks(case.ranks, case.ranks) as world:
         found = simulate(case.config("."), blueprint_of_case(case), world, case.seq_len)
@@ -268,23 +281,22 @@ def predict(case: Case) -> dict[str, Any]:
     return {
         "state": found.state_bytes | {"inputs on the host": found.inputs_on_host},
         "peak": found.peak.total,
-        "logits": logits_bytes(found.moments),
+        "logits": highest(found.moments, Kind.logits),
+        "activations": highest(found.moments, Kind.activations),
         "flops": flops,
         "parameters": found.parameters,
     }
 
 
-def logits_bytes(moments: Iterable[Moment]) -> float:
-    """Return the bytes of logits where these are highest."""
-    from trainers.plan.trace import Kind
-
-    return max(moment.peak[Kind.logits] for moment in moments)
+def highest(moments: Iterable[Moment], kind: Kind) -> float:
+    """Return the bytes of a kind at the peaks of a step's moments, where they are highest."""
+    return max(moment.peak[kind] for moment in moments)
 
 
 def measure(ranks: int, cases: list[Case]) -> list[dict[str, Any]]:
     """Return the same of real runs with so many ranks, and `allocated` where torch's profiler sees every allocation."""
     with tempfile.TemporaryDirectory() as folder:
-        chosen = [str((CASES + GPU_CASES).index(case)) for case in cases]
+        chosen = [str(KNOWN.index(case)) for case in cases]
         with start_ranks(["plan-rank", folder, *chosen], ranks, Path(folder)) as children:
             wait_for(children, Path(folder), "done", lambda: None, LIMIT_S)
         found: list[dict[str, Any]] = json.loads((Path(folder) / "0.done").read_text())
@@ -304,7 +316,7 @@ def run_rank(options: argparse.Namespace) -> None:
         world.connect()
         found = []
         for number in options.cases:
-            case = (CASES + GPU_CASES)[number]
+            case = KNOWN[number]
             figures = _on_gpu(case, world, folder) if case in GPU_CASES else _traced(case, world, folder)
             if case in CASES and case.engine is EngineName.fsdp:  # DeepSpeed frees where the profiler does not look
                 figures["allocated"] = _allocated(case, world, folder)
@@ -316,13 +328,14 @@ def run_rank(options: argparse.Namespace) -> None:
 
 def _traced(case: Case, world: World, folder: Path) -> dict[str, Any]:
     """Take real steps, with every operator's allocations noted."""
-    from trainers.plan.trace import Trace
+    from trainers.plan.trace import Kind, Trace
 
     trace = Trace(SIZES[case.size]["vocab_size"])
     with trace, _without_copies_of_gloo(trace):
         _, state = _take_steps(case, world, folder, trace)
     moments = trace.moments()
-    return {"state": state, "peak": max(moment.total for moment in moments), "logits": logits_bytes(moments)}
+    kinds = {"logits": highest(moments, Kind.logits), "activations": highest(moments, Kind.activations)}
+    return {"state": state, "peak": max(moment.total for moment in moments), **kinds}
 
 
 def _on_gpu(case: Case, world: World, folder: Path) -> dict[str, Any]:

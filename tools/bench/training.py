@@ -23,6 +23,7 @@ import trainers.engines.fsdp.engine  # noqa: F401 - its imports are not part of 
 from tools.bench.orders import config_of
 from tools.bench.ranks import explaining, leave
 from trainers.checkpoint import Checkpointer
+from trainers.config.mesh import mesh_of
 from trainers.config.schema import RunConfig
 from trainers.data.loader import Loader
 from trainers.data.pack import pack
@@ -76,7 +77,9 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         blueprint = make_blueprint(config.model, config.seed, plain_tokenizer())
         table = random_rows(config.train.global_batch * order["steps"], order["seq_len"], blueprint.config.vocab_size)
         data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
-        rows = Loader(table, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=0)
+        mesh = mesh_of(config.engine, world.size)
+        share: dict[str, Any] = {"rank": mesh.data_rank(world.rank), "world_size": mesh.data_size}
+        rows = Loader(table, config.train, seed=config.seed, pad_id=0, **share)
         world.barrier()
         started = time.perf_counter()
         figures: dict[str, Any] = {}

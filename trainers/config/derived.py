@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from trainers.config.choices import DataSource, Export, ObjectiveName, OptimizerName, PeftMethod, Schedule
 from trainers.config.errors import ConfigError, plural
+from trainers.config.mesh import Mesh
 from trainers.config.schema import DataConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
@@ -168,16 +169,16 @@ def length(train: TrainConfig, table_rows: int, stream_rows: int | None = None) 
     return rows, math.ceil(rows / train.global_batch)
 
 
-def microbatches(train: TrainConfig, world_size: int) -> int:
-    """Return how many microbatches a rank accumulates in a step."""
-    return train.global_batch // (world_size * train.microbatch)
+def microbatches(train: TrainConfig, data_size: int) -> int:
+    """Return how many microbatches a rank accumulates in a step, where so many groups of ranks have rows of their own."""
+    return train.global_batch // (data_size * train.microbatch)
 
 
-def scarcity(train: TrainConfig, packing: bool, num_rows: int, num_documents: int, world_size: int) -> str | None:
+def scarcity(train: TrainConfig, packing: bool, num_rows: int, num_documents: int, data_size: int) -> str | None:
     """Return what to do about data with fewer rows than one step takes; None where there are enough."""
     if num_rows >= train.global_batch:
         return None
-    share = world_size * train.microbatch
+    share = data_size * train.microbatch
     remedies = [f"train.global_batch={num_rows // share * share}"] if num_rows >= share else []
     if packing and num_documents >= train.global_batch:
         remedies.append(f"data.packing=false, which makes {num_documents:,} rows of them")
@@ -187,10 +188,11 @@ def scarcity(train: TrainConfig, packing: bool, num_rows: int, num_documents: in
     return f"{reason}: it is short, or takes the same rows more than once. Try {remedy}"
 
 
-def rows_words(train: TrainConfig, world_size: int) -> str:
+def rows_words(train: TrainConfig, mesh: Mesh) -> str:
     """Return how the rows of a step are split, in words."""
-    where = "one rank" if world_size == 1 else f"each of {world_size} ranks"
-    share = f"{plural(microbatches(train, world_size), 'microbatch')} of {train.microbatch} on {where}"
+    where = f"each of {mesh.data_size} {'ranks' if mesh.context == 1 else f'groups of {mesh.context} ranks'}"
+    where = where if mesh.data_size > 1 else "one rank" if mesh.context == 1 else f"{mesh.context} ranks together"
+    share = f"{plural(microbatches(train, mesh.data_size), 'microbatch')} of {train.microbatch} on {where}"
     return f"{train.global_batch} rows a step, {share}"
 
 
@@ -203,7 +205,7 @@ def logits_chunk(config: RunConfig, vocab_size: int, itemsize: int) -> int:
     train = config.train
     if train.logits_chunk is not None:
         return train.logits_chunk
-    tokens = max(train.microbatch, train.eval_microbatch or 0) * config.data.seq_len
+    tokens = max(train.microbatch, train.eval_microbatch or 0) * config.data.seq_len // config.engine.context
     size = tokens * vocab_size * itemsize
     return 1 << max(0, (LOGITS_BYTES // (vocab_size * itemsize)).bit_length() - 1) if size > 2 * LOGITS_BYTES else 0
 

@@ -424,7 +424,9 @@ class EngineConfig:
     replicate: int = 1
     """fsdp: copies of the model, each sharded over `shard` ranks (HSDP); nodes, say, where the network between them is slow."""
     shard: int | None = None
-    """fsdp: ranks that share one copy; empty is all ranks / `replicate`."""
+    """fsdp: groups of `context` ranks that share one copy; empty is all ranks / `replicate` / `context`."""
+    context: int = 1
+    """fsdp: ranks that share each row, a slice of its tokens each, and attend with some of the heads each (Ulysses); for long rows."""
     prefetch: int = 1
     """fsdp: blocks gathered ahead of the one that computes; each costs one block's parameters in the compute type."""
     reshard_after_backward: bool = True

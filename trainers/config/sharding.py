@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from trainers.config.choices import EngineName, Offload
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from trainers.config.choices import Attention, EngineName, Float8, Offload
 from trainers.config.deepspeed_keys import check_overrides
+from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import refuse_foreign
+from trainers.config.mesh import mesh_of
+from trainers.config.methods import VIRTUAL
 from trainers.config.schema import EngineConfig, RunConfig
 
-FSDP_ONLY = ("reshard_after_forward", "reshard_after_backward", "replicate", "shard", "prefetch", "sync_each_microbatch")
+FSDP_ONLY = ("reshard_after_forward", "reshard_after_backward", "replicate", "shard", "context", "prefetch", "sync_each_microbatch")
+SHARED = (Attention.auto, Attention.varlen, Attention.sdpa, Attention.eager)
+"""Attention that takes whole rows of some heads as it takes those of all."""
 ZERO3_ONLY = (
     "sub_group_size",
     "reduce_bucket_size",
@@ -40,32 +50,58 @@ def validate_engine(engine: EngineConfig) -> None:
     check_overrides(engine.overrides)
 
 
+def validate_context(config: RunConfig) -> None:
+    """Refuse what does not work where ranks share rows, by name."""
+    train, method, backend = config.train, config.peft.method, config.model.attention
+    refused: list[tuple[str, Any, bool, str, str]] = [
+        ("train.compile", True, train.compile, "exchanges heads inside a block, which is not compiled", "train.compile=false"),
+        ("train.float8", train.float8, train.float8 is not Float8.none, "cuts rows anywhere, not in whole tiles", "train.float8=none"),
+        ("peft.method", method, method in VIRTUAL, "has no place for virtual tokens", "peft=lora"),
+        ("model.attention", backend, backend not in SHARED, "attends by varlen, sdpa or eager", "model.attention=auto"),
+    ]
+    name = config.objective.name
+    refused += [("objective.name", name, name in SCORED, "scores no documents: each ends in one slice", "engine.context=1")]
+    for path, value, is_set, reason, remedy in refused:
+        if is_set:
+            value = str(value) if isinstance(value, StrEnum) else value
+            raise ConfigError(path, value, f"engine.context={config.engine.context} {reason}", remedy)
+
+
+def require_heads(heads: Any, engine: EngineConfig, world_size: int) -> None:
+    """Raise ConfigError unless attention heads divide over the ranks that share a row; None is not known yet."""
+    if isinstance(heads, int) and heads % engine.context:
+        fit = [number for number in range(1, heads + 1) if heads % number == 0 and world_size // engine.replicate % number == 0]
+        near = min(fit, key=lambda number: abs(number - engine.context))
+        reason = f"the model has {plural(heads, 'attention head')}, which do not divide over {engine.context} ranks"
+        raise ConfigError("engine.context", engine.context, reason, f"engine.context={near}")
+
+
+def _config_json(folder: Path) -> dict[str, Any]:
+    """Return the config of a model directory, nothing of one that is still to come or not readable: the rank says so."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
 def check_world(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError unless the global batch splits evenly over `world_size` ranks."""
-    train = config.train
-    share = world_size * train.microbatch
+    """Raise ConfigError unless `world_size` ranks are a mesh, over whose groups the global batch splits evenly."""
+    train, mesh = config.train, mesh_of(config.engine, world_size)
+    if mesh.context > 1:
+        known = config.model.architecture or (_config_json(Path(config.model.id)) if config.model.id is not None else {})
+        require_heads(known.get("text_config", known).get("num_attention_heads"), config.engine, world_size)
+    share = mesh.data_size * train.microbatch
     if train.global_batch % share:
+        groups = plural(world_size, "rank") if mesh.context == 1 else f"{plural(mesh.data_size, 'group')} of {mesh.context} ranks"
         raise ConfigError(
             "train.global_batch",
             train.global_batch,
-            f"is not divisible by {plural(world_size, 'rank')} x train.microbatch {train.microbatch} = {share}",
+            f"is not divisible by {groups} x train.microbatch {train.microbatch} = {share}",
             f"train.global_batch={near(train.global_batch, share)}",
         )
-    _check_mesh(config.engine, world_size)
 
 
 def near(size: int, share: int) -> str:
     """Return the multiples of `share` below and above a size, in words."""
     return " or ".join(str(near) for near in (size // share * share, -(-size // share) * share) if near)
-
-
-def _check_mesh(engine: EngineConfig, world_size: int) -> None:
-    """Raise ConfigError unless `replicate` x `shard` is the number of ranks."""
-    if world_size % engine.replicate:
-        near = [str(count) for count in range(1, world_size + 1) if world_size % count == 0]
-        reason = f"{plural(world_size, 'rank')} cannot be divided into as many copies"
-        raise ConfigError("engine.replicate", engine.replicate, reason, f"engine.replicate={' or '.join(near)}")
-    shard = world_size // engine.replicate
-    if engine.shard not in (None, shard):
-        reason = f"{plural(world_size, 'rank')} / engine.replicate {engine.replicate} are {plural(shard, 'rank')} a copy"
-        raise ConfigError("engine.shard", engine.shard, reason, f"engine.shard={shard}")

@@ -64,7 +64,7 @@ def keep_for_backward(blocks: Sequence[nn.Module], how: Activations, pin_memory:
 
 def bytes_on_host(config: RunConfig, num_blocks: int, hidden_size: int, itemsize: int, pinned: bool) -> int:
     """Return the bytes of a rank's inputs of blocks on the host, where rows are as long as they may be."""
-    each = config.train.microbatch * config.data.seq_len * hidden_size * itemsize
+    each = config.train.microbatch * -(-config.data.seq_len // config.engine.context) * hidden_size * itemsize
     return num_blocks * (page_locked(each) if pinned else each)
 
 

@@ -20,6 +20,7 @@ from trainers.batch import Batch, Needs, Output
 from trainers.config.choices import Activations, Offload, OptimizerName, OptimizerState, Precision
 from trainers.config.derived import logits_chunk
 from trainers.config.errors import ConfigError
+from trainers.config.mesh import Mesh
 from trainers.config.optimizers import LARGEST, PAGED, bytes_per_parameter
 from trainers.config.schema import OptimConfig, RunConfig
 from trainers.health.spikes import TrainingFailed
@@ -69,6 +70,8 @@ class Engine(Protocol):
     """A model, its gradients and its optimizer, sharded over ranks. Every method is collective: all ranks call it."""
 
     config: RunConfig
+    mesh: Mesh
+    """How the ranks are arranged."""
     model: PreTrainedModel
     adaptation: Adaptation
     """What is trained and what is exported."""

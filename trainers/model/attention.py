@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,29 @@ from transformers.masking_utils import (
     flex_attention_mask,
     packed_sequence_mask_function,
     sdpa_mask,
+    sliding_window_causal_mask_function,
 )
 
 from trainers.batch import Batch
 
 VARLEN = "varlen"
+
+
+class Sharing(Protocol):
+    """Ranks that have a slice of the same rows each, as trainers.model.context has them."""
+
+    @property
+    def size(self) -> int:
+        """Return how many they are."""
+        ...
+
+    def heads_for_tokens(self, values: Tensor) -> Tensor:
+        """Return whole rows of this rank's heads, (B, H, S / size, D) -> (B, H / size, S, D)."""
+        ...
+
+    def tokens_for_heads(self, values: Tensor) -> Tensor:
+        """Return all heads of this rank's tokens, (B, S, H / size, D) -> (B, S / size, H, D)."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +65,12 @@ class Packed:
     """As Batch.documents."""
     window: int | None = None
     """Tokens that a token sees at most, itself included; None where it sees all before it."""
+    slices: Sharing | None = None
+    """The ranks that have a slice of these rows each; None where this rank has all of them."""
+
+    def has(self, tokens: int) -> bool:
+        """Tell whether a model's input of so many tokens is of these rows, or this rank's slice of them."""
+        return sum(map(abs, self.segments)) == tokens * (1 if self.slices is None else self.slices.size)
 
 
 class _Now:
@@ -58,22 +82,28 @@ class _Now:
 
 
 @contextmanager
-def documents_of(batch: Batch) -> Iterator[None]:
-    """Let `varlen` attention and recurrent layers know the documents of the batch that a model is called with."""
-    _Now.packed = _Now.last = Packed(batch.segments, batch.starts, batch.longest, batch.documents)
+def documents_of(batch: Batch, slices: Sharing | None = None) -> Iterator[None]:
+    """Let `varlen` attention and recurrent layers know the documents of the batch that a model is called with.
+
+    With `slices` the model is called with this rank's slice of it, whose own documents say nothing.
+    """
+    if _Now.packed is not None:
+        yield
+        return
+    _Now.packed = _Now.last = Packed(batch.segments, batch.starts, batch.longest, batch.documents, slices=slices)
     try:
         yield
     finally:
         _Now.packed = None
 
 
-def documents_now(rows: Tensor) -> Packed | None:
+def documents_now(tokens: int) -> Packed | None:
     """Return the documents of the batch that is computed, forward or again in backward; None where nobody named it.
 
-    `rows` (B, S, ...) is of that batch: with other sizes, as with virtual tokens in front of each row, there are none.
+    `tokens` are those of its rows: with another number, as with virtual tokens in front of each row, there are none.
     """
     packed = _Now.packed or (_Now.last if torch.is_grad_enabled() else None)
-    return packed if packed is not None and sum(map(abs, packed.segments)) == rows.shape[0] * rows.shape[1] else None
+    return packed if packed is not None and packed.has(tokens) else None
 
 
 def packed_mask(
@@ -85,7 +115,7 @@ def packed_mask(
     """
     packed = _Now.packed
     plain = attention_mask is None and q_length == kv_length and not more.get("use_vmap") and "allow_is_bidirectional_skip" not in more
-    if packed is None or not plain or sum(map(abs, packed.segments)) != batch_size * q_length:
+    if packed is None or not plain or not packed.has(batch_size * q_length):
         sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
         return sdpa_mask(**sizes, attention_mask=attention_mask, local_size=local_size, **more)
     return dataclasses.replace(packed, window=local_size)
@@ -97,6 +127,8 @@ def with_documents(plain: Callable[..., Any], *, mask_function: Callable[..., An
     GPT-OSS and OPT are such models. A mask that may not be left out has its documents in it already.
     """
     packed, rows = _Now.packed, (more["batch_size"], more["q_length"])
+    if packed is not None and packed.slices is not None:
+        return _of_whole_rows(plain, packed, **more)
     causal = more.get("attention_mask") is None and more.get("allow_is_causal_skip", False)
     if (
         packed is not None
@@ -108,6 +140,16 @@ def with_documents(plain: Callable[..., Any], *, mask_function: Callable[..., An
         mask_function = and_masks(mask_function, packed_sequence_mask_function(packed.documents))
         more["allow_is_causal_skip"] = False
     return plain(mask_function=mask_function, **more)
+
+
+def _of_whole_rows(plain: Callable[..., Any], packed: Packed, local_size: int | None = None, **more: Any) -> Any:
+    """Return the mask of the whole rows of which a model has a slice; what it knows of documents is of the slice alone."""
+    (num, length), together = packed.documents.shape, continues(packed.segments, packed.documents.shape[1])
+    mask = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
+    if together:
+        mask = and_masks(mask, packed_sequence_mask_function(packed.documents))
+    sizes = {"batch_size": num, "q_length": length, "kv_length": length, "local_size": local_size}
+    return plain(mask_function=mask, **more | sizes | {"allow_is_causal_skip": not together})
 
 
 def continues(segments: tuple[int, ...], length: int) -> bool:

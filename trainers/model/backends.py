@@ -14,6 +14,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from trainers.config.choices import Attention
 from trainers.config.errors import ConfigError
+from trainers.config.schema import EngineConfig
+from trainers.config.sharding import SHARED, require_heads
 from trainers.model.attention import VARLEN, kernel_options
 
 ON_GPU = (
@@ -45,6 +47,8 @@ class Surroundings:
     """Trained tokens are in front of every row."""
     compiled: bool = False
     """Blocks are compiled."""
+    shared: bool = False
+    """Ranks share rows, a slice of each, and attend with some of the heads."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,29 @@ def obstacle(backend: Attention, config: PreTrainedConfig, known: type[PreTraine
     """Say why a backend would be wrong or would not run; None where it is right."""
     if backend is Attention.eager:
         return None
+    if where.shared and backend not in SHARED:
+        return "it looks for documents in positions, of which a rank that shares rows has a slice"
     if where.virtual and backend is not Attention.sdpa:
         return "it gets all rows as one, and the method needs its virtual tokens in front of each"
     return _RULES[backend](config, known, where)
+
+
+def require_shareable(config: PreTrainedConfig, known: type[PreTrainedModel] | None, engine: EngineConfig, world_size: int) -> None:
+    """Raise ConfigError unless a model computes a slice of a row's tokens as it computes them in whole rows, but for its attention."""
+    require_heads(getattr(config.get_text_config(), "num_attention_heads", None), engine, world_size)
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if known is None:
+        reason: str | None = "the model brings its own code"
+    elif not (known._supports_attention_backend or known._can_set_attn_implementation()):
+        reason = f"{known.__name__} does not take attention functions from outside"
+    elif "position_ids" not in inspect.signature(known.forward).parameters:
+        reason = f"{known.__name__} counts positions by itself, and a slice does not begin at 0"
+    elif kinds:
+        reason = f"{known.__name__} has layers of {' and '.join(sorted(kinds))}, whose state runs along a row"
+    else:
+        reason = _beyond(config, known, ("sinks", "position bias", "chunks", "an index of its own"))
+    if reason is not None:
+        raise ConfigError("engine.context", engine.context, reason, "engine.context=1")
 
 
 def _no_varlen(config: PreTrainedConfig, known: type[PreTrainedModel], where: Surroundings) -> str | None:

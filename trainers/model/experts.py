@@ -176,18 +176,23 @@ class Routing:
             self.is_noting = False
             self.logits, self.chosen = [], []
 
-    def with_balance(self, batch: Batch, run: Callable[[], Output]) -> Output:
-        """Return what `run` makes of a batch, with the balance loss of its routers."""
+    def with_balance(self, batch: Batch, run: Callable[[], Output], summed: Callable[[Tensor], Tensor] = lambda sums: sums) -> Output:
+        """Return what `run` makes of a batch, with the balance loss of its routers.
+
+        `summed` adds up what ranks with slices of the batch's documents have.
+        """
         with self.noting():
             output = run()
             layers = zip(self.mixtures, self.logits, self.chosen, strict=True)
             routed = batch if len(self.logits[0]) == batch.labels.numel() else batch.in_one_row()
-            sums = [balance(logits, chosen, routed, mixture.is_sigmoid) for mixture, logits, chosen in layers]
+            sums = [balance(logits, chosen, routed, mixture.is_sigmoid, summed) for mixture, logits, chosen in layers]
         output.balance = torch.stack(sums).mean()
         return output
 
 
-def balance(logits: Tensor, chosen: Tensor, batch: Batch, is_sigmoid: bool = False) -> Tensor:
+def balance(
+    logits: Tensor, chosen: Tensor, batch: Batch, is_sigmoid: bool = False, summed: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Tensor:
     """Return how unevenly one router treats each document, summed over the labels of all with their weights: a scalar float32.
 
     `logits` is (N, E) and `chosen` (N, K), N being the tokens of the batch in order. With f the tokens that a document sends to an
@@ -207,5 +212,9 @@ def balance(logits: Tensor, chosen: Tensor, batch: Batch, is_sigmoid: bool = Fal
     sent = shares.new_zeros(count * num_experts)
     sent = sent.index_add(0, (documents[:, None] * num_experts + chosen).flatten(), torch.ones_like(chosen, dtype=shares.dtype).flatten())
     probabilities = shares.new_zeros(count, num_experts).index_add(0, documents, shares)
-    each = num_experts * (sent.view(count, num_experts) * probabilities).sum(-1) / tokens.clamp(min=1).square()
-    return (labels * each)[1:].sum()
+    sizes = [1, 1, num_experts, num_experts]
+    own = torch.cat([tokens[:, None], labels[:, None], sent.view(count, num_experts), probabilities], 1)
+    tokens, labels, sent, probabilities = summed(own).split(sizes, 1)
+    each = num_experts * (sent * probabilities).sum(-1, keepdim=True) / tokens.clamp(min=1).square()
+    value: Tensor = (labels * each)[1:].sum()
+    return value

@@ -123,14 +123,18 @@ def forward(
     `config` is the model's own, where `model` wraps it in something whose `config` is another.
     """
     config = config or model.config
-    backend = str(getattr(config, "_attn_implementation", ""))
-    told = "flash" in backend or (backend == VARLEN and not begins_anew(model))
-    in_one_row = (told and takes_positions(model)) or takes_lengths(config)
+    in_one_row = is_told_documents(model, config) or takes_lengths(config)
     if needs.scores:
         return _scores(model, batch.in_one_row() if in_one_row else batch, config, batch.labels.shape)
     if in_one_row:
         return _in_columns(model, batch.in_one_row(), needs, config, head).map_tokens(batch.out_of_one_row)
     return _in_columns(model, batch, needs, config, head)
+
+
+def is_told_documents(model: nn.Module, config: Any) -> bool:
+    """Tell whether the attention of a model is told where documents are, so that all rows can be one."""
+    backend = str(getattr(config, "_attn_implementation", ""))
+    return ("flash" in backend or (backend == VARLEN and not begins_anew(model))) and takes_positions(model)
 
 
 def takes_positions(model: nn.Module) -> bool:

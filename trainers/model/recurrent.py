@@ -72,7 +72,7 @@ def _each_document(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a layer's forward for each document and put the results in their places; (B, S, ...) in, (B, S, ...) out."""
     kwargs = {name: value for name, value in kwargs.items() if name not in LENGTHS}  # which torch's own code refuses
     rows = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    packed, size = documents_now(rows), rows.shape[:2]
+    packed, size = documents_now(rows.shape[0] * rows.shape[1]), rows.shape[:2]
     if packed is None or not continues(packed.segments, size[1]):
         return plain(*args, **kwargs)
     cut = partial(_cut, packed=packed, size=size)

@@ -10,8 +10,9 @@ from typing import Any
 
 from trainers import host
 from trainers.config.choices import Activations, Float8, Offload
-from trainers.config.derived import peak_lr
+from trainers.config.derived import microbatches, peak_lr
 from trainers.config.errors import ConfigError
+from trainers.config.mesh import mesh_of
 from trainers.config.optimizers import PAGED
 from trainers.config.schema import CheckpointConfig, DataConfig, RunConfig, parse, plain
 from trainers.engines.base import nvme_buffers
@@ -154,7 +155,7 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         raise ConfigError("train.float8", str(config.train.float8), f"hardware={one.name} multiplies no float8", "train.float8=none")
     blueprint, notes = read_model(config)
     data = read_data(config, settings)
-    attention = attention_of(config, blueprint, "cuda" if place.gpus else "cpu")
+    attention = attention_of(config, blueprint, "cuda" if place.gpus else "cpu", place.size)
     blueprint = attending(blueprint, stand_in(attention))
     simulation = _simulated(config, place, blueprint, data.seq_len, known)
     saved = blueprint.saved_dtype.itemsize
@@ -192,7 +193,7 @@ def _highest(moments: list[Moment]) -> Moment:
 
 
 def _microbatches(config: RunConfig, place: Place) -> int:
-    return config.train.global_batch // (place.size * config.train.microbatch)
+    return microbatches(config.train, mesh_of(config.engine, place.size).data_size)
 
 
 def _describe(variant: Variant, config: RunConfig, data: Data, simulation: Simulation, moments: list[Moment], saved_bytes: int) -> Plan:
@@ -244,7 +245,7 @@ def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Si
     plan.step_seconds, plan.price, plan.assumptions = (fast, slow), device.price, list(ASSUMPTIONS)
     if plan.reference is not None and (rows := plan.data.measured[0] if plan.data.measured else plan.data.rows):
         each = [forward_seconds(config, plan.place, device, moments, share, *rank[:2]) for share in (FAST, SLOW)]
-        passes = math.ceil(rows / (plan.place.size * config.train.microbatch))
+        passes = math.ceil(rows / (mesh_of(config.engine, plan.place.size).data_size * config.train.microbatch))
         plan.reference.seconds = passes * each[0], passes * each[1]
 
 
@@ -340,6 +341,7 @@ def _engine_words(config: RunConfig) -> str:
     words += [f"parameters on {engine.offload_param}"] if engine.offload_param is not Offload.none else []
     words += [f"optimizer on {engine.offload_optimizer}"] if engine.offload_optimizer is not Offload.none else []
     words += [f"{engine.replicate} copies"] if engine.replicate > 1 else []
+    words += [f"{engine.context} ranks share each row"] if engine.context > 1 else []
     words += [f"activations={config.train.activations}"] if config.train.activations is not Activations.keep else []
     return ", ".join(words)
 

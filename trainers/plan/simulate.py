@@ -21,8 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainers.batch import Batch, Needs, Output
 from trainers.config.choices import ObjectiveName, Offload, PeftMethod
-from trainers.config.derived import compares
+from trainers.config.derived import compares, microbatches
 from trainers.config.errors import ConfigError
+from trainers.config.mesh import mesh_of
 from trainers.config.schema import RunConfig
 from trainers.engines import float8
 from trainers.engines.activations import page_locked
@@ -244,7 +245,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     objective = make_objective(config.objective, None, config.train.balance_loss)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
-    count = min(MICROBATCHES, config.train.global_batch // (world.size * config.train.microbatch))
+    count = min(MICROBATCHES, microbatches(config.train, mesh_of(config.engine, world.size).data_size))
     vocab_size = blueprint.config.get_text_config().vocab_size
     batches = [most_of(config, config.train.microbatch, seq_len, vocab_size) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
@@ -343,6 +344,7 @@ class Marked:
         self.engine, self.trace, self.stepping, self.gpus, self.number = engine, trace, stepping, gpus, 0
         self.measured = 0
         self.inputs_on_host = 0
+        self.mesh = engine.mesh
         self.marks = _Marks(trace, engine.blocks)
         _label(engine, trace, gpus)
 

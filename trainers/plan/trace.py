@@ -140,7 +140,7 @@ class Trace(TorchDispatchMode):
         if space in COMMUNICATE:
             given = [item for item in tree_leaves((args, kwargs)) if isinstance(item, Tensor)]
             for tensor in (*given, *found):
-                self._note(tensor, Kind.buffers)
+                self._note(tensor, Kind.activations if self._is_of_rows(name) else Kind.buffers)
             if name == "chunk_cat":
                 self.label(args[0], Kind.gradients)
             self._sent(name, args, given)
@@ -150,6 +150,10 @@ class Trace(TorchDispatchMode):
             self._note(tensor, Kind.logits if tensor.ndim > 1 and tensor.shape[-1] == self.vocab_size else Kind.activations)
         self._worked(func, args, kwargs, out, found)
         return out
+
+    def _is_of_rows(self, name: str) -> bool:
+        """Tell whether a collective exchanges what a microbatch computes, which attention keeps; an optimizer's moment has none."""
+        return "alltoall" in name and self.marks[-1][1][1] is not None
 
     def _note(self, tensor: Tensor, kind: Kind) -> None:
         """Know a storage from now on, unless it is known; `kind` is what it seems to be for."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tools.bench.training import plain_tokenizer, random_rows
+from trainers.config.mesh import mesh_of
 from trainers.config.schema import RunConfig
 from trainers.data.loader import Loader
 from trainers.data.table import TokenTable
@@ -86,7 +87,9 @@ class Bench:
         blueprint = make_blueprint(config.model, config.seed, tokenizer)
         count = config.train.global_batch * (config.train.steps or 1)
         table = random_rows(count, config.data.seq_len, blueprint.config.get_text_config().vocab_size)
-        loader = Loader(table, config.train, seed=config.seed, rank=world.rank, world_size=world.size, pad_id=0)
+        mesh = mesh_of(config.engine, world.size)
+        share: dict[str, Any] = {"rank": mesh.data_rank(world.rank), "world_size": mesh.data_size}
+        loader = Loader(table, config.train, seed=config.seed, pad_id=0, **share)
         return Bench(config, world, blueprint, table, loader, order["warmup"])
 
     def engine(self) -> Engine:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from trainers.batch import Batch, Needs, Output
 from trainers.config.choices import Offload
 from trainers.config.errors import plural
+from trainers.config.mesh import mesh_of
 from trainers.config.optimizers import host_bytes
 from trainers.config.schema import RunConfig
 from trainers.engines.base import (
@@ -77,6 +78,7 @@ class ZeRO3Engine:
         self.compute = COMPUTE[config.train.precision]
         self.nvme = None
         self.scale = scale_of(config)
+        self.mesh = mesh_of(config.engine, world.size)
         self.model = blueprint.build()
         self.routing = routing_of(self.model, config)
         self.routers = [mixture.router for mixture in mixtures(self.model)] if self.compute is not torch.float32 else []
@@ -91,7 +93,7 @@ class ZeRO3Engine:
             warnings.filterwarnings("ignore", category=FutureWarning, message=f".*{collective}.*")
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed reads it even of a process that is alone
         library.init_distributed(verbose=False, auto_mpi_discovery=False)
-        self.mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
+        self.device_mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("shard",))
 
     @staticmethod
     def require_parts(config: RunConfig) -> None:
@@ -144,7 +146,7 @@ class ZeRO3Engine:
             optimizer=optimizer_of(self.model, self.config, self.adaptation, native=origin is not None),
             config=copy.deepcopy(self.settings),
         )[:2]
-        self.partitions = Partitions(self.model, self.optimizer, self.world, self.mesh)
+        self.partitions = Partitions(self.model, self.optimizer, self.world, self.device_mesh)
         self.parameters = self.partitions.parameters
         self._take_scale()
         self.norm = 0.0

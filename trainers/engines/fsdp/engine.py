@@ -14,7 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from trainers.batch import Batch, Needs, Output
 from trainers.config.choices import Float8, Offload
+from trainers.config.derived import microbatches
 from trainers.config.errors import plural
+from trainers.config.mesh import mesh_of
 from trainers.config.optimizers import host_bytes
 from trainers.config.schema import RunConfig
 from trainers.engines.base import (
@@ -66,6 +68,7 @@ from trainers.world import World, read
 
 if TYPE_CHECKING:
     from trainers.engines.compiling import CompiledBlocks
+    from trainers.model.context import Slices
 
 log = logging.getLogger("fulltune")
 CLIP_EPS = 1e-6
@@ -90,7 +93,10 @@ class FSDPEngine:
         self.visits = engine.offload_optimizer is Offload.cpu and self.steps_on_device(config)
         """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.scale = scale_of(config)
+        self.mesh = mesh_of(engine, world.size)
         self.model = blueprint.build()
+        self.slices = self._begin_slices() if self.mesh.context > 1 else None
+        """The ranks with which this one shares rows."""
         self.routing = routing_of(self.model, config)
         apart = self.compute is not torch.float32 and not config.train.compile  # a compiled block runs no hooks of groups inside it
         routers = [mixture.router for mixture in mixtures(self.model)] if apart else []
@@ -104,10 +110,10 @@ class FSDPEngine:
         self.routers = [self.model.get_submodule(path) for path in routers]
         require_groups(self.model, [*self.blocks, *self.unreached])
         self.compiled = self._compile() if config.train.compile else None
-        self.is_cut = has_use(config, self.compute, world)
+        self.is_cut = has_use(config, self.compute, self.mesh)
         if self.is_cut:
             self._shard()
-        self.keeps_whole_gradients = not engine.sync_each_microbatch and config.train.global_batch > world.size * config.train.microbatch
+        self.keeps_whole_gradients = not engine.sync_each_microbatch and microbatches(config.train, self.mesh.data_size) > 1
 
     def _shard(self) -> None:
         if self.adaptation.packed:
@@ -122,7 +128,8 @@ class FSDPEngine:
             never_used=self.adaptation.unreached,
             compute=self.compute,
             engine=self.config.engine,
-            world=self.world,
+            ranks=self.mesh,
+            device=self.world.device.type,
         )
 
     @staticmethod
@@ -161,7 +168,7 @@ class FSDPEngine:
             forget(origin)
         move_buffers(self.model, self.world.device)  # an offloaded model's parameters visit the device, its buffers live there
         self.optimizer = optimizer_of(self.model, self.config.optim, self.adaptation)
-        begin_state(self.optimizer, lambda: pieces(self.model, self.world.size // self.config.engine.replicate))
+        begin_state(self.optimizer, lambda: pieces(self.model, self.mesh.copy_size))
         self._send_home()
         if (update := self.adaptation.update) is not None:
             update.begin({name: local_block(self.model.get_parameter(name).detach())[0].view(-1) for name in update.names})
@@ -179,11 +186,21 @@ class FSDPEngine:
 
         return CompiledBlocks(self.blocks, self.config, self.world.local_size, self.world.device.type)
 
+    def _begin_slices(self) -> Slices:
+        from trainers.model.context import require_no_state, slices_of
+
+        require_no_state(self.model, self.mesh.context)
+        return slices_of(self.mesh, self.world.rank, self.world.device.type)
+
     def _pins(self) -> bool:
         return self.config.engine.pin_memory and self.world.device.type == "cuda"
 
     def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
         """Return the log-probabilities of the labels and what else is needed."""
+        if self.slices is not None:
+            from trainers.model.context import forward_in_slices
+
+            return forward_in_slices(self.model, batch, needs, self.slices, self.head, self.routing)
         if self.routing is not None:
             return self.routing.with_balance(batch, lambda: forward(self.model, batch, needs, head=self.head))
         if self.compiled is None and self.float8 is None:
@@ -219,7 +236,7 @@ class FSDPEngine:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", grads, torch.float32)
         squares = sum_of_squares(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)
-        return squares.to(self.world.device) / self.config.engine.replicate
+        return squares.to(self.world.device) / self.mesh.replicate
 
     def step(self, lr: float, accepts: Accepts = accepts_all, norm: float | None = None) -> float:
         """Clip, update and clear; return the gradient norm before clipping."""
@@ -238,7 +255,7 @@ class FSDPEngine:
             else:
                 self.optimizer.step()
             if update is not None:
-                copies = self.config.engine.replicate
+                copies = self.mesh.replicate
                 update.after(parts, lambda values: [value / copies for value in self.world.sum(values)])
         self.optimizer.zero_grad(set_to_none=True)
         if self.scale is not None:
@@ -382,7 +399,7 @@ class FSDPEngine:
         policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
         if policies != {self.compute}:
             raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
-        return f"in {layout(self.model, [*self.blocks, *self.unreached], self.world.size, self.config.engine.replicate)}"
+        return f"in {layout(self.model, [*self.blocks, *self.unreached], self.mesh)}"
 
     def close(self) -> None:
         """Look no more at what is compiled; all else that remains is in the run directory."""

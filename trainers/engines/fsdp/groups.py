@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from trainers.config.choices import Float8, Offload
 from trainers.config.errors import ConfigError, plural
+from trainers.config.mesh import Mesh
 from trainers.config.schema import EngineConfig, RunConfig
 from trainers.model.reach import groups_of
 from trainers.peft.tokens import ENCODER
-from trainers.world import World
 
 STRAY_SHARE = 0.1
 """Largest share of all parameters that may be outside blocks and embeddings."""
@@ -52,13 +52,13 @@ def require_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
         raise ConfigError("engine.name", "fsdp", reason, remedy)
 
 
-def has_use(config: RunConfig, compute: torch.dtype, world: World) -> bool:
+def has_use(config: RunConfig, compute: torch.dtype, ranks: Mesh) -> bool:
     """Tell whether fully_shard has anything to do.
 
     On one rank in float32 it would copy each block before each use, and each gradient: a quarter of the time of short rows on a CPU.
     """
     is_moved = config.engine.offload_param is not Offload.none or config.train.float8 is not Float8.none
-    return world.size > 1 or compute is not torch.float32 or is_moved
+    return ranks.size > 1 or compute is not torch.float32 or is_moved
 
 
 def shard(
@@ -70,17 +70,17 @@ def shard(
     never_used: Collection[str],
     compute: torch.dtype,
     engine: EngineConfig,
-    world: World,
+    ranks: Mesh,
+    device: str,
 ) -> None:
     """Make a group of each block, of each module that is never reached, and of each router, and of what remains the root group.
 
     `never_used` are the parameters that the data never reach; their blocks are not gathered ahead.
     """
-    device = world.device.type
-    if engine.replicate > 1:
-        mesh = init_device_mesh(device, (engine.replicate, world.size // engine.replicate), mesh_dim_names=("replicate", "shard"))
+    if ranks.replicate > 1:
+        mesh = init_device_mesh(device, (ranks.replicate, ranks.copy_size), mesh_dim_names=("replicate", "shard"))
     else:
-        mesh = init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(device, (ranks.size,), mesh_dim_names=("shard",))
     how: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
@@ -102,9 +102,10 @@ def shard(
             block.set_modules_to_backward_prefetch(behind[: engine.prefetch])  # type: ignore[operator]
 
 
-def layout(model: nn.Module, groups: Sequence[nn.Module], world_size: int, copies: int) -> str:
-    """Say how the model is cut: groups, the largest one's share, ranks, and copies where there are several."""
+def layout(model: nn.Module, groups: Sequence[nn.Module], ranks: Mesh) -> str:
+    """Say how the model is cut: groups, the largest one's share, ranks, copies where there are several, and the ranks that share rows."""
     sizes, total = [sum(p.nbytes for p in group.parameters()) for group in groups], sum(p.nbytes for p in model.parameters())
     largest = max(*sizes, total - sum(sizes)) / total
-    words = f"{plural(len(sizes) + 1, 'group')}, the largest {largest:.0%} of all, over {plural(world_size // copies, 'rank')}"
-    return words + (f", in {copies} copies" if copies > 1 else "")
+    words = f"{plural(len(sizes) + 1, 'group')}, the largest {largest:.0%} of all, over {plural(ranks.copy_size, 'rank')}"
+    words += f", in {ranks.replicate} copies" if ranks.replicate > 1 else ""
+    return words + (f"; {ranks.context} ranks share each row" if ranks.context > 1 else "")

@@ -1,0 +1,89 @@
+"""How ranks are arranged: copies of the model, the ranks that shard one, and the ranks that share rows. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainers.config.errors import ConfigError, plural
+from trainers.config.schema import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Ranks by what they share; rank = (copy x shard + part of a copy) x context + slice, so that a context group is consecutive.
+
+    A copy of the model is split over `shard` x `context` ranks; `replicate` x `shard` groups have rows of their own.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    context: int = 1
+
+    @property
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return self.replicate * self.shard * self.context
+
+    @property
+    def copy_size(self) -> int:
+        """Return the ranks that one copy of the model is split over."""
+        return self.shard * self.context
+
+    @property
+    def data_size(self) -> int:
+        """Return how many groups of ranks have rows of their own."""
+        return self.replicate * self.shard
+
+    def data_rank(self, rank: int) -> int:
+        """Return which of these groups a rank is in: the ranks of one get the same rows."""
+        return rank // self.context
+
+    def slice_rank(self, rank: int) -> int:
+        """Return which slice of its group's rows a rank has."""
+        return rank % self.context
+
+
+def mesh_of(engine: EngineConfig, world_size: int) -> Mesh:
+    """Return the mesh of a number of ranks; raises ConfigError unless `replicate` x `shard` x `context` is that number."""
+    _require_divisor("context", engine.context, world_size, "do not divide into groups of that size")
+    _require_divisor("replicate", engine.replicate, world_size // engine.context, "cannot be divided into as many copies", engine.context)
+    shard = world_size // engine.context // engine.replicate
+    if engine.shard not in (None, shard):
+        by = f"engine.replicate {engine.replicate}" + (f" / engine.context {engine.context}" if engine.context > 1 else "")
+        reason = f"{plural(world_size, 'rank')} / {by} are {plural(shard, 'rank')} a copy"
+        raise ConfigError("engine.shard", engine.shard, reason, f"engine.shard={shard}")
+    return Mesh(replicate=engine.replicate, shard=shard, context=engine.context)
+
+
+MOST_SEATS = 64
+
+
+def seats_of(mesh: Mesh, ranks_per_node: int) -> list[str]:
+    """Return a table of which ranks are on which nodes and what they have, a line for each group that shares something; plain: none.
+
+    A line is of the ranks that share rows, or else of those that share a copy of the model.
+    """
+    if mesh.replicate * mesh.context == 1:
+        return []
+    size = mesh.context if mesh.context > 1 else mesh.copy_size
+    table = [("ranks", "nodes", "copy", "rows of group", "slices")]
+    for first in range(0, mesh.size, size)[:MOST_SEATS]:
+        ends = first, first + size - 1
+        spans = ends, tuple(rank // ranks_per_node for rank in ends), tuple(map(mesh.data_rank, ends)), tuple(map(mesh.slice_rank, ends))
+        ranks, nodes, rows, slices = (_span(*span) for span in spans)
+        table.append((ranks, nodes, str(first // mesh.copy_size), rows, slices))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["# " + "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    more = mesh.size // size - MOST_SEATS
+    return [*lines, f"# and {more:,} more in the same way"] if more > 0 else lines
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _require_divisor(name: str, wanted: int, count: int, how: str, context: int = 1) -> None:
+    if count % wanted:
+        near = [str(number) for number in range(1, count + 1) if count % number == 0]
+        what = plural(count, "rank") if context == 1 else f"{plural(count, 'group')} of {context} ranks"
+        raise ConfigError(f"engine.{name}", wanted, f"{what} {how}", f"engine.{name}={' or '.join(near)}")
