@@ -144,7 +144,14 @@ def test_dry_run_prints_the_text_that_sbatch_gets(name: str) -> None:
 
 
 def test_ranks_that_share_rows_are_neighbours(tmp_path: Path) -> None:
-    given = ["+exp=quickstart_base", f"run_dir={tmp_path / 'run'}", "launch=slurm", "launch.gpus_per_node=8", "train.global_batch=64"]
+    given = [
+        "+exp=quickstart_base",
+        f"run_dir={tmp_path / 'run'}",
+        "launch=slurm",
+        "launch.gpus_per_node=8",
+        "train.global_batch=64",
+        "launch.processes=null",
+    ]
     for more, found in (([], False), (["engine.context=4"], True), (["engine.context=4", "+launch.sbatch.distribution=cyclic"], False)):
         [text, *_] = slurm.commands(make_job(compose([*given, *more])))
         assert ("--distribution=block" in text) is found

@@ -109,7 +109,8 @@ class _Gather(torch.autograd.Function):
         ctx.slices, ctx.length = slices, values.shape[1]
         given = values.contiguous()
         every = given.new_empty(slices.size * len(given), *given.shape[1:])
-        dist.all_gather_into_tensor(every, given, group=slices.group)
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.13
+        gather(every, given, group=slices.group)
         return torch.cat(every.unflatten(0, (slices.size, -1)).unbind(), 1)
 
     @staticmethod
