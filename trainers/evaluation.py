@@ -60,7 +60,7 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
             every += max(1, round(ASK_EVERY_S / max(seconds, 1e-6)))
     engine.train(True)
     names, each = sorted(sums), engine.mesh.context  # as many ranks have the same rows
-    means = per_target(dict(zip(names, world.sum([sums[name] / each for name in names]), strict=True)), targets)
+    means = per_target(dict(zip(names, world.sum([sums[name] for name in names]), strict=True)), targets * each)
     loss_mean = means.pop("")
     if isinstance(objective, Tallied) and tally is not None:
         means |= objective.summary(world.sum((tally / each).tolist()))
@@ -118,8 +118,8 @@ class HeldOut:
         """Evaluate some of the rows."""
         assert self.table is not None
         microbatch, world = self.train.eval_microbatch or self.train.microbatch, self.world
-        share: dict[str, Any] = {"rank": engine.mesh.data_rank(world.rank), "world_size": engine.mesh.data_size}
-        batches = eval_batches(self.table, microbatch, pad_id=self.pad_id, rows=rows, **share)
+        share: dict[str, Any] = {"rank": engine.mesh.data_rank(world.rank), "world_size": engine.mesh.data_size, "rows": rows}
+        batches = eval_batches(self.table, microbatch, pad_id=self.pad_id, **share)
         return evaluate(engine, objective, batches, world, objective.targets(self.table.sizes(rows)))
 
     def _by_source(self, engine: Engine, objective: Objective, rows_of: dict[str, Ints]) -> Evaluation | None:

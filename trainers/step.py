@@ -70,14 +70,13 @@ def take_step(
         for name, value in loss.sums().items():
             figures[name] = figures.get(name, 0.0) + value.detach()
     names, squares = sorted(figures), engine.squares() if targets else None
-    each = engine.mesh.context  # as many ranks have the same rows, and the same sums of them
-    mine = read([total / each, *(figures[name] / each for name in names), *(() if squares is None else (squares,))])
-    sums, reports = world.sum_and_max(mine, report())
+    sums, reports = world.sum_and_max(read([total, *(figures[name] for name in names), *([] if squares is None else [squares])]), report())
     norm = None if squares is None else math.sqrt(sums.pop())
-    mean = sums[0] / targets if targets else math.nan
+    counted = targets * engine.mesh.context  # as many ranks have the same rows
+    mean = sums[0] / counted if targets else math.nan
 
     def accepts(norm: float) -> bool:
         return math.isfinite(norm) and not limits.exceeded(mean, norm)
 
     grad_norm = engine.step(lr, accepts, norm) if targets else 0.0
-    return StepResult(loss=mean, grad_norm=grad_norm, figures=per_target(dict(zip(names, sums[1:], strict=True)), targets), reports=reports)
+    return StepResult(loss=mean, grad_norm=grad_norm, figures=per_target(dict(zip(names, sums[1:], strict=True)), counted), reports=reports)

@@ -20,7 +20,7 @@ from trainers.config.methods import VIRTUAL
 from trainers.config.optimizers import BITSANDBYTES
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, Engine, require_host
-from trainers.model.backends import Choice, Surroundings, choose, require_shareable
+from trainers.model.backends import Choice, Surroundings, choose
 from trainers.model.blueprint import Blueprint, model_class
 from trainers.peft.base import Adaptation
 from trainers.world import World
@@ -63,15 +63,12 @@ def require_parts(config: RunConfig, world: World) -> None:
 def outline(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
     """Build the engine without values: model on `meta`, adapters, sharding. `fill` gives it memory."""
     if blueprint.attention is None:
-        blueprint = attending(blueprint, attention_of(config, blueprint, world.device.type, world.size))
+        blueprint = attending(blueprint, attention_of(config, blueprint, world.device.type))
     return class_of(config)(config, world, blueprint)
 
 
-def attention_of(config: RunConfig, blueprint: Blueprint, device: str, world_size: int = 1) -> Choice:
-    """Return the attention backend of a run on `cuda` or `cpu`; raises ConfigError where the one that is named does not work there.
-
-    It does so, too, where ranks cannot share the model's rows.
-    """
+def attention_of(config: RunConfig, blueprint: Blueprint, device: str) -> Choice:
+    """Return the attention backend of a run on `cuda` or `cpu`; raises ConfigError where the one that is named does not work there."""
     where = Surroundings(
         device=device,
         compute=COMPUTE[config.train.precision],
@@ -79,10 +76,7 @@ def attention_of(config: RunConfig, blueprint: Blueprint, device: str, world_siz
         compiled=getattr(config.train, "compile", False),
         shared=config.engine.context > 1,
     )
-    known = model_class(blueprint.config)
-    if where.shared:
-        require_shareable(blueprint.config, known, config.engine, world_size)
-    return choose(config.model.attention, blueprint.config, known, where)
+    return choose(config.model.attention, blueprint.config, model_class(blueprint.config), where)
 
 
 def attending(blueprint: Blueprint, choice: Choice) -> Blueprint:

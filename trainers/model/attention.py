@@ -67,10 +67,8 @@ class Packed:
     """Tokens that a token sees at most, itself included; None where it sees all before it."""
     slices: Sharing | None = None
     """The ranks that have a slice of these rows each; None where this rank has all of them."""
-
-    def has(self, tokens: int) -> bool:
-        """Tell whether a model's input of so many tokens is of these rows, or this rank's slice of them."""
-        return sum(map(abs, self.segments)) == tokens * (1 if self.slices is None else self.slices.size)
+    tokens: int = 0
+    """Of what a model is called with: of these rows, or of this rank's slice of them."""
 
 
 class _Now:
@@ -85,12 +83,10 @@ class _Now:
 def documents_of(batch: Batch, slices: Sharing | None = None) -> Iterator[None]:
     """Let `varlen` attention and recurrent layers know the documents of the batch that a model is called with.
 
-    With `slices` the model is called with this rank's slice of it, whose own documents say nothing.
+    With `slices` the model is called with this rank's slice of it, whose own documents say nothing: what is named first holds.
     """
-    if _Now.packed is not None:
-        yield
-        return
-    _Now.packed = _Now.last = Packed(batch.segments, batch.starts, batch.longest, batch.documents, slices=slices)
+    tokens = sum(map(abs, batch.segments)) // (1 if slices is None else slices.size)
+    _Now.packed = _Now.last = _Now.packed or Packed(batch.segments, batch.starts, batch.longest, batch.documents, None, slices, tokens)
     try:
         yield
     finally:
@@ -103,7 +99,7 @@ def documents_now(tokens: int) -> Packed | None:
     `tokens` are those of its rows: with another number, as with virtual tokens in front of each row, there are none.
     """
     packed = _Now.packed or (_Now.last if torch.is_grad_enabled() else None)
-    return packed if packed is not None and packed.has(tokens) else None
+    return packed if packed is not None and packed.tokens == tokens else None
 
 
 def packed_mask(
@@ -115,7 +111,7 @@ def packed_mask(
     """
     packed = _Now.packed
     plain = attention_mask is None and q_length == kv_length and not more.get("use_vmap") and "allow_is_bidirectional_skip" not in more
-    if packed is None or not plain or not packed.has(batch_size * q_length):
+    if packed is None or not plain or packed.tokens != batch_size * q_length:
         sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
         return sdpa_mask(**sizes, attention_mask=attention_mask, local_size=local_size, **more)
     return dataclasses.replace(packed, window=local_size)

@@ -155,7 +155,7 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         raise ConfigError("train.float8", str(config.train.float8), f"hardware={one.name} multiplies no float8", "train.float8=none")
     blueprint, notes = read_model(config)
     data = read_data(config, settings)
-    attention = attention_of(config, blueprint, "cuda" if place.gpus else "cpu", place.size)
+    attention = attention_of(config, blueprint, "cuda" if place.gpus else "cpu")
     blueprint = attending(blueprint, stand_in(attention))
     simulation = _simulated(config, place, blueprint, data.seq_len, known)
     saved = blueprint.saved_dtype.itemsize

@@ -57,7 +57,7 @@ from trainers.engines.fsdp.state import (
     state_of,
     whole,
 )
-from trainers.model.blueprint import Blueprint, find_blocks
+from trainers.model.blueprint import Blueprint, find_blocks, model_class
 from trainers.model.experts import experts_words, mixtures, routing_of
 from trainers.model.forward import forward
 from trainers.model.weights import Origin, forget, materialise, origin_of, tied_names
@@ -187,8 +187,10 @@ class FSDPEngine:
         return CompiledBlocks(self.blocks, self.config, self.world.local_size, self.world.device.type)
 
     def _begin_slices(self) -> Slices:
+        from trainers.model.backends import require_shareable
         from trainers.model.context import require_no_state, slices_of
 
+        require_shareable(self.blueprint.config, model_class(self.blueprint.config), self.config.engine, self.world.size)
         require_no_state(self.model, self.mesh.context)
         return slices_of(self.mesh, self.world.rank, self.world.device.type)
 
