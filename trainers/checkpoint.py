@@ -110,8 +110,7 @@ class Checkpointer:
         """Keep where, how many, and a world for the thread; no file is touched yet."""
         self.config, self.attempt, self.world = config, attempt, world
         self.run_dir, self.folder = attempt.run_dir, attempt.run_dir / CHECKPOINTS
-        self.run = str(read_json(self.run_dir / MANIFEST).get("wandb_id", ""))
-        """What tells this run's checkpoints from another's."""
+        self.run = str(read_json(self.run_dir / MANIFEST).get("wandb_id", ""))  # what tells this run's checkpoints from another's
         self.beside = world.beside()
         self.copy = HostCopy(world)
         self.in_flight: Save | None = None

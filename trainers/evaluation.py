@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -74,10 +73,8 @@ class HeldOut:
         """Take no rows at all where there are none."""
         self.table, self.train, self.num_steps, self.world, self.pad_id = table, train, num_steps, world, pad_id
         self.sizes = Sizes() if table is None else table.sizes(np.arange(len(table)))
-        self.losses: list[float] = []
-        """The objective's, the one before the first step first."""
-        self.at = -1
-        """The step after which the newest was measured in this attempt; -1 before any."""
+        self.losses: list[float] = []  # the objective's, the one before the first step first
+        self.at = -1  # the step after which the newest was measured in this attempt; -1 before any
 
     def is_due(self, step: int) -> bool:
         """Tell whether to evaluate after `step`."""
@@ -108,7 +105,7 @@ class HeldOut:
         from trainers.statistic import AsLoss
 
         assert self.table is not None
-        share: dict[str, Any] = {"rank": engine.mesh.data_rank(self.world.rank), "world_size": engine.mesh.data_size, "pad_id": self.pad_id}
+        share = engine.mesh.share_of(self.world.rank) | {"pad_id": self.pad_id}
         batches = (batch for part in all_mismatched(self.table) for batch in eval_batches(part, rows, **share))
         measure = AsLoss(objective)
         found = evaluate(engine, measure, batches, self.world, targets)
@@ -118,8 +115,7 @@ class HeldOut:
         """Evaluate some of the rows."""
         assert self.table is not None
         microbatch, world = self.train.eval_microbatch or self.train.microbatch, self.world
-        share: dict[str, Any] = {"rank": engine.mesh.data_rank(world.rank), "world_size": engine.mesh.data_size, "rows": rows}
-        batches = eval_batches(self.table, microbatch, pad_id=self.pad_id, **share)
+        batches = eval_batches(self.table, microbatch, pad_id=self.pad_id, rows=rows, **engine.mesh.share_of(world.rank))
         return evaluate(engine, objective, batches, world, objective.targets(self.table.sizes(rows)))
 
     def _by_source(self, engine: Engine, objective: Objective, rows_of: dict[str, Ints]) -> Evaluation | None:

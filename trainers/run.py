@@ -102,8 +102,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         console.print(summary(data.report, data.reused), soft_wrap=True, highlight=False)
         for line in warnings(data.report):
             log.warning(line)
-        documents = len(data.train.offsets) - 1
-        groups = mesh_of(config.engine, world.size).data_size
+        documents, groups = len(data.train.offsets) - 1, mesh_of(config.engine, world.size).data_size
         if not config.data.streaming and (scarce := scarcity(config.train, config.data.packing, len(data.train), documents, groups)):
             log.warning(scarce)
         _note_sources(attempt, data, base)
@@ -195,9 +194,8 @@ def _asking(built: Built) -> Callable[[Batch], torch.Tensor]:
 def _loader(config: RunConfig, world: World, attempt: Attempt, data: Prepared, padding: int) -> Rows:
     """Return the rows of prepared data."""
     stream = _mixed(config, data, attempt, world) if data.train.sources else None
-    mesh = mesh_of(config.engine, world.size)
-    split: dict[str, Any] = {"rank": mesh.data_rank(world.rank), "world_size": mesh.data_size, "stream": stream}
-    return Loader(data.train, config.train, seed=config.seed, pad_id=padding, **split)
+    share = mesh_of(config.engine, world.size).share_of(world.rank)
+    return Loader(data.train, config.train, seed=config.seed, pad_id=padding, stream=stream, **share)
 
 
 def _ahead(config: RunConfig, data: Prepared) -> Ahead:
@@ -213,9 +211,8 @@ def _streamed(built: Built, padding: int) -> Rows:
     from trainers.data.shards import folder_of
     from trainers.data.stream import Streamed
 
-    mesh, folder = built.engine.mesh, folder_of(built.config, built.data.path.name)
-    share = {"rank": mesh.data_rank(built.world.rank), "world_size": mesh.data_size}
-    return Streamed(built.config, folder, **share, pad_id=padding, ahead=built.ahead)
+    folder, share = folder_of(built.config, built.data.path.name), built.engine.mesh.share_of(built.world.rank)
+    return Streamed(built.config, folder, pad_id=padding, ahead=built.ahead, **share)
 
 
 def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) -> Stream:

@@ -22,8 +22,7 @@ class HostCopy:
     def __init__(self, world: World) -> None:
         """Take no memory yet."""
         self.world = world
-        self.tensors: dict[tuple[object, ...], Tensor] = {}
-        """By their place in the nested state."""
+        self.tensors: dict[tuple[object, ...], Tensor] = {}  # by their place in the nested state
         self.is_short = False
 
     def has_no_room(self, num_bytes: int) -> bool:

@@ -77,8 +77,7 @@ def training_rank(run_dir: Path) -> Iterator[tuple[Training, dict[str, Any], dic
         blueprint = make_blueprint(config.model, config.seed, plain_tokenizer())
         table = random_rows(config.train.global_batch * order["steps"], order["seq_len"], blueprint.config.vocab_size)
         data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
-        mesh = mesh_of(config.engine, world.size)
-        share: dict[str, Any] = {"rank": mesh.data_rank(world.rank), "world_size": mesh.data_size}
+        share = mesh_of(config.engine, world.size).share_of(world.rank)
         rows = Loader(table, config.train, seed=config.seed, pad_id=0, **share)
         world.barrier()
         started = time.perf_counter()

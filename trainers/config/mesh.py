@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import EngineConfig
@@ -38,6 +39,10 @@ class Mesh:
         """Return which of these groups a rank is in: the ranks of one get the same rows."""
         return rank // self.context
 
+    def share_of(self, rank: int) -> dict[str, Any]:
+        """Return the `rank` and `world_size` of those that deal out rows: a rank's group among all that have rows of their own."""
+        return {"rank": rank // self.context, "world_size": self.replicate * self.shard}
+
     def slice_rank(self, rank: int) -> int:
         """Return which slice of its group's rows a rank has."""
         return rank % self.context
@@ -45,14 +50,18 @@ class Mesh:
 
 def mesh_of(engine: EngineConfig, world_size: int) -> Mesh:
     """Return the mesh of a number of ranks; raises ConfigError unless `replicate` x `shard` x `context` is that number."""
+    mesh = Mesh(replicate=engine.replicate, shard=world_size // engine.context // engine.replicate, context=engine.context)
+    if mesh.shard * mesh.replicate * mesh.context != world_size or engine.shard not in (None, mesh.shard):
+        _refuse(engine, world_size, mesh.shard)
+    return mesh
+
+
+def _refuse(engine: EngineConfig, world_size: int, shard: int) -> None:
     _require_divisor("context", engine.context, world_size, "do not divide into groups of that size")
     _require_divisor("replicate", engine.replicate, world_size // engine.context, "cannot be divided into as many copies", engine.context)
-    shard = world_size // engine.context // engine.replicate
-    if engine.shard not in (None, shard):
-        by = f"engine.replicate {engine.replicate}" + (f" / engine.context {engine.context}" if engine.context > 1 else "")
-        reason = f"{plural(world_size, 'rank')} / {by} are {plural(shard, 'rank')} a copy"
-        raise ConfigError("engine.shard", engine.shard, reason, f"engine.shard={shard}")
-    return Mesh(replicate=engine.replicate, shard=shard, context=engine.context)
+    by = f"engine.replicate {engine.replicate}" + (f" / engine.context {engine.context}" if engine.context > 1 else "")
+    reason = f"{plural(world_size, 'rank')} / {by} are {plural(shard, 'rank')} a copy"
+    raise ConfigError("engine.shard", engine.shard, reason, f"engine.shard={shard}")
 
 
 MOST_SEATS = 64

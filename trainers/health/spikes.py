@@ -100,8 +100,7 @@ class Guard:
         """Remember no step yet."""
         self.train, self.spikes = train, Spikes(train.spike_threshold)
         self.skipped_in_a_row, self.rollbacks, self.back_at = 0, 0, 0
-        self.step, self.grad_norm = 0, 0.0
-        """The newest step and its gradient norm on this rank."""
+        self.step, self.grad_norm = 0, 0.0  # the newest step and its gradient norm on this rank
 
     def recall(self, taken: Iterable[tuple[float, float]]) -> None:
         """Begin with the (loss, gradient norm) of the steps that the run has taken."""

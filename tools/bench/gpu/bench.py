@@ -87,8 +87,7 @@ class Bench:
         blueprint = make_blueprint(config.model, config.seed, tokenizer)
         count = config.train.global_batch * (config.train.steps or 1)
         table = random_rows(count, config.data.seq_len, blueprint.config.get_text_config().vocab_size)
-        mesh = mesh_of(config.engine, world.size)
-        share: dict[str, Any] = {"rank": mesh.data_rank(world.rank), "world_size": mesh.data_size}
+        share = mesh_of(config.engine, world.size).share_of(world.rank)
         loader = Loader(table, config.train, seed=config.seed, pad_id=0, **share)
         return Bench(config, world, blueprint, table, loader, order["warmup"])
 

@@ -86,31 +86,27 @@ class FSDPEngine:
     def __init__(self, config: RunConfig, world: World, blueprint: Blueprint) -> None:
         """Build on meta, adapt and shard: all that needs neither values nor memory for them."""
         self.world, self.blueprint, self.config = world, blueprint, config
-        self.parts: dict[str, Part] = {}
-        """What an update hook looks at, from `squares` to the end of `step`."""
+        self.parts: dict[str, Part] = {}  # what an update hook looks at, from `squares` to the end of `step`
         self.compute, engine = COMPUTE[config.train.precision], config.engine
         self.offloaded = engine.offload_param is Offload.cpu
+        # the optimizer's state lives on the host and visits the device parameter by parameter
         self.visits = engine.offload_optimizer is Offload.cpu and self.steps_on_device(config)
-        """The optimizer's state lives on the host and visits the device parameter by parameter."""
         self.scale = scale_of(config)
-        self.mesh = mesh_of(engine, world.size)
-        self.model = blueprint.build()
-        self.slices = self._begin_slices() if self.mesh.context > 1 else None
-        """The ranks with which this one shares rows."""
+        self.mesh, self.model = mesh_of(engine, world.size), blueprint.build()
+        self.slices = self._begin_slices() if self.mesh.context > 1 else None  # the ranks with which this one shares rows
         self.routing = routing_of(self.model, config)
         apart = self.compute is not torch.float32 and not config.train.compile  # a compiled block runs no hooks of groups inside it
         routers = [mixture.router for mixture in mixtures(self.model)] if apart else []
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         self.head, self.logits = head_of(self.model, config, self.compute)
         self.blocks = find_blocks(self.model)
-        self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None
-        """What multiplies in float8, in words."""
+        self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None  # what multiplies in float8, in words
         self.inputs = keep_for_backward(self.blocks, config, self._pins())
         self.unreached = unreached_modules(self.model, self.adaptation.unreached, self.blocks)
         self.routers = [self.model.get_submodule(path) for path in routers]
         require_groups(self.model, [*self.blocks, *self.unreached])
         self.compiled = self._compile() if config.train.compile else None
-        self.is_cut = has_use(config, self.compute, self.mesh)
+        self.is_cut = has_use(config, self.compute, world.size)
         if self.is_cut:
             self._shard()
         self.keeps_whole_gradients = not engine.sync_each_microbatch and microbatches(config.train, self.mesh.data_size) > 1

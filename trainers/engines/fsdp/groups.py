@@ -52,13 +52,13 @@ def require_groups(model: PreTrainedModel, blocks: list[nn.Module]) -> None:
         raise ConfigError("engine.name", "fsdp", reason, remedy)
 
 
-def has_use(config: RunConfig, compute: torch.dtype, ranks: Mesh) -> bool:
+def has_use(config: RunConfig, compute: torch.dtype, world_size: int) -> bool:
     """Tell whether fully_shard has anything to do.
 
     On one rank in float32 it would copy each block before each use, and each gradient: a quarter of the time of short rows on a CPU.
     """
     is_moved = config.engine.offload_param is not Offload.none or config.train.float8 is not Float8.none
-    return ranks.size > 1 or compute is not torch.float32 or is_moved
+    return world_size > 1 or compute is not torch.float32 or is_moved
 
 
 def shard(
