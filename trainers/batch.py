@@ -107,15 +107,8 @@ class Batch:
     def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Batch:
         """Return rows without padding: a document begins wherever a position is 0."""
         documents = (position_ids == 0).flatten().cumsum(0).view(position_ids.shape) - 1
-        return cls(
-            input_ids=input_ids,
-            labels=labels,
-            position_ids=position_ids,
-            documents=documents,
-            num_rows=len(input_ids),
-            num_tokens=input_ids.numel(),
-            num_documents=int(documents.max()) + 1,
-        )
+        how_many: dict[str, Any] = {"num_rows": len(input_ids), "num_tokens": input_ids.numel(), "num_documents": int(documents.max()) + 1}
+        return cls(input_ids=input_ids, labels=labels, position_ids=position_ids, documents=documents, **how_many)
 
     def sizes(self) -> Sizes:
         """Return how much counts in it; not of units, which a batch does not know."""

@@ -69,13 +69,8 @@ def outline(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
 
 def attention_of(config: RunConfig, blueprint: Blueprint, device: str) -> Choice:
     """Return the attention backend of a run on `cuda` or `cpu`; raises ConfigError where the one that is named does not work there."""
-    where = Surroundings(
-        device=device,
-        compute=COMPUTE[config.train.precision],
-        virtual=config.peft.method in VIRTUAL,
-        compiled=getattr(config.train, "compile", False),
-        shared=config.engine.context > 1,
-    )
+    said = {"virtual": config.peft.method in VIRTUAL, "compiled": config.train.compile, "shared": config.engine.context > 1}
+    where = Surroundings(device=device, compute=COMPUTE[config.train.precision], **said)
     return choose(config.model.attention, blueprint.config, model_class(blueprint.config), where)
 
 

@@ -43,15 +43,12 @@ class Activity:
         self.phase = Phase.preparing
         self.step: int | None = None
         self.has_stepped = False
-        self.compiling = False
-        """Code is being compiled, which shows no progress."""
+        self.compiling = False  # code is being compiled, which shows no progress
         self.limits: dict[Phase, float | None] = {}
+        # set when a phase begins: it is written at once, so that nothing older is said of a rank that falls silent
         self.changed = threading.Event()
-        """Set when a phase begins: it is written at once, so that nothing older is said of a rank that falls silent."""
-        self.paused = 0.0
-        """Seconds in which this whole process did not run: they do not count."""
-        self.began = (clock(), 0.0)
-        """When it last made progress, and `paused` at that time."""
+        self.paused = 0.0  # seconds in which this whole process did not run: they do not count
+        self.began = (clock(), 0.0)  # when it last made progress, and `paused` at that time
         self.io_bytes = 0
 
     def limit(self, config: RunConfig) -> None:

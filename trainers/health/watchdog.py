@@ -51,8 +51,8 @@ class Watchdog:
         self.opened: IO[str] | None = None
         self.collectives: Callable[[], int] = lambda: 0
         self.flight_record: Callable[[], bytes | None] = lambda: None
+        # tells whether this rank has been asked to stop, also where Python cannot run
         self.is_asked: Callable[[], bool] = lambda: False
-        """Tells whether this rank has been asked to stop, also where Python cannot run."""
 
     def start(self, config: RunConfig, attempt: Attempt, rank: int, size: int, fail: Callable[[dict[str, Any]], object]) -> None:
         """Begin to watch this rank; `fail` gets the error when the run is to end."""
