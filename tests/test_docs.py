@@ -59,8 +59,10 @@ def test_the_launchers_commands_on_all_pages_are_accepted(tmp_path: Path, monkey
     for folder in ("runs/quickstart_base/export", "slurm", "curated/maths/rows", "curated/chats/rows"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "runs" / "quickstart_base" / "export" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "quickstart_digits" / "export").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart_digits" / "export" / "config.json").write_text("{}")
     (tmp_path / "slurm" / "env.sh").touch()
-    for name in ("best", "chats", "held_out", "judged", "pairs"):
+    for name in ("best", "chats", "held_out", "judged", "pairs", "problems"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "words"}\n')
     monkeypatch.chdir(tmp_path)
     shown = {tuple(words[1:]) for page in PAGES for words in commands(page) if words[0] == "launcher" and "--help" not in words}

@@ -49,7 +49,7 @@ def launch(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes(name: str, model: Path) -> None:
-    extra = [f"model.id={model}"] if name.endswith(("quickstart", "quickstart_dpo", "quickstart_distil")) else []
+    extra = [f"model.id={model}"] if name.endswith(("quickstart", "quickstart_dpo", "quickstart_distil", "quickstart_grpo")) else []
     extra += ["evaluation.general=null"] if name == "compare_quickstart" else []  # a run that has not been made
     job = compose([f"+exp={name}", *extra])
     assert job.name == name
@@ -68,6 +68,7 @@ def test_every_preset_composes(file: Path, model: Path) -> None:
     packs_not = ["data.packing=false"]
     slurm = ["launch.gpus_per_node=8", "train.global_batch=8"]
     more = {"files": ["data.path=org/rows"], "slurm": slurm, "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
+    more |= {name: ["data.packing=false", "reward.right=exact"] for name in ("grpo", "dapo", "gspo")}
     job = compose(["data=python_docs", *scratch, f"{file.parent.name}={file.stem}", *more.get(file.stem, [])])
     assert job.seed == 0
     assert file.stem in presets()

@@ -55,6 +55,8 @@ OF_EXPERIMENTS = {
     "llama8b_reward": 3e-6,
     "quickstart": 2e-3,
     "quickstart_base": 5e-3,
+    "quickstart_digits": 2e-3,
+    "quickstart_grpo": 2e-3,
     "compare_quickstart": 1e-5,
 }
 FACTORS = {"compare_quickstart": 100.0, "llama8b_kto": 0.025, "qwen3_8b_simpo": 0.025, "tulu3_8b_dpo": 0.025}

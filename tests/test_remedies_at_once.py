@@ -84,6 +84,7 @@ def template(folder: Path, text: str) -> str:
 LORA = "peft=lora"
 STREAM = "data.streaming=true"
 MIX = ("data.source=files", "data.mix.a.path=owner/a", "data.mix.a.weight=1", "data.mix.b.path=owner/b", "data.mix.b.weight=2")
+RL = ("objective=grpo", "reward.right.kind=exact", "data.packing=false", "rl.group_size=2")
 CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a number that is not positive": ["train.steps=0"],
     "a number below zero": ["optim.weight_decay=-1"],
@@ -118,6 +119,22 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a mean over no constant": ["objective=grpo", "objective.average=constant"],
     "a constant that divides nothing": ["objective=grpo", "objective.constant=64"],
     "a probability below 0": ["objective=gspo", "objective.clip_low=1.5"],
+    "answers of no run that gives any": ["rl.group_size=4"],
+    "answers that nobody rewards": ["objective=grpo"],
+    "a group of one": [*RL, "rl.group_size=1"],
+    "a part of a group": [*RL, "rl.group_size=3"],
+    "answers without a prompt": [*RL, "rl.max_new_tokens=2048"],
+    "answers that nothing trains on": [*RL, "rl.steps_per_rollout=4"],
+    "answers in one row": [*RL, "data.packing=true"],
+    "answers to a mixture": ["objective=grpo", "reward.right.kind=exact", "data.packing=false", "rl.group_size=2", *MIX],
+    "prompts of a stream": [*RL, "data.streaming=true"],
+    "answers to each turn": [*RL, "data.document=turn"],
+    "prompts of one layout": [*RL, "data.layout=messages"],
+    "prompts that are left out": [*RL, "data.skip_bad_rows=true"],
+    "prompts in pieces": [*RL, "data.too_long=split"],
+    "answers that are left out": [*RL, "train.on_spike=rollback", "checkpoint.every=2"],
+    "answers by a reference": [*RL, "objective.kl_weight=0.1"],
+    "answers whose first step is gone": [*RL, "objective.importance_cap=2", "rl.steps_per_rollout=2"],
     "microbatches that do not divide": ["train.microbatch=3"],
     "three betas": ["optim.betas=[0.1,0.2,0.3]"],
     "two warm-ups": ["optim.warmup_steps=1", "optim.warmup_fraction=0.1"],

@@ -133,6 +133,7 @@ def train(
     rows: Rows,
     flops_per_token: float,
     checkpointer: Checkpointer | None = None,
+    held_out: HeldOut | None = None,
 ) -> Outcome:
     """Continue from the newest checkpoint to the last step, an early stop, or a signal; collective.
 
@@ -147,9 +148,9 @@ def train(
         attempt=attempt,
         engine=engine,
         rows=rows,
-        objective=make_objective(config.objective, data.train.signals, config.train.balance_loss),
+        objective=make_objective(config.objective, rows.signals | data.train.signals.keys(), config.train.balance_loss),
         sources=list(data.train.sources),
-        held_out=HeldOut(data.eval, config.train, rows.num_steps, world, rows.pad_id),
+        held_out=held_out or HeldOut(data.eval, config.train, rows.num_steps, world, rows.pad_id),
         guard=Guard(config.train),
         stragglers=Stragglers(world, config.limits.slow_node),
         checkpointer=checkpointer or Checkpointer(replace(config.checkpoint, keep_best=best_kept(config)), attempt, world),
@@ -163,6 +164,9 @@ def train(
         _begin(run, outcome)
         profile = None if config.train.profile is None else _begin_profile(config.train.profile, attempt, world)
         while not outcome.stopped and outcome.progress.step < rows.num_steps and not run.held_out.is_stalled():
+            if outcome.progress.step >= rows.made_until and not rows.make(outcome.progress.step):
+                outcome.stopped = True
+                break
             step = _compute(run, prefetch, outcome.progress)
             try:
                 found = step.result.loss, step.result.grad_norm, step.targets, step.limits
@@ -211,7 +215,7 @@ def _compute(run: Run, prefetch: Prefetch, progress: Progress) -> Step:
     if run.sources:
         objective = _by_source(objective, run.sources)
     result = take_step(engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report, first=dealt.first)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started + run.rows.made.seconds
     reports = _read_reports(result, run.guard)
     if reports.superseded:
         raise Superseded(f"a newer attempt of this run has started; attempt {run.attempt.number} writes nothing any more")
@@ -224,13 +228,14 @@ def _record(run: Run, outcome: Outcome, step: Step) -> None:
     outcome.train_loss, outcome.loss_scale = step.result.loss, step.loss_scale
     if step.overflowed:
         log.info("step %d is not taken: its gradients overflow float16 at a loss scale of %.10g", progress.step, step.loss_scale)
-    row = _row(progress, step, run.rows.epoch(progress.step))
+    row = _row(progress, step, run.rows.epoch(progress.step)) | run.rows.made.more
     row |= {f"epoch/{name}": passes for name, passes in run.rows.passes(progress.step).items()}
     if run.peak_tflops is not None:
         peak = run.peak_tflops * 1e12
         outcome.mfu = run.flops_per_token * progress.input_tokens / (peak * progress.device_seconds)
         row["mfu"] = run.flops_per_token * step.sizes.tokens / (peak * step.seconds * run.world.size)
-    run.metrics.write(Kind.step, row | run.stragglers.gather(progress.step, step.data_seconds, step.seconds), step.result.figures)
+    row |= run.stragglers.gather(progress.step, step.data_seconds, step.seconds)
+    run.metrics.write(Kind.step, row, step.result.figures | run.rows.made.figures)
     if run.world.rank == 0 and time.monotonic() - run.status_at > STATUS_EVERY_S:
         run.status_at = time.monotonic()
         run.attempt.set_status(State.running, step=progress.step, num_steps=run.rows.num_steps, **run.stragglers.entry())

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import Batch
 from trainers.config.choices import Activations, ObjectiveName, Precision
-from trainers.config.derived import SCORED, exports_best, peak_lr, rows_words, scarcity
+from trainers.config.derived import SAMPLED, SCORED, exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import mesh_of
 from trainers.config.schema import RunConfig
@@ -54,6 +55,7 @@ from trainers.world import Stopped, World
 
 if TYPE_CHECKING:
     from trainers.data.stream import Ahead
+    from trainers.rl.held_out import HeldOutPrompts
 
 log = logging.getLogger("fulltune")
 COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
@@ -72,7 +74,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     transformers.utils.logging.disable_progress_bar()
     require_parts(config, world)
     tokenizer = load_tokenizer(config)
-    data = prepare(config, progress=world.rank == 0, tokenizer=tokenizer)
+    data = (_prompts if config.objective.name in SAMPLED else prepare)(config, world.rank == 0, tokenizer)
     if config.objective.name is ObjectiveName.distil:
         from trainers.teacher import with_teacher
 
@@ -102,8 +104,9 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         console.print(summary(data.report, data.reused), soft_wrap=True, highlight=False)
         for line in warnings(data.report):
             log.warning(line)
-        documents, groups = len(data.train.offsets) - 1, mesh_of(config.engine, world.size).data_size
-        if not config.data.streaming and (scarce := scarcity(config.train, config.data.packing, len(data.train), documents, groups)):
+        groups = mesh_of(config.engine, world.size).data_size
+        scarce = scarcity(config.train, config.data.packing, len(data.train), len(data.train.offsets) - 1, groups)
+        if scarce and not config.data.streaming and config.objective.name not in SAMPLED:
             log.warning(scarce)
         _note_sources(attempt, data, base)
         attempt.set_status(State.running, attempt=attempt.number)
@@ -154,12 +157,15 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         from trainers.reference import with_reference
 
         data = with_reference(config, world, attempt, engine, data, base, padding)
-    loader = _streamed(built, padding) if config.data.streaming else _loader(config, world, attempt, data, padding)
+    dealt = _streamed if config.data.streaming else _loader
+    rows, held_out = _sampled(built) if config.objective.name in SAMPLED else (dealt(built, data, padding), None)
     world.begin_steps()
     adaptation = engine.adaptation
     shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
     flops = flops_per_token(shapes, built.blueprint.config, data.train.mean_attended(), shapes.keys() - adaptation.trained)
-    outcome = train(config, world, attempt, engine, data, loader, flops)
+    outcome = train(config, world, attempt, engine, data, rows, flops, held_out=held_out)
+    if held_out is not None:
+        built = _without_generators(built, rows, held_out, outcome.progress.step)
     engine.report()
     stopped = outcome.stopped
     if built.ahead is not None:
@@ -181,6 +187,29 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
     return code
 
 
+def _prompts(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFast) -> Prepared:
+    """Return the prompts of a run whose model gives the answers."""
+    from trainers.rl.prompts import prepare_prompts
+
+    return prepare_prompts(config, tokenizer, progress)
+
+
+def _sampled(built: Built) -> tuple[Rows, HeldOutPrompts]:
+    """Return the rows that the model's own answers make, and the held-out prompts."""
+    from trainers.rl.held_out import HeldOutPrompts
+    from trainers.rl.rollouts import Rollouts, make_sampler
+
+    sampler = make_sampler(built.config, built.world, built.attempt, built.engine, built.blueprint, built.tokenizer)
+    rows = Rollouts(sampler, built.data)
+    return rows, HeldOutPrompts(sampler, built.data, rows.num_steps, rows.pad_id)
+
+
+def _without_generators(built: Built, rows: Rows, held_out: HeldOutPrompts, step: int) -> Built:
+    """End what gives and judges answers; return what was built with the rows of the last step, which have answers to try the export on."""
+    held_out.sampler.close()
+    return replace(built, data=replace(built.data, train=rows.table(step - 1), eval=None)) if step else built
+
+
 def _asking(built: Built) -> Callable[[Batch], torch.Tensor]:
     """Return what tells whether documents see each other: log-probabilities of labels, or scores at each token, (B, S)."""
     engine, device = built.engine, built.world.device
@@ -191,11 +220,11 @@ def _asking(built: Built) -> Callable[[Batch], torch.Tensor]:
     return lambda batch: of_each_token(engine, batch.to(device))
 
 
-def _loader(config: RunConfig, world: World, attempt: Attempt, data: Prepared, padding: int) -> Rows:
+def _loader(built: Built, data: Prepared, padding: int) -> Rows:
     """Return the rows of prepared data."""
-    stream = _mixed(config, data, attempt, world) if data.train.sources else None
-    share = mesh_of(config.engine, world.size).share_of(world.rank)
-    return Loader(data.train, config.train, seed=config.seed, pad_id=padding, stream=stream, **share)
+    stream = _mixed(built.config, data, built.attempt, built.world) if data.train.sources else None
+    share = built.engine.mesh.share_of(built.world.rank)
+    return Loader(data.train, built.config.train, seed=built.config.seed, pad_id=padding, stream=stream, **share)
 
 
 def _ahead(config: RunConfig, data: Prepared) -> Ahead:
@@ -206,12 +235,12 @@ def _ahead(config: RunConfig, data: Prepared) -> Ahead:
     return Ahead(config, folder_of(config, data.path.name))
 
 
-def _streamed(built: Built, padding: int) -> Rows:
+def _streamed(built: Built, data: Prepared, padding: int) -> Rows:
     """Return the rows of a stream."""
     from trainers.data.shards import folder_of
     from trainers.data.stream import Streamed
 
-    folder, share = folder_of(built.config, built.data.path.name), built.engine.mesh.share_of(built.world.rank)
+    folder, share = folder_of(built.config, data.path.name), built.engine.mesh.share_of(built.world.rank)
     return Streamed(built.config, folder, pad_id=padding, ahead=built.ahead, **share)
 
 

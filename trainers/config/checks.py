@@ -19,7 +19,7 @@ from trainers.config.choices import (
     Supervise,
     TooLong,
 )
-from trainers.config.derived import OF_MIXTURES, OF_STREAMS, compares, has_held_out, of_answers, peak_lr, rows_as
+from trainers.config.derived import OF_MIXTURES, OF_STREAMS, SAMPLED, compares, has_held_out, of_answers, peak_lr, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.kernels import validate_kernels
 from trainers.config.local import FILE_TYPES, file_type, is_remote, looks_local, require_known_scheme, require_model_directory
@@ -28,7 +28,7 @@ from trainers.config.methods import validate_peft
 from trainers.config.mixtures import validate_mixtures
 from trainers.config.objectives import validate_objective, validate_scores
 from trainers.config.optimizers import validate_optimizer
-from trainers.config.schema import DataConfig, ModelConfig, RunConfig, read
+from trainers.config.schema import DataConfig, ModelConfig, RlConfig, RunConfig, read
 from trainers.config.sharding import near, validate_context, validate_engine
 
 
@@ -98,7 +98,13 @@ POSITIVE = (
     "limits.load_s",
     "limits.evaluate_s",
     "limits.save_s",
+    "limits.sample_s",
     "limits.export_s",
+    "rl.max_new_tokens",
+    "rl.steps_per_rollout",
+    "rl.batch",
+    "rl.timeout_s",
+    "rl.mismatch",
     "evaluation.max_new_tokens",
     "evaluation.general_rows",
     "log.peak_tflops",
@@ -122,6 +128,8 @@ NOT_NEGATIVE = (
     "objective.desirable_weight",
     "objective.undesirable_weight",
     "objective.kl_weight",
+    "rl.redraws",
+    "rl.restarts",
 )
 RANGES = {
     "data.eval_fraction": (0.0, 0.5),
@@ -196,6 +204,10 @@ def validate(config: RunConfig) -> None:
     validate_objective(config.objective)
     validate_scores(config)
     validate_mixtures(config)
+    if config.objective.name in SAMPLED or config.rl != RlConfig():
+        from trainers.config.rl import validate_rl
+
+        validate_rl(config)
     validate_optimizer(config)
     validate_evaluation(config.evaluation)
     if config.reward:

@@ -65,10 +65,11 @@ class TooLong(StrEnum):
 
 
 class DataSource(StrEnum):
-    """Where rows come from: files or a hub data set, or the documentation of the running Python."""
+    """Where rows come from: files or a hub data set, the documentation of the running Python, or the larger of two digits."""
 
     files = "files"
     python_docs = "python_docs"
+    digits = "digits"
 
 
 class ObjectiveName(StrEnum):

@@ -57,10 +57,15 @@ class Source(NamedTuple):
     revision: str | None = None
 
 
+DIGITS = "the larger of two digits"
+"""The path of rows that are made."""
+
+
 def sources_of(data: DataConfig) -> list[Source | None]:
     """Return where the training rows are, None for Python's documentation, and where the held-out rows of `eval_path` are."""
     named = (data.config, tuple(data.data_files), data.revision)
-    first = None if data.source is DataSource.python_docs else Source(str(data.path), data.split, *named)
+    path = DIGITS if data.source is DataSource.digits else str(data.path)
+    first = None if data.source is DataSource.python_docs else Source(path, data.split, *named)
     if data.eval_path is None:
         return [first]
     of_eval = (data.config, (), data.revision) if data.eval_path == data.path else (None, (), None)

@@ -96,7 +96,7 @@ class SourceConfig:
     repeat: float | None = None
     """mix_exhausted=stop and drop: passes over its rows after which it has run out; empty is 1."""
     source: DataSource = DataSource.files
-    """Files or a hub id named by `path`, or the documentation of the running Python."""
+    """Files or a hub id named by `path`, the documentation of the running Python, or the larger of two digits."""
     path: str | None = None
     """Its rows, as `data.path` names them."""
     split: str = "train"
@@ -132,7 +132,7 @@ class DataConfig:
     """Rows, their layout, template, supervision, length and packing."""
 
     source: DataSource = DataSource.files
-    """Files or a hub id named by `path`, or the documentation of the running Python."""
+    """Files or a hub id named by `path`, the documentation of the running Python, or the larger of two digits."""
     path: str | None = None
     """A jsonl, json, csv, tsv, parquet, arrow or text file, also with .gz, .bz2, .xz or .zst; a directory or URL of these; or a hub id."""
     split: str = "train"
@@ -349,6 +349,32 @@ class ObjectiveConfig:
     """grpo: largest weight of a token by which its probability under the trainer exceeds that under the sampler; empty corrects nothing."""
     reference: str | None = None
     """dpo, kto: a model directory or hub id that is compared with, of the same vocabulary; empty is the model that training begins with."""
+
+
+@dataclass(kw_only=True)
+class RlConfig:
+    """objective=grpo: the answers that the model gives while it is trained. A step takes train.global_batch of them."""
+
+    group_size: int = 8
+    """Answers to each prompt, whose rewards are compared; at least 2. A step has train.global_batch / group_size prompts."""
+    max_new_tokens: int = 256
+    """Longest answer in tokens; a prompt has at most data.seq_len less this."""
+    steps_per_rollout: int = 1
+    """Optimizer steps whose answers are written together, with the weights before the first of them; each trains on its own part."""
+    redraws: int = 3
+    """Further rounds of prompts in place of those whose answers all have one reward, which teach nothing; 0 keeps these."""
+    mask_truncated: bool = False
+    """Answers that were cut at `max_new_tokens` are not trained on; in their group's mean they count."""
+    batch: int = 64
+    """Answers that a generator writes at once."""
+    timeout_s: float = 600.0
+    """Seconds that a generator may take for one batch before another is started in its place."""
+    restarts: int = 3
+    """Generators of a machine that may be lost over one batch before the run fails."""
+    mismatch: float | None = None
+    """Largest mean difference of a token's log-probability between generator and trainer, in nats; empty is 1e-3 in float32, else 0.25."""
+    pass_reward: float = 1.0
+    """Reward from which an answer counts as right: pass@1 is the share of such answers."""
 
 
 @dataclass(kw_only=True)
@@ -574,6 +600,8 @@ class LimitsConfig:
     """Evaluating: begins anew with each microbatch."""
     save_s: float | None = 3600.0
     """Saving a checkpoint: begins anew with each 64 MiB that a rank writes."""
+    sample_s: float | None = 3600.0
+    """objective=grpo: writing and scoring answers: begins anew with each batch of answers."""
     export_s: float | None = 3600.0
     """Exporting and checking the export: begins anew with each tensor, and each 64 MiB read or written."""
     slow_node: float = 1.5
@@ -631,6 +659,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rl: RlConfig = field(default_factory=RlConfig)
     peft: PeftConfig = field(default_factory=PeftConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

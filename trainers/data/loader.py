@@ -24,6 +24,18 @@ Ints = NDArray[np.int64]
 LENGTH_MULTIPLE = 8
 
 
+@dataclass(frozen=True)
+class Made:
+    """What is to be told of the rows that were made for a step."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    """Shown with the loss."""
+    more: dict[str, float] = field(default_factory=dict)
+    """In metrics.jsonl alone."""
+    seconds: float = 0.0
+    """Spent on them: a part of the step's."""
+
+
 class Rows(Protocol):
     """What the loop asks for data: every answer is a function of the step, so that nothing of it is saved.
 
@@ -32,6 +44,16 @@ class Rows(Protocol):
 
     num_steps: int
     pad_id: int
+    signals: frozenset[str]
+    """What its tables carry that prepared data do not."""
+    made_until: int
+    """The first step whose rows must be made before they are asked for."""
+    made: Made
+    """What is told of the last step's."""
+
+    def make(self, step: int) -> bool:
+        """Have the rows of the step `made_until`; tell whether they are there, or a rank was asked to stop meanwhile. Collective."""
+        ...
 
     def table(self, step: int) -> TokenTable:
         """Return the table that a step takes its rows from."""
@@ -86,6 +108,9 @@ class Loader:
     s x global_batch; within a step, the k-th microbatch of rows goes to rank k % world_size. Another `stream` may say which row it is.
     """
 
+    signals: frozenset[str] = frozenset()
+    made = Made()
+
     def __init__(
         self, table: TokenTable, train: TrainConfig, *, seed: int, rank: int, world_size: int, pad_id: int, stream: Stream | None = None
     ) -> None:
@@ -96,8 +121,13 @@ class Loader:
         self.global_batch, self.microbatch = train.global_batch, train.microbatch
         self.stream = stream
         self.num_rows, self.num_steps = length(train, len(table), None if stream is None else stream.num_rows)
+        self.made_until = self.num_steps
         self.epoch_rows = len(table) if stream is None else stream.pass_rows
         self.capacity: int | None = None
+
+    def make(self, step: int) -> bool:
+        """Make nothing: all rows are there from the start."""
+        return True
 
     def table(self, step: int) -> TokenTable:
         """Return the table: the same in every step."""
@@ -182,7 +212,7 @@ class Prefetch:
         place = (step, ahead)
         made, self.made = self.made, None
         dealt = made[1].result() if made is not None and made[0] == place else self._make(*place)
-        if step + 1 < self.rows.num_steps:
+        if step + 1 < self.rows.made_until:
             self.made = (step + 1, ahead), self.thread.submit(self._make, step + 1, ahead)
         return dealt
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import Source, compares, rows_as
+from trainers.config.derived import DIGITS, Source, compares, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.local import COMPRESSED, FILE_TYPES, file_type, is_remote
 from trainers.data.formats import BadRow, strict_json
@@ -63,8 +63,8 @@ def rows(source: Source | None, objective: ObjectiveName, done: frozenset[str] =
 
     Raises ConfigError where there are no rows of a known type.
     """
-    if source is None:
-        yield from _python_docs(objective)
+    if source is None or source.path == DIGITS:
+        yield from _own(source, objective)
     elif _has_files(source):
         for file in files(source):
             if str(file) not in done:
@@ -82,8 +82,8 @@ def fingerprint(source: Source | None, objective: ObjectiveName, quick: bool = F
 
     With `quick`, files of this machine are told by name, size and time: reading terabytes takes hours.
     """
-    if source is None:
-        return ["python_docs", sys.version, str(rows_as(objective))]
+    if source is None or source.path == DIGITS:
+        return [DIGITS] if source else ["python_docs", sys.version, str(rows_as(objective))]
     if _has_files(source):
         return [f"{file_type(file.name)}:{_stat(file) if quick and isinstance(file, Path) else digest(file)}" for file in files(source)]
     from trainers.data import hub
@@ -93,8 +93,8 @@ def fingerprint(source: Source | None, objective: ObjectiveName, quick: bool = F
 
 def names(source: Source | None) -> list[str]:
     """Return what the rows of a source are called by, in their order: `Row.file`."""
-    if source is None:
-        return ["python_docs"]
+    if source is None or source.path == DIGITS:
+        return [DIGITS if source else "python_docs"]
     if _has_files(source):
         return [str(file) for file in files(source)]
     from trainers.data import hub
@@ -174,8 +174,21 @@ def _is_plain(file: Path) -> bool:
     return head[:1] == b"{" and b"\x00" not in head
 
 
-def _python_docs(objective: ObjectiveName) -> Iterator[Row]:
+def digits() -> Iterator[dict[str, str]]:
+    """Yield {"question", "answer"} of the larger of each two digits: what a small model can learn from rewards, and anybody can check."""
+    for first in range(10):
+        for second in range(10):
+            yield {"question": f"{first},{second}?", "answer": str(max(first, second))}
+
+
+def _own(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
+    """Yield rows that are made and not read."""
     from trainers.data import python_docs
+
+    if source is not None:
+        for number, pair in enumerate(digits(), 1):
+            yield Row(pair, DIGITS, number)
+        return
 
     if compares(objective):
         found: Iterator[dict[str, Any]] = python_docs.pairs()

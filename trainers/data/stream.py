@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from trainers.batch import WEIGHT, Batch, Sizes
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
-from trainers.data.loader import Ints, deal, make_batch, row_order
+from trainers.data.loader import Ints, Made, deal, make_batch, row_order
 from trainers.data.shards import ERROR, POLL_S, PROGRESS, WANTED, Index, shard_folder
 from trainers.data.table import TokenTable, open_table
 from trainers.health.activity import watch
@@ -96,11 +96,15 @@ class Ahead:
 class Streamed:
     """A run's rows from shards, as the loop asks for them."""
 
+    signals: frozenset[str] = frozenset()
+    made = Made()
+
     def __init__(self, config: RunConfig, folder: Path, *, rank: int, world_size: int, pad_id: int, ahead: Ahead | None = None) -> None:
         """Wait for nothing yet; `ahead` is rank 0's."""
         assert config.train.steps is not None
         self.config, self.folder, self.rank, self.world_size, self.pad_id, self.ahead = config, folder, rank, world_size, pad_id, ahead
-        self.num_steps, self.global_batch = config.train.steps, config.train.global_batch
+        self.num_steps = self.made_until = config.train.steps
+        self.global_batch = config.train.global_batch
         self.index, self.windows, self.wanted = Index(folder), list[Window](), list[int]()
         self.open = lru_cache(4 * config.data.window_shards)(lambda number: open_table(shard_folder(folder, number) / "train"))
         self.gathered: tuple[bytes, TokenTable] | None = None
@@ -108,6 +112,10 @@ class Streamed:
         """The first position that some rank may still read."""
         self.lock = threading.RLock()
         """Steps are made in a thread, the first of an attempt where the loop is."""
+
+    def make(self, step: int) -> bool:
+        """Make nothing: a process ahead does."""
+        return True
 
     def row_ids(self, step: int, ahead: int = 0) -> Ints:
         """Return the rows of a pass that all ranks together take in a step; waits for their shards."""

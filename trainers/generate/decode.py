@@ -44,10 +44,13 @@ def decode(
     pad_id: int,
     seeds: Mapping[int, int] | None = None,
     heard: Callable[[int], None] | None = None,
+    apart: bool = True,
 ) -> Iterator[tuple[int, Decoded]]:
     """Yield key and answer of each prompt, up to `batch` at a time; the same for any batch. `heard` gets each token of a single prompt.
 
     A prompt that leaves no room for so many tokens in the model's positions is answered alone, as far as they go.
+    Without `apart` rounding in a batch may decide a token, as it may in training: nothing is computed twice, and the same prompts in the
+    same batch have the same answers.
     """
     limit = positions_limit(model.config)[0] or 1 << 60
     _plainly(model, stops, pad_id)
@@ -59,7 +62,9 @@ def decode(
             yield chunk[0], Decoded([], [], LENGTH)
             continue
         own = [NO_SEED if seeds is None else seeds[key] for key in chunk]
-        yield from zip(chunk, _continue(model, [prompts[key] for key in chunk], room, sampling, stops, pad_id, own, heard), strict=True)
+        close = CLOSE[model.dtype] if apart else 0.0
+        asked = [prompts[key] for key in chunk]
+        yield from zip(chunk, _continue(model, asked, room, sampling, stops, pad_id, own, heard, close), strict=True)
 
 
 def _plainly(model: PreTrainedModel, stops: Sequence[int], pad_id: int) -> None:
@@ -115,12 +120,13 @@ def _continue(
     pad_id: int,
     seeds: list[int],
     heard: Callable[[int], None] | None,
+    close: float,
 ) -> list[Decoded]:
     """Return what the model writes after each prompt, through its first stop."""
     longest = max(map(len, prompts))
     ids, mask = _padded(model, prompts, pad_id)
     begins = [longest - len(prompt) for prompt in prompts]
-    choice = Choice(model, begins, longest, stops, sampling, seeds, heard)
+    choice = Choice(model, begins, longest, stops, sampling, seeds, heard, close)
     output: Any = model.generate(ids, attention_mask=mask, max_new_tokens=room, logits_processor=LogitsProcessorList([choice]))  # type: ignore[operator]
     logps = torch.stack(choice.logps, 1).tolist()
     return [_through_stop(row, values, stops) for row, values in zip(output[:, longest:].tolist(), logps, strict=True)]
@@ -148,10 +154,11 @@ class Choice(LogitsProcessor):  # type: ignore[misc]
         sampling: Sampling,
         seeds: list[int],
         heard: Callable[[int], None] | None = None,
+        close: float | None = None,
     ) -> None:
-        """Take the column in which each row's prompt begins, and the one after all prompts."""
+        """Take the column in which each row's prompt begins, and the one after all prompts; `close` is a difference of two logits."""
         self.model, self.begins, self.prompt_length, self.stops = model, begins, prompt_length, set(stops)
-        self.sampling, self.close, self.heard = sampling, CLOSE[model.dtype], heard
+        self.sampling, self.close, self.heard = sampling, CLOSE[model.dtype] if close is None else close, heard
         self.generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
         self.logps: list[Tensor] = []
         """Of each token that was chosen, (B,), under the model itself."""

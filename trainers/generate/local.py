@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,20 +22,38 @@ from trainers.processes import prepare_child
 from trainers.rundir.files import try_row
 
 STOP_S = 10.0
+LOOK_S = 0.5
 
 
 class Broken(Exception):
     """The process has ended, or says nothing: why, as far as it has said."""
 
 
+def nothing() -> None:
+    """Look at nothing."""
+
+
 class Local:
     """The process. It ends with this one, whatever ends that."""
 
     def __init__(
-        self, config: RunConfig, folder: Path | None, *, batch: int, dtype: str, device: str, timeout_s: float | None = None
+        self,
+        config: RunConfig,
+        folder: Path | None,
+        *,
+        batch: int,
+        dtype: str,
+        device: str,
+        timeout_s: float | None = None,
+        open_s: float | None = None,
+        look: Callable[[], None] = nothing,
     ) -> None:
-        """Start it; `folder` has the weights, None is the config's own model. `timeout_s` may pass between two answers once it is open."""
-        self.timeout_s = timeout_s
+        """Start it; `folder` has the weights, None is the config's own model.
+
+        `open_s` may pass until they are open, and `timeout_s` between two answers after that. `look` is called now and then while nothing
+        is said, and may raise.
+        """
+        self.timeout_s, self.open_s, self.look = timeout_s, open_s, look
         self.place = tempfile.TemporaryDirectory()
         self.log = Path(self.place.name) / "log"
         asked = {
@@ -64,7 +83,7 @@ class Local:
     def __enter__(self) -> Local:
         """Wait until the model is open; raises ConfigError and Broken."""
         try:
-            self._next(None)
+            self._next(self.open_s)
         except BaseException:
             self.close()
             raise
@@ -80,20 +99,33 @@ class Local:
         sampling: Sampling,
         took: Callable[[Answer], None],
         heard: Callable[[int], None] | None = None,
+        apart: bool = True,
     ) -> None:
-        """Ask for all answers; `took` gets each as soon as it is there, `heard` each token of a single one. Raises Broken."""
-        asked = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling), "stream": heard is not None}
-        try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps(asked) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise Broken(self._why()) from None
+        """Ask for all answers; `took` gets each as soon as it is there, `heard` each token of a single one. Raises Broken.
+
+        Without `apart` an answer may depend on the others that are asked for: see `decode`.
+        """
+        asked = {"requests": [asdict(request) for request in requests], "sampling": asdict(sampling)}
+        self._tell(asked | {"stream": heard is not None, "apart": apart})
         while "done" not in (word := self._next(self.timeout_s)):
             if "answer" in word:
                 took(Answer(**word["answer"]))
             elif heard is not None and "token" in word:
                 heard(word["token"])
+
+    def open(self, folder: Path) -> None:
+        """Have it take the weights of another directory of the same model; raises ConfigError and Broken."""
+        self._tell({"folder": str(folder)})
+        while "done" not in self._next(self.open_s):
+            pass
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        try:
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(order) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise Broken(self._why()) from None
 
     def close(self) -> None:
         """End the process, and what it has left."""
@@ -117,10 +149,15 @@ class Local:
 
     def _next(self, timeout_s: float | None) -> dict[str, Any]:
         """Return what it says next; raises ConfigError for what it refuses, and Broken."""
-        try:
-            word = self.said.get(timeout=timeout_s)
-        except queue.Empty:
-            raise Broken(f"the model has given no answer for {timeout_s:g} s") from None
+        began = time.monotonic()
+        while True:
+            try:
+                word = self.said.get(timeout=LOOK_S if timeout_s is None else min(LOOK_S, timeout_s))
+                break
+            except queue.Empty:
+                self.look()
+                if timeout_s is not None and time.monotonic() - began >= timeout_s:
+                    raise Broken(f"the model has given no answer for {timeout_s:g} s") from None
         self.room.release()
         if word is None:
             raise Broken(self._why())

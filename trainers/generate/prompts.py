@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,24 +34,27 @@ class Prompt:
 
 def read(path: str, split: str = "train") -> list[Prompt]:
     """Return the prompts of a file, a directory or a hub data set; raises ConfigError for a row that has none, with its place."""
-    found = list(_read(Source(path, split)))
+    found = list(read_each(Source(path, split)))
     if not found:
         raise ConfigError("PROMPTS", path, "there are no rows")
     return found
 
 
-def _read(source: Source) -> Iterator[Prompt]:
+def read_each(source: Source | None, named: str = "PROMPTS", ignore: Sequence[str] = ()) -> Iterator[Prompt]:
+    """Yield the prompts of a source, of Python's documentation where it is None, without the fields `ignore`.
+
+    Raises ConfigError, of the setting `named`, for a row that has none, with its place.
+    """
     for row in sources.rows(source, ObjectiveName.sft):
         try:
-            data = sources.parse(row)
+            data = sources.parse(row, ignore)
             messages = turns_before_the_answer(data)
             for message in messages:
                 require_characters(str(message.get("content", "")))
             yield Prompt(messages, to_tools(data), reference_of(data), data, row.file, row.line)
         except BadRow as error:
-            raise ConfigError(
-                "PROMPTS", source.path, f"{row.file}:{row.line} {error}", "rows with `messages`, `prompt` or `question`"
-            ) from None
+            reason = f"{row.file}:{row.line} {error}"
+            raise ConfigError(named, source.path if source else None, reason, "rows with `messages`, `prompt` or `question`") from None
 
 
 def turns_before_the_answer(row: Row) -> list[Message]:

@@ -1,13 +1,14 @@
 """Open a model and answer what is asked on stdin, a JSON object a line: python -m trainers.generate.worker MODEL.json, started by `local`.
 
 What it says goes to stdout, an object a line: {"ready"}, then for each line that it reads {"answer"} of every request and {"done"}.
+A line with a `folder` opens the weights there in place of those that are open.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,17 @@ def main(arguments: list[str]) -> int:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     try:
         subject = Subject(config=parse(asked["config"]), folder=Path(asked["folder"]) if asked["folder"] else None)
-        model = subject.open(getattr(torch, asked["dtype"]), torch.device(device))
+        dtype, place = getattr(torch, asked["dtype"]), torch.device(device)
+        model = subject.open(dtype, place)
         stops, pad = stops_of(model, subject.tokenizer), pad_id(subject.tokenizer)
         say(ready=True, stops=stops)
         for line in sys.stdin:
-            _answer(model, json.loads(line), asked["batch"], stops, pad)
+            order = json.loads(line)
+            if "folder" in order:
+                del model  # two need not fit
+                model = replace(subject, folder=Path(order["folder"])).open(dtype, place)
+            else:
+                _answer(model, order, asked["batch"], stops, pad)
             say(done=True)
     except ConfigError as error:
         say(error=error.parts())
@@ -60,7 +67,8 @@ def _answer(model: Any, asked: dict[str, Any], batch: int, stops: list[int], pad
     requests = sorted(asked["requests"], key=lambda request: -len(request["ids"]))
     prompts, seeds = ({request["key"]: request[name] for request in requests} for name in ("ids", "seed"))
     heard = (lambda token: say(token=token)) if asked["stream"] else None
-    for key, found in decode(model, prompts, batch, Sampling(**asked["sampling"]), stops, pad, seeds, heard):
+    sampling = Sampling(**asked["sampling"])
+    for key, found in decode(model, prompts, batch, sampling, stops, pad, seeds, heard, apart=asked["apart"]):
         failure = "" if found.ids else "the prompt leaves no room for an answer"
         say(answer=asdict(Answer(key=key, ids=found.ids, logps=found.logps, finish=found.finish, failure=failure)))
 

@@ -25,6 +25,7 @@ FIELDS = {
     Phase.checking: "limits.prepare_s",
     Phase.loading: "limits.load_s",
     Phase.step: "train.step_timeout_s",
+    Phase.sampling: "limits.sample_s",
     Phase.evaluating: "limits.evaluate_s",
     Phase.saving: "limits.save_s",
     Phase.exporting: "limits.export_s",
@@ -92,7 +93,7 @@ class Activity:
 
     def count_io(self) -> None:
         """Count what is read and written as progress, in phases that are about files."""
-        if self.phase in (Phase.step, Phase.evaluating):
+        if self.phase in (Phase.step, Phase.sampling, Phase.evaluating):
             return
         try:
             lines = Path("/proc/self/io").read_text().split()

@@ -117,7 +117,7 @@ class Attempt:
             except FileExistsError:
                 number += 1
         (logs / "attempt").write_text(f"{number}\n")
-        for path in [*self.run_dir.glob("*.tmp"), *self.run_dir.glob("checkpoints/.*.tmp")]:
+        for path in [*self.run_dir.glob("*.tmp"), *self.run_dir.glob("checkpoints/.*.tmp"), *self.run_dir.glob("rollouts/*.tmp")]:
             _discard(path)
         return number
 

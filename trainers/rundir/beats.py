@@ -22,6 +22,7 @@ class Phase(StrEnum):
     checking = "checking nodes"
     loading = "loading"
     step = "step"
+    sampling = "sampling"
     evaluating = "evaluating"
     saving = "saving"
     exporting = "exporting"

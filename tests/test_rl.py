@@ -1,0 +1,281 @@
+"""A run that learns from its own answers: a rollout is a function of weights and seed, kept as a file, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import arguments, environment, launch, rank_processes, started, status_of, trace, wait_for, wait_for_step, wait_until_gone
+
+from trainers.config.choices import Advantage, DataSource, ObjectiveName
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig
+from trainers.data.loader import make_batch
+from trainers.data.table import open_table
+from trainers.data.tokenizer import load_tokenizer
+from trainers.generate.request import LENGTH, STOP, Answer
+from trainers.health.spikes import TrainingFailed
+from trainers.rl.groups import Group, figures_of, save_groups, teaches
+from trainers.rl.held_out import wilson
+from trainers.rl.prompts import prepare_prompts, read_rows
+from trainers.rl.rollouts import num_steps
+from trainers.rl.sync import Mismatch, require_near
+from trainers.rundir.rows import evaluations, last_step, steps
+from trainers.rundir.rows import read_rows as rows_of
+
+WORDS = ["cat", "two dogs", "hills home", "mat while the", "green", "far over", "ran ran ran ran ran ran", "sat on", "home", "again a"]
+
+
+def group_of(number: int, rewards: list[float], lengths: list[int], finishes: list[str]) -> Group:
+    answers = [
+        Answer(key=at, ids=[7] * length, logps=[-0.5 - at] * length, finish=finish)
+        for at, (length, finish) in enumerate(zip(lengths, finishes, strict=True))
+    ]
+    values = np.array(rewards)
+    more: dict[str, Any] = {
+        "rewards": values,
+        "parts": {"right": values},
+        "reasons": {"right": ["late" if math.isnan(r) else "" for r in rewards]},
+    }
+    return Group(position=number + 10, number=number, ids=[1, 2, 3], answers=answers, texts=["x"] * len(rewards), **more)
+
+
+def config_of(**rl: Any) -> RunConfig:
+    data, train = DataConfig(path="rows.jsonl", seq_len=64, packing=False), TrainConfig(global_batch=8)
+    objective = ObjectiveConfig(name=ObjectiveName.grpo, advantage=Advantage.dr_grpo)
+    return RunConfig(data=data, train=train, objective=objective, rl=RlConfig(**{"group_size": 4, "max_new_tokens": 8} | rl))
+
+
+def test_groups_become_a_table_with_what_each_answer_is_worth(tmp_path: Path) -> None:
+    """An answer without a reward, and a cut one where these are masked, have no labels; all others have the sampler's numbers."""
+    groups = [
+        group_of(0, [1.0, 0.0, 0.0, math.nan], [2, 3, 1, 2], [STOP, STOP, STOP, STOP]),
+        group_of(1, [0.0, 0.0, 1.0, 1.0], [1, 1, 8, 1], [STOP, STOP, LENGTH, STOP]),
+    ]
+    save_groups(groups, config_of(mask_truncated=True), tmp_path)
+    table = open_table(tmp_path)
+    assert len(table) == 8
+    assert np.diff(table.label_starts).tolist() == [2, 3, 1, 0, 1, 1, 0, 1]
+    assert table.signals["advantage"].tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, -0.5, -0.5, 0.5, 0.5])
+    assert table.signals["sampled_logps"][:, 0].tolist() == [-0.5, -0.5, -1.5, -1.5, -1.5, -2.5, -0.5, -1.5, -3.5]
+    batch = make_batch(table, np.array([1]), 1, 0)
+    assert batch.labels[0, :6].tolist() == [-100, -100, 7, 7, 7, -100]
+    assert batch.signals["sampled_logps"][0, 2:5, 0].tolist() == [-1.5, -1.5, -1.5]
+    told = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert (told[3]["reward"], told[3]["why"]) == (None, {"right": "late"})
+    assert (told[6]["position"], told[6]["sample"], told[6]["finish"], told[6]["reward/right"]) == (11, 2, LENGTH, 1.0)
+    found = figures_of(groups, 1.0)
+    assert found == pytest.approx(
+        {"reward": 3 / 7, "pass@1": 3 / 8, "truncated": 1 / 8, "answer_tokens": 19 / 8, "unrewarded": 1 / 8, "reward/right": 3 / 7}
+    )
+
+
+def test_groups_of_one_reward_teach_nothing() -> None:
+    same, none = group_of(0, [1.0, 1.0], [1, 1], [STOP, STOP]), group_of(0, [math.nan, 1.0], [1, 1], [STOP, STOP])
+    assert not teaches(same, Advantage.grpo)
+    assert not teaches(none, Advantage.rloo)
+    assert teaches(group_of(0, [1.0, 0.0], [1, 1], [STOP, STOP]), Advantage.grpo)
+    assert teaches(same, Advantage.reinforce_pp)  # which compares it with other groups
+
+
+def test_pass_rates_have_wilsons_interval() -> None:
+    """Of 8 of 20, by hand; and the ends of none and all."""
+    assert wilson(0.4, 20) == pytest.approx((0.2188, 0.6134), abs=1e-4)
+    assert wilson(0.0, 10)[0] == 0.0
+    assert wilson(1.0, 10)[1] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_a_generator_with_other_weights_ends_the_run() -> None:
+    require_near(Mismatch(mean=9e-4, largest=0.3), 1e-3, 4)
+    for wrong in (Mismatch(mean=2e-3, largest=0.3), Mismatch(mean=math.nan, largest=0.0)):
+        with pytest.raises(TrainingFailed, match=r"step 4: the generator gives .* other weights than are trained"):
+            require_near(wrong, 1e-3, 4)
+
+
+def test_passes_over_the_prompts_are_whole_rollouts() -> None:
+    config = config_of(steps_per_rollout=3)
+    assert num_steps(config, 13) == 9  # 2 prompts a step, 6 a rollout
+    assert num_steps(replace(config, train=replace(config.train, steps=6)), 13) == 6
+
+
+def write_prompts(path: Path, copies: int = 2) -> Path:
+    path.write_text(
+        "".join(json.dumps({"question": words, "answer": words[:3], "id": at}) + "\n" for at, words in enumerate(WORDS * copies))
+    )
+    return path
+
+
+def test_equal_prompts_are_on_one_side_and_long_ones_are_refused(base: Path, tmp_path: Path) -> None:
+    path = write_prompts(tmp_path / "prompts.jsonl")
+    data = DataConfig(
+        source=DataSource.files, path=str(path), eval_fraction=0.3, seq_len=24, packing=False, prepared_dir=str(tmp_path / "made")
+    )
+    config = replace(config_of(), model=ModelConfig(id=str(base)), data=replace(data, template="chatml"))
+    tokenizer = load_tokenizer(config)
+    found = prepare_prompts(config, tokenizer)
+    sides = {split: read_rows(found.path, split) for split in ("train", "eval")}
+    assert {split: len(rows) for split, rows in sides.items()} == {"train": 14, "eval": 6}
+    asked = {split: {row["prompt"][0]["content"] for row in rows} for split, rows in sides.items()}
+    assert not asked["train"] & asked["eval"]
+    assert sides["train"][0]["row"]["answer"] == sides["train"][0]["reference"]
+    assert prepare_prompts(config, tokenizer).reused
+    short = replace(config, data=replace(config.data, seq_len=17))
+    with pytest.raises(ConfigError, match=r"have more than 9 tokens, which is data.seq_len less rl.max_new_tokens") as refused:
+        prepare_prompts(short, tokenizer)
+    assert refused.value.path == "data.seq_len"
+
+
+def line(base: Path, prompts: Path, run_dir: Path, *more: str) -> list[str]:
+    asked = ("objective=grpo", "reward.short.kind=length", "reward.short.max=2", "reward.short.soft=6", "reward.cat.kind=format")
+    asked += ("'reward.cat.pattern=\".*(cat|home|far).*\"'".strip("'"), "reward.cat.weight=0.5", "data.packing=false", "rl.batch=6")
+    batch = ("train.global_batch=8", "train.microbatch=2", "rl.group_size=4", "rl.max_new_tokens=8", "checkpoint.every=2")
+    return arguments(base, prompts, run_dir, *asked, *batch, "train.sample_tokens=4", "optim.lr=3e-3", *more)
+
+
+def generators_of(launcher: int) -> list[int]:
+    """Return the generators of a launcher's ranks."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            ours = f"FULLTUNE_LAUNCHER={launcher}".encode() in (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if ours and b"trainers.generate.worker" in words:
+            found.append(int(folder.name))
+    return found
+
+
+TOLD = ("reward", "reward/short", "reward/cat", "entropy", "mismatch", "mismatch_largest", "prompts_drawn", "eval_reward", "eval_pass@1")
+
+
+def told(run_dir: Path) -> list[tuple[Any, ...]]:
+    """What of a run must be the same to the bit: its trace, rewards and answers."""
+    numbers = [tuple(row.get(key) for key in TOLD) for row in rows_of(run_dir)]
+    return [*trace(run_dir), *numbers, *((folder.name, (folder / "answers.jsonl").read_bytes()) for folder in rollouts(run_dir))]
+
+
+def rollouts(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "rollouts").glob("step-*"))
+
+
+def answers_of(run_dir: Path) -> list[tuple[Any, ...]]:
+    lines = [json.loads(row) for folder in rollouts(run_dir) for row in (folder / "answers.jsonl").read_text().splitlines()]
+    return [(row["position"], row["sample"], row["answer"], row["reward"]) for row in lines]
+
+
+@pytest.mark.slow
+def test_what_is_killed_changes_nothing(base: Path, cache: Path, tmp_path: Path) -> None:
+    """A generator that is killed is replaced; a launcher that is killed leaves no process, and the same command continues to the bit.
+
+    One rank gives the same answers as two.
+    """
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    said = launch(cache, line(base, prompts, tmp_path / "whole"))
+    assert "eval_pass@1" in said
+    whole = steps(rows_of(tmp_path / "whole"))
+    assert all(row["mismatch"] < 1e-4 for row in whole)
+    assert all(
+        {"sync_seconds", "sampling_seconds", "scoring_seconds", "truncated", "clip_share", "mismatch_kl"} <= row.keys() for row in whole
+    )
+    assert len(evaluations(rows_of(tmp_path / "whole"))) == 3
+    assert [folder.name for folder in rollouts(tmp_path / "whole")] == [f"step-{step:06d}" for step in range(1, 9)]
+
+    cut = tmp_path / "cut"
+    with started(line(base, prompts, cut), environment(cache)) as process:
+        wait_for_step(cut, 2, process)
+        [generator] = generators_of(process.pid)
+        os.kill(generator, signal.SIGKILL)
+        wait_for_step(cut, 5, process)
+        [other] = generators_of(process.pid)
+        assert other != generator
+        process.kill()
+        process.wait(20)
+        wait_until_gone(cut)
+        wait_until_none(process.pid)
+    launch(cache, line(base, prompts, cut))
+    assert told(cut) == told(tmp_path / "whole")
+    assert any("is replaced" in log.read_text() for log in (cut / "logs").glob("attempt-1/rank-0.log"))
+
+    one = tmp_path / "one"
+    launch(cache, line(base, prompts, one, "launch.processes=1"))
+    assert answers_of(one) == answers_of(tmp_path / "whole")
+    losses = [[row["loss"] for row in steps(rows_of(run))] for run in (one, tmp_path / "whole")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_and_several_steps_a_rollout_and_a_wrong_generator(base: Path, cache: Path, tmp_path: Path) -> None:
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    run = tmp_path / "lora"
+    launch(
+        cache,
+        line(
+            base,
+            prompts,
+            run,
+            "peft=lora",
+            "optim.lr=1e-2",
+            "rl.steps_per_rollout=2",
+            "train.steps=4",
+            "data.eval_fraction=0",
+            "train.eval_every=null",
+        ),
+    )
+    assert [folder.name for folder in rollouts(run)] == ["step-000001", "step-000003"]
+    found = steps(rows_of(run))
+    assert ["mismatch" in row for row in found] == [True, False, True, False]
+    assert found[1]["ratio"] != 1.0  # of the weights before the rollout's first step
+    assert (run / "export" / "adapter_config.json").is_file()
+    said = launch(cache, line(base, prompts, tmp_path / "wrong", "rl.mismatch=1e-12"), expect=1)
+    assert "other log-probabilities than the trainer does" in said
+
+
+@pytest.mark.soak
+def test_ten_kills_at_random_moments(base: Path, cache: Path, tmp_path: Path) -> None:
+    """Of a rank, a generator or the launcher; a generator that is stopped is replaced too."""
+    prompts, rng = write_prompts(tmp_path / "prompts.jsonl", 3), random.Random(7)
+    more = ("train.steps=24", "rl.timeout_s=5", "rl.restarts=9")
+    launch(cache, line(base, prompts, tmp_path / "whole", *more))
+    cut, kinds = tmp_path / "cut", ["launcher", "rank", "generator", "stopped"] * 2 + ["launcher", "generator"]
+    while last_step(rows_of(cut)) < 24 or status_of(cut)["state"] != "done":
+        with started(line(base, prompts, cut, *more), environment(cache)) as process:
+            while kinds and process.poll() is None:
+                wait_for_more(process, cut, last_step(rows_of(cut)))
+                time.sleep(rng.random())
+                hit(kinds.pop(), process, cut)
+            process.communicate(timeout=150)
+        wait_until_gone(cut)
+        wait_until_none(process.pid)
+    assert not kinds
+    assert told(cut) == told(tmp_path / "whole")
+
+
+def wait_for_more(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Wait until a run has taken a step more, or has ended."""
+    wait_for(lambda: process.poll() is not None or last_step(rows_of(run_dir)) > step, 100)
+
+
+def wait_until_none(launcher: int) -> None:
+    wait_for(lambda: not generators_of(launcher), 20)
+
+
+def hit(kind: str, process: subprocess.Popen[str], run_dir: Path) -> None:
+    """Kill one of a run's processes, or stop its generator."""
+    if kind == "launcher":
+        process.kill()
+        process.wait(20)
+        return
+    found = rank_processes(run_dir) if kind == "rank" else generators_of(process.pid)
+    for pid in found[:1]:
+        os.kill(pid, signal.SIGSTOP if kind == "stopped" else signal.SIGKILL)

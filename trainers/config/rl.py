@@ -1,0 +1,69 @@
+"""What a run asks of the answers that it gives itself, and what it does not go with. No torch."""
+
+from __future__ import annotations
+
+from trainers.config.choices import DocumentOf, Layout, OnSpike, TooLong
+from trainers.config.derived import SAMPLED
+from trainers.config.errors import ConfigError
+from trainers.config.foreign import refuse_foreign
+from trainers.config.schema import RlConfig, RunConfig
+
+
+def validate_rl(config: RunConfig) -> None:
+    """Refuse settings of `rl` for other objectives, numbers that cannot be, and what does not go with answers of the model's own."""
+    rl, name = config.rl, config.objective.name
+    if name not in SAMPLED:
+        remedy = f"leave it out, or objective={SAMPLED[0]}, whose answers the model gives itself"
+        refuse_foreign("rl", rl, f"objective={name}", dict.fromkeys(vars(RlConfig()), remedy))
+        return
+    if not config.reward:
+        raise ConfigError("reward", None, f"objective={name} learns from rewards, and none is named", "reward.exact.kind=exact")
+    if rl.group_size < 2:
+        raise ConfigError("rl.group_size", rl.group_size, "an answer is compared with others to its prompt", "rl.group_size=8")
+    if config.train.global_batch % rl.group_size:
+        reason = f"is the answers of a step, and not divisible by rl.group_size = {rl.group_size}"
+        near = max(1, round(config.train.global_batch / rl.group_size)) * rl.group_size
+        raise ConfigError("train.global_batch", config.train.global_batch, reason, f"train.global_batch={near}")
+    if rl.max_new_tokens >= config.data.seq_len:
+        reason = f"data.seq_len = {config.data.seq_len} holds the prompt too"
+        raise ConfigError("rl.max_new_tokens", rl.max_new_tokens, reason, f"data.seq_len={2 * rl.max_new_tokens}")
+    if config.train.steps is not None and config.train.steps % rl.steps_per_rollout:
+        reason = f"is not divisible by rl.steps_per_rollout = {rl.steps_per_rollout}: answers would be given that nothing trains on"
+        steps = -(-config.train.steps // rl.steps_per_rollout) * rl.steps_per_rollout
+        raise ConfigError("train.steps", config.train.steps, reason, f"train.steps={steps}")
+    _refuse_what_does_not_go(config)
+
+
+def _refuse_what_does_not_go(config: RunConfig) -> None:
+    """Refuse what is about rows that are there before the run."""
+    data, objective = config.data, f"objective={config.objective.name}"
+    own = f"with {objective} the model writes the answers"
+    refused = {
+        "data.packing": (data.packing, f"{own}, and each is a row of its own", "data.packing=false"),
+        "data.mix": (sorted(data.mix), f"{objective} takes the prompts of one source", "data.path=FILE with the rows of all"),
+        "data.streaming": (data.streaming, f"{objective} goes through its prompts in epochs of all", "data.streaming=false"),
+        "data.document": (data.document is not DocumentOf.row, f"{own} to the last turn of a row", "data.document=row"),
+        "data.layout": (data.layout is not Layout.auto, f"{objective} takes the turns before the answer of any layout", "data.layout=auto"),
+        "data.skip_bad_rows": (data.skip_bad_rows, f"{objective} takes every row's prompt", "data.skip_bad_rows=false"),
+        "data.too_long": (data.too_long is TooLong.split, "a prompt cannot be split", "data.too_long=truncate"),
+        "train.on_spike": (
+            config.train.on_spike is OnSpike.rollback,
+            f"{own}: there are no rows that could be left out",
+            "train.on_spike=skip",
+        ),
+        "objective.importance_cap": (
+            config.objective.importance_cap is not None and config.rl.steps_per_rollout > 1,
+            "needs the trainer's own log-probabilities before the first of rl.steps_per_rollout steps, which are not kept",
+            "rl.steps_per_rollout=1",
+        ),
+        "objective.kl_weight": (
+            config.objective.kl_weight,
+            "needs each answer's log-probabilities under a reference, which are not measured while a run gives its answers",
+            "objective.kl_weight=0; objective.clip_low and clip_high bound each step",
+        ),
+    }
+    for path, (is_asked, reason, remedy) in refused.items():
+        if is_asked:
+            group, _, name = path.partition(".")
+            value = getattr(getattr(config, group), name)
+            raise ConfigError(path, value if isinstance(value, bool | int | float) else str(value), reason, remedy)

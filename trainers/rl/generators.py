@@ -1,0 +1,103 @@
+"""What gives a run its answers: one process a machine with the run's weights, watched, and replaced where it ends or says nothing."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainers.config.schema import RunConfig
+from trainers.engines.base import COMPUTE, in_short
+from trainers.generate.local import Broken, Local
+from trainers.generate.request import Answer, Request, Sampling
+from trainers.health.activity import watch
+from trainers.health.spikes import TrainingFailed
+from trainers.world import World
+
+log = logging.getLogger("fulltune")
+
+
+class Interrupted(Exception):
+    """This rank was asked to stop while a generator was writing."""
+
+
+class Generators:
+    """The generators of all machines, each started by the first rank there. Every method but `close` is collective."""
+
+    def __init__(self, config: RunConfig, world: World, weights: Path) -> None:
+        """Start none yet; `weights` is the directory that they open, a model's or an adapter's, which all machines see."""
+        self.config, self.rl, self.world, self.weights = config, config.rl, world, weights
+        self.sampling = Sampling(max_new_tokens=config.rl.max_new_tokens)
+        self.leads = [rank for rank, leads in enumerate(world.gather(world.local_rank == 0)) if leads]
+        self.local: Local | None = None
+
+    def renew(self) -> None:
+        """Have them open the weights that are in the directory now."""
+        if self.local is not None:
+            try:
+                self.local.open(self.weights)
+            except (Broken, Interrupted) as error:  # the next batch starts another one, or the run stops there
+                self._drop(error)
+
+    def ask(self, requests: Sequence[Request]) -> dict[int, Answer] | None:
+        """Return each request's answer by its key; None where a rank was asked to stop. Raises TrainingFailed, and ConfigError.
+
+        Batches are the same whatever happens meanwhile, so that so are the answers, to the bit.
+        """
+        ordered = sorted(requests, key=lambda request: (-len(request.ids), request.key))
+        found: dict[int, Answer] = {}
+        at_once = self.rl.batch * len(self.leads)
+        for begin in range(0, len(ordered), at_once):
+            watch.beat()
+            batch = ordered[begin : begin + at_once]
+            mine = batch[self.leads.index(self.world.rank) :: len(self.leads)] if self.world.rank in self.leads else []
+            answers = None if self.world.signalled is not None else self._answers(mine)
+            for theirs in self.world.gather(answers):
+                if theirs is None:
+                    return None
+                found |= {answer.key: answer for answer in theirs}
+        return found
+
+    def _answers(self, requests: Sequence[Request]) -> list[Answer] | None:
+        """Return this machine's answers of a batch, in any order; None where this rank was asked to stop."""
+        lost = 0
+        while requests:
+            found: list[Answer] = []
+            try:
+                self._opened().ask(requests, self.sampling, found.append, apart=False)
+                return found
+            except Interrupted as error:
+                self._drop(error)
+                return None
+            except Broken as error:
+                self._drop(error)
+                lost += 1
+                if lost > self.rl.restarts:
+                    raise TrainingFailed(f"{lost} generators on {socket.gethostname()} were lost over one batch: {error}") from error
+        return []
+
+    def _opened(self) -> Local:
+        """Return this machine's generator, started where there is none."""
+        if self.local is None:
+            config, device = self.config, self.world.device.type
+            dtype = in_short(COMPUTE[config.train.precision])
+            times = {"timeout_s": self.rl.timeout_s, "open_s": config.limits.load_s}
+            self.local = Local(config, self.weights, batch=self.rl.batch, dtype=dtype, device=device, look=self._look, **times)
+            self.local.__enter__()
+        return self.local
+
+    def _look(self) -> None:
+        if self.world.signalled is not None:
+            raise Interrupted
+
+    def _drop(self, error: Exception) -> None:
+        if isinstance(error, Broken):
+            log.warning("the generator on %s is replaced: %s", socket.gethostname(), error)
+        self.close()
+
+    def close(self) -> None:
+        """End this machine's generator."""
+        if self.local is not None:
+            self.local.close()
+            self.local = None

@@ -1,0 +1,102 @@
+"""Answers to the same prompt with their rewards: which teach something, what is told of them, and the table that a step trains on."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainers.config.choices import Advantage
+from trainers.config.schema import RunConfig
+from trainers.data.table import save_table
+from trainers.generate.request import LENGTH, Answer
+from trainers.objectives.advantage import advantages, same_rewards
+from trainers.objectives.base import ADVANTAGE, SAMPLED_LOGPS
+from trainers.rl.prompts import table_of
+
+ANSWERS = "answers.jsonl"
+"""In a rollout's folder: each answer's text, rewards and where it comes from, in the order of the table's documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The answers to one prompt."""
+
+    position: int
+    """Of the prompt in the run's stream of prompts."""
+    number: int
+    """Of the prompt among all."""
+    ids: list[int]
+    """The prompt's."""
+    answers: list[Answer]
+    texts: list[str]
+    rewards: NDArray[np.float64]
+    """(G,): totals, NaN where an answer has none."""
+    parts: dict[str, NDArray[np.float64]]
+    reasons: dict[str, list[str]]
+
+    @property
+    def is_cut(self) -> NDArray[np.bool_]:
+        """Return which answers were cut at the longest length, (G,)."""
+        return np.array([answer.finish == LENGTH for answer in self.answers])
+
+
+def teaches(group: Group, kind: Advantage) -> bool:
+    """Tell whether an update can come of a group: its rewards differ, or are compared with those of other groups."""
+    if kind is Advantage.reinforce_pp:
+        return not bool(np.isnan(group.rewards).all())
+    return not bool(same_rewards(group.rewards[None])[0])
+
+
+def figures_of(groups: Sequence[Group], pass_reward: float) -> dict[str, float]:
+    """Return what is told of answers: means over those that have a reward, and shares of all."""
+    rewards = np.concatenate([group.rewards for group in groups])
+    lengths = [len(answer.ids or ()) for group in groups for answer in group.answers]
+    found = {"reward": _mean(rewards), "pass@1": float((rewards >= pass_reward).sum() / len(rewards))}
+    found |= {"truncated": float(np.concatenate([group.is_cut for group in groups]).mean()), "answer_tokens": float(np.mean(lengths))}
+    found |= {"unrewarded": float(np.isnan(rewards).mean())}
+    return found | {f"reward/{name}": _mean(np.concatenate([group.parts[name] for group in groups])) for name in groups[0].parts}
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def save_groups(groups: Sequence[Group], config: RunConfig, folder: Path) -> None:
+    """Write the groups of all steps of a rollout as a table with signals, and what is known of each answer next to it."""
+    steps = config.rl.steps_per_rollout
+    each = len(groups) // steps
+    of_steps = [groups[at * each : (at + 1) * each] for at in range(steps)]
+    worth = np.concatenate([advantages(np.stack([group.rewards for group in part]), config.objective.advantage) for part in of_steps])
+    documents, labels, logps = list[list[int]](), list[int](), list[float]()
+    for group in groups:
+        for answer, is_cut, reward in zip(group.answers, group.is_cut, group.rewards, strict=True):
+            ids = answer.ids or []
+            documents.append(group.ids + ids)
+            is_trained = not np.isnan(reward) and not (is_cut and config.rl.mask_truncated)
+            labels.append(len(ids) if is_trained else 0)
+            logps += answer.logps or [] if is_trained else []
+    signals = {ADVANTAGE: worth.reshape(-1).astype(np.float32), SAMPLED_LOGPS: np.array(logps, np.float32)[:, None]}
+    save_table(table_of(documents, labels, signals), folder)
+    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+        for group, values in zip(groups, worth, strict=True):
+            for sample in range(len(group.answers)):
+                file.write(json.dumps(_told(group, sample, float(values[sample])), ensure_ascii=False) + "\n")
+
+
+def _told(group: Group, sample: int, advantage: float) -> dict[str, Any]:
+    """Return what is known of an answer, as JSON has it."""
+    reasons = {name: texts[sample] for name, texts in group.reasons.items() if texts[sample]}
+    numbers = {"reward": group.rewards[sample]} | {f"reward/{name}": values[sample] for name, values in group.parts.items()}
+    told = {"prompt": group.number, "position": group.position, "sample": sample, "answer": group.texts[sample]}
+    told |= {"finish": group.answers[sample].finish, "tokens": len(group.answers[sample].ids or ()), "advantage": advantage}
+    return (
+        told | {name: None if np.isnan(value) else float(value) for name, value in numbers.items()} | ({"why": reasons} if reasons else {})
+    )

@@ -1,0 +1,331 @@
+"""The rows of a run that learns from its own answers: a step's are made before it, and kept as a file that a continued run reads again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from trainers.batch import Batch, Sizes
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RlConfig, RunConfig
+from trainers.data.loader import Ints, Made, deal, make_batch, row_order
+from trainers.data.prepare import Prepared
+from trainers.data.table import TokenTable, open_table
+from trainers.data.tokenizer import pad_id
+from trainers.engines.base import Engine
+from trainers.generate.request import STOP, Answer, Request
+from trainers.health.activity import watch
+from trainers.health.spikes import TrainingFailed
+from trainers.model.blueprint import Blueprint, positions_limit
+from trainers.objectives.base import ADVANTAGE, SAMPLED_LOGPS
+from trainers.rewards.score import Rewards
+from trainers.rl.generators import Generators
+from trainers.rl.groups import Group, figures_of, save_groups, teaches
+from trainers.rl.prompts import read_rows
+from trainers.rl.sync import bound_of, compare, require_near, write_weights
+from trainers.rundir import paths
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.beats import Phase
+from trainers.rundir.checkpoints import name_of
+from trainers.world import World
+
+log = logging.getLogger("fulltune")
+ABOUT = "about.json"
+"""In a rollout's folder: where the next one's prompts begin, and what metrics.jsonl says of its answers."""
+WEIGHTS = "weights"
+"""Next to the rollouts: what generators open."""
+REPLIES = "judged"
+"""Next to the rollouts: a judge's replies."""
+
+
+@dataclass(kw_only=True)
+class Sampler:
+    """Prompts, generators and rewards: what answers of the model as it is now come from. Methods are collective."""
+
+    config: RunConfig
+    world: World
+    attempt: Attempt
+    engine: Engine
+    blueprint: Blueprint
+    tokenizer: PreTrainedTokenizerFast
+    generators: Generators
+    rewards: Rewards | None
+    """On rank 0."""
+    version: int = -1
+    """Steps that the weights which generators have were trained for."""
+
+    @property
+    def rl(self) -> RlConfig:
+        """Return the settings of answers."""
+        return self.config.rl
+
+    def sync(self, step: int) -> float:
+        """Let the generators have the weights after `step` steps, if they have not; returns the seconds that it took."""
+        began = time.perf_counter()
+        if self.version != step:
+            mark = f".attempt-{self.attempt.number}"
+            write_weights(self.engine, self.blueprint, self.tokenizer, self.generators.weights, self.world, mark)
+            self.generators.renew()
+            self.version = step
+        return time.perf_counter() - began
+
+    def score(
+        self, asked: list[tuple[int, int, list[int]]], rows: list[dict[str, Any]], answers: dict[int, Answer], count: int
+    ) -> list[Group]:
+        """Return the groups of prompts, each (position, number, ids), with the rewards of `count` answers each; on rank 0 alone.
+
+        Answers have the keys of their places: prompt by prompt.
+        """
+        assert self.rewards is not None
+        every = [answers[key] for key in range(len(asked) * count)]
+        if failed := next((answer.failure for answer in every if answer.failure), ""):
+            raise TrainingFailed(f"a prompt got no answer: {failed}")
+        texts = [self._text(answer) for answer in every]
+        told = []
+        for key, (answer, text) in enumerate(zip(every, texts, strict=True)):
+            told.append(rows[asked[key // count][1]] | {"answer": text, "ids": answer.ids, "finish": answer.finish})
+        found = self.rewards.score(told)
+        groups = []
+        for at, (position, number, ids) in enumerate(asked):
+            span = slice(at * count, (at + 1) * count)
+            groups.append(
+                Group(
+                    position=position,
+                    number=number,
+                    ids=ids,
+                    answers=every[span],
+                    texts=texts[span],
+                    rewards=found.total[span],
+                    parts={name: values[span] for name, values in found.parts.items()},
+                    reasons={name: values[span] for name, values in found.reasons.items()},
+                )
+            )
+        return groups
+
+    def _text(self, answer: Answer) -> str:
+        """Return an answer in words, without the token that ended it."""
+        ids = answer.ids or []
+        return str(self.tokenizer.decode(ids[:-1] if answer.finish == STOP else ids, skip_special_tokens=True))
+
+    def close(self) -> None:
+        """End what was started."""
+        self.generators.close()
+        if self.rewards is not None:
+            self.rewards.close()
+
+
+def make_sampler(
+    config: RunConfig, world: World, attempt: Attempt, engine: Engine, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast
+) -> Sampler:
+    """Open the rewards, on rank 0, and prepare for generators; raises ConfigError, on every rank, for what cannot be. Collective."""
+    limit, _ = positions_limit(blueprint.config)
+    if limit is not None and config.data.seq_len > limit:
+        reason = f"the model has positions for {limit} tokens of a prompt and its answer"
+        raise ConfigError("data.seq_len", config.data.seq_len, reason, f"data.seq_len={limit}")
+    folder = attempt.run_dir / paths.ROLLOUTS
+    rewards, fault = None, None
+    if world.rank == 0:
+        folder.mkdir(exist_ok=True)
+        try:
+            rewards = Rewards(config.reward, folder / REPLIES)
+        except ConfigError as error:
+            fault = error.parts()
+    if (refused := world.from_first(fault)) is not None:
+        raise ConfigError(**refused)
+    generators = Generators(config, world, folder / WEIGHTS)
+    more: dict[str, Any] = {"engine": engine, "blueprint": blueprint, "tokenizer": tokenizer}
+    return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
+
+
+class Rollouts:
+    """Rows of answers that the model gave itself: what the loop asks for, as for any other rows.
+
+    Each step has a table of its own, RUN_DIR/rollouts/step-NNNNNN, NNNNNN being the first of the `rl.steps_per_rollout` steps that
+    train on it. It is written before these steps, and read again where it is there. Everything in it is a function of the weights
+    and of (seed, position of the prompt in the stream of prompts, number of the answer).
+    """
+
+    signals = frozenset({ADVANTAGE, SAMPLED_LOGPS})
+
+    def __init__(self, sampler: Sampler, data: Prepared) -> None:
+        """Make nothing yet."""
+        config = sampler.config
+        self.sampler, self.config, self.rl, self.world, self.attempt = sampler, config, config.rl, sampler.world, sampler.attempt
+        self.prompts, self.pad_id = data.train, pad_id(sampler.tokenizer)
+        self.rows = read_rows(data.path, "train") if self.world.rank == 0 else []
+        self.each = config.train.global_batch // self.rl.group_size
+        self.num_steps = num_steps(config, len(self.prompts))
+        self.bound = bound_of(config, sampler.blueprint)
+        self.folder = self.attempt.run_dir / paths.ROLLOUTS
+        self.made, self.made_until = Made(), 0
+        self.opened: tuple[int, TokenTable, int] | None = None
+        """The first step, counted from 0, of the rollout that is open, its table, and the position at which the next one begins."""
+
+    def make(self, step: int) -> bool:
+        """Have a step's rollout: open it, or sync, sample, score and write it; False where a rank was asked to stop. Collective."""
+        began = time.perf_counter()
+        first = step - step % self.rl.steps_per_rollout
+        self.made, self.made_until = Made(), step + 1
+        if self.opened is not None and self.opened[0] == first:
+            return True
+        folder, spent = self._folder(first), dict[str, float]()
+        if not self.world.from_first(folder.is_dir()):
+            if step != first:
+                raise TrainingFailed(f"{folder} is gone, which the weights after step {first} gave, and this is step {step + 1}")
+            written = self._write(first, folder)
+            if written is None:
+                return False
+            spent = written
+        about = json.loads((folder / ABOUT).read_text())
+        self.opened = first, open_table(folder), about["position"]
+        figures = about["figures"]
+        if step == first:
+            found = compare(self.sampler.engine, self.table(step), self.world, self.config.train.microbatch, self.pad_id)
+            require_near(found, self.bound, step + 1)
+            figures |= {"mismatch": found.mean, "mismatch_largest": found.largest}
+        shown = {name: _number(figures.pop(name)) for name in ("reward", "truncated")}
+        more = {name: _number(value) for name, value in figures.items()} | spent
+        self.made = Made(shown, more, time.perf_counter() - began)
+        return True
+
+    def _write(self, first: int, folder: Path) -> dict[str, float] | None:
+        """Sample and score until there are groups for all steps, and write them; returns seconds by part, None where asked to stop."""
+        watch.enter(Phase.sampling, first + 1)
+        spent = {"sync_seconds": self.sampler.sync(first), "sampling_seconds": 0.0, "scoring_seconds": 0.0}
+        begin = position = self.world.from_first(self._position(first) if self.world.rank == 0 else 0)
+        wanted = self.each * self.rl.steps_per_rollout
+        drawn: list[Group] = []
+        kept = 0
+        for _ in range(self.rl.redraws + 1):
+            asked = [self._prompt(position + at) for at in range(wanted - kept)]
+            position += len(asked)
+            at = time.perf_counter()
+            answers = self.sampler.generators.ask(self._requests(asked))
+            if answers is None:
+                return None
+            spent["sampling_seconds"] += time.perf_counter() - at
+            at = time.perf_counter()
+            if self.world.rank == 0:
+                drawn += self.sampler.score(asked, self.rows, answers, self.rl.group_size)
+            kept = self.world.from_first(sum(self._teaches(group) for group in drawn))
+            spent["scoring_seconds"] += time.perf_counter() - at
+            if kept == wanted:
+                break
+        if self.world.rank == 0:
+            self._save(drawn, wanted, begin, position, folder)
+        self.world.barrier()
+        return spent
+
+    def _save(self, drawn: list[Group], wanted: int, begin: int, position: int, folder: Path) -> None:
+        """Write the groups that teach, and where there are too few of them others, whose advantages are 0; complete or absent."""
+        taught = [group for group in drawn if self._teaches(group)]
+        others = [group for group in drawn if not self._teaches(group)]
+        groups = sorted((*taught, *others)[:wanted], key=lambda group: group.position)
+        staging = folder.with_name(f"{folder.name}.attempt-{self.attempt.number}.tmp")
+        shutil.rmtree(staging, ignore_errors=True)
+        save_groups(groups, self.config, staging)
+        counts = {"prompts_drawn": len(drawn), "prompts_without_contrast": len(others), "prompts_kept_without": wanted - len(taught)}
+        figures = {name: _finite(value) for name, value in (figures_of(drawn, self.rl.pass_reward) | counts).items()}
+        about = {"begin": begin, "position": position, "version": self.sampler.version, "figures": figures}
+        (staging / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        self.attempt.require_current()
+        staging.rename(folder)
+
+    def _teaches(self, group: Group) -> bool:
+        return teaches(group, self.config.objective.advantage)
+
+    def _position(self, first: int) -> int:
+        """Return where the prompts of a rollout begin: where those of the one before ended. Raises TrainingFailed where that is gone."""
+        if first == 0:
+            return 0
+        before = self._folder(first - self.rl.steps_per_rollout) / ABOUT
+        if not before.is_file():
+            raise TrainingFailed(f"{before} is gone, which says where the prompts of step {first + 1} begin")
+        return int(json.loads(before.read_text())["position"])
+
+    def _prompt(self, position: int) -> tuple[int, int, list[int]]:
+        """Return position, number and ids of the prompt at a position of the stream: epochs of all, each in an order of its own."""
+        count = len(self.prompts)
+        number = int(row_order(self.config.seed, position // count, count)[position % count])
+        return position, number, ids_of(self.prompts, number)
+
+    def _requests(self, asked: list[tuple[int, int, list[int]]]) -> list[Request]:
+        places = [(position, sample, ids) for position, _, ids in asked for sample in range(self.rl.group_size)]
+        return [
+            Request(key=key, seed=seed_of(self.config.seed, "train", position, sample), ids=ids)
+            for key, (position, sample, ids) in enumerate(places)
+        ]
+
+    def _folder(self, first: int) -> Path:
+        return self.folder / name_of(first + 1)
+
+    def table(self, step: int) -> TokenTable:
+        """Return the rollout that a step trains on, or trained on."""
+        first = step - step % self.rl.steps_per_rollout
+        return self.opened[1] if self.opened is not None and self.opened[0] == first else open_table(self._folder(first))
+
+    def row_ids(self, step: int, ahead: int = 0) -> Ints:
+        """Return a step's part of its rollout."""
+        count = self.config.train.global_batch
+        return np.arange(count, dtype=np.int64) + step % self.rl.steps_per_rollout * count
+
+    def sizes(self, step: int, row_ids: Ints) -> Sizes:
+        """Return how much is in a step's rows."""
+        return self.table(step).sizes(row_ids)
+
+    def batches(self, step: int, row_ids: Ints) -> list[Batch]:
+        """Return this rank's microbatches of a step's rows."""
+        microbatch = self.config.train.microbatch
+        mine = deal(row_ids, microbatch, **self.sampler.engine.mesh.share_of(self.world.rank))
+        return [make_batch(self.table(step), rows, microbatch, self.pad_id) for rows in mine]
+
+    def first(self, step: int, row_ids: Ints) -> list[Batch]:
+        """Return nothing: no statistic is measured before a step."""
+        return []
+
+    def epoch(self, step: int) -> float:
+        """Return the passes over the prompts that are done, those that were drawn in place of others included."""
+        return 0.0 if self.opened is None else self.opened[2] / len(self.prompts)
+
+    def passes(self, step: int) -> dict[str, float]:
+        """Return nothing: prompts have one source."""
+        return {}
+
+
+def num_steps(config: RunConfig, prompts: int) -> int:
+    """Return a run's steps: `train.steps`, or as many whole rollouts as the passes over the prompts make without redraws."""
+    if config.train.steps is not None:
+        return config.train.steps
+    steps, of_rollout = config.train.epochs or 1.0, config.rl.steps_per_rollout
+    each = config.train.global_batch // config.rl.group_size * of_rollout
+    return max(1, math.ceil(steps * prompts / each)) * of_rollout
+
+
+def ids_of(prompts: TokenTable, number: int) -> list[int]:
+    """Return the ids of a prompt."""
+    ids: list[int] = prompts.tokens[prompts.offsets[number] : prompts.offsets[number + 1]].tolist()
+    return ids
+
+
+def seed_of(seed: int, *place: object) -> int:
+    """Return the seed of one answer, 63 bits."""
+    text = " ".join(map(str, (seed, *place)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
