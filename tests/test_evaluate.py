@@ -19,7 +19,7 @@ from command import ROOT, SAMPLED, arguments, environment, launch, tool
 from conftest import save_tiny
 
 from tools.evaluate.__main__ import main as evaluate
-from tools.evaluate.measure import answers, losses
+from tools.evaluate.measure import answers, head_of, losses
 from tools.evaluate.record import load
 from trainers.config.schema import ModelConfig, RunConfig, plain, read, read_at
 from trainers.generate.decode import Choice
@@ -111,13 +111,18 @@ def table(finished: Path, cache: Path) -> Any:
     return open_table(cache / "prepared" / json.loads((finished / "manifest.json").read_text())["prepared"] / "train")
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_losses_are_those_of_a_plain_loop(finished: Path, table: Any, batch: int) -> None:
+@pytest.mark.parametrize(("batch", "in_chunks"), [(1, False), (3, True), (8, False)])
+def test_losses_are_those_of_a_plain_loop(finished: Path, table: Any, batch: int, in_chunks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(finished / "export").eval()
     documents = np.arange(11)
-    found = {row["document"]: row for row in losses(model, table, documents, batch, 0)}
+    assert head_of(model, 4096) is None
+    if in_chunks:
+        monkeypatch.setattr("trainers.config.derived.LOGITS_BYTES", 16 * 4 * model.config.vocab_size)
+    head = head_of(model, 4096)
+    assert (head is not None and head.tokens == 16) is in_chunks
+    found = {row["document"]: row for row in losses(model, table, documents, batch, 0, head)}
     for document in documents.tolist():
         start, end = table.offsets[document : document + 2]
         ids, marks = torch.tensor(table.tokens[start:end]).long(), torch.tensor(table.supervised[start:end]).bool()

@@ -27,6 +27,7 @@ from trainers.engines.base import head_of
 from trainers.engines.build import build_engine
 from trainers.model.forward import forward
 from trainers.model.head import Head, why_not
+from trainers.model.reach import twin_of
 from trainers.world import World
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -121,6 +122,22 @@ def test_without_a_gradient_and_outside_of_a_loss() -> None:
         assert torch.equal(forward(model, batch_of(), head=head).logps, whole)
         assert torch.equal(model(input_ids=ids).logits, logits)
         assert head.name not in vars(head.owner)
+
+
+def test_a_model_with_values_is_asked_without_copying_them() -> None:
+    """A model with an adapter, as tools.evaluate opens it: its twin has none of its memory, and it stays as it is."""
+    peft = pytest.importorskip("peft")
+    model: Any = peft.get_peft_model(model_of("llama"), peft.LoraConfig(target_modules=["q_proj"], r=2)).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    twin = twin_of(model)
+    assert all(p.is_meta for p in twin.parameters())
+    assert [name for name, _ in twin.named_parameters()] == list(before)
+    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert why_not(model) is None
+    with torch.no_grad():
+        whole = forward(model, batch_of()).logps
+        torch.testing.assert_close(forward(model, batch_of(), head=Head(model, 5)).logps, whole, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_head_that_is_not_understood_makes_whole_logits(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.batch import IGNORE
-from trainers.config.derived import DESIRABLE
+from trainers.config.derived import DESIRABLE, chunk_of
 from trainers.data.loader import make_batch
 from trainers.data.pack import one_each
 from trainers.data.scored import LABEL
@@ -20,6 +20,7 @@ from trainers.data.table import TokenTable
 from trainers.generate.decode import decode
 from trainers.generate.request import STOP, Sampling
 from trainers.model.forward import forward
+from trainers.model.head import Head, why_not
 from trainers.scoring import score_rows
 
 Ints = NDArray[np.int64]
@@ -37,14 +38,30 @@ def longest_first(table: TokenTable, documents: Ints) -> Ints:
     return documents[np.argsort(-lengths, kind="stable")]
 
 
+def head_of(model: PreTrainedModel, tokens: int) -> Head | None:
+    """Return what reads a model's output layer a few tokens at a time, as training does; None where so many tokens' logits are small.
+
+    Also None where the layer is not understood, and where a model is spread over several GPUs, whose hooks move what it is given.
+    """
+    size = chunk_of(tokens, model.config.get_text_config().vocab_size, model.dtype.itemsize)
+    if not size or len({p.device for p in model.parameters()}) > 1 or why_not(model) is not None:
+        return None
+    return Head(model, size)
+
+
 @torch.no_grad()
-def losses(model: PreTrainedModel, table: TokenTable, documents: Ints, batch: int, pad_id: int) -> Iterator[dict[str, Any]]:
-    """Yield {"document", "tokens", "nats"} of each: its supervised tokens and minus their summed log-probability."""
+def losses(
+    model: PreTrainedModel, table: TokenTable, documents: Ints, batch: int, pad_id: int, head: Head | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield {"document", "tokens", "nats"} of each: its supervised tokens and minus their summed log-probability.
+
+    With a `head` no more than its tokens' logits exist at once.
+    """
     rows = one_a_row(table)
     for at in range(0, len(documents), batch):
         chunk = documents[at : at + batch]
         on_device = make_batch(rows, chunk, len(chunk), pad_id).to(model.device)
-        logps = forward(model, on_device).logps
+        logps = forward(model, on_device, head=head).logps
         nats, tokens = -logps.double().sum(1), (on_device.labels != IGNORE).sum(1)
         for document, nat, count in zip(chunk.tolist(), nats.tolist(), tokens.tolist(), strict=True):
             yield {"document": document, "tokens": count, "nats": nat}

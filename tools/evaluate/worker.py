@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from tools.evaluate.harness import benchmark
-from tools.evaluate.measure import Ints, answers, classes, longest_first, losses, scores, wanted, with_prompt
+from tools.evaluate.measure import Ints, answers, classes, head_of, longest_first, losses, scores, wanted, with_prompt
 from tools.evaluate.record import read_lines
 from tools.evaluate.scores import repetition
 from tools.evaluate.sets import EvalSet, evenly, general, held_out
@@ -107,6 +107,7 @@ def measure_share(subject: Subject, number: int, request: dict[str, Any], device
     say(subject=number, opening=True)
     model = subject.open(getattr(torch, request["dtype"]), device)
     pad = pad_id(tokenizer)
+    head = None if subject.gives_scores else head_of(model, request["batch"] * _longest(parts, left))
     for part in parts:
         documents = left[part.name]
         if part.name == "classes":
@@ -119,13 +120,19 @@ def measure_share(subject: Subject, number: int, request: dict[str, Any], device
             found = answers(model, tokenizer, part.table.table, documents, request["batch"], longest, stops, pad)
             found = (_without_ids(row) for row in found)
         else:
-            found = losses(model, part.table.table, documents, request["batch"], pad)
+            found = losses(model, part.table.table, documents, request["batch"], pad, head)
             found = wanted(found, part.table.table) if part.is_unpaired else found
         _keep(found, part, number, rank, request["batch"])
     if benchmarks is not None:
         figures = benchmark(model, tokenizer, request["tasks"], request["tasks_dir"], request["batch"])
         write_json(benchmarks, figures)
         say(subject=number, lm_eval=figures)
+
+
+def _longest(parts: list[Part], left: dict[str, Ints]) -> int:
+    """Return the tokens of the longest document whose loss is still to be measured; 0 where there is none."""
+    measured = [part for part in parts if part.name != "answers" and len(left[part.name])]
+    return max((int(np.diff(part.table.table.offsets)[left[part.name]].max()) for part in measured), default=0)
 
 
 def _benchmarks_file(subject: Subject, request: dict[str, Any]) -> Path:

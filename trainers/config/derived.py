@@ -211,6 +211,11 @@ def logits_chunk(config: RunConfig, vocab_size: int, itemsize: int) -> int:
     if train.logits_chunk is not None:
         return train.logits_chunk
     tokens = max(train.microbatch, train.eval_microbatch or 0) * config.data.seq_len // config.engine.context
+    return chunk_of(tokens, vocab_size, itemsize)
+
+
+def chunk_of(tokens: int, vocab_size: int, itemsize: int) -> int:
+    """Return of how many of a batch's tokens logits exist at once where nobody says it, 0 for all."""
     size = tokens * vocab_size * itemsize
     return 1 << max(0, (LOGITS_BYTES // (vocab_size * itemsize)).bit_length() - 1) if size > 2 * LOGITS_BYTES else 0
 

@@ -49,8 +49,13 @@ def find_unreached(model: PreTrainedModel, seq_len: int) -> set[str]:
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy on `meta`, with kernels that run without a device and without values; what a model reads does not depend on them."""
-    twin: Any = copy.deepcopy(model)
+    """Return a copy on `meta`, with kernels that run without a device and without values; what a model reads does not depend on them.
+
+    Values of a model that has some are not copied on the way.
+    """
+    filled = [p for p in model.parameters() if type(p) is nn.Parameter and not p.is_meta]
+    outlines = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in filled}
+    twin: Any = copy.deepcopy(model, outlines)
     twin.to("meta")
     if twin.config._attn_implementation not in ("sdpa", VARLEN):
         twin.set_attn_implementation("eager")

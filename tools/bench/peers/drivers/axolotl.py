@@ -39,7 +39,8 @@ def train(order: dict[str, Any]) -> None:
         "attn_implementation": "sdpa",
         "num_epochs": order["steps"],
         "micro_batch_size": order["microbatch"],
-        "gradient_accumulation_steps": order["documents"],
+        # no more than a pass has: it counts steps by rows, and ends after one where microbatch x accumulation is more than all rows
+        "gradient_accumulation_steps": -(-order["documents"] // order["microbatch"]),
         "gradient_checkpointing": False,
         "optimizer": "adamw_torch_fused",
         "adam_beta1": order["betas"][0],
