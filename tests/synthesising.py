@@ -22,7 +22,7 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user"
 WORDS = ["cat", "dog", "hill", "river", "sings", "runs", "why", "green", "seven", "lamp", "writes", "finds"]
 SENTENCE = "the cat sat on the mat"
 REFUSAL = "I'm sorry, but I can't help with that."
-BEGINNINGS = {"1.": 4.0, "Question:": 3.0, "Input:": 1.0, "Output:": 1.0, "Class label:": 1.0, "yes": 0.5, "no": 0.5}
+BEGINNINGS = {"1.": 4.0, "Question:": 3.0, "Input:": 1.0, "Output:": 1.0, "Class label:": 1.0, "yes": 0.5, "no": 0.5, "Quote:": 0.5}
 BEGINNINGS |= {"equal": 0.3, "different": 1.0, REFUSAL: 2.0}
 FOLLOWING = {
     "Question:": ["\nQuote:"],
@@ -49,7 +49,19 @@ def save_bigrams(folder: Path, **first: float) -> Path:
     from trainers.data.template import CHATML
 
     tables = {place: _words(place) for place in ("free", "Question:", "Input:", "Class label:", "1.", "\n2.")}
-    marks = ["\nQuote:", "\nAnswer:", "\nOutput:", "\nInput:", "\n2.", "\n3.", SENTENCE, *BEGINNINGS]
+    marks = [
+        f"{SENTENCE}~",
+        "\nReasoning:",
+        "so it is",
+        "\nQuote:",
+        "\nAnswer:",
+        "\nOutput:",
+        "\nInput:",
+        "\n2.",
+        "\n3.",
+        SENTENCE,
+        *BEGINNINGS,
+    ]
     vocabulary = {text: number for number, text in enumerate([*SPECIAL, *marks, *(word for words in tables.values() for word in words)])}
     size = 8 * (len(vocabulary) // 8 + 1)
     logits = torch.full((size, size), -30.0)
@@ -68,6 +80,13 @@ def save_bigrams(folder: Path, **first: float) -> Path:
             follow(word, dict.fromkeys([*free, *end], 0.0) | dict.fromkeys(tables[place], 1.0) | dict.fromkeys(FOLLOWING[place], 4.0))
     follow("\nQuote:", dict.fromkeys([*free, *end], 0.0) | {SENTENCE: 4.0, free[0]: 1.0})
     follow(SENTENCE, dict.fromkeys([*free, *end], 0.0) | {"\nAnswer:": 1.0})
+    for token, other in (
+        ("Quote:", f"{SENTENCE}~"),
+        (f"{SENTENCE}~", "\nReasoning:"),
+        ("\nReasoning:", "so it is"),
+        ("so it is", "\nAnswer:"),
+    ):
+        follow(token, dict.fromkeys([*free, *end], 0.0) | {other: 1.0})
     for token in ("\nAnswer:", "\nOutput:", "\nInput:", "\n3.", "Output:"):
         follow(token, dict.fromkeys(end, 0.0) | dict.fromkeys(free, 1.0))
     for token in ("yes", "no", "equal", "different", REFUSAL):
@@ -135,6 +154,10 @@ class Scripted(JsonRequests):
             return f"Class label: good\nInput: {line}"
         if "Input: the input" in text:
             return f"Input: none\nOutput: {line}"
+        if "Reasoning: what follows" in text:
+            passage = text.split("Passage:\n")[1].split("\n\nQuestion: ")[0]
+            quote = passage.split(".")[0] if seed % 4 else "never in there"
+            return f'Quote: "{quote}"\nReasoning: so it is {line}\nAnswer: {line}'
         if "word for word" in text:
             passage = text.split("Passage:\n")[1].split("\n\n")[0]
             good = f"Question: What {line}?\nQuote: {passage.split('.')[0]}\nAnswer: {line}"

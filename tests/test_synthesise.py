@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 import signal
@@ -28,6 +29,7 @@ from synthesising import (
 )
 
 from tools.synthesise import __main__ as command
+from tools.synthesise.bm25 import Index
 from tools.synthesise.methods.documents import quoted
 from tools.synthesise.methods.magpie import Header
 from tools.synthesise.prompts import FOLDER, listed, marked
@@ -42,11 +44,17 @@ from trainers.generate.request import LENGTH, STOP
 TEN = [{"question": f"Why does the {number}. cat sit on the mat?", "answer": f"It is warm there, {number}."} for number in range(10)]
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
     with scripted() as url:
-        yield [f"model.path={url}", "model.name=m"]
+        yield url
+
+
+@pytest.fixture
+def server(url: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    Scripted.faults, Scripted.asked = [], []
+    return [f"model.path={url}", "model.name=m"]
 
 
 @pytest.fixture
@@ -222,6 +230,57 @@ def test_each_method_writes_rows_that_training_reads(server: list[str], rows: st
     assert all(row["messages"][1]["content"].startswith("I'm sorry") == (row["from"]["kind"] == "harmful") for row in found)
 
 
+def test_bm25_is_its_formula() -> None:
+    """By hand, for two words of three passages, and against a plain loop over random ones."""
+    index = Index(["a b b", "b c", "d d d d"])
+    rare, common = math.log(1 + 2.5 / 1.5), math.log(1 + 1.5 / 2.5)
+    longer = [1.5 * (0.25 + 0.75 * size / 3) for size in (3, 2, 4)]
+    assert index.scores("A b?").tolist() == pytest.approx(
+        [rare * 2.5 / (1 + longer[0]) + common * 5 / (2 + longer[0]), common * 2.5 / (1 + longer[1]), 0.0], abs=1e-12
+    )
+    draw = random.Random(0)
+    texts = [draw.choices("abcdefgh", k=draw.randint(1, 20)) for _ in range(30)]
+    mean = sum(map(len, texts)) / len(texts)
+    found = Index([" ".join(words) for words in texts]).scores("a c c z")
+    for words, score in zip(texts, found, strict=True):
+        expected = 0.0
+        for word in "accz":
+            having = sum(word in other for other in texts)
+            times = words.count(word)
+            expected += math.log(1 + (30 - having + 0.5) / (having + 0.5)) * times * 2.5 / (times + 1.5 * (0.25 + 0.75 * len(words) / mean))
+        assert score == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("absent", ["answer", "say_so"])
+def test_raft_rows_have_one_document_that_answers_or_none(server: list[str], tmp_path: Path, absent: str) -> None:
+    """The golden one is quoted by its number; distractors are the nearest, without the quote; a row does not depend on the others."""
+    texts = [f"Lamp {at} is {'green' if at % 3 else 'red'} and stands near river {at // 2}. Nobody knows why." for at in range(40)]
+    texts += texts[:5]
+    source = write_rows(tmp_path / "docs.jsonl", [{"text": text} for text in texts])
+    words = [*server, f"source={source}", "raft.distractors=3", "raft.without=0.3", f"raft.absent={absent}"]
+    found = synthesise("raft", out := tmp_path / "out.jsonl", *words)
+    removed = report(out)["removed"]
+    assert len(found) + removed["answer: the quote is not in the passage"] == 45
+    golden = [row for row in found if row["from"]["golden"] is not None]
+    assert 0 < len(found) - len(golden) < len(found) / 2
+    places = [row["from"]["golden"] for row in golden]
+    assert set(places) == {1, 2, 3, 4}
+    for row in found:
+        prompt, answer = (turn["content"] for turn in to_messages(row, recognise(row)))
+        of = row["from"]
+        shown = re.findall(r"^Document \d+:\n(.*?)\n\n", prompt, re.MULTILINE | re.DOTALL)
+        assert shown == [texts[place["line"] - 1] for place in of["documents"]]
+        assert len(set(shown)) == len(shown) == 4
+        having = [number for number, text in enumerate(shown, 1) if of["quote"] in text]
+        assert having == ([] if of["golden"] is None else [of["golden"]])
+        if of["golden"] is None:
+            assert answer == ("The documents do not answer this question." if absent == "say_so" else of["answer"])
+        else:
+            assert answer.startswith(f'Document {of["golden"]} says: "{of["quote"]}"')
+            assert answer.endswith(f"Answer: {of['answer']}")
+    assert synthesise("raft", tmp_path / "few.jsonl", *words, "rows=5") == found[:5]
+
+
 def test_a_judge_filters_and_the_least_alike_rows_stay(server: list[str], rows: str, tmp_path: Path) -> None:
     url = server[0].removeprefix("model.path=")
     judge = ["judge={url: %s, model: j, least: 3}" % url, "diversity={rows: 3}"]  # noqa: UP031
@@ -330,17 +389,30 @@ def test_a_killed_synthesis_ends_with_the_rows_of_one_that_was_not(cache: Path, 
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_each_method_with_a_real_model(tmp_path: Path) -> None:
     """Random words in the forms that prompts ask for: format, origins and counts of each method, twice the same."""
     lists, free = save_bigrams(tmp_path / "lists", **{"1.": 40.0}), save_bigrams(tmp_path / "free")
     questions = save_bigrams(tmp_path / "questions", **{"Question:": 40.0})
+    reasons = save_bigrams(tmp_path / "reasons", **{"Question:": 40.0, "Quote:": 40.0})
     source = f"source={write_rows(tmp_path / 'rows.jsonl', TEN)}"
-    (tmp_path / "doc.md").write_text(f"{SENTENCE}. " * 30)
+    (tmp_path / "doc.md").write_text(f"{SENTENCE}. {SENTENCE}~. " * 40 + "Far away there are hills and rivers and green lamps. " * 9)
     loose = ["paraphrase.numbers=false", "back_translation.numbers=false"]
     methods = [
         ("answers", free, [source]),
         ("evol_instruct", free, [source]),
         ("documents", questions, [f"source={tmp_path / 'doc.md'}", "documents.characters=100"]),
+        (
+            "raft",
+            reasons,
+            [
+                f"source={tmp_path / 'doc.md'}",
+                "raft.characters=100",
+                "raft.distractors=2",
+                "raft.without=0.5",
+                "filters.instruction_least=3",
+            ],
+        ),
         ("paraphrase", free, [source, loose[0]]),
         ("back_translation", free, [source, loose[1]]),
         ("magpie", free, ["rows=20", "magpie.turns=2"]),

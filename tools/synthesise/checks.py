@@ -15,6 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("float32", "bfloat16", "float64"),
     "model.device": ("auto", "cpu"),
     "critique.initial": ("model", "row"),
+    "raft.absent": ("answer", "say_so"),
 }
 BOUNDS: dict[str, tuple[float, float]] = {
     "rows": (1, 100_000_000),
@@ -52,9 +53,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "tree.questions": (1, 100),
     "critique.rounds": (1, 20),
     "safety.requests": (1, 1000),
+    "raft.characters": (100, 1_000_000),
+    "raft.questions": (1, 100),
+    "raft.distractors": (0, 100),
+    "raft.without": (0.0, 1.0),
 }
 """Smallest and largest value of a number."""
-NEEDS_SOURCE = ("evol_instruct", "answers", "documents", "paraphrase", "back_translation", "critique")
+NEEDS_SOURCE = ("evol_instruct", "answers", "documents", "paraphrase", "back_translation", "critique", "raft")
 NEEDS_ROWS = ("self_instruct", "magpie")
 """Methods that would never end without a number of rows."""
 
@@ -106,7 +111,7 @@ def sampling_of(settings: Settings, temperature: float | None = None) -> Samplin
 def _check_method(settings: Settings) -> None:
     method = settings.method
     if method in NEEDS_SOURCE and not settings.source:
-        what = "documents, as .txt or .md files or rows with `text`" if method == "documents" else "rows of any layout"
+        what = "documents, as .txt or .md files or rows with `text`" if method in ("documents", "raft") else "rows of any layout"
         raise ConfigError("source", settings.source, f"{method} begins with {what}", "source=FILE, a directory or a hub data set")
     if method == "magpie" and settings.source:
         raise ConfigError("source", settings.source, "magpie begins with the template alone", "leave source out")

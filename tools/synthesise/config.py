@@ -212,6 +212,21 @@ class Safety:
     """A file with a category a line; None takes those that come with fulltune."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Raft:
+    """Questions among documents of which one answers them (Zhang et al. 2024, arXiv 2403.10131)."""
+
+    characters: int = 2000
+    questions: int = 3
+    """Of each passage."""
+    distractors: int = 4
+    """Passages of a row that do not answer it: those nearest to the question by BM25."""
+    without: float = 0.2
+    """Share of the rows without the passage that answers, and with one distractor more."""
+    absent: str = "answer"
+    """What such a row answers: the plain answer, or say_so, that the documents do not tell."""
+
+
 METHODS: dict[str, type[Any]] = {
     "self_instruct": SelfInstruct,
     "evol_instruct": EvolInstruct,
@@ -223,6 +238,7 @@ METHODS: dict[str, type[Any]] = {
     "tree": Tree,
     "critique": Critique,
     "safety": Safety,
+    "raft": Raft,
 }
 SECTIONS: dict[str, type[Any]] = {"model": Model, "cost": Cost, "filters": Filters, "judge": Judge, "diversity": Diversity}
 

@@ -10,6 +10,7 @@ from tools.synthesise.methods.critique import critique
 from tools.synthesise.methods.documents import documents
 from tools.synthesise.methods.evol_instruct import evol_instruct
 from tools.synthesise.methods.magpie import magpie
+from tools.synthesise.methods.raft import raft
 from tools.synthesise.methods.rephrase import back_translation, paraphrase
 from tools.synthesise.methods.safety import safety
 from tools.synthesise.methods.self_instruct import self_instruct
@@ -27,4 +28,5 @@ METHODS: dict[str, Callable[[Work], list[dict[str, Any]]]] = {
     "tree": tree,
     "critique": critique,
     "safety": safety,
+    "raft": raft,
 }
