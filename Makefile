@@ -7,7 +7,7 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo preference-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak test-oldest gpu clean
+.PHONY: help demo compare-demo preference-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak test-oldest test-vllm gpu clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test-all  the tests and the slow suite'
 	@echo 'make test-soak more cases of what these sample, before a release'
 	@echo 'make test-oldest the tests on the oldest versions that pyproject.toml allows, in .venv-oldest: gigabytes'
+	@echo 'make test-vllm the tests with a real vLLM, in .venv-vllm: gigabytes'
 	@echo 'make gpu       what one GPU does, the most valuable first, into benchmarks/gpu.md: 25 minutes'
 	@echo 'make check     format, lint, types, layers, pages and their links'
 	@echo 'make audit     known vulnerabilities of the pinned packages, where pip-audit and a network are'
@@ -104,9 +105,20 @@ $(OLDEST)/.installed: pyproject.toml tests/oldest.py
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -m 'not slow and not soak' $(TESTS)
 
+# vLLM for CPUs needs other versions of packages than .venv has. Not part of .ci/run: it downloads gigabytes.
+VLLM := .venv-vllm
+$(VLLM)/.installed: tests/vllm.txt
+	@$(PYTHON) -m venv $(VLLM)
+	@echo 'installing into $(VLLM): gigabytes, where torch has no build for CPUs alone'
+	@$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement tests/vllm.txt
+	@touch $@
+
+test-vllm: $(STAMP) $(VLLM)/.installed
+	FULLTUNE_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -m vllm $(TESTS)
+
 # On a machine without a network the packages are there already, and no .venv is made: docs/gpu.md.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.bench gpu --out benchmarks/gpu.md
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(VLLM) runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -2,6 +2,7 @@
 
 python -m tools.sample runs/mine prompts.jsonl --out answers.jsonl --n 8         a run's export, also one of adapters
 python -m tools.sample some/model prompts.jsonl --out answers.jsonl              a model directory, or a hub id
+python -m tools.sample some/model prompts.jsonl --out answers.jsonl --vllm .venv-vllm/bin/python
 python -m tools.sample http://host:8000/v1 prompts.jsonl --model NAME --out answers.jsonl
 python -m tools.sample http://host:8000/v1 prompts.jsonl --model NAME --tokenizer DIR --out answers.jsonl
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -43,7 +45,7 @@ from trainers.generate.kept import Kept
 from trainers.generate.local import Broken, Local
 from trainers.generate.models import is_url, named
 from trainers.generate.prompts import Prompt
-from trainers.generate.request import STOP, Answer, Request, Sampling
+from trainers.generate.request import NO_ROOM, STOP, Answer, Request, Sampling
 from trainers.generate.served import ask
 from trainers.rundir.ending import Exit
 
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--batch", type=int, default=16, metavar="N", help="answers at once (default 16)")
     machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPUs where there are some")
     machine.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="type to compute in (default float32)")
+    machine.add_argument("--vllm", metavar="PYTHON", help="let vLLM answer, by the Python of an environment that has it")
     machine.add_argument("--silence", type=float, metavar="S", help="end a model that gives no answer for so many seconds")
     server = parser.add_argument_group("a server; only --model and --tokenizer change an answer")
     server.add_argument("--model", dest="served", metavar="NAME", help="its model")
@@ -125,6 +128,12 @@ def require(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
     if is_url(options.model) and not options.served:
         raise Refused(f"nothing says which model of {options.model} answers: --model NAME")
+    if options.vllm and is_url(options.model):
+        raise Refused(f"--vllm starts a server, and {options.model} is one: without --vllm")
+    if options.vllm and not os.access(options.vllm, os.X_OK):
+        raise ConfigError(
+            "--vllm", options.vllm, "is not a program", "the Python of an environment with vLLM, such as .venv-vllm/bin/python"
+        )
     if not is_url(options.model) and (options.served or options.tokenizer):
         raise Refused(f"--model and --tokenizer are of a server, and {options.model} is not a URL: http://HOST:PORT/v1")
 
@@ -148,10 +157,11 @@ class Opened:
         self.model = named(options.model)
         self.tokenizer: Any = load_tokenizer(self.model.config)
         subject = Subject(config=self.model.config, folder=self.model.folder)
-        self.machine = {"dtype": options.dtype, "device": kind_of(options.device)}
+        self.machine = {"dtype": options.dtype, "device": kind_of(options.device)} | ({"by": "vllm"} if options.vllm else {})
+        self.folder = self.model.folder or (subject.base if options.vllm else None)
         tokenizer = tokenizer_hash(self.tokenizer), str(self.tokenizer.chat_template)
         self.key = content_key("local", subject.fingerprint, *tokenizer, *self.machine.values())
-        self.final: Sequence[str] = ("the prompt leaves no room for an answer",)
+        self.final: Sequence[str] = (NO_ROOM,)
 
     def request(self, prompt: Prompt, number: int, seed: int) -> Request:
         """Return what is asked: the rendered prompt's ids."""
@@ -162,9 +172,21 @@ class Opened:
         if not requests:
             return
         options = self.options
+        if options.vllm:
+            self._ask_vllm(requests, took)
+            return
         machine = {"batch": options.batch, "dtype": options.dtype, "device": options.device, "timeout_s": options.silence}
         with Local(self.model.config, self.model.folder, **machine) as local:
             local.ask(requests, self.sampling, took)
+
+    def _ask_vllm(self, requests: Sequence[Request], took: Took) -> None:
+        from trainers.data.ends import stop_ids
+        from trainers.generate.vllm import Vllm
+
+        assert self.folder is not None
+        of_server = {"python": self.options.vllm, "at_once": self.options.batch, "timeout_s": self.options.silence or 600.0}
+        with Vllm(self.folder, dtype=self.options.dtype, device=self.machine["device"], **of_server) as vllm:
+            vllm.ask(requests, self.sampling, took, stop_ids(self.tokenizer))
 
     def said(self, answer: Answer) -> dict[str, Any]:
         """Return what is kept of an answer."""

@@ -22,6 +22,7 @@ REFUSALS = ("HTTP 400", "HTTP 413", "HTTP 422")
 """Failures that may be the request's own: the same request would fail again."""
 LONGEST_WAIT_S = 60.0
 """Between two attempts. A server that wants a longer wait is not asked again."""
+LOOK_S = 0.5
 SAID = 300
 """First characters of what a server says to a request that it refuses."""
 
@@ -110,10 +111,15 @@ def _exchange(server: Server, path: str, body: dict[str, Any] | None = None) -> 
         return f"{url} cannot be asked: {error}"
 
 
-def ask_all(todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]]) -> list[Made]:
-    """Return what `one` makes of each, `server.at_once` of them at a time, in any order; an error of one ends all at once."""
+def ask_all(
+    todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]], look: Callable[[], None] | None = None
+) -> list[Made]:
+    """Return what `one` makes of each, `server.at_once` of them at a time, in any order; an error of one ends all at once.
+
+    So does one of `look`, which is called now and then.
+    """
     # Not threads: one that waits for a reply cannot be stopped, and Python would wait for it before it exits.
-    return asyncio.run(_ask_all(todo, server, one))
+    return asyncio.run(_ask_all(todo, server, one, look))
 
 
 @dataclass
@@ -186,7 +192,9 @@ class Endpoint:
         return not self.down.is_set()
 
 
-async def _ask_all(todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]]) -> list[Made]:
+async def _ask_all(
+    todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]], look: Callable[[], None] | None
+) -> list[Made]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=server.at_once)
     async with httpx.AsyncClient(headers=server.headers(), timeout=server.timeout_s, limits=limits) as client:
         endpoint, queue = Endpoint(server, client), iter(todo)
@@ -195,7 +203,12 @@ async def _ask_all(todo: Sequence[Of], server: Server, one: Callable[[Endpoint, 
             return [await one(endpoint, of) for of in queue]
 
         workers = [asyncio.create_task(work()) for _ in range(min(server.at_once, len(todo)))]
+        waiting = set(workers)
         try:
+            while look is not None and waiting:
+                done, waiting = await asyncio.wait(waiting, timeout=LOOK_S, return_when=asyncio.FIRST_EXCEPTION)
+                look()
+                waiting = set() if any(worker.exception() for worker in done) else waiting
             return [made for found in await asyncio.gather(*workers) for made in found]
         finally:
             for worker in workers:  # one has failed: else the others would take the closing of the client for the endpoint's doing

@@ -10,6 +10,8 @@ from trainers.config.errors import ConfigError
 STOP, LENGTH = "stop", "length"
 """Why an answer has ended: at a token that ends it, or at the longest answer or the model's last position."""
 
+NO_ROOM = "the prompt leaves no room for an answer"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:

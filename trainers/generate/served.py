@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trainers.generate.endpoint import NOT_ASKED, Endpoint, Server, ask_all
 from trainers.generate.request import Answer, Request, Sampling
 
 
-def ask(requests: Sequence[Request], sampling: Sampling, server: Server, took: Callable[[Answer], None]) -> None:
+def ask(
+    requests: Sequence[Request],
+    sampling: Sampling,
+    server: Server,
+    took: Callable[[Answer], None],
+    more: Mapping[str, Any] | None = None,
+    positions: int | None = None,
+    look: Callable[[], None] | None = None,
+) -> None:
     """Ask for all answers; `took` gets each in the calling thread as soon as it is there, a failure too, but not what was not asked.
 
     A request with `ids` is asked as they are, at /completions, and answered in ids; one with messages at /chat/completions, in text.
-    Raises httpx.InvalidURL, and whatever `took` does.
+    `more` is in each body; an answer ends at the model's last of `positions`; `look` is called now and then, and may raise.
+    Raises httpx.InvalidURL, and whatever `took` and `look` do.
     """
 
     async def one(endpoint: Endpoint, request: Request) -> None:
         if endpoint.down.is_set():
             return
         path, read = ("completions", read_ids) if request.ids else ("chat/completions", read_text)
-        found, failure, attempts = await endpoint.ask(path, _body(request, sampling, server), read)
+        found, failure, attempts = await endpoint.ask(path, _body(request, sampling, server, positions) | dict(more or {}), read)
         took(Answer(key=request.key, failure=failure or NOT_ASKED, attempts=attempts) if found is None else _of(request, found, attempts))
 
-    ask_all(requests, server, one)
+    ask_all(requests, server, one, look)
 
 
-def _body(request: Request, sampling: Sampling, server: Server) -> dict[str, Any]:
-    asked: dict[str, Any] = {"model": server.model, "max_tokens": sampling.max_new_tokens, "seed": request.seed}
+def _body(request: Request, sampling: Sampling, server: Server, positions: int | None) -> dict[str, Any]:
+    room = sampling.max_new_tokens if positions is None else min(sampling.max_new_tokens, positions - len(request.ids))
+    asked: dict[str, Any] = {"model": server.model, "max_tokens": room, "seed": request.seed}
     asked |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     asked |= {"top_k": sampling.top_k} if sampling.top_k else {}  # not OpenAI's: other servers have it
     if request.ids:
