@@ -44,6 +44,32 @@ def test_what_is_the_same_is_not_different_and_what_is_worse_is(sweep: Path) -> 
     assert found["IA3"].verdict("forgetting_to_full") == "worse"
 
 
+def test_runs_that_learn_from_their_own_answers_are_compared_by_reward_and_pass_rate(tmp_path: Path) -> None:
+    """They have trained on other numbers of tokens, and the held-out loss is minus the reward."""
+    for number, name in enumerate(("a", "b")):
+        run = make_run(tmp_path / name, "none" if name == "a" else "lora", evaluated=False, final_loss=-0.5 - 0.2 * number)
+        change(run / "config.yaml", objective__name="grpo", reward={"right": {"kind": "exact"}})
+        change(run / "summary.json", tokens=2000 + number, input_tokens=3000 - number, export_step=20)
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["eval_tokens" if "eval_loss" in row else "reward"] = 0.05 * row["step"] + number
+            if "eval_loss" in row:
+                at = 0.025 * row["step"] + 0.2 * number
+                row |= {"eval_loss": -at, "eval_reward": at, "eval_pass@1": at, "eval_pass@1_low": at - 0.1, "eval_pass@1_high": at + 0.1}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison = compare([tmp_path], None)
+    assert comparison.flagged == []
+    found = {method.label: method.figures for method in comparison.methods}
+    assert [round(figures.passed.value, 3) for figures in found.values() if figures.passed] == [0.5, 0.7]
+    assert found["LoRA"].passed is not None
+    assert (found["LoRA"].passed.low, found["LoRA"].passed.high) == (pytest.approx(0.6), pytest.approx(0.8))
+    assert comparison.methods[0].best.trained.loss[-1] == -1.0, "the curve is of the reward too"
+    text = markdown(comparison)
+    assert "| held-out reward | pass@1 |" in text
+    assert "0.500 [0.400, 0.600]" in text
+    assert "of training |" not in text, "minus the reward is not shown once more"
+
+
 def test_two_identical_runs_are_reported_as_not_different(tmp_path: Path) -> None:
     for name in ("a", "b"):
         make_run(tmp_path / name, "none" if name == "a" else "lora", better=0.3, seed=5)

@@ -50,6 +50,8 @@ OF_EXPERIMENTS = {
     "llama70b_full": 2e-6,
     "llama70b_full_128k": 2e-6,
     "qwen3_8b_full": 7e-6,
+    "qwen3_8b_grpo_gsm8k": 4e-5,
+    "qwen3_8b_rlvr_math": 4e-5,
     "qwen3_30b_a3b_lora": 1e-5,
     "llama8b_compare": 1e-5,
     "llama8b_reward": 3e-6,
@@ -59,7 +61,9 @@ OF_EXPERIMENTS = {
     "quickstart_grpo": 2e-3,
     "compare_quickstart": 1e-5,
 }
-FACTORS = {"compare_quickstart": 100.0, "llama8b_kto": 0.025, "qwen3_8b_simpo": 0.025, "tulu3_8b_dpo": 0.025}
+FACTORS = {"compare_quickstart": 100.0} | dict.fromkeys(
+    ("llama8b_kto", "qwen3_8b_grpo_gsm8k", "qwen3_8b_rlvr_math", "qwen3_8b_simpo", "tulu3_8b_dpo"), 0.025
+)
 
 
 def expected(experiment: str, preset: str) -> float:

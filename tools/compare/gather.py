@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from tools.evaluate import record
+from tools.evaluate.intervals import Estimate
 from tools.evaluate.record import FOLDER, Evaluation, Judged
 from trainers.config.choices import ObjectiveName, PeftMethod
-from trainers.config.derived import SCORED, loss_words, peak_lr
+from trainers.config.derived import SAMPLED, SCORED, loss_words, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, PeftConfig, RunConfig, plain
 from trainers.data.report import is_leaky, leaked_words
@@ -63,6 +64,8 @@ FOLLOWS = {
     "steps": {"tokens", "input_tokens", "last_rows"},
 }
 """What differs because something else does, and is not said again."""
+OF_ROWS = ("tokens", "input_tokens", "eval_tokens")
+"""What runs that write their own answers need not share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,8 @@ class Run:
     ours: Evaluation | None
     base: Evaluation | None
     export_bytes: int
+    rewarded: dict[str, Estimate] = field(default_factory=dict)
+    """`reward` and `pass@1` of held-out prompts at the step that is exported, where the run learns from its own answers."""
     judged: Judged | None = None
     """A judge's scores; None where another judge, or of other rows, has scored most runs."""
     has_same_costs: bool = True
@@ -146,18 +151,22 @@ def load(run_dir: Path, name: str) -> Run:
     summary, manifest = try_json(run_dir / paths.SUMMARY), try_json(run_dir / paths.MANIFEST)
     ours, base = (record.load(run_dir / FOLDER, subject) for subject in ("run", "base"))
     judged = None if ours is None or base is None else record.load_judged(run_dir / FOLDER, ours, base)
-    trained, evaluated, marks = _curves(run_dir, int(summary.get("world_size") or 1))
+    config = _settings(run_dir / paths.CONFIG)
+    is_sampled = config["objective.name"] in SAMPLED
+    trained, evaluated, marks = _curves(run_dir, int(summary.get("world_size") or 1), is_sampled)
+    marks |= _marks(summary, manifest, ours, base, judged)
     run = Run(
         run_dir=run_dir,
         name=name,
         state=str(status.get("state", "unknown")),
-        config=_settings(run_dir / paths.CONFIG),
+        config=config,
         summary=summary,
         manifest=manifest,
         plan=try_json(run_dir / paths.PLAN),
         trained=trained,
         evaluated=evaluated,
-        marks=marks | _marks(summary, manifest, ours, base, judged),
+        marks={key: mark for key, mark in marks.items() if not is_sampled or key not in OF_ROWS},
+        rewarded=_rewarded(run_dir, summary.get("export_step")) if is_sampled else {},
         ours=ours,
         base=base,
         export_bytes=sum(file.stat().st_size for file in (run_dir / paths.EXPORT).glob("*.safetensors")),
@@ -215,8 +224,21 @@ def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-def _curves(run_dir: Path, ranks: int) -> tuple[Curve, Curve, dict[str, Any]]:
-    """Return the training and held-out curves of metrics.jsonl, about POINTS steps of them, and what of it must agree."""
+def _rewarded(run_dir: Path, step: int | None) -> dict[str, Estimate]:
+    """Return the mean reward and the share of right answers that were measured after a step, with its interval."""
+    row = next((row for row in read_rows(run_dir) if kind_of(row) == Kind.evaluation and row["step"] == step), {})
+    found = {}
+    for name in ("reward", "pass@1"):
+        if (value := row.get(f"eval_{name}")) is not None:
+            found[name] = Estimate(value=value, low=row.get(f"eval_{name}_low"), high=row.get(f"eval_{name}_high"), count=0)
+    return found
+
+
+def _curves(run_dir: Path, ranks: int, is_sampled: bool) -> tuple[Curve, Curve, dict[str, Any]]:
+    """Return the training and held-out curves of metrics.jsonl, about POINTS steps of them, and what of it must agree.
+
+    Of answers that the model gives itself both are of the negative reward.
+    """
     hours = 0.0
     trained: list[tuple[Row, float]] = []
     held_out: list[tuple[Row, float]] = []
@@ -230,11 +252,12 @@ def _curves(run_dir: Path, ranks: int) -> tuple[Curve, Curve, dict[str, Any]]:
     if held_out:
         marks["eval_tokens"] = held_out[0][0].get("eval_tokens")
     every = max(1, len(trained) // POINTS)
-    return _curve([*trained[:-1:every], *trained[-1:]], "loss"), _curve(held_out, "eval_loss"), marks
+    few = [*trained[:-1:every], *trained[-1:]]
+    return _curve(few, "reward", -1.0) if is_sampled else _curve(few, "loss"), _curve(held_out, "eval_loss"), marks
 
 
-def _curve(rows: list[tuple[Row, float]], key: str) -> Curve:
-    finite = [(row["tokens"], hour, row[key]) for row, hour in rows if row.get(key) is not None and "tokens" in row]
+def _curve(rows: list[tuple[Row, float]], key: str, sign: float = 1.0) -> Curve:
+    finite = [(row["tokens"], hour, sign * row[key]) for row, hour in rows if row.get(key) is not None and "tokens" in row]
     return Curve(tokens=[point[0] for point in finite], hours=[point[1] for point in finite], loss=[point[2] for point in finite])
 
 

@@ -56,6 +56,10 @@ class Figures:
     told_to_full: Estimate | None = None
     macro_f1: Estimate | None = None
     calibration_error: Estimate | None = None
+    reward: Estimate | None = None
+    """Mean reward of answers to held-out prompts, of runs that learn from their own answers."""
+    passed: Estimate | None = None
+    """Share of such answers that are right."""
     wins: Estimate | None = None
     """Share of answers that a judge prefers to the base's, ties as half."""
     judged: Estimate | None = None
@@ -241,12 +245,13 @@ def figures_of(method: Method, comparison: Comparison) -> Figures:
     """Return a method's metrics, and what they allow to say of it against the base and full fine-tuning."""
     run, full, metric = method.best, comparison.full, comparison.metric
     of_tokens = run.loss_words == "loss"
-    own = None if run.loss is None else Estimate(value=run.loss, low=None, high=None, count=0)
+    own = None if run.loss is None or run.rewarded else Estimate(value=run.loss, low=None, high=None, count=0)
+    rewarded = {"reward": run.rewarded.get("reward"), "passed": run.rewarded.get("pass@1")}
     if run.ours is None:
         if not of_tokens:
-            return Figures(own_loss=own)
+            return Figures(own_loss=own, **rewarded)
         return Figures(held_out=None if comparison.has_own_rows else own)  # training's own value is of the rows that it held out
-    found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None)
+    found = Figures(held_out=run.ours.loss("held_out"), score=run.ours.score(metric) if metric else None, **rewarded)
     found.own_loss = None if of_tokens else own
     found.accuracy, found.longer, found.shorter = (run.ours.accuracy(bucket) for bucket in BUCKETS)
     found.told, classes = run.ours.rightness(), run.ours.classes

@@ -60,6 +60,8 @@ def learned(comparison: Comparison, form: Form) -> Grid:
         columns.append((f"accuracy - {comparison.full_words}", lambda method: _apart(method, "told_to_full", 3, form)))
     columns.append(("macro F1", lambda method: form(method.figures.macro_f1, 3, "")))
     columns.append(("calibration error", lambda method: form(method.figures.calibration_error, 3, "")))
+    columns.append(("held-out reward", lambda method: form(method.figures.reward, 3, "")))
+    columns.append(("pass@1", lambda method: form(method.figures.passed, 3, "")))
     columns.append(("forgetting", lambda method: _apart(method, "forgetting", 4, form)))
     columns.append(("judge, 1 to 5", lambda method: form(method.figures.judged, 2, "")))
     columns.append(("judge - base", lambda method: _apart(method, "judged_to_base", 2, form)))
@@ -223,6 +225,11 @@ def legend(comparison: Comparison) -> list[str]:
             "Accuracy: the share of documents whose class is found, or of answers whose reward is on the right side of KTO's baseline. "
             "Calibration error: how far a classifier's confidence is from its accuracy, in ten bins."
         )
+    if any(method.figures.passed is not None for method in comparison.methods):
+        lines.append(
+            "pass@1: the share of held-out prompts whose one answer is right, with Wilson's interval; of the step that is exported, as "
+            "training measured it. Runs write their own answers, so they need not have trained on as many tokens."
+        )
     if comparison.loss_words != "loss":
         lines.append(f"The {comparison.loss_words} is what training minimised, in the units of the objective and not in nats a token.")
     if not comparison.has_one_loss:
@@ -325,6 +332,7 @@ def write_csv(comparison: Comparison, file: Path) -> None:
 CSV_ESTIMATES = (
     *("held_out", "held_out_to_full", "score", "score_to_base", "score_to_full", "forgetting", "forgetting_to_full"),
     *("accuracy", "longer", "shorter", "accuracy_to_full", "wins", "told", "told_to_full", "macro_f1", "calibration_error"),
+    *("reward", "passed"),
 )
 """Metrics that have a value and two ends in a line."""
 

@@ -99,7 +99,12 @@ def compares(objective: ObjectiveName) -> bool:
 
 
 def loss_words(objective: ObjectiveName, label_smoothing: float = 0.0) -> str:
-    """Return what an objective's loss is called: `loss` where it is nats a label, as tools.evaluate measures it, else by its name."""
+    """Return what an objective's held-out loss is called: `loss` where it is nats a label, as tools.evaluate measures it, else by its name.
+
+    Of answers that the model gives itself it is their mean reward, with the sign that makes less better.
+    """
+    if objective in SAMPLED:
+        return "negative reward"
     if objective not in (ObjectiveName.sft, ObjectiveName.cpt):
         return f"{objective} loss"
     return "smoothed loss" if label_smoothing else "loss"

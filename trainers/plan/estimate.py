@@ -28,10 +28,12 @@ class Share:
     """Of the bandwidth between devices."""
     host: float
     """GB/s at which a rank's part of the host's cores reads and writes state that is offloaded."""
+    launch: float
+    """Seconds from one operator's start to the next where a device has little to compute, as for one token."""
 
 
-FAST = Share(products=0.80, memory=0.90, wires=0.85, host=20.0)
-SLOW = Share(products=0.55, memory=0.60, wires=0.50, host=5.0)
+FAST = Share(products=0.80, memory=0.90, wires=0.85, host=20.0, launch=5e-6)
+SLOW = Share(products=0.55, memory=0.60, wires=0.50, host=5.0, launch=20e-6)
 ASSUMPTIONS = (
     f"fast: {FAST.products:.0%} of the matrix peak, {FAST.memory:.0%} of the memory's bandwidth, {FAST.wires:.0%} of that between "
     "devices, which work while the step computes",

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from trainers.config.choices import DataSource, ObjectiveName
-from trainers.config.derived import SCORED, compares
+from trainers.config.derived import SAMPLED, SCORED, compares
 from trainers.config.errors import ConfigError
 from trainers.config.local import looks_local
 from trainers.config.schema import ModelConfig, RunConfig
@@ -158,7 +158,20 @@ def _fetch(model: ModelConfig) -> PreTrainedConfig:
 
 def read_data(config: RunConfig, plan: PlanConfig) -> Data:
     """Return how much there is to train on: from the prepared data, else `plan.tokens`, else nothing but `train.steps`."""
+    if config.objective.name in SAMPLED:
+        return _of_answers(config, plan)
     return _read_data(config, plan, 2 if compares(config.objective.name) and not config.data.packing else 1)
+
+
+def _of_answers(config: RunConfig, plan: PlanConfig) -> Data:
+    """Return how much there is where the model writes the answers itself; raises ConfigError for tokens of rows that are not there yet."""
+    objective = f"objective={config.objective.name}"
+    if plan.tokens is not None:
+        reason = f"{objective} trains on answers that the model writes: nobody knows their tokens before"
+        raise ConfigError("plan.tokens", plan.tokens, reason, "train.steps=100, or leave it out")
+    words = "answers of the model itself, each row as long as data.seq_len lets it be"
+    words += "" if config.train.steps is not None else "; the number of prompts, and so of steps, is not known here: train.steps=N gives it"
+    return Data(source=words, seq_len=config.data.seq_len, rows=None, tokens=None)
 
 
 def _read_data(config: RunConfig, plan: PlanConfig, in_row: int) -> Data:

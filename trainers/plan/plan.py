@@ -10,7 +10,7 @@ from typing import Any
 
 from trainers import host
 from trainers.config.choices import Activations, Float8, Offload
-from trainers.config.derived import microbatches, peak_lr
+from trainers.config.derived import SAMPLED, microbatches, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import mesh_of
 from trainers.config.optimizers import PAGED
@@ -20,6 +20,8 @@ from trainers.engines.build import attending, attention_of, class_of
 from trainers.model.backends import stand_in
 from trainers.model.blueprint import Blueprint
 from trainers.objectives import CHOICES, REFERENCE
+from trainers.plan.answers import ASSUMPTIONS as OF_ANSWERS
+from trainers.plan.answers import Answers, answers_of, not_timed, seconds_of
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, forward_seconds, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
 from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
@@ -86,7 +88,7 @@ class Plan:
     global_batch: int
     steps: int | None
     flops: float
-    """Of a step, over all ranks, with what is computed again for backward."""
+    """Of a step's training, over all ranks, with what is computed again for backward."""
     sent: dict[str, float]
     """Bytes that a rank sends in a step, by collective and whether between nodes."""
     host: dict[str, int]
@@ -100,9 +102,11 @@ class Plan:
     export_bytes: int
     save_seconds: float | None = None
     step_seconds: tuple[float, float] | None = None
-    """With the fast and the slow set of assumptions; None where no device is named."""
+    """With the fast and the slow set of assumptions, answers included; None where no device is named."""
     reference: Reference | None = None
     """The pass that measures the model that training begins with; None where the objective needs none."""
+    answers: Answers | None = None
+    """What a run's own answers take, where it learns from them."""
     price: float | None = None
     activations: dict[str, str] = field(default_factory=dict)
     """By device: what train.activations=auto takes; empty where the setting names it."""
@@ -165,6 +169,9 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     if REFERENCE in CHOICES[config.objective.name](config.objective).signals:
         copies = simulation.parameters * saved * config.engine.replicate // place.size
         plan.reference = Reference(disk_bytes=data.measured and round(4 * data.measured[1]), second_model_bytes=copies)
+    if config.objective.name in SAMPLED:
+        plan.answers = answers_of(config, place, blueprint, simulation.parameters, plan.export_bytes)
+        plan.notes += not_timed(config)
     plan.notes += notes
     if config.train.compile:
         plan.notes.append("train.compile: memory and time are those of the step as it is without a compiler, which takes more of both")
@@ -243,6 +250,10 @@ def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Si
     microbatches = _microbatches(config, plan.place)
     fast, slow = (step_seconds(config, plan.place, device, moments, microbatches, share, *rank) for share in (FAST, SLOW))
     plan.step_seconds, plan.price, plan.assumptions = (fast, slow), device.price, list(ASSUMPTIONS)
+    if plan.answers is not None:
+        plan.answers.seconds = seconds_of(plan.answers, config, device, (fast, slow))
+        low, high = (sum(parts) for parts in zip(*plan.answers.seconds.values(), strict=True))
+        plan.step_seconds, plan.assumptions = (low, high), [*plan.assumptions, *OF_ANSWERS]
     if plan.reference is not None and (rows := plan.data.measured[0] if plan.data.measured else plan.data.rows):
         each = [forward_seconds(config, plan.place, device, moments, share, *rank[:2]) for share in (FAST, SLOW)]
         passes = math.ceil(rows / (mesh_of(config.engine, plan.place.size).data_size * config.train.microbatch))
@@ -262,9 +273,11 @@ def _key(config: RunConfig, place: Place, seq_len: int) -> str:
 
 def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Moment) -> None:
     """Compare what is needed with what each device has; ranks without a GPU share this machine's memory."""
+    answers = 0.0 if plan.answers is None else plan.answers.bytes / place.ranks_per_node
     if not place.gpus:
         limit = _host_limit(place, None) / place.ranks_per_node
-        plan.capacity["cpu"], plan.needed["cpu"] = limit, peak.total + host.PROCESS_BYTES
+        answers += 0.0 if plan.answers is None else host.PROCESS_BYTES / place.ranks_per_node
+        plan.capacity["cpu"], plan.needed["cpu"] = limit, peak.total + host.PROCESS_BYTES + answers
         plan.verdicts["cpu"] = _verdict(plan.needed["cpu"], limit) if limit else "unknown"
         return
     on_host = sum(plan.host.values())
@@ -273,7 +286,8 @@ def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Mome
     elif plan.host_limit and on_host + plan.staged > plan.host_limit / 2 and plan.staged:
         plan.notes.append(f"checkpoints wait for the disk: a node has no room for a copy of the state ({in_bytes(plan.staged)})")
     for device in hardware:
-        capacity, needed = device.memory_gib * GIB, peak.total + plan.slack + device.overhead_gib * GIB
+        outside = device.overhead_gib * GIB * (1 if plan.answers is None else 2)  # a generator has a context of its own
+        capacity, needed = device.memory_gib * GIB, peak.total + plan.slack + outside + answers
         plan.capacity[device.name], plan.needed[device.name] = capacity, needed
         plan.verdicts[device.name] = "does not fit" if plan.host_short else _verdict(needed, capacity)
 

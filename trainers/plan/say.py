@@ -43,12 +43,15 @@ def _memory(plan: Plan) -> Table:
         table.add_row(words, in_bytes(plan.peak.get(str(kind), 0.0)))
     table.add_row("tensors together", in_bytes(sum(plan.peak.values())))
     name = next(iter(plan.needed))
-    outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack
+    answers = 0.0 if plan.answers is None else plan.answers.bytes / plan.place.ranks_per_node
+    outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack - answers
     if plan.place.gpus:
         table.add_row("slack of torch's allocator (its rules, replayed for this step)", in_bytes(plan.slack))
         table.add_row("outside of it: CUDA context and NCCL (conf/hardware)", in_bytes(outside))
     else:
         table.add_row("the process itself", in_bytes(outside))
+    if plan.answers is not None:
+        table.add_row("its share of its node's generator", in_bytes(answers))
     return table
 
 
@@ -88,11 +91,11 @@ def _cost(plan: Plan) -> list[tuple[str, str]]:
     rows = [("training data", _data(plan))]
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}"))
-    rows += _reference(plan)
+    rows += [*_reference(plan), *_answers(plan)]
     if plan.step_seconds is None:
         return [*rows, ("time", "name a device: hardware=h100")] if plan.place.gpus and len(plan.verdicts) > 1 else rows
     fast, slow = plan.step_seconds
-    rows.append(("seconds a step", f"{fast:.3g} to {slow:.3g}"))
+    rows.append(("seconds a step", f"{fast:.3g} to {slow:.3g}{_by_part(plan)}"))
     if (day := plan.tokens_per_day()) is not None:
         rows.append(("tokens a day", " to ".join(map(in_digits, day))))
     if (seconds := plan.run_seconds()) is not None:
@@ -110,6 +113,25 @@ def _reference(plan: Plan) -> list[tuple[str, str]]:
     words += f", {in_time(seconds[0])} to {in_time(seconds[1])}" if seconds is not None else ""
     words += f", {in_bytes(kept)} on disk" if kept is not None else ""
     return [("the reference", f"{words}; a second model would take {in_bytes(plan.reference.second_model_bytes)} of each rank")]
+
+
+def _answers(plan: Plan) -> list[tuple[str, str]]:
+    """Say what a run's own answers take."""
+    if plan.answers is None:
+        return []
+    found = plan.answers
+    sizes = {"weights": found.weights_bytes, "keys and values": found.cache_bytes, "work": found.work_bytes}
+    parts = " + ".join(f"{in_bytes(size)} {name}" for name, size in sizes.items())
+    asked = f"{found.answers:,} answers a step, {found.batch:,} at once in {plural(found.rounds, 'round')} a rollout"
+    where = f"{plural(found.generators, 'generator')}, one a node" if found.generators > 1 else "one generator"
+    return [("the answers", f"{asked}, by {where}"), ("a generator", f"{in_bytes(found.bytes)} ({parts})")]
+
+
+def _by_part(plan: Plan) -> str:
+    """Return the parts of a step's seconds where it has answers of its own."""
+    if plan.answers is None:
+        return ""
+    return ": " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in plan.answers.seconds.items())
 
 
 def _spent(plan: Plan, hours: list[float]) -> str:

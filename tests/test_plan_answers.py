@@ -1,0 +1,126 @@
+"""A plan of a run that learns from its own answers: a generator's memory is that of a real one, and times are their formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import blueprint_for, save_tiny
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from launcher.compose import compose
+from launcher.job import make_job
+from launcher.plan import known_hardware, request_of
+from trainers.config.checks import validate
+from trainers.config.choices import ObjectiveName, Precision
+from trainers.config.errors import ConfigError
+from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig
+from trainers.plan.answers import Answers, Work, answers_of, not_timed, seconds_of, traced
+from trainers.plan.estimate import FAST, SLOW
+from trainers.plan.plan import make_plan
+from trainers.plan.request import Place
+from trainers.plan.say import say
+
+H100 = next(item for item in known_hardware() if item.name == "h100")
+FREQUENCIES = 256
+"""Bytes of rotary embeddings, at most."""
+BATCH, PROMPT, ANSWER = 3, 11, 6
+HERE = Place(nodes=2, ranks_per_node=4, gpus=True, save_s=300)
+
+
+def config_of(**rl: Any) -> RunConfig:
+    """Return a run whose steps have 12 answers."""
+    return RunConfig(
+        model=ModelConfig(id="a/model"),
+        data=DataConfig(path="unused", packing=False, seq_len=PROMPT + ANSWER),
+        objective=ObjectiveConfig(name=ObjectiveName.grpo),
+        reward={"right": "math", "form": {"kind": "length"}},
+        rl=RlConfig(**{"max_new_tokens": ANSWER, "group_size": 4, "batch": BATCH, "redraws": 0} | rl),
+        train=TrainConfig(global_batch=12, precision=Precision.fp32, steps=4),
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_generators_cache_and_products_are_those_of_a_real_one(tmp_path: Path, tied: bool) -> None:
+    folder = save_tiny(tmp_path, tied)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    real = model(torch.zeros(BATCH, PROMPT + ANSWER - 1, dtype=torch.int64), use_cache=True).past_key_values
+    parts = traced(blueprint_for(folder), torch.float32, BATCH, PROMPT, ANSWER)
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in real.layers)
+    assert cache <= parts["last token"].kept <= cache + FREQUENCIES
+    config = model.config
+    matrices = sum(parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim == 2 and "embed" not in name)
+    head = model.get_output_embeddings().weight.numel()
+    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def flops(tokens: int, cached: int) -> float:
+        """Of products, attention whole: the head sees one token of each prompt."""
+        attention = 4 * config.num_hidden_layers * width * tokens * (cached + tokens)
+        return BATCH * (2 * (matrices - head * (not tied)) * tokens + 2 * head + attention)
+
+    assert parts["prompt"].work.flops == flops(PROMPT, 0)
+    assert parts["first token"].work.flops == flops(1, PROMPT)
+    assert parts["last token"].work.flops == flops(1, PROMPT + ANSWER - 2)
+    assert parts["prompt"].highest > parts["prompt"].kept > 0
+
+
+def test_a_generator_answers_its_share_of_a_rollout_in_rounds(tmp_path: Path) -> None:
+    blueprint = blueprint_for(save_tiny(tmp_path, tied=True))
+    found = answers_of(config_of(steps_per_rollout=3), HERE, blueprint, 1000, 77)
+    assert (found.generators, found.answers, found.batch, found.rounds) == (2, 12, 3, 6)  # 12 x 3 / 2 answers, 3 at once
+    assert (found.weights_bytes, found.sync_bytes) == (4000, 77)
+    assert found.bytes == found.weights_bytes + found.cache_bytes + found.work_bytes
+    assert answers_of(config_of(batch=64), HERE, blueprint, 1000, 77).batch == 6, "no more than there are"
+
+
+def test_times_are_their_formulas() -> None:
+    config = config_of(steps_per_rollout=2)
+    prompt, token = Work(3e12, 5e9, 10), Work(2e9, 4e9, 1000)
+    fields = {"generators": 2, "answers": 12, "batch": 3, "rounds": 4, "cache_bytes": 0, "work_bytes": 0}
+    found = Answers(**fields, weights_bytes=8 * 10**9, sync_bytes=6 * 10**9, prompt=prompt, token=token)
+    parts = seconds_of(found, config, H100, (1.5, 2.5))
+    assert parts["sync"][0] == pytest.approx((6 + 2 * 8) / H100.storage_gb_s / 2)
+    for share, seconds in zip((FAST, SLOW), parts["sampling"], strict=True):
+        each = [
+            w.flops / (H100.tflops_fp32 * 1e12 * share.products) + w.moved / (H100.memory_gb_s * 1e9 * share.memory)
+            for w in (prompt, token)
+        ]
+        expected = each[0] + (ANSWER - 1) * max(each[1], 1000 * share.launch)
+        assert seconds == pytest.approx(4 * expected / 2)
+    assert parts["scoring"] == pytest.approx((12 * (2e-3 + 1e-5), 12 * (5e-2 + 1e-3)))
+    assert parts["training"] == (1.5, 2.5)
+    config.reward |= RunConfig(reward={"judge": {"kind": "judge"}}).reward
+    assert "scoring by judge" in not_timed(config)[0]
+    assert seconds_of(found, config, H100, (1.5, 2.5))["scoring"] == parts["scoring"]
+
+
+@pytest.mark.slow
+def test_a_plan_has_the_generators_memory_and_the_parts_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3 8B on two nodes: bf16 weights, keys and values of 36 blocks with 8 heads of 128, for all that is written at once."""
+    job = make_job(compose(["+exp=qwen3_8b_grpo_gsm8k", "hardware=h100", "mode=plan"]))
+    request = request_of(job)
+    plan = make_plan(request.base, request.hardware, request.plan, {})
+    assert plan.answers is not None
+    assert plan.answers.weights_bytes == 2 * 8_190_735_360
+    cache = 512 * (1536 - 1) * 36 * 2 * 8 * 128 * 2
+    assert cache <= plan.answers.cache_bytes <= cache + FREQUENCIES
+    assert plan.answers.rounds == 1280 * 4 / 2 / 512
+    trainer = sum(plan.peak.values()) + plan.slack + 2 * H100.overhead_gib * 2**30
+    assert plan.needed["h100"] == pytest.approx(trainer + plan.answers.bytes / 8)
+    assert plan.step_seconds == pytest.approx([sum(seconds) for seconds in zip(*plan.answers.seconds.values(), strict=True)])
+    say(plan, Console(width=140))
+    said = capsys.readouterr().out
+    assert "by 2 generators, one a node" in said
+    assert all(f"{name} " in said for name in ("sync", "sampling", "scoring", "training"))
+
+
+def test_tokens_of_answers_that_are_not_written_are_refused() -> None:
+    job = make_job(compose(["+exp=qwen3_8b_grpo_gsm8k", "plan.tokens=1e6", "mode=plan"]))
+    validate(job.run)
+    request = request_of(job)
+    with pytest.raises(ConfigError, match="nobody knows their tokens") as refused:
+        make_plan(request.base, [H100], request.plan, {})
+    assert refused.value.path == "plan.tokens"
