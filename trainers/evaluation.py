@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -33,12 +35,18 @@ class Evaluation:
     """The objective's own, as `eval_NAME`."""
 
 
-@torch.no_grad()
 def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World, targets: float) -> Evaluation | None:
     """Return the loss of held-out rows: one sum over all of them, each counted once; None where a rank was asked to stop.
 
     Takes as many microbatches on every rank. Only sums are kept, so memory does not grow with the number of rows. Collective.
     """
+    found = summed(engine, objective, batches, world)
+    return None if found is None else evaluation_of(objective, *found, targets)
+
+
+@torch.no_grad()
+def summed(engine: Engine, objective: Objective, batches: Iterable[Batch], world: World) -> tuple[dict[str, float], list[float]] | None:
+    """Return what `evaluate` divides: the sums over all rows by name, the loss under "", and those of an objective's tally."""
     engine.train(False)
     sums: dict[str, float] = {}
     tally: Tensor | None = None
@@ -59,10 +67,16 @@ def evaluate(engine: Engine, objective: Objective, batches: Iterable[Batch], wor
             every += max(1, round(ASK_EVERY_S / max(seconds, 1e-6)))
     engine.train(True)
     names, each = sorted(sums), engine.mesh.context  # as many ranks have the same rows
-    means = per_target(dict(zip(names, world.sum([sums[name] for name in names]), strict=True)), targets * each)
+    whole = {name: total / each for name, total in zip(names, world.sum([sums[name] for name in names]), strict=True)}
+    return whole, [] if tally is None else world.sum((tally / each).tolist())
+
+
+def evaluation_of(objective: Objective, sums: dict[str, float], tally: list[float], targets: float) -> Evaluation:
+    """Return what sums over rows are per target."""
+    means = per_target(sums, targets)
     loss_mean = means.pop("")
-    if isinstance(objective, Tallied) and tally is not None:
-        means |= objective.summary(world.sum((tally / each).tolist()))
+    if isinstance(objective, Tallied) and tally:
+        means |= objective.summary(tally)
     return Evaluation(loss=loss_mean, figures={f"eval_{name}": value for name, value in means.items()})
 
 
@@ -114,23 +128,27 @@ class HeldOut:
     def _evaluate(self, engine: Engine, objective: Objective, rows: Ints) -> Evaluation | None:
         """Evaluate some of the rows."""
         assert self.table is not None
-        microbatch, world = self.train.eval_microbatch or self.train.microbatch, self.world
-        batches = eval_batches(self.table, microbatch, pad_id=self.pad_id, rows=rows, **engine.mesh.share_of(world.rank))
-        return evaluate(engine, objective, batches, world, objective.targets(self.table.sizes(rows)))
+        return evaluate(engine, objective, self._batches(engine, rows), self.world, objective.targets(self.table.sizes(rows)))
+
+    def _batches(self, engine: Engine, rows: Ints) -> Iterable[Batch]:
+        assert self.table is not None
+        microbatch = self.train.eval_microbatch or self.train.microbatch
+        return eval_batches(self.table, microbatch, pad_id=self.pad_id, rows=rows, **engine.mesh.share_of(self.world.rank))
 
     def _by_source(self, engine: Engine, objective: Objective, rows_of: dict[str, Ints]) -> Evaluation | None:
-        """Evaluate the rows of each source: the loss of all, and each source's numbers as NAME/SOURCE."""
+        """Evaluate the rows of each source: the numbers of all rows, and each source's as NAME/SOURCE."""
         assert self.table is not None
-        total, figures = 0.0, dict[str, float]()
+        sums, tally, figures = Counter[str](), list[float](), dict[str, float]()
         for name, rows in rows_of.items():
-            found = self._evaluate(engine, objective, rows)
-            if found is None:
+            part = summed(engine, objective, self._batches(engine, rows), self.world)
+            if part is None:
                 return None
-            targets = objective.targets(self.table.sizes(rows))
-            total += found.loss * targets if targets else 0.0
+            found = evaluation_of(objective, *part, objective.targets(self.table.sizes(rows)))
             figures |= {f"{figure}/{name}": value for figure, value in {"eval_loss": found.loss, **found.figures}.items()}
-        targets = objective.targets(self.sizes)
-        return Evaluation(loss=total / targets if targets else math.nan, figures=figures)
+            sums.update(part[0])
+            tally = [one + other for one, other in zip_longest(tally, part[1], fillvalue=0.0)]
+        whole = evaluation_of(objective, dict(sums), tally, objective.targets(self.sizes))
+        return Evaluation(loss=whole.loss, figures=whole.figures | figures)
 
     def loss_at(self, step: int) -> float | None:
         """Return the loss after `step`, None where it was not measured in this attempt."""

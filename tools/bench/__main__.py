@@ -3,6 +3,7 @@
 python -m tools.bench data
 python -m tools.bench data --path FILE --tokenizer DIR --seq-len 2048
 python -m tools.bench curate --rows 50000
+python -m tools.bench stream --bytes 2e9
 python -m tools.bench train
 python -m tools.bench load --ranks 2 4
 python -m tools.bench checkpoint --engine fsdp zero3
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tools.bench import checkpoint, context, curate, data, engines, load, methods, plan, preferences, train
+from tools.bench import checkpoint, context, curate, data, engines, load, methods, plan, preferences, stream, train
 from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
@@ -32,6 +33,7 @@ from tools.command import parser_of
 COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "data": (data, "preparation speed and packing efficiency, next to the best public packer's on GSM8K"),
     "curate": (curate, "rows a second and peak memory of a curation with the steps of conf/curate/default.yaml"),
+    "stream": (stream, "time to the first step, memory and disk of a run that streams a large file; needs disk for it, and minutes"),
     "train": (train, "tokens a second and peak memory against a bare transformers loop; minutes; losses must agree"),
     "load": (load, "memory of all ranks while they load a model, against its size; needs 3 x the size as memory"),
     "checkpoint": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         cancel(self.record)
+
+    def single(self) -> AbstractContextManager[Cluster]:
+        """Return itself: a task is one process, and does its parts one after the other."""
+        return nullcontext(self)
 
     def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Tell) -> None:
         """Do the parts of a stage that are not there yet, each into folder/stage/NAME; raises ConfigError, and OSError where some fail."""

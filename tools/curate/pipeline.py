@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +47,10 @@ class Parts(Protocol):
     def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Tell) -> None:
         """Do the parts that are not there yet, each into folder/stage/NAME."""
 
+    def single(self) -> AbstractContextManager[Parts]:
+        """Return what does them with one process a machine."""
+        ...
+
 
 def run(job: Job, folder: Path, pool: Parts, tell: Tell) -> dict[str, Any]:
     """Do all stages in `folder`, or what is missing of them, and return what the report shows."""
@@ -58,7 +63,9 @@ def run(job: Job, folder: Path, pool: Parts, tell: Tell) -> dict[str, Any]:
         pool.run(folder, "index", _index, [("all", job.settings.decontaminate)], tell)
     pool.run(folder, "select", _select, [(name, (job, number)) for number, name in enumerate(names)], tell)
     if job.settings.quality:
-        pool.run(folder, "score", quality.score, [(name, (job, name)) for name in names], tell)
+        scored = [(name, (job, name)) for name in names]
+        with pool.single() if job.settings.quality.by == "reward" else nullcontext(pool) as scorer:
+            scorer.run(folder, "score", quality.score, scored, tell)
     if sets.chooses(job.settings):
         pool.run(folder, "choose", sets.choose_all, [("all", (job, names))], tell)
         pool.run(folder, "place", sets.place, [(name, (job, name)) for name in names], tell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,14 @@ from trainers.rewards.scored import Scorer
 
 def scores_of(folder: Path, items: list[Item]) -> npt.NDArray[np.float64]:
     """Return a number a row, of a pair for its chosen answer. Rows that are longer than the model is wide lose their beginning."""
-    scorer = Scorer(folder)
+    scorer = opened(folder)
     return scorer.scores([tokens_of(scorer, item) for item in items])
+
+
+@lru_cache(1)
+def opened(folder: Path) -> Scorer:
+    """Open a model once for all parts that a process does."""
+    return Scorer(folder)
 
 
 def tokens_of(scorer: Scorer, item: Item) -> list[int]:

@@ -31,21 +31,24 @@ STAGING = "staging"
 class Pool:
     """Processes that do the parts of stages; with one, this process does them itself."""
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, own: bool = False) -> None:
         self.processes = processes
-        context = get_context("fork")
-        self.executor = (
-            ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(os.getpid(),)) if processes > 1 else None
-        )
+        pool = ProcessPoolExecutor(processes, mp_context=get_context("fork"), initializer=_begin, initargs=(os.getpid(),))
+        self.executor = pool if processes > 1 or own else None
 
     def __enter__(self) -> Pool:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         if self.executor is not None:
-            for child in active_children():
-                child.terminate()
+            if kind is not None:
+                for child in active_children():  # also those of a pool that this one is inside of, which ends too
+                    child.terminate()
             self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def single(self) -> Pool:
+        """Return one process of its own, for parts that share what takes much memory and all cores, such as a model."""
+        return Pool(1, own=True)
 
     def run(self, folder: Path, stage: str, work: Work, parts: Sequence[tuple[str, Any]], tell: Tell) -> None:
         """Do the parts of a stage that are not there yet, each into folder/stage/NAME."""

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from trainers.batch import WEIGHT
 from trainers.cache import build_once, cache_root, content_key, require_whole
 from trainers.config.choices import Layout, ObjectiveName, PairsOf, TooLong
 from trainers.config.derived import DESIRABLE, OF_STREAMS, SCORED, Source, compares, rows_as, sources_of
-from trainers.config.errors import ConfigError, plural
+from trainers.config.errors import ConfigError
 from trainers.config.mixtures import OF_LABELS
 from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, sources
@@ -92,8 +91,8 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
         return _prepare_mix(config, progress, tokenizer)
     name = f"data-{data_key(config, tokenizer)}"
     root = cache_root(config.data.prepared_dir)
-    with of_first_shard(config) as part:
-        folder, reused = build_once(root, name, lambda partial: _build(part, tokenizer, partial, progress), "the prepared data")
+    part = first_shard(config) if config.data.streaming else config
+    folder, reused = build_once(root, name, lambda partial: _build(part, tokenizer, partial, progress), "the prepared data")
     if reused and progress:
         require_whole(folder, "the prepared data")
     prepared = open_prepared(folder, reused)
@@ -103,22 +102,11 @@ def prepare(config: RunConfig, progress: bool = False, tokenizer: PreTrainedToke
     return prepared
 
 
-@contextmanager
-def of_first_shard(config: RunConfig) -> Iterator[RunConfig]:
-    """Yield a run whose data are the first shard of a stream, which represents all until training begins; any other run as it is.
-
-    Errors say that they are about that shard.
-    """
+def first_shard(config: RunConfig) -> RunConfig:
+    """Return a run whose data are the first shard of a stream, which represents all until training begins."""
     data = config.data
-    if not data.streaming:
-        yield config
-        return
     most = data.shard_rows if data.max_rows is None else min(data.shard_rows, data.max_rows)
-    try:
-        yield replace(config, data=replace(data, streaming=False, max_rows=most))
-    except ConfigError as error:
-        about = f"{error.reason} (of a stream's first {plural(most, 'row')})"
-        raise ConfigError(error.path, error.value, about, error.remedy) from error
+    return replace(config, data=replace(data, streaming=False, max_rows=most))
 
 
 def _prepare_mix(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFast) -> Prepared:
