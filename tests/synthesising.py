@@ -122,6 +122,8 @@ class Scripted(JsonRequests):
     """HTTP codes of the next replies; 200 is a reply that is not JSON."""
     asked: ClassVar[list[str]] = []
     refused: ClassVar[str] = "always refused"
+    tokenizer: ClassVar[Any] = None
+    """Of those who ask in ids."""
     lock = threading.Lock()
 
     def do_GET(self) -> None:
@@ -129,7 +131,8 @@ class Scripted(JsonRequests):
 
     def do_POST(self) -> None:
         body = json.loads(self.body())
-        text = "\n".join(str(turn["content"]) for turn in body["messages"])
+        ids = body.get("prompt")
+        text = self.tokenizer.decode(ids) if ids else "\n".join(str(turn["content"]) for turn in body["messages"])
         with self.lock:
             fault = self.faults.pop(0) if self.faults else 0
             self.asked.append(text)
@@ -137,6 +140,16 @@ class Scripted(JsonRequests):
             self.reply({"choices": []})
         elif fault or self.refused in text:
             self.send_error(fault or 400)
+        elif ids:  # as vLLM: ids come and go, and a text goes on where nothing stops it
+            header = not text.endswith("[/INST]")
+            said = f" Say {' '.join(drawn(body['seed']))} [/INST] Sure." if header else f"An answer {body['seed']}.</s>"
+            found = self.tokenizer.encode(said, add_special_tokens=False)
+            choice = {
+                "token_ids": found,
+                "logprobs": {"token_logprobs": [-0.5] * len(found)},
+                "finish_reason": "length" if header else "stop",
+            }
+            self.reply({"choices": [choice]})
         else:
             said = self.said(text, body["seed"])
             usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(said.split())}

@@ -124,6 +124,24 @@ def test_magpie_begins_and_ends_a_users_turn_as_the_template_does(name: str) -> 
         assert header.content(before, Reply(0, "Say hi and", LENGTH)) is None
 
 
+def test_magpie_asks_a_server_in_ids(server: list[str], tmp_path: Path) -> None:
+    """Two turns of the user, each cut where the template ends it; tokens are counted here."""
+    Scripted.tokenizer = tokenizer_of("inst")
+    Scripted.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = [*server, f"model.tokenizer={tmp_path / 'tokenizer'}", "magpie.turns=2", "magpie.round=4", "rows=6"]
+    found = synthesise("magpie", out := tmp_path / "out.jsonl", *words)
+    assert len(found) == 6
+    for row in found:
+        assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"] * 2
+        assert all(re.fullmatch(r"Say( word[a-j]{6}){6}", turn["content"]) for turn in row["messages"][::2])
+        assert all(re.fullmatch(r"An answer \d+\.", turn["content"]) for turn in row["messages"][1::2])
+        assert (len(row["from"]["requests"]), row["from"]["turns"]) == (4, 2)
+    assert Scripted.asked[0] == "<s>[INST]"
+    last = next(text for text in Scripted.asked if text.count("[INST]") == 2)
+    assert re.fullmatch(r"<s>\[INST\] Say [\w ]+ \[/INST\] An answer \d+\. </s>\[INST\]", last)
+    assert report(out)["prompt_tokens"] == sum(len(Scripted.tokenizer.encode(text, add_special_tokens=False)) for text in Scripted.asked)
+
+
 def test_tasks_are_new_and_classification_has_its_label_first(
     server: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -62,7 +62,12 @@ def test_a_wheel_holds_the_presets_and_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {str(file.relative_to(ROOT)) for file in presets.CONF.rglob("*.yaml")}
     assert ours <= names
-    assert {"tools/compare/page.css", "tools/evaluate/judge.txt", "launcher/plugins/hydra_plugins/fulltune.py"} <= names
+    assert {
+        "tools/compare/page.css",
+        "tools/evaluate/judge.txt",
+        "tools/synthesise/prompts/ko/seeds.jsonl",
+        "launcher/plugins/hydra_plugins/fulltune.py",
+    } <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"launcher", "trainers", "tools", "conf"}
 
 
