@@ -14,7 +14,7 @@ from launcher.ending import settle
 from launcher.job import ROOT, Job, mark_submitted, next_attempt, note_attempt, only_launcher
 from launcher.silence import Silence
 from trainers import host
-from trainers.processes import kill_left
+from trainers.processes import allocator_environment, kill_left
 
 OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_SLURM_ATTEMPT")
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
@@ -85,6 +85,7 @@ def additions(job: Job) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "FULLTUNE_LAUNCHER": str(os.getpid()),
         "FULLTUNE_GRACE_S": grace,
+        **allocator_environment(os.environ),
         **hidden,
     }
 

@@ -21,6 +21,7 @@ from trainers.config.checks import load
 from trainers.config.derived import peak_lr
 from trainers.config.mesh import Mesh, mesh_of
 from trainers.config.schema import plain
+from trainers.processes import allocator_environment
 
 ROOT = CONF.parent
 METHODS = ("none", "lora", "dora", "ia3")
@@ -194,4 +195,5 @@ def test_ranks_get_their_share_of_cores_and_find_the_trainer(model: Path, monkey
     assert int(environment["OMP_NUM_THREADS"]) == max(1, host.cores() // 2)
     assert environment["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment.items() >= allocator_environment({}).items()
     assert run_config(compose([f"model.id={model}", "data=python_docs"])).name == "run"

@@ -18,7 +18,7 @@ from command import ROOT, wait_for
 
 from trainers.data import parallel, prepare
 from trainers.data.sources import Row
-from trainers.processes import die_with_parent, kill_left, raise_exhausted
+from trainers.processes import LIBC, allocator_environment, die_with_parent, kill_left, raise_exhausted
 
 
 class Never:
@@ -151,3 +151,41 @@ def test_an_error_that_a_library_has_wrapped_is_seen(cause: Exception) -> None:
     with pytest.raises(OSError, match="Can't load the tokenizer"):
         raise_exhausted(wrapped)
     raise_exhausted(OSError(errno.ENOENT, "No such file"))
+
+
+HEAP_AFTER_STEPS = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+libc.mallinfo2.restype = Info
+def aligned(size):
+    place = ctypes.c_void_p()
+    assert libc.posix_memalign(ctypes.byref(place), 64, size) == 0
+    return place
+for step in range(4):
+    live = []
+    for block in range(64):
+        live.append(aligned(1 << 20))
+        temporary = aligned(3 << 20)
+        small = [libc.malloc(64 + 8 * (block % 4)) for _ in range(8)]
+        libc.free(temporary)
+    for place in live:
+        libc.free(place)
+print(libc.mallinfo2().arena >> 20)
+"""
+"""Each step holds 64 blocks of 1 MiB, aligned as tensors are, with larger ones for a moment and small ones for good."""
+
+
+@pytest.mark.skipif(not hasattr(LIBC, "mallinfo2"), reason="not glibc 2.33 or later, which says how large its heap is")
+def test_blocks_of_a_step_are_used_again_by_the_next_one() -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    line = [sys.executable, "-I", "-c", HEAP_AFTER_STEPS]
+    ended = subprocess.run(line, env=clean | allocator_environment({}), capture_output=True, text=True, timeout=60, check=True)
+    assert 64 <= int(ended.stdout) < 96
+
+
+def test_what_a_user_has_set_up_of_malloc_stays() -> None:
+    for name in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE"):
+        assert allocator_environment({name: "1"}) == {}

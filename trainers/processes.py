@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,29 @@ def _prepare(hold: tuple[signal.Signals, ...], last: signal.Signals, parent: int
     die_with_parent(parent, last)
 
 
+MALLOC = {"tcache_count": 0, "mxfast": 0, "mmap_threshold": 32 << 20, "trim_threshold": 1 << 30}
+"""glibc's, for tensors on the host: no small blocks are kept apart, larger ones than these bytes are mapped, and so many are kept free."""
+
+
+def allocator_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables with which a process that trains is started; none where a user has set up malloc.
+
+    glibc before 2.38 cuts tensors out of larger blocks. The pieces go to small objects, so that what is freed around them never joins:
+    on a CPU a quarter of what a step holds was such gaps. Pieces that are not kept apart join again. torch asks for huge pages for what is
+    mapped by itself, such as logits, or each use would cost a page fault each 4 KiB.
+    """
+    if any(name.startswith("MALLOC_") or name in ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE") for name in environment):
+        return {}
+    tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in MALLOC.items())
+    return {"GLIBC_TUNABLES": tunables, "THP_MEM_ALLOC_ENABLE": "1"}
+
+
 _reserve: list[Any] = []
 """This process's."""
 
 
 EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 PROBE_BYTES = 16 << 20
-"""More than what an allocator may have kept of what was freed."""
 
 
 def keep_reserve() -> None:
@@ -77,6 +93,8 @@ def raise_exhausted(error: BaseException) -> None:
         if isinstance(cause, MemoryError) or getattr(cause, "errno", None) in EXHAUSTED or "allocate memory" in str(cause):
             raise error
         cause = cause.__cause__ or cause.__context__
+    if LIBC is not None and hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)  # else what was freed and kept would do
     try:
         bytearray(PROBE_BYTES)
         os.close(os.open(os.devnull, os.O_RDONLY))

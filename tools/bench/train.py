@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from trainers import host
 from trainers.config.choices import DataSource, ObjectiveName, Precision, Schedule, TooLong, WandbMode
 from trainers.config.derived import peak_lr
 from trainers.config.schema import DataConfig, LogConfig, ModelConfig, ObjectiveConfig, OptimConfig, RunConfig, TrainConfig
+from trainers.processes import allocator_environment
 from trainers.units import in_bytes
 
 if TYPE_CHECKING:
@@ -72,7 +74,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _in_process(shape: str, variant: str, steps: int) -> dict[str, float]:
     line = [sys.executable, "-m", "tools.bench", "one", shape, variant, "--steps", str(steps)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False)
+    env = os.environ | (allocator_environment(os.environ) if variant == "fulltune" else {})  # as the launcher starts a rank
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900, check=False, env=env)
     if done.returncode:
         raise RuntimeError(f"{' '.join(line)} failed:\n{done.stderr[-3000:]}")
     figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
