@@ -153,7 +153,8 @@ class Scripted(JsonRequests):
         else:
             said = self.said(text, body["seed"])
             usage = {"prompt_tokens": len(text.split()), "completion_tokens": len(said.split())}
-            self.reply({"choices": [{"message": {"content": said}, "finish_reason": "stop"}], "usage": usage})
+            reply = {"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}
+            self.reply(reply if "no usage" in text else reply | {"usage": usage})
 
     def said(self, text: str, seed: int) -> str:
         """Return what a good model might say, with words that depend on the seed."""

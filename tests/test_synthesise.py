@@ -199,6 +199,22 @@ def test_a_server_that_goes_down_is_asked_for_the_rest_alone(
     assert "holds other answers" in capsys.readouterr().err
 
 
+def test_money_ends_a_command_within_a_round(server: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of 100 requests those of the slices that the money pays for; a server that reports no tokens has them estimated."""
+    prompts = write_rows(tmp_path / "p.jsonl", [{"prompt": f"no usage, number {number}"} for number in range(100)])
+    words = [*server, f"source={prompts}", "model.at_once=2", "cost.answer=1000"]
+    out = tmp_path / "out.jsonl"
+    assert synthesise("answers", out, *words, "cost.most=300", expect=1) == []
+    asked = len(Scripted.asked)
+    assert asked % 8 == 0
+    assert 8 <= asked < 60
+    assert "cost.most is 300" in capsys.readouterr().err
+    found = synthesise("answers", out, *words)
+    assert len(found) == len(Scripted.asked) == 100
+    sizes = [len(row["messages"][1]["content"]) // 4 for row in found]
+    assert report(out)["answer_tokens"] == sum(sizes)
+
+
 def test_each_method_writes_rows_that_training_reads(server: list[str], rows: str, tmp_path: Path) -> None:
     """With what each filter removed; of rows, requests and removals nothing is lost."""
     document = tmp_path / "docs"

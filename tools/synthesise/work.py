@@ -31,6 +31,8 @@ from trainers.generate.request import LENGTH, Answer, Request
 
 SAID_EVERY_S = 30.0
 """Between two lines of progress where there is no terminal."""
+SLICE = 4
+"""Requests for each that may be in flight, after which the money is looked at, where there is a limit to it."""
 Asked = str | Sequence[Message] | list[int]
 """A turn of the user, a conversation, or ids that are continued."""
 
@@ -133,7 +135,7 @@ class Work:
             else:
                 self._count(row, what)
         missing: Counter[str] = Counter()
-        lengths = {request.key: len(request.ids) for request in todo}
+        lengths = {request.key: _tokens_of(request) for request in todo}
 
         def took(answer: Answer) -> None:
             row = self._row(answer, lengths[answer.key], whole)
@@ -143,9 +145,12 @@ class Work:
             self.kept.add({"number": answer.key, "asked": marks[answer.key], "of": what} | row)
             self._count(row, what)
 
-        if todo:
+        slice_ = max(len(todo), 1) if self.settings.cost.most is None else SLICE * self.settings.model.at_once
+        for at in range(0, len(todo), slice_):
             self._require_money()
-            self.writer.ask(todo, sampling, took)
+            self.writer.ask(todo[at : at + slice_], sampling, took)
+            if missing:
+                break
         if left := sum(request.key not in self.kept.rows for request in requests):
             why = ", ".join(f"{kind} ({count})" for kind, count in missing.most_common()) or "the server answers no more"
             raise Unanswered(f"{left} replies of {what} are missing: {why}. {self.kept.part} has the others; the same command continues")
@@ -163,7 +168,10 @@ class Work:
         """Return what is kept of an answer."""
         if answer.failure:
             return {"failure": answer.failure, "tokens": [0, 0]}
-        own = [prompt_tokens, len(answer.ids)] if answer.ids is not None else list(answer.usage or (0, 0))
+        if answer.ids is not None:
+            own = [prompt_tokens, len(answer.ids)]
+        else:
+            own = list(answer.usage or (prompt_tokens, _tokens_about(answer.text or "")))
         return {"answer": self.writer.text(answer, whole), "finish": answer.finish, "tokens": own}
 
     def _reply(self, number: int) -> Reply:
@@ -197,7 +205,7 @@ class Work:
                 raise Shown
 
     def _estimate(self, requests: Sequence[Request]) -> str:
-        sizes = [len(request.ids) or sum(map(_tokens_about, request.messages)) for request in requests]
+        sizes = [_tokens_of(request) for request in requests]
         count = max(self.planned, len(requests))
         prompt, answer = round(count * sum(sizes) / len(sizes)), count * self.settings.model.max_new_tokens
         money = (prompt * self.settings.cost.prompt + answer * self.settings.cost.answer) / 1000
@@ -255,8 +263,12 @@ class Work:
         return self.settings.rows is not None and len(rows) >= self.settings.rows
 
 
-def _tokens_about(message: Message) -> int:
-    """Return about how many tokens a turn has: four characters of ASCII make one, and one any other."""
-    text = str(message.get("content", ""))
+def _tokens_of(request: Request) -> int:
+    """Return the tokens of a prompt, about so many where no tokenizer is known: four more for each turn."""
+    return len(request.ids) or sum(4 + _tokens_about(str(turn.get("content", ""))) for turn in request.messages)
+
+
+def _tokens_about(text: str) -> int:
+    """Return about how many tokens a text has: four characters of ASCII make one, and any other character makes one."""
     plain = sum(map(str.isascii, text))
-    return plain // 4 + len(text) - plain + 4
+    return plain // 4 + len(text) - plain
