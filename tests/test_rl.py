@@ -15,7 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import arguments, environment, launch, rank_processes, started, status_of, trace, wait_for, wait_for_step, wait_until_gone
+from command import (
+    arguments,
+    environment,
+    launch,
+    rank_processes,
+    started,
+    status_of,
+    tool,
+    trace,
+    wait_for,
+    wait_for_step,
+    wait_until_gone,
+)
 
 from trainers.config.choices import Advantage, DataSource, ObjectiveName
 from trainers.config.errors import ConfigError
@@ -190,6 +202,9 @@ def test_what_is_killed_changes_nothing(base: Path, cache: Path, tmp_path: Path)
     )
     assert len(evaluations(rows_of(tmp_path / "whole"))) == 3
     assert [folder.name for folder in rollouts(tmp_path / "whole")] == [f"step-{step:06d}" for step in range(1, 9)]
+
+    shown = tool(cache, "--rollout", tmp_path / "whole" / "rollouts" / "step-000002", name="show_batch")
+    assert shown.count("reward ") == 3
 
     cut = tmp_path / "cut"
     with started(line(base, prompts, cut), environment(cache)) as process:

@@ -2,11 +2,14 @@
 
 python -m tools.show_batch +exp=quickstart
 python -m tools.show_batch model=hf model.id=DIR data=files data.path=FILE --rows 5
+python -m tools.show_batch --rollout RUN_DIR/rollouts/step-000010
 """
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,8 +19,9 @@ from launcher.compose import compose
 from launcher.config import run_config
 from tools.command import ended, parser_of
 from trainers.batch import WEIGHT
+from trainers.config.derived import SAMPLED
 from trainers.config.errors import ConfigError, plural
-from trainers.config.schema import RunConfig
+from trainers.config.schema import RunConfig, read_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,7 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="settings as for `python -m launcher`, such as +exp=quickstart data.packing=false")
     parser.add_argument("--rows", type=int, default=3, help="rows to show (default 3)")
     parser.add_argument("--split", choices=["train", "eval"], default="train", help="which rows (default train)")
+    parser.add_argument("--rollout", type=Path, metavar="DIR", help="a rollout of a run with objective=grpo, and no settings: its answers")
     options = parser.parse_args(arguments)
+    if options.rollout is not None:
+        return ended(lambda: show_rollout(options.rollout, options.rows))
     return ended(lambda: show(run_config(compose(options.overrides)), options.rows, options.split))
 
 
@@ -47,7 +54,12 @@ def show(config: RunConfig, num_rows: int, split: str) -> None:
     from trainers.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config)
-    prepared = prepare(config, progress=True, tokenizer=tokenizer)
+    if config.objective.name in SAMPLED:
+        from trainers.rl.prompts import prepare_prompts
+
+        prepared = prepare_prompts(config, tokenizer, progress=True)
+    else:
+        prepared = prepare(config, progress=True, tokenizer=tokenizer)
     table = prepared.train if split == "train" else prepared.eval
     if table is None:
         raise ConfigError("data.eval_fraction", config.data.eval_fraction, "there are no held-out rows to show", "data.eval_fraction=0.05")
@@ -61,6 +73,21 @@ def show(config: RunConfig, num_rows: int, split: str) -> None:
         order = row_order(config.seed, 0, len(table)) if split == "train" else np.arange(len(table))
     for row in order[:num_rows]:
         console.print(render_row(table, int(row), tokenizer, marks=console.color_system is None or console.no_color), soft_wrap=True)
+
+
+def show_rollout(folder: Path, num_rows: int) -> None:
+    """Print the first answers of a rollout with their prompts; raises ConfigError for another folder."""
+    from trainers.data.table import open_table
+    from trainers.data.tokenizer import load_tokenizer
+
+    run_dir = folder.resolve().parent.parent
+    if not (folder / "answers.jsonl").is_file() or not (run_dir / "config.yaml").is_file():
+        raise ConfigError("--rollout", str(folder), "is not a rollout of a run", "RUN_DIR/rollouts/step-000001")
+    table, tokenizer, console = open_table(folder), load_tokenizer(read_at(run_dir)), Console()
+    for row, line in zip(range(min(num_rows, len(table))), (folder / "answers.jsonl").open(encoding="utf-8"), strict=False):
+        answer = json.loads(line)
+        console.print(render_row(table, row, tokenizer, marks=console.color_system is None or console.no_color), soft_wrap=True)
+        console.print(f"reward {answer['reward']}, advantage {answer['advantage']:.4g}, {answer['finish']}", highlight=False)
 
 
 def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase, marks: bool = False) -> Text:
