@@ -18,7 +18,7 @@ from tables import pair_table, ragged_table
 
 from trainers.batch import Batch
 from trainers.config.checks import validate
-from trainers.config.choices import Activations, Attention, ObjectiveName, OptimizerName, PeftMethod, Precision
+from trainers.config.choices import Activations, Attention, ObjectiveName, OptimizerName, PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import Mesh, mesh_of, seats_of
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
@@ -104,7 +104,13 @@ CASES: list[Any] = [
 ]
 
 
+MORE: list[Any] = [
+    ("llama", 4, {"context": 2}, {"objective": ObjectiveConfig(name=ObjectiveName.sft, label_smoothing=0.1)}),
+    ("llama", 2, {"context": 2}, {"peft": replace(LORA["peft"], quantise=Quantisation.nf4)}),
+    ("qwen3", 2, {"context": 2}, {"train": {"activations": Activations.offload, "microbatch": 2}}),
+]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]]
+SLOW += [pytest.param(*case, marks=pytest.mark.soak) for case in MORE]
 
 
 @pytest.mark.parametrize(("kind", "size", "engine", "settings"), [CASES[0], *SLOW])

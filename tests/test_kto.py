@@ -55,14 +55,14 @@ def run_kto(world: World, run_dir: Path, model: Path, microbatch: int, packed: i
     table = judged_table(packed)
     config = config_for(run_dir, model, steps=3, global_batch=len(table), microbatch=microbatch, eval_every=3)
     data_config = DataConfig(path="unused", prepared_dir=str(run_dir.parent / "kept"))
-    config = replace(
-        config, objective=KTO, engine=EngineConfig(name=EngineName(engine)), data=data_config, optim=replace(config.optim, lr=LR)
-    )
+    name, _, context = engine.partition(" ")
+    shared = EngineConfig(name=EngineName(name), context=int(context or 1))
+    config = replace(config, objective=KTO, engine=shared, data=data_config, optim=replace(config.optim, lr=LR))
     built = build_engine(config, world, blueprint_for(model))
     data = Prepared(path=run_dir, train=table, eval=table, report={}, reused=True)
     attempt = Attempt(run_dir)
     data = with_reference(config, world, attempt, built, data, {}, 0)
-    loader = Loader(data.train, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+    loader = Loader(data.train, config.train, seed=0, pad_id=0, **built.mesh.share_of(world.rank))
     train(config, world, attempt, built, data, loader, 1.0)
     return read_rows(run_dir) if world.rank == 0 else []
 
@@ -114,10 +114,17 @@ def expected(tiny_llama: Path) -> list[dict[str, float]]:
 
 SPLITS = [(2, 1, 64, "zero3"), (3, 2, None, "fsdp")]
 SLOW = [(1, 12, None, "fsdp"), (2, 3, None, "zero3"), (3, 1, 64, "zero3"), (2, 2, 64, "fsdp"), (1, 1, 64, "fsdp")]
+SOAK = [(4, 2, 64, "fsdp 2"), (2, 3, None, "fsdp 2")]
+"""Ranks that share rows."""
 
 
 @pytest.mark.parametrize(
-    ("size", "microbatch", "packed", "engine"), [*SPLITS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+    ("size", "microbatch", "packed", "engine"),
+    [
+        *SPLITS,
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in SOAK),
+    ],
 )
 def test_every_split_equals_a_plain_loop_with_the_baseline_of_the_whole_step(
     ranks: Callable[[int], Ranks],
