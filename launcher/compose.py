@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launcher import config as schema
-from launcher.config import JobConfig, run_config, validate_launch, world_size
+from launcher.config import JobConfig, ranks_per_node, run_config, validate_launch, world_size
 from launcher.errors import BAD_INPUT, explain, unknown
 from launcher.fields import all_fields, names_at
 from launcher.presets import CONF
@@ -67,7 +67,7 @@ def checked(composed: DictConfig) -> JobConfig:
     make_paths_absolute(job)
     validate(run_config(job))
     validate_launch(job.launch)
-    check_world(run_config(job), world_size(job.launch))
+    check_world(run_config(job), world_size(job.launch), ranks_per_node(job.launch))
     return job
 
 

@@ -427,9 +427,10 @@ print(json.dumps([done.returncode, done.stderr, used.ru_utime + used.ru_stime, u
         ("llama70b_full", 1, 1, ["peft=qlora"]),
         ("llama70b_full", 1, 2, ["peft=qlora"]),
         ("llama70b_full", 16, 8, ["model.id=meta-llama/Llama-3.1-405B", "train.global_batch=128"]),
+        ("llama405b_full", 16, 8, []),
         ("llama70b_full", 8, 8, ["engine=zero3"]),
     ],
-    ids=["70b on 64", "70b lora on 8", "70b qlora on 1", "70b qlora on 2", "405b on 128", "70b zero3 on 64"],
+    ids=["70b on 64", "70b lora on 8", "70b qlora on 1", "70b qlora on 2", "405b on 128", "405b on 128, layers split", "70b zero3 on 64"],
 )
 def test_large_models_take_under_a_minute(exp: str, nodes: int, gpus: int, more: list[str], cache: Path, tmp_path: Path) -> None:
     """On one core, and under 4 GiB of memory, with the command that a user types."""

@@ -93,6 +93,8 @@ PRIVATE = {
             "torch._subclasses.fake_tensor.FakeTensor",
             "torch._subclasses.fake_tensor.FakeTensorMode",
             "torch._subclasses.fake_tensor.unset_fake_temporarily",
+            f"{DTENSOR}._dtensor_spec.DTensorSpec",
+            f"{DTENSOR}._dtensor_spec.TensorMeta",
             f"{DTENSOR}._utils.compute_local_shape_and_global_offset",
             f"{FSDP}._fsdp_param",
             "torch.testing._internal.distributed.fake_pg.FakeStore",

@@ -49,6 +49,7 @@ OF_EXPERIMENTS = {
     "tulu3_8b_dpo": 2e-5,
     "llama70b_full": 2e-6,
     "llama70b_full_128k": 2e-6,
+    "llama405b_full": 2e-6,
     "qwen3_8b_full": 7e-6,
     "qwen3_8b_grpo_gsm8k": 4e-5,
     "qwen3_8b_rlvr_math": 4e-5,

@@ -286,6 +286,21 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "shared rows after virtual tokens": ["engine.context=2", "peft=prompt", "data.packing=false"],
     "shared rows that are scored": ["engine.context=2", "objective=reward"],
     "shared rows by positions": ["engine.context=2", "model.attention=flex"],
+    "ranks that cannot split layers": ["engine.tensor=3"],
+    "heads that do not divide": ["engine.tensor=2", "model.architecture={model_type: llama, num_attention_heads: 3}"],
+    "a vocabulary that does not divide": ["engine.tensor=2", "model.architecture={model_type: llama, vocab_size: 33}"],
+    "layers split over nodes": ["engine.tensor=2"],
+    "split layers of the other engine": ["engine=zero3", "engine.tensor=2"],
+    "split layers in compiled blocks": ["engine.tensor=2", "train.compile=true"],
+    "split layers in float8": ["engine.tensor=2", "train.float8=rowwise"],
+    "split layers with other adapters": ["engine.tensor=2", "peft=dora"],
+    "split layers in 4 bits": ["engine.tensor=2", "peft=qlora"],
+    "split layers next to second copies": ["engine.tensor=2", "peft=lora", "peft.modules_to_save=[lm_head]"],
+    "split layers and whole matrices": ["engine.tensor=2", "optim=muon"],
+    "split layers and moments of 16 bits": ["engine.tensor=2", "optim.state=bf16"],
+    "split layers that are scored": ["engine.tensor=2", "objective=reward"],
+    "a part of the vocabulary of a teacher": ["engine.tensor=2", "objective=distil"],
+    "a part of the vocabulary of smoothed labels": ["engine.tensor=2", "objective.label_smoothing=0.1"],
 }
 RANKS = 2
 
@@ -293,7 +308,7 @@ RANKS = 2
 def refusal(config: RunConfig) -> ConfigError | None:
     try:
         validate(config)
-        check_world(config, RANKS)
+        check_world(config, RANKS, 1)
     except ConfigError as error:
         return error
     return None

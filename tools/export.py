@@ -14,6 +14,7 @@ Exit codes: 0 written, 1 the checkpoint is damaged or not finite, or the disk fa
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import shutil
 import sys
@@ -214,7 +215,10 @@ class Part(io.RawIOBase):
 
 
 class Stored:
-    """The model's tensors in a distributed checkpoint: whole, or flattened as ZeRO-3 saves them; in blocks of rows, one for each rank."""
+    """The model's tensors in a distributed checkpoint: whole, or flattened as ZeRO-3 saves them.
+
+    They are in blocks of rows, one for each rank, or several side by side where ranks split layers.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read the checkpoint's table of contents; raises Damaged."""
@@ -261,21 +265,36 @@ class Stored:
     def read(self, name: str) -> Iterator[Tensor]:
         """Yield the elements of a tensor in order, as flat pieces in the type they are saved in."""
         tensor, at = self.tensors[name], 0
-        for chunk in sorted(tensor.chunks, key=lambda chunk: tuple(chunk.offsets)):
-            if math.prod(chunk.sizes) == 0:
-                continue
-            if tuple(chunk.sizes[1:]) != tuple(tensor.size[1:]) or at != sum(chunk.offsets[:1]) * math.prod(tensor.size[1:]):
+        chunks = sorted((chunk for chunk in tensor.chunks if math.prod(chunk.sizes)), key=lambda chunk: tuple(chunk.offsets))
+        for _, band in itertools.groupby(chunks, key=lambda chunk: tuple(chunk.offsets[:1])):
+            side_by_side = list(band)
+            if not _are_rows(side_by_side, tensor.size) or at != sum(side_by_side[0].offsets[:1]) * math.prod(tensor.size[1:]):
                 raise Damaged(f"{self.folder / '.metadata'} does not split {name} into blocks of rows")
-            at += math.prod(chunk.sizes)
-            yield from self._read_chunk(self.places[f"model.{name}", tuple(chunk.offsets)], tensor.properties.dtype, math.prod(chunk.sizes))
+            at += sum(math.prod(chunk.sizes) for chunk in side_by_side)
+            yield from self._read_rows(name, side_by_side, tensor.properties.dtype)
         if at != math.prod(tensor.size):
             raise Damaged(f"{self.folder / '.metadata'} places {at:,} elements of {name}, which has {math.prod(tensor.size):,}")
 
-    def _read_chunk(self, place: Any, dtype: Any, count: int) -> Iterator[Tensor]:
-        """Yield what one rank saved of a tensor: torch.save's zip archive, whose one storage is read piece by piece.
+    def _read_rows(self, name: str, chunks: list[Any], dtype: Any) -> Iterator[Tensor]:
+        """Yield rows of chunks that are side by side, flat and as many of each at a time."""
+        import torch
+
+        wide = max(math.prod(chunk.sizes[1:]) * dtype.itemsize for chunk in chunks)
+        rows = max(1, PIECE_BYTES // wide)
+        parts = [self._read_chunk(self.places[f"model.{name}", tuple(chunk.offsets)], dtype, chunk.sizes, rows) for chunk in chunks]
+        if len(chunks) == 1:
+            yield from parts[0]
+            return
+        for pieces in zip(*parts, strict=True):
+            in_rows = [piece.view(-1, math.prod(chunk.sizes[1:])) for piece, chunk in zip(pieces, chunks, strict=True)]
+            yield torch.cat(in_rows, 1).view(-1)
+
+    def _read_chunk(self, place: Any, dtype: Any, sizes: Any, rows: int) -> Iterator[Tensor]:
+        """Yield what one rank saved of a tensor, so many rows at a time: torch.save's zip archive, of one storage.
 
         torch.load would hold the chunk twice and does not compare checksums. Here damage shows at the latest with the last piece.
         """
+        count, at_once = math.prod(sizes), rows * math.prod(sizes[1:]) * dtype.itemsize
         path = self.folder / place.relative_path
         try:
             with path.open("rb", buffering=0) as file, zipfile.ZipFile(Part(file, place.offset, place.length)) as archive:
@@ -283,10 +302,19 @@ class Stored:
                 if entry.file_size != count * dtype.itemsize:
                     raise ValueError(f"{entry.file_size:,} bytes for {count:,} x {dtype}")
                 with archive.open(entry) as storage:
-                    for begin in range(0, entry.file_size, PIECE_BYTES):
-                        yield _read_piece(storage, min(PIECE_BYTES, entry.file_size - begin)).view(dtype)
+                    for begin in range(0, entry.file_size, at_once):
+                        yield _read_piece(storage, min(at_once, entry.file_size - begin)).view(dtype)
         except Exception as error:  # zipfile raises many kinds for bytes other than an archive
             raise Damaged(f"{path} is damaged: {error or type(error).__name__}") from error
+
+
+def _are_rows(chunks: list[Any], size: Any) -> bool:
+    """Tell whether chunks of a tensor, in their order, are whole rows side by side."""
+    widths = [chunk.sizes[1] if len(size) > 1 else 1 for chunk in chunks]
+    begins = [chunk.offsets[1] if len(size) > 1 else 0 for chunk in chunks]
+    fits = all(chunk.sizes[0:1] == chunks[0].sizes[0:1] and chunk.sizes[2:] == size[2:] for chunk in chunks)
+    together = begins == list(itertools.accumulate(widths, initial=0))[:-1] and sum(widths) == (size[1] if len(size) > 1 else 1)
+    return fits and together
 
 
 def _read_piece(storage: Any, num_bytes: int) -> Tensor:

@@ -50,7 +50,7 @@ def main(path: str) -> int:
         world.say_stopped = lambda name: attempt.set_status(State.preempted, signal=name)
         world.watch_signals()
         config = load(path)
-        check_world(config, world.size)
+        check_world(config, world.size, world.local_size)
         if world.rank == 0 and "FULLTUNE_LAUNCHER" not in os.environ and not attempt.has_ended(State.failed, State.preempted):
             attempt.set_status(State.submitted)  # forget how an earlier attempt ended, as the launcher does
         watchdog.collectives, watchdog.flight_record, watchdog.is_asked = world.collectives, world.flight_record, world.is_asked

@@ -66,7 +66,7 @@ def summed(engine: Engine, objective: Objective, batches: Iterable[Batch], world
                 return None
             every += max(1, round(ASK_EVERY_S / max(seconds, 1e-6)))
     engine.train(True)
-    names, each = sorted(sums), engine.mesh.context  # as many ranks have the same rows
+    names, each = sorted(sums), engine.mesh.same_rows  # as many ranks have the same rows
     whole = {name: total / each for name, total in zip(names, world.sum([sums[name] for name in names]), strict=True)}
     return whole, [] if tally is None else world.sum((tally / each).tolist())
 

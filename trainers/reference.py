@@ -213,7 +213,7 @@ def _measure(engine: Engine, world: World, table: TokenTable, config: RunConfig,
         if world.any(world.signalled is not None)[0]:
             raise Stopped("a signal while the reference was measured")
     engine.train(True)
-    sums = [world.sum((found[at : at + SUM_AT_ONCE] / mesh.context).tolist()) for at in range(0, len(found), SUM_AT_ONCE)]
+    sums = [world.sum((found[at : at + SUM_AT_ONCE] / mesh.same_rows).tolist()) for at in range(0, len(found), SUM_AT_ONCE)]
     return np.concatenate([np.array(part, dtype=np.float32) for part in sums])
 
 

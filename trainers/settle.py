@@ -35,14 +35,19 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 def settled(config: RunConfig, world: World, attempt: Attempt) -> RunConfig:
     """Return the config with a choice instead of `auto`, made once a run and said with the reason; collective.
 
-    A continued run keeps it, unless it has other ranks, another engine.context or another microbatch, with which it may no longer fit.
+    A continued run keeps it, unless it has other ranks, another mesh or another microbatch, with which it may no longer fit.
     """
     free = -world.max([-_free_bytes(world)])[0]
     found: dict[str, Any] = {}
     if world.rank == 0:
         manifest = read_json(attempt.run_dir / paths.MANIFEST)
         found = manifest.get("activations") or {}
-        split = {"ranks": world.size, "context": config.engine.context, "microbatch": config.train.microbatch}
+        split = {
+            "ranks": world.size,
+            "context": config.engine.context,
+            "tensor": config.engine.tensor,
+            "microbatch": config.train.microbatch,
+        }
         if found.get("chosen") not in list(offered(config)) or {key: found.get(key) for key in split} != split:
             found = _choice(config, world, free) | split
             attempt.write_json(attempt.run_dir / paths.MANIFEST, manifest | {"activations": found})

@@ -24,7 +24,7 @@ def with_statistic(engine: Engine, objective: Objective, batches: Sequence[Batch
     for batch in batches:
         on_device = batch.to(world.device)
         total += measure(engine.forward(on_device, measure.needs), on_device).total.double()
-    return measure.measured.given(world.sum(read([total]))[0] / engine.mesh.context / targets)
+    return measure.measured.given(world.sum(read([total]))[0] / engine.mesh.same_rows / targets)
 
 
 class AsLoss:

@@ -52,6 +52,7 @@ def _llama(hidden: int, intermediate: int, blocks: int, heads: int, vocab: int) 
 
 SIZES = {
     "tiny": _llama(64, 176, 5, 4, 33),
+    "even": _llama(64, 176, 5, 4, 36),
     "9M": _llama(256, 704, 8, 8, 8192),
     "60M": _llama(512, 1536, 14, 8, 16384),
     "300M": _llama(1024, 2816, 22, 16, 16384),
@@ -77,6 +78,7 @@ class Case:
     microbatches: int = 1
     replicate: int = 1
     context: int = 1
+    tensor: int = 1
     keep_gathered: bool = False
     """Parameters stay gathered from microbatch to microbatch."""
     seq_len: int = 128
@@ -98,6 +100,7 @@ class Case:
         words += [f"{self.microbatches} microbatches"] if self.microbatches > 1 else []
         words += [f"{self.replicate} copies"] if self.replicate > 1 else []
         words += [f"{self.context} ranks share each row"] if self.context > 1 else []
+        words += [f"{self.tensor} ranks split each layer"] if self.tensor > 1 else []
         words += ["kept gathered"] if self.keep_gathered else []
         words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
         words += [f"logits of {self.logits_chunk or 'all'} tokens"] if self.logits_chunk is not None else []
@@ -105,6 +108,10 @@ class Case:
         words += [str(self.objective)] if self.objective is not ObjectiveName.sft else []
         words += [f"{self.microbatch} x {self.seq_len}"] if self.seq_len > 128 else []
         return " ".join(words)
+
+    def _mesh(self) -> dict[str, Any]:
+        sizes = {"replicate": self.replicate, "context": self.context, "tensor": self.tensor}
+        return {name: size for name, size in sizes.items() if size > 1}
 
     def config(self, run_dir: str) -> RunConfig:
         """Return its settings."""
@@ -115,11 +122,11 @@ class Case:
             data=DataConfig(seq_len=self.seq_len),
             peft=PeftConfig(method=self.method, quantise=self.quantise),
             objective=ObjectiveConfig(name=self.objective),
-            engine=replace(engine, replicate=self.replicate, context=self.context) if self.replicate * self.context > 1 else engine,
+            engine=replace(engine, **self._mesh()) if self._mesh() else engine,
             optim=OptimConfig(name=self.optimizer, state=self.state, lr=1e-5),
             train=TrainConfig(
                 steps=1,
-                global_batch=self.microbatch * self.ranks // self.context * self.microbatches,
+                global_batch=self.microbatch * self.ranks // self.context // self.tensor * self.microbatches,
                 microbatch=self.microbatch,
                 precision=self.precision,
                 activations=self.activations,
@@ -163,6 +170,12 @@ CASES = [
     Case(2, "tiny", precision=FP32, seq_len=1024, context=2),
     Case(4, "tiny", precision=FP32, seq_len=1024, context=4, activations=BLOCK),
     Case(4, "tiny", replicate=2, context=2),
+    Case(2, "even", tensor=2),
+    Case(2, "even", precision=FP32, activations=BLOCK, logits_chunk=50, microbatches=2, tensor=2),
+    Case(2, "9M", method=LORA, activations=SELECTIVE, tensor=2),
+    Case(4, "9M", microbatches=2, tensor=2),
+    Case(4, "9M", activations=BLOCK, replicate=2, tensor=2),
+    Case(4, "even", seq_len=1024, context=2, tensor=2),
     Case(4, "60M", engine=ZERO3, precision=FP32, activations=BLOCK),
     *(Case(2, "9M", optimizer=name) for name in OptimizerName if name is not OptimizerName.adamw),
     Case(2, "9M", engine=ZERO3, optimizer=OptimizerName.adamw_8bit),

@@ -62,6 +62,7 @@ POSITIVE = (
     "optim.clip",
     "engine.replicate",
     "engine.context",
+    "engine.tensor",
     "peft.lr",
     "peft.rank",
     "peft.alpha",
@@ -196,6 +197,10 @@ def validate(config: RunConfig) -> None:
     validate_kernels(config)
     if config.engine.context > 1:
         validate_context(config)
+    if config.engine.tensor > 1:
+        from trainers.config.tensor import validate_tensor
+
+        validate_tensor(config)
     if config.train.precision is Precision.fp16 or config.train.loss_scale or config.train.loss_scale_steps:
         from trainers.config.precision import validate_precision
 

@@ -1,7 +1,8 @@
-"""How ranks are arranged: copies of the model, the ranks that shard one, and the ranks that share rows. No torch."""
+"""How ranks are arranged: copies of the model, the ranks that shard one, that share rows and that split layers. No torch."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,24 +12,36 @@ from trainers.config.schema import EngineConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Ranks by what they share; rank = (copy x shard + part of a copy) x context + slice, so that a context group is consecutive.
+    """Ranks by what they share; rank = ((copy x shard + part of a copy) x context + slice) x tensor + part of each layer.
 
-    A copy of the model is split over `shard` x `context` ranks; `replicate` x `shard` groups have rows of their own.
+    So the ranks that split layers are consecutive, and those that share rows. A copy of the model is split over `shard` x `context` x
+    `tensor` ranks; `replicate` x `shard` groups have rows of their own.
     """
 
     replicate: int = 1
     shard: int = 1
     context: int = 1
+    tensor: int = 1
 
     @property
     def size(self) -> int:
         """Return the number of ranks."""
-        return self.replicate * self.shard * self.context
+        return self.replicate * self.copy_size
 
     @property
     def copy_size(self) -> int:
         """Return the ranks that one copy of the model is split over."""
-        return self.shard * self.context
+        return self.shard * self.same_rows
+
+    @property
+    def same_rows(self) -> int:
+        """Return how many ranks have the same rows."""
+        return self.context * self.tensor
+
+    @property
+    def averaged(self) -> int:
+        """Return over how many ranks a gradient is averaged: those with the same part of each layer."""
+        return self.size // self.tensor
 
     @property
     def data_size(self) -> int:
@@ -37,29 +50,37 @@ class Mesh:
 
     def data_rank(self, rank: int) -> int:
         """Return which of these groups a rank is in: the ranks of one get the same rows."""
-        return rank // self.context
+        return rank // self.same_rows
 
     def share_of(self, rank: int) -> dict[str, Any]:
         """Return the `rank` and `world_size` of those that deal out rows: a rank's group among all that have rows of their own."""
-        return {"rank": rank // self.context, "world_size": self.replicate * self.shard}
+        return {"rank": rank // self.same_rows, "world_size": self.replicate * self.shard}
 
     def slice_rank(self, rank: int) -> int:
         """Return which slice of its group's rows a rank has."""
-        return rank % self.context
+        return rank // self.tensor % self.context
+
+    def dropout_rank(self, rank: int) -> int:
+        """Return the rank by which dropout is seeded: the same for those that split a layer, which compute the same between layers."""
+        return rank // self.tensor
 
 
 def mesh_of(engine: EngineConfig, world_size: int) -> Mesh:
-    """Return the mesh of a number of ranks; raises ConfigError unless `replicate` x `shard` x `context` is that number."""
-    mesh = Mesh(replicate=engine.replicate, shard=world_size // engine.context // engine.replicate, context=engine.context)
-    if mesh.shard * mesh.replicate * mesh.context != world_size or engine.shard not in (None, mesh.shard):
+    """Return the mesh of a number of ranks; raises ConfigError unless the sizes that `engine` names make that number."""
+    sizes = {"replicate": engine.replicate, "context": engine.context, "tensor": engine.tensor}
+    mesh = Mesh(shard=world_size // math.prod(sizes.values()), **sizes)
+    if mesh.size != world_size or engine.shard not in (None, mesh.shard):
         _refuse(engine, world_size, mesh.shard)
     return mesh
 
 
 def _refuse(engine: EngineConfig, world_size: int, shard: int) -> None:
-    _require_divisor("context", engine.context, world_size, "do not divide into groups of that size")
-    _require_divisor("replicate", engine.replicate, world_size // engine.context, "cannot be divided into as many copies", engine.context)
-    by = f"engine.replicate {engine.replicate}" + (f" / engine.context {engine.context}" if engine.context > 1 else "")
+    _require_divisor("tensor", engine.tensor, world_size, "do not divide into groups of that size")
+    _require_divisor("context", engine.context, world_size // engine.tensor, "do not divide into groups of that size", engine.tensor)
+    same_rows = engine.tensor * engine.context
+    _require_divisor("replicate", engine.replicate, world_size // same_rows, "cannot be divided into as many copies", same_rows)
+    others = (("context", engine.context), ("tensor", engine.tensor))
+    by = f"engine.replicate {engine.replicate}" + "".join(f" / engine.{name} {size}" for name, size in others if size > 1)
     reason = f"{plural(world_size, 'rank')} / {by} are {plural(shard, 'rank')} a copy"
     raise ConfigError("engine.shard", engine.shard, reason, f"engine.shard={shard}")
 
@@ -70,17 +91,18 @@ MOST_SEATS = 64
 def seats_of(mesh: Mesh, ranks_per_node: int) -> list[str]:
     """Return a table of which ranks are on which nodes and what they have, a line for each group that shares something; plain: none.
 
-    A line is of the ranks that share rows, or else of those that share a copy of the model.
+    A line is of the ranks that have the same rows, or else of those that share a copy of the model.
     """
-    if mesh.replicate * mesh.context == 1:
+    if mesh.replicate * mesh.same_rows == 1:
         return []
-    size = mesh.context if mesh.context > 1 else mesh.copy_size
-    table = [("ranks", "nodes", "copy", "rows of group", "slices")]
+    size = mesh.same_rows if mesh.same_rows > 1 else mesh.copy_size
+    parts = [f"0-{mesh.tensor - 1}"] if mesh.tensor > 1 else []
+    table = [("ranks", "nodes", "copy", "rows of group", "slices", *(["parts of layers"] if parts else []))]
     for first in range(0, mesh.size, size)[:MOST_SEATS]:
         ends = first, first + size - 1
         spans = ends, tuple(rank // ranks_per_node for rank in ends), tuple(map(mesh.data_rank, ends)), tuple(map(mesh.slice_rank, ends))
         ranks, nodes, rows, slices = (_span(*span) for span in spans)
-        table.append((ranks, nodes, str(first // mesh.copy_size), rows, slices))
+        table.append((ranks, nodes, str(first // mesh.copy_size), rows, slices, *parts))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["# " + "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in table]
     more = mesh.size // size - MOST_SEATS
@@ -91,8 +113,8 @@ def _span(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _require_divisor(name: str, wanted: int, count: int, how: str, context: int = 1) -> None:
+def _require_divisor(name: str, wanted: int, count: int, how: str, each: int = 1) -> None:
     if count % wanted:
         near = [str(number) for number in range(1, count + 1) if count % number == 0]
-        what = plural(count, "rank") if context == 1 else f"{plural(count, 'group')} of {context} ranks"
+        what = plural(count, "rank") if each == 1 else f"{plural(count, 'group')} of {each} ranks"
         raise ConfigError(f"engine.{name}", wanted, f"{what} {how}", f"engine.{name}={' or '.join(near)}")

@@ -450,9 +450,11 @@ class EngineConfig:
     replicate: int = 1
     """fsdp: copies of the model, each sharded over `shard` ranks (HSDP); nodes, say, where the network between them is slow."""
     shard: int | None = None
-    """fsdp: groups of `context` ranks that share one copy; empty is all ranks / `replicate` / `context`."""
+    """fsdp: groups of `context` ranks that share one copy; empty is all ranks / `replicate` / `context` / `tensor`."""
     context: int = 1
     """fsdp: ranks that share each row, a slice of its tokens each, and attend with some of the heads each (Ulysses); for long rows."""
+    tensor: int = 1
+    """fsdp: ranks of a node that split each layer, by transformers' own plan; for models and batches too large for sharding alone."""
     prefetch: int = 1
     """fsdp: blocks gathered ahead of the one that computes; each costs one block's parameters in the compute type."""
     reshard_after_backward: bool = True

@@ -16,7 +16,16 @@ from trainers.config.mesh import mesh_of
 from trainers.config.methods import VIRTUAL
 from trainers.config.schema import EngineConfig, RunConfig
 
-FSDP_ONLY = ("reshard_after_forward", "reshard_after_backward", "replicate", "shard", "context", "prefetch", "sync_each_microbatch")
+FSDP_ONLY = (
+    "reshard_after_forward",
+    "reshard_after_backward",
+    "replicate",
+    "shard",
+    "context",
+    "tensor",
+    "prefetch",
+    "sync_each_microbatch",
+)
 SHARED = (Attention.auto, Attention.varlen, Attention.sdpa, Attention.eager)
 """Attention that takes whole rows of some heads as it takes those of all."""
 ZERO3_ONLY = (
@@ -85,21 +94,38 @@ def _config_json(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_world(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError unless `world_size` ranks are a mesh, over whose groups the global batch splits evenly."""
+def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> None:
+    """Raise ConfigError unless `world_size` ranks are a mesh, over whose groups the global batch splits evenly.
+
+    With `ranks_per_node` also where ranks that split layers would be on several nodes.
+    """
     train, mesh = config.train, mesh_of(config.engine, world_size)
-    if mesh.context > 1:
+    if mesh.same_rows > 1:
         known = config.model.architecture or (_config_json(Path(config.model.id)) if config.model.id is not None else {})
-        require_heads(known.get("text_config", known).get("num_attention_heads"), config.engine, world_size)
+        _require_counts(known.get("text_config", known), config.engine, world_size)
+    if mesh.tensor > 1 and ranks_per_node is not None:
+        from trainers.config.tensor import require_node
+
+        require_node(mesh.tensor, ranks_per_node)
     share = mesh.data_size * train.microbatch
     if train.global_batch % share:
-        groups = plural(world_size, "rank") if mesh.context == 1 else f"{plural(mesh.data_size, 'group')} of {mesh.context} ranks"
+        groups = plural(world_size, "rank") if mesh.same_rows == 1 else f"{plural(mesh.data_size, 'group')} of {mesh.same_rows} ranks"
         raise ConfigError(
             "train.global_batch",
             train.global_batch,
             f"is not divisible by {groups} x train.microbatch {train.microbatch} = {share}",
             f"train.global_batch={near(train.global_batch, share)}",
         )
+
+
+def _require_counts(known: dict[str, Any], engine: EngineConfig, world_size: int) -> None:
+    """Raise ConfigError unless what is known of a model divides over the ranks that split its layers, and over those that share rows."""
+    if engine.context > 1:
+        require_heads(known.get("num_attention_heads"), engine, world_size)
+    if engine.tensor > 1:
+        from trainers.config.tensor import require_counts
+
+        require_counts(known, engine.tensor, world_size // engine.replicate // engine.context, engine.context)
 
 
 def near(size: int, share: int) -> str:

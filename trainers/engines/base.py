@@ -259,7 +259,7 @@ def require_host(config: RunConfig, world: World, built: Engine) -> None:
     parameters = engine.offload_param is Offload.cpu
     numels = [p.numel() for p in model.parameters()]
     needed = host.host_bytes_needed(
-        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=sum(math.prod(shape) for name, shape in built.shapes().items() if name in built.adaptation.trained),
         local_ranks=world.local_size,
         world_size=world.size,
         on_host=built.on_host(config),

@@ -140,7 +140,7 @@ def require_no_state(model: nn.Module, context: int) -> None:
 
 def slices_of(mesh: Mesh, rank: int, device: str) -> Slices:
     """Return the ranks of a mesh that share this one's rows, and let attention exchange heads among them; collective."""
-    groups = init_device_mesh(device, (mesh.data_size, mesh.context), mesh_dim_names=("data", "context"))
+    groups = init_device_mesh(device, (mesh.data_size, mesh.context, mesh.tensor), mesh_dim_names=("data", "context", "tensor"))
     for backend in SHARED[1:]:
         plain = AttentionInterface().get(str(backend))
         if not isinstance(plain, partial):

@@ -50,7 +50,7 @@ class Unmade:
         return self.shape if dim is None else self.shape[dim]
 
     def _then(self, step: Step, dtype: torch.dtype | None = None, size: int | None = None) -> Unmade:
-        return Unmade(self.hidden, self.size_ if size is None else size, dtype or self.dtype, (*self.tail, step))
+        return type(self)(self.hidden, self.size_ if size is None else size, dtype or self.dtype, (*self.tail, step))
 
     def _with(self, other: Any, step: Step) -> Unmade:
         """Record arithmetic with a number, or with a tensor that is the same for all tokens and not trained."""
@@ -106,6 +106,9 @@ class Head:
     While `reading`, the model's own forward gets an Unmade from its head, and the model returns (N,) log-probabilities as its logits.
     The head then runs inside the model's and its own call, so that an engine has gathered its weights, forward and backward.
     """
+
+    kind: type[Unmade] = Unmade
+    """What takes the place of the logits."""
 
     def __init__(self, model: PreTrainedModel, tokens: int) -> None:
         """Take a model after its adapters and before its sharding; it computes as before outside of `reading`."""
@@ -195,7 +198,7 @@ class _StandIn:
         self.head = head
 
     def __call__(self, hidden: Tensor) -> Unmade:
-        return Unmade(hidden, self.head.vocab_size, hidden.dtype)
+        return self.head.kind(hidden, self.head.vocab_size, hidden.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.head.layer, name)
@@ -211,7 +214,7 @@ class _LinearLogps(torch.autograd.Function):
         """Read (N, H) with weight (V, H) and bias (V,): log-probabilities (N,) float32, entropy (N,) and (N, k + 1) of ids, or nothing."""
         tail = head.tail or ()
         parts = head.parts(hidden, labels, ids)
-        found = [head.measure(run(tail, _logits(part, weight, bias)), label, those) for part, label, those in parts]
+        found = [head.measure(run(tail, logits_of(part, weight, bias)), label, those) for part, label, those in parts]
         logps, entropy, gathered = map(torch.cat, zip(*found, strict=True))
         ctx.tail, ctx.tokens = tail, head.tokens
         ctx.save_for_backward(hidden, weight, bias, labels, ids)
@@ -228,7 +231,7 @@ class _LinearLogps(torch.autograd.Function):
         )
         for start in range(0, len(hidden), ctx.tokens):
             part = slice(start, start + ctx.tokens)
-            slopes = _slopes(_logits(hidden[part], weight, bias), _writer(labels, ids, grads, part), ctx.tail)
+            slopes = _slopes(logits_of(hidden[part], weight, bias), _writer(labels, ids, grads, part), ctx.tail)
             if to_hidden is not None:
                 torch.mm(slopes, weight, out=to_hidden[part])
             if to_weight is not None:
@@ -239,7 +242,8 @@ class _LinearLogps(torch.autograd.Function):
         return to_hidden, to_weight, to_bias, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a linear head's logits, (n, H) -> (n, V)."""
     return hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
 
 
@@ -278,12 +282,12 @@ def _owner(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, str]:
     raise NotUnderstood("its output layer is not one of its modules")
 
 
-def why_not(model: PreTrainedModel) -> str | None:
+def why_not(model: PreTrainedModel, make: type[Head] = Head) -> str | None:
     """Return why a model's head cannot be read a few tokens at a time, None where it can: tried on a twin on `meta`."""
     try:
         for training in (True, False):
             twin = twin_of(model)
-            ask(twin.train(training), head=Head(twin, 3))
+            ask(twin.train(training), head=make(twin, 3))
     except Exception as error:  # of the model's own code, which may be anybody's
         raise_exhausted(error)
         return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

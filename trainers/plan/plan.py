@@ -356,6 +356,7 @@ def _engine_words(config: RunConfig) -> str:
     words += [f"optimizer on {engine.offload_optimizer}"] if engine.offload_optimizer is not Offload.none else []
     words += [f"{engine.replicate} copies"] if engine.replicate > 1 else []
     words += [f"{engine.context} ranks share each row"] if engine.context > 1 else []
+    words += [f"{engine.tensor} ranks split each layer"] if engine.tensor > 1 else []
     words += [f"activations={config.train.activations}"] if config.train.activations is not Activations.keep else []
     return ", ".join(words)
 

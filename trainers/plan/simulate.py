@@ -244,7 +244,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         engine = outline(config, world, blueprint)
     objective = make_objective(config.objective, None, config.train.balance_loss)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    trace = Trace(blueprint.config.get_text_config().vocab_size, fake)
+    trace = Trace(blueprint.config.get_text_config().vocab_size // config.engine.tensor, fake)
     count = min(MICROBATCHES, microbatches(config.train, mesh_of(config.engine, world.size).data_size))
     vocab_size = blueprint.config.get_text_config().vocab_size
     batches = [most_of(config, config.train.microbatch, seq_len, vocab_size) for _ in range(count)]

@@ -42,11 +42,12 @@ from trainers.engines.base import (
     update_statement,
     update_tensors,
 )
-from trainers.engines.fsdp.groups import has_use, layout, require_groups, shard, unreached_modules
+from trainers.engines.fsdp.groups import data_mesh, has_use, layout, require_groups, shard, unreached_modules
 from trainers.engines.fsdp.state import (
     begin_state,
     bytes_on_host,
     load,
+    load_in_place,
     load_values,
     local_block,
     local_bytes,
@@ -68,6 +69,7 @@ from trainers.world import World, read
 
 if TYPE_CHECKING:
     from trainers.engines.compiling import CompiledBlocks
+    from trainers.engines.fsdp.split import Split
     from trainers.model.context import Slices
 
 log = logging.getLogger("fulltune")
@@ -98,7 +100,8 @@ class FSDPEngine:
         apart = self.compute is not torch.float32 and not config.train.compile  # a compiled block runs no hooks of groups inside it
         routers = [mixture.router for mixture in mixtures(self.model)] if apart else []
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
-        self.head, self.logits = head_of(self.model, config, self.compute)
+        self.split = self._split() if self.mesh.tensor > 1 else None  # what of each layer this rank has, where ranks split layers
+        self.head, self.logits = head_of(self.model, config, self.compute) if self.split is None else (self.split.head, self.split.logits)
         self.blocks = find_blocks(self.model)
         self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None  # what multiplies in float8, in words
         self.inputs = keep_for_backward(self.blocks, config, self._pins())
@@ -124,7 +127,7 @@ class FSDPEngine:
             never_used=self.adaptation.unreached,
             compute=self.compute,
             engine=self.config.engine,
-            ranks=self.mesh,
+            mesh=data_mesh(self.mesh, self.world.device.type) if self.split is None else self.split.data_mesh,
             device=self.world.device.type,
         )
 
@@ -160,7 +163,7 @@ class FSDPEngine:
         """Give this rank's slices memory, with the values of `origin` where there is one, and make the optimizer."""
         materialise(self.model, torch.device("cpu") if self.offloaded else self.world.device)
         if origin is not None:
-            load_values(self.model, origin)
+            load_values(self.model, origin, self._part)
             forget(origin)
         move_buffers(self.model, self.world.device)  # an offloaded model's parameters visit the device, its buffers live there
         self.optimizer = optimizer_of(self.model, self.config.optim, self.adaptation)
@@ -190,6 +193,15 @@ class FSDPEngine:
         require_no_state(self.model, self.mesh.context)
         return slices_of(self.mesh, self.world.rank, self.world.device.type)
 
+    def _split(self) -> Split:
+        from trainers.engines.fsdp.split import Split
+
+        return Split(self.model, self.config, self.mesh, self.world.rank, self.world.device.type, self.compute.itemsize)
+
+    def _part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor as the part of the whole parameter, or of what is like it, that it is; shares memory."""
+        return tensor if self.split is None else self.split.view(name, tensor)
+
     def _pins(self) -> bool:
         return self.config.engine.pin_memory and self.world.device.type == "cuda"
 
@@ -208,7 +220,7 @@ class FSDPEngine:
         return forward_filled_up(self.model, batch, needs, self.compiled, self.head)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the world size.
+        """Add gradients, reduced over ranks now or at the last microbatch. FSDP takes means, so the loss grows by the ranks of one.
 
         In float16 it grows by the loss scale alone, so that gradients overflow alike on any number of ranks; `squares` divides.
         """
@@ -216,7 +228,7 @@ class FSDPEngine:
             self.model.set_requires_gradient_sync(last or self.config.engine.sync_each_microbatch)  # type: ignore[operator]
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             self.model.set_reshard_after_backward(last or self.config.engine.reshard_after_backward)  # type: ignore[operator]
-        (loss * (self.world.size if self.scale is None else self.scale.factor)).backward()
+        (loss * (self.mesh.averaged if self.scale is None else self.scale.factor)).backward()
 
     def squares(self) -> Tensor:
         """Return the sum of this rank's squared gradients, with what an update hook adds to them; a copy's share, where there are copies.
@@ -226,7 +238,7 @@ class FSDPEngine:
         if self.scale is not None:
             for p in self.model.parameters():
                 if p.grad is not None:
-                    local_block(p.grad)[0].mul_(self.world.size / self.scale.factor)
+                    local_block(p.grad)[0].mul_(self.mesh.averaged / self.scale.factor)
         update = self.adaptation.update
         if update is not None:
             self.parts = self._parts(update.names)
@@ -234,6 +246,8 @@ class FSDPEngine:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", grads, torch.float32)
         squares = sum_of_squares(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)
+        if self.split is not None:
+            squares = squares - self.split.repeated(self.model, sum_of_squares)
         return squares.to(self.world.device) / self.mesh.replicate
 
     def step(self, lr: float, accepts: Accepts = accepts_all, norm: float | None = None) -> float:
@@ -309,12 +323,16 @@ class FSDPEngine:
 
     def state(self) -> dict[str, Any]:
         """Return the live shards of what is trained, and of the optimizer; averages where that averages, which are copies."""
-        return state_of(self.model, self.optimizer, self.adaptation.update, self.scale)
+        state = state_of(self.model, self.optimizer, self.adaptation.update, self.scale)
+        return state if self.split is None else self.split.state(state)
 
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
         self._average(False)
-        load(self.model, self.optimizer, self.adaptation.update, self.scale, folder)
+        if self.split is None:
+            load(self.model, self.optimizer, self.adaptation.update, self.scale, folder)
+        else:
+            load_in_place(self.state(), self.scale, folder)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time and cast to its type there."""
@@ -324,14 +342,15 @@ class FSDPEngine:
             tensor = state[name]
             if averaged is not None and (p := self.model.get_parameter(name)) in self.optimizer.state:
                 tensor = placed(self.model, name, averaged(p))
-            return whole(tensor)
+            return whole(tensor) if self.split is None else self.split.whole(name, tensor)
 
         yield from self.adaptation.exported(gather)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the whole model's tensors."""
         tied = tied_names(self.model)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items() if name not in tied}
+        state = self.model.state_dict()
+        shapes = {name: tuple(self._part(name, tensor).shape) for name, tensor in state.items() if name not in tied}
         return shapes | self.adaptation.packed
 
     def tensors(self) -> list[Placed]:
@@ -363,8 +382,9 @@ class FSDPEngine:
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         (parameters, frozen), moments, size = self._trained_and_frozen(), self._moments(), self.state_bytes()
-        total = sum(unpacked_numel(self.adaptation, name, p.numel()) for name, p in self.model.named_parameters())
-        trained = sum(p.numel() for p in parameters)
+        wholes = {name: self._part(name, p) for name, p in self.model.named_parameters()}
+        total = sum(unpacked_numel(self.adaptation, name, p.numel()) for name, p in wholes.items())
+        trained = sum(p.numel() for name, p in wholes.items() if name in self.adaptation.trained)
         require_state_bytes(self.config.optim, size["optimizer"], size["trainable"] // 4)
         cut = self._layout()
         home = HOST if self.offloaded else ""
@@ -397,7 +417,7 @@ class FSDPEngine:
         policies = {module._get_fsdp_state()._mp_policy.param_dtype for module in (*self.blocks, self.model)}  # type: ignore[operator]
         if policies != {self.compute}:
             raise RuntimeError(f"compute must be {in_short(self.compute)}, and fully_shard has {policies}")
-        return f"in {layout(self.model, [*self.blocks, *self.unreached], self.mesh)}"
+        return f"in {layout(self.model, [*self.blocks, *self.unreached], self.mesh)}{'' if self.split is None else self.split.words()}"
 
     def close(self) -> None:
         """Look no more at what is compiled; all else that remains is in the run directory."""

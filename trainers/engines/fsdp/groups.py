@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from transformers import PreTrainedModel
 
@@ -61,6 +61,13 @@ def has_use(config: RunConfig, compute: torch.dtype, world_size: int) -> bool:
     return world_size > 1 or compute is not torch.float32 or is_moved
 
 
+def data_mesh(ranks: Mesh, device: str) -> DeviceMesh:
+    """Return the ranks as copies of the model, where there are several, and those that shard one; collective."""
+    if ranks.replicate > 1:
+        return init_device_mesh(device, (ranks.replicate, ranks.copy_size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (ranks.size,), mesh_dim_names=("shard",))
+
+
 def shard(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
@@ -70,17 +77,13 @@ def shard(
     never_used: Collection[str],
     compute: torch.dtype,
     engine: EngineConfig,
-    ranks: Mesh,
+    mesh: DeviceMesh,
     device: str,
 ) -> None:
     """Make a group of each block, of each module that is never reached, and of each router, and of what remains the root group.
 
     `never_used` are the parameters that the data never reach; their blocks are not gathered ahead.
     """
-    if ranks.replicate > 1:
-        mesh = init_device_mesh(device, (ranks.replicate, ranks.copy_size), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device, (ranks.size,), mesh_dim_names=("shard",))
     how: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),

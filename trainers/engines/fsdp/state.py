@@ -91,10 +91,17 @@ def placed(model: PreTrainedModel, name: str, elements: Tensor) -> Tensor:
     return DTensor(part, p._spec, requires_grad=False) if isinstance(p, DTensor) else part
 
 
-def load_values(model: PreTrainedModel, origin: Origin) -> None:
-    """Read this rank's block of every tensor; none stays unwritten."""
+def load_in_place(state: dict[str, Any], scale: LossScale | None, folder: Path) -> None:
+    """Fill live tensors from a checkpoint, resharded to this world size."""
+    load_state(state, folder)
+    if scale is not None:
+        scale.load(state["loss_scale"])
+
+
+def load_values(model: PreTrainedModel, origin: Origin, part: Callable[[str, Tensor], Tensor]) -> None:
+    """Read this rank's block of every tensor, which `part` makes one of the whole; none stays unwritten."""
     tied = tied_names(model)
-    load_parts(origin, {name: local_block(tensor) for name, tensor in model.state_dict().items() if name not in tied})
+    load_parts(origin, {name: local_block(part(name, tensor)) for name, tensor in model.state_dict().items() if name not in tied})
     require_tied(model)
 
 

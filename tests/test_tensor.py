@@ -1,0 +1,236 @@
+"""Ranks that split each layer take the steps of one process: for any plan of transformers', method, mesh and vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import Ranks
+from small_models import TEXT, small
+from tables import pair_table, ragged_table
+from transformers import AutoConfig
+
+from trainers.batch import IGNORE, Batch, Needs
+from trainers.config.choices import Activations, ObjectiveName, Offload, OptimizerName, PeftMethod, Precision
+from trainers.config.errors import ConfigError
+from trainers.config.mesh import Mesh, mesh_of, seats_of
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.config.tensor import require_counts, require_node
+from trainers.data.loader import Loader, eval_batches
+from trainers.engines.build import build_engine
+from trainers.evaluation import evaluate
+from trainers.model.blueprint import Blueprint
+from trainers.objectives import REFERENCE, make_objective
+from trainers.step import take_step
+from trainers.world import World, seed_step
+
+STEPS = 10
+LR = {OptimizerName.sgd: 0.1, OptimizerName.adamw: 1e-3}
+LENGTHS = [5, 29, 11, 3, 40, 17, 8, 23, 26, 30]
+VOCABULARY = 36
+
+
+def even(kind: str, **changes: Any) -> Blueprint:
+    """A small model whose vocabulary divides; `changes` are of its config."""
+    blueprint = small("llama" if kind == "olmo2" else kind)
+    if kind == "olmo2":  # the same sizes, and norms of all heads together
+        blueprint = dataclasses.replace(blueprint, config=AutoConfig.for_model(kind, **TEXT))
+    for name, value in ({"vocab_size": VOCABULARY} | changes).items():
+        setattr(blueprint.config, name, value)
+    return blueprint
+
+
+def config_for(run_dir: Path, **settings: Any) -> RunConfig:
+    """A run of plain gradient descent, which does not magnify rounding; `settings` are of the groups."""
+    run_dir.mkdir(exist_ok=True, parents=True)
+    groups: dict[str, Any] = {"precision": Precision.fp32, "global_batch": 4, "steps": STEPS} | settings.pop("train", {})
+    return RunConfig(
+        run_dir=str(run_dir),
+        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300),
+        data=DataConfig(path=str(run_dir), seq_len=48, packing=True),
+        optim=OptimConfig(name=settings.pop("optim", OptimizerName.sgd), lr=0.1, clip=0.5),
+        train=TrainConfig(**groups),
+        **settings,
+    )
+
+
+def table_of(objective: ObjectiveName) -> Any:
+    if objective is not ObjectiveName.dpo:
+        return ragged_table(LENGTHS, packed=48)
+    table = pair_table(LENGTHS, packed=70)
+    return replace(table, signals={REFERENCE: np.linspace(-9, -5, len(LENGTHS), dtype=np.float32)})
+
+
+def train(
+    world: World,
+    run_dir: Path,
+    model: tuple[str, dict[str, Any]],
+    engine: dict[str, Any],
+    settings: dict[str, Any],
+    begin: int = 0,
+    end: int = STEPS,
+) -> dict[str, Any]:
+    """Take steps, those before `begin` from a checkpoint in `run_dir`, and an evaluation; return losses, norms, figures and weights."""
+    config = config_for(run_dir, engine=EngineConfig(**engine), **settings)
+    built = build_engine(config, world, even(model[0], **model[1]))
+    if begin:
+        built.load(run_dir / str(begin))
+    loaded = {name: tensor.numpy().tobytes() for name, tensor in built.weights()}
+    table = table_of(config.objective.name)
+    share: dict[str, Any] = {"rank": built.mesh.data_rank(world.rank), "world_size": built.mesh.data_size, "pad_id": 0}
+    loader = Loader(table, config.train, seed=0, **share)
+    objective = make_objective(config.objective, table.signals, config.train.balance_loss)
+    results = []
+    for step in range(begin, end):
+        rows = loader.row_ids(step)
+        targets = objective.targets(table.sizes(rows))
+        seed_step(0, step, built.mesh.dropout_rank(world.rank))
+        results.append(take_step(built, objective, loader.batches(step, rows), world, lr=LR[config.optim.name], targets=targets))
+    if end < STEPS:
+        dcp.save(built.state(), checkpoint_id=run_dir / str(end))
+    rows = np.arange(len(table))
+    held_out = evaluate(built, objective, eval_batches(table, 1, **share), world, objective.targets(table.sizes(rows)))
+    assert held_out is not None
+    return {
+        "losses": [result.loss for result in results] + [held_out.loss],
+        "norms": [result.grad_norm for result in results],
+        "figures": [result.figures for result in results] + [held_out.figures],
+        "weights": {name: tensor.float().numpy() for name, tensor in built.weights()},
+        "loaded": loaded,
+        "report": built.report(),
+        "parameters": sum(p.numel() for p in built.model.parameters()),
+    }
+
+
+LORA = {"peft": PeftConfig(method=PeftMethod.lora, rank=4, alpha=8, targets=["q_proj", "v_proj", "o_proj", "down_proj"])}
+DPO = {"objective": ObjectiveConfig(name=ObjectiveName.dpo, beta=0.5)}
+TIED = {"tie_word_embeddings": True}
+CASES: list[Any] = [
+    (("llama", {}), 2, {"tensor": 2}, {}),
+    (("llama", TIED), 4, {"tensor": 2}, {"train": {"logits_chunk": 7}}),
+    (("llama", {"num_key_value_heads": 4}), 4, {"tensor": 4}, {"train": {"activations": Activations.block}}),
+    (("llama", {}), 4, {"tensor": 2, "context": 2}, {}),
+    (("qwen3", {}), 4, {"tensor": 2, "replicate": 2}, DPO),
+    (("qwen3", {}), 2, {"tensor": 2}, LORA),
+    (("gemma2", {}), 2, {"tensor": 2, "offload_optimizer": Offload.cpu}, {"train": {"activations": Activations.selective}}),
+    (("olmo2", {}), 2, {"tensor": 2}, {"train": {"activations": Activations.offload}}),
+]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]]
+
+
+@pytest.mark.parametrize(("model", "size", "engine", "settings"), [CASES[0], *SLOW])
+def test_ranks_that_split_layers_equal_one_process(
+    ranks: Callable[[int], Ranks], tmp_path: Path, model: Any, size: int, engine: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
+    for split in ranks(size).call(train, tmp_path / "split", model, engine, dict(settings)):
+        assert split["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        assert split["norms"] == pytest.approx(whole["norms"], rel=1e-5)
+        for mine, wanted in zip(split["figures"], whole["figures"], strict=True):
+            assert mine == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        assert split["loaded"] == whole["loaded"]
+    for name, values in split["weights"].items():
+        np.testing.assert_allclose(values, whole["weights"][name], rtol=0, atol=1e-5, err_msg=name)
+    assert f"; {engine['tensor']} ranks split each layer" in split["report"]["parameters"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Saved on 6 ranks whose parts of layers do not divide evenly, and on one; continued on others: curve and bytes of one process."""
+    model, settings = ("llama", TIED), {"optim": OptimizerName.adamw, "train": {"global_batch": 6}}
+    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
+    meshes = {"uneven": (6, {"tensor": 2}), "one": (1, {}), "sharded": (2, {}), "shared": (4, {"tensor": 2, "context": 2})}
+    for saved, others in {"uneven": ("one", "sharded"), "one": ("uneven", "shared")}.items():
+        size, engine = meshes[saved]
+        first = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 0, 5)[0]
+        exports = []
+        for other in (saved, *others):
+            size, engine = meshes[other]
+            second = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 5)[0]
+            assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+            exports.append(second["loaded"])
+        assert all(exported == exports[0] for exported in exports)
+
+
+@pytest.mark.slow
+def test_dropout_between_layers_is_the_same_on_ranks_that_split_them(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    settings = {"peft": dataclasses.replace(LORA["peft"], dropout=0.3)}
+    first, second = ranks(2).call(train, tmp_path, ("qwen3", {}), {"tensor": 2}, settings)
+    (plain, _) = ranks(2).call(train, tmp_path, ("qwen3", {}), {"tensor": 2}, dict(LORA))
+    assert first["losses"] == second["losses"] != plain["losses"]
+    assert all((values == second["weights"][name]).all() for name, values in first["weights"].items())
+
+
+def entropies(world: World, run_dir: Path, engine: dict[str, Any], chunk: int) -> tuple[Any, Any]:
+    """Return log-probabilities and entropies (B, S) of two rows, some of whose tokens have no label, by a model with softcapping."""
+    config = config_for(run_dir, engine=EngineConfig(**engine), train={"logits_chunk": chunk})
+    built = build_engine(config, world, even("gemma2"))
+    ids = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(4))
+    labels = ids.roll(-1, 1).where(torch.arange(20) > 4, IGNORE)
+    output = built.forward(Batch.of(ids, labels, torch.arange(20).repeat(2, 1)), Needs(entropy=True))
+    assert output.entropy is not None
+    return output.logps.detach().numpy(), output.entropy.numpy()
+
+
+@pytest.mark.slow
+def test_entropies_are_those_of_the_whole_vocabulary(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    ((logps, entropy),) = ranks(1).call(entropies, tmp_path, {}, 0)
+    assert entropy.max() > 1
+    for chunk in (0, 7):
+        for ours, of_vocabulary in ranks(2).call(entropies, tmp_path, {"tensor": 2}, chunk):
+            np.testing.assert_allclose(ours, logps, atol=2e-6)
+            np.testing.assert_allclose(of_vocabulary, entropy, atol=2e-6)
+
+
+def outlined(world: World, run_dir: Path, kind: str, changes: dict[str, Any]) -> str:
+    try:
+        build_engine(config_for(run_dir, engine=EngineConfig(tensor=2)), world, even(kind, **changes))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_models_that_are_not_split_are_refused_by_name(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    said: dict[tuple[str, str, int], str] = {
+        ("qwen3_moe", "vocab_size", 36): "is a mixture of experts, whose stacks are not split",
+        ("falcon_h1", "vocab_size", 36): "FalconH1ForCausalLM has layers that are not split",
+        ("bloom", "vocab_size", 36): "transformers has no plan of how to split BloomForCausalLM",
+        ("llama", "vocab_size", 33): "33 tokens in its vocabulary, which do not divide over 2 ranks",
+        ("llama", "num_key_value_heads", 1): "1 key-value heads, which do not divide over 2 ranks",
+    }
+    for (kind, name, value), words in said.items():
+        found = ranks(2).call(outlined, tmp_path, kind, {name: value})[0]
+        assert words in found, kind
+        assert "engine.tensor=1" in found, kind
+
+
+def test_the_nearest_size_that_works_is_named() -> None:
+    known = {"num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256}
+    require_counts(known, 8, 64)
+    for tensor, ranks_of_copy, context, near in ((16, 64, 1, 8), (6, 24, 1, 4), (8, 64, 2, 4), (3, 6, 1, 2)):
+        with pytest.raises(ConfigError, match=rf"engine\.tensor={near}$"):
+            require_counts(known, tensor, ranks_of_copy, context)
+    with pytest.raises(ConfigError, match="nodes of 4 ranks do not divide into groups of 8"):
+        require_node(8, 4)
+
+
+def test_a_mesh_says_which_ranks_split_layers() -> None:
+    mesh = mesh_of(EngineConfig(replicate=2, context=2, tensor=2), 16)
+    assert mesh == Mesh(replicate=2, shard=2, context=2, tensor=2)
+    assert (mesh.size, mesh.copy_size, mesh.same_rows, mesh.averaged) == (16, 8, 4, 8)
+    assert [(mesh.data_rank(rank), mesh.slice_rank(rank), mesh.dropout_rank(rank)) for rank in (0, 1, 2, 15)] == [
+        *((0, 0, 0), (0, 0, 0)),
+        *((0, 1, 1), (3, 1, 7)),
+    ]
+    assert seats_of(mesh, 8)[1:3] == [
+        "# 0-3    0      0     0              0-1     0-1",
+        "# 4-7    0      0     1              0-1     0-1",
+    ]
