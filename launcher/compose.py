@@ -87,6 +87,7 @@ def make_paths_absolute(job: JobConfig) -> None:
         *((job.data, name) for name in ("path", "eval_path", "template", "prepared_dir")),
         *((source, name) for source in job.data.mix.values() for name in ("path", "eval_path", "template")),
         *((job.evaluation, name) for name in ("path", "general")),
+        (job.rl, "vllm"),
         *((reward, name) for reward in job.reward.values() for name in ("path", "schema")),
     ):
         value = getattr(part, name)

@@ -65,8 +65,10 @@ class VllmRequests(JsonRequests):
         return False
 
     def do_GET(self) -> None:
+        server = self.server
+        assert isinstance(server, VllmServer)
         if not self.refuses():
-            self.reply({"data": [{"id": "policy", "max_model_len": 16}]} if self.path == "/v1/models" else {})
+            self.reply({"data": [{"id": "policy", "max_model_len": server.positions}]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
         asked, server = json.loads(self.body()), self.server
@@ -91,12 +93,13 @@ class VllmServer(LocalServer):
 
     requests = VllmRequests
 
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, positions: int = 16) -> None:
         super().__init__(port)
+        self.positions = positions
         self.faults, self.hangs, self.status, self.version = dict[str, int](), set[str](), 500, 0
         self.paths, self.weights, self.asked = list[str](), list[str](), list[dict[str, Any]]()
         self.released = threading.Event()
 
 
 if __name__ == "__main__":  # in the place of `python -m vllm.entrypoints.openai.api_server`
-    VllmServer(int(sys.argv[sys.argv.index("--port") + 1])).serve_forever()
+    VllmServer(int(sys.argv[sys.argv.index("--port") + 1]), 64).serve_forever()

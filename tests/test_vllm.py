@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chat_tokenizers import tokenizer_of
+from command import ROOT, arguments, environment
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tools.sample import main
 from trainers.generate.endpoint import once
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.generate.vllm import RENEW, Vllm
+from trainers.rundir.rows import read_rows, steps
 
 PYTHON = os.environ.get("FULLTUNE_VLLM", "")
 pytestmark = [
@@ -90,3 +93,33 @@ def test_a_command_lets_it_answer(tmp_path: Path) -> None:
     assert len({tuple(row["ids"]) for row in rows}) > 4
     assert all(len(row["ids"]) == len(row["logps"]) for row in rows)
     assert model.config.vocab_size > max(max(row["ids"]) for row in rows)
+
+
+def run_of(cache: Path, folder: Path, expect: int, *more: str, path: Path | None = None) -> tuple[str, Path]:
+    """Train a small model on its own answers, as vLLM writes them; return what is said and the run directory."""
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"What is {number}?"}) + "\n" for number in range(16)))
+    save(folder / "base", True, 0)
+    asked = ["objective=grpo", "reward.short.kind=length", "reward.short.max=4", "reward.short.soft=20", "rl.group_size=4"]
+    asked += ["rl.max_new_tokens=16", "data.packing=false", f"rl.vllm={PYTHON}", "train.global_batch=16", "data.eval_fraction=0"]
+    line = arguments(folder / "base", prompts, folder / "run", *asked, "train.eval_every=null", "train.steps=3", *more)
+    variables = environment(cache)
+    if path is not None:
+        variables["PYTHONPATH"] += os.pathsep + str(path)
+    done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr, folder / "run"
+
+
+def test_a_run_learns_from_its_answers_and_stops_without_the_tied_head(cache: Path, tmp_path: Path) -> None:
+    rows = steps(read_rows(run_of(cache, tmp_path, 0)[1]))
+    assert len(rows) == 3
+    assert all(row["mismatch"] < BOUND and row["mismatch_largest"] < BOUND for row in rows)
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    patch = (
+        "import sys\nif 'trainers' in sys.orig_argv:\n    import trainers.generate.tied as tied\n    tied.add_head = lambda folder: None\n"
+    )
+    (hidden / "sitecustomize.py").write_text(patch)
+    said, _ = run_of(cache, tmp_path, 1, f"run_dir={tmp_path / 'without'}", path=hidden)
+    assert "it has other weights than are trained" in said

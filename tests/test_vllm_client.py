@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import ROOT, wait_for
+from command import ROOT, arguments, launch, wait_for
 from local_server import VllmServer
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +23,7 @@ from trainers.generate.request import NO_ROOM, Answer, Request, Sampling
 from trainers.generate.tied import FILE, HEAD, add_head
 from trainers.generate.vllm import Vllm
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -150,3 +150,13 @@ def test_whatever_ends_who_has_started_a_server_ends_it(how: signal.Signals, mod
         parent.send_signal(how)
         parent.wait(20)
     wait_for(lambda: not group(guard), 20)
+
+
+@pytest.mark.slow
+def test_a_run_stops_where_its_server_is_not_the_policy(base: Path, program: Path, cache: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("cat", "two", "home", "mat") * 3))
+    asked = ["objective=grpo", "reward.short.kind=length", "reward.short.max=4", "rl.group_size=2", "rl.max_new_tokens=8"]
+    more = [*asked, f"rl.vllm={program}", "data.packing=false", "rl.redraws=0", "launch.processes=1", "data.eval_fraction=0"]
+    line = arguments(base, prompts, tmp_path / "run", *more, "train.eval_every=null")
+    assert "it has other weights than are trained" in launch(cache, line, expect=1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from trainers.config.choices import DocumentOf, Layout, OnSpike, TooLong
-from trainers.config.derived import SAMPLED
+from trainers.config.derived import OF_THE_MODEL, SAMPLED
 from trainers.config.errors import ConfigError
 from trainers.config.foreign import refuse_foreign
 from trainers.config.schema import RlConfig, RunConfig
@@ -31,7 +33,22 @@ def validate_rl(config: RunConfig) -> None:
         reason = f"is not divisible by rl.steps_per_rollout = {rl.steps_per_rollout}: answers would be given that nothing trains on"
         steps = -(-config.train.steps // rl.steps_per_rollout) * rl.steps_per_rollout
         raise ConfigError("train.steps", config.train.steps, reason, f"train.steps={steps}")
+    _validate_vllm(config)
     _refuse_what_does_not_go(config)
+
+
+def _validate_vllm(config: RunConfig) -> None:
+    """Refuse a Python that cannot be started, words for nobody, and adapters."""
+    rl = config.rl
+    if rl.vllm is None:
+        if rl.vllm_words:
+            raise ConfigError("rl.vllm_words", rl.vllm_words, "are a vLLM server's, and rl.vllm is empty", "rl.vllm_words=[]")
+        return
+    if not os.access(rl.vllm, os.X_OK):
+        raise ConfigError("rl.vllm", rl.vllm, "is not a program", "the Python of an environment with vLLM, or rl.vllm=null")
+    if config.peft.method not in OF_THE_MODEL:
+        reason = f"is given whole models, and peft.method={config.peft.method} writes an adapter"
+        raise ConfigError("rl.vllm", rl.vllm, reason, "rl.vllm=null, or peft=none")
 
 
 def _refuse_what_does_not_go(config: RunConfig) -> None:

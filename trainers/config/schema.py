@@ -367,6 +367,10 @@ class RlConfig:
     """Answers that were cut at `max_new_tokens` are not trained on; in their group's mean they count."""
     batch: int = 64
     """Answers that a generator writes at once."""
+    vllm: str | None = None
+    """Python of an environment with vLLM, which then writes the answers; empty is plain transformers. With it no resume is exact."""
+    vllm_words: list[str] = field(default_factory=list)
+    """Further words of a vLLM server's command line, as [--gpu-memory-utilization,0.4]."""
     timeout_s: float = 600.0
     """Seconds that a generator may take for one batch before another is started in its place."""
     restarts: int = 3

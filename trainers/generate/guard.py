@@ -18,7 +18,8 @@ from trainers.processes import prepare_child
 def main(words: list[str]) -> NoReturn:
     """Run the program to its end, say how it ended, and end its group; this process must lead one of its own."""
     signal.signal(signal.SIGTERM, lambda *_: os.killpg(os.getpgid(0), signal.SIGKILL))
-    code = subprocess.Popen(words, preexec_fn=prepare_child(last=signal.SIGKILL)).wait()
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # of this Python, and not of the program's
+    code = subprocess.Popen(words, env=variables, preexec_fn=prepare_child(last=signal.SIGKILL)).wait()
     print(f"{words[0]} has ended with {code}", file=sys.stderr, flush=True)
     os.killpg(os.getpgid(0), signal.SIGKILL)
     raise SystemExit(code)

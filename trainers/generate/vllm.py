@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trainers.config.errors import ConfigError
 from trainers.generate.endpoint import Server, once
-from trainers.generate.local import STOP_S, Broken
+from trainers.generate.local import STOP_S, Broken, nothing
 from trainers.generate.request import LENGTH, NO_ROOM, Answer, Request, Sampling
 from trainers.generate.served import ask
 from trainers.processes import prepare_child
@@ -33,10 +33,6 @@ RENEW: tuple[tuple[str, dict[str, str]], ...] = (
     ("resume", {}),
 )
 """What makes a server answer with other weights, in this order: without the third, prompts that it knows keep their old beginnings."""
-
-
-def nothing() -> None:
-    """Look at nothing."""
 
 
 class Vllm:
@@ -75,7 +71,7 @@ class Vllm:
             self.process = self._start(
                 [*line, "--dtype", dtype, "--generation-config", "vllm", "--host", "127.0.0.1", "--port", str(port), *own, *words]
             )
-        self.root = Server(url=url.rstrip("/").removesuffix("/v1"), model=NAME, timeout_s=timeout_s, at_once=at_once)
+        self.root = Server(url=url.rstrip("/").removesuffix("/v1"), model=NAME, timeout_s=timeout_s, at_once=at_once, attempts=2)
 
     def _start(self, line: list[str]) -> subprocess.Popen[bytes]:
         with self.log.open("w") as log:
@@ -119,10 +115,12 @@ class Vllm:
         sampling: Sampling,
         took: Callable[[Answer], None],
         stops: Sequence[int] = (),
+        apart: bool = False,
     ) -> None:
         """Ask for all answers; `took` gets each as soon as it is there. Raises Broken where one does not come.
 
-        Each draws from its own seed. vLLM batches requests as they arrive, so that rounding may let an answer depend on its neighbours.
+        Each draws from its own seed. vLLM batches requests as they arrive, so that rounding may let an answer depend on its neighbours,
+        with `apart` too.
         `stops` are ids that end an answer, next to those of the model's generation config.
         """
         open_ones: dict[int, str] = {}

@@ -6,6 +6,7 @@ import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, in_short
@@ -14,6 +15,9 @@ from trainers.generate.request import Answer, Request, Sampling
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.world import World
+
+if TYPE_CHECKING:
+    from trainers.generate.vllm import Vllm
 
 log = logging.getLogger("fulltune")
 
@@ -30,7 +34,7 @@ class Generators:
         self.config, self.rl, self.world, self.weights = config, config.rl, world, weights
         self.sampling = Sampling(max_new_tokens=config.rl.max_new_tokens)
         self.leads = [rank for rank, leads in enumerate(world.gather(world.local_rank == 0)) if leads]
-        self.local: Local | None = None
+        self.local: Local | Vllm | None = None
 
     def renew(self) -> None:
         """Have them open the weights that are in the directory now."""
@@ -77,13 +81,22 @@ class Generators:
                     raise TrainingFailed(f"{lost} generators on {socket.gethostname()} were lost over one batch: {error}") from error
         return []
 
-    def _opened(self) -> Local:
+    def _opened(self) -> Local | Vllm:
         """Return this machine's generator, started where there is none."""
         if self.local is None:
-            config, device = self.config, self.world.device.type
-            dtype = in_short(COMPUTE[config.train.precision])
-            times = {"timeout_s": self.rl.timeout_s, "open_s": config.limits.load_s}
-            self.local = Local(config, self.weights, batch=self.rl.batch, dtype=dtype, device=device, look=self._look, **times)
+            config, rl = self.config, self.rl
+            machine: dict[str, Any] = {
+                "dtype": in_short(COMPUTE[config.train.precision]),
+                "device": self.world.device.type,
+                "look": self._look,
+            }
+            machine |= {"timeout_s": rl.timeout_s, "open_s": config.limits.load_s}
+            if rl.vllm is None:
+                self.local = Local(config, self.weights, batch=rl.batch, **machine)
+            else:
+                from trainers.generate.vllm import Vllm
+
+                self.local = Vllm(self.weights, python=rl.vllm, words=rl.vllm_words, at_once=rl.batch, **machine)
             self.local.__enter__()
         return self.local
 
