@@ -111,15 +111,18 @@ def run_of(cache: Path, folder: Path, expect: int, *more: str, path: Path | None
     return done.stdout + done.stderr, folder / "run"
 
 
-def test_a_run_learns_from_its_answers_and_stops_without_the_tied_head(cache: Path, tmp_path: Path) -> None:
+def test_a_run_learns_from_its_answers(cache: Path, tmp_path: Path) -> None:
     rows = steps(read_rows(run_of(cache, tmp_path, 0)[1]))
     assert len(rows) == 3
     assert all(row["mismatch"] < BOUND and row["mismatch_largest"] < BOUND for row in rows)
+
+
+def test_a_run_stops_without_the_tied_head(cache: Path, tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     patch = (
         "import sys\nif 'trainers' in sys.orig_argv:\n    import trainers.generate.tied as tied\n    tied.add_head = lambda folder: None\n"
     )
     (hidden / "sitecustomize.py").write_text(patch)
-    said, _ = run_of(cache, tmp_path, 1, f"run_dir={tmp_path / 'without'}", path=hidden)
+    said, _ = run_of(cache, tmp_path, 1, path=hidden)
     assert "it has other weights than are trained" in said
