@@ -74,10 +74,9 @@ def summed(engine: Engine, objective: Objective, batches: Iterable[Batch], world
 def evaluation_of(objective: Objective, sums: dict[str, float], tally: list[float], targets: float) -> Evaluation:
     """Return what sums over rows are per target."""
     means = per_target(sums, targets)
-    loss_mean = means.pop("")
     if isinstance(objective, Tallied) and tally:
         means |= objective.summary(tally)
-    return Evaluation(loss=loss_mean, figures={f"eval_{name}": value for name, value in means.items()})
+    return Evaluation(loss=means[""], figures={f"eval_{name}": value for name, value in means.items() if name})
 
 
 class HeldOut:
@@ -128,19 +127,18 @@ class HeldOut:
     def _evaluate(self, engine: Engine, objective: Objective, rows: Ints) -> Evaluation | None:
         """Evaluate some of the rows."""
         assert self.table is not None
-        return evaluate(engine, objective, self._batches(engine, rows), self.world, objective.targets(self.table.sizes(rows)))
+        return evaluate(engine, objective, self._batches(engine, self.table, rows), self.world, objective.targets(self.table.sizes(rows)))
 
-    def _batches(self, engine: Engine, rows: Ints) -> Iterable[Batch]:
-        assert self.table is not None
-        microbatch = self.train.eval_microbatch or self.train.microbatch
-        return eval_batches(self.table, microbatch, pad_id=self.pad_id, rows=rows, **engine.mesh.share_of(self.world.rank))
+    def _batches(self, engine: Engine, table: TokenTable, rows: Ints) -> Iterable[Batch]:
+        size, share = self.train.eval_microbatch or self.train.microbatch, engine.mesh.share_of(self.world.rank)
+        return eval_batches(table, size, pad_id=self.pad_id, rows=rows, **share)
 
     def _by_source(self, engine: Engine, objective: Objective, rows_of: dict[str, Ints]) -> Evaluation | None:
         """Evaluate the rows of each source: the numbers of all rows, and each source's as NAME/SOURCE."""
         assert self.table is not None
         sums, tally, figures = Counter[str](), list[float](), dict[str, float]()
         for name, rows in rows_of.items():
-            part = summed(engine, objective, self._batches(engine, rows), self.world)
+            part = summed(engine, objective, self._batches(engine, self.table, rows), self.world)
             if part is None:
                 return None
             found = evaluation_of(objective, *part, objective.targets(self.table.sizes(rows)))

@@ -177,9 +177,8 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
     options |= {"pairs": str(data.pairs)} if data.pairs is not PairsOf.best_worst else {}
-    options |= (
-        {"weights": "read"} if data.skip_bad_rows and not data.streaming else {}
-    )  # rows with weights were bad rows once, which skipping left out
+    # rows with weights were bad rows once, which skipping left out
+    options |= {"weights": "read"} if data.skip_bad_rows and not data.streaming else {}
     marks = [sources.fingerprint(source, config.objective.name, data.streaming) for source in sources_of(data)]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
 
