@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tools.bench.arguments import at_least
 from tools.bench.curate import Memory
+from trainers.config.choices import ObjectiveName
+from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RunConfig
 from trainers.processes import prepare_child
 from trainers.rundir.rows import read_rows, steps
 from trainers.units import in_bytes, in_time
@@ -36,8 +38,9 @@ def run(options: argparse.Namespace) -> int:
         folder = Path(name)
         file = folder / "rows.jsonl"
         rows = write(file, options.bytes)
+        save_tokenizer(folder)
         num_steps = rows * (IN_ROW + 1) // (SEQ_LEN * BATCH)
-        line = [sys.executable, "-m", "launcher", *settings(file, folder / "run", max(1, num_steps))]
+        line = [sys.executable, "-m", "launcher", *settings(folder, max(1, num_steps))]
         print(f"{in_bytes(file.stat().st_size)} in {rows:,} rows, {num_steps:,} steps:\n  {' '.join(line[2:])}", flush=True)
         began = time.monotonic()
         env = os.environ | {"FULLTUNE_CACHE": str(folder / "cache")}
@@ -66,14 +69,26 @@ def write(file: Path, size: int) -> int:
     return rows
 
 
-def settings(file: Path, run_dir: Path, num_steps: int) -> list[str]:
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of the words, trained on a few rows: that of a run would read 200,000."""
+    from trainers.data.tokenizer import load_tokenizer
+
+    write(folder / "few.jsonl", 1_000_000)
+    model = ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300 + WORDS * (LETTERS + 5))
+    data = DataConfig(path=str(folder / "few.jsonl"), prepared_dir=str(folder / "kept"))
+    config = RunConfig(model=model, data=data, objective=ObjectiveConfig(name=ObjectiveName.cpt))
+    load_tokenizer(config).save_pretrained(folder / "tokenizer")
+
+
+def settings(folder: Path, num_steps: int) -> list[str]:
     """Return the settings of a tiny model's run over the file."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     return [
         *("model=scratch", *(f"model.architecture.{key}={value}" for key, value in sizes.items()), "data=files", "objective=cpt"),
-        *(f"model.train_tokenizer={300 + WORDS * (LETTERS + 5)}", f"data.path={file}", f"data.seq_len={SEQ_LEN}", "data.streaming=true"),
+        *("model.train_tokenizer=0", f"model.tokenizer={folder / 'tokenizer'}", f"data.path={folder / 'rows.jsonl'}"),
+        *(f"data.seq_len={SEQ_LEN}", "data.streaming=true"),
         *(f"data.shard_rows={SHARD}", f"train.steps={num_steps}", f"train.global_batch={BATCH}", "train.microbatch=16"),
-        *("train.precision=fp32", "train.sample_tokens=0", f"run_dir={run_dir}", "log.wandb=disabled", "launch.processes=1"),
+        *("train.precision=fp32", "train.sample_tokens=0", f"run_dir={folder / 'run'}", "log.wandb=disabled", "launch.processes=1"),
         "launch.gpus_per_node=0",
     ]
 
