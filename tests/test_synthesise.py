@@ -435,7 +435,7 @@ def test_each_method_with_a_real_model(tmp_path: Path) -> None:
     methods = [
         ("answers", free, [source]),
         ("evol_instruct", free, [source]),
-        ("documents", questions, [f"source={tmp_path / 'doc.md'}", "documents.characters=100"]),
+        ("documents", questions, [f"source={tmp_path / 'doc.md'}", "documents.characters=100", "filters.instruction_least=3"]),
         (
             "raft",
             reasons,
