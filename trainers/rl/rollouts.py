@@ -122,6 +122,7 @@ class Sampler:
         self.generators.close()
         if self.rewards is not None:
             self.rewards.close()
+            shutil.rmtree(self.generators.weights, ignore_errors=True)
 
 
 def make_sampler(
@@ -178,6 +179,9 @@ class Rollouts:
         self.made, self.made_until = Made(), step + 1
         if self.opened is not None and self.opened[0] == first:
             return True
+        if step == 0 and self.world.rank == 0:  # of an attempt that came to no checkpoint, and may have had other settings
+            for older in self.folder.glob("step-*"):
+                shutil.rmtree(older)
         folder, spent = self._folder(first), dict[str, float]()
         if not self.world.from_first(folder.is_dir()):
             if step != first:
