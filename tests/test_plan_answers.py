@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,15 +74,18 @@ def test_a_generator_answers_its_share_of_a_rollout_in_rounds(tmp_path: Path) ->
     assert (found.generators, found.answers, found.batch, found.rounds) == (2, 12, 3, 6)  # 12 x 3 / 2 answers, 3 at once
     assert (found.weights_bytes, found.sync_bytes) == (4000, 77)
     assert found.bytes == found.weights_bytes + found.cache_bytes + found.work_bytes
+    config = config_of()
+    kept = replace(config, objective=replace(config.objective, kl_weight=0.1))
+    assert [answers_of(each, HERE, blueprint, 1000, 77).reference_bytes for each in (config, kept)] == [0, 4000]
     assert answers_of(config_of(batch=64), HERE, blueprint, 1000, 77).batch == 6, "no more than there are"
 
 
 def test_times_are_their_formulas() -> None:
     config = config_of(steps_per_rollout=2)
     prompt, token = Work(3e12, 5e9, 10), Work(2e9, 4e9, 1000)
-    fields = {"generators": 2, "answers": 12, "batch": 3, "rounds": 4, "cache_bytes": 0, "work_bytes": 0}
+    fields = {"generators": 2, "answers": 12, "batch": 3, "rounds": 4, "cache_bytes": 0, "work_bytes": 0, "reference_bytes": 0}
     found = Answers(**fields, weights_bytes=8 * 10**9, sync_bytes=6 * 10**9, prompt=prompt, token=token)
-    parts = seconds_of(found, config, H100, (1.5, 2.5))
+    parts = seconds_of(found, config, H100, (0.25, 0.5), (1.5, 2.5))
     assert parts["sync"][0] == pytest.approx((6 + 2 * 8) / H100.storage_gb_s / 2)
     for share, seconds in zip((FAST, SLOW), parts["sampling"], strict=True):
         each = [
@@ -91,10 +95,12 @@ def test_times_are_their_formulas() -> None:
         expected = each[0] + (ANSWER - 1) * max(each[1], 1000 * share.launch)
         assert seconds == pytest.approx(4 * expected / 2)
     assert parts["scoring"] == pytest.approx((12 * (2e-3 + 1e-5), 12 * (5e-2 + 1e-3)))
-    assert parts["training"] == (1.5, 2.5)
+    assert (parts["measuring"], parts["training"]) == ((0.0, 0.0), (1.5, 2.5))
+    kept = replace(config, objective=replace(config.objective, kl_weight=0.1, importance_cap=2.0))
+    assert seconds_of(found, kept, H100, (0.25, 0.5), (1.5, 2.5))["measuring"] == (0.5, 1.0), "two passes"
     config.reward |= RunConfig(reward={"judge": {"kind": "judge"}}).reward
     assert "scoring by judge" in not_timed(config)[0]
-    assert seconds_of(found, config, H100, (1.5, 2.5))["scoring"] == parts["scoring"]
+    assert seconds_of(found, config, H100, (0.25, 0.5), (1.5, 2.5))["scoring"] == parts["scoring"]
 
 
 @pytest.mark.slow

@@ -25,12 +25,15 @@ from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable, open_table, save_table
+from trainers.engines.base import Engine
 from trainers.engines.build import build_engine
+from trainers.health.spikes import TrainingFailed
 from trainers.loop import train
 from trainers.objectives import make_objective
 from trainers.objectives.advantage import EPS, advantages, same_rewards
 from trainers.objectives.base import ADVANTAGE, OLD_LOGPS, REFERENCE_LOGPS, SAMPLED_LOGPS, per_target
 from trainers.plan.simulate import most_of
+from trainers.rl.measured import build_reference, label_logps, measure
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows, steps
 from trainers.world import World
@@ -247,6 +250,68 @@ def test_lora_trains_alike_under_any_split(ranks: Callable[[int], Ranks], tiny_l
     for other in found[1:]:
         for ours, theirs in zip(other, found[0], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)
+
+
+def measured(world: World, run_dir: Path, model: Path, engine: str, lora: bool) -> list[np.ndarray]:
+    """Return each label's log-probability under policy and reference, before training and after it."""
+    run_dir.mkdir(exist_ok=True)
+    table = sampled_table(None)
+    config = config_for(run_dir, model, steps=3, global_batch=len(table), microbatch=1)
+    adapter = PeftConfig(method=PeftMethod.lora, lr=LR, rank=4, targets=["q_proj", "v_proj"]) if lora else PeftConfig()
+    config = replace(config, objective=GRPO, engine=EngineConfig(name=EngineName(engine)), peft=adapter)
+    policy = build_engine(config, world, blueprint_for(model))
+    reference = build_reference(config, world, blueprint_for(model))
+    found = [label_logps(each, table, world, 3, 0) for each in (policy, reference)]
+    data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
+    loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+    train(config, world, Attempt(run_dir), policy, data, loader, 1.0)
+    found += [label_logps(each, table, world, 3, 0) for each in (policy, reference)]
+    if world.rank == 0:
+        save_table(replace(table, signals={}), run_dir / "rollout-0")
+    world.barrier()
+    return [*found, *kept_signals(world, run_dir, policy, reference)]
+
+
+def kept_signals(world: World, run_dir: Path, policy: Engine, reference: Engine) -> list[np.ndarray]:
+    """Return what is kept of a rollout: what is there is not measured again, and the trainer's own not after a step."""
+    folder, attempt = run_dir / "rollout-0", Attempt(run_dir)
+    engines = {OLD_LOGPS: policy, REFERENCE_LOGPS: reference}
+    assert measure(folder, engines, attempt, world, 3, 0, True) == [OLD_LOGPS, REFERENCE_LOGPS]
+    assert measure(folder, engines, attempt, world, 3, 0, False) == []
+    found = [open_table(folder).signals[name][:, 0].copy() for name in engines]
+    world.barrier()
+    if world.rank == 0:
+        for name in engines:
+            (folder / "signals" / f"{name}.npy").unlink()
+    world.barrier()
+    assert measure(folder, {REFERENCE_LOGPS: reference}, attempt, world, 3, 0, False) == [REFERENCE_LOGPS]
+    with pytest.raises(TrainingFailed, match=r"old_logps\.npy is gone"):
+        measure(folder, {OLD_LOGPS: policy}, attempt, world, 3, 0, False)
+    return [*found, open_table(folder).signals[REFERENCE_LOGPS][:, 0].copy()]
+
+
+@pytest.mark.parametrize(
+    ("size", "engine", "lora"),
+    [(2, "fsdp", False), pytest.param(2, "zero3", False, marks=pytest.mark.slow), pytest.param(3, "fsdp", True, marks=pytest.mark.slow)],
+)
+def test_the_reference_stays_what_training_began_with(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, size: int, engine: str, lora: bool
+) -> None:
+    """Each label has its own number, that of plain transformers, on every rank."""
+    table, model = sampled_table(None), AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    plain = []
+    for begin, end in zip(table.offsets[:-1], table.offsets[1:], strict=True):
+        ids, kept = torch.from_numpy(table.tokens[begin:end].astype(np.int64)), torch.from_numpy(table.supervised[begin:end][1:] > 0)
+        with torch.no_grad():
+            logps = log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)
+        plain += logps.gather(-1, ids[1:, None])[kept, 0].tolist()
+    for first, start, last, end, kept_old, *kept_reference in ranks(size).call(measured, tmp_path / "run", tiny_llama, engine, lora):
+        np.testing.assert_allclose(first, plain, atol=1e-5)
+        np.testing.assert_allclose(start, plain, atol=1e-5)
+        np.testing.assert_array_equal(start, end)
+        assert np.abs(last - first).max() > 0.01, "nothing was trained"
+        for kept, now in ((kept_old, last), *((again, start) for again in kept_reference)):
+            np.testing.assert_array_equal(kept, now)
 
 
 def test_a_table_of_rollouts_comes_back_from_its_files(tmp_path: Path) -> None:

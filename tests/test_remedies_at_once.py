@@ -136,8 +136,6 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "prompts that are left out": [*RL, "data.skip_bad_rows=true"],
     "prompts in pieces": [*RL, "data.too_long=split"],
     "answers that are left out": [*RL, "train.on_spike=rollback", "checkpoint.every=2"],
-    "answers by a reference": [*RL, "objective.kl_weight=0.1"],
-    "answers whose first step is gone": [*RL, "objective.importance_cap=2", "rl.steps_per_rollout=2"],
     "microbatches that do not divide": ["train.microbatch=3"],
     "three betas": ["optim.betas=[0.1,0.2,0.3]"],
     "two warm-ups": ["optim.warmup_steps=1", "optim.warmup_fraction=0.1"],

@@ -256,6 +256,34 @@ def test_adapters_and_several_steps_a_rollout_and_a_wrong_generator(base: Path, 
     assert "other log-probabilities than the trainer does" in said
 
 
+@pytest.mark.slow
+def test_what_is_measured_of_a_rollout_is_kept(base: Path, cache: Path, tmp_path: Path) -> None:
+    """The reference, which the policy leaves, and the trainer before the first of two steps; a launcher that is killed changes nothing."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    asked = ("objective.kl_weight=0.1", "objective.importance_cap=2", "rl.steps_per_rollout=2", "train.steps=6", "data.eval_fraction=0")
+    more = (*asked, "train.eval_every=null")
+    launch(cache, line(base, prompts, tmp_path / "whole", *more))
+    found = steps(rows_of(tmp_path / "whole"))
+    assert found[0]["kl"] == pytest.approx(0.0, abs=1e-9)
+    assert found[-1]["kl"] > 1e-6
+    assert [row["ratio"] == pytest.approx(1.0, abs=1e-6) for row in found] == [True, False] * 3
+    assert all(row["mismatch_kl"] < 1e-6 for row in found), "of the sampler and the trainer before the rollout's first step"
+    assert ["measuring_seconds" in row for row in found] == [True, False] * 3
+    cut = tmp_path / "cut"
+    with started(line(base, prompts, cut, *more), environment(cache)) as process:
+        wait_for_step(cut, 3, process)
+        process.kill()
+        process.wait(20)
+        wait_until_gone(cut)
+        wait_until_none(process.pid)
+    launch(cache, line(base, prompts, cut, *more))
+    assert [*told(cut), *kept(cut)] == [*told(tmp_path / "whole"), *kept(tmp_path / "whole")]
+
+
+def kept(run_dir: Path) -> list[bytes]:
+    return [(folder / "signals" / f"{name}_logps.npy").read_bytes() for folder in rollouts(run_dir) for name in ("old", "reference")]
+
+
 @pytest.mark.soak
 def test_ten_kills_at_random_moments(base: Path, cache: Path, tmp_path: Path) -> None:
     """Of a rank, a generator or the launcher; a generator that is stopped is replaced too."""

@@ -68,16 +68,6 @@ def _refuse_what_does_not_go(config: RunConfig) -> None:
             f"{own}: there are no rows that could be left out",
             "train.on_spike=skip",
         ),
-        "objective.importance_cap": (
-            config.objective.importance_cap is not None and config.rl.steps_per_rollout > 1,
-            "needs the trainer's own log-probabilities before the first of rl.steps_per_rollout steps, which are not kept",
-            "rl.steps_per_rollout=1",
-        ),
-        "objective.kl_weight": (
-            config.objective.kl_weight,
-            "needs each answer's log-probabilities under a reference, which are not measured while a run gives its answers",
-            "objective.kl_weight=0; objective.clip_low and clip_high bound each step",
-        ),
     }
     for path, (is_asked, reason, remedy) in refused.items():
         if is_asked:

@@ -344,7 +344,7 @@ class ObjectiveConfig:
     clip_high: float = 0.2
     """grpo: how far above 1 that of a better one is followed; DAPO takes 0.28 (arXiv 2503.14476)."""
     kl_weight: float = 0.0
-    """grpo: weight of the KL divergence from the reference, in nats a token; 0 needs no reference."""
+    """grpo: weight of the KL divergence from the reference, in nats a token; above 0 a frozen second model measures each rollout."""
     importance_cap: float | None = None
     """grpo: largest weight of a token by which its probability under the trainer exceeds that under the sampler; empty corrects nothing."""
     reference: str | None = None

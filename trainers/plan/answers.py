@@ -20,6 +20,7 @@ from trainers.model.blueprint import Blueprint
 from trainers.plan.estimate import FAST, GIGA, SLOW, Share
 from trainers.plan.request import HardwareConfig, Place
 from trainers.plan.trace import Kind, Moment, Trace
+from trainers.rl.measured import measured_signals
 
 Range = tuple[float, float]
 """Fast and slow, in seconds."""
@@ -65,6 +66,8 @@ class Answers:
     """Of keys and values of a batch whose prompts and answers are as long as they may be."""
     work_bytes: int
     """Of all else where a generator's memory is highest."""
+    reference_bytes: int
+    """Of all ranks' devices together: the frozen weights of the reference, in the type that is computed in; 0 without one."""
     sync_bytes: int
     """That a rollout writes, and each generator reads, with new weights."""
     prompt: Work
@@ -72,7 +75,7 @@ class Answers:
     token: Work
     """Of a token of each answer, on average."""
     seconds: dict[str, Range] = field(default_factory=dict)
-    """Of a step by part, fast and slow: sync, sampling, scoring, training; empty where no device is named."""
+    """Of a step by part, fast and slow: sync, sampling, scoring, measuring, training; empty where no device is named."""
 
     @property
     def bytes(self) -> int:
@@ -99,6 +102,7 @@ def answers_of(config: RunConfig, place: Place, blueprint: Blueprint, parameters
         rounds=math.ceil(each / batch),
         weights_bytes=weights,
         cache_bytes=last.kept,
+        reference_bytes=parameters * blueprint.saved_dtype.itemsize * config.engine.replicate if config.objective.kl_weight else 0,
         work_bytes=max(part.highest for part in parts.values()) - last.kept,
         sync_bytes=export_bytes,
         prompt=replace(parts["prompt"].work, moved=parts["prompt"].work.moved + weights),
@@ -169,14 +173,15 @@ class _Count(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def seconds_of(answers: Answers, config: RunConfig, device: HardwareConfig, training: Range) -> dict[str, Range]:
-    """Return the seconds of a step by part, fast and slow; `training` is what the trainer's own part takes."""
+def seconds_of(answers: Answers, config: RunConfig, device: HardwareConfig, forward: Range, training: Range) -> dict[str, Range]:
+    """Return the seconds of a step by part, fast and slow; `training` is the trainer's own part, `forward` that of all its forwards."""
     copied = answers.sync_bytes + answers.generators * answers.weights_bytes  # each generator opens the whole model again
     sync = copied / (GIGA * device.storage_gb_s) / config.rl.steps_per_rollout
     return {
         "sync": (sync, sync),
         "sampling": (_sampling(answers, config, device, FAST), _sampling(answers, config, device, SLOW)),
         "scoring": (_scoring(answers, config, 0), _scoring(answers, config, 1)),
+        "measuring": (len(measured_signals(config)) * forward[0], len(measured_signals(config)) * forward[1]),
         "training": training,
     }
 
@@ -207,4 +212,5 @@ def not_timed(config: RunConfig) -> list[str]:
     redrawn = (
         f"prompts whose answers all have one reward are drawn again, up to rl.redraws={config.rl.redraws} times, which is not in the times"
     )
-    return ([words] if asked else []) + ([redrawn] if config.rl.redraws else [])
+    other = "rl.vllm: a generator's memory and time are planned as those of plain transformers; vLLM takes what rl.vllm_words lets it"
+    return ([other] if config.rl.vllm else []) + ([words] if asked else []) + ([redrawn] if config.rl.redraws else [])

@@ -251,7 +251,8 @@ def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Si
     fast, slow = (step_seconds(config, plan.place, device, moments, microbatches, share, *rank) for share in (FAST, SLOW))
     plan.step_seconds, plan.price, plan.assumptions = (fast, slow), device.price, list(ASSUMPTIONS)
     if plan.answers is not None:
-        plan.answers.seconds = seconds_of(plan.answers, config, device, (fast, slow))
+        forward = [forward_seconds(config, plan.place, device, moments, share, *rank[:2]) * microbatches for share in (FAST, SLOW)]
+        plan.answers.seconds = seconds_of(plan.answers, config, device, (forward[0], forward[1]), (fast, slow))
         low, high = (sum(parts) for parts in zip(*plan.answers.seconds.values(), strict=True))
         plan.step_seconds, plan.assumptions = (low, high), [*plan.assumptions, *OF_ANSWERS]
     if plan.reference is not None and (rows := plan.data.measured[0] if plan.data.measured else plan.data.rows):
@@ -273,7 +274,7 @@ def _key(config: RunConfig, place: Place, seq_len: int) -> str:
 
 def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Moment) -> None:
     """Compare what is needed with what each device has; ranks without a GPU share this machine's memory."""
-    answers = 0.0 if plan.answers is None else plan.answers.bytes / place.ranks_per_node
+    answers = 0.0 if plan.answers is None else plan.answers.bytes / place.ranks_per_node + plan.answers.reference_bytes / place.size
     if not place.gpus:
         limit = _host_limit(place, None) / place.ranks_per_node
         answers += 0.0 if plan.answers is None else host.PROCESS_BYTES / place.ranks_per_node

@@ -43,8 +43,10 @@ def _memory(plan: Plan) -> Table:
         table.add_row(words, in_bytes(plan.peak.get(str(kind), 0.0)))
     table.add_row("tensors together", in_bytes(sum(plan.peak.values())))
     name = next(iter(plan.needed))
-    answers = 0.0 if plan.answers is None else plan.answers.bytes / plan.place.ranks_per_node
-    outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack - answers
+    answers, reference = 0.0, 0.0
+    if plan.answers is not None:
+        answers, reference = plan.answers.bytes / plan.place.ranks_per_node, plan.answers.reference_bytes / plan.place.size
+    outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack - answers - reference
     if plan.place.gpus:
         table.add_row("slack of torch's allocator (its rules, replayed for this step)", in_bytes(plan.slack))
         table.add_row("outside of it: CUDA context and NCCL (conf/hardware)", in_bytes(outside))
@@ -52,6 +54,8 @@ def _memory(plan: Plan) -> Table:
         table.add_row("the process itself", in_bytes(outside))
     if plan.answers is not None:
         table.add_row("its share of its node's generator", in_bytes(answers))
+    if reference:
+        table.add_row("its share of the frozen reference", in_bytes(reference))
     return table
 
 
@@ -131,7 +135,7 @@ def _by_part(plan: Plan) -> str:
     """Return the parts of a step's seconds where it has answers of its own."""
     if plan.answers is None:
         return ""
-    return ": " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in plan.answers.seconds.items())
+    return ": " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in plan.answers.seconds.items() if high)
 
 
 def _spent(plan: Plan, hours: list[float]) -> str:

@@ -27,10 +27,11 @@ from trainers.generate.request import STOP, Answer, Request
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint, positions_limit
-from trainers.objectives.base import ADVANTAGE, SAMPLED_LOGPS
+from trainers.objectives.base import ADVANTAGE, OLD_LOGPS, REFERENCE_LOGPS, SAMPLED_LOGPS
 from trainers.rewards.score import Rewards
 from trainers.rl.generators import Generators
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
+from trainers.rl.measured import build_reference, measure, measured_signals
 from trainers.rl.prompts import read_rows
 from trainers.rl.sync import bound_of, compare, require_near, write_weights
 from trainers.rundir import paths
@@ -61,6 +62,8 @@ class Sampler:
     generators: Generators
     rewards: Rewards | None
     """On rank 0."""
+    reference: Engine | None = None
+    """The frozen model that the policy is kept near."""
     version: int = -1
     """Steps that the weights which generators have were trained for."""
 
@@ -120,6 +123,8 @@ class Sampler:
     def close(self) -> None:
         """End what was started."""
         self.generators.close()
+        if self.reference is not None:
+            self.reference.close()
         if self.rewards is not None:
             self.rewards.close()
             shutil.rmtree(self.generators.weights, ignore_errors=True)
@@ -145,6 +150,9 @@ def make_sampler(
         raise ConfigError(**refused)
     generators = Generators(config, world, folder / WEIGHTS)
     more: dict[str, Any] = {"engine": engine, "blueprint": blueprint, "tokenizer": tokenizer}
+    if config.objective.kl_weight:
+        log.info("reference: building the model that training begins with once more")
+        more["reference"] = build_reference(config, world, blueprint)
     return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
 
 
@@ -156,11 +164,11 @@ class Rollouts:
     and of (seed, position of the prompt in the stream of prompts, number of the answer).
     """
 
-    signals = frozenset({ADVANTAGE, SAMPLED_LOGPS})
-
     def __init__(self, sampler: Sampler, data: Prepared) -> None:
         """Make nothing yet."""
         config = sampler.config
+        self.measured = measured_signals(config)
+        self.signals = self.measured | {ADVANTAGE, SAMPLED_LOGPS}
         self.sampler, self.config, self.rl, self.world, self.attempt = sampler, config, config.rl, sampler.world, sampler.attempt
         self.prompts, self.pad_id = data.train, pad_id(sampler.tokenizer)
         self.rows = read_rows(data.path, "train") if self.world.rank == 0 else []
@@ -190,6 +198,7 @@ class Rollouts:
             if written is None:
                 return False
             spent = written
+        spent |= self._measure(step, folder)
         about = json.loads((folder / ABOUT).read_text())
         self.opened = first, open_table(folder), about["position"]
         figures = about["figures"]
@@ -229,6 +238,16 @@ class Rollouts:
             self._save(drawn, wanted, begin, position, folder)
         self.world.barrier()
         return spent
+
+    def _measure(self, step: int, folder: Path) -> dict[str, float]:
+        """Have what trainer and reference say of a rollout's tokens next to it; returns the seconds that it took. Collective."""
+        if not self.measured:
+            return {}
+        began, engines = time.perf_counter(), {OLD_LOGPS: self.sampler.engine, REFERENCE_LOGPS: self.sampler.reference}
+        known = {name: engine for name, engine in engines.items() if engine is not None and name in self.measured}
+        is_first = step % self.rl.steps_per_rollout == 0
+        measured = measure(folder, known, self.attempt, self.world, self.config.train.microbatch, self.pad_id, is_first)
+        return {"measuring_seconds": time.perf_counter() - began} if measured else {}
 
     def _save(self, drawn: list[Group], wanted: int, begin: int, position: int, folder: Path) -> None:
         """Write the groups that teach, and where there are too few of them others, whose advantages are 0; complete or absent."""

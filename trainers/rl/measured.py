@@ -1,0 +1,81 @@
+"""What the trainer and a reference say of each token of a rollout, next to what the sampler says: measured once, kept in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from trainers.batch import IGNORE, Needs
+from trainers.config.choices import PeftMethod
+from trainers.config.derived import OF_THE_MODEL
+from trainers.config.schema import OptimConfig, PeftConfig, RunConfig
+from trainers.data.loader import deal, make_batch
+from trainers.data.table import SIGNALS, TokenTable, open_table
+from trainers.engines.base import Engine
+from trainers.engines.build import build_engine
+from trainers.health.activity import watch
+from trainers.health.spikes import TrainingFailed
+from trainers.model.blueprint import Blueprint
+from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS
+from trainers.reference import SUM_AT_ONCE
+from trainers.rundir.attempt import Attempt
+from trainers.world import World
+
+
+def measured_signals(config: RunConfig) -> frozenset[str]:
+    """Return what a run measures of its rollouts: the reference, and where several steps take one the trainer before the first."""
+    is_corrected = config.objective.importance_cap is not None and config.rl.steps_per_rollout > 1
+    return frozenset({*((OLD_LOGPS,) if is_corrected else ()), *((REFERENCE_LOGPS,) if config.objective.kl_weight else ())})
+
+
+def build_reference(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
+    """Build the model that training begins with once more, nearly all of it frozen, for the policy to be kept near; collective."""
+    frozen = PeftConfig(method=PeftMethod.freeze, last_blocks=1) if config.peft.method in OF_THE_MODEL else config.peft
+    return build_engine(replace(config, peft=frozen, optim=OptimConfig()), world, blueprint)
+
+
+def measure(
+    folder: Path, engines: Mapping[str, Engine], attempt: Attempt, world: World, microbatch: int, pad_id: int, is_first: bool
+) -> list[str]:
+    """Put the signals of `engines`, (labels, 1), into a rollout's folder, each complete or absent; returns those that were not there.
+
+    Collective. Raises TrainingFailed where the trainer's own is gone and it has taken a step on the rollout, which `is_first` denies, and
+    Superseded where a newer attempt has started.
+    """
+    table, missing = open_table(folder), world.from_first([name for name in engines if not (folder / f"{SIGNALS}{name}.npy").is_file()])
+    for name in missing:
+        file = folder / f"{SIGNALS}{name}.npy"
+        if name == OLD_LOGPS and not is_first:
+            raise TrainingFailed(f"{file} is gone, which the weights before the rollout's first step gave")
+        values = label_logps(engines[name], table, world, microbatch, pad_id)
+        if world.rank == 0:
+            file.parent.mkdir(exist_ok=True)
+            staging = file.with_name(f"{file.name}.attempt-{attempt.number}.tmp")
+            with staging.open("wb") as opened:
+                np.save(opened, values[:, None])
+            attempt.require_current()
+            staging.rename(file)
+    world.barrier()
+    return list(missing)
+
+
+@torch.no_grad()
+def label_logps(engine: Engine, table: TokenTable, world: World, microbatch: int, pad_id: int) -> NDArray[np.float32]:
+    """Return an engine's log-probability of each label of a table in nats, (labels,); the same on every rank. Collective."""
+    engine.train(False)
+    found = np.zeros(int(table.label_starts[-1]))
+    longest_first = np.argsort(-table.row_lengths(), kind="stable")
+    for rows in watch.each(deal(longest_first, microbatch, **engine.mesh.share_of(world.rank))):
+        batch = make_batch(table, rows, microbatch, pad_id).to(world.device)
+        logps = engine.forward(batch, Needs()).logps[batch.labels != IGNORE]  # row by row, as labels are in the documents of these rows
+        places = [np.arange(*table.label_starts[document : document + 2]) for document in table.documents_of(rows)]
+        found[np.concatenate([np.zeros(0, np.int64), *places])] = logps.double().cpu().numpy()
+    engine.train(True)
+    found /= engine.mesh.context  # as many ranks have the same rows
+    sums = [world.sum(found[at : at + SUM_AT_ONCE].tolist()) for at in range(0, len(found), SUM_AT_ONCE)]
+    return np.concatenate([np.zeros(0, np.float32), *(np.array(part, dtype=np.float32) for part in sums)])
