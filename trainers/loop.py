@@ -205,7 +205,7 @@ def _compute(run: Run, prefetch: Prefetch, progress: Progress) -> Step:
     started = time.perf_counter()
     run.stragglers.probe(progress.step)
     began = time.perf_counter()
-    seed_step(run.config.seed, progress.step, engine.mesh.dropout_rank(world.rank))
+    seed_step(run.config.seed, progress.step, world.rank // engine.mesh.tensor)
     dealt = prefetch.take(progress.step, progress.ahead)
     data_seconds = time.perf_counter() - began
     targets, limits = objective.targets(dealt.sizes), run.guard.limits()

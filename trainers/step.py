@@ -72,7 +72,7 @@ def take_step(
     names, squares = sorted(figures), engine.squares() if targets else None
     sums, reports = world.sum_and_max(read([total, *(figures[name] for name in names), *([] if squares is None else [squares])]), report())
     norm = None if squares is None else math.sqrt(sums.pop())
-    counted = targets * engine.mesh.same_rows  # as many ranks have the same rows
+    counted = targets * engine.mesh.context * engine.mesh.tensor  # as many ranks have the same rows
     mean = sums[0] / counted if targets else math.nan
 
     def accepts(norm: float) -> bool:

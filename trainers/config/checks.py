@@ -29,7 +29,7 @@ from trainers.config.mixtures import validate_mixtures
 from trainers.config.objectives import validate_objective, validate_scores
 from trainers.config.optimizers import validate_optimizer
 from trainers.config.schema import DataConfig, ModelConfig, RlConfig, RunConfig, read
-from trainers.config.sharding import near, validate_context, validate_engine
+from trainers.config.sharding import near, validate_engine, validate_mesh
 
 
 def load(path: Path | str) -> RunConfig:
@@ -195,12 +195,8 @@ def validate(config: RunConfig) -> None:
 
         validate_activations(config)
     validate_kernels(config)
-    if config.engine.context > 1:
-        validate_context(config)
-    if config.engine.tensor > 1:
-        from trainers.config.tensor import validate_tensor
-
-        validate_tensor(config)
+    if config.engine.context * config.engine.tensor > 1:
+        validate_mesh(config)
     if config.train.precision is Precision.fp16 or config.train.loss_scale or config.train.loss_scale_steps:
         from trainers.config.precision import validate_precision
 

@@ -200,8 +200,10 @@ def scarcity(train: TrainConfig, packing: bool, num_rows: int, num_documents: in
 
 def rows_words(train: TrainConfig, mesh: Mesh) -> str:
     """Return how the rows of a step are split, in words."""
-    where = f"each of {mesh.data_size} {'ranks' if mesh.same_rows == 1 else f'groups of {mesh.same_rows} ranks'}"
-    where = where if mesh.data_size > 1 else "one rank" if mesh.same_rows == 1 else f"{mesh.same_rows} ranks together"
+    where = f"each of {mesh.data_size} {'ranks' if mesh.context * mesh.tensor == 1 else f'groups of {mesh.context * mesh.tensor} ranks'}"
+    where = (
+        where if mesh.data_size > 1 else "one rank" if mesh.context * mesh.tensor == 1 else f"{mesh.context * mesh.tensor} ranks together"
+    )
     share = f"{plural(microbatches(train, mesh.data_size), 'microbatch')} of {train.microbatch} on {where}"
     return f"{train.global_batch} rows a step, {share}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +38,6 @@ class Mesh:
         return self.context * self.tensor
 
     @property
-    def averaged(self) -> int:
-        """Return over how many ranks a gradient is averaged: those with the same part of each layer."""
-        return self.size // self.tensor
-
-    @property
     def data_size(self) -> int:
         """Return how many groups of ranks have rows of their own."""
         return self.replicate * self.shard
@@ -54,22 +48,18 @@ class Mesh:
 
     def share_of(self, rank: int) -> dict[str, Any]:
         """Return the `rank` and `world_size` of those that deal out rows: a rank's group among all that have rows of their own."""
-        return {"rank": rank // self.same_rows, "world_size": self.replicate * self.shard}
+        return {"rank": rank // (self.context * self.tensor), "world_size": self.replicate * self.shard}
 
     def slice_rank(self, rank: int) -> int:
         """Return which slice of its group's rows a rank has."""
         return rank // self.tensor % self.context
 
-    def dropout_rank(self, rank: int) -> int:
-        """Return the rank by which dropout is seeded: the same for those that split a layer, which compute the same between layers."""
-        return rank // self.tensor
-
 
 def mesh_of(engine: EngineConfig, world_size: int) -> Mesh:
     """Return the mesh of a number of ranks; raises ConfigError unless the sizes that `engine` names make that number."""
-    sizes = {"replicate": engine.replicate, "context": engine.context, "tensor": engine.tensor}
-    mesh = Mesh(shard=world_size // math.prod(sizes.values()), **sizes)
-    if mesh.size != world_size or engine.shard not in (None, mesh.shard):
+    copies, context, tensor = engine.replicate, engine.context, engine.tensor
+    mesh = Mesh(replicate=copies, shard=world_size // copies // context // tensor, context=context, tensor=tensor)
+    if mesh.shard * copies * context * tensor != world_size or engine.shard not in (None, mesh.shard):
         _refuse(engine, world_size, mesh.shard)
     return mesh
 

@@ -59,6 +59,16 @@ def validate_engine(engine: EngineConfig) -> None:
     check_overrides(engine.overrides)
 
 
+def validate_mesh(config: RunConfig) -> None:
+    """Refuse what does not work where ranks share rows or split layers, by name."""
+    if config.engine.context > 1:
+        validate_context(config)
+    if config.engine.tensor > 1:
+        from trainers.config.tensor import validate_tensor
+
+        validate_tensor(config)
+
+
 def validate_context(config: RunConfig) -> None:
     """Refuse what does not work where ranks share rows, by name."""
     train, method, backend = config.train, config.peft.method, config.model.attention
@@ -100,13 +110,9 @@ def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None =
     With `ranks_per_node` also where ranks that split layers would be on several nodes.
     """
     train, mesh = config.train, mesh_of(config.engine, world_size)
-    if mesh.same_rows > 1:
+    if mesh.context * mesh.tensor > 1:
         known = config.model.architecture or (_config_json(Path(config.model.id)) if config.model.id is not None else {})
-        _require_counts(known.get("text_config", known), config.engine, world_size)
-    if mesh.tensor > 1 and ranks_per_node is not None:
-        from trainers.config.tensor import require_node
-
-        require_node(mesh.tensor, ranks_per_node)
+        _require_counts(known.get("text_config", known), config.engine, world_size, ranks_per_node)
     share = mesh.data_size * train.microbatch
     if train.global_batch % share:
         groups = plural(world_size, "rank") if mesh.same_rows == 1 else f"{plural(mesh.data_size, 'group')} of {mesh.same_rows} ranks"
@@ -118,14 +124,15 @@ def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None =
         )
 
 
-def _require_counts(known: dict[str, Any], engine: EngineConfig, world_size: int) -> None:
+def _require_counts(known: dict[str, Any], engine: EngineConfig, world_size: int, ranks_per_node: int | None) -> None:
     """Raise ConfigError unless what is known of a model divides over the ranks that split its layers, and over those that share rows."""
     if engine.context > 1:
         require_heads(known.get("num_attention_heads"), engine, world_size)
     if engine.tensor > 1:
-        from trainers.config.tensor import require_counts
+        from trainers.config.tensor import require_counts, require_node
 
         require_counts(known, engine.tensor, world_size // engine.replicate // engine.context, engine.context)
+        require_node(engine.tensor, ranks_per_node or engine.tensor)
 
 
 def near(size: int, share: int) -> str:

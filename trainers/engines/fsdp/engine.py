@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,10 @@ CLIP_EPS = 1e-6
 """What torch adds to a norm before it divides by it."""
 
 
+ALL: tuple[Callable[[str, Tensor], Tensor], Callable[[dict[str, Any]], dict[str, Any]]] = (lambda _, tensor: tensor, lambda state: state)
+"""Which part of a whole a tensor is, and what a checkpoint holds, where no rank splits layers."""
+
+
 class FSDPEngine:
     """The Engine over fully_shard; parameters, gradients and AdamW state are float32 DTensors, split over all ranks.
 
@@ -100,16 +104,17 @@ class FSDPEngine:
         apart = self.compute is not torch.float32 and not config.train.compile  # a compiled block runs no hooks of groups inside it
         routers = [mixture.router for mixture in mixtures(self.model)] if apart else []
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
-        self.split = self._split() if self.mesh.tensor > 1 else None  # what of each layer this rank has, where ranks split layers
-        self.head, self.logits = head_of(self.model, config, self.compute) if self.split is None else (self.split.head, self.split.logits)
-        self.blocks = find_blocks(self.model)
+        # what of each layer this rank has, where ranks split layers
+        self.blocks, self.split = find_blocks(self.model), self._split() if self.mesh.tensor > 1 else None
+        self.part, self.saved, self.head, self.logits = (
+            self.split.told if self.split else (*ALL, *head_of(self.model, config, self.compute))
+        )
         self.float8 = self._convert_to_float8() if config.train.float8 is not Float8.none else None  # what multiplies in float8, in words
         self.inputs = keep_for_backward(self.blocks, config, self._pins())
         self.unreached = unreached_modules(self.model, self.adaptation.unreached, self.blocks)
         self.routers = [self.model.get_submodule(path) for path in routers]
         require_groups(self.model, [*self.blocks, *self.unreached])
-        self.compiled = self._compile() if config.train.compile else None
-        self.is_cut = has_use(config, self.compute, world.size)
+        self.compiled, self.is_cut = self._compile() if config.train.compile else None, has_use(config, self.compute, world.size)
         if self.is_cut:
             self._shard()
         self.keeps_whole_gradients = not engine.sync_each_microbatch and microbatches(config.train, self.mesh.data_size) > 1
@@ -163,7 +168,7 @@ class FSDPEngine:
         """Give this rank's slices memory, with the values of `origin` where there is one, and make the optimizer."""
         materialise(self.model, torch.device("cpu") if self.offloaded else self.world.device)
         if origin is not None:
-            load_values(self.model, origin, self._part)
+            load_values(self.model, origin, self.part)
             forget(origin)
         move_buffers(self.model, self.world.device)  # an offloaded model's parameters visit the device, its buffers live there
         self.optimizer = optimizer_of(self.model, self.config.optim, self.adaptation)
@@ -198,10 +203,6 @@ class FSDPEngine:
 
         return Split(self.model, self.config, self.mesh, self.world.rank, self.world.device.type, self.compute.itemsize)
 
-    def _part(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor as the part of the whole parameter, or of what is like it, that it is; shares memory."""
-        return tensor if self.split is None else self.split.view(name, tensor)
-
     def _pins(self) -> bool:
         return self.config.engine.pin_memory and self.world.device.type == "cuda"
 
@@ -228,7 +229,7 @@ class FSDPEngine:
             self.model.set_requires_gradient_sync(last or self.config.engine.sync_each_microbatch)  # type: ignore[operator]
             self.model.set_requires_all_reduce(last)  # type: ignore[operator]
             self.model.set_reshard_after_backward(last or self.config.engine.reshard_after_backward)  # type: ignore[operator]
-        (loss * (self.mesh.averaged if self.scale is None else self.scale.factor)).backward()
+        (loss * (self.world.size // self.mesh.tensor if self.scale is None else self.scale.factor)).backward()
 
     def squares(self) -> Tensor:
         """Return the sum of this rank's squared gradients, with what an update hook adds to them; a copy's share, where there are copies.
@@ -238,17 +239,15 @@ class FSDPEngine:
         if self.scale is not None:
             for p in self.model.parameters():
                 if p.grad is not None:
-                    local_block(p.grad)[0].mul_(self.mesh.averaged / self.scale.factor)
+                    local_block(p.grad)[0].mul_(self.world.size // self.mesh.tensor / self.scale.factor)
         update = self.adaptation.update
         if update is not None:
             self.parts = self._parts(update.names)
             update.before(self.parts, lambda name: whole(self.model.get_parameter(name)))
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", grads, torch.float32)
-        squares = sum_of_squares(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)
-        if self.split is not None:
-            squares = squares - self.split.repeated(self.model, sum_of_squares)
-        return squares.to(self.world.device) / self.mesh.replicate
+        squares = sum_of_squares(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads).to(self.world.device)
+        return (squares if self.split is None else self.split.once(squares, self.model, sum_of_squares)) / self.mesh.replicate
 
     def step(self, lr: float, accepts: Accepts = accepts_all, norm: float | None = None) -> float:
         """Clip, update and clear; return the gradient norm before clipping."""
@@ -323,8 +322,7 @@ class FSDPEngine:
 
     def state(self) -> dict[str, Any]:
         """Return the live shards of what is trained, and of the optimizer; averages where that averages, which are copies."""
-        state = state_of(self.model, self.optimizer, self.adaptation.update, self.scale)
-        return state if self.split is None else self.split.state(state)
+        return self.saved(state_of(self.model, self.optimizer, self.adaptation.update, self.scale))
 
     def load(self, folder: Path) -> None:
         """Restore model and optimizer, resharded to this world size."""
@@ -349,8 +347,7 @@ class FSDPEngine:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the whole model's tensors."""
         tied = tied_names(self.model)
-        state = self.model.state_dict()
-        shapes = {name: tuple(self._part(name, tensor).shape) for name, tensor in state.items() if name not in tied}
+        shapes = {name: tuple(self.part(name, tensor).shape) for name, tensor in self.model.state_dict().items() if name not in tied}
         return shapes | self.adaptation.packed
 
     def tensors(self) -> list[Placed]:
@@ -382,9 +379,8 @@ class FSDPEngine:
     def report(self) -> dict[str, str]:
         """Return what is stored, computed and reduced in which type; raises RuntimeError if live tensors say otherwise."""
         (parameters, frozen), moments, size = self._trained_and_frozen(), self._moments(), self.state_bytes()
-        wholes = {name: self._part(name, p) for name, p in self.model.named_parameters()}
-        total = sum(unpacked_numel(self.adaptation, name, p.numel()) for name, p in wholes.items())
-        trained = sum(p.numel() for name, p in wholes.items() if name in self.adaptation.trained)
+        total = sum(unpacked_numel(self.adaptation, name, self.part(name, p).numel()) for name, p in self.model.named_parameters())
+        trained = sum(self.part(name, p).numel() for name, p in self.model.named_parameters() if p.requires_grad)
         require_state_bytes(self.config.optim, size["optimizer"], size["trainable"] // 4)
         cut = self._layout()
         home = HOST if self.offloaded else ""

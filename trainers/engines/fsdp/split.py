@@ -42,7 +42,9 @@ class Split:
         order = torch.arange(ranks.size).view(shape).transpose(1, 2)
         self.mesh = DeviceMesh(device, order, mesh_dim_names=("replicate", "tensor", "shard"))
         self.team = Team(mesh.get_group("tensor"), ranks.tensor, rank % ranks.tensor)
-        self.head, self.logits = self._head_of(model, config, itemsize)
+        head, words = self._head_of(model, config, itemsize)
+        self.told = self.view, self.state, head, words
+        """What the engine asks of it: which part of a whole a tensor is, what a checkpoint holds, the output layer, and this in words."""
         done = split(model, self.team)
         wholes = {part: (whole.shape, dim) for whole, (part, dim) in done.parts.items()}
         self.wholes = {name: wholes[p] for name, p in model.named_parameters(remove_duplicate=False) if p in wholes}
@@ -81,10 +83,10 @@ class Split:
         }
         return state | {"model": model, "optimizer": {"state": of_optimizer}}
 
-    def repeated(self, model: nn.Module, measure: Callable[[Iterable[Tensor]], Tensor]) -> Tensor:
-        """Return what a sum over ranks would count again of gradients that are the same on all ranks of a team: this rank's share of it."""
+    def once(self, squares: Tensor, model: nn.Module, measure: Callable[[Iterable[Tensor]], Tensor]) -> Tensor:
+        """Return this rank's squares such that a sum over ranks counts gradients once that are the same on all ranks of a team."""
         same = (grad for name, grad in _gradients(model) if name not in self.wholes)
-        return measure(same) * (1 - 1 / self.ranks.tensor)
+        return squares - measure(same).to(squares.device) * (1 - 1 / self.ranks.tensor)
 
     def words(self) -> str:
         """Say how layers are split."""
