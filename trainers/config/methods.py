@@ -37,6 +37,8 @@ def validate_peft(config: RunConfig) -> None:
         reason = f"peft.method={peft.method} trains weights of the model itself, and 4 bits cannot hold a small step"
         raise ConfigError("peft.quantise", str(peft.quantise), reason, "peft=qlora, which trains adapters in addition to them")
     refuse_foreign("peft", peft, f"peft.method={peft.method}", of_others(PEFT_FIELDS, peft.method))
+    if peft.method is PeftMethod.none:
+        return
     if not 0 <= peft.dropout < 1:
         raise ConfigError("peft.dropout", peft.dropout, "must be from 0 to below 1")
     for name in ("targets", "modules_to_save", "freeze"):

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from trainers.config.choices import Average, Divergence, FDivergence, ObjectiveName, PreferenceLoss, Supervise
-from trainers.config.derived import SCORED
+from trainers.config.derived import SAMPLED, SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import of_others, refuse_foreign
 from trainers.config.local import looks_local, require_model_directory
@@ -48,25 +48,28 @@ def validate_objective(objective: ObjectiveConfig) -> None:
     if not spreads and not 0 <= objective.label_smoothing < 0.5:
         reason = "must be from 0 to below 0.5: above it the other answer would be the preferred one"
         raise ConfigError("objective.label_smoothing", objective.label_smoothing, reason, "objective.label_smoothing=0.1")
-    if objective.loss is not PreferenceLoss.sigmoid and objective.label_smoothing:
-        reason = f"is for the log-sigmoid, and objective.loss is {objective.loss}"
-        raise ConfigError("objective.label_smoothing", objective.label_smoothing, reason, "objective.loss=sigmoid")
-    if objective.robust and not objective.label_smoothing:
-        reason = "is about a share of wrong pairs, and objective.label_smoothing is 0"
-        raise ConfigError("objective.robust", True, reason, "objective.label_smoothing=0.1")
-    _validate_teacher(objective)
+    if objective.name is ObjectiveName.distil:
+        _validate_teacher(objective)
     if objective.name in SCORED:
         _validate_classes(objective)
-    _validate_divergence(objective)
-    _validate_policy(objective)
+    if objective.name in (ObjectiveName.dpo, ObjectiveName.cpo):
+        _validate_preference(objective)
+    if objective.name in SAMPLED:
+        _validate_policy(objective)
     if objective.desirable_weight == objective.undesirable_weight == 0:
         raise ConfigError("objective.desirable_weight", 0, "with both weights 0 nothing is trained", "objective.desirable_weight=1")
     if objective.reference is not None and looks_local(objective.reference):
         require_model_directory("objective.reference", objective.reference)
 
 
-def _validate_divergence(objective: ObjectiveConfig) -> None:
-    """Refuse an alpha of another divergence, and a divergence of anything but a ratio of two models' probabilities of an answer."""
+def _validate_preference(objective: ObjectiveConfig) -> None:
+    """Refuse wrong labels of another loss, an alpha of another divergence, and a divergence of anything but a ratio of two models."""
+    if objective.loss is not PreferenceLoss.sigmoid and objective.label_smoothing:
+        reason = f"is for the log-sigmoid, and objective.loss is {objective.loss}"
+        raise ConfigError("objective.label_smoothing", objective.label_smoothing, reason, "objective.loss=sigmoid")
+    if objective.robust and not objective.label_smoothing:
+        reason = "is about a share of wrong pairs, and objective.label_smoothing is 0"
+        raise ConfigError("objective.robust", True, reason, "objective.label_smoothing=0.1")
     alpha, divergence = objective.f_alpha, objective.f_divergence
     if alpha > 1:
         raise ConfigError("objective.f_alpha", alpha, "must be above 0 and at most 1", "objective.f_alpha=0.5")
