@@ -208,14 +208,14 @@ class FSDPEngine:
 
     def forward(self, batch: Batch, needs: Needs = Needs()) -> Output:  # noqa: B008 - frozen
         """Return the log-probabilities of the labels and what else is needed."""
+        if self.slices is None and self.routing is None and self.compiled is None and self.float8 is None:
+            return forward(self.model, batch, needs, head=self.head)
         if self.slices is not None:
             from trainers.model.context import forward_in_slices
 
             return forward_in_slices(self.model, batch, needs, self.slices, self.head, self.routing)
         if self.routing is not None:
             return self.routing.with_balance(batch, lambda: forward(self.model, batch, needs, head=self.head))
-        if self.compiled is None and self.float8 is None:
-            return forward(self.model, batch, needs, head=self.head)
         from trainers.engines.compiling import forward_filled_up
 
         return forward_filled_up(self.model, batch, needs, self.compiled, self.head)
