@@ -193,7 +193,7 @@ def _accumulation(path: str, overrides: list[str]) -> str:
         assert isinstance(launch, LaunchConfig)
         mesh = mesh_of(composed.engine, world_size(launch))
         now, share = f"now     {rows_words(train, mesh)}", mesh.data_size * train.microbatch
-    except (HydraException, OmegaConfBaseException, ArithmeticError):
+    except (HydraException, OmegaConfBaseException, ArithmeticError, ConfigError):  # what else is wrong is said once this is right
         return _report(path, UNSET, reason, overrides, "try     train.global_batch=ROWS, which all ranks take together in a step")
     wanted = where_set(path, overrides)[1]
     rows = share * wanted if isinstance(wanted, int) else "ROWS"

@@ -40,6 +40,7 @@ BAD = [
     (["warmup_ratio=0.03"], ["nearest optim.warmup_fraction, optim.warmup_steps"]),
     (["+train.gradient_accumulation_steps=4"], ["16 rows a step, 1 microbatch of 8 on each of 2 ranks", "train.global_batch=64"]),
     (["gradient_accumulation_steps=${x}"], ["it follows from train.global_batch"]),
+    (["gradient_accumulation_steps=4", "engine.context=3"], ["it follows from train.global_batch"]),
     (["resume_from_checkpoint=true"], ["the same command again continues"]),
     (["modell=hf"], ["`modell` = 'hf'", "nearest model"]),
     (["+modell=hf"], ["`modell` = 'hf'", "nearest model"]),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ranks
+from conftest import Ranks, save_tiny
 from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_table
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
@@ -252,18 +252,18 @@ def test_lora_trains_alike_under_any_split(ranks: Callable[[int], Ranks], tiny_l
             assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)
 
 
-def measured(world: World, run_dir: Path, model: Path, engine: str, lora: bool) -> list[np.ndarray]:
+def measured(world: World, run_dir: Path, model: Path, engine: EngineConfig, lora: bool) -> list[np.ndarray]:
     """Return each label's log-probability under policy and reference, before training and after it."""
     run_dir.mkdir(exist_ok=True)
     table = sampled_table(None)
     config = config_for(run_dir, model, steps=3, global_batch=len(table), microbatch=1)
     adapter = PeftConfig(method=PeftMethod.lora, lr=LR, rank=4, targets=["q_proj", "v_proj"]) if lora else PeftConfig()
-    config = replace(config, objective=GRPO, engine=EngineConfig(name=EngineName(engine)), peft=adapter)
+    config = replace(config, objective=GRPO, engine=engine, peft=adapter)
     policy = build_engine(config, world, blueprint_for(model))
     reference = build_reference(config, world, blueprint_for(model))
     found = [label_logps(each, table, world, 3, 0) for each in (policy, reference)]
     data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
-    loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+    loader = Loader(table, config.train, seed=0, pad_id=0, **policy.mesh.share_of(world.rank))
     train(config, world, Attempt(run_dir), policy, data, loader, 1.0)
     found += [label_logps(each, table, world, 3, 0) for each in (policy, reference)]
     if world.rank == 0:
@@ -292,20 +292,27 @@ def kept_signals(world: World, run_dir: Path, policy: Engine, reference: Engine)
 
 @pytest.mark.parametrize(
     ("size", "engine", "lora"),
-    [(2, "fsdp", False), pytest.param(2, "zero3", False, marks=pytest.mark.slow), pytest.param(3, "fsdp", True, marks=pytest.mark.slow)],
+    [
+        (2, EngineConfig(), False),
+        (2, EngineConfig(tensor=2), False),
+        pytest.param(2, EngineConfig(context=2), False, marks=pytest.mark.slow),
+        pytest.param(2, EngineConfig(name=EngineName.zero3), False, marks=pytest.mark.slow),
+        pytest.param(3, EngineConfig(), True, marks=pytest.mark.slow),
+    ],
 )
 def test_the_reference_stays_what_training_began_with(
-    ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, size: int, engine: str, lora: bool
+    ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path, size: int, engine: EngineConfig, lora: bool
 ) -> None:
     """Each label has its own number, that of plain transformers, on every rank."""
-    table, model = sampled_table(None), AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    folder = save_tiny(tmp_path / "model", tied=True, vocab_size=36) if engine.tensor > 1 else tiny_llama
+    table, model = sampled_table(None), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     plain = []
     for begin, end in zip(table.offsets[:-1], table.offsets[1:], strict=True):
         ids, kept = torch.from_numpy(table.tokens[begin:end].astype(np.int64)), torch.from_numpy(table.supervised[begin:end][1:] > 0)
         with torch.no_grad():
             logps = log_softmax(model(input_ids=ids[None]).logits[0, :-1], -1)
         plain += logps.gather(-1, ids[1:, None])[kept, 0].tolist()
-    for first, start, last, end, kept_old, *kept_reference in ranks(size).call(measured, tmp_path / "run", tiny_llama, engine, lora):
+    for first, start, last, end, kept_old, *kept_reference in ranks(size).call(measured, tmp_path / "run", folder, engine, lora):
         np.testing.assert_allclose(first, plain, atol=1e-5)
         np.testing.assert_allclose(start, plain, atol=1e-5)
         np.testing.assert_array_equal(start, end)

@@ -76,6 +76,6 @@ def label_logps(engine: Engine, table: TokenTable, world: World, microbatch: int
         places = [np.arange(*table.label_starts[document : document + 2]) for document in table.documents_of(rows)]
         found[np.concatenate([np.zeros(0, np.int64), *places])] = logps.double().cpu().numpy()
     engine.train(True)
-    found /= engine.mesh.context  # as many ranks have the same rows
+    found /= engine.mesh.same_rows  # as many ranks have the same rows
     sums = [world.sum(found[at : at + SUM_AT_ONCE].tolist()) for at in range(0, len(found), SUM_AT_ONCE)]
     return np.concatenate([np.zeros(0, np.float32), *(np.array(part, dtype=np.float32) for part in sums)])
