@@ -27,7 +27,7 @@ class Policy:
         self.signals = frozenset({ADVANTAGE, SAMPLED_LOGPS, *((REFERENCE_LOGPS,) if config.kl_weight else ())})
 
     def targets(self, sizes: Sizes) -> float:
-        """Return the number of answers or of their tokens, or the answers times a constant."""
+        """Return the number of answers, with those that no token is trained of, or of trained tokens, or the answers times a constant."""
         return sizes.labels if self.config.average is Average.tokens else sizes.documents * (self.config.constant or 1)
 
     def __call__(self, output: Output, batch: Batch) -> Loss:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +23,15 @@ from trainers.engines.build import build_engine
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
-from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS
+from trainers.objectives.base import ADVANTAGE, OLD_LOGPS, REFERENCE_LOGPS, SAMPLED_LOGPS
 from trainers.reference import SUM_AT_ONCE
 from trainers.rundir.attempt import Attempt
 from trainers.world import World
+
+GIVEN = frozenset({ADVANTAGE, SAMPLED_LOGPS})
+"""Signals that a rollout is written with."""
+APPEARS_S = 60.0
+"""For a network file system to show what another machine has written: NFS may remember for so long what was absent."""
 
 
 def measured_signals(config: RunConfig) -> frozenset[str]:
@@ -47,13 +54,14 @@ def measure(
     Collective. Raises TrainingFailed where the trainer's own is gone and it has taken a step on the rollout, which `is_first` denies, and
     Superseded where a newer attempt has started.
     """
-    table, missing = open_table(folder), world.from_first([name for name in engines if not (folder / f"{SIGNALS}{name}.npy").is_file()])
+    table, here = open_rollout(folder, GIVEN), world.rank == 0
+    missing = world.from_first([name for name in engines if here and not (folder / f"{SIGNALS}{name}.npy").is_file()])
     for name in missing:
         file = folder / f"{SIGNALS}{name}.npy"
         if name == OLD_LOGPS and not is_first:
             raise TrainingFailed(f"{file} is gone, which the weights before the rollout's first step gave")
         values = label_logps(engines[name], table, world, microbatch, pad_id)
-        if world.rank == 0:
+        if here:
             file.parent.mkdir(exist_ok=True)
             staging = file.with_name(f"{file.name}.attempt-{attempt.number}.tmp")
             with staging.open("wb") as opened:
@@ -62,6 +70,20 @@ def measure(
             staging.rename(file)
     world.barrier()
     return list(missing)
+
+
+def open_rollout(folder: Path, signals: frozenset[str]) -> TokenTable:
+    """Memory-map a rollout with at least these signals; waits for a file system that does not show at once what rank 0 has written.
+
+    Raises TrainingFailed where files are still absent after APPEARS_S.
+    """
+    until = time.monotonic() + APPEARS_S
+    wanted = {f"{SIGNALS}{name}.npy" for name in signals}
+    while missing := sorted(wanted.difference(str(path.relative_to(folder)) for path in folder.rglob("*.npy"))):
+        if time.monotonic() > until:
+            raise TrainingFailed(f"{folder / missing[0]} is not there on {socket.gethostname()}, and this step trains on it")
+        time.sleep(0.1)
+    return open_table(folder)
 
 
 @torch.no_grad()

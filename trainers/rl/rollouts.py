@@ -20,18 +20,18 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.data.loader import Ints, Made, deal, make_batch, row_order
 from trainers.data.prepare import Prepared
-from trainers.data.table import TokenTable, open_table
+from trainers.data.table import TokenTable
 from trainers.data.tokenizer import pad_id
 from trainers.engines.base import Engine
 from trainers.generate.request import STOP, Answer, Request
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint, positions_limit
-from trainers.objectives.base import ADVANTAGE, OLD_LOGPS, REFERENCE_LOGPS, SAMPLED_LOGPS
+from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS
 from trainers.rewards.score import Rewards
 from trainers.rl.generators import Generators
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
-from trainers.rl.measured import build_reference, measure, measured_signals
+from trainers.rl.measured import GIVEN, build_reference, measure, measured_signals, open_rollout
 from trainers.rl.prompts import read_rows
 from trainers.rl.sync import bound_of, compare, require_near, write_weights
 from trainers.rundir import paths
@@ -76,8 +76,7 @@ class Sampler:
         """Let the generators have the weights after `step` steps, if they have not; returns the seconds that it took."""
         began = time.perf_counter()
         if self.version != step:
-            mark = f".attempt-{self.attempt.number}"
-            write_weights(self.engine, self.blueprint, self.tokenizer, self.generators.weights, self.world, mark)
+            write_weights(self.engine, self.blueprint, self.tokenizer, self.generators.weights, self.world, self.attempt)
             self.generators.renew()
             self.version = step
         return time.perf_counter() - began
@@ -127,7 +126,8 @@ class Sampler:
             self.reference.close()
         if self.rewards is not None:
             self.rewards.close()
-            shutil.rmtree(self.generators.weights, ignore_errors=True)
+            if self.attempt.is_current(at_once=True):  # else they are a newer one's
+                shutil.rmtree(self.generators.weights, ignore_errors=True)
 
 
 def make_sampler(
@@ -168,7 +168,7 @@ class Rollouts:
         """Make nothing yet."""
         config = sampler.config
         self.measured = measured_signals(config)
-        self.signals = self.measured | {ADVANTAGE, SAMPLED_LOGPS}
+        self.signals = self.measured | GIVEN
         self.sampler, self.config, self.rl, self.world, self.attempt = sampler, config, config.rl, sampler.world, sampler.attempt
         self.prompts, self.pad_id = data.train, pad_id(sampler.tokenizer)
         self.rows = read_rows(data.path, "train") if self.world.rank == 0 else []
@@ -188,10 +188,11 @@ class Rollouts:
         if self.opened is not None and self.opened[0] == first:
             return True
         if step == 0 and self.world.rank == 0:  # of an attempt that came to no checkpoint, and may have had other settings
+            self.attempt.require_current()
             for older in self.folder.glob("step-*"):
                 shutil.rmtree(older)
         folder, spent = self._folder(first), dict[str, float]()
-        if not self.world.from_first(folder.is_dir()):
+        if not self.world.from_first(self.world.rank == 0 and folder.is_dir()):  # a file system may remember what was absent
             if step != first:
                 raise TrainingFailed(f"{folder} is gone, which the weights after step {first} gave, and this is step {step + 1}")
             written = self._write(first, folder)
@@ -199,8 +200,8 @@ class Rollouts:
                 return False
             spent = written
         spent |= self._measure(step, folder)
-        about = json.loads((folder / ABOUT).read_text())
-        self.opened = first, open_table(folder), about["position"]
+        about = self.world.from_first(json.loads((folder / ABOUT).read_text()) if self.world.rank == 0 else {})
+        self.opened = first, open_rollout(folder, self.signals), about["position"]
         figures = about["figures"]
         if step == first:
             found = compare(self.sampler.engine, self.table(step), self.world, self.config.train.microbatch, self.pad_id)
@@ -295,7 +296,7 @@ class Rollouts:
     def table(self, step: int) -> TokenTable:
         """Return the rollout that a step trains on, or trained on."""
         first = step - step % self.rl.steps_per_rollout
-        return self.opened[1] if self.opened is not None and self.opened[0] == first else open_table(self._folder(first))
+        return self.opened[1] if self.opened is not None and self.opened[0] == first else open_rollout(self._folder(first), self.signals)
 
     def row_ids(self, step: int, ahead: int = 0) -> Ints:
         """Return a step's part of its rollout."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,26 +18,41 @@ from trainers.data.ends import stop_ids
 from trainers.data.loader import deal, make_batch
 from trainers.data.table import TokenTable
 from trainers.engines.base import Engine
+from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint
 from trainers.model.export import export
 from trainers.objectives.base import SAMPLED_LOGPS
 from trainers.peft.base import FullTraining
 from trainers.peft.saved import export_adapter
+from trainers.rundir.attempt import Attempt
 from trainers.world import World
 
+T = TypeVar("T")
 EXACT, ROUNDED = 1e-3, 0.25
 """Mean differences in nats a token that are not suspicious, in float32 and where anything is rounded to 16 bits."""
 
 
-def write_weights(engine: Engine, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World, mark: str) -> None:
-    """Put the weights as they are now into a directory, a model's or an adapter's, complete or absent; collective."""
-    adaptation, write = engine.adaptation, world.rank == 0
+def write_weights(
+    engine: Engine, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World, attempt: Attempt
+) -> None:
+    """Put the weights as they are now into a directory, a model's or an adapter's, complete or absent; collective.
+
+    Raises Superseded, and puts nothing into place, where a newer attempt has started.
+    """
+    adaptation, write, mark = engine.adaptation, world.rank == 0, f".attempt-{attempt.number}"
+    weights = while_current(engine.weights(), attempt)
     if isinstance(adaptation, FullTraining):
-        export(engine.weights(), adaptation.form, blueprint, tokenizer, stop_ids(tokenizer), folder, write, mark=mark)
+        export(weights, adaptation.form, blueprint, tokenizer, stop_ids(tokenizer), folder, write, mark=mark)
     else:
-        export_adapter(engine.weights(), adaptation, tokenizer, folder, write, mark)
+        export_adapter(weights, adaptation, tokenizer, folder, write, mark)
     world.barrier()
+
+
+def while_current(items: Iterable[T], attempt: Attempt) -> Iterator[T]:
+    """Yield items, each a beat; the end needs that no newer attempt has started."""
+    yield from watch.each(items)
+    attempt.require_current()
 
 
 @dataclass(frozen=True)
