@@ -349,12 +349,12 @@ SLOWED = """
 import sys, time
 from trainers.config.schema import (DataConfig, ModelConfig, RunConfig)
 from trainers.data import prepare
-slow = prepare._encode_all
+slow = prepare.encode_all
 def slowed(*args):
     print("building", flush=True)
     time.sleep(float(sys.argv[4]))
     return slow(*args)
-prepare._encode_all = slowed
+prepare.encode_all = slowed
 config = RunConfig(model=ModelConfig(id=sys.argv[1]), data=DataConfig(path=sys.argv[2], prepared_dir=sys.argv[3], seq_len=128))
 print("reused" if prepare.prepare(config).reused else "built", flush=True)
 """
