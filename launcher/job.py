@@ -30,7 +30,7 @@ from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.numerics import NUMERICS
 from trainers.config.schema import LogConfig, RunConfig, escaped, plain
-from trainers.config.secrets import mask, mask_diff, masked
+from trainers.config.secrets import mask, mask_diff
 from trainers.plan.request import HardwareConfig, PlanConfig
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt, newest_attempt, read_status
@@ -159,7 +159,7 @@ def manifest(code: dict[str, Any]) -> dict[str, Any]:
 
 def command_line() -> list[str]:
     """Return the command that this process was started with."""
-    return [sys.executable, "-m", "launcher", *map(masked, sys.argv[1:])]
+    return [sys.executable, "-m", "launcher", *mask(sys.argv[1:])]
 
 
 def note_attempt(job: Job) -> None:

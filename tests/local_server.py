@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ class VllmRequests(JsonRequests):
         assert isinstance(server, VllmServer)
         path = self.path.partition("?")[0]
         server.paths.append(path)
+        if path.startswith("/v1") and server.key and self.headers["Authorization"] != f"Bearer {server.key}":
+            self.send_error(401)
+            return True
         if path in server.hangs:
             server.released.wait(30)
         if server.faults.get(path, 0) > 0:
@@ -95,11 +99,13 @@ class VllmServer(LocalServer):
 
     def __init__(self, port: int = 0, positions: int = 16) -> None:
         super().__init__(port)
-        self.positions = positions
+        self.positions, self.key = positions, ""
         self.faults, self.hangs, self.status, self.version = dict[str, int](), set[str](), 500, 0
         self.paths, self.weights, self.asked = list[str](), list[str](), list[dict[str, Any]]()
         self.released = threading.Event()
 
 
 if __name__ == "__main__":  # in the place of `python -m vllm.entrypoints.openai.api_server`
-    VllmServer(int(sys.argv[sys.argv.index("--port") + 1]), 64).serve_forever()
+    server = VllmServer(int(sys.argv[sys.argv.index("--port") + 1]), 64)
+    server.key = os.environ.get("VLLM_API_KEY", "")
+    server.serve_forever()

@@ -233,7 +233,8 @@ def test_a_faulty_server_is_asked_until_it_answers(server: Server, tmp_path: Pat
     rows = [{"prompt": text, "system": "Be brief."} for text in ("cat sat", Faulty.refused, "two dogs", "far home")]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out.jsonl"
-    words = [server.url, str(prompts), "--model", "some/model", "--out", str(out), "--n", "4", "--temperature", "0.5", "--at-once", "2"]
+    url = server.url.replace("//", "//me:s3cret@")
+    words = [url, str(prompts), "--model", "some/model", "--out", str(out), "--n", "4", "--temperature", "0.5", "--at-once", "2"]
     Faulty.is_down.set()
     assert sample.main([*words, "--attempts", "1"]) == 1
     assert "answers are missing" in capsys.readouterr().err
@@ -248,7 +249,9 @@ def test_a_faulty_server_is_asked_until_it_answers(server: Server, tmp_path: Pat
     assert found[0]["prompt"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "cat sat"}]
     assert found[0]["ids"] is None
     assert {(body["temperature"], body["max_tokens"], body["model"]) for body in Faulty.bodies} == {(0.5, 256, "some/model")}
-    assert json.loads(Path(f"{out}.json").read_text())["failures"] == {"HTTP 400": 4}
+    assert json.loads(about := Path(f"{out}.json").read_text())["failures"] == {"HTTP 400": 4}
+    assert "s3cret" not in out.read_text() + about
+    assert found[0]["model"].startswith("some/model at http://***@127.0.0.1:")
 
 
 def test_what_a_server_refuses_says_nothing_of_the_server(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,7 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "answers that nobody rewards": ["objective=grpo"],
     "no such Python": [*RL, "rl.vllm=/nowhere"],
     "words for no server": [*RL, "rl.vllm_words=[--x]"],
+    "a secret in a server's words": [*RL, "rl.vllm=/bin/true", "rl.vllm_words=[--api-key,tok]"],
     "an adapter for a server": [*RL, LORA, "rl.vllm=/bin/true"],
     "a group of one": [*RL, "rl.group_size=1"],
     "a part of a group": [*RL, "rl.group_size=3"],

@@ -103,6 +103,13 @@ def test_the_values_of_secret_variables_are_masked_whatever_their_form(monkeypat
     secrets._of_environment.cache_clear()
 
 
+def test_words_of_a_command_line_are_masked_after_the_options_of_secrets() -> None:
+    words = ["--api-key", "tok", "--x_token", "a b", "--hf-token", "--y", "--max-tokens", "8", "--tokenizer", "a/b", "--top-k", "4"]
+    assert secrets.mask(words) == ["--api-key", "***", "--x_token", "***", "--hf-token", "***", *words[6:]]
+    assert secrets.mask(["rl.vllm_words=[--api-key,tok,--y,1]"]) == ["rl.vllm_words=[--api-key,***,--y,1]"]
+    assert secrets.mask(["""x=['--api-key', 'tok']"""]) == ["""x=['--api-key', '***']"""]
+
+
 def test_settings_and_the_command_are_masked_before_they_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = JobConfig(run_dir=str(tmp_path))
     config.log.tags, config.data.path, config.model.id = list(KINDS.values()), KINDS["password of a URL"], "acme/tiny"

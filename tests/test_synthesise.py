@@ -316,9 +316,10 @@ def test_raft_rows_have_one_document_that_answers_or_none(server: list[str], tmp
 
 
 def test_a_judge_filters_and_the_least_alike_rows_stay(server: list[str], rows: str, tmp_path: Path) -> None:
-    url = server[0].removeprefix("model.path=")
-    judge = ["judge={url: %s, model: j, least: 3}" % url, "diversity={rows: 3}"]  # noqa: UP031
-    found = synthesise("answers", out := tmp_path / "out.jsonl", *server, rows, *judge)
+    url = server[0].removeprefix("model.path=").replace("//", "//me:s3cret@")
+    judge = ["judge={url: '%s', model: j, least: 3}" % url, "diversity={rows: 3}"]  # noqa: UP031
+    found = synthesise("answers", out := tmp_path / "out.jsonl", f"model.path={url}", *server[1:], rows, *judge)
+    assert "s3cret" not in out.read_text() + Path(f"{out}.json").read_text(), "neither the writer's nor the judge's"
     assert len(found) == 3
     assert all(row["score"] >= 3 for row in found)
     removed = report(out)["removed"]

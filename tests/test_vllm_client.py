@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +19,14 @@ from local_server import VllmServer
 from safetensors.torch import load_file, save_file
 
 from trainers.config.errors import ConfigError
+from trainers.config.schema import RlConfig, RunConfig
 from trainers.generate import vllm as client
 from trainers.generate.local import Broken
 from trainers.generate.request import NO_ROOM, Answer, Request, Sampling
 from trainers.generate.tied import FILE, HEAD, add_head
 from trainers.generate.vllm import Vllm
+from trainers.health.activity import watch
+from trainers.rl.generators import Generators
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -39,6 +44,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmServer]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("trainers.generate.endpoint.LOOK_S", 0.05)
     one = VllmServer()
     with one.serving():
@@ -75,7 +81,9 @@ def test_ids_come_back_as_they_were_drawn_and_what_ends_an_answer_is_said(server
     assert all(asked["stop_token_ids"] == [0, 5, 6] and asked["top_k"] == 3 and asked["repetition_penalty"] == 1 for asked in server.asked)
 
 
-def test_other_weights_are_taken_in_order_and_a_tied_head_is_written(server: VllmServer, model: Path) -> None:
+def test_other_weights_are_taken_in_order_and_a_tied_head_is_written(
+    server: VllmServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with Vllm(model, url=server.url) as vllm:
         before = answers(vllm)
         server.paths.clear()
@@ -84,6 +92,11 @@ def test_other_weights_are_taken_in_order_and_a_tied_head_is_written(server: Vll
         assert server.weights == [str(model)]
         assert answers(vllm)[0].ids != before[0].ids
     assert load_file(model / FILE)[HEAD].tolist() == [[0, 1], [2, 3], [4, 5]]
+    names = list[str]()
+    monkeypatch.setattr("trainers.generate.tied.save_file", lambda *of, **more: names.append(of[1].name) or save_file(*of, **more))
+    add_head(model)
+    add_head(model)
+    assert len(set(names)) == 2, "machines whose processes have one number write at once"
     save_file({"model.embed_tokens.weight": torch.zeros(3, 2)}, model / "model.safetensors")
     add_head(model)  # of the weights that are there now
     assert not load_file(model / FILE)[HEAD].any()
@@ -123,7 +136,14 @@ def group(leader: int) -> list[str]:
 
 
 @pytest.mark.for_real
-def test_a_server_that_is_started_answers_and_is_named_where_it_ends(model: Path, program: Path) -> None:
+def test_a_server_that_is_started_answers_and_is_named_where_it_ends(model: Path, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the environment's proxy, and with a key of its own, whatever the environment has."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("VLLM_API_KEY", "FULLTUNE_ENDPOINT_KEY"):
+        monkeypatch.setenv(name, f"of {name}")
     with Vllm(model, python=str(program)) as vllm:
         assert sorted(answers(vllm)) == [0, 1]
         assert vllm.process is not None
@@ -135,6 +155,29 @@ def test_a_server_that_is_started_answers_and_is_named_where_it_ends(model: Path
     program.write_text("#!/bin/sh\necho no module named vllm >&2\nexit 3\n")
     with pytest.raises(Broken, match=r"(?s)no module named vllm.*has ended with 3"), Vllm(model, python=str(program)):
         pass
+
+
+@pytest.mark.for_real
+def test_a_generator_that_opens_is_progress(model: Path, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """limits.load_s bounds it: limits.sample_s does not end the run meanwhile."""
+    beats, began = list[bool](), Vllm.__enter__
+    world: Any = SimpleNamespace(gather=lambda value: [value], local_rank=0, rank=0, signalled=None, device=torch.device("cpu"))
+    generators = Generators(RunConfig(rl=RlConfig(vllm=str(program), max_new_tokens=4)), world, model)
+
+    def opens(vllm: Vllm) -> Vllm:
+        beats.clear()
+        opened = began(vllm)
+        beats.append(True)
+        return opened
+
+    monkeypatch.setattr(Vllm, "__enter__", opens)
+    monkeypatch.setattr(watch, "beat", lambda: beats.append(False))
+    try:
+        assert generators.ask([Request(key=0, seed=0, ids=[1, 1])]) is not None
+    finally:
+        generators.close()
+    assert beats.index(True) > 0
+    assert beats[-1], "answers are not: limits.sample_s ends a run without any"
 
 
 @pytest.mark.for_real

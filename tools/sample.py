@@ -39,6 +39,7 @@ from tools.command import Refused, ended, parser_of
 from trainers.cache import content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ModelConfig, RunConfig
+from trainers.config.secrets import masked
 from trainers.generate import prompts
 from trainers.generate.endpoint import REFUSALS, Server, check
 from trainers.generate.kept import Kept
@@ -198,7 +199,7 @@ class Served:
 
     def __init__(self, options: argparse.Namespace, sampling: Sampling) -> None:
         """Find out whether it can be asked; raises ConfigError."""
-        self.sampling, self.name = sampling, f"{options.served} at {options.model}"
+        self.sampling, self.name = sampling, masked(f"{options.served} at {options.model}")
         at = {"timeout_s": options.timeout, "attempts": options.attempts, "at_once": options.at_once}
         self.server = Server(url=options.model, model=options.served, refusals_are_replies=True, **at)
         self.key = content_key("served", options.model, options.served, options.tokenizer)

@@ -39,6 +39,7 @@ from tools.command import ended, parser_of
 from tools.select.choose import Chosen, Limits, choose
 from tools.select.rewards import read
 from trainers.config.errors import ConfigError
+from trainers.config.secrets import mask
 from trainers.rewards.score import Found, Rewards
 from trainers.rundir.files import try_row, write_json
 
@@ -87,7 +88,7 @@ def select(options: argparse.Namespace) -> None:
     if options.pairs is not None:
         _write(options.pairs, [_as_pair(rows, found, *pair) for pair in chosen.pairs])
     told = report(rows, found, chosen)
-    write_json(Path(f"{options.out}.json"), told | {"rewards": options.reward, "answers_of": list(map(str, options.answers))})
+    write_json(Path(f"{options.out}.json"), told | {"rewards": mask(options.reward), "answers_of": list(map(str, options.answers))})
     say(told, options)
 
 

@@ -9,6 +9,7 @@ from tools.synthesise.config import Model
 from trainers.cache import content_key
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ModelConfig, RunConfig
+from trainers.config.secrets import masked
 from trainers.data.formats import Message
 from trainers.generate import prompts
 from trainers.generate.endpoint import REFUSALS, Server, check
@@ -93,7 +94,7 @@ class Served(Writer):
 
     def __init__(self, settings: Model) -> None:
         """Load its tokenizer where one is given; raises ConfigError."""
-        self.name = f"{settings.name} at {settings.path}"
+        self.name = masked(f"{settings.name} at {settings.path}")
         at = {"timeout_s": settings.timeout_s, "attempts": settings.attempts, "at_once": settings.at_once}
         self.server = Server(url=str(settings.path), model=str(settings.name), refusals_are_replies=True, **at)  # type: ignore[arg-type]
         self.key = content_key("served", settings.path, settings.name, settings.tokenizer)

@@ -9,6 +9,7 @@ from trainers.config.derived import OF_THE_MODEL, SAMPLED
 from trainers.config.errors import ConfigError
 from trainers.config.foreign import refuse_foreign
 from trainers.config.schema import RlConfig, RunConfig
+from trainers.config.secrets import is_option
 
 
 def validate_rl(config: RunConfig) -> None:
@@ -44,6 +45,10 @@ def _validate_vllm(config: RunConfig) -> None:
         if rl.vllm_words:
             raise ConfigError("rl.vllm_words", rl.vllm_words, "are a vLLM server's, and rl.vllm is empty", "rl.vllm_words=[]")
         return
+    for word in rl.vllm_words:
+        if is_option(name := word.partition("=")[0]):
+            reason = "is a secret, which config.yaml would hold; a server that is started here has a key of its own"
+            raise ConfigError("rl.vllm_words", name, reason, "leave it out; any other secret goes by its variable, such as HF_TOKEN")
     if not os.access(rl.vllm, os.X_OK):
         raise ConfigError("rl.vllm", rl.vllm, "is not a program", "the Python of an environment with vLLM, or rl.vllm=null")
     if config.peft.method not in OF_THE_MODEL:

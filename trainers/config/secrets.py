@@ -17,6 +17,8 @@ NAMES = (
 )
 """Of what holds a secret, as the last part of a name; `tokens` and `tokenizer` are none."""
 IN_ENVIRONMENT = re.compile(rf"(?:^|_)(?:{NAMES}|key|pat|credentials?)$", re.IGNORECASE)
+OPTION = re.compile(rf"--(?:[a-z0-9]+[_-])*(?:{NAMES}|key)", re.IGNORECASE)
+"""A word of a command line that says that the next one is a secret."""
 BY_FORM = "|".join(
     (
         r"\bhf_[A-Za-z0-9]{30,}|\bapi_org_[A-Za-z0-9]{30,}",  # Hugging Face
@@ -40,7 +42,8 @@ PATTERNS = (
     (re.compile(r"(\b(?:X-Amz-(?:Signature|Credential|Security-Token)|AccountKey|SharedAccessKey|sig)=)[^\s&;'\"]{8,}"), rf"\1{MASK}"),
     (re.compile(rf"((?:{NAMES})[\\\"']*\s*[:=]\s*\\*[\"'])[^\"'\s<>\\]{{8,}}", re.IGNORECASE), rf"\1{MASK}"),  # name = "value"
     (re.compile(rf"(\b(?:[A-Z0-9]+_)*(?:{NAMES.upper()})=)[^\s'\",;<>]{{8,}}"), rf"\1{MASK}"),  # NAME=value
-    (re.compile(rf"(--(?:[a-z0-9]+-)*(?:{NAMES})[= ])[^\s'\"]{{4,}}"), rf"\1{MASK}"),  # --name value
+    (re.compile(rf"(--(?:[a-z0-9]+[_-])*(?:{NAMES})[= ])[^\s'\"]{{4,}}"), rf"\1{MASK}"),  # --name value
+    (re.compile(rf"(--(?:[a-z0-9]+[_-])*(?:{NAMES})[\"']?,\s*[\"']?)[^\s'\",\]]+"), rf"\1{MASK}"),  # [--name,value]
 )
 
 
@@ -61,14 +64,20 @@ def _of_environment() -> tuple[str, ...]:
 
 
 def mask(value: Any) -> Any:
-    """Return settings, or what JSON holds, with every text masked."""
+    """Return settings, or what JSON holds, with every text masked; of a list also what follows a word such as --api-key."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.replace(value, **{item.name: mask(getattr(value, item.name)) for item in dataclasses.fields(value)})
     if isinstance(value, dict):
         return {key: mask(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(mask, value))
+        before = [None, *value][: len(value)]
+        return type(value)(MASK if type(one) is str and is_option(name) else mask(one) for name, one in zip(before, value, strict=True))
     return masked(value) if type(value) is str else value
+
+
+def is_option(word: object) -> bool:
+    """Tell a word of a command line after which a secret comes, such as --api-key."""
+    return isinstance(word, str) and OPTION.fullmatch(word) is not None
 
 
 def mask_diff(diff: bytes) -> bytes:

@@ -33,7 +33,7 @@ Read = TypeVar("Read")
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Which model is asked where, and how. Its key is in the environment alone, so that nothing that shows a Server shows it."""
+    """Which model is asked where, and how. Its key is in the environment, so that nothing that shows a Server shows it."""
 
     url: str
     """Up to the version, such as http://host:8000/v1."""
@@ -48,6 +48,8 @@ class Server:
     """HTTP 400, 413 and 422 are about one request, and say nothing of the endpoint."""
     key_name: str = "FULLTUNE_ENDPOINT_KEY"
     """Environment variable of its key; without it OPENAI_API_KEY."""
+    own_key: str = field(default="", repr=False)
+    """Of a server that was started here. It is asked with this one alone, and without the environment's proxies."""
 
     def at(self, path: str) -> str:
         """Return the URL of one of its paths."""
@@ -55,7 +57,7 @@ class Server:
 
     def headers(self) -> dict[str, str]:
         """Return the header with the key. An empty variable keeps OpenAI's from an endpoint that is not theirs."""
-        key = os.environ.get(self.key_name, os.environ.get("OPENAI_API_KEY", "")).strip()
+        key = self.own_key or os.environ.get(self.key_name, os.environ.get("OPENAI_API_KEY", "")).strip()
         return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
@@ -100,7 +102,8 @@ def _exchange(server: Server, path: str, body: dict[str, Any] | None = None) -> 
     url, content = server.at(path), None if body is None else json.dumps(body)
     try:
         method = "GET" if body is None else "POST"
-        return httpx.request(method, url, headers=server.headers(), timeout=server.timeout_s, content=content)
+        how: dict[str, Any] = {"timeout": server.timeout_s, "trust_env": not server.own_key}
+        return httpx.request(method, url, headers=server.headers(), content=content, **how)
     except httpx.TimeoutException:
         return f"{url} does not answer within {server.timeout_s:g} s"
     except httpx.ConnectError as error:
@@ -196,7 +199,8 @@ async def _ask_all(
     todo: Sequence[Of], server: Server, one: Callable[[Endpoint, Of], Awaitable[Made]], look: Callable[[], None] | None
 ) -> list[Made]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=server.at_once)
-    async with httpx.AsyncClient(headers=server.headers(), timeout=server.timeout_s, limits=limits) as client:
+    how: dict[str, Any] = {"timeout": server.timeout_s, "limits": limits, "trust_env": not server.own_key}
+    async with httpx.AsyncClient(headers=server.headers(), **how) as client:
         endpoint, queue = Endpoint(server, client), iter(todo)
 
         async def work() -> list[Made]:  # the queue is shared by all workers

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from trainers.config.errors import ConfigError
+from trainers.config.secrets import mask
 from trainers.rundir.files import try_row, write_json
 
 
@@ -79,13 +80,13 @@ class Kept:
         self.write(about, (row for row in found if row is not None))
 
     def write(self, about: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
-        """Write rows as the file, and what is known of it next to it; forget the answers."""
+        """Write rows as the file, and what is known of it next to it, without secrets; forget the answers."""
         self.close()
         staging = Path(f"{self.file}.tmp")
         with staging.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             stream.flush()
             os.fsync(stream.fileno())
-        write_json(self.about, {"key": self.key} | about)
+        write_json(self.about, {"key": self.key} | mask(about))
         staging.rename(self.file)
         self.part.unlink(missing_ok=True)

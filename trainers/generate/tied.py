@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import socket
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -28,7 +30,7 @@ def add_head(folder: Path) -> None:
     if len(names) != 1:
         reason = f"has tied embeddings, and {len(names)} tensors are named {EMBEDDINGS}"
         raise ConfigError("vllm", str(folder), reason, "a model whose head is not tied")
-    staging = folder / f"{FILE}.{os.getpid()}.tmp"
+    staging = folder / f"{FILE}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"  # each machine of a run writes the same
     save_file({HEAD: Weights(folder).read_whole(names[0])}, staging, metadata={"format": "pt"})
     staging.rename(folder / FILE)
     index = folder / INDEX

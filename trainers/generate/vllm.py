@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -62,25 +63,26 @@ class Vllm:
         self.open_s, self.look, self.process = open_s, look, None
         self.place = tempfile.TemporaryDirectory()
         self.log = Path(self.place.name) / "log"
-        self.positions = 0
+        self.positions, key = 0, ""
         if url is None:
+            key = secrets.token_hex(16)  # the environment's VLLM_API_KEY would lock this process out
             port = _free_port()
             url = f"http://127.0.0.1:{port}"
             own = ["--enforce-eager"] if device == "cpu" else []
             line = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", NAME]
-            self.process = self._start(
-                [*line, "--dtype", dtype, "--generation-config", "vllm", "--host", "127.0.0.1", "--port", str(port), *own, *words]
-            )
-        self.root = Server(url=url.rstrip("/").removesuffix("/v1"), model=NAME, timeout_s=timeout_s, at_once=at_once, attempts=2)
+            line += ["--dtype", dtype, "--generation-config", "vllm", "--host", "127.0.0.1", "--port", str(port), *own, *words]
+            self.process = self._start(line, key)
+        root = url.rstrip("/").removesuffix("/v1")
+        self.root = Server(url=root, model=NAME, timeout_s=timeout_s, at_once=at_once, attempts=2, own_key=key)
 
-    def _start(self, line: list[str]) -> subprocess.Popen[bytes]:
+    def _start(self, line: list[str], key: str) -> subprocess.Popen[bytes]:
         with self.log.open("w") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", "trainers.generate.guard", *line],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=OURS | os.environ,
+                env=OURS | os.environ | {"VLLM_API_KEY": key},
                 start_new_session=True,
                 preexec_fn=prepare_child(),
             )

@@ -35,6 +35,7 @@ class Generators:
         self.sampling = Sampling(max_new_tokens=config.rl.max_new_tokens)
         self.leads = [rank for rank, leads in enumerate(world.gather(world.local_rank == 0)) if leads]
         self.local: Local | Vllm | None = None
+        self.is_opening = False
 
     def renew(self) -> None:
         """Have them open the weights that are in the directory now."""
@@ -97,10 +98,16 @@ class Generators:
                 from trainers.generate.vllm import Vllm
 
                 self.local = Vllm(self.weights, python=rl.vllm, words=rl.vllm_words, at_once=rl.batch, **machine)
-            self.local.__enter__()
+            self.is_opening = True
+            try:
+                self.local.__enter__()
+            finally:
+                self.is_opening = False
         return self.local
 
     def _look(self) -> None:
+        if self.is_opening:  # limits.load_s bounds it, and not limits.sample_s
+            watch.beat()
         if self.world.signalled is not None:
             raise Interrupted
 
