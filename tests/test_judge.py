@@ -17,13 +17,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import free_port
 from synthetic import change, make_run
 
 from tools.evaluate.judge import Question, Verdict, ask, read_scores, tally
 from trainers.generate.endpoint import DOWN_AFTER, check
-from trainers.rewards.judged import CRITERIA, Judge
+from trainers.rewards.judged import CRITERIA, Judge, known_scores, mean_scores
 
 pytestmark = pytest.mark.timeout(30)
 KEY = "sk-a-secret"
@@ -504,3 +505,39 @@ def test_the_report_says_what_the_judge_was_worth(endpoint: Endpoint, tmp_path: 
     assert runs["a"].judged is not None
     change(run / "evaluation" / "judge.json", answers="of others")
     assert compare([run], None).methods[0].figures.judged is None
+
+
+def test_one_text_without_a_reply_has_no_score_and_a_judge_that_is_down_ends_all(endpoint: Endpoint, tmp_path: Path) -> None:
+    """Of a run that learns from its own answers. Who chooses rows asks again instead."""
+
+    def reply(handler: Any, number: int) -> None:
+        if "a bad one" in handler.body["messages"][0]["content"]:
+            handler.give(500)
+        else:
+            handler.say(json.dumps(dict.fromkeys(CRITERIA, 4)))
+
+    endpoint.reply = reply
+    texts = [("why?", text) for text in ("one", "a bad one", "other")]
+    scores, reasons = known_scores(texts, endpoint.judge(), tmp_path / "a.jsonl")
+    assert np.isnan(scores).tolist() == [False, True, False]
+    assert scores[0] == scores[2] == 4
+    assert reasons == ["", "the judge gave no score: HTTP 500", ""]
+    with pytest.raises(OSError, match="gave no score for 1 rows: HTTP 500; the same command asks for them again"):
+        mean_scores(texts, endpoint.judge(), tmp_path / "a.jsonl")
+    endpoint.reply = lambda handler, number: handler.give(500)
+    for count in (2, 3 * DOWN_AFTER):
+        with pytest.raises(OSError, match=rf"is down: {count} of {count} texts got no reply \(HTTP 500\); after {DOWN_AFTER} requests"):
+            known_scores([("why?", str(at)) for at in range(count)], endpoint.judge(), tmp_path / f"{count}.jsonl")
+
+
+def test_a_stop_ends_a_judges_scoring_at_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    endpoint.reply = lambda handler, number: handler.hang()
+
+    def look() -> None:
+        if endpoint.hanging:
+            raise InterruptedError
+
+    began = time.monotonic()
+    with pytest.raises(InterruptedError):
+        known_scores([("why?", "one")], endpoint.judge(timeout_s=20.0), tmp_path / "a.jsonl", look)
+    assert time.monotonic() - began < 10

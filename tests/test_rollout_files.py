@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from trainers.config.schema import RlConfig
+from trainers.config.schema import RlConfig, RunConfig
 from trainers.data.table import TokenTable, save_table
+from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.rl import measured
+from trainers.rl.held_out import HeldOutPrompts
 from trainers.rl.measured import GIVEN, open_rollout
 from trainers.rl.rollouts import Rollouts
 from trainers.rl.sync import while_current
 from trainers.rundir.attempt import Attempt, Superseded
+from trainers.rundir.beats import Phase
 from trainers.world import World
 
 
@@ -38,6 +43,24 @@ def test_an_older_attempt_leaves_rollouts_and_weights_of_a_newer_one(tmp_path: P
     with pytest.raises(Superseded):
         rollouts.make(0)
     assert made.is_dir()
+
+
+def test_held_out_prompts_are_sampled_in_that_phase_and_a_stop_ends_their_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = []
+
+    def score(*_: Any) -> None:
+        phases.append(watch.phase)
+
+    monkeypatch.setattr(watch, "phase", Phase.evaluating)
+    held_out = object.__new__(HeldOutPrompts)
+    places = np.array([0, 1, 2])
+    held_out.table = TokenTable(tokens=places[:2], supervised=places[:2] > 1, offsets=places, order=places[:2], rows=places)
+    held_out.world, held_out.rows = alone(), []
+    generators = SimpleNamespace(ask=lambda requests: {request.key: None for request in requests})
+    sampler = SimpleNamespace(sync=score, score=score, generators=generators, config=RunConfig())
+    held_out.sampler = cast(Any, sampler)
+    assert held_out.measure(cast(Any, None), cast(Any, None), 3) is None
+    assert (phases, watch.phase) == ([Phase.sampling] * 2, Phase.evaluating)
 
 
 def test_a_rollout_is_opened_with_all_its_signals_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

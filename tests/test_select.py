@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,30 @@ def test_a_function_that_fails_or_is_late_gives_no_reward(tmp_path: Path, monkey
         "def value(row):\n"
         "    if row['answer'] == 'slow':\n"
         "        try:\n            time.sleep(20)\n        except Exception:\n            return 1\n"
+        "    if row['answer'] == 'exit':\n        raise SystemExit(3)\n"
+        "    if row['answer'] == 'deaf':\n        try:\n            time.sleep(20)\n        except:\n            time.sleep(20)\n"
         "    return {'nan': float('nan')}.get(row['answer']) or len(row['answer']) / (row['answer'] != 'bad')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    rows = [answer(text) for text in ("good!", "slow", "nan", "bad")]
+    rows = [answer(text) for text in ("good!", "slow", "nan", "bad", "exit", "deaf", "good")]
     found, failures = column(rows, "function:path=mine_for_select:value,timeout_s=0.2", tmp_path)
-    assert found == [5, None, None, None]
-    assert failures == {"takes longer than 0.2 s": 1, "is not a finite number": 1, "raises ZeroDivisionError: division by zero": 1}
+    assert found == [5, None, None, None, None, None, 4]
+    raised = {"raises ZeroDivisionError: division by zero": 1, "raises SystemExit: 3": 1}
+    assert failures == {"takes longer than 0.2 s": 2, "is not a finite number": 1} | raised
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_scoring_ends_where_it_is_to_stop(tmp_path: Path) -> None:
+    looks: list[int] = []
+
+    def look() -> None:
+        looks.append(len(looks))
+        if len(looks) == 3:
+            raise InterruptedError
+
+    with Rewards(read(["length:max=8"]), tmp_path) as rewards, pytest.raises(InterruptedError):
+        rewards.score([answer("a")] * 9, look)
+    assert len(looks) == 3
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.generate.endpoint import GARBAGE, NOT_ASKED, REFUSALS, Endpoint, Server, ask_all
+from trainers.generate.endpoint import DOWN_AFTER, GARBAGE, NOT_ASKED, REFUSALS, Endpoint, Server, ask_all
 from trainers.generate.served import read_text
+from trainers.health.activity import watch
 
 CRITERIA = ("instruction_following", "factual_accuracy", "format", "length", "no_hallucination")
 PROMPT = Template(Path(__file__).with_name("judged.txt").read_text(encoding="utf-8"))  # a text put into it is not looked through again
@@ -45,10 +46,13 @@ class Rating:
     """Of the last attempt; empty where there are scores."""
 
 
-def rate(prompts: Sequence[str], judge: Judge, known: Iterable[Rating], took: Callable[[Rating], None]) -> list[Rating]:
+def rate(
+    prompts: Sequence[str], judge: Judge, known: Iterable[Rating], took: Callable[[Rating], None], look: Callable[[], None] | None = None
+) -> list[Rating]:
     """Return the rating of each prompt that asks for one object with the five scores: those `known` as they are, all others asked for.
 
-    `took` gets each rating in the calling thread as soon as it is there, but not those that were known or not asked.
+    `took` gets each rating in the calling thread as soon as it is there, but not those that were known or not asked. `look` is called now
+    and then; what it raises ends all at once.
     """
     ratings = {rating.number: rating for rating in known}
     todo = [number for number in range(len(prompts)) if number not in ratings]
@@ -60,7 +64,7 @@ def rate(prompts: Sequence[str], judge: Judge, known: Iterable[Rating], took: Ca
         took(rating := Rating(number=number, scores=scores, failure=failure))
         return rating
 
-    ratings |= {rating.number: rating for rating in ask_all(todo, judge, one)}
+    ratings |= {rating.number: rating for rating in ask_all(todo, judge, one, look)}
     return [ratings[number] for number in range(len(prompts))]
 
 
@@ -70,6 +74,33 @@ def mean_scores(texts: Sequence[tuple[str, str]], judge: Judge, replies: Path) -
     A reply that cannot be read, or a request that is refused for what it holds, leaves a text without a score (NaN). Raises OSError where
     the endpoint answers no more: the rest is asked by the next attempt.
     """
+    ratings = kept_ratings(texts, judge, replies)
+    if left := [rating for rating in ratings if is_open(rating)]:
+        raise OSError(f"{judge.url} gave no score for {len(left)} rows: {left[0].failure}; the same command asks for them again")
+    return np.array([mean_of(rating) for rating in ratings], np.float64)
+
+
+def known_scores(
+    texts: Sequence[tuple[str, str]], judge: Judge, replies: Path, look: Callable[[], None] | None = None
+) -> tuple[NDArray[np.float64], list[str]]:
+    """Return the mean scores that a judge gives, NaN for a text without one, and why it has none, else an empty text.
+
+    Raises OSError where the endpoint is down: it was asked no more, or gave none of several texts a reply.
+    """
+    ratings = kept_ratings(texts, judge, replies, look)
+    left = [rating for rating in ratings if is_open(rating)]
+    if any(rating.failure == NOT_ASKED for rating in left) or len(left) == len(ratings) > 1:
+        why = next((rating.failure for rating in left if rating.failure != NOT_ASKED), NOT_ASKED)
+        raise OSError(
+            f"{judge.url} is down: {len(left)} of {len(ratings)} texts got no reply ({why}); after {DOWN_AFTER} requests in a row without "
+            "one it is asked no more; the same command continues"
+        )
+    reasons = ["" if rating.scores else f"the judge gave no score: {rating.failure}" for rating in ratings]
+    return np.array([mean_of(rating) for rating in ratings], np.float64), reasons
+
+
+def kept_ratings(texts: Sequence[tuple[str, str]], judge: Judge, replies: Path, look: Callable[[], None] | None = None) -> list[Rating]:
+    """Return the rating of each (question, answer); what is in the file `replies` is not asked again, and what is asked is added to it."""
     written = replies.read_bytes() if replies.exists() else b""
     replies.write_bytes(whole := written[: written.rfind(b"\n") + 1])  # a full disk may have cut the last line
     known = [Rating(**json.loads(line)) for line in whole.splitlines()]
@@ -79,14 +110,17 @@ def mean_scores(texts: Sequence[tuple[str, str]], judge: Judge, replies: Path) -
         def took(rating: Rating) -> None:
             stream.write(json.dumps(vars(rating)) + "\n")
             stream.flush()
+            watch.beat()
 
-        ratings = rate(prompts, judge, [rating for rating in known if not _is_open(rating)], took)
-    if left := [rating for rating in ratings if _is_open(rating)]:
-        raise OSError(f"{judge.url} gave no score for {len(left)} rows: {left[0].failure}; the same command asks for them again")
-    return np.array([np.mean(list(rating.scores.values())) if rating.scores else math.nan for rating in ratings], np.float64)
+        return rate(prompts, judge, [rating for rating in known if not is_open(rating)], took, look)
 
 
-def _is_open(rating: Rating) -> bool:
+def mean_of(rating: Rating) -> float:
+    """Return the mean over the criteria; NaN without scores."""
+    return float(np.mean(list(rating.scores.values()))) if rating.scores else math.nan
+
+
+def is_open(rating: Rating) -> bool:
     """Tell whether a text is to be asked about again: it is not where it was the text's own doing."""
     return rating.scores is None and rating.failure not in (GARBAGE, *REFUSALS)
 

@@ -9,12 +9,12 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,16 +25,19 @@ from trainers.config.choices import RewardKind
 from trainers.config.errors import ConfigError
 from trainers.config.rewards import timeout_of
 from trainers.config.schema import RewardConfig
-from trainers.generate.endpoint import check
+from trainers.generate.endpoint import LOOK_S, check
+from trainers.health.activity import watch
 from trainers.host import cores
-from trainers.rewards.judged import Judge, mean_scores
+from trainers.rewards.judged import Judge, known_scores, mean_scores
 from trainers.rewards.mathematics import Mathematics
 from trainers.rewards.sandbox import Limits, passes, require_isolation
 from trainers.rewards.shapes import NoReward, Reward, Row, code_of, exact, length, pattern, read_schema, schema
 
 Part = tuple[NDArray[np.float64], list[str]]
 """A number for each answer, NaN where there is none; and why there is none, or what has ended it at 0, else an empty text."""
-Of = Callable[[Sequence[Row]], Part]
+Look = Callable[[], None]
+"""Called between answers, and now and then while one is waited for; what it raises ends scoring."""
+Of = Callable[[Sequence[Row], Look], Part]
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,22 @@ class Found:
 class Rewards:
     """What the named rewards make of answers. A context manager, which closes what was opened."""
 
-    def __init__(self, rewards: Mapping[str, RewardConfig], kept: Path) -> None:
-        """Open all: models, processes, a try of the sandbox. A judge's replies are kept in the folder `kept`. Raises ConfigError."""
+    def __init__(self, rewards: Mapping[str, RewardConfig], kept: Path, needs_all: bool = True) -> None:
+        """Open all: models, processes, a try of the sandbox. A judge's replies are kept in the folder `kept`. Raises ConfigError.
+
+        A text that a judge gives no reply about fails the scoring; without `needs_all` it has no reward.
+        """
         self.weights = {name: reward.weight for name, reward in rewards.items()}
         with ExitStack() as stack:
-            self.parts = {name: _opened(name, reward, kept, stack) for name, reward in rewards.items()}
+            self.parts = {name: _opened(name, reward, kept, needs_all, stack) for name, reward in rewards.items()}
             self.stack = stack.pop_all()
 
-    def score(self, answers: Sequence[Row]) -> Found:
-        """Return the rewards of answers, from the main thread; raises OSError where a judge answers no more.
+    def score(self, answers: Sequence[Row], look: Look = lambda: None) -> Found:
+        """Return the rewards of answers, from the main thread; raises OSError where a judge answers no more. Each is a beat.
 
         An answer is a mapping as `tools.sample` writes it: `prompt` (messages), `answer`, `ids`, `reference`, and its data `row`.
         """
-        found = {name: part(answers) for name, part in self.parts.items()}
+        found = {name: part(answers, look) for name, part in self.parts.items()}
         total = sum((weight * found[name][0] for name, weight in self.weights.items()), np.zeros(len(answers)))
         return Found({name: part[0] for name, part in found.items()}, {name: part[1] for name, part in found.items()}, total)
 
@@ -84,15 +90,15 @@ class Rewards:
         self.close()
 
 
-def _opened(name: str, reward: RewardConfig, kept: Path, stack: ExitStack) -> Of:
+def _opened(name: str, reward: RewardConfig, kept: Path, needs_all: bool, stack: ExitStack) -> Of:
     """Return what one reward makes of answers; `stack` closes what it needs."""
     if reward.kind is RewardKind.judge:
-        return _judged(name, reward, kept)
+        return _judged(name, reward, kept, needs_all)
     if reward.kind is RewardKind.model:
         from trainers.rewards.scored import Scorer, rewards_of  # torch is for those who ask for it
 
         scorer = Scorer(Path(str(reward.path)))
-        return lambda rows: rewards_of(scorer, rows)
+        return lambda rows, look: rewards_of(scorer, rows, look)
     if reward.kind is RewardKind.code:
         return _tested(reward)
     one: Reward
@@ -103,7 +109,7 @@ def _opened(name: str, reward: RewardConfig, kept: Path, stack: ExitStack) -> Of
         one = _timed(_function(f"reward.{name}.path", str(reward.path)), timeout_of(reward))
     else:
         one = _by_text(name, reward)
-    return lambda rows: _each(rows, one)
+    return lambda rows, look: _each(rows, one, look)
 
 
 def _by_text(name: str, reward: RewardConfig) -> Reward:
@@ -116,9 +122,10 @@ def _by_text(name: str, reward: RewardConfig) -> Reward:
     return pattern(str(reward.pattern))
 
 
-def _each(rows: Sequence[Row], reward: Reward) -> Part:
+def _each(rows: Sequence[Row], reward: Reward, look: Look) -> Part:
     found, reasons = np.full(len(rows), np.nan), [""] * len(rows)
-    for number, row in enumerate(rows):
+    for number, row in enumerate(watch.each(rows)):
+        look()
         try:
             value = float(reward(row))
         except NoReward as error:
@@ -145,28 +152,48 @@ def _function(field: str, path: str) -> Callable[[dict[str, Any]], Any]:
     return found  # type: ignore[no-any-return]
 
 
+AGAIN_S = 0.2
+"""After the first alarm to a function that is late, until the next."""
+
+
 class _Late(BaseException):
     """A function takes too long; not an Exception, which the function may catch."""
 
 
 def _timed(function: Callable[[dict[str, Any]], Any], timeout_s: float) -> Reward:
-    """Return a reward that is missing where the function raises, or takes longer."""
-
-    def late(*_: object) -> None:
-        raise _Late
+    """Return a reward that is missing where the function raises, leaves by sys.exit, or takes longer."""
 
     def reward(row: Row) -> float:
-        before = signal.signal(signal.SIGALRM, late)
-        signal.setitimer(signal.ITIMER_REAL, timeout_s)
-        try:
+        is_inside, is_late = True, False
+
+        def late(_number: int, frame: FrameType | None) -> None:
+            nonlocal is_late
+            is_late = True
+            if is_inside and frame is not None and frame.f_code is not reward.__code__:  # there the function has not begun, or has returned
+                raise _Late
+
+        def called() -> float:
             return float(function(dict(row)))
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, timeout_s, AGAIN_S)  # again: the function may swallow what is raised in it
+        failure = ""
+        try:
+            value = called()
         except _Late:
-            raise NoReward(f"takes longer than {timeout_s:g} s") from None
-        except Exception as error:  # whatever a person's function does: counted, and shown by its type
-            raise NoReward(f"raises {type(error).__name__}: {str(error)[:80]}") from None
+            is_inside = False
+        except (Exception, SystemExit) as error:  # whatever a person's function does: counted, and shown by its type
+            is_inside = False
+            failure = f"raises {type(error).__name__}: {str(error)[:80]}"
         finally:
+            is_inside = False
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+        if is_late:
+            raise NoReward(f"takes longer than {timeout_s:g} s")
+        if failure:
+            raise NoReward(failure)
+        return value
 
     return reward
 
@@ -189,15 +216,23 @@ def _tested(reward: RewardConfig) -> Of:
             return math.nan, str(error)
         return float(outcome.passed), f"worth 0: stopped by its limit of {outcome.stopped}" if outcome.stopped else ""
 
-    def all_of(rows: Sequence[Row]) -> Part:
-        with ThreadPoolExecutor(cores()) as pool:
-            found = list(pool.map(one, rows))
+    def all_of(rows: Sequence[Row], look: Look) -> Part:
+        pool = ThreadPoolExecutor(cores())
+        try:
+            asked = [pool.submit(one, row) for row in rows]
+            for done in watch.each(asked):
+                look()
+                while wait([done], LOOK_S).not_done:
+                    look()
+            found = [done.result() for done in asked]
+        finally:
+            pool.shutdown(cancel_futures=True)
         return np.array([value for value, _ in found], np.float64), [reason for _, reason in found]
 
     return all_of
 
 
-def _judged(name: str, reward: RewardConfig, kept: Path) -> Of:
+def _judged(name: str, reward: RewardConfig, kept: Path, needs_all: bool) -> Of:
     """Return the mean over a judge's criteria, from 0 to 1."""
     url, model = str(reward.url), str(reward.model)
     judge = Judge(url=url, model=model, at_once=reward.at_once, timeout_s=timeout_of(reward))
@@ -205,9 +240,12 @@ def _judged(name: str, reward: RewardConfig, kept: Path) -> Of:
         raise ConfigError(f"reward.{name}.url", url, reason, "an OpenAI-compatible endpoint up to its version")
     kept.mkdir(exist_ok=True)
 
-    def all_of(rows: Sequence[Row]) -> Part:
+    def all_of(rows: Sequence[Row], look: Look) -> Part:
         texts = [(_said(row["prompt"]), str(row["answer"])) for row in rows]
         replies = kept / f"{content_key(url, model, texts)}.jsonl"
+        if not needs_all:
+            scores, reasons = known_scores(texts, judge, replies, look)
+            return (scores - 1) / 4, reasons
         found = (mean_scores(texts, judge, replies) - 1) / 4
         return found, ["the judge gave no score" if is_missing else "" for is_missing in np.isnan(found)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from trainers.config.choices import Layout
 from trainers.config.errors import ConfigError
 from trainers.data.formats import to_messages
+from trainers.health.activity import watch
 from trainers.scoring import reopen_scores
 
 AT_ONCE = 8
@@ -36,13 +37,17 @@ class Scorer:
         return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
 
     @torch.no_grad()
-    def scores(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float64]:
-        """Return the first score of each row of tokens, (N,). Rows that are longer than the model is wide lose their beginning."""
+    def scores(self, rows: Sequence[Sequence[int]], look: Callable[[], None] = lambda: None) -> NDArray[np.float64]:
+        """Return the first score of each row of tokens, (N,). Rows that are longer than the model is wide lose their beginning.
+
+        `look` is called before each batch, which is a beat.
+        """
         text = self.model.config.get_text_config()
         ids = [row[-text.max_position_embeddings :] for row in rows]
         found = np.zeros(len(ids))
         order = sorted(range(len(ids)), key=lambda row: (-len(ids[row]), row))
-        for start in range(0, len(order), AT_ONCE):
+        for start in watch.each(range(0, len(order), AT_ONCE)):
+            look()
             chunk = order[start : start + AT_ONCE]
             tokens = [torch.tensor(ids[row]) for row in chunk]
             padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=text.pad_token_id or 0)
@@ -52,12 +57,14 @@ class Scorer:
         return found
 
 
-def rewards_of(scorer: Scorer, rows: Sequence[Mapping[str, Any]]) -> tuple[NDArray[np.float64], list[str]]:
+def rewards_of(
+    scorer: Scorer, rows: Sequence[Mapping[str, Any]], look: Callable[[], None] = lambda: None
+) -> tuple[NDArray[np.float64], list[str]]:
     """Return the score of each answer after its prompt, NaN for an empty one, and why there is none."""
     found, reasons = np.full(len(rows), np.nan), [""] * len(rows)
     said = [number for number, row in enumerate(rows) if str(row["answer"]).strip()]
     for number in set(range(len(rows))).difference(said):
         reasons[number] = "the answer is empty"
     turns = ([*rows[number]["prompt"], {"role": "assistant", "content": rows[number]["answer"]}] for number in said)
-    found[said] = scorer.scores([scorer.tokens(to_messages({"messages": messages}, Layout.messages)) for messages in turns])
+    found[said] = scorer.scores([scorer.tokens(to_messages({"messages": messages}, Layout.messages)) for messages in turns], look)
     return found, reasons

@@ -78,6 +78,7 @@ class Generators:
             except Broken as error:
                 self._drop(error)
                 lost += 1
+                watch.beat()
                 if lost > self.rl.restarts:
                     raise TrainingFailed(f"{lost} generators on {socket.gethostname()} were lost over one batch: {error}") from error
         return []
@@ -89,7 +90,7 @@ class Generators:
             machine: dict[str, Any] = {
                 "dtype": in_short(COMPUTE[config.train.precision]),
                 "device": self.world.device.type,
-                "look": self._look,
+                "look": self.look,
             }
             machine |= {"timeout_s": rl.timeout_s, "open_s": config.limits.load_s}
             if rl.vllm is None:
@@ -105,7 +106,8 @@ class Generators:
                 self.is_opening = False
         return self.local
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Raise Interrupted where this rank was asked to stop."""
         if self.is_opening:  # limits.load_s bounds it, and not limits.sample_s
             watch.beat()
         if self.world.signalled is not None:

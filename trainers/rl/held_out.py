@@ -8,10 +8,12 @@ from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
 from trainers.evaluation import Evaluation, HeldOut
 from trainers.generate.request import Request
+from trainers.health.activity import watch
 from trainers.objectives import Objective
-from trainers.rl.groups import figures_of
+from trainers.rl.groups import Group, figures_of
 from trainers.rl.prompts import read_rows
 from trainers.rl.rollouts import Sampler, ids_of, seed_of
+from trainers.rundir.beats import Phase
 
 Z = 1.959963984540054
 """Of 95 %."""
@@ -29,6 +31,22 @@ class HeldOutPrompts(HeldOut):
     def measure(self, engine: Engine, objective: Objective, step: int) -> Evaluation | None:
         """Answer each prompt once with the weights after `step`, the same draws each time; None where a rank was asked to stop."""
         assert self.table is not None
+        watch.enter(Phase.sampling, step)
+        groups = self._answered(step)
+        watch.enter(Phase.evaluating, step)
+        if groups is None:
+            return None
+        figures = self.world.from_first(figures_of(groups, self.sampler.rl.pass_reward) if self.world.rank == 0 else {})
+        low, high = wilson(figures["pass@1"], len(self.table))
+        found = Evaluation(loss=-figures["reward"], figures={f"eval_{name}": value for name, value in figures.items()})
+        found.figures.update({"eval_pass@1_low": low, "eval_pass@1_high": high})
+        self.losses.append(found.loss)
+        self.at = step
+        return found
+
+    def _answered(self, step: int) -> list[Group] | None:
+        """Return each prompt with its answer and reward, on rank 0, and nothing on others; None where a rank was asked to stop."""
+        assert self.table is not None
         self.sampler.sync(step)
         asked = [(number, number, ids_of(self.table, number)) for number in range(len(self.table))]
         seed = self.sampler.config.seed
@@ -36,17 +54,8 @@ class HeldOutPrompts(HeldOut):
         answers = self.sampler.generators.ask(requests)
         if answers is None:
             return None
-        figures: dict[str, float] = {}
-        if self.world.rank == 0:
-            groups = self.sampler.score(asked, self.rows, answers, 1)
-            figures = figures_of(groups, self.sampler.rl.pass_reward)
-        figures = self.world.from_first(figures)
-        low, high = wilson(figures["pass@1"], len(asked))
-        found = Evaluation(loss=-figures["reward"], figures={f"eval_{name}": value for name, value in figures.items()})
-        found.figures.update({"eval_pass@1_low": low, "eval_pass@1_high": high})
-        self.losses.append(found.loss)
-        self.at = step
-        return found
+        groups = self.sampler.score(asked, self.rows, answers, 1) if self.world.rank == 0 else []
+        return None if self.world.from_first(groups is None) else groups
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

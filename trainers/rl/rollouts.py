@@ -29,7 +29,7 @@ from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint, positions_limit
 from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS
 from trainers.rewards.score import Rewards
-from trainers.rl.generators import Generators
+from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
 from trainers.rl.measured import GIVEN, build_reference, measure, measured_signals, open_rollout
 from trainers.rl.prompts import read_rows
@@ -83,8 +83,10 @@ class Sampler:
 
     def score(
         self, asked: list[tuple[int, int, list[int]]], rows: list[dict[str, Any]], answers: dict[int, Answer], count: int
-    ) -> list[Group]:
+    ) -> list[Group] | None:
         """Return the groups of prompts, each (position, number, ids), with the rewards of `count` answers each; on rank 0 alone.
+
+        None where this rank was asked to stop.
 
         Answers have the keys of their places: prompt by prompt.
         """
@@ -96,7 +98,10 @@ class Sampler:
         told = []
         for key, (answer, text) in enumerate(zip(every, texts, strict=True)):
             told.append(rows[asked[key // count][1]] | {"answer": text, "ids": answer.ids, "finish": answer.finish})
-        found = self.rewards.score(told)
+        try:
+            found = self.rewards.score(told, self.generators.look)
+        except Interrupted:
+            return None
         groups = []
         for at, (position, number, ids) in enumerate(asked):
             span = slice(at * count, (at + 1) * count)
@@ -143,7 +148,7 @@ def make_sampler(
     if world.rank == 0:
         folder.mkdir(exist_ok=True)
         try:
-            rewards = Rewards(config.reward, folder / REPLIES)
+            rewards = Rewards(config.reward, folder / REPLIES, needs_all=False)
         except ConfigError as error:
             fault = error.parts()
     if (refused := world.from_first(fault)) is not None:
@@ -229,8 +234,10 @@ class Rollouts:
                 return None
             spent["sampling_seconds"] += time.perf_counter() - at
             at = time.perf_counter()
-            if self.world.rank == 0:
-                drawn += self.sampler.score(asked, self.rows, answers, self.rl.group_size)
+            scored = self.sampler.score(asked, self.rows, answers, self.rl.group_size) if self.world.rank == 0 else []
+            if self.world.from_first(scored is None):
+                return None
+            drawn += scored or []
             kept = self.world.from_first(sum(self._teaches(group) for group in drawn))
             spent["scoring_seconds"] += time.perf_counter() - at
             if kept == wanted:
