@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainers.config.choices import Precision, WandbMode
+from trainers.config.choices import ObjectiveName, Precision, WandbMode
 from trainers.config.derived import learning_rate
 from trainers.config.schema import DataConfig, LogConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.data.pack import pack, pack_units
 from trainers.data.table import TokenTable
 from trainers.model.blueprint import Blueprint
+from trainers.objectives import REFERENCE
 
 LR, STEPS = 1e-2, 3
 EPS = 1e-3
@@ -91,3 +92,12 @@ def pair_table(lengths: list[int], packed: int | None = None) -> TokenTable:
         tokens[starts[1] : starts[1] + shared] = tokens[starts[0] : starts[0] + shared]
     order, rows = pack_units(np.array(lengths), units, packed) if packed else (table.order, np.arange(0, len(lengths) + 1, 2))
     return replace(table, tokens=tokens, units=units, order=order, rows=rows, apart=packed is None)
+
+
+def packed_table(objective: ObjectiveName) -> TokenTable:
+    """Ten documents of 3 to 40 tokens in packed rows; of dpo five pairs, with what a reference says of each document."""
+    lengths = [5, 29, 11, 3, 40, 17, 8, 23, 26, 30]
+    if objective is not ObjectiveName.dpo:
+        return ragged_table(lengths, packed=48)
+    table = pair_table(lengths, packed=70)
+    return replace(table, signals={REFERENCE: np.linspace(-9, -5, len(lengths), dtype=np.float32)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import Ranks
 from small_models import TEXT, small
-from tables import pair_table, ragged_table
+from tables import packed_table
 from transformers import AutoConfig
 
 from trainers.batch import IGNORE, Batch, Needs
@@ -27,13 +26,12 @@ from trainers.data.loader import Loader, eval_batches
 from trainers.engines.build import build_engine
 from trainers.evaluation import evaluate
 from trainers.model.blueprint import Blueprint
-from trainers.objectives import REFERENCE, make_objective
+from trainers.objectives import make_objective
 from trainers.step import take_step
 from trainers.world import World, seed_step
 
 STEPS = 10
 LR = {OptimizerName.sgd: 0.1, OptimizerName.adamw: 1e-3}
-LENGTHS = [5, 29, 11, 3, 40, 17, 8, 23, 26, 30]
 VOCABULARY = 36
 
 
@@ -61,13 +59,6 @@ def config_for(run_dir: Path, **settings: Any) -> RunConfig:
     )
 
 
-def table_of(objective: ObjectiveName) -> Any:
-    if objective is not ObjectiveName.dpo:
-        return ragged_table(LENGTHS, packed=48)
-    table = pair_table(LENGTHS, packed=70)
-    return replace(table, signals={REFERENCE: np.linspace(-9, -5, len(LENGTHS), dtype=np.float32)})
-
-
 def train(
     world: World,
     run_dir: Path,
@@ -83,7 +74,7 @@ def train(
     if begin:
         built.load(run_dir / str(begin))
     loaded = {name: tensor.numpy().tobytes() for name, tensor in built.weights()}
-    table = table_of(config.objective.name)
+    table = packed_table(config.objective.name)
     share: dict[str, Any] = {"rank": built.mesh.data_rank(world.rank), "world_size": built.mesh.data_size, "pad_id": 0}
     loader = Loader(table, config.train, seed=0, **share)
     objective = make_objective(config.objective, table.signals, config.train.balance_loss)
