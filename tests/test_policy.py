@@ -267,7 +267,8 @@ def measured(world: World, run_dir: Path, model: Path, engine: EngineConfig, lor
     train(config, world, Attempt(run_dir), policy, data, loader, 1.0)
     found += [label_logps(each, table, world, 3, 0) for each in (policy, reference)]
     if world.rank == 0:
-        save_table(replace(table, signals={}), run_dir / "rollout-0")
+        given = {name: table.signals[name] for name in (ADVANTAGE, SAMPLED_LOGPS)}  # what every rollout is written with
+        save_table(replace(table, signals=given), run_dir / "rollout-0")
     world.barrier()
     return [*found, *kept_signals(world, run_dir, policy, reference)]
 
