@@ -79,11 +79,12 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "gemma2": WINDOW | {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 8},
     "gemma3_text": WINDOW,
     "gpt_oss": WINDOW | EXPERTS,
+    "afmoe": WINDOW | EXPERTS | {"num_dense_layers": 1},
     "qwen3_5_text": TEXT | LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
     "nemotron_h": TEXT
     | {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 8},
 }
-"""What attention can have beyond the plain kind: windows, softcapping, sinks, recurrent layers between."""
+"""What attention can have beyond the plain kind: windows, softcapping, sinks, gates, recurrent layers between; or how it is called."""
 
 
 def small(kind: str, attention: str | None = None) -> Blueprint:

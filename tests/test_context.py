@@ -93,6 +93,7 @@ CASES: list[Any] = [
     ("gemma3_text", 2, {"context": 2}, {"attention": Attention.sdpa}),
     ("qwen3_moe", 4, {"context": 2}, {"train": {"balance_loss": 1.0, "activations": Activations.block}}),
     ("deepseek_v3", 2, {"context": 2}, {"train": {"activations": Activations.selective, "logits_chunk": 7}}),
+    ("afmoe", 2, {"context": 2}, {}),
 ]
 
 

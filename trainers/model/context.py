@@ -168,19 +168,26 @@ def forward_in_slices(
 
 
 def _attend(
-    plain: Callable[..., Any] | None, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **more: Any
+    plain: Callable[..., Any] | None,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **more: Any,
 ) -> tuple[Tensor, Any]:
     """Attend to whole rows with this rank's heads where the batch is shared, (B, H, T, D) each -> (B, T, H, D); else as ever."""
     plain = plain or sys.modules[type(module).__module__].eager_attention_forward
     packed = documents_now(query.shape[0] * query.shape[2])
     slices = None if packed is None else packed.slices
     if slices is None:
-        return plain(module, query, key, value, mask, *args, **more)  # type: ignore[no-any-return]
+        return plain(module, query, key, value, attention_mask, *args, **more)  # type: ignore[no-any-return]
     times = slices.size // math.gcd(slices.size, key.shape[1])
     if times > 1:
         key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
     query, key, value = map(slices.heads_for_tokens, (query, key, value))
-    output, _ = plain(_Grouped(module, query.shape[1] // key.shape[1]), query, key, value, mask, *args, **more)
+    output, _ = plain(_Grouped(module, query.shape[1] // key.shape[1]), query, key, value, attention_mask, *args, **more)
     return slices.tokens_for_heads(output), None
 
 
