@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,11 +109,11 @@ class Cluster:
 
 def traces() -> dict[str, list[str]]:
     """Return what of this machine a cluster changes: links, processes, mounts, files."""
-    ours = re.compile(r"slurmd|slurmctld|slurmstepd|munged|unshare|cluster\.sh")
+    ours = re.compile(r"slurmd|slurmctld|slurmstepd|munged|unshare --net|cluster\.sh")
     return {
         "links": sorted(path.name for path in Path("/sys/class/net").glob("*")),
         "processes": sorted(line for line in map(_command, Path("/proc").glob("[0-9]*/cmdline")) if ours.search(line)),
-        "mounts": sorted(Path("/proc/self/mounts").read_text().splitlines()),
+        "mounts": sorted(line for line in Path("/proc/self/mounts").read_text().splitlines() if f" {tempfile.gettempdir()}/" not in line),
         "hosts": Path("/etc/hosts").read_text().splitlines(),
         "files": sorted(str(path) for folder in ("/run", "/run/netns", "/etc/slurm") for path in Path(folder).glob("*")),
     }

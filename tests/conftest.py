@@ -22,6 +22,7 @@ import forking
 import pytest
 from cluster import Cluster
 from command import ROOT, arguments, launch
+from filelock import FileLock
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -47,6 +48,48 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("cpu_adam") or {"built", "async_io"} & {*getattr(item, "fixturenames", ())}:
             item.add_marker(pytest.mark.slow)
+
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def state_of_torch() -> list[tuple[Callable[[Any], Any], Any]]:
+    """Return what torch has one of in a process, each with what sets it; nothing where it is not imported yet."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "compile"):  # or is just being imported
+        return []
+    return [
+        (torch.set_num_threads, torch.get_num_threads()),
+        (torch.set_default_dtype, torch.get_default_dtype()),
+        (torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled()),
+        (torch.set_grad_enabled, torch.is_grad_enabled()),
+    ]
+
+
+def attention_functions() -> dict[str, Any]:
+    interface = sys.modules.get("transformers.modeling_utils")
+    return dict(interface.ALL_ATTENTION_FUNCTIONS) if interface is not None else {}
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """Give the next test the process that this one found: environment, folder, signals, torch; it replaces no function of attention."""
+    environment, folder, torch, functions = dict(os.environ), os.getcwd(), state_of_torch(), attention_functions()
+    handlers = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    for name in {*os.environ} - {*environment, "PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in environment.items() if name != "PYTEST_CURRENT_TEST"})
+    os.chdir(folder)
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    for put, value in torch:
+        put(value)
+    now = attention_functions()
+    assert all(now.get(name) is function for name, function in functions.items()), "later tests would meet another attention"
+    left = sys.modules.get("torch.distributed")
+    assert left is None or not left.is_initialized(), "a process group is left"
 
 
 @pytest.fixture(autouse=True)
@@ -207,10 +250,12 @@ def cpu_adam(request: pytest.FixtureRequest) -> None:
     """DeepSpeed's CPU optimizer where rank processes look for it: compiled once on a machine, about a minute."""
     from trainers.engines import ops
 
-    if not ops.is_built("cpu_adam"):
-        skip_without("cpu_adam")
-        folder = request.getfixturevalue("built")[0]
-        shutil.copytree(folder / ops.folder_of("cpu_adam").name, ops.folder_of("cpu_adam"), dirs_exist_ok=True)
+    ours = ops.folder_of("cpu_adam")
+    ours.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(ours.with_suffix(".tests")):  # another part of the suite may run
+        if not ops.is_built("cpu_adam"):
+            skip_without("cpu_adam")
+            shutil.copytree(request.getfixturevalue("built")[0] / ours.name, ours, dirs_exist_ok=True)
 
 
 @pytest.fixture(scope="session")

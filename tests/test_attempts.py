@@ -268,18 +268,33 @@ def wandb_rows(run_dir: Path) -> tuple[set[str], list[dict[str, Any]]]:
     return ids, rows
 
 
+BY_THE_LAUNCHER, BY_A_RANK, BY_USR2 = (3, False, signal.SIGTERM), (14, True, signal.SIGTERM), (26, False, signal.SIGUSR2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "killed"), [pytest.param(1, False, marks=pytest.mark.soak), (2, True)], ids=["preempted", "and killed"]
+    ("processes", "preemptions", "killed"),
+    [
+        pytest.param(1, [BY_THE_LAUNCHER, BY_A_RANK, BY_USR2], False, marks=pytest.mark.soak),
+        pytest.param(2, [BY_THE_LAUNCHER, BY_A_RANK, BY_USR2], True, marks=pytest.mark.soak),
+        (2, [BY_A_RANK], True),
+    ],
+    ids=["preempted", "and killed", "each once"],
 )
 def test_wandb_has_one_run_and_each_step_once_across_attempts(
-    base: Path, chats: Path, cache: Path, tmp_path: Path, processes: int, killed: bool
+    base: Path,
+    chats: Path,
+    cache: Path,
+    tmp_path: Path,
+    processes: int,
+    preemptions: list[tuple[int, bool, signal.Signals]],
+    killed: bool,
 ) -> None:
-    """Three preemptions. A kill -9 leaves rows behind the last checkpoint that are trained again: they come twice, the same."""
+    """Preemptions of several kinds. A kill -9 leaves rows behind the last checkpoint that are trained again: they come twice, the same."""
     run_dir = tmp_path / "run"
     more = ("train.steps=60", "train.eval_every=20", "checkpoint.every=50", "log.wandb=offline", f"launch.processes={processes}")
     line = arguments(base, chats, run_dir, *more)
-    for step, one_rank, how in ((3, False, signal.SIGTERM), (14, True, signal.SIGTERM), (26, False, signal.SIGUSR2)):
+    for step, one_rank, how in preemptions:
         preempted(cache, line, run_dir, step, one_rank, how)
     saved = status_of(run_dir)["step"]
     if killed:
@@ -287,7 +302,11 @@ def test_wandb_has_one_run_and_each_step_once_across_attempts(
     launch(cache, line)
     ids, rows = wandb_rows(run_dir)
     assert ids == {json.loads((run_dir / "manifest.json").read_text())["wandb_id"]}
-    assert len(list((run_dir / "wandb").glob("offline-run-*"))) == len(list((run_dir / "logs").glob("attempt-*"))) == 4 + killed
+    assert (
+        len(list((run_dir / "wandb").glob("offline-run-*")))
+        == len(list((run_dir / "logs").glob("attempt-*")))
+        == len(preemptions) + 1 + killed
+    )
     mirrored = [(row["step"], row.get("loss"), row.get("eval_loss")) for row in rows]
     written = [(row["step"], row.get("loss"), row.get("eval_loss")) for row in read_rows(run_dir)]
     assert sorted(set(mirrored), key=mirrored.index) == written

@@ -170,7 +170,7 @@ SLOW = pytest.mark.slow
 def test_losses_and_gradient_norms_are_those_of_plain_transformers(
     ranks: Callable[[int], Ranks], tmp_path: Path, folders: dict[str, Path], kind: str, engine: str, size: int
 ) -> None:
-    for experts in ("grouped_mm", "batched_mm", "eager"):
+    for experts in ("grouped_mm", "batched_mm", "eager") if engine == "fsdp" else ("grouped_mm", "eager"):
         plainly = train_plainly(opened(folders[kind], None, experts))
         ours = ranks(size).call(train, tmp_path / experts, folders[kind], engine, None, {"experts": Experts(experts)})[0]
         assert ours["curve"] == pytest.approx(plainly, rel=1e-5)

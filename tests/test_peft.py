@@ -254,8 +254,10 @@ def even_share(numel: int, size: int) -> int:
     return -(-numel // size)
 
 
-def cases_for(size: int) -> list[str]:
-    """All for two ranks, one a method for one and three."""
+def cases_for(size: int, engine: str) -> list[str]:
+    """All for two ranks, one a method for one and three, and of flat partitions of three a few: they do not know methods."""
+    if (size, engine) == (3, "zero3"):
+        return ["lora_more", "qlora", "adalora"]
     return list(CASES) if size == 2 else [case for case in CASES if case not in ("lora", "lora_bias", "lora_ends", "freeze_pattern")]
 
 
@@ -274,8 +276,8 @@ def test_a_run_equals_plain_peft(
     ranks: Callable[[int], Ranks], folders: Any, references: Any, exports: Path, size: int, engine: str
 ) -> None:
     out = exports / engine if size == 2 else None
-    results = ranks(size).call(train_cases, folders, cases_for(size), engine, out, timeout_s=280)
-    for case in cases_for(size):
+    results = ranks(size).call(train_cases, folders, cases_for(size, engine), engine, out, timeout_s=280)
+    for case in cases_for(size, engine):
         reference, got = references(case), [result[case] for result in results]
         for one in got:
             assert one["losses"] == pytest.approx(reference["losses"], rel=REL), case

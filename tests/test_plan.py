@@ -279,26 +279,28 @@ def test_a_plan_tells_what_the_run_then_shows(base: Path, chats: Path, cache: Pa
 
 
 @pytest.mark.slow
-def test_one_that_does_not_fit_gets_changes_that_do(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    """Each is tried in the same way, and fits when it is planned by itself."""
+def test_one_that_does_not_fit_gets_changes_that_do(base: Path, chats: Path, cache: Path, tmp_path: Path, sbatch: Path) -> None:
+    """Each is tried in the same way, and fits when it is planned by itself; SLURM does not get the run, and its user the changes."""
     line = [text for text in arguments(base, chats, tmp_path / "run") if not text.startswith("launch.processes")]
     line += [
-        "mode=plan",
         "launch.gpus_per_node=2",
         "hardware=a100_40",
         "hardware.overhead_gib=0",
         "data.seq_len=1024",
         "data.packing=false",
     ]
-    launch(cache, [*line, "train.microbatch=2"])
+    launch(cache, [*line, "train.microbatch=2", "mode=plan"])
     whole = plan_of(tmp_path / "run")
     less = f"hardware.memory_gib={0.7 * whole['needed']['a100_40'] / GIB}"
-    words = launch(cache, [*line, "train.microbatch=2", less], expect=1)
+    said = launch(cache, [*line, "train.microbatch=2", less, "launch=slurm", f"run_dir={tmp_path}/job"], expect=2)
+    assert "changes that make it fit" in said
+    assert not sbatch.exists()
+    words = launch(cache, [*line, "train.microbatch=2", less, "mode=plan"], expect=1)
     assert "does not fit a100_40" in words
     told = [text.strip().rpartition(": ")[2] for text in words.splitlines() if text.strip().startswith(("fits ", "tight "))]
     assert "train.microbatch=1" in told
     assert len(told) >= 2
-    launch(cache, [*line, less, *told[0].split()])
+    launch(cache, [*line, less, *told[0].split(), "mode=plan"])
     found = plan_of(tmp_path / "run")
     assert found["verdict"] in ("fits", "tight")
     assert found["needed"]["a100_40"] < 0.7 * whole["needed"]["a100_40"]
@@ -398,8 +400,6 @@ def test_slurm_gets_nothing_that_does_not_fit(cache: Path, tmp_path: Path, sbatc
 @pytest.mark.slow
 def test_slurm_gets_what_fits_or_cannot_be_known(cache: Path, tmp_path: Path, sbatch: Path) -> None:
     line = [sys.executable, "-m", "launcher", *GPU_RUN, "launch=slurm", f"run_dir={tmp_path}/run"]
-    said = launch(cache, [*line, *SMALL], expect=2)
-    assert "changes that make it fit" in said
     said = launch(cache, [*line, "hardware=h200"])
     assert "planned: a rank needs" in said
     assert "submitted as job 7" in said

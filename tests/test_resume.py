@@ -101,7 +101,7 @@ def test_a_signal_to_one_rank_is_heeded_in_every_phase(base: Path, chats: Path, 
     many.write_text(chats.read_text() * 40)  # an evaluation of seconds, against steps of milliseconds
     settings = ("train.steps=4", "train.global_batch=2", "data.eval_fraction=0.5", "train.eval_every=null", "data.packing=false")
     big = ("model.id=null", "model.tokenizer=" + str(base), "+model.architecture={model_type: llama, hidden_size: 512, "
-           f"intermediate_size: 2048, num_hidden_layers: {24 if phase == 'exporting' else 6}, num_attention_heads: 8}}")  # fmt: skip
+           f"intermediate_size: 2048, num_hidden_layers: {12 if phase == 'exporting' else 3}, num_attention_heads: 8}}")  # fmt: skip
     more = settings if phase == "evaluating" else (*settings[:2], "data.eval_fraction=0", "train.eval_every=null", *big)
     more = (*more, "checkpoint.every=1", "checkpoint.asynchronous=false") if phase == "saving" else more
     more = (*more, "train.steps=1", "optim.name=sgd") if phase == "exporting" else more  # its checkpoint would be three times the export

@@ -10,11 +10,11 @@ from command import arguments, environment, read_rows
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-STEPS = 100
+STEPS = 60
 
 
 def submit(cluster: Cluster, base: Path, chats: Path, cache: Path, folder: Path) -> str:
-    python, _, _, *settings = arguments(base, chats, folder / "run", f"train.steps={STEPS}", "train.eval_every=50", "checkpoint.every=10")
+    python, _, _, *settings = arguments(base, chats, folder / "run", f"train.steps={STEPS}", "train.eval_every=30", "checkpoint.every=10")
     variables = environment(cache) | {"PYTHON": python}
     script = ["slurm/train.sbatch", *settings, "launch=torchrun", "launch.processes=1"]
     return cluster.sbatch("--nodes=2", f"--output={folder}/out", *script, **{name: variables[name] for name in NEEDED})

@@ -66,7 +66,7 @@ def steps_done(run_dir: Path) -> int:
     ("nodes", "ranks"),
     [
         pytest.param(1, 2, marks=pytest.mark.soak),
-        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(2, 1, marks=pytest.mark.soak),
         pytest.param(3, 1, marks=pytest.mark.slow),
         pytest.param(2, 2, marks=pytest.mark.slow),
     ],
@@ -148,9 +148,7 @@ HARM: dict[str, Callable[[Cluster, str], object]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "how", [pytest.param(name, marks=pytest.mark.slow if name in ("crash", "preempt") else pytest.mark.soak) for name in HARM]
-)
+@pytest.mark.parametrize("how", [pytest.param(name, marks=pytest.mark.slow if name == "crash" else pytest.mark.soak) for name in HARM])
 def test_what_befalls_a_job_changes_no_figure(
     how: str, cluster: Cluster, submit: Any, undisturbed: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
@@ -273,16 +271,16 @@ def test_a_contradiction_ends_the_job_in_seconds(cluster: Cluster, submit: Any, 
 
 
 @pytest.mark.slow
-def test_an_array_of_six_points(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
-    """One cannot save and one is killed -9; four are done, and the same command again submits exactly these two."""
+def test_an_array_of_points(cluster: Cluster, submit: Any, tmp_path: Path) -> None:
+    """One cannot save and one is killed -9; the others are done, and the same command again submits exactly these two."""
     folder = tmp_path / "sweep"
-    points = ["peft=none,lora", "optim.lr=1e-2,3e-3,1e-3", f"hydra.sweep.dir={folder}", "launch.array_parallelism=2"]
+    points = ["peft=none,lora", "optim.lr=3e-3,1e-3", f"hydra.sweep.dir={folder}", "launch.array_parallelism=2"]
     given = [*points, "train.steps=150", "checkpoint.every=50", "train.eval_every=null", "data.eval_fraction=0"]
     done = submit(None, *given, multirun=True)
     assert done.returncode == 0, done.stderr
-    assert "6 to submit" in done.stdout
+    assert "4 to submit" in done.stdout
     runs = [path.parent for path in folder.glob("*/config.yaml")]
-    assert len(runs) == 6
+    assert len(runs) == 4
     raising, killed = folder / "optim.lr=0.001,peft=lora", folder / "optim.lr=0.003,peft=none"
     (raising / "checkpoints").touch()
     wait_for(lambda: steps_done(killed) >= 2, killed)
@@ -297,10 +295,10 @@ def test_an_array_of_six_points(cluster: Cluster, submit: Any, tmp_path: Path) -
     assert listed.count("failed") == 2
     (raising / "checkpoints").unlink()
     again = submit(None, *given, multirun=True)
-    assert "6 points: 4 done, 0 in the queue, 2 to submit" in again.stdout, again.stderr
+    assert "4 points: 2 done, 0 in the queue, 2 to submit" in again.stdout, again.stderr
     wait_for(lambda: all(status(run)["state"] == "done" for run in runs), killed, timeout_s=100)
     assert [run for run in runs if job_id(run) != ids[run]] == [run for run in runs if run in (raising, killed)]
-    assert "6 points: 6 done" in submit(None, *given, multirun=True).stdout
+    assert "4 points: 4 done" in submit(None, *given, multirun=True).stdout
 
 
 @pytest.mark.slow
