@@ -292,6 +292,7 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "heads that do not divide": ["engine.tensor=2", "model.architecture={model_type: llama, num_attention_heads: 3}"],
     "a vocabulary that does not divide": ["engine.tensor=2", "model.architecture={model_type: llama, vocab_size: 33}"],
     "layers split over nodes": ["engine.tensor=2"],
+    "split layers on the host": ["engine=fsdp_offload", "engine.tensor=2"],
     "split layers of the other engine": ["engine=zero3", "engine.tensor=2"],
     "split layers in compiled blocks": ["engine.tensor=2", "train.compile=true"],
     "split layers in float8": ["engine.tensor=2", "train.float8=rowwise"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,20 @@ import torch.distributed.checkpoint as dcp
 from conftest import Ranks
 from small_models import TEXT, small
 from tables import packed_table
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.batch import IGNORE, Batch, Needs
 from trainers.config.choices import Activations, ObjectiveName, Offload, OptimizerName, PeftMethod, Precision
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import Mesh, mesh_of, seats_of
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
-from trainers.config.tensor import require_counts, require_node
+from trainers.config.sharding import check_world
+from trainers.config.tensor import require_counts
 from trainers.data.loader import Loader, eval_batches
 from trainers.engines.build import build_engine
 from trainers.evaluation import evaluate
 from trainers.model.blueprint import Blueprint
+from trainers.model.tensor import plan_of
 from trainers.objectives import make_objective
 from trainers.step import take_step
 from trainers.world import World, seed_step
@@ -33,16 +36,19 @@ from trainers.world import World, seed_step
 STEPS = 10
 LR = {OptimizerName.sgd: 0.1, OptimizerName.adamw: 1e-3}
 VOCABULARY = 36
+ALIKE = ("olmo2", "apertus", "phi", "cohere", "doge")
+"""Architectures of Llama's sizes: norms of all heads together, an activation that is trained, norms of each head, other parameters."""
 
 
 def even(kind: str, **changes: Any) -> Blueprint:
-    """A small model whose vocabulary divides; `changes` are of its config."""
-    blueprint = small("llama" if kind == "olmo2" else kind)
-    if kind == "olmo2":  # the same sizes, and norms of all heads together
+    """A small model whose vocabulary divides; `changes` are of its config, and its `folder`."""
+    blueprint = small("llama" if kind in ALIKE else kind)
+    if kind in ALIKE:
         blueprint = dataclasses.replace(blueprint, config=AutoConfig.for_model(kind, **TEXT))
     for name, value in ({"vocab_size": VOCABULARY} | changes).items():
-        setattr(blueprint.config, name, value)
-    return blueprint
+        if name != "folder":
+            setattr(blueprint.config, name, value)
+    return dataclasses.replace(blueprint, folder=changes.get("folder"))
 
 
 def config_for(run_dir: Path, **settings: Any) -> RunConfig:
@@ -203,14 +209,72 @@ def test_models_that_are_not_split_are_refused_by_name(ranks: Callable[[int], Ra
         assert "engine.tensor=1" in found, kind
 
 
+@pytest.mark.slow
+def test_an_activation_that_is_trained_is_that_of_one_process(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Each rank has some of the features that it sees; transformers initialises none, so the model is a saved one."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(even("apertus").config).save_pretrained(tmp_path / "model")
+    model = ("apertus", {"folder": tmp_path / "model"})
+    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, {})
+    moved = [name for name, values in whole["weights"].items() if "alpha" in name and values.tobytes() != whole["loaded"][name]]
+    assert len(moved) == 4
+    for split in ranks(2).call(train, tmp_path / "split", model, {"tensor": 2}, {}):
+        assert split["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        assert split["norms"] == pytest.approx(whole["norms"], rel=1e-5)
+        for name, values in split["weights"].items():
+            np.testing.assert_allclose(values, whole["weights"][name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def planned(kind: str, **changes: Any) -> dict[str, str]:
+    with torch.device("meta"):
+        return plan_of(AutoModelForCausalLM.from_config(even(kind, **changes).config), 2)
+
+
+def test_what_a_plan_does_not_name_between_split_layers_is_summed_or_refused() -> None:
+    """Norms of each head and trained activations see this rank's part alone; what is for each head is not cut."""
+    found = planned("phi", qk_layernorm=True) | planned("apertus")
+    for path in ("self_attn.q_layernorm", "self_attn.k_layernorm", "mlp.act_fn"):
+        assert found[f"model.layers.1.{path}"] == "replicated_with_grad_allreduce", path
+    assert "model.layers.1.self_attn.q_layernorm" not in planned("phi")
+    assert "model.layers.0.self_attn.o_proj" in planned("cohere")
+    for kind, changes, name in (("cohere", {"use_qk_norm": True}, "q_norm.weight"), ("doge", {}, "A")):
+        with pytest.raises(ConfigError, match=rf"self_attn\.{name} is between layers that are split") as refused:
+            planned(kind, **changes)
+        assert refused.value.remedy == "engine.tensor=1"
+
+
 def test_the_nearest_size_that_works_is_named() -> None:
     known = {"num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256}
-    require_counts(known, 8, 64)
+    require_counts(known, EngineConfig(tensor=8), 64)
     for tensor, ranks_of_copy, context, near in ((16, 64, 1, 8), (6, 24, 1, 4), (8, 64, 2, 4), (3, 6, 1, 2)):
         with pytest.raises(ConfigError, match=rf"engine\.tensor={near}$"):
-            require_counts(known, tensor, ranks_of_copy, context)
-    with pytest.raises(ConfigError, match="nodes of 4 ranks do not divide into groups of 8"):
-        require_node(8, 4)
+            require_counts(known, EngineConfig(tensor=tensor, context=context), ranks_of_copy)
+    with pytest.raises(ConfigError, match=r"nodes of 6 ranks do not divide into groups of 4.*\n.*engine\.tensor=2$"):
+        require_counts(known, EngineConfig(tensor=4), 12, 6)
+    with pytest.raises(ConfigError, match=r"engine\.tensor=2 engine\.shard=6$"):
+        require_counts(known, EngineConfig(tensor=12, shard=1), 12, 6)
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size", "node", "remedy"),
+    [
+        ({"tensor": 2, "context": 16}, 32, 8, "engine.context=4"),
+        ({"tensor": 2, "context": 16, "shard": 1}, 32, 8, "engine.context=4 engine.shard=4"),
+        ({"tensor": 16, "context": 16}, 256, 8, "engine.context=8 engine.tensor=1"),
+        ({"tensor": 3, "context": 2}, 48, 12, "engine.tensor=2"),
+        ({"tensor": 16}, 16, 8, "engine.tensor=8"),
+        ({"tensor": 4, "replicate": 2}, 24, 6, "engine.tensor=2"),
+    ],
+)
+def test_a_remedy_of_the_mesh_is_not_refused_again(tmp_path: Path, engine: dict[str, int], world_size: int, node: int, remedy: str) -> None:
+    known = {"model_type": "llama", "num_attention_heads": 40, "num_key_value_heads": 8}
+    config = config_for(tmp_path, engine=EngineConfig(**engine), train={"global_batch": 3 * 256})
+    config.model.architecture = known
+    with pytest.raises(ConfigError) as refused:
+        check_world(config, world_size, node)
+    assert refused.value.remedy == remedy
+    better = engine | {name: int(size) for name, size in re.findall(r"engine\.(\w+)=(\d+)", remedy)}
+    check_world(dataclasses.replace(config, engine=EngineConfig(**better)), world_size, node)
 
 
 def test_a_mesh_says_which_ranks_split_layers() -> None:

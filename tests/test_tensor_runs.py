@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from command import arguments, launch, read_rows, stop_at_step, tool, trace
 SPLIT = ("engine.tensor=2", "train.global_batch=2")
 
 
-def curve(run_dir: Path) -> list[float]:
-    return [row[name] for row in read_rows(run_dir) for name in ("loss", "grad_norm", "eval_loss") if name in row]
+def curve(run_dir: Path, *names: str) -> list[float]:
+    return [row[name] for row in read_rows(run_dir) for name in ("loss", "grad_norm", "eval_loss", *names) if name in row]
 
 
 def exported(folder: Path) -> bytes:
@@ -36,3 +37,15 @@ def test_a_run_continues_on_its_own_mesh_bit_for_bit_and_on_one_rank_as_one_curv
     assert exported(tmp_path / "again") == exported(tmp_path / "whole" / "export")
     launch(cache, arguments(base, chats, tmp_path / "one", SPLIT[1], "checkpoint.every=2", "launch.processes=1"))
     assert curve(tmp_path / "one") == pytest.approx(curve(tmp_path / "whole"), rel=2e-5)
+
+
+@pytest.mark.soak
+def test_a_run_of_pairs_measures_its_reference_on_split_layers(base: Path, cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"the cat {number}", "chosen": "sat on a mat", "rejected": f"far home {number}"} for number in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    method = ("objective=dpo", "train.steps=3", "train.eval_every=3")
+    for name, more in {"split": (), "one": ("launch.processes=1", "engine.tensor=1")}.items():
+        launch(tmp_path / name, arguments(base, file, tmp_path / f"{name}_run", *method, *SPLIT, *more))
+    names = ("accuracy", "reward_margin")
+    assert curve(tmp_path / "split_run", *names) == pytest.approx(curve(tmp_path / "one_run", *names), rel=2e-5)

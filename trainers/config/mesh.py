@@ -64,6 +64,11 @@ def mesh_of(engine: EngineConfig, world_size: int) -> Mesh:
     return mesh
 
 
+def shard_of(engine: EngineConfig, shard: int) -> str:
+    """Return what a remedy that changes the mesh says of `engine.shard`: nothing where that follows."""
+    return "" if engine.shard is None else f" engine.shard={shard}"
+
+
 def _refuse(engine: EngineConfig, world_size: int, shard: int) -> None:
     _require_divisor("tensor", engine.tensor, world_size, "do not divide into groups of that size")
     _require_divisor("context", engine.context, world_size // engine.tensor, "do not divide into groups of that size", engine.tensor)

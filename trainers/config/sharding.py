@@ -12,7 +12,7 @@ from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import refuse_foreign
-from trainers.config.mesh import mesh_of
+from trainers.config.mesh import mesh_of, shard_of
 from trainers.config.methods import VIRTUAL
 from trainers.config.schema import EngineConfig, RunConfig
 
@@ -87,12 +87,18 @@ def validate_context(config: RunConfig) -> None:
 
 
 def require_heads(heads: Any, engine: EngineConfig, world_size: int) -> None:
-    """Raise ConfigError unless attention heads divide over the ranks that share a row; None is not known yet."""
+    """Raise ConfigError unless attention heads divide over the ranks that share a row; None is not known yet.
+
+    The remedy is the nearest number that goes with `engine.tensor`; where that does not divide the heads either, layers are not split.
+    """
     if isinstance(heads, int) and heads % engine.context:
-        fit = [number for number in range(1, heads + 1) if heads % number == 0 and world_size // engine.replicate % number == 0]
+        tensor = 1 if heads % engine.tensor else engine.tensor
+        ranks = world_size // engine.replicate // tensor
+        fit = [number for number in range(1, heads + 1) if heads % (number * tensor) == 0 and ranks % number == 0]
         near = min(fit, key=lambda number: abs(number - engine.context))
         reason = f"the model has {plural(heads, 'attention head')}, which do not divide over {engine.context} ranks"
-        raise ConfigError("engine.context", engine.context, reason, f"engine.context={near}")
+        remedy = f"engine.context={near}" + (" engine.tensor=1" if tensor != engine.tensor else "")
+        raise ConfigError("engine.context", engine.context, reason, remedy + shard_of(engine, ranks // near))
 
 
 def _config_json(folder: Path) -> dict[str, Any]:
@@ -129,10 +135,9 @@ def _require_counts(known: dict[str, Any], engine: EngineConfig, world_size: int
     if engine.context > 1:
         require_heads(known.get("num_attention_heads"), engine, world_size)
     if engine.tensor > 1:
-        from trainers.config.tensor import require_counts, require_node
+        from trainers.config.tensor import require_counts
 
-        require_counts(known, engine.tensor, world_size // engine.replicate // engine.context, engine.context)
-        require_node(engine.tensor, ranks_per_node or engine.tensor)
+        require_counts(known, engine, world_size // engine.replicate // engine.context, ranks_per_node)
 
 
 def near(size: int, share: int) -> str:

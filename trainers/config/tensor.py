@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
-from trainers.config.choices import Float8, ObjectiveName, OptimizerName, OptimizerState, PeftMethod, Quantisation
+from trainers.config.choices import Float8, ObjectiveName, Offload, OptimizerName, OptimizerState, PeftMethod, Quantisation
 from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
-from trainers.config.schema import RunConfig
+from trainers.config.mesh import shard_of
+from trainers.config.schema import EngineConfig, RunConfig
 
 METHODS = (PeftMethod.none, PeftMethod.freeze, PeftMethod.lora)
 OPTIMIZERS = (OptimizerName.adamw, OptimizerName.sgd)
@@ -25,7 +26,7 @@ COUNTS = {
 def validate_tensor(config: RunConfig) -> None:
     """Refuse what does not work where ranks split layers, by name."""
     train, peft, optim, name = config.train, config.peft, config.optim, config.objective.name
-    smooth, spreads = config.objective.label_smoothing, name in (ObjectiveName.sft, ObjectiveName.cpt)
+    param, smooth, spreads = config.engine.offload_param, config.objective.label_smoothing, name in (ObjectiveName.sft, ObjectiveName.cpt)
     refused: list[tuple[str, Any, bool, str, str]] = [
         ("train.compile", True, train.compile, "sums over ranks inside a block, which is not compiled", "train.compile=false"),
         ("train.float8", train.float8, train.float8 is not Float8.none, "splits layers before they are converted", "train.float8=none"),
@@ -34,6 +35,7 @@ def validate_tensor(config: RunConfig) -> None:
         ("peft.modules_to_save", peft.modules_to_save, bool(peft.modules_to_save), "splits no second copy", "peft.modules_to_save=[]"),
         ("optim.name", optim.name, optim.name not in OPTIMIZERS, "leaves no optimizer whole rows", "optim=adamw or optim=sgd"),
         ("optim.state", optim.state, optim.state is not OptimizerState.fp32, "keeps moments in float32", "optim.state=fp32"),
+        ("engine.offload_param", param, param is Offload.cpu, "keeps parts of layers where they are computed", "engine.offload_param=none"),
         ("objective.name", name, name is ObjectiveName.distil, "has a part of the vocabulary on each rank", "engine.tensor=1"),
         ("objective.name", name, name in SCORED, "has no head of scores", "engine.tensor=1"),
     ]
@@ -45,32 +47,27 @@ def validate_tensor(config: RunConfig) -> None:
             raise ConfigError(path, value, f"engine.tensor={config.engine.tensor} {reason}", remedy)
 
 
-def require_counts(known: Mapping[str, Any], tensor: int, ranks: int, context: int = 1) -> None:
-    """Raise ConfigError unless what a model's config counts divides over `tensor` ranks; what it does not say is not known yet.
+def require_counts(known: Mapping[str, Any], engine: EngineConfig, ranks: int, ranks_per_node: int | None = None) -> None:
+    """Raise ConfigError unless what a model's config counts divides over the ranks that split its layers, and these are on one node.
 
-    The remedy is the nearest number by which `ranks` and all of these divide; with shared rows each rank's heads divide over those, too.
+    What the config does not say is not known yet. The remedy is the nearest number by which `ranks`, those of a node and all of these
+    divide; with shared rows each rank's heads divide over those, too. The ranks of a group wait for each other four times a block.
     """
+    tensor, context, node = engine.tensor, engine.context, ranks_per_node or ranks
     counts: dict[str, int] = {name: known[name] for name in COUNTS if isinstance(known.get(name), int) and known[name] > 0}
 
     def divides(size: int, name: str) -> bool:
         return counts[name] % (size * context if name == "num_attention_heads" else size) == 0
 
     wrong = next((name for name in counts if not divides(tensor, name)), None)
-    if wrong is None:
+    if wrong is not None:
+        shared = f", {context} of which share rows" if context > 1 and wrong == "num_attention_heads" else ""
+        over = f"{tensor * (context if shared else 1)} ranks{shared}"
+        reason = f"the model has {counts[wrong]:,} {COUNTS[wrong]}, which do not divide over {over}"
+    elif node % tensor:
+        reason = f"nodes of {node} ranks do not divide into groups of {tensor}, and a layer's parts must be on one node"
+    else:
         return
-    fit = [size for size in range(1, ranks + 1) if ranks % size == 0 and all(divides(size, name) for name in counts)]
-    shared = f", {context} of which share rows" if context > 1 and wrong == "num_attention_heads" else ""
-    reason = (
-        f"the model has {counts[wrong]:,} {COUNTS[wrong]}, which do not divide over {tensor * (context if shared else 1)} ranks{shared}"
-    )
+    fit = [size for size in range(1, ranks + 1) if ranks % size == node % size == 0 and all(divides(size, name) for name in counts)]
     near = min(fit, key=lambda size: (abs(size - tensor), size), default=1)
-    raise ConfigError("engine.tensor", tensor, reason, f"engine.tensor={near}")
-
-
-def require_node(tensor: int, ranks_per_node: int) -> None:
-    """Raise ConfigError unless the ranks that split layers are on one node: they wait for each other four times a block."""
-    if ranks_per_node % tensor:
-        fit = [size for size in range(1, ranks_per_node + 1) if ranks_per_node % size == 0]
-        near = min(fit, key=lambda size: (abs(size - tensor), size))
-        reason = f"nodes of {ranks_per_node} ranks do not divide into groups of {tensor}, and a layer's parts must be on one node"
-        raise ConfigError("engine.tensor", tensor, reason, f"engine.tensor={near}")
+    raise ConfigError("engine.tensor", tensor, reason, f"engine.tensor={near}" + shard_of(engine, ranks // near))

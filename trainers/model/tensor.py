@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, activations
 
 from trainers.config.errors import ConfigError
 from trainers.model.safetensors_files import listed
@@ -163,6 +163,28 @@ def plan_of(model: PreTrainedModel, size: int) -> dict[str, str]:
     if others or stacked:
         reason = f"the plan of {name} splits {listed(stacked) if stacked else listed(others)}, which is not done here"
         raise ConfigError("engine.tensor", size, reason, "engine.tensor=1")
+    return found | _between(model, found, size)
+
+
+def _between(model: PreTrainedModel, plan: dict[str, str], size: int) -> dict[str, str]:
+    """Return a style for what the plan does not name next to a layer of which each rank has some outputs.
+
+    An activation with scalars, or a norm of each head, sees this rank's part alone: its gradients are summed. Raises ConfigError for
+    other parameters there, such as one for each head.
+    """
+    found = {}
+    for parent in dict.fromkeys(path.rpartition(".")[0] for path, style in plan.items() if style == "colwise"):
+        module = model.get_submodule(parent)
+        head = getattr(module, "head_dim", None)
+        for name, parameter in module.named_parameters(prefix=parent):
+            owner = name.rpartition(".")[0]
+            if any(f"{owner}.".startswith(f"{path}.") for path in plan):
+                continue
+            scalar = parameter.numel() == 1 and type(model.get_submodule(owner)).__module__ == activations.__name__
+            if owner == parent or not (scalar or parameter.shape == (head,)):
+                reason = f"{name} is between layers that are split, and the plan of {type(model).__name__} does not say how it is"
+                raise ConfigError("engine.tensor", size, reason, "engine.tensor=1")
+            found[owner] = "replicated_with_grad_allreduce"
     return found
 
 

@@ -35,7 +35,7 @@ class Split:
         """Split a model on `meta`, after its adapters; raises ConfigError where it cannot be. Collective."""
         self.ranks = ranks
         _require_plain(model, ranks.tensor)
-        require_counts(model.config.get_text_config().to_dict(), ranks.tensor, ranks.tensor * ranks.shard, ranks.context)
+        require_counts(model.config.get_text_config().to_dict(), config.engine, ranks.tensor * ranks.shard)
         shape = (ranks.replicate, ranks.shard * ranks.context, ranks.tensor)
         mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard", "tensor"))
         self.data_mesh: DeviceMesh = mesh["replicate", "shard"] if ranks.replicate > 1 else mesh["shard"]
