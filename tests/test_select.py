@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from tools.command import Refused
 from tools.select import __main__ as select
 from tools.select.choose import Limits, choose
 from tools.select.rewards import read
-from trainers.config.choices import Layout
+from trainers.config.choices import Layout, RewardKind
 from trainers.config.errors import ConfigError
+from trainers.config.schema import RewardConfig
 from trainers.data import fields
 from trainers.data.formats import recognise, to_messages
 from trainers.data.preferences import to_preference
@@ -242,3 +244,11 @@ def test_wrong_input_is_one_clear_message(tmp_path: Path, capsys: pytest.Capture
     assert select.main([str(good), "--reward", "exact", "--out", str(tmp_path / "out"), "--margin", "-1"]) == 2
     assert "--margin" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_model_without_a_chat_template_is_refused_by_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = SimpleNamespace(chat_template=None, name_or_path="a/model")
+    monkeypatch.setattr("trainers.rewards.scored.AutoTokenizer", SimpleNamespace(from_pretrained=lambda folder: tokenizer))
+    monkeypatch.setattr("trainers.rewards.scored.reopen_scores", lambda *_: SimpleNamespace(to=lambda device: None))
+    with pytest.raises(ConfigError, match=r"`reward\.good\.path` = 'a/model'.*no chat template"):
+        Rewards({"good": RewardConfig(kind=RewardKind.model, path="a/model")}, tmp_path)

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.generate import vllm as client
-from trainers.generate.local import Broken
+from trainers.generate.local import Broken, TooLarge
 from trainers.generate.request import NO_ROOM, Answer, Request, Sampling
 from trainers.generate.tied import FILE, HEAD, add_head
 from trainers.generate.vllm import Vllm
 from trainers.health.activity import watch
+from trainers.health.spikes import TrainingFailed
 from trainers.rl.generators import Generators
 
 pytestmark = pytest.mark.timeout(300)
@@ -178,6 +179,26 @@ def test_a_generator_that_opens_is_progress(model: Path, program: Path, monkeypa
         generators.close()
     assert beats.index(True) > 0
     assert beats[-1], "answers are not: limits.sample_s ends a run without any"
+
+
+def test_a_batch_that_is_too_large_is_named_and_not_asked_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world: Any = SimpleNamespace(gather=lambda value: [value], local_rank=0, rank=0, signalled=None, device=torch.device("cpu"))
+    opened = list[str]()
+
+    class Small:
+        def __init__(self, *_: object, setting: str, batch: int, **more: object) -> None:
+            opened.append(f"{setting} = {batch}")
+
+        def __enter__(self) -> None:
+            raise TooLarge(opened[-1])
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("trainers.rl.generators.Local", Small)
+    with pytest.raises(TrainingFailed, match=r"rl\.batch = 5"):
+        Generators(RunConfig(rl=RlConfig(batch=5)), world, model).ask([Request(key=0, seed=0, ids=[1])])
+    assert len(opened) == 1
 
 
 @pytest.mark.for_real

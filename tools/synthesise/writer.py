@@ -77,7 +77,7 @@ class Opened(Writer):
         """Open the model where it is not, and ask it; raises ConfigError and Broken."""
         if self.local is None:
             machine: dict[str, Any] = {name: getattr(self.settings, name) for name in ("batch", "dtype", "device")}
-            local = Local(self.model.config, self.model.folder, timeout_s=self.settings.silence_s, **machine)
+            local = Local(self.model.config, self.model.folder, timeout_s=self.settings.silence_s, setting="model.batch", **machine)
             self.local = local.__enter__()
         self.local.ask(requests, sampling, took)
 

@@ -33,6 +33,10 @@ def nothing() -> None:
     """Look at nothing."""
 
 
+class TooLarge(Broken):
+    """A device's memory is too small: another process would find the same."""
+
+
 class Local:
     """The process. It ends with this one, whatever ends that."""
 
@@ -42,6 +46,7 @@ class Local:
         folder: Path | None,
         *,
         batch: int,
+        setting: str = "--batch",
         dtype: str,
         device: str,
         timeout_s: float | None = None,
@@ -50,8 +55,8 @@ class Local:
     ) -> None:
         """Start it; `folder` has the weights, None is the config's own model.
 
-        `open_s` may pass until they are open, and `timeout_s` between two answers after that. `look` is called now and then while nothing
-        is said, and may raise.
+        `setting` is what the caller's `batch` is called. `open_s` may pass until they are open, and `timeout_s` between two answers after
+        that. `look` is called now and then while nothing is said, and may raise.
         """
         self.timeout_s, self.open_s, self.look = timeout_s, open_s, look
         self.place = tempfile.TemporaryDirectory()
@@ -60,6 +65,7 @@ class Local:
             "config": plain(config),
             "folder": None if folder is None else str(folder),
             "batch": batch,
+            "setting": setting,
             "dtype": dtype,
             "device": device,
         }
@@ -164,7 +170,7 @@ class Local:
         if "error" in word:
             raise ConfigError(**word["error"])
         if "failed" in word:
-            raise Broken(word["failed"])
+            raise TooLarge(word["failed"])
         return word
 
     def _why(self) -> str:

@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         say(error=error.parts())
         return Exit.bad_input
     except torch.cuda.OutOfMemoryError as error:
-        say(failed=f"a GPU's memory is too small for the model with --batch {asked['batch']}: {str(error).splitlines()[0]}")
+        say(failed=f"a GPU's memory is too small for the model with {asked['setting']} = {asked['batch']}: {str(error).splitlines()[0]}")
         return Exit.failed
     return Exit.done
 

@@ -98,6 +98,7 @@ def _opened(name: str, reward: RewardConfig, kept: Path, needs_all: bool, stack:
         from trainers.rewards.scored import Scorer, rewards_of  # torch is for those who ask for it
 
         scorer = Scorer(Path(str(reward.path)))
+        scorer.require_template(f"reward.{name}.path")
         return lambda rows, look: rewards_of(scorer, rows, look)
     if reward.kind is RewardKind.code:
         return _tested(reward)

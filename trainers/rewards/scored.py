@@ -31,10 +31,14 @@ class Scorer:
 
     def tokens(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return a conversation's tokens by the model's own chat template; raises ConfigError where it has none."""
+        self.require_template()
+        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+
+    def require_template(self, field: str = "model") -> None:
+        """Raise ConfigError, with the name of the setting that gives the model, where its tokenizer has no chat template."""
         if self.tokenizer.chat_template is None:
             remedy = "one in chat_template.jinja of the model"
-            raise ConfigError("model", self.tokenizer.name_or_path, "the reward model's tokenizer has no chat template", remedy)
-        return list(self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+            raise ConfigError(field, self.tokenizer.name_or_path, "the reward model's tokenizer has no chat template", remedy)
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Sequence[int]], look: Callable[[], None] = lambda: None) -> NDArray[np.float64]:

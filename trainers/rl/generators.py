@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, in_short
-from trainers.generate.local import Broken, Local
+from trainers.generate.local import Broken, Local, TooLarge
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
@@ -75,6 +75,9 @@ class Generators:
             except Interrupted as error:
                 self._drop(error)
                 return None
+            except TooLarge as error:
+                self.close()
+                raise TrainingFailed(f"the generator on {socket.gethostname()}: {error}") from error
             except Broken as error:
                 self._drop(error)
                 lost += 1
@@ -94,7 +97,7 @@ class Generators:
             }
             machine |= {"timeout_s": rl.timeout_s, "open_s": config.limits.load_s}
             if rl.vllm is None:
-                self.local = Local(config, self.weights, batch=rl.batch, **machine)
+                self.local = Local(config, self.weights, batch=rl.batch, setting="rl.batch", **machine)
             else:
                 from trainers.generate.vllm import Vllm
 
