@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -20,12 +21,13 @@ from stores import MOTO, Files, Objects, moto, serving
 from trainers.batch import WEIGHT
 from trainers.config.errors import ConfigError
 from trainers.config.schema import TrainConfig
-from trainers.data import ahead, remote
+from trainers.data import ahead, remote, stream
 from trainers.data.loader import Loader
-from trainers.data.prepare import prepare
+from trainers.data.prepare import data_key, prepare
 from trainers.data.shards import WANTED
 from trainers.data.stream import Streamed
 from trainers.rundir.files import try_json
+from trainers.world import World
 
 ROWS = [{"prompt": f"What is {number} + 1?", "completion": f"{number + 1} " * (number % 40 + 1)} for number in range(300)]
 PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": f"{number} no"} for number, row in enumerate(ROWS[:90])]
@@ -59,7 +61,11 @@ def run_of(path, objective="sft", **data):
 
 def streamed(config, folder, rank=0, world_size=1):
     folder.mkdir(exist_ok=True)
-    return Streamed(config, folder, rank=rank, world_size=world_size, pad_id=0, ahead=Inline(config, folder))
+    return Streamed(config, folder, alone(), rank=rank, world_size=world_size, pad_id=0, ahead=Inline(config, folder))
+
+
+def alone():
+    return World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
 def batches(rows, step):
@@ -201,7 +207,7 @@ def test_any_step_has_the_same_rows_after_a_restart_on_few_shards(files, tmp_pat
         for rank in range(2):
             other = streamed(config, tmp_path / "whole", rank, 2)
             assert np.array_equal(other.row_ids(step), rows[step])
-            expected = batches(Streamed(config, tmp_path / "whole", rank=rank, world_size=2, pad_id=0, ahead=other.ahead), step)
+            expected = batches(Streamed(config, tmp_path / "whole", alone(), rank=rank, world_size=2, pad_id=0, ahead=other.ahead), step)
             assert same(batches(other, step), expected)
             assert same(expected[:1], [whole.batches(step, rows[step])[rank]])
 
@@ -240,6 +246,98 @@ def test_what_is_lost_counts_until_here(tmp_path):
         streamed(run_of(path, **of, max_lost_fraction=0.1), tmp_path / "refused").row_ids(30)
     assert found.value.path == "data.max_lost_fraction"
     assert len((tmp_path / "refused" / "index.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_shard_that_is_made_again_is_not_counted_again(tmp_path):
+    """All that is lost is in one shard: it takes the whole up to what is allowed, and would go beyond that a second time."""
+    rows = [row | ({"completion": "word " * 400} if number in (285, 286) else {}) for number, row in enumerate(ROWS)]
+    of = {"streaming": True, "shard_rows": 30, "window_shards": 2, "seq_len": 256}
+    path = write(tmp_path / "rows.jsonl", rows)
+    free = streamed(run_of(path, **of, max_lost_fraction=0.9), tmp_path / "free")
+    free.row_ids(36)
+    counts = free.ahead.producer.index.totals.counts
+    allowed = counts["supervised_lost"] / counts["supervised_before"] * 1.01
+    first = streamed(run_of(path, **of, max_lost_fraction=allowed), tmp_path / "stream")
+    first.row_ids(36)
+    first.row_ids(50)  # of the next pass: the last shards are gone
+    again = streamed(run_of(path, **of, max_lost_fraction=allowed), tmp_path / "stream")
+    assert np.array_equal(again.row_ids(36), first.row_ids(36))
+
+
+def windows_of(tmp_path):
+    """Return a stream of windows of 8 steps."""
+    return streamed(run_of(write(tmp_path / "rows.jsonl", ROWS), streaming=True, shard_rows=32, window_shards=2), tmp_path / "stream")
+
+
+def test_rows_are_asked_for_ahead_within_a_window_that_is_there(tmp_path):
+    """Where none was waited for; and after rows were left out, as many steps fewer."""
+    rows = windows_of(tmp_path)
+    assert rows.make(0)
+    assert (rows.made_until, rows.made.seconds > 0) == (1, True)
+    assert rows.make(1)
+    assert (rows.made_until, rows.made.seconds) == (8, 0.0)
+    rows.row_ids(4, 3)
+    assert rows.made_until == 5
+    assert rows.make(5, 3)
+    assert rows.make(6, 3)
+    assert rows.made_until == 16 - 3
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_signal_to_any_rank_ends_the_wait_for_rows(own, tmp_path, monkeypatch):
+    """While the process ahead makes nothing; the second time that it is looked for."""
+    rows, asked = windows_of(tmp_path), []
+    rows.ahead.check = lambda: asked.append(rows)
+
+    def any_of(stop, missing):
+        if own and asked:
+            rows.world.signalled = 15
+        return [stop or (not own and bool(asked)), missing]
+
+    monkeypatch.setattr(rows.world, "any", any_of)
+    assert not rows.make(0)
+    assert len(asked) == 1 + own
+
+
+def test_a_shard_is_gone_at_once_or_not_at_all(tmp_path, monkeypatch):
+    """What cannot be removed yet, as files that are open on NFS, is no shard any more and is tried again."""
+    rows = windows_of(tmp_path)
+    rows.row_ids(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(ahead.shutil, "rmtree", lambda path, ignore_errors: (path / "sha256.json").unlink(missing_ok=True))
+        rows.ahead.producer.remove_others([1, 2])
+    assert rows.ahead.producer.missing([0, 1]) == 0
+    assert len(list(rows.folder.glob("tmp-*"))) == 1
+    rows.ahead.producer.remove_others([1, 2])
+    assert not list(rows.folder.glob("tmp-*"))
+
+
+def test_what_cannot_be_removed_at_the_end_ends_no_run(tmp_path, monkeypatch, caplog):
+    rows = windows_of(tmp_path)
+    rows.batches(0, rows.row_ids(0))
+    process = object.__new__(stream.Ahead)
+    process.folder = rows.folder
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.shutil, "rmtree", lambda path, ignore_errors: None)
+        process.remove(done=True)
+    assert "still has data-000000" in caplog.text
+    process.remove(done=True)
+    assert not list(rows.folder.glob("data-*"))
+
+
+def test_copies_of_files_and_moved_ones_are_the_same_stream(tmp_path):
+    """By name in the data set, size and second; another second or name is another one."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        os.utime(write(tmp_path / name / "a.jsonl", ROWS[:9]), ns=(0, 10**18 + len(name)))
+    whole, single = run_of(tmp_path / "one", streaming=True), run_of(tmp_path / "one" / "a.jsonl", streaming=True)
+    key = data_key(whole, TOKENIZER)
+    assert key == data_key(run_of(tmp_path / "other", streaming=True), TOKENIZER)
+    assert data_key(single, TOKENIZER) == data_key(run_of(tmp_path / "other" / "a.jsonl", streaming=True), TOKENIZER)
+    os.utime(tmp_path / "other" / "a.jsonl", ns=(0, 10**18 + 10**9))
+    assert key != data_key(run_of(tmp_path / "other", streaming=True), TOKENIZER)
+    (tmp_path / "one" / "a.jsonl").rename(tmp_path / "one" / "b.jsonl")
+    assert key != data_key(whole, TOKENIZER)
 
 
 def test_a_bad_row_is_named_where_a_stream_comes_to_it(tmp_path):

@@ -7,16 +7,17 @@ import json
 import os
 import random
 import signal
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command import ROOT, arguments, environment, launch, rank_processes, wait_for_step
+from command import arguments, environment, finish, launch, rank_processes, started, wait_for, wait_for_step
 from conftest import WORDS
 from preparing import write
 from stores import Files, serving
 
+from trainers.rundir.beats import Phase, read_beats
 from trainers.rundir.rows import evaluations, read_rows, steps
 
 
@@ -59,19 +60,29 @@ def test_a_stream_equals_prepared_data(base: Path, sums: Path, cache: Path, tmp_
 
 @pytest.mark.slow
 def test_a_killed_stream_continues_on_another_number_of_ranks(base: Path, sums: Path, cache: Path, tmp_path: Path) -> None:
-    """Small windows, two passes; the process ahead is killed, then a rank; the same rows and losses as in one go."""
+    """Small windows, two passes; the process ahead is killed, then a rank, then a signal comes while rows are waited for.
+
+    The same rows and losses as in one go. A process ahead that is held keeps the run from its end.
+    """
     stream = ("data.streaming=true", "data.shard_rows=16", "data.window_shards=2", "train.steps=40", "train.sample_tokens=0")
     launch(cache, line_of(base, sums, tmp_path / "whole", *stream))
     line = line_of(base, sums, tmp_path / "parts", *stream)
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(tmp_path / "parts", 2, process)
-    os.kill(ahead_of(tmp_path / "parts"), signal.SIGKILL)
-    wait_for_step(tmp_path / "parts", 9, process)
-    kept = len([path for path in (tmp_path / "parts" / "stream").glob("*/data-*") if path.is_dir()])
-    assert kept <= 8, "more than the windows that are needed"
-    os.kill(rank_processes(tmp_path / "parts")[0], signal.SIGKILL)
-    assert process.wait(60) == 1
-    launch(cache, [*line, "launch.processes=2"])
+    with started(line, environment(cache)) as process:
+        wait_for_step(tmp_path / "parts", 2, process)
+        killed = ahead_of(tmp_path / "parts")
+        os.kill(killed, signal.SIGKILL)
+        hold_ahead(tmp_path / "parts", killed)
+        kept = len([path for path in (tmp_path / "parts" / "stream").glob("*/data-*") if path.is_dir()])
+        assert kept <= 8, "more than the windows that are needed"
+        os.kill(rank_processes(tmp_path / "parts")[0], signal.SIGKILL)
+        finish(process, tmp_path / "parts")
+    with started(line, environment(cache)) as process:
+        hold_ahead(tmp_path / "parts")
+        ranks = set(rank_processes(tmp_path / "parts"))
+        wait_for(lambda: any(beat.pid in ranks and beat.phase == Phase.step for beat in read_beats(tmp_path / "parts").values()))
+        process.terminate()
+        finish(process, tmp_path / "parts", 75)
+    launch(cache, [*line, "launch.processes=1"])
     whole, parts = numbers(tmp_path / "whole"), numbers(tmp_path / "parts")
     assert [row for row, _ in parts] == [row for row, _ in whole]
     assert [loss for _, loss in parts] == pytest.approx([loss for _, loss in whole], rel=1e-5)
@@ -80,13 +91,20 @@ def test_a_killed_stream_continues_on_another_number_of_ranks(base: Path, sums: 
     assert [shard["is_last"] for shard in index] == [False] * 14 + [True]
 
 
-def ahead_of(run_dir: Path) -> int:
-    """Return the process that prepares a run's shards."""
+def ahead_of(run_dir: Path, other_than: int = 0) -> int:
+    """Return the process that prepares a run's shards, 0 where there is none."""
     for folder in Path("/proc").glob("[0-9]*"):
-        words = (folder / "cmdline").read_bytes().split(b"\0")
-        if b"trainers.data.ahead" in words and str(run_dir / "config.yaml").encode() in words:
-            return int(folder.name)
-    raise AssertionError("no process prepares ahead")
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"trainers.data.ahead" in words and str(run_dir / "config.yaml").encode() in words and int(folder.name) != other_than:
+                return int(folder.name)
+    return 0
+
+
+def hold_ahead(run_dir: Path, other_than: int = 0) -> None:
+    """Let the next process that prepares a run's shards do nothing, before it has imported what it needs."""
+    wait_for(lambda: ahead_of(run_dir, other_than), timeout_s=100)
+    os.kill(ahead_of(run_dir, other_than), signal.SIGSTOP)
 
 
 @pytest.mark.slow

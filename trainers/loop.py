@@ -164,7 +164,7 @@ def train(
         _begin(run, outcome)
         profile = None if config.train.profile is None else _begin_profile(config.train.profile, attempt, world)
         while not outcome.stopped and outcome.progress.step < rows.num_steps and not run.held_out.is_stalled():
-            if outcome.progress.step >= rows.made_until and not rows.make(outcome.progress.step):
+            if outcome.progress.step >= rows.made_until and not rows.make(outcome.progress.step, outcome.progress.ahead):
                 outcome.stopped = True
                 break
             step = _compute(run, prefetch, outcome.progress)

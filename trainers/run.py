@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("fulltune")
 COLLECTIVE_S, WATCHED_COLLECTIVE_S = 1800, 86_400
 """What torch lets a collective wait: with a watchdog, which ends hung runs and names the rank, longer than any work."""
+SAME_FILES = " (a stream's files must have the same names, sizes and times on every node: copy them with rsync -a or cp -a)"
 ENDING_S = 60
 """For the process group to end once all is done; some never do."""
 
@@ -90,7 +91,8 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     if attempt.has_ended(State.failed):
         raise TrainingFailed("the others have given up waiting for this rank")
     world.require_agreement("config.yaml", hashlib.sha256((run_dir / paths.CONFIG).read_bytes()).hexdigest())
-    world.require_agreement("the prepared data", f"{data.path.name} {data.report.get('teacher', {}).get('key', '')}".strip())
+    what = f"the prepared data{SAME_FILES if config.data.streaming else ''}"
+    world.require_agreement(what, f"{data.path.name} {data.report.get('teacher', {}).get('key', '')}".strip())
     _check_positions(config, data, blueprint)
     base = world.from_first(base_of(given, blueprint.folder, blueprint.revision) if world.rank == 0 else {})
     _require_same_sources(run_dir, data, base)
@@ -168,8 +170,8 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         built = _without_generators(built, rows, held_out, outcome.progress.step)
     engine.report()
     stopped = outcome.stopped
-    if built.ahead is not None:
-        built.ahead.close(done=not stopped)
+    if config.data.streaming:
+        _let_go(rows)
     if not stopped:
         watch.enter(Phase.exporting)
         try:
@@ -178,6 +180,8 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
             attempt.set_status(State.preempted, step=outcome.saved_step)
             stopped = True
     world.barrier()  # rank 0 may still be waiting for a mirror: all end together
+    if built.ahead is not None:
+        built.ahead.remove(done=not stopped)
     if stopped:
         log.info("stopped after step %d; the checkpoint of step %d continues", outcome.progress.step, outcome.saved_step)
     watchdog.stop()
@@ -241,7 +245,15 @@ def _streamed(built: Built, data: Prepared, padding: int) -> Rows:
     from trainers.data.stream import Streamed
 
     folder, share = folder_of(built.config, data.path.name), built.engine.mesh.share_of(built.world.rank)
-    return Streamed(built.config, folder, pad_id=padding, ahead=built.ahead, **share)
+    return Streamed(built.config, folder, built.world, pad_id=padding, ahead=built.ahead, **share)
+
+
+def _let_go(rows: Rows) -> None:
+    """End the process ahead of a stream, on rank 0, and close the shards."""
+    from trainers.data.stream import Streamed
+
+    assert isinstance(rows, Streamed)
+    rows.close()
 
 
 def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) -> Stream:

@@ -33,6 +33,8 @@ from trainers.rundir.files import try_json, write_json
 from trainers.world import STOP_SIGNALS
 
 NOTE_EVERY_S = 1.0
+REMOVED = "tmp-removed-"
+"""Shards under such names are no longer there."""
 
 
 class Producer:
@@ -85,10 +87,12 @@ class Producer:
         for path in self.folder.glob("data-*"):
             if path.is_dir() and path.name not in kept:
                 self.remove(path)
+        for path in self.folder.glob(f"{REMOVED}*"):
+            shutil.rmtree(path, ignore_errors=True)  # tried again: on NFS a folder stays while a rank has its files open
 
     def remove(self, path: Path) -> None:
-        """Remove a shard and the lock under which it was made."""
-        shutil.rmtree(path, ignore_errors=True)
+        """Take a shard away at once, whole, and the lock under which it was made; `remove_others` frees its disk."""
+        path.rename(path.with_name(f"{REMOVED}{path.name}-{time.time_ns()}"))
         path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
 
     def make(self, number: int) -> None:
@@ -100,20 +104,24 @@ class Producer:
         target, is_new, made = shard_folder(self.folder, number), number == len(self.index.refresh()), list[Totals]()
         if is_new and target.is_dir():  # a process that was killed has not noted it
             self.remove(target)
-        build_once(self.folder, target.name, lambda partial: made.append(self._fill(taken, partial)), "a shard")
+        build_once(self.folder, target.name, lambda partial: made.append(self._fill(taken, partial, is_new)), "a shard")
         if is_new:
             rows = len(open_table(target / "train")) if (target / "train").is_dir() else 0
             files = dict(Counter(row.file for row in taken))
             self.index.append(Shard(rows=rows, read=len(taken), files=files, is_last=not self.following), made[0])
 
-    def _fill(self, rows: list[Row], folder: Path) -> Totals:
-        """Write the table of some rows, none where nothing of them is trained; raises ConfigError where too much is lost until here."""
+    def _fill(self, rows: list[Row], folder: Path, is_new: bool) -> Totals:
+        """Write the table of some rows, none where nothing of them is trained.
+
+        Raises ConfigError where too much is lost until here; of a shard that is made again the totals know already.
+        """
         store = Store(folder, "train")
         encode_all(self.config, self.encoder, iter(rows), store, self.note)
         own = Totals(Counter(store.counts), store.left_out)
-        whole = self.index.totals + own
-        check_losses(self.config, whole.counts)
-        check_left_out(self.config, whole.left_out, self.tokenizer)
+        if is_new:
+            whole = self.index.totals + own
+            check_losses(self.config, whole.counts)
+            check_left_out(self.config, whole.left_out, self.tokenizer)
         keep = ~np.isin(store.arrays()[3], self.held_out)
         if keep.any():
             save_split(self.config, store, keep, folder / "train")

@@ -51,8 +51,8 @@ class Rows(Protocol):
     made: Made
     """What is told of the last step's."""
 
-    def make(self, step: int) -> bool:
-        """Have the rows of the step `made_until`; tell whether they are there, or a rank was asked to stop meanwhile. Collective."""
+    def make(self, step: int, ahead: int = 0) -> bool:
+        """Have the rows of the step `made_until`, `ahead` steps further in the stream; False where a rank was asked to stop. Collective."""
         ...
 
     def table(self, step: int) -> TokenTable:
@@ -125,7 +125,7 @@ class Loader:
         self.epoch_rows = len(table) if stream is None else stream.pass_rows
         self.capacity: int | None = None
 
-    def make(self, step: int) -> bool:
+    def make(self, step: int, ahead: int = 0) -> bool:
         """Make nothing: all rows are there from the start."""
         return True
 

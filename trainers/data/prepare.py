@@ -164,7 +164,8 @@ def open_prepared(folder: Path, reused: bool = True) -> Prepared:
 def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     """Return the content hash: data, tokenizer, template and every option that changes the result.
 
-    Files of a stream are told by size and time, and its settings that only check rows may change while it is read.
+    Files of a stream, but not its held-out rows, are told by size and time, and its settings that only check rows may change while
+    it is read.
     """
     data = config.data
     if data.mix:
@@ -179,7 +180,9 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     options |= {"pairs": str(data.pairs)} if data.pairs is not PairsOf.best_worst else {}
     # rows with weights were bad rows once, which skipping left out
     options |= {"weights": "read"} if data.skip_bad_rows and not data.streaming else {}
-    marks = [sources.fingerprint(source, config.objective.name, data.streaming) for source in sources_of(data)]
+    trained, *held_out = sources_of(data)
+    marks = [sources.fingerprint(trained, config.objective.name, data.streaming)]
+    marks += [sources.fingerprint(source, config.objective.name) for source in held_out]
     return content_key(VERSION, marks, tokenizer_hash(tokenizer), template_hash(tokenizer), options)
 
 

@@ -80,12 +80,14 @@ def rows(source: Source | None, objective: ObjectiveName, done: frozenset[str] =
 def fingerprint(source: Source | None, objective: ObjectiveName, quick: bool = False) -> list[str]:
     """Return what identifies the rows of a source in a content hash: digests of file contents, a hub data set's own.
 
-    With `quick`, files of this machine are told by name, size and time: reading terabytes takes hours.
+    With `quick`, files of this machine are told by their name in the data set, size and second of change: reading terabytes takes
+    hours, and a copy of them on another node or a directory that was moved is the same.
     """
     if source is None or source.path == DIGITS:
         return [DIGITS] if source else ["python_docs", sys.version, str(rows_as(objective))]
     if _has_files(source):
-        return [f"{file_type(file.name)}:{_stat(file) if quick and isinstance(file, Path) else digest(file)}" for file in files(source)]
+        found = files(source)
+        return [f"{file_type(file.name)}:{_stat(file, source) if quick and isinstance(file, Path) else digest(file)}" for file in found]
     from trainers.data import hub
 
     return [repr(source), hub.fingerprint(source)]
@@ -143,9 +145,9 @@ def digest(file: Path | RemotePath) -> str:
     return _large_digest(file) if file.stat().st_size >= LARGE_FILE else sha256(file)
 
 
-def _stat(file: Path) -> str:
-    info = file.stat()
-    return f"{file.resolve()}:{info.st_size}:{info.st_mtime_ns}"
+def _stat(file: Path, source: Source) -> str:
+    root, info = Path(source.path), file.stat()
+    return f"{file.relative_to(root) if root.is_dir() else file.name}:{info.st_size}:{int(info.st_mtime)}"
 
 
 def _large_digest(file: Path) -> str:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -34,7 +34,9 @@ from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.processes import prepare_child
 from trainers.rundir import paths
+from trainers.rundir.beats import Phase
 from trainers.rundir.files import try_json, write_json
+from trainers.world import World
 
 log = logging.getLogger("fulltune")
 REMIND_S = 30.0
@@ -85,12 +87,17 @@ class Ahead:
         log.warning("the process that prepares data ahead has ended with exit code %d; it is started again", code)
         self._start()
 
-    def close(self, done: bool) -> None:
-        """End it; a run that is done needs no shards any more."""
+    def close(self) -> None:
+        """End it."""
         self.child.kill()
         self.child.wait()
+
+    def remove(self, done: bool) -> None:
+        """Remove what it left half made, and all shards of a run that is done; what cannot be removed is told of."""
         for path in [*self.folder.glob("tmp-*"), *(self.folder.glob("data-*") if done else ())]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if done and (left := sorted(path.name for path in self.folder.glob("*-*"))):
+            log.warning("%s still has %s, which nobody needs any more", self.folder, ", ".join(left[:3]))
 
 
 class Streamed:
@@ -99,11 +106,13 @@ class Streamed:
     signals: frozenset[str] = frozenset()
     made = Made()
 
-    def __init__(self, config: RunConfig, folder: Path, *, rank: int, world_size: int, pad_id: int, ahead: Ahead | None = None) -> None:
-        """Wait for nothing yet; `ahead` is rank 0's."""
+    def __init__(
+        self, config: RunConfig, folder: Path, world: World, *, rank: int, world_size: int, pad_id: int, ahead: Ahead | None = None
+    ) -> None:
+        """Wait for nothing yet; `rank` of `world_size` takes the rows, and `ahead` is rank 0's of `world`."""
         assert config.train.steps is not None
         self.config, self.folder, self.rank, self.world_size, self.pad_id, self.ahead = config, folder, rank, world_size, pad_id, ahead
-        self.num_steps = self.made_until = config.train.steps
+        self.world, self.num_steps, self.made_until, self.shift = world, config.train.steps, 0, 0
         self.global_batch = config.train.global_batch
         self.index, self.windows, self.wanted = Index(folder), list[Window](), list[int]()
         self.open = lru_cache(4 * config.data.window_shards)(lambda number: open_table(shard_folder(folder, number) / "train"))
@@ -113,23 +122,56 @@ class Streamed:
         self.lock = threading.RLock()
         """Steps are made in a thread, the first of an attempt where the loop is."""
 
-    def make(self, step: int) -> bool:
-        """Make nothing: a process ahead does."""
+    def make(self, step: int, ahead: int = 0) -> bool:
+        """Wait for the shards of a step, `ahead` steps further in the stream; False where a rank was asked to stop. Collective.
+
+        Where none is waited for, those of the following steps in the same window are there too, and may be asked for ahead.
+        """
+        began, self.shift, waiting, waited = time.perf_counter(), max(self.shift, ahead), self._waiting(), False
+        while True:
+            stop, missing = self.world.any(self.world.signalled is not None, not self._has(step + ahead))
+            if stop:
+                return False
+            if not missing:
+                break
+            if not waited:
+                waited = True
+                watch.enter(Phase.step, step + 1)
+            next(waiting)
+        window = self._window((step + ahead + 1) * self.global_batch - 1)
+        whole = 0 if waited else (window.start + window.rows) // self.global_batch - ahead
+        self.made_until = min(self.num_steps, max(step + 1, whole))
+        self.made = Made(seconds=time.perf_counter() - began if waited else 0.0)
         return True
 
     def row_ids(self, step: int, ahead: int = 0) -> Ints:
         """Return the rows of a pass that all ranks together take in a step; waits for their shards."""
         positions = np.arange((step + ahead) * self.global_batch, (step + ahead + 1) * self.global_batch)
         with self.lock:
-            self.oldest = max(0, int(positions[0]) - 2 * self.global_batch)
-            self._window(int(positions[-1]))
-            self._want()
+            if ahead > self.shift:  # rows were left out: those of fewer steps are there
+                self.made_until, self.shift = self.made_until - (ahead - self.shift), ahead
+            self._wait(lambda: self._has(step + ahead))
             found = []
             for position in positions:
                 window = self._window(int(position))
                 order = row_order(self.config.seed, window.number, window.rows)
                 found.append(window.first_row + int(order[position - window.start]))
             return np.array(found, np.int64)
+
+    def _has(self, place: int) -> bool:
+        """Tell whether all shards of the windows of a step are there, and ask for them; `place` is the step's in the stream."""
+        first, last = place * self.global_batch, (place + 1) * self.global_batch - 1
+        with self.lock:
+            self.oldest = max(0, first - 2 * self.global_batch)
+            while not self.windows or self.windows[-1].start + self.windows[-1].rows <= last:
+                if self.index.num_shards() is None and len(self.index.refresh()) < self._next_shard() + self.config.data.window_shards:
+                    self._want()
+                    return False
+                self._add_window()
+            self._want()
+            used = [window for window in self.windows if window.start <= last and first < window.start + window.rows]
+            numbers = [window.first_shard + number for window in used for number in range(window.num_shards)]
+            return all(shard_folder(self.folder, number).is_dir() for number in numbers)
 
     def _want(self) -> None:
         """Let the process ahead know which shards are needed: those of the windows that some rank may read, and of two more."""
@@ -152,21 +194,12 @@ class Streamed:
         return 0 if total is not None and after >= total else after
 
     def _window(self, position: int) -> Window:
-        """Return the window of a position, once its shards are known."""
-        while not self.windows or self.windows[-1].start + self.windows[-1].rows <= position:
-            self._add_window()
+        """Return the window of a position whose shards are known."""
         return next(window for window in reversed(self.windows) if window.start <= position)
 
     def _add_window(self) -> None:
-        size = self.config.data.window_shards
-
-        def is_known() -> bool:
-            return self.index.num_shards() is not None or len(self.index.refresh()) >= self._next_shard() + size
-
-        if not is_known():
-            self._want()
-            self._wait(is_known)
-        shards, first = self.index.refresh(), self._next_shard()
+        """Add the next window, whose shards are known."""
+        size, shards, first = self.config.data.window_shards, self.index.refresh(), self._next_shard()
         last = self.windows[-1] if self.windows else None
         taken = shards[first : first + size]
         number, start = (0, 0) if last is None else (last.number + 1, last.start + last.rows)
@@ -181,8 +214,14 @@ class Streamed:
 
     def _wait(self, is_there: Callable[[], bool]) -> None:
         """Wait for what the process ahead makes; raises its ConfigError."""
-        known, reminded = None, time.monotonic()
+        waiting = self._waiting()
         while not is_there():
+            next(waiting)
+
+    def _waiting(self) -> Iterator[None]:
+        """Look after the process ahead each time that something is waited for; raises its ConfigError."""
+        known, reminded = None, time.monotonic()
+        while True:
             if (error := try_json(self.folder / ERROR)) and "path" in error:
                 raise ConfigError(**error)
             if self.ahead is not None:
@@ -193,6 +232,7 @@ class Streamed:
                 reminded = time.monotonic()
                 log.info("waiting for the process that prepares data ahead: %d shards are known, %s", known[0], self.folder)
             time.sleep(POLL_S)
+            yield
 
     def shard(self, number: int) -> TokenTable:
         """Return a shard's rows, once they are prepared."""
@@ -244,6 +284,13 @@ class Streamed:
     def passes(self, step: int) -> dict[str, float]:
         """Return nothing: a stream has one source."""
         return {}
+
+    def close(self) -> None:
+        """End the process ahead, and let go of the shards, whose files could not be removed from NFS otherwise."""
+        self.gathered = None
+        self.open.cache_clear()
+        if self.ahead is not None:
+            self.ahead.close()
 
 
 def joined_rows(places: list[tuple[TokenTable, int]]) -> TokenTable:

@@ -59,7 +59,7 @@ class Activity:
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """Begin a phase, or the next step; it lasts until the next one begins."""
-        self.has_stepped = self.has_stepped or self.phase is Phase.step
+        self.has_stepped = self.has_stepped or (self.phase is Phase.step and (phase, step) != (self.phase, self.step))
         changed, self.phase, self.step = phase is not self.phase, phase, step
         self.beat()
         if changed:

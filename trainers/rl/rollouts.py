@@ -185,7 +185,7 @@ class Rollouts:
         self.opened: tuple[int, TokenTable, int] | None = None
         """The first step, counted from 0, of the rollout that is open, its table, and the position at which the next one begins."""
 
-    def make(self, step: int) -> bool:
+    def make(self, step: int, ahead: int = 0) -> bool:
         """Have a step's rollout: open it, or sync, sample, score and write it; False where a rank was asked to stop. Collective."""
         began = time.perf_counter()
         first = step - step % self.rl.steps_per_rollout
