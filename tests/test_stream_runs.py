@@ -77,9 +77,9 @@ def test_a_killed_stream_continues_on_another_number_of_ranks(base: Path, sums: 
         os.kill(rank_processes(tmp_path / "parts")[0], signal.SIGKILL)
         finish(process, tmp_path / "parts")
     with started(line, environment(cache)) as process:
+        wait_for(lambda: is_in(tmp_path / "parts", Phase.loading))
         hold_ahead(tmp_path / "parts")
-        ranks = set(rank_processes(tmp_path / "parts"))
-        wait_for(lambda: any(beat.pid in ranks and beat.phase == Phase.step for beat in read_beats(tmp_path / "parts").values()))
+        wait_for(lambda: is_in(tmp_path / "parts", Phase.step))
         process.terminate()
         finish(process, tmp_path / "parts", 75)
     launch(cache, [*line, "launch.processes=1"])
@@ -101,8 +101,14 @@ def ahead_of(run_dir: Path, other_than: int = 0) -> int:
     return 0
 
 
+def is_in(run_dir: Path, phase: Phase) -> bool:
+    """Tell whether rank 0, of the attempt that is under way, is in a phase or past it and taking steps."""
+    beat = read_beats(run_dir).get(0)
+    return beat is not None and beat.pid in rank_processes(run_dir) and beat.phase in (phase, Phase.step)
+
+
 def hold_ahead(run_dir: Path, other_than: int = 0) -> None:
-    """Let the next process that prepares a run's shards do nothing, before it has imported what it needs."""
+    """Let the next process that prepares a run's shards do nothing more."""
     wait_for(lambda: ahead_of(run_dir, other_than), timeout_s=100)
     os.kill(ahead_of(run_dir, other_than), signal.SIGSTOP)
 
