@@ -95,7 +95,7 @@ def test_tasks_of_slurm_arrays_make_the_same_bytes_after_a_kill_too(cluster: Clu
     line = [sys.executable, "-m", "tools.curate", str(config), *files, "--quiet", "--out"]
     for processes in (1, 2):
         assert main([*line[3:], str(tmp_path / str(processes)), "--processes", str(processes)]) == 0
-    asked = [*line, str(tmp_path / "slurm"), "--slurm", "3", "--sbatch", "time=10", "--sbatch", "partition=main"]
+    asked = [*line, str(tmp_path / "slurm"), "--slurm", "2", "--sbatch", "time=10", "--sbatch", "partition=main"]
     child = subprocess.Popen(asked, cwd=ROOT, env=cluster.environment)
     wait_for(lambda: list((tmp_path / "slurm").glob(".curate/*/tidy/[0-9]*")), timeout_s=120)
     child.kill()

@@ -34,20 +34,20 @@ def kill_a_rank_at(line: list[str], cache: Path, run_dir: Path, step: int, rng: 
 @pytest.mark.parametrize(
     ("engine", "method"), [pytest.param(*case, marks=[] if case in SAMPLED else pytest.mark.soak, id="-".join(case)) for case in CASES]
 )
-def test_three_kills_leave_no_trace(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str, method: str) -> None:
+def test_kills_leave_no_trace(base: Path, chats: Path, cache: Path, tmp_path: Path, engine: str, method: str) -> None:
     """kill -9 of one rank at random steps of both epochs, in the midst of accumulation: two microbatches of one row a rank and step."""
     more = (*COMMON, f"engine={engine}", f"peft={method}", *(() if method == "none" else ("peft.rank=4",)))
     launch(cache, arguments(base, chats, tmp_path / "whole", *more))
     rng = random.Random(f"{engine} {method}")
     line = arguments(base, chats, tmp_path / "parts", *more)
-    for lowest in (4, 11, 18):
+    for lowest in (4, 16):
         kill_a_rank_at(line, cache, tmp_path / "parts", lowest + rng.randrange(3), rng)
     assert "continuing from" in launch(cache, line)
     assert trace(tmp_path / "parts") == trace(tmp_path / "whole")
     assert max(row["epoch"] for row in read_rows(tmp_path / "whole") if "epoch" in row) > 1
     name = "model.safetensors" if method == "none" else "adapter_model.safetensors"
     assert (tmp_path / "parts" / "export" / name).read_bytes() == (tmp_path / "whole" / "export" / name).read_bytes()
-    assert len(list((tmp_path / "parts" / "logs").glob("attempt-*"))) == 4
+    assert len(list((tmp_path / "parts" / "logs").glob("attempt-*"))) == 3
 
 
 @pytest.mark.slow

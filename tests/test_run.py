@@ -118,7 +118,7 @@ def test_wandb_offline_has_one_run_with_each_step_once(finished: Path) -> None:
     assert {"full", "fsdp"} <= set(tags)
 
 
-LONGER = ["train.steps=60", "checkpoint.every=3", "train.eval_every=20"]
+LONGER = ["train.steps=40", "checkpoint.every=3", "train.eval_every=20"]
 
 
 @pytest.fixture(scope="module")

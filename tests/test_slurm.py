@@ -86,7 +86,7 @@ def test_nodes_and_ranks_make_the_losses_of_a_local_run(
     assert len(hosts) in (0, nodes)  # removed by ranks that are done
 
 
-LONG = ("train.steps=80", "checkpoint.every=5", "train.eval_every=40", "log.wandb=offline")
+LONG = ("train.steps=50", "checkpoint.every=5", "train.eval_every=25", "log.wandb=offline")
 
 
 @pytest.fixture(scope="module")

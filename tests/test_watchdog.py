@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,8 @@ def test_a_rank_that_fails_in_a_step_is_named(base: Path, chats: Path, cache: Pa
     if what in ("sleep", "gil"):
         assert "in strike" in stacks_of(run_dir, 1)
         assert "most recent call first" in stacks_of(run_dir, 0)
-    goes_on(cache, line, run_dir)
+    if what != "raise":
+        goes_on(cache, line, run_dir)
 
 
 @pytest.mark.slow
@@ -182,7 +184,6 @@ def test_a_rank_that_ends_wordlessly_before_the_first_step_is_named_though_the_o
         said = finish(process, run_dir)
     assert "rank 1 ended with exit code 1 and left no reason" in said
     assert (status_of(run_dir)["state"], status_of(run_dir)["error"]["rank"]) == ("failed", 1)
-    goes_on(cache, line, run_dir)
 
 
 @pytest.mark.slow
@@ -240,7 +241,6 @@ def test_a_rank_without_others_is_watched_by_the_launcher(base: Path, chats: Pat
     assert "rank 0 has not been heard of for" in said.splitlines()[-1]
     assert (status_of(run_dir)["state"], status_of(run_dir)["error"]["ranks"]) == ("failed", [0])
     assert "most recent call first" in stacks_of(run_dir, 0)
-    goes_on(cache, [*line, "train.step_timeout_s=100"], run_dir)
 
 
 @pytest.mark.slow
@@ -341,6 +341,16 @@ def test_a_process_that_was_stopped_is_not_overdue_when_it_goes_on() -> None:
         clock.now += 1
         watchdog._tick()
     assert watch.idle_s() == 9
+
+
+def test_two_threads_may_write_a_beat_at_once(tmp_path: Path) -> None:
+    watchdog = Watchdog(activity(Clock()))
+    watchdog.run_dir, watchdog.rank = tmp_path, 0
+    (tmp_path / "ranks").mkdir()
+    with ThreadPoolExecutor(2) as threads:
+        for written in [threads.submit(watchdog._write) for _ in range(400)]:
+            written.result(20)
+    assert read_beats(tmp_path).keys() == {0}
 
 
 def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 100.0, **more: Any) -> Beat:

@@ -49,6 +49,7 @@ class Watchdog:
         self.beat_s, self.wrote = TICK_S, self.clock()
         self.log_file: Path | None = None
         self.opened: IO[str] | None = None
+        self.writing = threading.Lock()
         self.collectives: Callable[[], int] = lambda: 0
         self.flight_record: Callable[[], bytes | None] = lambda: None
         # tells whether this rank has been asked to stop, also where Python cannot run
@@ -125,7 +126,8 @@ class Watchdog:
 
     def _write(self) -> float:
         """Write this rank's beat; returns its time on the file system."""
-        return write_beat(self.run_dir, self.own())
+        with self.writing:  # both threads stage it under one name
+            return write_beat(self.run_dir, self.own())
 
     def _follow(self) -> None:
         """End this rank where the run has failed, or was stopped before its first step, unless it ends by itself."""
