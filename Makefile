@@ -7,7 +7,7 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo preference-demo venv check audit docs format test test-slow test-slow-others test-slow-slurm test-all test-soak test-oldest test-vllm gpu clean
+.PHONY: help demo compare-demo preference-demo venv check audit docs format test test-quick-1 test-quick-2 test-quick-slurm test-slow test-slow-1 test-slow-2 test-slow-slurm test-all test-soak test-oldest test-vllm gpu clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
@@ -73,18 +73,35 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# A test waits much of its time, so two parts run at once; the tests on the one SLURM cluster are a part. Each prints when it has ended.
+AT_ONCE := $(MAKE) --no-print-directory --jobs=2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+QUICK := not slow and not soak
+SLOW := slow and not soak
+ON_SLURM = $(shell grep -l mark.slurm tests/test_*.py)
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not soak'
+	@$(AT_ONCE) test-quick-1 test-quick-2 test-quick-slurm
 
-# Tests on a SLURM cluster wait most of their time: the others run meanwhile.
 test-slow: $(STAMP)
-	@$(MAKE) --no-print-directory --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-slow-others test-slow-slurm
+	@$(AT_ONCE) test-slow-slurm test-slow-1 test-slow-2
 
-test-slow-others: $(STAMP)
-	$(BIN)/python -m pytest -m 'slow and not soak and not slurm'
+test-quick-1: $(STAMP)
+	$(BIN)/python -m pytest -m '$(QUICK) and not slurm' tests/test_[a-o]*.py
+
+test-quick-2: $(STAMP)
+	$(BIN)/python -m pytest -m '$(QUICK) and not slurm' tests/test_[p-z]*.py
+
+test-quick-slurm: $(STAMP)
+	$(BIN)/python -m pytest -m '$(QUICK) and slurm' $(ON_SLURM)
+
+test-slow-1: $(STAMP)
+	$(BIN)/python -m pytest -m '$(SLOW) and not slurm' tests/test_[a-p]*.py
+
+test-slow-2: $(STAMP)
+	$(BIN)/python -m pytest -m '$(SLOW) and not slurm' tests/test_[q-z]*.py
 
 test-slow-slurm: $(STAMP)
-	$(BIN)/python -m pytest -m 'slow and not soak and slurm'
+	$(BIN)/python -m pytest -m '$(SLOW) and slurm' $(ON_SLURM)
 
 test-all: test test-slow
 

@@ -538,9 +538,9 @@ WIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """LoRA on a base of 690 MB in float32, its largest tensor 67 MB."""
     folder = tmp_path_factory.mktemp("large")
-    base = save_tiny(folder / "base", tied=False, num_hidden_layers=9, **WIDE)
+    base = save_tiny(folder / "base", tied=False, num_hidden_layers=6, **WIDE)
     mine = adapter_on(save_tiny(folder / "small", tied=False, num_hidden_layers=1, **WIDE), lora(target_modules=LINEAR), folder / "a")
-    changed(mine, lambda one: {k.replace("s.0.", f"s.{i}."): v.clone() for k, v in one.items() for i in range(9)})
+    changed(mine, lambda one: {k.replace("s.0.", f"s.{i}."): v.clone() for k, v in one.items() for i in range(6)})
     configured(mine, base_model_name_or_path=str(base))
     return mine, base
 
@@ -557,7 +557,7 @@ def test_the_peak_of_memory_does_not_grow_with_the_model(large: tuple[Path, Path
     least = peak(adapter("lora"), tmp_path / "tiny")
     once = peak(large[0], tmp_path / "out")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert size > 6.5e8
+    assert size > 5e8
     assert once - least < 4 * 67.2e6, (once, least)
     assert peak(f"{large[0]}=0.5", large[0], tmp_path / "two", "--dtype", "bfloat16") - least < 6 * 67.2e6
     shutil.rmtree(tmp_path / "out")

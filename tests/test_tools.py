@@ -171,15 +171,17 @@ def test_a_measurement_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_our_loop_is_no_slower_and_no_larger_than_bare_transformers() -> None:
-    """`tools.bench train` itself raises where the two loops' losses differ; figures on a busy machine wander, hence the margin."""
+@pytest.mark.parametrize(
+    ("steps", "alone"), [pytest.param(2, False, marks=pytest.mark.slow), pytest.param(6, True, marks=pytest.mark.soak)]
+)
+def test_our_loop_is_no_slower_and_no_larger_than_bare_transformers(steps: int, alone: bool) -> None:
+    """`tools.bench train` itself raises where the two loops' losses differ; speeds are those of a machine without other work."""
     figures = {}
     for variant in ("fulltune", "transformers"):
-        line = tool("tools.bench", "one", "cpt", variant, "--steps", "6", timeout_s=280).splitlines()[-1]
+        line = tool("tools.bench", "one", "cpt", variant, "--steps", str(steps), timeout_s=280).splitlines()[-1]
         figures[variant] = json.loads(line)
     assert figures["fulltune"]["loss"] == pytest.approx(figures["transformers"]["loss"], rel=1e-4)
-    assert figures["fulltune"]["speed"] > 0.8 * figures["transformers"]["speed"]
+    assert not alone or figures["fulltune"]["speed"] > 0.8 * figures["transformers"]["speed"]
     assert figures["fulltune"]["peak"] < figures["transformers"]["peak"]
 
 

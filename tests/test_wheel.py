@@ -73,11 +73,12 @@ def test_a_wheel_holds_the_presets_and_no_tests(wheel: Path) -> None:
 
 @pytest.mark.slow
 def test_an_installed_fulltune_trains_in_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], timeout=120, check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], timeout=120, check=True)
     python, command = tmp_path / "venv" / "bin" / "python", tmp_path / "venv" / "bin" / "fulltune"
     [site] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")  # what an index would give; a checkout is none of it
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", str(wheel)], timeout=180, check=True)
+    install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps", str(wheel)]
+    subprocess.run(install, timeout=180, check=True)
     home = tmp_path / "home"
     for name in ("trainers", "tools", "launcher"):
         (home / name).mkdir(parents=True)
