@@ -14,7 +14,7 @@ TAKEN = (
     *("name", "checkpoint.", "evaluation.", "limits.", "log.", "data.processes", "data.prepared_dir"),
     *("train.microbatch", "train.activations", "train.eval_microbatch", "train.eval_every", "train.sample_tokens"),
     *("train.compile", "train.logits_chunk", "train.step_timeout_s", "train.max_skipped", "train.deterministic", "train.export"),
-    *("train.profile", "rl.timeout_s", "rl.restarts", "rl.mismatch"),
+    *("train.profile", "rl.timeout_s", "rl.restarts", "rl.mismatch", "rl.eval_samples", "rl.eval_temperature"),
 )
 """Settings, and groups that end with a point, that change nothing of what is trained: how much memory, how fast, what is written.
 

@@ -56,6 +56,7 @@ def test_runs_that_learn_from_their_own_answers_are_compared_by_reward_and_pass_
             if "eval_loss" in row:
                 at = 0.025 * row["step"] + 0.2 * number
                 row |= {"eval_loss": -at, "eval_reward": at, "eval_pass@1": at, "eval_pass@1_low": at - 0.1, "eval_pass@1_high": at + 0.1}
+                row |= {f"eval_pass@16{end}": at + 0.25 for end in ("", "_low", "_high")} if name == "b" else {}
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     comparison = compare([tmp_path], None)
     assert comparison.flagged == []
@@ -65,7 +66,8 @@ def test_runs_that_learn_from_their_own_answers_are_compared_by_reward_and_pass_
     assert (found["LoRA"].passed.low, found["LoRA"].passed.high) == (pytest.approx(0.6), pytest.approx(0.8))
     assert comparison.methods[0].best.trained.loss[-1] == -1.0, "the curve is of the reward too"
     text = markdown(comparison)
-    assert "| held-out reward | pass@1 |" in text
+    assert "| held-out reward | pass@1 | pass@16 |" in text
+    assert "| 0.950 [0.950, 0.950] |" in text
     assert "0.500 [0.400, 0.600]" in text
     assert "of training |" not in text, "minus the reward is not shown once more"
 

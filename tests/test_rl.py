@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from trainers.data.tokenizer import load_tokenizer
 from trainers.generate.request import LENGTH, STOP, Answer
 from trainers.health.spikes import TrainingFailed
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
-from trainers.rl.held_out import wilson
+from trainers.rl.held_out import effective, ks_of, pass_at, wilson
 from trainers.rl.prompts import prepare_prompts, read_rows
 from trainers.rl.rollouts import num_steps
 from trainers.rl.sync import Mismatch, require_near
@@ -107,6 +108,35 @@ def test_pass_rates_have_wilsons_interval() -> None:
     assert wilson(1.0, 10)[1] == pytest.approx(1.0, abs=1e-12)
 
 
+def test_pass_at_k_is_what_drawing_k_of_the_answers_finds() -> None:
+    """Of every choice of k of n answers, the share that has a right one; and the metrics' names."""
+    for right in range(6):
+        marks = [True] * right + [False] * (5 - right)
+        for k in range(1, 6):
+            found = [any(some) for some in itertools.combinations(marks, k)]
+            assert pass_at(k, np.array([right]), 5)[0] == pytest.approx(sum(found) / len(found))
+    assert [ks_of(count) for count in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+
+
+def test_the_interval_of_pass_at_k_holds_for_prompts_that_differ() -> None:
+    """The truth is inside as often as is said, whether prompts are alike or each is always or never right; Wilson's for one answer."""
+    rng, prompts, samples = np.random.default_rng(5), 40, 8
+    for spread in (0.05, 1.0, 20.0):
+        inside = {1: 0, 4: 0}
+        for _ in range(400):
+            rates = rng.beta(0.6 * spread, 0.4 * spread, prompts)
+            right = rng.binomial(samples, rates)
+            for k in inside:
+                each = pass_at(k, right, samples)
+                truth = 1 - np.prod([(0.4 * spread + at) / (spread + at) for at in range(k)])
+                low, high = wilson(float(each.mean()), effective(each, samples // k))
+                inside[k] += low <= truth <= high
+        assert min(inside.values()) >= 0.93 * 400, (spread, inside)
+    one = (rng.random(30) < 0.4).astype(float)
+    assert effective(one, 1) == 30
+    assert effective(np.zeros(30), 8) == effective(np.ones(30), 8) == 30
+
+
 def test_a_generator_with_other_weights_ends_the_run() -> None:
     require_near(Mismatch(mean=9e-4, largest=0.3), 1e-3, 4)
     for wrong in (Mismatch(mean=2e-3, largest=0.3), Mismatch(mean=math.nan, largest=0.0)):
@@ -168,7 +198,18 @@ def generators_of(launcher: int) -> list[int]:
     return found
 
 
-TOLD = ("reward", "reward/short", "reward/cat", "entropy", "mismatch", "mismatch_largest", "prompts_drawn", "eval_reward", "eval_pass@1")
+TOLD = (
+    "reward",
+    "reward/short",
+    "reward/cat",
+    "entropy",
+    "mismatch",
+    "mismatch_largest",
+    "prompts_drawn",
+    "eval_reward",
+    "eval_pass@1",
+    "eval_pass@3_low",
+)
 
 
 def told(run_dir: Path) -> list[tuple[Any, ...]]:
@@ -193,8 +234,9 @@ def test_what_is_killed_changes_nothing(base: Path, cache: Path, tmp_path: Path)
     One rank gives the same answers as two.
     """
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
-    said = launch(cache, line(base, prompts, tmp_path / "whole"))
+    said = launch(cache, line(base, prompts, tmp_path / "whole", "rl.eval_samples=3"))
     assert "eval_pass@1" in said
+    assert all(row["eval_pass@1"] <= row["eval_pass@2"] <= row["eval_pass@3"] for row in evaluations(rows_of(tmp_path / "whole")))
     whole = steps(rows_of(tmp_path / "whole"))
     assert all(row["mismatch"] < 1e-4 for row in whole)
     assert all(
@@ -207,7 +249,7 @@ def test_what_is_killed_changes_nothing(base: Path, cache: Path, tmp_path: Path)
     assert shown.count("reward ") == 3
 
     cut = tmp_path / "cut"
-    with started(line(base, prompts, cut), environment(cache)) as process:
+    with started(line(base, prompts, cut, "rl.eval_samples=3"), environment(cache)) as process:
         wait_for_step(cut, 2, process)
         [generator] = generators_of(process.pid)
         os.kill(generator, signal.SIGKILL)
@@ -218,7 +260,7 @@ def test_what_is_killed_changes_nothing(base: Path, cache: Path, tmp_path: Path)
         process.wait(20)
         wait_until_gone(cut)
         wait_until_none(process.pid)
-    launch(cache, line(base, prompts, cut))
+    launch(cache, line(base, prompts, cut, "rl.eval_samples=3"))
     assert told(cut) == told(tmp_path / "whole")
     assert any("is replaced" in log.read_text() for log in (cut / "logs").glob("attempt-1/rank-0.log"))
 
@@ -242,6 +284,7 @@ def test_adapters_and_several_steps_a_rollout_and_a_wrong_generator(base: Path, 
             "peft=lora",
             "optim.lr=1e-2",
             "rl.steps_per_rollout=2",
+            "rl.temperature=0.7",
             "train.steps=4",
             "data.eval_fraction=0",
             "train.eval_every=null",
@@ -250,6 +293,7 @@ def test_adapters_and_several_steps_a_rollout_and_a_wrong_generator(base: Path, 
     assert [folder.name for folder in rollouts(run)] == ["step-000001", "step-000003"]
     found = steps(rows_of(run))
     assert ["mismatch" in row for row in found] == [True, False, True, False]
+    assert all(row["mismatch"] < 1e-4 for row in found[::2]), "both at the temperature"
     assert found[1]["ratio"] != 1.0  # of the weights before the rollout's first step
     assert (run / "export" / "adapter_config.json").is_file()
     said = launch(cache, line(base, prompts, tmp_path / "wrong", "rl.mismatch=1e-12"), expect=1)

@@ -56,8 +56,8 @@ def test_held_out_prompts_are_sampled_in_that_phase_and_a_stop_ends_their_scorin
     places = np.array([0, 1, 2])
     held_out.table = TokenTable(tokens=places[:2], supervised=places[:2] > 1, offsets=places, order=places[:2], rows=places)
     held_out.world, held_out.rows = alone(), []
-    generators = SimpleNamespace(ask=lambda requests: {request.key: None for request in requests})
-    sampler = SimpleNamespace(sync=score, score=score, generators=generators, config=RunConfig())
+    generators = SimpleNamespace(ask=lambda requests, sampling: {request.key: None for request in requests})
+    sampler = SimpleNamespace(sync=score, score=score, generators=generators, config=RunConfig(), rl=RlConfig())
     held_out.sampler = cast(Any, sampler)
     assert held_out.measure(cast(Any, None), cast(Any, None), 3) is None
     assert (phases, watch.phase) == ([Phase.sampling] * 2, Phase.evaluating)

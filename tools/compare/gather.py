@@ -99,7 +99,7 @@ class Run:
     base: Evaluation | None
     export_bytes: int
     rewarded: dict[str, Estimate] = field(default_factory=dict)
-    """`reward` and `pass@1` of held-out prompts at the step that is exported, where the run learns from its own answers."""
+    """`reward` and each `pass@k` of held-out prompts at the step that is exported, where the run learns from its own answers."""
     judged: Judged | None = None
     """A judge's scores; None where another judge, or of other rows, has scored most runs."""
     has_same_costs: bool = True
@@ -225,10 +225,11 @@ def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _rewarded(run_dir: Path, step: int | None) -> dict[str, Estimate]:
-    """Return the mean reward and the share of right answers that were measured after a step, with its interval."""
+    """Return the mean reward and pass@k that were measured after a step, these with their intervals."""
     row = next((row for row in read_rows(run_dir) if kind_of(row) == Kind.evaluation and row["step"] == step), {})
     found = {}
-    for name in ("reward", "pass@1"):
+    names = [key.removeprefix("eval_") for key in row if key.startswith("eval_pass@") and not key.endswith(("_low", "_high"))]
+    for name in ("reward", *names):
         if (value := row.get(f"eval_{name}")) is not None:
             found[name] = Estimate(value=value, low=row.get(f"eval_{name}_low"), high=row.get(f"eval_{name}_high"), count=0)
     return found

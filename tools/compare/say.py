@@ -62,6 +62,8 @@ def learned(comparison: Comparison, form: Form) -> Grid:
     columns.append(("calibration error", lambda method: form(method.figures.calibration_error, 3, "")))
     columns.append(("held-out reward", lambda method: form(method.figures.reward, 3, "")))
     columns.append(("pass@1", lambda method: form(method.figures.passed, 3, "")))
+    for name in _passes(comparison):
+        columns.append((name, lambda method, name=name: form(method.best.rewarded.get(name), 3, "")))  # type: ignore[misc]
     columns.append(("forgetting", lambda method: _apart(method, "forgetting", 4, form)))
     columns.append(("judge, 1 to 5", lambda method: form(method.figures.judged, 2, "")))
     columns.append(("judge - base", lambda method: _apart(method, "judged_to_base", 2, form)))
@@ -78,6 +80,12 @@ def _of_pairs(form: Form) -> list[tuple[str, Callable[[Method], str]]]:
         ("longer preferred", lambda method: form(method.figures.longer, 3, "")),
         ("shorter preferred", lambda method: form(method.figures.shorter, 3, "")),
     ]
+
+
+def _passes(comparison: Comparison) -> list[str]:
+    """Return each pass@k of more than one answer that any run has, the smallest k first."""
+    names = {name for method in comparison.methods for name in method.best.rewarded if name.startswith("pass@")} - {"pass@1"}
+    return sorted(names, key=lambda name: int(name.partition("@")[2]))
 
 
 def _of_source(method: Method, source: str) -> str:
@@ -227,7 +235,7 @@ def legend(comparison: Comparison) -> list[str]:
         )
     if any(method.figures.passed is not None for method in comparison.methods):
         lines.append(
-            "pass@1: the share of held-out prompts whose one answer is right, with Wilson's interval; of the step that is exported, as "
+            "pass@k: how likely one of k answers to a held-out prompt is right, with Wilson's interval; of the step that is exported, as "
             "training measured it. Runs write their own answers, so they need not have trained on as many tokens."
         )
     if comparison.loss_words != "loss":

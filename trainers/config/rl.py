@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from trainers.config.choices import DocumentOf, Layout, OnSpike, TooLong
@@ -23,6 +24,7 @@ def validate_rl(config: RunConfig) -> None:
         raise ConfigError("reward", None, f"objective={name} learns from rewards, and none is named", "reward.exact.kind=exact")
     if rl.group_size < 2:
         raise ConfigError("rl.group_size", rl.group_size, "an answer is compared with others to its prompt", "rl.group_size=8")
+    _validate_draws(rl)
     if config.train.global_batch % rl.group_size:
         reason = f"is the answers of a step, and not divisible by rl.group_size = {rl.group_size}"
         near = max(1, round(config.train.global_batch / rl.group_size)) * rl.group_size
@@ -36,6 +38,21 @@ def validate_rl(config: RunConfig) -> None:
         raise ConfigError("train.steps", config.train.steps, reason, f"train.steps={steps}")
     _validate_vllm(config)
     _refuse_what_does_not_go(config)
+
+
+def _validate_draws(rl: RlConfig) -> None:
+    """Refuse draws that cannot be, and several held-out answers that would all be the same."""
+    if not 0 < rl.temperature < math.inf:
+        raise ConfigError(
+            "rl.temperature", rl.temperature, "divides the logits of what is trained, and must be above 0", "rl.temperature=1"
+        )
+    if rl.eval_samples < 1:
+        raise ConfigError("rl.eval_samples", rl.eval_samples, "must be greater than 0", "rl.eval_samples=1")
+    if rl.eval_temperature is not None and not 0 <= rl.eval_temperature < math.inf:
+        raise ConfigError("rl.eval_temperature", rl.eval_temperature, "must be 0 or more", "rl.eval_temperature=null")
+    if rl.eval_temperature == 0 and rl.eval_samples > 1:
+        reason = "are all the same with rl.eval_temperature=0, which takes the likeliest token"
+        raise ConfigError("rl.eval_samples", rl.eval_samples, reason, "rl.eval_samples=1")
 
 
 def _validate_vllm(config: RunConfig) -> None:

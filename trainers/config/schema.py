@@ -359,6 +359,8 @@ class RlConfig:
     """Answers to each prompt, whose rewards are compared; at least 2. A step has train.global_batch / group_size prompts."""
     max_new_tokens: int = 256
     """Longest answer in tokens; a prompt has at most data.seq_len less this."""
+    temperature: float = 1.0
+    """Logits are divided by it: answers are drawn, and trained on, from the softmax of that. Above 0; below 1 the likely are likelier."""
     steps_per_rollout: int = 1
     """Optimizer steps whose answers are written together, with the weights before the first of them; each trains on its own part."""
     redraws: int = 3
@@ -379,6 +381,10 @@ class RlConfig:
     """Largest mean difference of a token's log-probability between generator and trainer, in nats; empty is 1e-3 in float32, else 0.25."""
     pass_reward: float = 1.0
     """Reward from which an answer counts as right: pass@1 is the share of such answers."""
+    eval_samples: int = 1
+    """Answers to each held-out prompt at an evaluation; from several follow pass@2, pass@4 and so on up to this."""
+    eval_temperature: float | None = None
+    """Of answers to held-out prompts; empty is `temperature`, 0 takes the likeliest token."""
 
 
 @dataclass(kw_only=True)

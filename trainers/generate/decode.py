@@ -161,7 +161,7 @@ class Choice(LogitsProcessor):  # type: ignore[misc]
         self.sampling, self.close, self.heard = sampling, CLOSE[model.dtype] if close is None else close, heard
         self.generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
         self.logps: list[Tensor] = []
-        """Of each token that was chosen, (B,), under the model itself."""
+        """Of each token that was chosen, (B,), under the model itself or, where it is `tempered`, what is drawn from."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return (B, V) with 0 at each row's token and -inf elsewhere; `scores` are logits (B, V)."""
@@ -172,7 +172,8 @@ class Choice(LogitsProcessor):  # type: ignore[misc]
             if self.stops.isdisjoint(ids[self.prompt_length - self.begins[row] :].tolist()):
                 scores[row] = self._logits(ids)
                 tokens[row] = choose(scores[row : row + 1], self.sampling, None if noise is None else noise[row : row + 1], 0.0)[0][0]
-        self.logps.append(scores.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+        logits = scores / self.sampling.temperature if self.sampling.tempered and self.sampling.temperature else scores
+        self.logps.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
         if self.heard is not None:
             self.heard(int(tokens[0]))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)

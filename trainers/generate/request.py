@@ -24,6 +24,8 @@ class Sampling:
     top_k: int = 0
     """Tokens that are kept; 0 keeps all."""
     max_new_tokens: int = 256
+    tempered: bool = False
+    """Log-probabilities are of the softmax of logits / temperature, as RL trains on them, and not of the model itself."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for what cannot be."""
@@ -59,7 +61,7 @@ class Answer:
     ids: list[int] | None = None
     """The answer's, through the token that ended it; None where a server gives text alone."""
     logps: list[float] | None = None
-    """The log-probability of each, in nats, under the model itself: before temperature, top_k and top_p."""
+    """The log-probability of each, in nats, under the model itself: before temperature, top_k and top_p; see `Sampling.tempered`."""
     text: str | None = None
     """What a server says; None where `ids` are to be decoded."""
     finish: str = ""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from trainers.generate.vllm import Vllm
 
 log = logging.getLogger("fulltune")
+TEMPERED = ("--logprobs-mode", "processed_logprobs")
+"""Words of a vLLM server that gives log-probabilities after the temperature."""
 
 
 class Interrupted(Exception):
@@ -32,7 +34,7 @@ class Generators:
     def __init__(self, config: RunConfig, world: World, weights: Path) -> None:
         """Start none yet; `weights` is the directory that they open, a model's or an adapter's, which all machines see."""
         self.config, self.rl, self.world, self.weights = config, config.rl, world, weights
-        self.sampling = Sampling(max_new_tokens=config.rl.max_new_tokens)
+        self.sampling = Sampling(max_new_tokens=config.rl.max_new_tokens, temperature=config.rl.temperature, tempered=True)
         self.leads = [rank for rank, leads in enumerate(world.gather(world.local_rank == 0)) if leads]
         self.local: Local | Vllm | None = None
         self.is_opening = False
@@ -45,8 +47,10 @@ class Generators:
             except (Broken, Interrupted) as error:  # the next batch starts another one, or the run stops there
                 self._drop(error)
 
-    def ask(self, requests: Sequence[Request]) -> dict[int, Answer] | None:
+    def ask(self, requests: Sequence[Request], sampling: Sampling | None = None) -> dict[int, Answer] | None:
         """Return each request's answer by its key; None where a rank was asked to stop. Raises TrainingFailed, and ConfigError.
+
+        `sampling` is that of training where there is none.
 
         Batches are the same whatever happens meanwhile, so that so are the answers, to the bit.
         """
@@ -57,20 +61,20 @@ class Generators:
             watch.beat()
             batch = ordered[begin : begin + at_once]
             mine = batch[self.leads.index(self.world.rank) :: len(self.leads)] if self.world.rank in self.leads else []
-            answers = None if self.world.signalled is not None else self._answers(mine)
+            answers = None if self.world.signalled is not None else self._answers(mine, sampling or self.sampling)
             for theirs in self.world.gather(answers):
                 if theirs is None:
                     return None
                 found |= {answer.key: answer for answer in theirs}
         return found
 
-    def _answers(self, requests: Sequence[Request]) -> list[Answer] | None:
+    def _answers(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer] | None:
         """Return this machine's answers of a batch, in any order; None where this rank was asked to stop."""
         lost = 0
         while requests:
             found: list[Answer] = []
             try:
-                self._opened().ask(requests, self.sampling, found.append, apart=False)
+                self._opened().ask(requests, sampling, found.append, apart=False)
                 return found
             except Interrupted as error:
                 self._drop(error)
@@ -101,7 +105,8 @@ class Generators:
             else:
                 from trainers.generate.vllm import Vllm
 
-                self.local = Vllm(self.weights, python=rl.vllm, words=rl.vllm_words, at_once=rl.batch, **machine)
+                words = [*(TEMPERED if rl.temperature != 1 else ()), *rl.vllm_words]
+                self.local = Vllm(self.weights, python=rl.vllm, words=words, at_once=rl.batch, **machine)
             self.is_opening = True
             try:
                 self.local.__enter__()

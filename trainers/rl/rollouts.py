@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.data.tokenizer import pad_id
 from trainers.engines.base import Engine
+from trainers.generate.local import nothing
 from trainers.generate.request import STOP, Answer, Request
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
@@ -33,7 +35,7 @@ from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
 from trainers.rl.measured import GIVEN, build_reference, measure, measured_signals, open_rollout
 from trainers.rl.prompts import read_rows
-from trainers.rl.sync import bound_of, compare, require_near, write_weights
+from trainers.rl.sync import bound_of, compare, require_near, temper, write_weights
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.beats import Phase
@@ -64,6 +66,8 @@ class Sampler:
     """On rank 0."""
     reference: Engine | None = None
     """The frozen model that the policy is kept near."""
+    untemper: Callable[[], None] = nothing
+    """Has the policy's log-probabilities be the model's own again, as its export's are."""
     version: int = -1
     """Steps that the weights which generators have were trained for."""
 
@@ -127,6 +131,7 @@ class Sampler:
     def close(self) -> None:
         """End what was started."""
         self.generators.close()
+        self.untemper()
         if self.reference is not None:
             self.reference.close()
         if self.rewards is not None:
@@ -158,6 +163,8 @@ def make_sampler(
     if config.objective.kl_weight:
         log.info("reference: building the model that training begins with once more")
         more["reference"] = build_reference(config, world, blueprint)
+        temper(more["reference"].model, config.rl.temperature)
+    more["untemper"] = temper(engine.model, config.rl.temperature)
     return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from trainers.batch import IGNORE
@@ -53,6 +54,20 @@ def while_current(items: Iterable[T], attempt: Attempt) -> Iterator[T]:
     """Yield items, each a beat; the end needs that no newer attempt has started."""
     yield from watch.each(items)
     attempt.require_current()
+
+
+def temper(model: nn.Module, temperature: float) -> Callable[[], None]:
+    """Have a model's log-probabilities and entropies be those of softmax(logits / temperature); returns what ends that.
+
+    A head that reads a few tokens at a time divides a few tokens' logits. Whole logits are there twice for a moment.
+    """
+    if temperature == 1:
+        return lambda: None
+
+    def divide(_model: nn.Module, _given: Any, output: Any) -> None:
+        output.logits = output.logits / temperature
+
+    return model.register_forward_hook(divide, prepend=True).remove  # before the head's own, which makes log-probabilities
 
 
 @dataclass(frozen=True)
