@@ -19,6 +19,7 @@ from launcher.compose import checked, compose_with, explained
 from launcher.config import Backend, JobConfig, Mode, ranks_per_node, validate_machine, world_size
 from launcher.freeze import freeze
 from launcher.job import Job, frozen_text, make_job
+from launcher.meshes import settled
 from launcher.report import print_summary
 from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError, plural
@@ -104,7 +105,7 @@ def compose_command_line() -> DictConfig | None:
 
 def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
     """Start a checked job, continue it, or say what starting it would do; returns the exit code."""
-    job, backend = make_job(config), BACKENDS[config.launch.backend]
+    [job], backend = settled([make_job(config)]), BACKENDS[config.launch.backend]
     if config.mode is Mode.dry_run:
         print(dry_run(job, backend.commands(job)))
         return Exit.done
@@ -129,6 +130,7 @@ def dry_run(job: Job, commands: list[str]) -> str:
     rows = rows_words(job.run.train, mesh_of(job.run.engine, ranks))
     size = f"# {plural(ranks, 'rank')} on {plural(job.launch.nodes, 'node')}, {rows}, {steps}"
     seats = seats_of(mesh_of(job.run.engine, ranks), ranks_per_node(job.launch))
+    seats += [f"# engine.mesh=auto: {job.mesh}"] if job.mesh else []
     return "\n".join([f"# {job.config_path}", frozen_text(job.run), size, *seats, *commands])
 
 

@@ -23,6 +23,7 @@ from launcher.errors import BAD_INPUT, explain, unknown
 from launcher.fields import all_fields, names_at
 from launcher.presets import CONF
 from trainers.config.checks import validate
+from trainers.config.choices import MeshChoice
 from trainers.config.errors import ConfigError
 from trainers.config.sharding import check_world
 
@@ -67,7 +68,8 @@ def checked(composed: DictConfig) -> JobConfig:
     make_paths_absolute(job)
     validate(run_config(job))
     validate_launch(job.launch)
-    check_world(run_config(job), world_size(job.launch), ranks_per_node(job.launch))
+    if job.engine.mesh is not MeshChoice.auto:  # launcher/meshes.py: the mesh is not known yet
+        check_world(run_config(job), world_size(job.launch), ranks_per_node(job.launch))
     return job
 
 

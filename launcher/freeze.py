@@ -231,7 +231,8 @@ def _note_changes(job: Job, found: Joining) -> None:
     entry: dict[str, Any] = {"attempt": newest_attempt(job.run_dir) + 1, "time": _now(), "settings": found.changed}
     entry |= {} if found.extended_from is None else {"continues_from": found.extended_from}
     entry |= {} if found.place is Place.here else {str(found.place): str(found.home)}
-    write_json(job.run_dir / paths.MANIFEST, known | {"command": command_line(), "changes": [*known.get("changes", []), entry]})
+    changes = [*known.get("changes", []), entry]
+    write_json(job.run_dir / paths.MANIFEST, known | {"command": command_line(), "changes": changes} | _why_mesh(job))
 
 
 def _become_own(run_dir: Path, home: Path) -> None:
@@ -257,7 +258,11 @@ def _new_manifest(job: Job) -> dict[str, Any]:
     if diff:
         (job.run_dir / paths.DIFF).unlink(missing_ok=True)
         publish(job.run_dir / paths.DIFF, diff)
-    return manifest(version)
+    return manifest(version) | _why_mesh(job)
+
+
+def _why_mesh(job: Job) -> dict[str, str]:
+    return {"mesh": job.mesh} if job.mesh else {}
 
 
 WRITTEN = ("*", "logs/*", "logs/*/*", "ranks/*", "evaluation/*")

@@ -68,6 +68,8 @@ class Job:
     run_dir: Path
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    mesh: str = ""
+    """Why the run has its mesh, where engine.mesh=auto has chosen it."""
 
     @property
     def config_path(self) -> Path:

@@ -21,6 +21,7 @@ from launcher.job import ROOT, Job, make_job
 from launcher.presets import CONF
 from launcher.process import leftovers
 from launcher.proposals import changes_of
+from trainers.config.choices import MeshChoice
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import plain
 from trainers.plan.request import UNFIT, VERSION, HardwareConfig, Place, Request, Variant, validate_hardware
@@ -139,7 +140,8 @@ def request_of(job: Job) -> Request:
         reason = "no rank has a GPU: launch.gpus_per_node is empty or 0, and this machine has none"
         raise ConfigError("hardware", job.hardware.name, reason, "launch.gpus_per_node=8")
     hardware = [job.hardware] if job.hardware.name != "any" else known_hardware()
-    return Request(base=_variant(job), hardware=hardware, plan=job.plan)
+    notes = [f"engine.mesh=auto: {job.mesh}"] if job.mesh else []
+    return Request(base=_variant(job), hardware=hardware, plan=job.plan, notes=notes)
 
 
 def known_hardware() -> list[HardwareConfig]:
@@ -167,21 +169,32 @@ def _place(launch: LaunchConfig) -> Place:
     )
 
 
+def meshes_of(requests: list[Request]) -> list[dict[str, Any]]:
+    """Return the sizes of the mesh that each run gets, and the `reason`; raises what `_ask` raises."""
+    found: list[dict[str, Any]] = json.loads(_answer("meshes", requests, subprocess.PIPE)[1].splitlines()[-1])
+    return found
+
+
 def _ask(command: str, requests: list[Request]) -> bool:
     """Let trainers.plan answer on our standard output; tells whether all fit, or a change was found.
 
     Raises the ConfigError that it found, KeyboardInterrupt once it is gone, and NotPlanned where it failed.
     """
+    return _answer(command, requests)[0] == Exit.done
+
+
+def _answer(command: str, requests: list[Request], stdout: int | None = None) -> tuple[int, str]:
+    """Return the exit code of trainers.plan, 0 or UNFIT, and what it says where standard output is a pipe; raises as `_ask`."""
     with tempfile.TemporaryDirectory() as folder:
         error = Path(folder) / "error.json"
         asked = {"command": command, "error": str(error), "requests": [asdict(request) for request in requests]}
         sys.stdout.flush()
         line = [sys.executable, "-m", "trainers.plan"]
         child = subprocess.Popen(
-            line, stdin=subprocess.PIPE, text=True, env=_environment(), start_new_session=True, preexec_fn=prepare_child()
+            line, stdin=subprocess.PIPE, stdout=stdout, text=True, env=_environment(), start_new_session=True, preexec_fn=prepare_child()
         )
         try:
-            child.communicate(json.dumps(asked))
+            said, _ = child.communicate(json.dumps(asked))
         finally:
             child.kill()
             child.wait()
@@ -189,7 +202,7 @@ def _ask(command: str, requests: list[Request]) -> bool:
             raise ConfigError(**json.loads(error.read_text("utf-8")))
     if child.returncode not in (Exit.done, UNFIT):
         raise NotPlanned(f"the planner failed (exit code {child.returncode}), as it says above: nothing is known of the run")
-    return child.returncode == Exit.done
+    return child.returncode, said or ""
 
 
 def _environment() -> dict[str, str]:
@@ -199,10 +212,14 @@ def _environment() -> dict[str, str]:
 
 
 def _variants(job: Job, compose: Compose) -> list[Variant]:
-    """Return the changes that go together with the command line."""
+    """Return the changes that go together with the command line; a mesh that was chosen stays, on more nodes with more shards."""
     made = []
     for overrides in changes_of(job):
         config = compose(overrides)
+        if config is not None and config.engine.mesh is MeshChoice.auto:
+            engine = job.run.engine
+            sizes = {"replicate": engine.replicate, "context": engine.context, "tensor": engine.tensor}
+            config = compose([*overrides, "engine.mesh=given", *(f"engine.{name}={size}" for name, size in sizes.items())])
         if config is not None:
             made.append(_variant(make_job(config), overrides))
     return made

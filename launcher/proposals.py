@@ -5,7 +5,7 @@ from __future__ import annotations
 from launcher.config import Backend, ranks_per_node
 from launcher.job import Job
 from trainers.config.activations import offered
-from trainers.config.choices import Activations, EngineName, Offload, OptimizerName, PeftMethod, Quantisation
+from trainers.config.choices import Activations, EngineName, MeshChoice, Offload, OptimizerName, PeftMethod, Quantisation
 from trainers.config.schema import RunConfig
 
 Change = list[str]
@@ -25,7 +25,7 @@ def changes_of(job: Job) -> list[Change]:
     found = [parts, *rows[:1], *light[:1], *rows[1:], *light[1:]]
     found += [[*row, *how] for row in rows for how in light]
     found += [*small, [*lean, *_last(small)]]
-    found += [[*lean, *change] for change in _shared_rows(job)]
+    found += [[*lean, *change] for change in _shared(job)]
     found += [how for how in kept if how == OFFLOADED]
     least = [*few, *_last(kept)]
     found.append(least)
@@ -62,11 +62,22 @@ def _smaller_state(run: RunConfig) -> list[Change]:
     return [[f"optim.name={EIGHT_BIT}"]]
 
 
-def _shared_rows(job: Job) -> list[Change]:
-    """Return more ranks for each row, up to those of a node; what that does not go with is refused as it is composed."""
+def _shared(job: Job) -> list[Change]:
+    """Return more ranks for each row, then for each layer, then both, up to those of a node; a mesh that was chosen has all it can.
+
+    Ranks that split layers wait for each other twice as often as those that share rows. What does not go with the run is refused as
+    it is composed.
+    """
     engine, node = job.run.engine, ranks_per_node(job.launch)
-    sizes = [size for size in (2, 4, 8) if engine.context < size <= node and node % size == 0]
-    return [[f"engine.context={size}"] for size in sizes] if engine.name is EngineName.fsdp else []
+    if engine.name is not EngineName.fsdp or engine.mesh is MeshChoice.auto:
+        return []
+    now, sizes = (engine.context, engine.tensor), [size for size in (1, 2, 4, 8) if node % size == 0]
+    pairs = [(c, t) for c in {now[0], *sizes} for t in {now[1], *sizes} if c >= now[0] and t >= now[1] and (c, t) != now]
+    found: list[Change] = []
+    for context, tensor in sorted(pairs, key=lambda pair: (pair[1] > now[1], pair[0] > now[0], pair[0] * pair[1], pair[1])):
+        change = [f"engine.{name}={size}" for name, size in (("context", context), ("tensor", tensor)) if size != getattr(engine, name)]
+        found += [change] if node % (context * tensor) == 0 else []
+    return found
 
 
 def _elsewhere(run: RunConfig) -> list[Change]:

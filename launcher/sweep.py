@@ -27,6 +27,7 @@ from launcher.config import Backend, Mode
 from launcher.fields import all_fields
 from launcher.freeze import freeze, require_joinable
 from launcher.job import Job, make_job
+from launcher.meshes import settled
 from launcher.report import read_summary
 from trainers.config.derived import peak_lr
 from trainers.config.errors import ConfigError, plural
@@ -140,6 +141,7 @@ def _launch(points: Iterable[tuple[list[str], DictConfig]], folder: Path, consta
         overrides.append(given)
         jobs.append(job)
         modes.append(mode)
+    jobs = settled(jobs)
     _refuse_collisions(jobs, overrides)
     _require_one_launch(jobs)
     if modes[0] is Mode.dry_run:

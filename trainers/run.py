@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import Batch
-from trainers.config.choices import Activations, ObjectiveName, Precision
+from trainers.config.choices import Activations, MeshChoice, ObjectiveName, Precision
 from trainers.config.derived import SAMPLED, SCORED, exports_best, peak_lr, rows_words, scarcity
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import mesh_of
@@ -278,7 +278,10 @@ def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) ->
 def _say_what_is_trained(config: RunConfig, world: World, report: dict[str, str]) -> None:
     console.print(_as_table("the model on each rank", report))
     peak, rows = peak_lr(config.optim, config.peft), rows_words(config.train, mesh_of(config.engine, world.size))
-    console.print(_as_table("a step", {"peak learning rate": peak, "rows": rows}))
+    words = {"peak learning rate": peak, "rows": rows}
+    if config.engine.mesh is MeshChoice.auto:
+        words["mesh"] = read_json(Path(config.run_dir) / paths.MANIFEST).get("mesh", "as it is in config.yaml")
+    console.print(_as_table("a step", words))
     step = "the checkpoint of the lowest held-out loss" if exports_best(config) else "the last step"
     console.print(_as_table("the export", {"step": step}))
 

@@ -231,6 +231,13 @@ class Schedule(StrEnum):
     wsd = "wsd"
 
 
+class MeshChoice(StrEnum):
+    """Who says how ranks are arranged: the settings, or a plan of each arrangement that the run may have."""
+
+    given = "given"
+    auto = "auto"
+
+
 class Activations(StrEnum):
     """What of a block's forward is kept for its backward: all; attention and matrix products; its input; or that in host memory.
 

@@ -31,6 +31,7 @@ from trainers.config.choices import (
     Float8,
     Layout,
     LengthUnit,
+    MeshChoice,
     Metric,
     MixBy,
     MixChange,
@@ -457,6 +458,8 @@ class EngineConfig:
     """Page-lock offloaded host memory of a GPU run: faster copies, and memory that the host cannot swap out."""
     reshard_after_forward: bool = True
     """fsdp: free a block's gathered parameters between forward and backward; false trades memory for one all-gather less."""
+    mesh: MeshChoice = MeshChoice.given
+    """fsdp: `auto` plans the sizes below that are 1 or empty for `hardware`, once a run: the fastest mesh that fits."""
     replicate: int = 1
     """fsdp: copies of the model, each sharded over `shard` ranks (HSDP); nodes, say, where the network between them is slow."""
     shard: int | None = None

@@ -19,6 +19,7 @@ from trainers.config.schema import EngineConfig, RunConfig
 FSDP_ONLY = (
     "reshard_after_forward",
     "reshard_after_backward",
+    "mesh",
     "replicate",
     "shard",
     "context",

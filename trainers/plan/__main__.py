@@ -51,6 +51,12 @@ def main() -> int:
         if asked["command"] == "choose":
             print(json.dumps(choose(requests[0])))
             return Exit.done
+        if asked["command"] == "meshes":
+            from trainers.plan.meshes import choose as choose_mesh
+
+            known: Simulations = {}
+            print(json.dumps([choose_mesh(request, known) for request in requests]))
+            return Exit.done
         if asked["command"] == "changes":
             return try_changes(requests[0], out)
         plans = plan_all(requests)
@@ -79,6 +85,7 @@ def plan_all(requests: list[Request]) -> list[Plan]:
         for number, request in enumerate(requests, 1):
             bar.update(task, description=f"planning {number} of {len(requests)}: {Path(request.base.run['run_dir']).name}")
             plan = plan_of(request.base, request.hardware, request.plan, known)
+            plan.notes += request.notes
             plans.append(plan)
             if request.write:
                 write(plan, asdict(request))

@@ -116,6 +116,8 @@ class Request:
     changes: list[Variant] = field(default_factory=list)
     write: bool = True
     """Write plan.json and plan.svg into the run directory."""
+    notes: list[str] = field(default_factory=list)
+    """What the launcher knows of the run, for the plan's own notes."""
 
 
 def from_dict(values: dict[str, Any]) -> Request:
@@ -130,4 +132,5 @@ def from_dict(values: dict[str, Any]) -> Request:
         plan=PlanConfig(**values["plan"]),
         changes=[variant(item) for item in values["changes"]],
         write=values["write"],
+        notes=values["notes"],
     )
