@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from launcher.compose import UnknownSettingError, compose, refuse_unknown
 from launcher.config import JobConfig
-from launcher.errors import THEIR_NAMES
+from launcher.errors import THEIR_NAMES, nearest
 from launcher.fields import all_fields
 from launcher.presets import CONF
 
@@ -150,8 +150,12 @@ def test_a_model_directory_without_config_json(capsys: pytest.CaptureFixture[str
     assert "command line" in said
 
 
-@pytest.mark.parametrize("path", all_fields())
-def test_each_misspelt_field_fails_with_its_right_name(path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_misspelt_field_is_nearest_to_its_right_name() -> None:
+    assert not [path for path in all_fields() if path not in nearest(path + path[-1])]
+
+
+@pytest.mark.parametrize("path", {path.rpartition(".")[0]: path for path in all_fields()}.values())
+def test_a_misspelt_field_of_each_group_fails_with_its_right_name(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = path + path[-1]
     said = message([*BASE, f"{wrong}=1"], capsys)
     assert f"`{wrong}` = 1" in said

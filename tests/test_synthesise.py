@@ -392,7 +392,7 @@ def test_wrong_settings_are_one_clear_message(server: list[str], base: Path, tmp
 def test_a_killed_synthesis_ends_with_the_rows_of_one_that_was_not(cache: Path, tmp_path: Path) -> None:
     """Of a real model of this machine, in rounds that depend on each other; killed in the middle of a round, with another batch after."""
     model = save_bigrams(tmp_path / "model", **{"1.": 8.0, "Input:": 4.0})
-    words = [f"model.path={model}", "model.max_new_tokens=50", "model.top_p=1", "rows=16", "self_instruct.round=8", "self_instruct.idle=50"]
+    words = [f"model.path={model}", "model.max_new_tokens=50", "model.top_p=1", "rows=8", "self_instruct.round=4", "self_instruct.idle=50"]
 
     def line(out: Path, *more: str) -> list[str]:
         preset = "conf/synthesise/self_instruct.yaml"
@@ -406,7 +406,7 @@ def test_a_killed_synthesis_ends_with_the_rows_of_one_that_was_not(cache: Path, 
     whole, out, part = tmp_path / "whole.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     run(whole)
     rows = [json.loads(text) for text in whole.read_text().splitlines()]
-    assert len(rows) == 16
+    assert len(rows) == 8
     assert all(row["messages"][1]["content"] and row["from"]["requests"] for row in rows)
     about = report(whole)
     assert about["removed"]["tasks: no list in the reply"] > 0
