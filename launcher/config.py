@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,9 @@ def run_config(job: JobConfig) -> RunConfig:
     return RunConfig(**{item.name: getattr(job, item.name) for item in dataclasses.fields(RunConfig)})
 
 
+@cache
 def register() -> None:
-    """Put the schema where conf/config.yaml finds it; nested groups inherit their types from it."""
+    """Put the schema where conf/config.yaml finds it, once; nested groups inherit their types from it."""
     store, node = ConfigStore.instance(), OmegaConf.structured(JobConfig)
     OmegaConf.set_struct(node.data.mix, False)  # a source's name needs no +, nor a reward's
     OmegaConf.set_struct(node.reward, False)
