@@ -21,6 +21,7 @@ from launcher.freeze import freeze
 from launcher.job import Job, frozen_text, make_job
 from launcher.meshes import settled
 from launcher.report import print_summary
+from trainers.config.choices import MeshChoice
 from trainers.config.derived import rows_words
 from trainers.config.errors import ConfigError, plural
 from trainers.config.mesh import mesh_of, seats_of
@@ -105,7 +106,9 @@ def compose_command_line() -> DictConfig | None:
 
 def begin(config: JobConfig, compose: plan.Compose | None = None) -> int:
     """Start a checked job, continue it, or say what starting it would do; returns the exit code."""
-    [job], backend = settled([make_job(config)]), BACKENDS[config.launch.backend]
+    job, backend = make_job(config), BACKENDS[config.launch.backend]
+    if job.run.engine.mesh is MeshChoice.auto:
+        [job] = settled([job])
     if config.mode is Mode.dry_run:
         print(dry_run(job, backend.commands(job)))
         return Exit.done

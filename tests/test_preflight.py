@@ -25,9 +25,10 @@ from launcher.compose import compose
 from launcher.job import make_job
 from trainers.config.checks import validate
 from trainers.config.errors import ConfigError
+from trainers.config.mesh import Mesh
 from trainers.health import preflight
 from trainers.health.blockage import Blockage
-from trainers.health.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, find_faults
+from trainers.health.preflight import DISK_BYTES, LINK_BYTES, BadNode, Finding, Product, Reading, check, clock_off, find_faults, rings
 from trainers.health.stragglers import EVERY, IN_A_ROW, Reported, Straggler, Stragglers, find_stragglers
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.beats import Beat
@@ -105,6 +106,32 @@ def test_links_that_differ_by_design_are_not_slow(num_nodes: int) -> None:
     assert find_faults(readings, SLOW) == []
 
 
+def test_a_slow_link_is_named_by_its_dimension() -> None:
+    """Two nodes of four ranks, of which two share rows and two split layers; the link from rank 2 to rank 4 is slow."""
+    mesh, readings = Mesh(shard=2, context=2, tensor=2), []
+    for rank in range(8):
+        links = {name: (before, LINK_BYTES["cuda"] / 20e9) for name, (before, _) in rings(mesh, rank).items()}
+        readings.append(Reading(rank=rank, host=f"node{rank // 4}", kind="cuda", product_s=1e-3, clocks=CLOCKS, link_s=1e-2, links=links))
+    assert find_faults(readings, SLOW) == []
+    slow = replace(readings[4], links=readings[4].links | {"shard": (2, 1.0)})
+    [found] = find_faults([*readings[:4], slow, *readings[5:]], SLOW)
+    assert (found.rank, found.host) == (4, "node1")
+    assert "from rank 2 on node0" in found.what
+    assert "of shard links between nodes" in found.what
+
+
+def test_the_rings_of_a_mesh() -> None:
+    """(Before, after) in each group; a dimension that all ranks are in is the ring of all."""
+    mesh = Mesh(replicate=2, shard=2, context=2, tensor=2)
+    assert rings(mesh, 5) == {"tensor": (4, 4), "context": (7, 7), "shard": (3, 7), "replicate": (13, 13)}
+    assert rings(Mesh(shard=8), 3) == {}
+    assert rings(Mesh(context=2, tensor=2), 3) == {"tensor": (2, 2), "context": (1, 1)}
+    whole = Mesh(shard=2, context=3, tensor=4)
+    for name in ("tensor", "context", "shard"):
+        assert sorted(rings(whole, rank)[name][1] for rank in range(24)) == list(range(24)), name
+        assert all(rings(whole, rings(whole, rank)[name][1])[name][0] == rank for rank in range(24)), name
+
+
 def test_a_node_without_most_of_its_gpus_is_the_one_that_is_named() -> None:
     """Though the CPU's figures are of another kind, and there are more of them."""
     readings = [replace(reading, kind="cpu") if reading.rank else reading for reading in nodes()]
@@ -155,8 +182,8 @@ def test_too_few_gpus_are_named_before_ranks_meet(monkeypatch: pytest.MonkeyPatc
 
 
 def break_one(fault: str, folder: Path) -> Any:
-    """Return a patch that makes this rank's device, sum or clock wrong, on what is really computed."""
-    seconds, reduce, now = Product.seconds, dist.all_reduce, time.time
+    """Return a patch that makes this rank's device, sum, link or clock wrong, on what is really computed."""
+    seconds, reduce, exchange, now = Product.seconds, dist.all_reduce, dist.batch_isend_irecv, time.time
 
     def miscalculate(product: Product) -> float:
         taken = seconds(product)
@@ -167,6 +194,12 @@ def break_one(fault: str, folder: Path) -> Any:
         reduce(tensor, **options)
         tensor[-1] += float(len(tensor) > 1)
 
+    def misreceive(pair: list[dist.P2POp]) -> list[Any]:
+        for work in exchange(pair):
+            work.wait()
+        pair[1].tensor[-1] += float(pair[1].peer == 3)
+        return []
+
     def pause(product: Product) -> float:
         time.sleep(0.1)
         return 0.1 + seconds(product)
@@ -175,7 +208,12 @@ def break_one(fault: str, folder: Path) -> Any:
         return mock.patch.object(Product, "seconds", miscalculate if fault == "product" else pause)
     if fault == "sum":
         return mock.patch.object(dist, "all_reduce", missum)
+    if fault == "link from rank 3":
+        return mock.patch.object(dist, "batch_isend_irecv", misreceive)
     return mock.patch.object(time, "time", side_effect=lambda: now() + 60)
+
+
+MESHES = {2: Mesh(shard=2), 3: Mesh(shard=3), 4: Mesh(context=2, tensor=2)}
 
 
 def try_nodes(world: World, folder: Path, fault: str) -> tuple[Any, ...]:
@@ -187,7 +225,7 @@ def try_nodes(world: World, folder: Path, fault: str) -> tuple[Any, ...]:
     began, state = time.perf_counter(), torch.random.get_rng_state()
     try:
         with break_one(fault, folder) if broken and fault != "disk" else nullcontext():
-            readings, findings = check(world, place, folder, SLOW)
+            readings, findings = check(world, MESHES[world.size], place, folder, SLOW)
     except BadNode as error:
         return "bad", error.parts()
     assert torch.equal(state, torch.random.get_rng_state())
@@ -204,6 +242,15 @@ def test_real_ranks_try_their_nodes_in_a_second(ranks: Callable[[int], Any], tmp
     assert [reading["rank"] for reading in written["ranks"]] == [0, 1, 2]
     assert all(abs(reading["clock_off_s"][0]) <= reading["clock_off_s"][1] + 1e-3 for reading in written["ranks"]), "one clock"
     assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_wrong_link_is_named_by_its_dimension(ranks: Callable[[int], Any], tmp_path: Path) -> None:
+    """Ranks 1 and 3 share rows, and are not next to each other in the ring of all four."""
+    said = ranks(4).call(try_nodes, tmp_path, "link from rank 3")
+    assert said == [said[0]] * 4
+    assert "rank 1 on" in said[0][1]["message"]
+    assert "in its context group what it receives from rank 3 is not what that sent" in said[0][1]["message"]
 
 
 @pytest.mark.parametrize(

@@ -120,9 +120,14 @@ CASES: list[Any] = [
     (("olmo2", {}), 2, {"tensor": 2}, {"train": {"activations": Activations.offload}}),
 ]
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]]
+SOAK = [
+    pytest.param(("llama", {}), 8, {"context": 2, "tensor": 2, "replicate": copies}, settings, marks=pytest.mark.soak)
+    for copies, settings in ((1, LORA), (2, {}))
+]
+"""Eight ranks: a copy is sharded over two groups of four, or each group has a copy."""
 
 
-@pytest.mark.parametrize(("model", "size", "engine", "settings"), [CASES[0], *SLOW])
+@pytest.mark.parametrize(("model", "size", "engine", "settings"), [CASES[0], *SLOW, *SOAK])
 def test_ranks_that_split_layers_equal_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, model: Any, size: int, engine: dict[str, Any], settings: dict[str, Any]
 ) -> None:

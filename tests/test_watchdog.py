@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,6 +172,22 @@ def test_a_rank_that_fails_in_a_step_is_named(base: Path, chats: Path, cache: Pa
         assert "most recent call first" in stacks_of(run_dir, 0)
     if what != "raise":
         goes_on(cache, line, run_dir)
+
+
+@pytest.mark.soak
+def test_the_group_that_a_rank_waits_in_is_named(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Two copies over two ranks each, of which the last rank hangs: the other rank of its copy waits, and its like in the other copy."""
+    run_dir = tmp_path / "run"
+    line = arguments(base, chats, run_dir, *STEPS, "train.step_timeout_s=6", "launch.processes=4", "engine.replicate=2")
+    with started(line, with_fault(cache, tmp_path, rank=3, step=7, what="sleep")) as process:
+        wait_for_step(run_dir, 7, process)
+        finish(process, run_dir)
+    error = status_of(run_dir)["error"]
+    assert error["rank"] == 3
+    assert re.search(
+        "; rank (2 waits in step 8, .* in the shard group of ranks 2-3|1 waits in step 8, .* in the replicate group of ranks 1, 3) ",
+        error["message"],
+    )
 
 
 @pytest.mark.slow
@@ -358,6 +375,13 @@ def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 1
     return Beat(rank=rank, collectives=collectives, phase=phase, step=7, idle_s=idle_s, **fields)
 
 
+SHARED = [
+    (rank, f"context group of ranks {rank // 2 * 2}-{rank // 2 * 2 + 1}", begun)
+    for rank, begun in enumerate([(9, 5), (9, 5), (8, 4), (7, 4)])
+]
+"""Ranks 0 and 1 wait in a sum over all, rank 2 in an exchange of heads with rank 3."""
+
+
 @pytest.mark.parametrize(
     ("beats", "silent", "ranks", "words"),
     [
@@ -372,6 +396,12 @@ def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 1
             "ranks 1, 2 did not arrive: rank 1",
         ),
         ([beat(0), Beat(rank=1, limit_s=10.0)], [1], [1], "rank 1 never began; rank 0 waits"),
+        (
+            [beat(rank, sum(begun), groups=dict(zip((pair, "group of all ranks"), begun, strict=True))) for rank, pair, begun in SHARED],
+            [],
+            [3],
+            "rank 2 waits in step 7, at trainers/loop.py:1 in _step, in the context group of ranks 2-3 (",
+        ),
     ],
 )
 def test_who_blocks_the_others(beats: list[Beat], silent: list[int], ranks: list[int], words: str) -> None:

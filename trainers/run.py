@@ -98,7 +98,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     _require_same_sources(run_dir, data, base)
     attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
     watch.enter(Phase.checking)
-    readings, findings = preflight.check(world, attempt.folder, data.path, config.limits.slow_node)
+    readings, findings = preflight.check(world, mesh_of(config.engine, world.size), attempt.folder, data.path, config.limits.slow_node)
     log_to(attempt.folder, world.rank, world.size)
     watchdog.log_to(attempt.folder)
     if world.rank == 0:
@@ -278,12 +278,14 @@ def _mixed(config: RunConfig, data: Prepared, attempt: Attempt, world: World) ->
 def _say_what_is_trained(config: RunConfig, world: World, report: dict[str, str]) -> None:
     console.print(_as_table("the model on each rank", report))
     peak, rows = peak_lr(config.optim, config.peft), rows_words(config.train, mesh_of(config.engine, world.size))
-    words = {"peak learning rate": peak, "rows": rows}
-    if config.engine.mesh is MeshChoice.auto:
-        words["mesh"] = read_json(Path(config.run_dir) / paths.MANIFEST).get("mesh", "as it is in config.yaml")
-    console.print(_as_table("a step", words))
+    why = _why_mesh(config) if config.engine.mesh is MeshChoice.auto else {}
+    console.print(_as_table("a step", {"peak learning rate": peak, "rows": rows} | why))
     step = "the checkpoint of the lowest held-out loss" if exports_best(config) else "the last step"
     console.print(_as_table("the export", {"step": step}))
+
+
+def _why_mesh(config: RunConfig) -> dict[str, str]:
+    return {"mesh": read_json(Path(config.run_dir) / paths.MANIFEST).get("mesh", "as it is in config.yaml")}
 
 
 def _as_table(title: str, rows: dict[str, Any]) -> Table:

@@ -136,15 +136,20 @@ class World:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def collectives(self) -> int:
-        """Return how many collectives this rank has begun, over all process groups; 0 where torch does not say."""
-        if not dist.is_initialized():
-            return 0
+    def collectives(self) -> dict[str, int]:
+        """Return how many collectives this rank has begun, by the process group's name; empty for one rank, or where torch does not say."""
+        if self.size == 1:
+            return {}
+        begun: dict[str, int] = {}
         try:
-            groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
-            return sum(group._get_backend(kind)._get_sequence_number_for_group() for group in groups for kind in group._device_types)
-        except (AttributeError, RuntimeError):
-            return 0
+            groups: list[Any] = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
+            for group in groups:
+                name, kinds = _name_of(group), group._device_types
+                number = sum(group._get_backend(kind)._get_sequence_number_for_group() for kind in kinds)
+                begun[name] = begun.get(name, 0) + number
+        except (AttributeError, KeyError, RuntimeError, ValueError):
+            return {}
+        return begun
 
     def flight_record(self) -> bytes | None:
         """Return NCCL's record of its last collectives, pickled; None without a GPU."""
@@ -202,6 +207,17 @@ class World:
         others = [f"rank {rank}: {theirs}" for rank, theirs in enumerate(values) if theirs != values[0]]
         if others:
             raise RuntimeError(f"ranks disagree on {what}: rank 0: {values[0]}; {'; '.join(others[:4])}")
+
+
+def _name_of(group: dist.ProcessGroup) -> str:
+    """Say what the ranks of a group share, by the name of the mesh's dimension, and which they are."""
+    ranks = dist.get_process_group_ranks(group)
+    if len(ranks) == dist.get_world_size():
+        return "group of all ranks"
+    kind = f"{group.group_desc.removeprefix('mesh_')} " if group.group_desc.startswith("mesh_") else ""
+    if ranks == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{kind}group of ranks {ranks[0]}-{ranks[-1]}"
+    return f"{kind}group of ranks {', '.join(map(str, ranks[:4]))}{', ...' if len(ranks) > 4 else ''}"
 
 
 def read(values: Sequence[torch.Tensor]) -> list[float]:

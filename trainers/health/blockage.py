@@ -44,8 +44,29 @@ class Blockage:
             said = f"{are} makes no progress: it is in {first.doing}"
         else:
             said = f"no rank makes progress: all {len(self.blockers)} are equally far, in {first.doing}"
-        waits = [f"; rank {beat.rank} waits in {beat.doing}" for beat in self.others[:1]]
-        return "".join([said, *waits, f" ({rule})"])
+        return f"{said}{self._waiting()} ({rule})"
+
+    def _waiting(self) -> str:
+        """Say where a rank waits for them, and in which group: of those of which that is known the least far, else the first of all."""
+        if not self.others:
+            return ""
+        groups = {beat.rank: group for beat in self.others if (group := self._awaited(beat))}
+        waiter = min(self.others, key=lambda beat: (beat.rank not in groups, beat.collectives if groups else 0, beat.rank))
+        return f"; rank {waiter.rank} waits in {waiter.doing}" + (f", in the {groups[waiter.rank]}" if waiter.rank in groups else "")
+
+    def _awaited(self, waiter: Beat) -> str:
+        """Return the group in which a rank waits for one of the blockers; empty where counts do not tell, or there is one group only.
+
+        It has begun more there than the blocker, and nobody has begun more than it: what others have left is not waited in. A rank that
+        is silent has begun more than it has written, so that several groups may be left.
+        """
+
+        def is_awaited(name: str, begun: int) -> bool:
+            waits = any(beat.groups.get(name, begun) < begun for beat in self.blockers)
+            return waits and not any(beat.groups.get(name, begun) > begun for beat in self.others)
+
+        found = [name for name, begun in waiter.groups.items() if is_awaited(name, begun)]
+        return found[0] if len(found) == 1 and len(waiter.groups) > 1 else ""
 
     def error(self, now: float, rule: str) -> dict[str, Any]:
         """Return what status.json says of it: the first of them by number and its host, all of them, where it was, and its stack."""

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainers.config.errors import plural
+from trainers.config.mesh import Mesh
 from trainers.host import PROCESS_BYTES, memory_available
 from trainers.rundir import paths
 from trainers.rundir.files import write_json
@@ -63,6 +64,8 @@ class Reading:
     """Times of day just after barriers, and the seconds that each barrier took."""
     link_s: float | None = None
     """To receive LINK_BYTES from the rank before, while all do so; None where the ranks were not connected."""
+    links: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """By dimension of the mesh, where it is not of all ranks: the rank before in this rank's group of it, and the seconds of the same."""
     link_fault: str = ""
 
 
@@ -138,8 +141,8 @@ def require_gpu(world: World) -> None:
         raise BadNode([Finding(world.rank, socket.gethostname(), what, fatal=True)])
 
 
-def check(world: World, folder: Path, cache: Path, slow: float) -> tuple[list[Reading], list[Finding]]:
-    """Let every rank try its node; return what they found and what to warn of. Collective.
+def check(world: World, mesh: Mesh, folder: Path, cache: Path, slow: float) -> tuple[list[Reading], list[Finding]]:
+    """Let every rank try its node, and its links in each group of the mesh; return what they found and what to warn of. Collective.
 
     Rank 0 leaves all measurements in `folder`/preflight.json. Raises BadNode on every rank where a node cannot take part; links are not
     tried then, which would only hang.
@@ -148,7 +151,7 @@ def check(world: World, folder: Path, cache: Path, slow: float) -> tuple[list[Re
     readings = world.gather(own)
     findings = find_faults(readings, slow)
     if world.size > 1 and not any(finding.fatal for finding in findings):
-        readings = world.gather(replace(own, clocks=_read_clocks(world), **_try_links(world)))
+        readings = world.gather(replace(own, clocks=_read_clocks(world), **_try_links(world, mesh)))
         findings = find_faults(readings, slow)
     fatal = [finding for finding in findings if finding.fatal]
     if world.rank == 0 and not readings[0].write_fault:
@@ -215,11 +218,40 @@ def _read_clocks(world: World) -> tuple[tuple[float, float], ...]:
     return tuple(clocks)
 
 
-def _try_links(world: World) -> dict[str, Any]:
-    """Send LINK_BYTES around the ring of ranks, sum as much over all of them, and look at what comes."""
-    before, behind = (world.rank - 1) % world.size, (world.rank + 1) % world.size
+def rings(mesh: Mesh, rank: int) -> dict[str, tuple[int, int]]:
+    """Return the ranks before and after one in its group of each dimension of a mesh; none of a dimension that all ranks are in."""
+    strides = {
+        "tensor": (1, mesh.tensor),
+        "context": (mesh.tensor, mesh.context),
+        "shard": (mesh.tensor, mesh.shard * mesh.context if mesh.shard > 1 else 1),
+        "replicate": (mesh.copy_size, mesh.replicate),
+    }
+    found = {}
+    for name, (stride, size) in strides.items():
+        if 1 < size < mesh.size:
+            place = rank // stride % size
+            before, behind = ((place + step) % size - place for step in (-1, 1))
+            found[name] = rank + before * stride, rank + behind * stride
+    return found
+
+
+def _try_links(world: World, mesh: Mesh) -> dict[str, Any]:
+    """Send LINK_BYTES around the ring of all ranks and around those of the mesh, sum as much over all, and look at what comes."""
     sent = torch.full((LINK_BYTES[world.device.type] // 4,), world.rank + 1.0, device=world.device)
-    received, times, fault = torch.zeros_like(sent), [], ""
+    link_s, fault = _try_ring(world, sent, (world.rank - 1) % world.size, (world.rank + 1) % world.size)
+    links = {}
+    for name, (before, behind) in rings(mesh, world.rank).items():
+        took, wrong = _try_ring(world, sent, before, behind)
+        links[name], fault = (before, took), fault or (wrong and f"in its {name} group {wrong}")
+    dist.all_reduce(sent)
+    if not bool((sent == world.size * (world.size + 1) / 2).all()):
+        fault = "it gets a wrong sum over all ranks"
+    return {"link_s": link_s, "links": links, "link_fault": fault}
+
+
+def _try_ring(world: World, sent: torch.Tensor, before: int, behind: int) -> tuple[float, str]:
+    """Send a tensor to the next rank while all do so; return the seconds of the best try, and what is wrong with what comes."""
+    received, times = torch.zeros_like(sent), []
     for _ in range(TRIES):
         world.barrier()
         began = time.perf_counter()
@@ -228,12 +260,8 @@ def _try_links(world: World) -> dict[str, Any]:
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)
         times.append(time.perf_counter() - began)
-    if not bool((received == before + 1).all()):
-        fault = f"what it receives from rank {before} is not what that sent"
-    dist.all_reduce(sent)
-    if not bool((sent == world.size * (world.size + 1) / 2).all()):
-        fault = "it gets a wrong sum over all ranks"
-    return {"link_s": min(times), "link_fault": fault}
+    wrong = not bool((received == before + 1).all())
+    return min(times), f"what it receives from rank {before} is not what that sent" if wrong else ""
 
 
 def find_faults(readings: Sequence[Reading], slow: float) -> list[Finding]:
@@ -244,7 +272,7 @@ def find_faults(readings: Sequence[Reading], slow: float) -> list[Finding]:
     for rank, factor in outliers(products, slow, SLICE_S[kind]).items():
         what = f"its device ({readings[rank].device}) takes {products[rank] * 1e3:.3g} ms for a product, {factor:.1f} x the median of all"
         findings.append(Finding(rank, readings[rank].host, what))
-    findings += _slow_links(readings, slow, SLICE_S[kind])
+    findings += _slow_links(readings, slow, SLICE_S[kind]) if len(readings) > 1 else []
     for reading in _first_of_nodes(readings):
         findings += [Finding(reading.rank, reading.host, what) for what in _shortages(reading, readings[0])]
     return sorted(findings, key=lambda finding: (not finding.fatal, finding.rank))
@@ -263,21 +291,29 @@ def _slow_links(readings: Sequence[Reading], slow: float, least_s: float) -> lis
     Links within a node differ by design: GPUs bridged in pairs, or on two sockets. So two nodes are too few to say which is slow.
     """
     groups: dict[str, dict[int, float]] = {}
+    senders: dict[tuple[str, int], Reading] = {}
     seen: Counter[str] = Counter()
     for reading in readings:
         place, seen[reading.host] = seen[reading.host], seen[reading.host] + 1
-        if reading.link_s is not None:
-            within = readings[reading.rank - 1].host == reading.host
-            where = f"of link {place} within nodes" if within else "of links between nodes"
-            groups.setdefault(where, {})[reading.rank] = reading.link_s
-    findings = []
+        for name, (before, seconds) in _links_of(reading).items():
+            sender = readings[before]
+            where = f"of {name}link {place} within nodes" if sender.host == reading.host else f"of {name}links between nodes"
+            groups.setdefault(where, {})[reading.rank], senders[where, reading.rank] = seconds, sender
+    findings: dict[tuple[int, int], Finding] = {}
     for where, alike in groups.items():
         for rank, factor in outliers(alike, slow, least_s).items() if "between" in where or len(alike) > 2 else ():
-            sender = readings[rank - 1]
+            sender = senders[where, rank]
             speed = LINK_BYTES[readings[rank].kind] / alike[rank] / 1e9
             what = f"receives {speed:.2g} GB/s from rank {sender.rank} on {sender.host}, {factor:.1f} x the time of the median {where}"
-            findings.append(Finding(rank, readings[rank].host, what))
-    return findings
+            findings[rank, sender.rank] = Finding(rank, readings[rank].host, what)  # once, of the mesh's dimension where it is in one
+    return list(findings.values())
+
+
+def _links_of(reading: Reading) -> dict[str, tuple[int, float]]:
+    """Return a rank's links by the dimension that they are of, the ring of all ranks first: the sender, and the seconds."""
+    if reading.link_s is None:
+        return {}
+    return {"": (reading.rank - 1, reading.link_s)} | {f"{name} ": link for name, link in reading.links.items()}
 
 
 def _shortages(reading: Reading, first: Reading) -> list[str]:

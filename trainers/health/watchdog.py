@@ -50,7 +50,7 @@ class Watchdog:
         self.log_file: Path | None = None
         self.opened: IO[str] | None = None
         self.writing = threading.Lock()
-        self.collectives: Callable[[], int] = lambda: 0
+        self.collectives: Callable[[], dict[str, int]] = dict
         self.flight_record: Callable[[], bytes | None] = lambda: None
         # tells whether this rank has been asked to stop, also where Python cannot run
         self.is_asked: Callable[[], bool] = lambda: False
@@ -112,6 +112,7 @@ class Watchdog:
 
     def own(self) -> Beat:
         """Return what this rank says of itself."""
+        begun = self.collectives()
         return Beat(
             rank=self.rank,
             host=socket.gethostname(),
@@ -120,7 +121,8 @@ class Watchdog:
             step=self.activity.step,
             idle_s=round(self.activity.idle_s(), 1),
             limit_s=self.activity.limit_s(),
-            collectives=self.collectives(),
+            collectives=sum(begun.values()),
+            groups=begun,
             stack=main_stack(),
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -42,6 +42,8 @@ class Beat:
     limit_s: float | None = None
     collectives: int = 0
     """Begun so far: a rank that has begun fewer than others is the one that they wait for."""
+    groups: dict[str, int] = field(default_factory=dict)
+    """The same by process group, whose name says who is in it."""
     stack: tuple[str, ...] = ()
     """Of its main thread, innermost last, as `file:line in function`."""
     written: float = 0.0
