@@ -235,7 +235,10 @@ def _keep_best(cluster: list[int], rank: npt.NDArray[np.float64], threshold: flo
 
 
 class Sets:
-    """The shingles of a row by its number; those of a part are read from its file when they are asked for."""
+    """The shingles of a row by its number; those of a part are read from its file when they are asked for.
+
+    Read, not looked at where they are mapped: the kernel maps the pages around each, in the end the whole file.
+    """
 
     def __init__(self, parts: Sequence[Marks]) -> None:
         self.parts = parts
@@ -245,5 +248,7 @@ class Sets:
     def __getitem__(self, row: int) -> Hashes:
         part = int(np.searchsorted(self.firsts, row, side="right")) - 1
         start, end = self.starts[part][row - self.firsts[part] :][:2]
-        found: Hashes = self.parts[part].shingles[start:end]
-        return found
+        stored = self.parts[part].shingles
+        if not isinstance(stored, np.memmap) or stored.filename is None:
+            return stored[start:end]
+        return np.fromfile(stored.filename, np.uint32, end - start, offset=stored.offset + int(start) * stored.itemsize)
