@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import tokenizer_of
 from conftest import Ranks
 from preparing import TOKENIZER, marked, write
 from tables import LR, blueprint_for, config_for, pair_table, plain_adamw, ragged_table
@@ -292,6 +293,16 @@ def test_a_bad_source_is_named(tmp_path: Path) -> None:
         DataConfig(mix={"code": {"paht": "x"}})
     with pytest.raises(ConfigError, match=r"data\.mix\.code\.weight"):
         DataConfig(mix={"code": {"weight": "much"}})
+
+
+def test_a_source_without_its_template_is_refused_before_another_is_prepared(tmp_path: Path) -> None:
+    config, tokenizer = mix_settings(tmp_path), tokenizer_of("chatml")
+    tokenizer.chat_template = None
+    write(tmp_path / "general.jsonl", [{"prompt": "1 + 1 =", "completion": " 2"}] * 8)
+    write(tmp_path / "code.jsonl", [{"messages": [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]}] * 8)
+    with pytest.raises(ConfigError, match=r"data\.mix\.code\.template.*chat template"):
+        prepare(config, tokenizer=tokenizer)
+    assert not (tmp_path / "kept").exists()
 
 
 def run_mixture(

@@ -5,21 +5,40 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trainers.batch import WEIGHT
+from trainers.config.choices import Layout
+from trainers.config.derived import sources_of
 from trainers.config.errors import ConfigError
-from trainers.data.encode import COUNTS
+from trainers.config.schema import RunConfig
+from trainers.data import sources
+from trainers.data.encode import COUNTS, encoder_of
+from trainers.data.formats import BadRow
 from trainers.data.leakage import shared
 from trainers.data.table import TokenTable, save_joined
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 Splits = Mapping[str, TokenTable]
 """Tables of a source by their names, train and eval."""
+
+
+def render_first(config: RunConfig, tokenizer: PreTrainedTokenizerFast, layout: Layout) -> None:
+    """Raise what a source's first row would, such as that its template is missing, before an earlier source takes hours."""
+    encoder = encoder_of(config, tokenizer, layout)
+    for row in islice(sources.rows(sources_of(config.data)[0], config.objective.name), 100):
+        with suppress(BadRow):
+            encoder.render(sources.parse(row, config.data.ignore))
+            return
 
 
 def join(

@@ -112,12 +112,16 @@ def first_shard(config: RunConfig) -> RunConfig:
 def _prepare_mix(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFast) -> Prepared:
     """Prepare each source under its own key, and join their tables; raises ConfigError, which names the source."""
     from trainers.config.mix import named, sources_of_mix
-    from trainers.data.joint import join, joined_report
+    from trainers.data.joint import join, joined_report, render_first
 
     parts: dict[str, Prepared] = {}
-    for name, one in sources_of_mix(config).items():
+    runs = {name: (one, with_template(one, tokenizer)) for name, one in sources_of_mix(config).items()}
+    for name, (one, own) in runs.items():
         with named(name):
-            parts[name] = prepare(one, progress, with_template(one, tokenizer))
+            render_first(one, own, find_layout(one, sources_of(one.data)[0]))
+    for name, (one, own) in runs.items():
+        with named(name):
+            parts[name] = prepare(one, progress, own)
     splits = {name: {"train": part.train} | ({} if part.eval is None else {"eval": part.eval}) for name, part in parts.items()}
     folders, reports = {name: part.path for name, part in parts.items()}, {name: part.report for name, part in parts.items()}
     key = f"data-{data_key(config, tokenizer)}"
