@@ -63,7 +63,7 @@ def blueprint_for(model: Path, attention: str | None = None) -> Blueprint:
     return Blueprint(config=config, folder=model, revision=None, seed=0, trust_remote_code=False)
 
 
-def plain_adamw(model: torch.nn.Module, lr: float, num_steps: int) -> Callable[[], float]:
+def plain_adamw(model: torch.nn.Module, lr: float, num_steps: int, clip: float = 0.5) -> Callable[[], float]:
     """Return what takes a step of plain AdamW as `config_for` sets it, with the gradients that are there; it returns their norm."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": 0.1}]
@@ -71,7 +71,7 @@ def plain_adamw(model: torch.nn.Module, lr: float, num_steps: int) -> Callable[[
     optimizer, taken = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=EPS), itertools.count()
 
     def step() -> float:
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, 0.5))
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, clip))
         rate = learning_rate(OptimConfig(warmup_steps=1), lr, next(taken), num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate

@@ -61,6 +61,8 @@ def test_the_launchers_commands_on_all_pages_are_accepted(tmp_path: Path, monkey
     (tmp_path / "runs" / "quickstart_base" / "export" / "config.json").write_text("{}")
     (tmp_path / "runs" / "quickstart_digits" / "export").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart_digits" / "export" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "llama8b_reward" / "export").mkdir(parents=True)
+    (tmp_path / "runs" / "llama8b_reward" / "export" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     (tmp_path / "slurm" / "env.sh").touch()
     for name in ("best", "chats", "held_out", "judged", "pairs", "problems"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "words"}\n')

@@ -49,9 +49,14 @@ def launch(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complet
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_composes(name: str, model: Path) -> None:
+def test_every_experiment_composes(name: str, model: Path, tmp_path: Path) -> None:
     extra = [f"model.id={model}"] if name.endswith(("quickstart", "quickstart_dpo", "quickstart_distil", "quickstart_grpo")) else []
     extra += ["evaluation.general=null"] if name == "compare_quickstart" else []  # a run that has not been made
+    if name == "llama8b_ppo_rlhf":  # after a run that has not been made
+        scorer = tmp_path / "scorer"
+        scorer.mkdir()
+        (scorer / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
+        extra += [f"objective.critic={scorer}", f"reward.score.path={scorer}"]
     job = compose([f"+exp={name}", *extra])
     assert job.name == name
     assert job.run_dir == f"runs/{name}"
@@ -69,7 +74,7 @@ def test_every_preset_composes(file: Path, model: Path) -> None:
     packs_not = ["data.packing=false"]
     slurm = ["launch.gpus_per_node=8", "train.global_batch=8"]
     more = {"files": ["data.path=org/rows"], "slurm": slurm, "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
-    more |= {name: ["data.packing=false", "reward.right=exact"] for name in ("grpo", "dapo", "gspo")}
+    more |= {name: ["data.packing=false", "reward.right=exact"] for name in ("grpo", "dapo", "gspo", "ppo")}
     job = compose(["data=python_docs", *scratch, f"{file.parent.name}={file.stem}", *more.get(file.stem, [])])
     assert job.seed == 0
     assert file.stem in presets()
@@ -141,7 +146,7 @@ def test_help_names_groups_experiments_fields_and_exit_codes(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     for words in (
         "+exp=quickstart",
-        "objective  classify, cpo, cpt, dapo, distil, dpo, grpo, gspo, kto, orpo, reward, sft, simpo",
+        "objective  classify, cpo, cpt, dapo, distil, dpo, grpo, gspo, kto, orpo, ppo, reward, sft, simpo",
         "optim.lr (null)",
         "optim.full_lr (1e-05)",
         "75 ",

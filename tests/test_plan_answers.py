@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import blueprint_for, save_tiny
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from launcher.compose import compose
 from launcher.job import make_job
@@ -18,11 +18,11 @@ from launcher.plan import known_hardware, request_of
 from trainers.config.checks import validate
 from trainers.config.choices import ObjectiveName, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig, plain
 from trainers.plan.answers import Answers, Work, answers_of, not_timed, seconds_of, traced
 from trainers.plan.estimate import FAST, SLOW
 from trainers.plan.plan import make_plan
-from trainers.plan.request import Place
+from trainers.plan.request import Place, PlanConfig, Variant
 from trainers.plan.say import say
 
 H100 = next(item for item in known_hardware() if item.name == "h100")
@@ -83,7 +83,16 @@ def test_a_generator_answers_its_share_of_a_rollout_in_rounds(tmp_path: Path) ->
 def test_times_are_their_formulas() -> None:
     config = config_of(steps_per_rollout=2)
     prompt, token = Work(3e12, 5e9, 10), Work(2e9, 4e9, 1000)
-    fields = {"generators": 2, "answers": 12, "batch": 3, "rounds": 4, "cache_bytes": 0, "work_bytes": 0, "reference_bytes": 0}
+    fields = {
+        "generators": 2,
+        "answers": 12,
+        "batch": 3,
+        "rounds": 4,
+        "cache_bytes": 0,
+        "work_bytes": 0,
+        "reference_bytes": 0,
+        "judges_bytes": 0,
+    }
     found = Answers(**fields, weights_bytes=8 * 10**9, sync_bytes=6 * 10**9, prompt=prompt, token=token)
     parts = seconds_of(found, config, H100, (0.25, 0.5), (1.5, 2.5))
     assert parts["sync"][0] == pytest.approx((6 + 2 * 8) / H100.storage_gb_s / 2)
@@ -130,3 +139,29 @@ def test_tokens_of_answers_that_are_not_written_are_refused() -> None:
     with pytest.raises(ConfigError, match="nobody knows their tokens") as refused:
         make_plan(request.base, [H100], request.plan, {})
     assert refused.value.path == "plan.tokens"
+
+
+def test_a_plan_of_ppo_has_the_critic_and_the_reward_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint holds both models; each waits while the other computes. The reward model's weights are those of its files."""
+    policy = save_tiny(tmp_path / "policy", tied=False)
+    scorer = AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1, pad_token_id=0, dtype=torch.float32)
+    scorer.save_pretrained(tmp_path / "scorer")
+    count = sum(parameter.numel() for parameter in scorer.parameters())
+    place, plans = Place(nodes=1, ranks_per_node=2, gpus=False, save_s=300), {}
+    for name in (ObjectiveName.grpo, ObjectiveName.ppo):
+        config = replace(config_of(), model=ModelConfig(id=str(policy)), objective=ObjectiveConfig(name=name))
+        config.reward |= RunConfig(reward={"score": {"kind": "model", "path": str(tmp_path / "scorer")}}).reward
+        plans[name] = make_plan(Variant(run=plain(config), place=place, overrides=[]), [], PlanConfig(), {})
+    both, alone = plans[ObjectiveName.ppo], plans[ObjectiveName.grpo]
+    assert both.answers is not None
+    assert both.critic is not None
+    assert both.critic.parameters == both.critic.trainable == count
+    assert 12 * count <= both.checkpoint_bytes - alone.checkpoint_bytes < 12 * count + 1024, "weights, two moments, a counter each"
+    assert 4 * count < both.answers.judges_bytes < 4 * count + 8 * (PROMPT + ANSWER) * 4 * 4096
+    assert 12 * count / 2 <= both.needed["cpu"] - alone.needed["cpu"] < 16 * count
+    assert both.export_bytes == alone.export_bytes
+    assert both.flops > 1.5 * alone.flops
+    say(both, Console(width=140))
+    said = capsys.readouterr().out
+    assert "the critic" in said
+    assert "reward models, on the first rank" in said

@@ -55,6 +55,7 @@ OF_EXPERIMENTS = {
     "qwen3_8b_rlvr_math": 4e-5,
     "qwen3_30b_a3b_lora": 1e-5,
     "llama8b_compare": 1e-5,
+    "llama8b_ppo_rlhf": 1.2e-5,
     "llama8b_reward": 3e-6,
     "quickstart": 2e-3,
     "quickstart_base": 5e-3,
@@ -63,7 +64,7 @@ OF_EXPERIMENTS = {
     "compare_quickstart": 1e-5,
 }
 FACTORS = {"compare_quickstart": 100.0} | dict.fromkeys(
-    ("llama8b_kto", "qwen3_8b_grpo_gsm8k", "qwen3_8b_rlvr_math", "qwen3_8b_simpo", "tulu3_8b_dpo"), 0.025
+    ("llama8b_kto", "llama8b_ppo_rlhf", "qwen3_8b_grpo_gsm8k", "qwen3_8b_rlvr_math", "qwen3_8b_simpo", "tulu3_8b_dpo"), 0.025
 )
 
 

@@ -85,6 +85,7 @@ LORA = "peft=lora"
 STREAM = "data.streaming=true"
 MIX = ("data.source=files", "data.mix.a.path=owner/a", "data.mix.a.weight=1", "data.mix.b.path=owner/b", "data.mix.b.weight=2")
 RL = ("objective=grpo", "reward.right.kind=exact", "data.packing=false", "rl.group_size=2")
+PPO = ("objective=ppo", *RL[1:])
 CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a number that is not positive": ["train.steps=0"],
     "a number below zero": ["optim.weight_decay=-1"],
@@ -121,6 +122,13 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a probability below 0": ["objective=gspo", "objective.clip_low=1.5"],
     "answers of no run that gives any": ["rl.group_size=4"],
     "answers that nobody rewards": ["objective=grpo"],
+    "a discount above one": [*PPO, "objective.gamma=1.5"],
+    "an estimate of no divergence": [*PPO, "objective.kl_estimator=k3", "objective.kl_weight=0"],
+    "no such critic": [*PPO, "objective.critic=/nowhere"],
+    "a critic behind virtual tokens": [*PPO, "peft=prompt"],
+    "two models to settle": [*PPO, "train.activations=auto"],
+    "two models on NVMe": lambda folder: [*PPO, "engine=zero3_nvme", f"engine.nvme_path={folder}"],
+    "a prompt without an answer": [*PPO, "rl.group_size=0"],
     "no such Python": [*RL, "rl.vllm=/nowhere"],
     "words for no server": [*RL, "rl.vllm_words=[--x]"],
     "a secret in a server's words": [*RL, "rl.vllm=/bin/true", "rl.vllm_words=[--api-key,tok]"],

@@ -94,11 +94,14 @@ def test_groups_become_a_table_with_what_each_answer_is_worth(tmp_path: Path) ->
 
 
 def test_groups_of_one_reward_teach_nothing() -> None:
+    kinds = {kind: ObjectiveConfig(name=ObjectiveName.grpo, advantage=kind) for kind in Advantage}
     same, none = group_of(0, [1.0, 1.0], [1, 1], [STOP, STOP]), group_of(0, [math.nan, 1.0], [1, 1], [STOP, STOP])
-    assert not teaches(same, Advantage.grpo)
-    assert not teaches(none, Advantage.rloo)
-    assert teaches(group_of(0, [1.0, 0.0], [1, 1], [STOP, STOP]), Advantage.grpo)
-    assert teaches(same, Advantage.reinforce_pp)  # which compares it with other groups
+    assert not teaches(same, kinds[Advantage.grpo])
+    assert not teaches(none, kinds[Advantage.rloo])
+    assert teaches(group_of(0, [1.0, 0.0], [1, 1], [STOP, STOP]), kinds[Advantage.grpo])
+    assert teaches(same, kinds[Advantage.reinforce_pp])  # which compares it with other groups
+    assert teaches(same, ObjectiveConfig(name=ObjectiveName.ppo))
+    assert not teaches(group_of(0, [math.nan], [1], [STOP]), ObjectiveConfig(name=ObjectiveName.ppo))
 
 
 def test_pass_rates_have_wilsons_interval() -> None:

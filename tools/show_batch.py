@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="settings as for `python -m launcher`, such as +exp=quickstart data.packing=false")
     parser.add_argument("--rows", type=int, default=3, help="rows to show (default 3)")
     parser.add_argument("--split", choices=["train", "eval"], default="train", help="which rows (default train)")
-    parser.add_argument("--rollout", type=Path, metavar="DIR", help="a rollout of a run with objective=grpo, and no settings: its answers")
+    parser.add_argument(
+        "--rollout", type=Path, metavar="DIR", help="a rollout of a run with objective=grpo or ppo, and no settings: its answers"
+    )
     options = parser.parse_args(arguments)
     if options.rollout is not None:
         return ended(lambda: show_rollout(options.rollout, options.rows))
@@ -87,7 +89,8 @@ def show_rollout(folder: Path, num_rows: int) -> None:
     for row, line in zip(range(min(num_rows, len(table))), (folder / "answers.jsonl").open(encoding="utf-8"), strict=False):
         answer = json.loads(line)
         console.print(render_row(table, row, tokenizer, marks=console.color_system is None or console.no_color), soft_wrap=True)
-        console.print(f"reward {answer['reward']}, advantage {answer['advantage']:.4g}, {answer['finish']}", highlight=False)
+        advantage = f", advantage {answer['advantage']:.4g}" if "advantage" in answer else ""  # of PPO each token has its own
+        console.print(f"reward {answer['reward']}{advantage}, {answer['finish']}", highlight=False)
 
 
 def render_row(table: TokenTable, row: int, tokenizer: PreTrainedTokenizerBase, marks: bool = False) -> Text:

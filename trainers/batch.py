@@ -203,6 +203,12 @@ def last_tokens(batch: Batch) -> Tensor:
     return places.new_zeros(batch.num_documents + 1).scatter_reduce(0, documents + 1, places, "amax")[1:]
 
 
+def each_token(batch: Batch) -> Batch:
+    """Return a batch as if a document ended at each token, (B x S) of them in the order of the rows; what a token sees is the same."""
+    places = torch.arange(batch.documents.numel(), device=batch.documents.device).view_as(batch.documents)
+    return replace(batch, documents=places, num_documents=places.numel())
+
+
 def by_pair(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return what belongs to the first and to the second document of each pair, (D,) -> (P,), (P,): the members are neighbours."""
     first, second = values.view(-1, 2).unbind(1)

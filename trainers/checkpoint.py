@@ -16,14 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from trainers.config.schema import CheckpointConfig
-from trainers.engines.base import Engine
 from trainers.rundir.attempt import Attempt, Superseded
 from trainers.rundir.checkpoints import (
     best_first,
@@ -43,6 +42,20 @@ from trainers.rundir.paths import CHECKPOINTS, MANIFEST, SAVE_NOW, STOP
 from trainers.rundir.rows import finite
 from trainers.staging import HostCopy, bytes_of
 from trainers.world import World
+
+if TYPE_CHECKING:
+
+    class Saved(Protocol):
+        """What a checkpoint is of: an engine, or several. Both methods are collective."""
+
+        def state(self) -> dict[str, Any]:
+            """Return what is saved, as torch.distributed.checkpoint writes it."""
+            ...
+
+        def load(self, folder: Path) -> None:
+            """Restore `state` from a checkpoint's folder."""
+            ...
+
 
 log = logging.getLogger("fulltune")
 RETRY_AFTER_S = 60.0
@@ -138,7 +151,7 @@ class Checkpointer:
         """Tell whether the newest held-out loss is the lowest since the first step, and such checkpoints are kept. Not collective."""
         return self.config.keep_best > 0 and len(losses) > 1 and is_lowest(losses[1:])
 
-    def save(self, engine: Engine, progress: Progress, eval_loss: float | None = None, wait: bool = False) -> None:
+    def save(self, engine: Saved, progress: Progress, eval_loss: float | None = None, wait: bool = False) -> None:
         """Begin a checkpoint, or make it at once with `wait`; the state is the engine's of now whatever comes next.
 
         Waits for the save in flight. Raises NoCheckpoint where a save fails and there is no older one, or `checkpoint.strict` is set.
@@ -298,7 +311,7 @@ class Checkpointer:
             if not is_of_newer(path, self.attempt.number):
                 shutil.rmtree(path)
 
-    def restore(self, engine: Engine) -> Progress:
+    def restore(self, engine: Saved) -> Progress:
         """Load this run's newest valid checkpoint, or return step 0. Rank 0 names them, and each rank verifies some of the files.
 
         Says which ones it skips, and why. Raises NoCheckpoint where there are some and none is valid: to start again would be to
@@ -315,7 +328,7 @@ class Checkpointer:
             raise NoCheckpoint(f"none of the checkpoints in {self.folder} can be read; move them away to start from step 0")
         return Progress()
 
-    def restore_best(self, engine: Engine, step: int) -> tuple[int, float] | None:
+    def restore_best(self, engine: Saved, step: int) -> tuple[int, float] | None:
         """Load the checkpoint of the lowest held-out loss into an engine that is at `step`; return its step and loss. Collective.
 
         None, and the engine as it is, where no checkpoint has a loss. Raises NoCheckpoint where none of those can be read.
@@ -331,7 +344,7 @@ class Checkpointer:
             )
         return number_of(path), losses[path]
 
-    def _load_first(self, engine: Engine, found: list[Path]) -> Path | None:
+    def _load_first(self, engine: Saved, found: list[Path]) -> Path | None:
         """Load the first of some checkpoints that is valid, and return it; says which ones it skips, and why."""
         for path in found:
             failed = why_damaged(path, slice(self.world.rank, None, self.world.size))

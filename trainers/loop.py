@@ -33,7 +33,9 @@ from trainers.step import StepResult, take_step
 from trainers.world import World, seed_step
 
 if TYPE_CHECKING:
+    from trainers.checkpoint import Saved
     from trainers.profiling import Profile
+    from trainers.rl.critic import Critic
 
 log = logging.getLogger("fulltune")
 STATUS_EVERY_S = 5.0
@@ -94,6 +96,8 @@ class Run:
     flops_per_token: float
     peak_tflops: float | None
     """Of one device, in the type that it computes in; None where it is not known."""
+    critic: Critic | None
+    """What is trained next to the model, and kept in its checkpoints."""
     status_at: float = 0.0
     """When rank 0 last wrote status.json, by time.monotonic."""
 
@@ -134,6 +138,7 @@ def train(
     flops_per_token: float,
     checkpointer: Checkpointer | None = None,
     held_out: HeldOut | None = None,
+    critic: Critic | None = None,
 ) -> Outcome:
     """Continue from the newest checkpoint to the last step, an early stop, or a signal; collective.
 
@@ -158,8 +163,9 @@ def train(
         peak_lr=peak_lr(config.optim, config.peft).value,
         flops_per_token=flops_per_token,
         peak_tflops=peak_tflops(config),
+        critic=critic,
     )
-    outcome = Outcome(progress=run.checkpointer.restore(engine))
+    outcome = Outcome(progress=run.checkpointer.restore(_saved(run)))
     with run.metrics, Prefetch(rows, world.device) as prefetch:
         _begin(run, outcome)
         profile = None if config.train.profile is None else _begin_profile(config.train.profile, attempt, world)
@@ -215,8 +221,10 @@ def _compute(run: Run, prefetch: Prefetch, progress: Progress) -> Step:
     if run.sources:
         objective = _by_source(objective, run.sources)
     result = take_step(engine, objective, dealt.batches, world, lr=lr, targets=targets, limits=limits, report=report, first=dealt.first)
-    seconds = time.perf_counter() - started + run.rows.made.seconds
-    reports = _read_reports(result, run.guard)
+    if run.critic is not None and math.isfinite(result.grad_norm) and not limits.exceeded(result.loss, result.grad_norm):
+        more = run.critic.step(dealt.batches, world, progress.step, run.rows.num_steps, dealt.sizes.labels)
+        result = replace(result, figures=result.figures | more)
+    reports, seconds = _read_reports(result, run.guard), time.perf_counter() - started + run.rows.made.seconds
     if reports.superseded:
         raise Superseded(f"a newer attempt of this run has started; attempt {run.attempt.number} writes nothing any more")
     return Step(result, reports, lr, limits, targets, dealt.sizes, dealt.row_ids, seconds, data_seconds, scale)
@@ -263,7 +271,7 @@ def _end(run: Run, outcome: Outcome) -> None:
     outcome.saved_step, outcome.failed_saves = checkpointer.saved_step, checkpointer.all_failures
     if not outcome.stopped and exports_best(run.config):
         watch.enter(Phase.loading)
-        outcome.best = checkpointer.restore_best(run.engine, progress.step)
+        outcome.best = checkpointer.restore_best(_saved(run), progress.step)
         _say_best(outcome.best, progress.step, run.held_out.losses)
     if outcome.stopped and run.world.rank == 0:  # before anything slow, such as a mirror that does not answer, delays it
         run.attempt.set_status(State.preempted, step=outcome.saved_step)
@@ -283,7 +291,12 @@ def _evaluate(run: Run, progress: Progress) -> bool:
 def _save(run: Run, progress: Progress, wait: bool = False) -> None:
     watch.enter(Phase.saving, progress.step)
     run.guard.require_agreement(run.world.max(run.guard.norms()))
-    run.checkpointer.save(run.engine, progress, run.held_out.loss_at(progress.step), wait)
+    run.checkpointer.save(_saved(run), progress, run.held_out.loss_at(progress.step), wait)
+
+
+def _saved(run: Run) -> Saved:
+    """Return what a checkpoint holds."""
+    return run.engine if run.critic is None else run.critic.next_to(run.engine)
 
 
 def _report(run: Run) -> list[float]:
@@ -366,7 +379,7 @@ def _left_out(run: Run, progress: Progress, spike: Spike) -> Progress:
     watch.enter(Phase.loading)
     run.checkpointer.finish()
     run.guard.count_rollback(run.checkpointer.saved_step, spike)
-    back = run.checkpointer.restore(run.engine)
+    back = run.checkpointer.restore(_saved(run))
     ahead = progress.ahead + progress.step + 1 - back.step
     log.warning("step %d: %s; back to step %d, and past the rows of %d steps", progress.step + 1, spike, back.step, ahead - back.ahead)
     past = run.world.from_first(history(run.metrics.cut(back.step)))

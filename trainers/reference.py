@@ -22,7 +22,7 @@ from trainers.config.choices import PeftMethod
 from trainers.config.derived import OF_THE_MODEL
 from trainers.config.errors import ConfigError
 from trainers.config.numerics import NUMERICS
-from trainers.config.schema import OptimConfig, PeftConfig, RunConfig, plain
+from trainers.config.schema import ModelConfig, OptimConfig, PeftConfig, RunConfig, plain
 from trainers.data.loader import deal, make_batch
 from trainers.data.mismatched import SIGNAL as MISMATCHED
 from trainers.data.mismatched import all_mismatched
@@ -90,27 +90,29 @@ def with_other_reference(config: RunConfig, world: World, attempt: Attempt, data
 
 def other_model(config: RunConfig) -> RunConfig:
     """Return the config that builds the reference which `objective.reference` names: nearly all of it frozen, for the least memory."""
-    model = replace(config.model, id=config.objective.reference, revision=None, architecture={}, train_tokenizer=0, add_tokens=[])
-    model = replace(model, grow_vocabulary=False, tokenizer=None)
-    train = replace(config.train, balance_loss=None)
+    model, train = of_directory(config.model, str(config.objective.reference)), replace(config.train, balance_loss=None)
     return replace(config, model=model, peft=PeftConfig(method=PeftMethod.freeze, last_blocks=1), optim=OptimConfig(), train=train)
 
 
-def require_same_vocabulary(other: RunConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raise ConfigError, naming the first token that differs, unless the reference gives each token of the run the same id."""
+def of_directory(model: ModelConfig, place: str) -> ModelConfig:
+    """Return the settings of another model, of a directory or hub id, that is computed as the run's own."""
+    model = replace(model, id=place, revision=None, architecture={}, train_tokenizer=0, add_tokens=[])
+    return replace(model, grow_vocabulary=False, tokenizer=None)
+
+
+def require_same_vocabulary(other: RunConfig, tokenizer: PreTrainedTokenizerFast, field: str = "objective.reference") -> None:
+    """Raise ConfigError, naming the first token that differs, unless what the field names gives each token of the run the same id."""
     named = other.model.id
     try:
         theirs = load_tokenizer(other).get_vocab()
     except ConfigError as error:
-        raise ConfigError("objective.reference", named, error.reason, "a model directory with its tokenizer") from error
+        raise ConfigError(field, named, error.reason, "a model directory with its tokenizer") from error
     wrong = [token for token, number in tokenizer.get_vocab().items() if theirs.get(token) != number]
     if wrong:
         token = min(wrong, key=tokenizer.get_vocab().__getitem__)
         place = f"id {theirs[token]}" if token in theirs else "none"
         reason = f"has another vocabulary: {token!r} is id {tokenizer.get_vocab()[token]} of the run's and {place} of its own"
-        raise ConfigError(
-            "objective.reference", named, f"{reason}; {len(wrong):,} differ", "a model of the same tokenizer, or leave it out"
-        )
+        raise ConfigError(field, named, f"{reason}; {len(wrong):,} differ", "a model of the same tokenizer, or leave it out")
 
 
 Measured = dict[str, NDArray[np.float32]]

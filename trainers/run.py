@@ -165,7 +165,11 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
     adaptation = engine.adaptation
     shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
     flops = flops_per_token(shapes, built.blueprint.config, data.train.mean_attended(), shapes.keys() - adaptation.trained)
-    outcome = train(config, world, attempt, engine, data, rows, flops, held_out=held_out)
+    critic = None if held_out is None else held_out.sampler.critic
+    of_critic = {} if critic is None else critic.engine.report()
+    if of_critic and world.rank == 0:
+        console.print(_as_table("the critic on each rank", of_critic))
+    outcome = train(config, world, attempt, engine, data, rows, flops, held_out=held_out, critic=critic)
     if held_out is not None:
         built = _without_generators(built, rows, held_out, outcome.progress.step)
     engine.report()

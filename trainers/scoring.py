@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.batch import Batch, Needs
+from trainers.batch import Batch, Needs, each_token
 from trainers.config.schema import RunConfig
 from trainers.data.prepare import Prepared
 from trainers.data.scored import LABEL, class_weights
@@ -55,8 +55,7 @@ def _carrying(table: TokenTable, weights: NDArray[np.float32]) -> TokenTable:
 
 def of_each_token(engine: Engine, batch: Batch) -> Tensor:
     """Return the first score of each token, (B, S), as if a document ended there; what it sees is the same."""
-    places = torch.arange(batch.documents.numel(), device=batch.documents.device).view_as(batch.documents)
-    scores = engine.forward(replace(batch, documents=places, num_documents=places.numel()), Needs(scores=True)).scores
+    scores = engine.forward(each_token(batch), Needs(scores=True)).scores
     assert scores is not None
     return scores[:, 0].view_as(batch.documents)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tools.bench.training import training_rank
 from trainers.checkpoint import Checkpointer, Progress
 from trainers.config.schema import CheckpointConfig
-from trainers.engines.base import Engine
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.checkpoints import name_of, why_damaged
 from trainers.staging import bytes_of
 from trainers.world import World
+
+if TYPE_CHECKING:
+    from trainers.checkpoint import Saved
 
 
 def run_rank(options: argparse.Namespace) -> None:
@@ -47,7 +49,7 @@ class TimedCheckpointer(Checkpointer):
         self.writing.append(super().is_writing())
         return self.writing[-1]
 
-    def save(self, engine: Engine, progress: Progress, eval_loss: float | None = None, wait: bool = False) -> None:
+    def save(self, engine: Saved, progress: Progress, eval_loss: float | None = None, wait: bool = False) -> None:
         """Save and keep the slowest rank's stall; the loop's own save at the end, with `wait`, proves the last one."""
         [late] = self.world.any(super().is_writing())
         self.finish()

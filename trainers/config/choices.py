@@ -86,6 +86,7 @@ class ObjectiveName(StrEnum):
     kto = "kto"
     distil = "distil"
     grpo = "grpo"
+    ppo = "ppo"
 
 
 class Divergence(StrEnum):
@@ -104,6 +105,13 @@ class Advantage(StrEnum):
     rloo = "rloo"
     reinforce_pp = "reinforce_pp"
     reinforce_pp_baseline = "reinforce_pp_baseline"
+
+
+class KL(StrEnum):
+    """How the divergence from the reference is estimated at a token that was drawn: its log-ratio, or one that is never below 0."""
+
+    k1 = "k1"
+    k3 = "k3"
 
 
 class Average(StrEnum):

@@ -84,8 +84,10 @@ SCORED = (ObjectiveName.reward, ObjectiveName.classify)
 """Objectives of a head that makes scores of documents in the place of log-probabilities."""
 
 
-SAMPLED = (ObjectiveName.grpo,)
+SAMPLED = (ObjectiveName.grpo, ObjectiveName.ppo)
 """Objectives of answers that the model itself has given, with their rewards."""
+HEADED = (*SCORED, ObjectiveName.ppo)
+"""Objectives that train a head of scores, ppo that of its critic."""
 
 
 def of_answers(objective: ObjectiveName) -> bool:

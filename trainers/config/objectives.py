@@ -30,6 +30,10 @@ FIELDS: dict[ObjectiveName, tuple[str, ...]] = {
     ObjectiveName.distil: ("beta", "teacher", "divergence", "ce_weight"),
     ObjectiveName.kto: ("beta", "desirable_weight", "undesirable_weight", "reference"),
     ObjectiveName.grpo: ("advantage", "average", "constant", "ratio", "clip_low", "clip_high", "kl_weight", "importance_cap"),
+    ObjectiveName.ppo: (
+        *("average", "constant", "clip_low", "clip_high", "kl_weight", "kl_estimator", "importance_cap", "gamma", "gae_lambda", "whiten"),
+        *("critic", "critic_lr", "critic_weight_decay", "critic_clip", "value_clip"),
+    ),
 }
 """The settings that each objective has."""
 BINS = 10

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 
-from trainers.config.choices import DocumentOf, Layout, OnSpike, TooLong
+from trainers.config.choices import KL, Activations, DocumentOf, Layout, ObjectiveName, Offload, OnSpike, PeftMethod, TooLong
 from trainers.config.derived import OF_THE_MODEL, SAMPLED
 from trainers.config.errors import ConfigError
 from trainers.config.foreign import refuse_foreign
+from trainers.config.local import looks_local, require_model_directory
+from trainers.config.methods import VIRTUAL
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.config.secrets import is_option
 
@@ -22,8 +24,11 @@ def validate_rl(config: RunConfig) -> None:
         return
     if not config.reward:
         raise ConfigError("reward", None, f"objective={name} learns from rewards, and none is named", "reward.exact.kind=exact")
-    if rl.group_size < 2:
-        raise ConfigError("rl.group_size", rl.group_size, "an answer is compared with others to its prompt", "rl.group_size=8")
+    least, compared = (
+        (1, "a prompt needs an answer") if name is ObjectiveName.ppo else (2, "an answer is compared with others to its prompt")
+    )
+    if rl.group_size < least:
+        raise ConfigError("rl.group_size", rl.group_size, compared, f"rl.group_size={8 if least > 1 else 1}")
     _validate_draws(rl)
     if config.train.global_batch % rl.group_size:
         reason = f"is the answers of a step, and not divisible by rl.group_size = {rl.group_size}"
@@ -37,6 +42,8 @@ def validate_rl(config: RunConfig) -> None:
         steps = -(-config.train.steps // rl.steps_per_rollout) * rl.steps_per_rollout
         raise ConfigError("train.steps", config.train.steps, reason, f"train.steps={steps}")
     _validate_vllm(config)
+    if name is ObjectiveName.ppo:
+        _validate_critic(config)
     _refuse_what_does_not_go(config)
 
 
@@ -71,6 +78,28 @@ def _validate_vllm(config: RunConfig) -> None:
     if config.peft.method not in OF_THE_MODEL:
         reason = f"is given whole models, and peft.method={config.peft.method} writes an adapter"
         raise ConfigError("rl.vllm", rl.vllm, reason, "rl.vllm=null, or peft=none")
+
+
+def _validate_critic(config: RunConfig) -> None:
+    """Refuse numbers that PPO's formulas do not allow, a critic that does not exist, and what only one model of a run can have."""
+    objective, peft, train, engine = config.objective, config.peft, config.train, config.engine
+    if objective.gamma > 1:
+        reason = "must be above 0 and at most 1: later rewards would count more than those of now"
+        raise ConfigError("objective.gamma", objective.gamma, reason, "objective.gamma=1")
+    if objective.kl_estimator is not KL.k1 and not objective.kl_weight:
+        reason = "is of the divergence from the reference, and objective.kl_weight is 0"
+        raise ConfigError("objective.kl_estimator", str(objective.kl_estimator), reason, "objective.kl_weight=0.05")
+    if objective.critic is not None and looks_local(objective.critic):
+        require_model_directory("objective.critic", objective.critic)
+    two = "objective=ppo trains two models"
+    if peft.method in (*VIRTUAL, PeftMethod.adalora):
+        reason = f"{two}, and this method does not go with the critic's head of scores, or counts the steps of one"
+        raise ConfigError("peft.method", str(peft.method), reason, "peft=lora")
+    if train.activations is Activations.auto:
+        raise ConfigError("train.activations", "auto", f"{two}, and auto measures one", "train.activations=block")
+    for name in ("offload_param", "offload_optimizer"):
+        if getattr(engine, name) is Offload.nvme:
+            raise ConfigError(f"engine.{name}", "nvme", f"{two}, whose files would be in one folder", f"engine.{name}=cpu")
 
 
 def _refuse_what_does_not_go(config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainers.config.choices import (
+    KL,
     Activations,
     AdapterBias,
     AdapterInit,
@@ -335,29 +336,47 @@ class ObjectiveConfig:
     """grpo: rewards less their group's mean, over its standard deviation (`grpo`) or not (`dr_grpo`); less the mean of the group's others
     (`rloo`); standardised over the step (`reinforce_pp`), or centred by group before (`reinforce_pp_baseline`)."""
     average: Average = Average.answers
-    """grpo: what a step's loss is a mean of; `tokens` weighs long answers more, `constant` divides each answer by `constant` tokens."""
+    """grpo, ppo: what a step's loss is a mean of; `tokens` weighs long answers more, `constant` divides each by `constant` tokens."""
     constant: int | None = None
-    """grpo with average=constant: tokens that each answer is divided by, as many as an answer may have."""
+    """grpo, ppo with average=constant: tokens that each answer is divided by, as many as an answer may have."""
     ratio: Ratio = Ratio.token
     """grpo: of what probabilities are compared and clipped; `sequence` is GSPO's (arXiv 2507.18071), with far narrower bounds."""
     clip_low: float = 0.2
-    """grpo: how far below 1 the ratio of an answer that is worse than expected is followed. Above 0, at most 1."""
+    """grpo, ppo: how far below 1 the ratio of an answer that is worse than expected is followed. Above 0, at most 1."""
     clip_high: float = 0.2
-    """grpo: how far above 1 that of a better one is followed; DAPO takes 0.28 (arXiv 2503.14476)."""
+    """grpo, ppo: how far above 1 that of a better one is followed; DAPO takes 0.28 (arXiv 2503.14476)."""
     kl_weight: float = 0.0
-    """grpo: weight of the KL divergence from the reference, in nats a token; above 0 a frozen second model measures each rollout."""
+    """Weight of the KL divergence from the reference, in nats a token: grpo adds it to the loss, ppo takes it from each token's reward."""
+    kl_estimator: KL = KL.k1
+    """ppo with kl_weight: `k1` is log(policy / reference) of the drawn token, `k3` is never below 0."""
     importance_cap: float | None = None
-    """grpo: largest weight of a token by which its probability under the trainer exceeds that under the sampler; empty corrects nothing."""
+    """grpo, ppo: largest weight of a token by which the trainer finds it likelier than the sampler did; empty corrects nothing."""
     reference: str | None = None
     """dpo, kto: a model directory or hub id that is compared with, of the same vocabulary; empty is the model that training begins with."""
+    gamma: float = 1.0
+    """ppo: what a reward one token later is worth next to one now. Above 0, at most 1."""
+    gae_lambda: float = 0.95
+    """ppo: how much an advantage trusts later rewards over the critic, from 0 to 1 (arXiv 1506.02438, eq. 16)."""
+    whiten: bool = True
+    """ppo: standardise advantages over all trained tokens of a rollout."""
+    critic: str | None = None
+    """ppo: directory or hub id of a reward model, or of a base, that the critic begins as; empty is the policy's base with a new head."""
+    critic_lr: float | None = None
+    """ppo: peak learning rate of the critic, on the policy's schedule; empty is the policy's."""
+    critic_weight_decay: float | None = None
+    """ppo: weight decay of the critic; empty is `optim.weight_decay`."""
+    critic_clip: float | None = None
+    """ppo: largest global gradient norm of the critic; empty is `optim.clip`."""
+    value_clip: float | None = 0.2
+    """ppo: how far the loss follows a token's value away from that of the rollout; empty follows it anywhere."""
 
 
 @dataclass(kw_only=True)
 class RlConfig:
-    """objective=grpo: the answers that the model gives while it is trained. A step takes train.global_batch of them."""
+    """objective=grpo and ppo: the answers that the model gives while it is trained. A step takes train.global_batch of them."""
 
     group_size: int = 8
-    """Answers to each prompt, whose rewards are compared; at least 2. A step has train.global_batch / group_size prompts."""
+    """Answers to each prompt; grpo compares their rewards and needs at least 2. A step has train.global_batch / group_size prompts."""
     max_new_tokens: int = 256
     """Longest answer in tokens; a prompt has at most data.seq_len less this."""
     temperature: float = 1.0
@@ -616,7 +635,7 @@ class LimitsConfig:
     save_s: float | None = 3600.0
     """Saving a checkpoint: begins anew with each 64 MiB that a rank writes."""
     sample_s: float | None = 3600.0
-    """objective=grpo: writing and scoring answers: begins anew with each batch of answers."""
+    """objective=grpo and ppo: writing and scoring answers: begins anew with each batch of answers."""
     export_s: float | None = 3600.0
     """Exporting and checking the export: begins anew with each tensor, and each 64 MiB read or written."""
     slow_node: float = 1.5

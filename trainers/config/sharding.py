@@ -9,7 +9,7 @@ from typing import Any
 
 from trainers.config.choices import Attention, EngineName, Float8, Offload
 from trainers.config.deepspeed_keys import check_overrides
-from trainers.config.derived import SCORED
+from trainers.config.derived import HEADED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import refuse_foreign
 from trainers.config.mesh import mesh_of, shard_of
@@ -80,7 +80,7 @@ def validate_context(config: RunConfig) -> None:
         ("model.attention", backend, backend not in SHARED, "attends by varlen, sdpa or eager", "model.attention=auto"),
     ]
     name = config.objective.name
-    refused += [("objective.name", name, name in SCORED, "scores no documents: each ends in one slice", "engine.context=1")]
+    refused += [("objective.name", name, name in HEADED, "scores no documents: each ends in one slice", "engine.context=1")]
     for path, value, is_set, reason, remedy in refused:
         if is_set:
             value = str(value) if isinstance(value, StrEnum) else value

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from trainers.config.choices import Float8, ObjectiveName, Offload, OptimizerName, OptimizerState, PeftMethod, Quantisation
-from trainers.config.derived import SCORED
+from trainers.config.derived import HEADED
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import shard_of
 from trainers.config.schema import EngineConfig, RunConfig
@@ -37,7 +37,7 @@ def validate_tensor(config: RunConfig) -> None:
         ("optim.state", optim.state, optim.state is not OptimizerState.fp32, "keeps moments in float32", "optim.state=fp32"),
         ("engine.offload_param", param, param is Offload.cpu, "keeps parts of layers where they are computed", "engine.offload_param=none"),
         ("objective.name", name, name is ObjectiveName.distil, "has a part of the vocabulary on each rank", "engine.tensor=1"),
-        ("objective.name", name, name in SCORED, "has no head of scores", "engine.tensor=1"),
+        ("objective.name", name, name in HEADED, "has no head of scores", "engine.tensor=1"),
     ]
     apart = "has a part of the vocabulary on each rank"
     refused += [("objective.label_smoothing", smooth, spreads and smooth > 0, apart, "objective.label_smoothing=0")]

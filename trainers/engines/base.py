@@ -143,8 +143,8 @@ class Engine(Protocol):
         """Return what a checkpoint holds, as torch.distributed.checkpoint writes it: the live tensors, which the next step changes."""
         ...
 
-    def load(self, folder: Path) -> None:
-        """Restore `state` from a directory of torch.distributed.checkpoint, at any world size."""
+    def load(self, folder: Path, part: str | None = None) -> None:
+        """Restore `state` from a directory of torch.distributed.checkpoint, at any world size; `part` names it where that holds several."""
         ...
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

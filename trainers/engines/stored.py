@@ -87,6 +87,9 @@ class _Planner(DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-def load_state(state: dict[str, Any], folder: Path) -> None:
-    """Fill `state` from a checkpoint, resharded as torch.distributed.checkpoint does. Collective; raises CheckpointException."""
-    dcp.load(state, storage_reader=_Reader(folder), planner=_Planner())
+def load_state(state: dict[str, Any], folder: Path, part: str | None = None) -> None:
+    """Fill `state` from a checkpoint, or from the part of it that has a name, resharded as torch.distributed.checkpoint does.
+
+    Collective; raises CheckpointException.
+    """
+    dcp.load(state if part is None else {part: state}, storage_reader=_Reader(folder), planner=_Planner())

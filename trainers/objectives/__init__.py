@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from trainers.config.choices import ObjectiveName
 from trainers.config.derived import PREFERENCES, SAMPLED, SCORED
@@ -47,7 +48,7 @@ def _kto(config: ObjectiveConfig) -> Objective:
 def _of_policy(config: ObjectiveConfig) -> Objective:
     from trainers.objectives.policy import Policy
 
-    return Policy(config)
+    return Policy(replace(config, kl_weight=0.0) if config.name is ObjectiveName.ppo else config)  # whose divergence is in the rewards
 
 
 CHOICES: dict[ObjectiveName, Callable[[ObjectiveConfig], Objective]] = {

@@ -1,15 +1,17 @@
-"""How much better than expected each answer is, from the rewards of answers to the same prompt: pure functions of numbers."""
+"""How much better than expected answers and their tokens are, from rewards and a critic's values: pure functions of numbers."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config.choices import Advantage
+from trainers.config.choices import KL, Advantage
 
 Floats = NDArray[np.float64]
 EPS = 1e-4
 """Added to standard deviations, as TRL does."""
+VARIANCE_EPS = 1e-8
+"""Added to the variance of advantages that are whitened, as TRL does."""
 
 
 def advantages(rewards: Floats, kind: Advantage) -> Floats:
@@ -49,3 +51,46 @@ def same_rewards(rewards: Floats) -> NDArray[np.bool_]:
     lowest, highest = (np.where(np.isnan(rewards), fill, rewards) for fill in (np.inf, -np.inf))
     same: NDArray[np.bool_] = ~(lowest.min(1) < highest.max(1))
     return same
+
+
+def divergence(log_ratios: Floats, kind: KL) -> Floats:
+    """Return an estimate of KL(policy || reference) at each drawn token from log(policy / reference), in nats.
+
+    Schulman 2020, "Approximating KL divergence": k1 is the log-ratio itself, k3 reference / policy - 1 + log(policy / reference).
+    """
+    estimates: Floats = log_ratios if kind is KL.k1 else np.expm1(-log_ratios) + log_ratios
+    return estimates
+
+
+def token_rewards(rewards: Floats, penalties: Floats, starts: NDArray[np.int64]) -> Floats:
+    """Return each token's reward, (labels,): less its penalty, and at the last token of an answer what the answer is worth.
+
+    `rewards` (answers,), `penalties` (labels,); answer a has the labels starts[a] to starts[a + 1] (Ouyang et al. 2022, arXiv 2203.02155,
+    section 3.5: the model's reward less beta times the log-ratio).
+    """
+    found = -penalties
+    has_labels = np.diff(starts) > 0
+    found[starts[1:][has_labels] - 1] += rewards[has_labels]
+    return found
+
+
+def gae(rewards: Floats, values: Floats, starts: NDArray[np.int64], gamma: float, lam: float) -> Floats:
+    """Return generalised advantages of tokens, (labels,), of answers one after the other (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
+
+    `values` (labels,) are what is expected before each token is drawn; after an answer's last token nothing comes.
+    """
+    found, counts = np.zeros(len(values)), np.diff(starts)
+    for place in range(int(counts.max(initial=0)) - 1, -1, -1):
+        here = starts[:-1][counts > place] + place
+        is_last = counts[counts > place] == place + 1
+        after = here + ~is_last
+        errors = rewards[here] + gamma * np.where(is_last, 0.0, values[after]) - values[here]
+        found[here] = errors + gamma * lam * np.where(is_last, 0.0, found[after])
+    return found
+
+
+def whitened(values: Floats) -> Floats:
+    """Return numbers less their mean, over their standard deviation, of samples; one alone is 0."""
+    centred = values - values.mean() if len(values) else values
+    found: Floats = centred / np.sqrt((centred**2).sum() / max(len(values) - 1, 1) + VARIANCE_EPS)
+    return found

@@ -19,7 +19,11 @@ ADVANTAGE = "advantage"
 """The signal of how much better than expected a sampled answer is: a number a document, or one a label."""
 SAMPLED_LOGPS, OLD_LOGPS, REFERENCE_LOGPS = "sampled_logps", "old_logps", "reference_logps"
 """The signals of each label's log-probability in nats: under what sampled it, the policy before its first step on it, the reference."""
-OF_LABELS = frozenset({SAMPLED_LOGPS, OLD_LOGPS, REFERENCE_LOGPS})
+REWARD = "reward"
+"""The signal of what a sampled answer is worth as a whole, (D,); of PPO, whose advantages are made of it."""
+VALUES, RETURNS = "values", "returns"
+"""The signals of the reward that the critic expects before each label is drawn, as the rollout was made, and of what it should say."""
+OF_LABELS = frozenset({SAMPLED_LOGPS, OLD_LOGPS, REFERENCE_LOGPS, VALUES, RETURNS})
 """Signals with one number a label: (labels, 1) in a table, (B, S, 1) in a batch."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from trainers.config.choices import Precision, RewardKind
 from trainers.config.rewards import timeout_of
@@ -20,6 +21,7 @@ from trainers.model.blueprint import Blueprint
 from trainers.plan.estimate import FAST, GIGA, SLOW, Share
 from trainers.plan.request import HardwareConfig, Place
 from trainers.plan.trace import Kind, Moment, Trace
+from trainers.rewards.scored import AT_ONCE
 from trainers.rl.measured import measured_signals
 
 Range = tuple[float, float]
@@ -68,6 +70,8 @@ class Answers:
     """Of all else where a generator's memory is highest."""
     reference_bytes: int
     """Of all ranks' devices together: the frozen weights of the reference, in the type that is computed in; 0 without one."""
+    judges_bytes: int
+    """Of the first rank's device: the reward models that it opens, with their work."""
     sync_bytes: int
     """That a rollout writes, and each generator reads, with new weights."""
     prompt: Work
@@ -81,6 +85,10 @@ class Answers:
     def bytes(self) -> int:
         """Return the bytes of a generator."""
         return self.weights_bytes + self.cache_bytes + self.work_bytes
+
+    def of_rank(self, place: Place) -> float:
+        """Return the bytes of the first rank's device: its share of a generator and of the reference, and the reward models."""
+        return self.bytes / place.ranks_per_node + self.reference_bytes / place.size + self.judges_bytes
 
 
 def answers_of(config: RunConfig, place: Place, blueprint: Blueprint, parameters: int, export_bytes: int) -> Answers:
@@ -103,6 +111,9 @@ def answers_of(config: RunConfig, place: Place, blueprint: Blueprint, parameters
         weights_bytes=weights,
         cache_bytes=last.kept,
         reference_bytes=parameters * blueprint.saved_dtype.itemsize * config.engine.replicate if config.objective.kl_weight else 0,
+        judges_bytes=sum(
+            scorer_bytes(str(reward.path), config.data.seq_len) for reward in config.reward.values() if reward.kind is RewardKind.model
+        ),
         work_bytes=max(part.highest for part in parts.values()) - last.kept,
         sync_bytes=export_bytes,
         prompt=replace(parts["prompt"].work, moved=parts["prompt"].work.moved + weights),
@@ -150,6 +161,25 @@ def traced(blueprint: Blueprint, dtype: torch.dtype, batch: int, prompt: int, ne
                 cache = read(length, cached, cache)
                 cached += length
     return {moment.name: _part(moment, counts.found[moment.name]) for moment in trace.moments() if moment.name != "between"}
+
+
+def scorer_bytes(folder: str, seq_len: int) -> int:
+    """Return what a reward model's directory takes where it is opened: weights, and the most of scoring rows of `seq_len` tokens."""
+    config = AutoConfig.from_pretrained(folder)
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    with torch.device("meta"):
+        model: Any = AutoModelForSequenceClassification.from_config(config, dtype=dtype)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    trace = Trace(config.get_text_config().vocab_size, fake)
+    with fake, trace, torch.no_grad():
+        model.to_empty(device="cpu")
+        trace.label(model.parameters(), Kind.parameters)
+        trace.restart()
+        trace.mark("scores")
+        ids = torch.zeros(AT_ONCE, seq_len, dtype=torch.int64)
+        getattr(model, model.base_model_prefix)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    weights: int = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    return weights + _part(trace.moments()[-1], 0).highest
 
 
 def _part(moment: Moment, operators: int) -> Part:

@@ -6,10 +6,10 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from trainers import host
-from trainers.config.choices import Activations, Float8, Offload
+from trainers.config.choices import Activations, Float8, ObjectiveName, Offload
 from trainers.config.derived import SAMPLED, microbatches, peak_lr
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import mesh_of
@@ -22,11 +22,13 @@ from trainers.model.blueprint import Blueprint
 from trainers.objectives import CHOICES, REFERENCE
 from trainers.plan.answers import ASSUMPTIONS as OF_ANSWERS
 from trainers.plan.answers import Answers, answers_of, not_timed, seconds_of
+from trainers.plan.critic import read_critic, together
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, forward_seconds, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
 from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
 from trainers.plan.simulate import Simulation, ranks, simulate
 from trainers.plan.trace import Kind, Moment
+from trainers.rl.critic import critic_config
 from trainers.units import GIB, in_bytes
 
 TIGHT = 0.9
@@ -51,6 +53,15 @@ class Reference:
     """Of a rank's device: the weights of a frozen copy in the type of its files, sharded as the model is. The pass itself keeps nothing."""
     seconds: tuple[float, float] | None = None
     """Of the pass, with the fast and the slow set of assumptions; None where rows or devices are not known."""
+
+
+@dataclass(kw_only=True)
+class Critic:
+    """What PPO's critic is; its bytes, FLOPs and seconds are in those of the run."""
+
+    parameters: int
+    trainable: int
+    learning_rate: str
 
 
 @dataclass(kw_only=True)
@@ -107,6 +118,8 @@ class Plan:
     """The pass that measures the model that training begins with; None where the objective needs none."""
     answers: Answers | None = None
     """What a run's own answers take, where it learns from them."""
+    critic: Critic | None = None
+    """The second model that PPO trains."""
     price: float | None = None
     activations: dict[str, str] = field(default_factory=dict)
     """By device: what train.activations=auto takes; empty where the setting names it."""
@@ -145,6 +158,7 @@ class Plan:
 
 
 Simulations = dict[str, Simulation]
+Size = TypeVar("Size", int, float)
 
 
 def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanConfig, known: Simulations) -> Plan:
@@ -163,8 +177,12 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     blueprint = attending(blueprint, stand_in(attention))
     simulation = _simulated(config, place, blueprint, data.seq_len, known)
     saved = blueprint.saved_dtype.itemsize
-    moments = [*simulation.moments, *_export(config, simulation, saved)]
+    critic = _simulated_critic(config, place, data.seq_len, known) if config.objective.name is ObjectiveName.ppo else None
+    moments = simulation.moments if critic is None else together(simulation.moments, critic.moments)
+    moments = [*moments, *_export(config, simulation, moments[-1], saved)]
     plan = _describe(variant, config, data, simulation, moments, saved)
+    if critic is not None:
+        _add_critic(plan, config, critic)
     plan.attention = str(attention)
     if REFERENCE in CHOICES[config.objective.name](config.objective).signals:
         copies = simulation.parameters * saved * config.engine.replicate // place.size
@@ -182,17 +200,50 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     if Offload.nvme in (config.engine.offload_param, config.engine.offload_optimizer):
         plan.notes.append("no time is estimated: how fast NVMe is read and written is not known")
     elif one is not None and place.gpus and one.tflops:
-        _price(plan, config, one, simulation, moments)
+        _price(plan, config, one, simulation, moments if critic is None else simulation.moments, critic)
     plan.seconds = time.monotonic() - began
     return plan
 
 
 def _simulated(config: RunConfig, place: Place, blueprint: Blueprint, seq_len: int, known: Simulations) -> Simulation:
-    key = _key(config, place, seq_len)
+    key = _key(config, place, seq_len, blueprint.scores)
     if key not in known:
         with ranks(place.size, place.ranks_per_node) as world:
             known[key] = simulate(config, blueprint, world, seq_len, place.gpus)
     return known[key]
+
+
+def _simulated_critic(config: RunConfig, place: Place, seq_len: int, known: Simulations) -> Simulation:
+    """Take the step of PPO's critic, an engine like the policy's."""
+    config, blueprint = read_critic(config)
+    blueprint = attending(blueprint, stand_in(attention_of(config, blueprint, "cuda" if place.gpus else "cpu")))
+    return _simulated(config, place, blueprint, seq_len, known)
+
+
+def _add_critic(plan: Plan, config: RunConfig, critic: Simulation) -> None:
+    """Add what the critic takes of all but a rank's moments: its work, what it sends, and what is kept and saved of it."""
+    place, config = plan.place, critic_config(config)
+    flops, _, sent = totals(critic.moments, _microbatches(config, place))
+    own = _checkpoint_bytes(critic)
+    plan.critic = Critic(parameters=critic.parameters, trainable=critic.trainable, learning_rate=str(peak_lr(config.optim, config.peft)))
+    plan.flops += flops * place.size
+    plan.slack = max(plan.slack, critic.slack if place.gpus else 0)
+    plan.checkpoint_bytes += own
+    plan.staged += _staged(config, place, own)
+    plan.state, plan.host = _sum(plan.state, critic.state_bytes), _sum(plan.host, _host(config, place, critic))
+    plan.sent = _sum(plan.sent, _by_collective(sent, place))
+
+
+def _sum(sizes: dict[str, Size], more: dict[str, Size]) -> dict[str, Size]:
+    return sizes | {name: sizes.get(name, 0) + size for name, size in more.items()}  # type: ignore[misc]
+
+
+def _checkpoint_bytes(simulation: Simulation) -> int:
+    return simulation.trainable * 4 + simulation.optimizer_bytes + simulation.update_bytes
+
+
+def _staged(config: RunConfig, place: Place, checkpoint: int) -> int:
+    return checkpoint * place.ranks_per_node * config.engine.replicate // place.size if config.checkpoint.asynchronous else 0
 
 
 def _highest(moments: list[Moment]) -> Moment:
@@ -207,7 +258,7 @@ def _describe(variant: Variant, config: RunConfig, data: Data, simulation: Simul
     """Return a plan with what the run is and what its step takes, without verdicts, times and price."""
     place, peak = variant.place, _highest(moments)
     flops, _, sent = totals(simulation.moments, _microbatches(config, place))
-    checkpoint = simulation.trainable * 4 + simulation.optimizer_bytes + simulation.update_bytes
+    checkpoint = _checkpoint_bytes(simulation)
     return Plan(
         name=config.name,
         run_dir=config.run_dir,
@@ -230,7 +281,7 @@ def _describe(variant: Variant, config: RunConfig, data: Data, simulation: Simul
         flops=flops * place.size,
         sent=_by_collective(sent, place),
         host=_host(config, place, simulation),
-        staged=checkpoint * place.ranks_per_node * config.engine.replicate // place.size if config.checkpoint.asynchronous else 0,
+        staged=_staged(config, place, checkpoint),
         checkpoint_bytes=checkpoint,
         export_bytes=simulation.adapter_bytes or simulation.parameters * saved_bytes,
         overrides=variant.overrides,
@@ -243,16 +294,27 @@ def _as_json(moment: Moment) -> dict[str, Any]:
     return {"name": moment.name, "microbatch": moment.microbatch, "block": moment.block, "bytes": sizes}
 
 
-def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Simulation, moments: list[Moment]) -> None:
+def _rank_of(config: RunConfig, place: Place, simulation: Simulation) -> tuple[float, float, float]:
+    """Return what is trained on a rank, its bytes of frozen weights, and those of a microbatch's inputs on the host."""
+    own = config.engine.replicate / place.size
+    return simulation.trainable * own, float(simulation.state_bytes["frozen"]), float(simulation.inputs_on_host)
+
+
+def _price(
+    plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Simulation, moments: list[Moment], critic: Simulation | None
+) -> None:
     """Add the seconds of a step on a device, and the device's price."""
-    own = config.engine.replicate / plan.place.size
-    rank = (simulation.trainable * own, float(simulation.state_bytes["frozen"]), float(simulation.inputs_on_host))
+    rank = _rank_of(config, plan.place, simulation)
     microbatches = _microbatches(config, plan.place)
     fast, slow = (step_seconds(config, plan.place, device, moments, microbatches, share, *rank) for share in (FAST, SLOW))
     plan.step_seconds, plan.price, plan.assumptions = (fast, slow), device.price, list(ASSUMPTIONS)
     if plan.answers is not None:
         forward = [forward_seconds(config, plan.place, device, moments, share, *rank[:2]) * microbatches for share in (FAST, SLOW)]
         plan.answers.seconds = seconds_of(plan.answers, config, device, (forward[0], forward[1]), (fast, slow))
+        if critic is not None:
+            of, other = critic_config(config), _rank_of(config, plan.place, critic)
+            each = [step_seconds(of, plan.place, device, critic.moments, microbatches, share, *other) for share in (FAST, SLOW)]
+            plan.answers.seconds["critic"] = each[0], each[1]
         low, high = (sum(parts) for parts in zip(*plan.answers.seconds.values(), strict=True))
         plan.step_seconds, plan.assumptions = (low, high), [*plan.assumptions, *OF_ANSWERS]
     if plan.reference is not None and (rows := plan.data.measured[0] if plan.data.measured else plan.data.rows):
@@ -261,7 +323,7 @@ def _price(plan: Plan, config: RunConfig, device: HardwareConfig, simulation: Si
         plan.reference.seconds = passes * each[0], passes * each[1]
 
 
-def _key(config: RunConfig, place: Place, seq_len: int) -> str:
+def _key(config: RunConfig, place: Place, seq_len: int, scores: bool = False) -> str:
     """Return what two runs must share to need the same memory."""
     kept = replace(config, name="", run_dir="", data=DataConfig(), checkpoint=CheckpointConfig(), log=type(config.log)(), seed=0)
     settings = plain(kept)
@@ -269,12 +331,12 @@ def _key(config: RunConfig, place: Place, seq_len: int) -> str:
     del settings["peft"]["lr"]
     for name in ("steps", "epochs", "eval_every", "patience", "compile"):
         settings["train"].pop(name)
-    return json.dumps([settings, asdict(place), seq_len], sort_keys=True)
+    return json.dumps([settings, asdict(place), seq_len, scores], sort_keys=True)
 
 
 def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Moment) -> None:
     """Compare what is needed with what each device has; ranks without a GPU share this machine's memory."""
-    answers = 0.0 if plan.answers is None else plan.answers.bytes / place.ranks_per_node + plan.answers.reference_bytes / place.size
+    answers = 0.0 if plan.answers is None else plan.answers.of_rank(place)
     if not place.gpus:
         limit = _host_limit(place, None) / place.ranks_per_node
         answers += 0.0 if plan.answers is None else host.PROCESS_BYTES / place.ranks_per_node
@@ -322,11 +384,10 @@ def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, 
     return needed.parts | ({"paged optimizer state": paged} if paged else {})
 
 
-def _export(config: RunConfig, simulation: Simulation, saved: int) -> list[Moment]:
+def _export(config: RunConfig, simulation: Simulation, end: Moment, saved: int) -> list[Moment]:
     """Return the moment in which the largest tensor is whole on a device to be written; those of adapters are small."""
     if config.engine.offload_param is not Offload.none or simulation.adapter_bytes:
         return []
-    end = simulation.moments[-1]
     largest = simulation.largest * (4 + saved)
     return [Moment("export", None, None, {**end.end, Kind.buffers: end.end.get(Kind.buffers, 0.0) + largest})]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from trainers.config.errors import ConfigError
 
-VERSION = 5
+VERSION = 6
 """Of plan.json and what its numbers mean: raise it when either changes."""
 UNFIT = 3
 """Exit code of trainers.plan where a run does not fit; 1 is that of a process that failed."""

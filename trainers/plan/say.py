@@ -43,25 +43,29 @@ def _memory(plan: Plan) -> Table:
         table.add_row(words, in_bytes(plan.peak.get(str(kind), 0.0)))
     table.add_row("tensors together", in_bytes(sum(plan.peak.values())))
     name = next(iter(plan.needed))
-    answers, reference = 0.0, 0.0
-    if plan.answers is not None:
-        answers, reference = plan.answers.bytes / plan.place.ranks_per_node, plan.answers.reference_bytes / plan.place.size
-    outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack - answers - reference
+    next_to = 0.0 if plan.answers is None else plan.answers.of_rank(plan.place)
+    outside = plan.needed[name] - sum(plan.peak.values()) - plan.slack - next_to
     if plan.place.gpus:
         table.add_row("slack of torch's allocator (its rules, replayed for this step)", in_bytes(plan.slack))
         table.add_row("outside of it: CUDA context and NCCL (conf/hardware)", in_bytes(outside))
     else:
         table.add_row("the process itself", in_bytes(outside))
     if plan.answers is not None:
-        table.add_row("its share of its node's generator", in_bytes(answers))
-    if reference:
-        table.add_row("its share of the frozen reference", in_bytes(reference))
+        table.add_row("its share of its node's generator", in_bytes(plan.answers.bytes / plan.place.ranks_per_node))
+        if plan.answers.reference_bytes:
+            table.add_row("its share of the frozen reference", in_bytes(plan.answers.reference_bytes / plan.place.size))
+        if plan.answers.judges_bytes:
+            table.add_row("reward models, on the first rank", in_bytes(plan.answers.judges_bytes))
     return table
 
 
 def _size(plan: Plan) -> list[tuple[str, str]]:
     trained = "all trained" if plan.trainable == plan.parameters else f"{plan.trainable:,} trained ({plan.trainable / plan.parameters:.3%})"
-    return [("parameters", f"{plan.parameters:,}, {trained}"), ("attention", plan.attention)]
+    rows = [("parameters", f"{plan.parameters:,}, {trained}"), ("attention", plan.attention)]
+    if plan.critic is None:
+        return rows
+    of = plan.critic
+    return [*rows, ("the critic", f"{of.parameters:,} parameters, {of.trainable:,} trained, peak learning rate {of.learning_rate}")]
 
 
 def _host(plan: Plan) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from trainers.batch import Batch, Needs, Output
+from trainers.batch import Batch, Needs, Output, each_token
 from trainers.config.choices import ObjectiveName, Offload, PeftMethod
 from trainers.config.derived import compares, microbatches
 from trainers.config.errors import ConfigError
@@ -31,7 +31,7 @@ from trainers.engines.base import Accepts, Engine
 from trainers.engines.build import class_of, end_groups, outline
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.experts import one_by_one
-from trainers.objectives import make_objective
+from trainers.objectives import Objective, make_objective
 from trainers.objectives.base import OF_LABELS, Measured
 from trainers.peft import nf4
 from trainers.plan.allocator import replay
@@ -242,14 +242,14 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     config = _in_memory(dataclasses.replace(config, train=dataclasses.replace(config.train, compile=False)))
     with _float8_of(gpus):
         engine = outline(config, world, blueprint)
-    objective = make_objective(config.objective, None, config.train.balance_loss)
+    objective = objective_of(config, blueprint)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     trace = Trace(blueprint.config.get_text_config().vocab_size // config.engine.tensor, fake)
     count = min(MICROBATCHES, microbatches(config.train, mesh_of(config.engine, world.size).data_size))
     vocab_size = blueprint.config.get_text_config().vocab_size
-    batches = [most_of(config, config.train.microbatch, seq_len, vocab_size) for _ in range(count)]
+    batches = [most_of(config, config.train.microbatch, seq_len, vocab_size, objective) for _ in range(count)]
     rows = config.train.eval_microbatch or 0
-    evaluated = most_of(config, rows, seq_len, vocab_size) if rows > config.train.microbatch else None
+    evaluated = most_of(config, rows, seq_len, vocab_size, objective) if rows > config.train.microbatch else None
     has_dtensors = any(isinstance(p, DTensor) for p in engine.model.parameters())
     stepping: Callable[[], AbstractContextManager[Any]] = unset_fake_temporarily if has_dtensors else nullcontext  # DTensor has its own
     with warnings.catch_warnings(), _few_chunks(trace), fake, trace:
@@ -445,11 +445,22 @@ class _Marks:
         return mark
 
 
-def most_of(config: RunConfig, rows: int, seq_len: int, vocab_size: int) -> Batch:
+def objective_of(config: RunConfig, blueprint: Blueprint) -> Objective:
+    """Return what a model of a run is trained on: the run's objective, and of PPO's critic the values."""
+    if config.objective.name is ObjectiveName.ppo and blueprint.scores:
+        from trainers.objectives.values import Values
+
+        return Values(config.objective)
+    return make_objective(config.objective, None, config.train.balance_loss)
+
+
+def most_of(config: RunConfig, rows: int, seq_len: int, vocab_size: int, trained: Objective | None = None) -> Batch:
     """Return the most that a microbatch of so many rows takes, with its signals; of pairs that are not packed both answers."""
     objective = config.objective
     in_row = 2 if compares(objective.name) and not config.data.packing else 1
-    batch = whole_batch(in_row * rows, seq_len, make_objective(objective, None).signals)
+    batch = whole_batch(in_row * rows, seq_len, (trained or make_objective(objective, None)).signals)
+    if objective.name is ObjectiveName.ppo and trained is not None and trained.needs.scores:
+        return each_token(batch)
     if objective.name is not ObjectiveName.distil:
         return batch
     from trainers.teacher import as_taught

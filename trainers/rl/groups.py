@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config.choices import Advantage
-from trainers.config.schema import RunConfig
+from trainers.config.choices import Advantage, ObjectiveName
+from trainers.config.schema import ObjectiveConfig, RunConfig
 from trainers.data.table import save_table
 from trainers.generate.request import LENGTH, Answer
 from trainers.objectives.advantage import advantages, same_rewards
-from trainers.objectives.base import ADVANTAGE, SAMPLED_LOGPS
+from trainers.objectives.base import ADVANTAGE, REWARD, SAMPLED_LOGPS
 from trainers.rl.prompts import table_of
 
 ANSWERS = "answers.jsonl"
@@ -47,9 +47,9 @@ class Group:
         return np.array([answer.finish == LENGTH for answer in self.answers])
 
 
-def teaches(group: Group, kind: Advantage) -> bool:
-    """Tell whether an update can come of a group: its rewards differ, or are compared with those of other groups."""
-    if kind is Advantage.reinforce_pp:
+def teaches(group: Group, objective: ObjectiveConfig) -> bool:
+    """Tell whether an update can come of a group: its rewards differ, or are compared with those of other groups or a critic's values."""
+    if objective.name is ObjectiveName.ppo or objective.advantage is Advantage.reinforce_pp:
         return not bool(np.isnan(group.rewards).all())
     return not bool(same_rewards(group.rewards[None])[0])
 
@@ -73,8 +73,11 @@ def save_groups(groups: Sequence[Group], config: RunConfig, folder: Path) -> Non
     """Write the groups of all steps of a rollout as a table with signals, and what is known of each answer next to it."""
     steps = config.rl.steps_per_rollout
     each = len(groups) // steps
-    of_steps = [groups[at * each : (at + 1) * each] for at in range(steps)]
-    worth = np.concatenate([advantages(np.stack([group.rewards for group in part]), config.objective.advantage) for part in of_steps])
+    of_steps = [np.stack([group.rewards for group in groups[at * each : (at + 1) * each]]) for at in range(steps)]
+    rewards = np.nan_to_num(np.concatenate(of_steps))
+    worth = None
+    if config.objective.name is not ObjectiveName.ppo:  # whose advantages are made of what its critic says
+        worth = np.concatenate([advantages(part, config.objective.advantage) for part in of_steps])
     documents, labels, logps = list[list[int]](), list[int](), list[float]()
     for group in groups:
         for answer, is_cut, reward in zip(group.answers, group.is_cut, group.rewards, strict=True):
@@ -83,20 +86,23 @@ def save_groups(groups: Sequence[Group], config: RunConfig, folder: Path) -> Non
             is_trained = not np.isnan(reward) and not (is_cut and config.rl.mask_truncated)
             labels.append(len(ids) if is_trained else 0)
             logps += answer.logps or [] if is_trained else []
-    signals = {ADVANTAGE: worth.reshape(-1).astype(np.float32), SAMPLED_LOGPS: np.array(logps, np.float32)[:, None]}
+    told = {REWARD: rewards} if worth is None else {ADVANTAGE: worth}
+    signals = {name: values.reshape(-1).astype(np.float32) for name, values in told.items()}
+    signals[SAMPLED_LOGPS] = np.array(logps, np.float32)[:, None]
     save_table(table_of(documents, labels, signals), folder)
     with (folder / ANSWERS).open("w", encoding="utf-8") as file:
-        for group, values in zip(groups, worth, strict=True):
+        for number, group in enumerate(groups):
             for sample in range(len(group.answers)):
-                file.write(json.dumps(_told(group, sample, float(values[sample])), ensure_ascii=False) + "\n")
+                advantage = {} if worth is None else {"advantage": float(worth[number][sample])}
+                file.write(json.dumps(_told(group, sample) | advantage, ensure_ascii=False) + "\n")
 
 
-def _told(group: Group, sample: int, advantage: float) -> dict[str, Any]:
+def _told(group: Group, sample: int) -> dict[str, Any]:
     """Return what is known of an answer, as JSON has it."""
     reasons = {name: texts[sample] for name, texts in group.reasons.items() if texts[sample]}
     numbers = {"reward": group.rewards[sample]} | {f"reward/{name}": values[sample] for name, values in group.parts.items()}
     told = {"prompt": group.number, "position": group.position, "sample": sample, "answer": group.texts[sample]}
-    told |= {"finish": group.answers[sample].finish, "tokens": len(group.answers[sample].ids or ()), "advantage": advantage}
+    told |= {"finish": group.answers[sample].finish, "tokens": len(group.answers[sample].ids or ())}
     return (
         told | {name: None if np.isnan(value) else float(value) for name, value in numbers.items()} | ({"why": reasons} if reasons else {})
     )

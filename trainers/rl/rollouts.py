@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import Batch, Sizes
+from trainers.config.choices import ObjectiveName
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.data.loader import Ints, Made, deal, make_batch, row_order
@@ -29,8 +30,10 @@ from trainers.generate.request import STOP, Answer, Request
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint, positions_limit
-from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS
+from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS, RETURNS, VALUES
 from trainers.rewards.score import Rewards
+from trainers.rl.critic import Critic, build_critic
+from trainers.rl.estimates import estimate
 from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
 from trainers.rl.measured import GIVEN, build_reference, measure, measured_signals, open_rollout
@@ -68,6 +71,8 @@ class Sampler:
     """The frozen model that the policy is kept near."""
     untemper: Callable[[], None] = nothing
     """Has the policy's log-probabilities be the model's own again, as its export's are."""
+    critic: Critic | None = None
+    """What expects rewards, where the objective is PPO."""
     version: int = -1
     """Steps that the weights which generators have were trained for."""
 
@@ -132,8 +137,9 @@ class Sampler:
         """End what was started."""
         self.generators.close()
         self.untemper()
-        if self.reference is not None:
-            self.reference.close()
+        for engine in (self.reference, None if self.critic is None else self.critic.engine):
+            if engine is not None:
+                engine.close()
         if self.rewards is not None:
             self.rewards.close()
             if self.attempt.is_current(at_once=True):  # else they are a newer one's
@@ -165,6 +171,8 @@ def make_sampler(
         more["reference"] = build_reference(config, world, blueprint)
         temper(more["reference"].model, config.rl.temperature)
     more["untemper"] = temper(engine.model, config.rl.temperature)
+    if config.objective.name is ObjectiveName.ppo:
+        more["critic"] = build_critic(config, world, tokenizer)
     return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
 
 
@@ -180,7 +188,7 @@ class Rollouts:
         """Make nothing yet."""
         config = sampler.config
         self.measured = measured_signals(config)
-        self.signals = self.measured | GIVEN
+        self.signals = self.measured | GIVEN | ({RETURNS} if sampler.critic is not None else frozenset())
         self.sampler, self.config, self.rl, self.world, self.attempt = sampler, config, config.rl, sampler.world, sampler.attempt
         self.prompts, self.pad_id = data.train, pad_id(sampler.tokenizer)
         self.rows = read_rows(data.path, "train") if self.world.rank == 0 else []
@@ -212,7 +220,7 @@ class Rollouts:
                 return False
             spent = written
         spent |= self._measure(step, folder)
-        about = self.world.from_first(json.loads((folder / ABOUT).read_text()) if self.world.rank == 0 else {})
+        about = self.world.from_first(self._about(folder) if self.world.rank == 0 else {})
         self.opened = first, open_rollout(folder, self.signals), about["position"]
         figures = about["figures"]
         if step == first:
@@ -258,11 +266,19 @@ class Rollouts:
         """Have what trainer and reference say of a rollout's tokens next to it; returns the seconds that it took. Collective."""
         if not self.measured:
             return {}
-        began, engines = time.perf_counter(), {OLD_LOGPS: self.sampler.engine, REFERENCE_LOGPS: self.sampler.reference}
+        critic = None if self.sampler.critic is None else self.sampler.critic.engine
+        began, engines = time.perf_counter(), {OLD_LOGPS: self.sampler.engine, REFERENCE_LOGPS: self.sampler.reference, VALUES: critic}
         known = {name: engine for name, engine in engines.items() if engine is not None and name in self.measured}
         is_first = step % self.rl.steps_per_rollout == 0
         measured = measure(folder, known, self.attempt, self.world, self.config.train.microbatch, self.pad_id, is_first)
         return {"measuring_seconds": time.perf_counter() - began} if measured else {}
+
+    def _about(self, folder: Path) -> dict[str, Any]:
+        """Return what is known of a rollout, with what its critic says; advantages are made where they are not there. On rank 0."""
+        about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
+        if self.sampler.critic is not None:
+            about["figures"] |= estimate(folder, self.config.objective, self.attempt)
+        return about
 
     def _save(self, drawn: list[Group], wanted: int, begin: int, position: int, folder: Path) -> None:
         """Write the groups that teach, and where there are too few of them others, whose advantages are 0; complete or absent."""
@@ -280,7 +296,7 @@ class Rollouts:
         staging.rename(folder)
 
     def _teaches(self, group: Group) -> bool:
-        return teaches(group, self.config.objective.advantage)
+        return teaches(group, self.config.objective)
 
     def _position(self, first: int) -> int:
         """Return where the prompts of a rollout begin: where those of the one before ended. Raises TrainingFailed where that is gone."""

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ from trainers.engines.deepspeed.partitions import Partitions, believe_ranks, par
 from trainers.engines.deepspeed.settings import REUSED, begin_nvme, believe_float16, bytes_on_host, require_ops, settings
 from trainers.engines.deepspeed.state import begin_state, load, optimizer_of, state_of
 from trainers.engines.ops import import_deepspeed
+from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.experts import compute_in_float32, experts_words, mixtures, one_by_one, routing_of
 from trainers.model.forward import forward
@@ -267,11 +269,11 @@ class ZeRO3Engine:
         """Return this rank's master weights and moments as flat DTensors on the host: copies, but of what lives there."""
         return state_of(self.partitions, self.adaptation.update, self.scale)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, part: str | None = None) -> None:
         """Restore master weights and moments at any world size, then take the parameters over from them."""
         self._average(False)
         self.engine.empty_partition_cache()
-        load(self.partitions, self.adaptation.update, self.scale, folder)
+        load(self.partitions, self.adaptation.update, self.scale, partial(load_state, folder=folder, part=part))
         self._take_scale()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

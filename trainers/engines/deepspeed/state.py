@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,6 @@ from trainers.config.schema import OptimConfig, RunConfig
 from trainers.engines.deepspeed.partitions import MOMENTS, Partitions
 from trainers.engines.deepspeed.settings import takes_cpu_adam
 from trainers.engines.ops import require_op
-from trainers.engines.stored import load_state
 from trainers.optim import decay_groups, make_optimizer
 from trainers.peft.base import Adaptation
 from trainers.peft.update import Update
@@ -78,13 +77,13 @@ def state_of(partitions: Partitions, update: Update | None, scale: LossScale | N
     return state
 
 
-def load(partitions: Partitions, update: Update | None, scale: LossScale | None, folder: Path) -> None:
-    """Restore master weights and moments at any world size, then take the parameters over from them."""
+def load(partitions: Partitions, update: Update | None, scale: LossScale | None, read: Callable[[Any], None]) -> None:
+    """Restore master weights and moments at any world size, then take the parameters over; `read` fills a state from a checkpoint."""
     state = state_of(partitions, update, scale)
     own: Any = partitions.optimizer.optimizer if hasattr(partitions.optimizer.optimizer, "saved") else None
     if own is not None:
-        own.expect(state["optimizer"], lambda part: load_state({"optimizer": part}, folder))
-    load_state(state, folder)
+        own.expect(state["optimizer"], lambda part: read({"optimizer": part}))
+    read(state)
     for number, master, places in partitions.sub_groups():
         with partitions.present(number):
             for name, (start, end) in places.items() if not hasattr(own, "trained") else ():  # its checkpoint's model is an average

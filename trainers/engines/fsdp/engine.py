@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ from trainers.engines.fsdp.state import (
     state_of,
     whole,
 )
+from trainers.engines.stored import load_state
 from trainers.model.blueprint import Blueprint, find_blocks, model_class
 from trainers.model.experts import experts_words, mixtures, routing_of
 from trainers.model.forward import forward
@@ -324,13 +326,13 @@ class FSDPEngine:
         """Return the live shards of what is trained, and of the optimizer; averages where that averages, which are copies."""
         return self.saved(state_of(self.model, self.optimizer, self.adaptation.update, self.scale))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, part: str | None = None) -> None:
         """Restore model and optimizer, resharded to this world size."""
         self._average(False)
         if self.split is None:
-            load(self.model, self.optimizer, self.adaptation.update, self.scale, folder)
+            load(self.model, self.optimizer, self.adaptation.update, self.scale, partial(load_state, folder=folder, part=part))
         else:
-            load_in_place(self.state(), self.scale, folder)
+            load_in_place(self.state(), self.scale, partial(load_state, folder=folder, part=part))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each tensor of the export, gathered one at a time and cast to its type there."""

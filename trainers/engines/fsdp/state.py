@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,6 @@ from transformers import PreTrainedModel
 
 from trainers.config.schema import OptimConfig
 from trainers.engines.base import table_parameters
-from trainers.engines.stored import load_state
 from trainers.model.weights import Origin, load_parts, require_tied, tied_names
 from trainers.optim import decay_groups, make_optimizer
 from trainers.peft.base import Adaptation
@@ -42,19 +40,19 @@ def state_of(model: PreTrainedModel, optimizer: Any, update: Update | None, scal
     return state if update is None else state | update.state(partial(placed, model))
 
 
-def load(model: PreTrainedModel, optimizer: Any, update: Update | None, scale: LossScale | None, folder: Path) -> None:
-    """Restore model and optimizer, resharded to this world size."""
+def load(model: PreTrainedModel, optimizer: Any, update: Update | None, scale: LossScale | None, read: Callable[[Any], None]) -> None:
+    """Restore model and optimizer, resharded to this world size; `read` fills a state from a checkpoint."""
     state = state_of(model, optimizer, update, scale)
     own: Any = optimizer if hasattr(optimizer, "saved") else None
     if own is not None:
-        own.expect(state["optimizer"], lambda part: load_state({"optimizer": part}, folder))
-    load_state(state, folder)
+        own.expect(state["optimizer"], lambda part: read({"optimizer": part}))
+    read(state)
     trained = state["model"]
     if own is not None:
         own.take(state["optimizer"])
     if hasattr(own, "trained"):  # the checkpoint's model is an average
         trained = {name: kinds["y"] for name, kinds in state["optimizer"]["state"].items()}
-    set_model_state_dict(model, trained, options=StateDictOptions(strict=False))  # load_state misses no key
+    set_model_state_dict(model, trained, options=StateDictOptions(strict=False))  # `read` misses no key
     if scale is not None:
         scale.load(state["loss_scale"])
     if update is not None:
@@ -91,9 +89,9 @@ def placed(model: PreTrainedModel, name: str, elements: Tensor) -> Tensor:
     return DTensor(part, p._spec, requires_grad=False) if isinstance(p, DTensor) else part
 
 
-def load_in_place(state: dict[str, Any], scale: LossScale | None, folder: Path) -> None:
-    """Fill live tensors from a checkpoint, resharded to this world size."""
-    load_state(state, folder)
+def load_in_place(state: dict[str, Any], scale: LossScale | None, read: Callable[[Any], None]) -> None:
+    """Fill live tensors from a checkpoint, resharded to this world size, by `read`."""
+    read(state)
     if scale is not None:
         scale.load(state["loss_scale"])
 

@@ -1,0 +1,345 @@
+"""PPO: advantages of tokens and both losses equal TRL's and their formulas; the critic is trained alike under any split and continues."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command import arguments, environment, launch, started, trace, wait_for_step, wait_until_gone
+from conftest import Ranks
+from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_table
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from trainers.batch import IGNORE, Batch, Output, each_token
+from trainers.config.choices import KL, Average, EngineName, ObjectiveName, PeftMethod
+from trainers.config.schema import CheckpointConfig, EngineConfig, ObjectiveConfig, PeftConfig, RunConfig
+from trainers.data.loader import Loader
+from trainers.data.prepare import Prepared
+from trainers.data.sources import digits
+from trainers.data.table import TokenTable, open_table, save_table
+from trainers.engines.build import build_engine
+from trainers.loop import train
+from trainers.model.scores import ScoreHead, with_head
+from trainers.objectives import make_objective
+from trainers.objectives.advantage import divergence, gae, token_rewards, whitened
+from trainers.objectives.base import ADVANTAGE, REFERENCE_LOGPS, RETURNS, REWARD, SAMPLED_LOGPS, VALUES
+from trainers.objectives.values import Values
+from trainers.rl.critic import Critic, critic_config
+from trainers.rl.estimates import estimate
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.rows import evaluations, read_rows, steps
+from trainers.world import World
+
+TRL: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "trl_ppo.json").read_text())
+PPO = ObjectiveConfig(name=ObjectiveName.ppo, average=Average.tokens, clip_low=0.1, clip_high=0.15, value_clip=0.3, critic_lr=2 * LR)
+PPO = replace(PPO, critic_clip=0.25, critic_weight_decay=0.1)
+LORA = PeftConfig(method=PeftMethod.lora, lr=LR, rank=4, targets=["q_proj", "v_proj"])
+
+
+# Formulas.
+
+
+def test_advantages_are_sums_of_discounted_errors() -> None:
+    """Of answers of 3, 0, 1 and 5 tokens, by the sum that GAE is defined as."""
+    starts, drawn = np.array([0, 3, 3, 4, 9]), np.random.default_rng(2)
+    rewards, values, gamma, lam = drawn.standard_normal(9), drawn.standard_normal(9), 0.9, 0.7
+    found = gae(rewards, values, starts, gamma, lam)
+    for begin, end in itertools.pairwise(starts):
+        after = np.append(values[begin:end], 0.0)[1:]
+        errors = rewards[begin:end] + gamma * after - values[begin:end]
+        expected = [sum((gamma * lam) ** (later - now) * errors[later] for later in range(now, end - begin)) for now in range(end - begin)]
+        np.testing.assert_allclose(found[begin:end], expected, rtol=1e-12, atol=1e-12)
+    whole = gae(rewards, values, starts, 1.0, 1.0) + values  # the rewards that are still to come
+    np.testing.assert_allclose(whole[:3], rewards[:3][::-1].cumsum()[::-1], rtol=1e-12)
+    assert gae(np.zeros(0), np.zeros(0), np.array([0, 0]), 1.0, 0.9).tolist() == []
+
+
+def test_rewards_come_at_the_last_token_and_cost_the_divergence() -> None:
+    found = token_rewards(np.array([2.0, 7.0, -1.0]), np.array([0.1, 0.2, 0.3]), np.array([0, 2, 2, 3]))
+    assert found == pytest.approx([-0.1, 1.8, -1.3])
+    ratios = np.array([0.5, -0.25])
+    assert divergence(ratios, KL.k1).tolist() == ratios.tolist()
+    assert divergence(ratios, KL.k3) == pytest.approx([math.exp(-0.5) - 1 + 0.5, math.exp(0.25) - 1 - 0.25])
+    values = np.array([1.0, 2.0, 6.0])
+    np.testing.assert_allclose(whitened(values), (values - 3) / np.sqrt(values.var(ddof=1) + 1e-8), rtol=1e-12)
+    assert whitened(np.array([4.0])).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", TRL["advantages"])
+def test_a_rollouts_advantages_and_returns_are_those_of_trl(name: str, tmp_path: Path) -> None:
+    case = TRL["advantages"][name]
+    typed = {key: KL(value) if key == "kl_estimator" else value for key, value in case["settings"].items()}
+    size = len(case["values"][0])
+    table = ragged_table([size + 1] * len(case["values"]))
+    supervised = np.tile(np.arange(size + 1) > 0, len(case["values"])).astype(np.uint8)
+    signals = {key: np.array(case[key], np.float32).reshape(-1, 1) for key in (SAMPLED_LOGPS, REFERENCE_LOGPS, VALUES)}
+    save_table(replace(table, supervised=supervised, signals=signals | {REWARD: np.array(case["rewards"], np.float32)}), tmp_path)
+    (tmp_path / "run").mkdir()
+    told = estimate(tmp_path, replace(PPO, **typed), Attempt(tmp_path / "run"))
+    found = open_table(tmp_path).signals
+    np.testing.assert_allclose(found[ADVANTAGE][:, 0], np.ravel(case["advantages"]), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found[RETURNS][:, 0], np.ravel(case["returns"]), rtol=1e-6, atol=1e-6)
+    apart = np.ravel(case["returns"]) - np.ravel(case["values"])
+    assert told["explained_variance"] == pytest.approx(1 - apart.var() / np.ravel(case["returns"]).var(), rel=1e-5)
+    assert estimate(tmp_path, replace(PPO, **typed), Attempt(tmp_path / "run")) == told, "what is there is not made anew"
+
+
+def batch_of(case: dict[str, Any]) -> Batch:
+    """Return an answer a row."""
+    rows, size = len(case["logps"]), max(map(len, case["logps"])) + 1
+    labels, documents = torch.full((rows, size), IGNORE), torch.full((rows, size), -1)
+    signals = {name: torch.zeros(rows, size, 1) for name in (SAMPLED_LOGPS, ADVANTAGE, VALUES, RETURNS)}
+    for number, row in enumerate(case["logps"]):
+        labels[number, : len(row)], documents[number, : len(row) + 1] = 1, number
+        for name, of in {SAMPLED_LOGPS: "sampled_logps", ADVANTAGE: "advantages", VALUES: "values", RETURNS: "returns"}.items():
+            signals[name][number, : len(row), 0] = torch.tensor(case[of][number])
+    ids = torch.zeros_like(labels)
+    fields = {"num_rows": rows, "num_tokens": size, "num_documents": rows, "signals": signals}
+    return Batch(input_ids=ids, labels=labels, position_ids=ids, documents=documents, **fields)
+
+
+def test_both_losses_and_their_gradients_are_those_of_trl() -> None:
+    case = TRL["losses"]
+    batch, config = batch_of(case), ObjectiveConfig(name=ObjectiveName.ppo, average=Average.tokens, kl_weight=0.3)
+    count = int((batch.labels != IGNORE).sum())
+    given = {name: torch.zeros(batch.labels.shape) for name in ("logps", "predicted")}
+    for name, values in given.items():
+        for number, row in enumerate(case[name]):
+            values[number, : len(row)] = torch.tensor(row)
+        values.requires_grad_()
+    policy = make_objective(config, batch.signals)
+    loss = policy(Output(logps=given["logps"], entropy=torch.zeros(batch.labels.shape)), batch)
+    apart = each_token(batch)
+    critic = Values(config)(Output(logps=given["logps"].detach(), scores=given["predicted"].view(-1, 1)), apart)
+    for name, found, of in (("policy_loss", loss, "logps"), ("value_loss", critic, "predicted")):
+        total = found.total / count
+        total.backward()
+        assert float(total.detach()) == pytest.approx(case[name], rel=1e-6)
+        gradient = given[of].grad
+        assert gradient is not None
+        expected = [value for row in case[f"{of}_gradient"] for value in row]
+        assert gradient[batch.labels != IGNORE].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-8)
+        assert not gradient[batch.labels == IGNORE].any()
+    assert float(critic.figures["value_clip_share"]) / count == pytest.approx(case["value_clip_share"])
+
+
+# Any split.
+
+
+def sampled_table(packed: int | None) -> TokenTable:
+    table, drawn = ragged_table(LENGTHS, packed), np.random.default_rng(5)
+    count = int(table.label_starts[-1])
+    near = -math.log(33) + 0.3 * drawn.standard_normal((count, 1))
+    more = {name: drawn.standard_normal((count, 1)) for name in (ADVANTAGE, VALUES, RETURNS)}
+    return replace(table, signals={name: values.astype(np.float32) for name, values in (more | {SAMPLED_LOGPS: near}).items()})
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a head of one score, as a reward model is exported."""
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_llama, num_labels=1, pad_token_id=0, dtype=torch.float32)
+    torch.nn.init.normal_(model.score.weight, std=0.2)
+    folder = tmp_path_factory.mktemp("scorer")
+    model.save_pretrained(folder)
+    return folder
+
+
+def built(world: World, run_dir: Path, model: Path, scorer: Path, engine: str, lora: bool, **fields: Any) -> tuple[RunConfig, Any, Critic]:
+    """Return a run's config, its policy and its critic."""
+    run_dir.mkdir(exist_ok=True)
+    config = replace(config_for(run_dir, model, **fields), objective=PPO, engine=EngineConfig(name=EngineName(engine)))
+    config = replace(config, peft=LORA if lora else PeftConfig(), checkpoint=CheckpointConfig(every=2, keep_last=3, asynchronous=False))
+    of_critic = critic_config(config)
+    blueprint = blueprint_for(scorer)
+    headed = replace(blueprint, config=with_head(blueprint.config, ScoreHead(pad_id=0)), scores=True)
+    return config, build_engine(config, world, blueprint_for(model)), Critic(of_critic, build_engine(of_critic, world, headed))
+
+
+def run_ppo(
+    world: World, run_dir: Path, model: Path, scorer: Path, table: TokenTable, fields: dict[str, Any], engine: str, lora: bool
+) -> list[dict[str, Any]]:
+    """Train both through the real loader and loop; return what metrics.jsonl says of the steps."""
+    config, policy, critic = built(world, run_dir, model, scorer, engine, lora, **fields)
+    data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
+    loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+    train(config, world, Attempt(run_dir), policy, data, loader, 1.0, critic=critic)
+    return steps(read_rows(run_dir)) if world.rank == 0 else []
+
+
+def plain_steps(model_dir: Path, scorer: Path, table: TokenTable, num_steps: int) -> list[tuple[float, ...]]:
+    """One process, plain transformers and torch, one unpadded answer at a time: loss and gradient norm of both models in each step."""
+    policy = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    critic = AutoModelForSequenceClassification.from_pretrained(scorer, dtype=torch.float32)
+    take, count = (plain_adamw(policy, LR, num_steps), plain_adamw(critic, 2 * LR, num_steps, 0.25)), int(table.label_starts[-1])
+    found = []
+    for _ in range(num_steps):
+        totals = [torch.zeros(()), torch.zeros(())]
+        for document in range(len(LENGTHS)):
+            part = slice(table.offsets[document], table.offsets[document + 1])
+            ids = torch.from_numpy(table.tokens[part].astype(np.int64))
+            kept = torch.from_numpy(table.supervised[part][1:] > 0)
+            own = slice(*table.label_starts[document : document + 2])
+            signals = {name: torch.from_numpy(table.signals[name][own][:, 0]) for name in table.signals}
+            logps = policy(input_ids=ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None])[kept, 0]
+            ratio, worth = torch.exp(logps - signals[SAMPLED_LOGPS]), signals[ADVANTAGE]
+            totals[0] = totals[0] - torch.min(ratio * worth, ratio.clamp(0.9, 1.15) * worth).sum()
+            hidden = critic.model(input_ids=ids[None]).last_hidden_state[0, :-1]
+            values, old, wanted = critic.score(hidden)[kept, 0], signals[VALUES], signals[RETURNS]
+            bounded = old + (values - old).clamp(-0.3, 0.3)
+            totals[1] = totals[1] + 0.5 * torch.max((values - wanted) ** 2, (bounded - wanted) ** 2).sum()
+        numbers = []
+        for total, step in zip(totals, take, strict=True):
+            (total / count).backward()
+            numbers += [float(total.detach()) / count, step()]
+        found.append(tuple(numbers))
+    return found
+
+
+TOLD = ("loss", "grad_norm", "value_loss", "critic_grad_norm")
+SPLITS = [(2, 1, 64, "fsdp")]
+SLOW = [(3, 1, 64, "zero3"), (1, 4, None, "fsdp"), (2, 2, None, "zero3")]
+
+
+@pytest.mark.parametrize(
+    ("size", "microbatch", "packed", "engine"), [*SPLITS, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_every_split_equals_a_plain_loop(
+    ranks: Callable[[int], Ranks],
+    tiny_llama: Path,
+    scorer: Path,
+    tmp_path: Path,
+    size: int,
+    microbatch: int,
+    packed: int | None,
+    engine: str,
+) -> None:
+    table = sampled_table(packed)
+    fields = {"steps": 3, "global_batch": len(table), "microbatch": microbatch}
+    rows = ranks(size).call(run_ppo, tmp_path / "run", tiny_llama, scorer, table, fields, engine, False)[0]
+    for row, plain in zip(rows, plain_steps(tiny_llama, scorer, table, 3), strict=True):
+        assert [row[name] for name in TOLD] == pytest.approx(plain, rel=1e-5, abs=2e-6)
+    assert 0.1 < rows[-1]["value_clip_share"] < 0.9, "no value was held back, or all"
+
+
+@pytest.mark.slow
+def test_adapters_train_alike_and_a_checkpoint_holds_both_models(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, scorer: Path, tmp_path: Path
+) -> None:
+    """A run that is continued is the same to the bit on as many ranks, and alike on others and the other engine."""
+    table, found = sampled_table(64), {}
+    fields = {"global_batch": len(table), "microbatch": 1}
+    for size, engine in ((2, "fsdp"), (1, "fsdp"), (3, "zero3")):
+        found[size] = ranks(size).call(run_ppo, tmp_path / f"{size}", tiny_llama, scorer, table, fields | {"steps": 4}, engine, True)[0]
+        for ours, theirs in zip(found[size], found[2], strict=True):
+            assert [ours[name] for name in TOLD] == pytest.approx([theirs[name] for name in TOLD], rel=1e-5, abs=2e-6)
+    for number in (1, 2):
+        cut = shutil.copytree(tmp_path / "2", tmp_path / f"cut-{number}", ignore=shutil.ignore_patterns("step-000004"))
+        again = ranks(number).call(run_ppo, cut, tiny_llama, scorer, table, fields | {"steps": 4}, "fsdp", True)[0]
+        whole = [[row[name] for name in TOLD] for row in found[2][2:]]
+        assert [[row[name] for name in TOLD] for row in again[2:]] == (
+            whole if number == 2 else [pytest.approx(row, rel=1e-5) for row in whole]
+        )
+
+
+# A whole run, by the command line.
+
+
+def told(run_dir: Path) -> list[Any]:
+    """What of a run must be the same to the bit: its trace, both losses, and all that its rollouts hold."""
+    names = ("reward", "value_loss", "critic_grad_norm", "explained_variance", "reference_kl", "value", "return")
+    rows = [tuple(row.get(name) for name in names) for row in steps(read_rows(run_dir))]
+    files = [path for path in sorted((run_dir / "rollouts").rglob("*")) if path.suffix in (".npy", ".jsonl")]
+    return [*trace(run_dir), *rows, *((str(path.relative_to(run_dir)), path.read_bytes()) for path in files)]
+
+
+@pytest.mark.slow
+def test_a_run_learns_with_a_critic_and_continues_to_the_bit(base: Path, cache: Path, tmp_path: Path) -> None:
+    """Two steps a rollout, with a reference; the launcher is killed in the middle. The export is the policy alone."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"question": f"cat {word}", "answer": "x"}) + "\n" for word in ("home", "sat", "far", "on") * 4))
+    asked = ("objective=ppo", "objective.critic_lr=1e-2", "reward.short.kind=length", "reward.short.max=2", "reward.short.soft=6")
+    asked += ("data.packing=false", "rl.group_size=1", "rl.batch=6", "rl.max_new_tokens=8", "rl.steps_per_rollout=2", "train.steps=6")
+    asked += ("train.global_batch=8", "train.microbatch=2", "checkpoint.every=2", "optim.lr=3e-3", "data.eval_fraction=0")
+
+    def line(run_dir: Path) -> list[str]:
+        return arguments(base, prompts, run_dir, *asked, "train.eval_every=null", "train.sample_tokens=4")
+
+    said = launch(cache, line(tmp_path / "whole"))
+    assert "the critic on each rank" in said
+    found = steps(read_rows(tmp_path / "whole"))
+    assert ["measuring_seconds" in row for row in found] == [True, False] * 3
+    assert found[0]["reference_kl"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(found[4]["reference_kl"]) > 1e-4
+    export = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "export")
+    assert not [name for name in export.state_dict() if "score" in name]
+    signals = open_table(tmp_path / "whole" / "rollouts" / "step-000001").signals
+    assert {ADVANTAGE, RETURNS, VALUES, REWARD, REFERENCE_LOGPS, SAMPLED_LOGPS} == signals.keys()
+    assert float(signals[ADVANTAGE].mean()) == pytest.approx(0.0, abs=1e-6)
+    cut = tmp_path / "cut"
+    with started(line(cut), environment(cache)) as process:
+        wait_for_step(cut, 3, process)
+        process.kill()
+        process.wait(20)
+        wait_until_gone(cut)
+    launch(cache, line(cut))
+    assert told(cut) == told(tmp_path / "whole")
+
+
+@pytest.mark.soak
+@pytest.mark.for_real
+@pytest.mark.timeout(1500)
+def test_a_trained_reward_model_raises_its_score_on_prompts_that_are_held_out(cache: Path, tmp_path: Path) -> None:
+    """By a user's commands: a reward model of pairs that prefer the larger of two digits rewards the answers, and the critic begins as it.
+
+    Sixty of a hundred questions are asked. An answer counts as good where the model's score is above 0; answers that are right say whether
+    the score means anything.
+    """
+    rows, drawn = list(digits()), random.Random(1)
+    drawn.shuffle(rows)
+    parts = {"seen": rows[:60], "held": rows[60:]}
+    pairs = []
+    for row in parts["seen"]:
+        for wrong in drawn.sample([word for word in "0123456789" if word != row["answer"]], 4):
+            pairs.append({"prompt": row["question"], "chosen": row["answer"], "rejected": wrong})
+    for name, lines in (parts | {"pairs": pairs}).items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def command(*words: str) -> None:
+        line, variables = [sys.executable, "-m", "launcher", *words], environment(cache) | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=700, check=False)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+    alone = ("launch.processes=1", "launch.gpus_per_node=0", "log.wandb=disabled", "train.precision=fp32")
+    command("+exp=quickstart_digits", "train.microbatch=20", "launch.processes=1")
+    base = ("model=hf", "model.id=runs/quickstart_digits/export")
+    scored = (
+        *base,
+        "data=files",
+        "data.path=pairs.jsonl",
+        "data.seq_len=32",
+        "objective=reward",
+        "objective.center=0.01",
+        "optim.full_lr=2e-3",
+    )
+    command(*scored, "run_dir=runs/scores", "train.steps=150", "train.global_batch=32", "train.microbatch=32", "data.packing=false", *alone)
+    asked = ("+exp=quickstart_grpo", "objective=ppo", "objective.critic=runs/scores/export", "rl.group_size=1", "rl.pass_reward=0")
+    asked += ("data=files", "data.path=seen.jsonl", "data.eval_path=held.jsonl", "reward.right.weight=0")
+    command(*asked, "reward.score={kind: model, path: runs/scores/export}", "train.steps=80", *alone)
+    first, last = (evaluations(read_rows(tmp_path / "runs" / "quickstart_grpo"))[at] for at in (0, -1))
+    names = ("eval_pass@1", "eval_pass@1_low", "eval_pass@1_high", "eval_reward", "eval_reward/right")
+    print({name: (round(first[name], 3), round(last[name], 3)) for name in names})
+    assert last["eval_pass@1_low"] > first["eval_pass@1_high"], "the intervals of 95 % overlap"
+    assert last["eval_reward/right"] > first["eval_reward/right"] + 0.2
