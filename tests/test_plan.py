@@ -25,6 +25,7 @@ from launcher import plan as gate
 from launcher.compose import compose
 from launcher.job import make_job
 from tests.command import ROOT, arguments, environment, launch
+from tools.bench.meshes import differences
 from tools.bench.plan import BLOCK, CASES, GPU_CASES, LORA, NF4, ZERO3, Case, blueprint_of_case, measure, predict
 from trainers.batch import Output
 from trainers.config.choices import Activations, Experts, ObjectiveName, Offload, Precision
@@ -64,6 +65,13 @@ def test_bytes_are_those_of_real_runs(size: int) -> None:
         assert predicted["peak"] == pytest.approx(found["peak"], rel=0.05), case.name
         if case.size == "tiny":  # gloo's own copies are not of this size
             assert predicted["peak"] == pytest.approx(found.get("allocated", found["peak"]), rel=0.05), case.name
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_of_each_mesh_are_those_of_real_runs(size: int) -> None:
+    """Twelve meshes of replicate, shard, context and tensor, as `tools.bench meshes` shows them."""
+    assert [differs for _, _, differs in differences(size) if differs] == []
 
 
 @pytest.mark.gpu
@@ -429,8 +437,12 @@ print(json.dumps([done.returncode, done.stderr, used.ru_utime + used.ru_stime, u
         ("llama70b_full", 16, 8, ["model.id=meta-llama/Llama-3.1-405B", "train.global_batch=128"]),
         ("llama405b_full", 16, 8, []),
         ("llama70b_full", 8, 8, ["engine=zero3"]),
+        pytest.param("llama70b_full_128k", 8, 8, [], marks=pytest.mark.soak),
     ],
-    ids=["70b on 64", "70b lora on 8", "70b qlora on 1", "70b qlora on 2", "405b on 128", "405b on 128, layers split", "70b zero3 on 64"],
+    ids=[
+        *("70b on 64", "70b lora on 8", "70b qlora on 1", "70b qlora on 2", "405b on 128", "405b on 128, layers split", "70b zero3 on 64"),
+        "70b on 64 in rows of 128k",
+    ],
 )
 def test_large_models_take_under_a_minute(exp: str, nodes: int, gpus: int, more: list[str], cache: Path, tmp_path: Path) -> None:
     """On one core, and under 4 GiB of memory, with the command that a user types."""

@@ -13,6 +13,7 @@ python -m tools.bench peers --peer trl --out FILE.md
 python -m tools.bench preferences --trl --out FILE.md
 python -m tools.bench plan
 python -m tools.bench context --real
+python -m tools.bench meshes --out FILE.md
 python -m tools.bench gpu --out benchmarks/gpu.md
 """
 
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tools.bench import checkpoint, context, curate, data, engines, load, methods, plan, preferences, stream, train
+from tools.bench import checkpoint, context, curate, data, engines, load, meshes, methods, plan, preferences, stream, train
 from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
@@ -46,6 +47,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "preferences": (preferences, "DPO next to supervised training, to a second model and to TRL's DPOTrainer (--trl); losses must agree"),
     "plan": (plan, "a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal"),
     "context": (context, "what a rank keeps of rows that ranks share, by the plan and of real runs on CPU ranks (--real)"),
+    "meshes": (meshes, "plans of meshes next to real runs on 2 and 4 CPU ranks, and plans of 70B and 405B; minutes"),
     "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
 """By name: the module that measures, and what it measures."""

@@ -207,7 +207,17 @@ CONTEXT_CASES = [
     for context in (1, 2, 4)
 ]
 """Those of `tools.bench context`."""
-KNOWN = [*CASES, *GPU_CASES, *CONTEXT_CASES]
+MESHES = (
+    *((2, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2), (4, 1, 1, 1), (4, 2, 1, 1)),
+    *((4, 1, 2, 1), (4, 1, 4, 1), (4, 1, 1, 2), (4, 2, 2, 1), (4, 2, 1, 2), (4, 1, 2, 2)),
+)
+"""Ranks, copies, and the ranks that share rows and that split layers."""
+MESH_CASES = [
+    Case(ranks, "even", precision=FP32, activations=BLOCK, seq_len=256, replicate=copies, context=context, tensor=tensor)
+    for ranks, copies, context, tensor in MESHES
+]
+"""Those of `tools.bench meshes`."""
+KNOWN = [*CASES, *GPU_CASES, *CONTEXT_CASES, *MESH_CASES]
 
 
 def run_gpu(options: argparse.Namespace) -> None:
