@@ -23,7 +23,7 @@ TAKEN_UNDER_FSDP = tuple(
     f"engine.{name}"
     for name in (
         *("offload_param", "offload_optimizer", "pin_memory", "reshard_after_forward", "reshard_after_backward"),
-        *("mesh", "replicate", "shard", "context", "tensor", "prefetch", "sync_each_microbatch"),
+        *("mesh", "replicate", "shard", "context", "tensor", "expert", "prefetch", "sync_each_microbatch"),
     )
 )
 ACCEPT = ("data.skip_bad_rows", "data.max_lost_fraction", "data.max_left_out_fraction")

@@ -212,7 +212,7 @@ def parameters(job: Job, root: Path) -> dict[str, Any]:
     """Return what submitit makes sbatch's text of; `root` holds the code."""
     launch, engine = job.launch, job.run.engine
     srun = ["--kill-on-bad-exit=0", f"--wait={OTHERS_S}"]
-    if engine.context * engine.tensor * engine.replicate > 1 and "distribution" not in launch.sbatch:
+    if engine.context * engine.tensor * engine.expert * engine.replicate > 1 and "distribution" not in launch.sbatch:
         srun.append("--distribution=block")  # ranks that share something are neighbours, whatever SLURM_DISTRIBUTION says
     srun += [f"--cpus-per-task={launch.cpus_per_gpu}"] if launch.cpus_per_gpu else []  # since SLURM 22.05 it does not come from sbatch
     srun += [f"--container-image={launch.container}"] if launch.container else []

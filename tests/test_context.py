@@ -11,75 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from conftest import Ranks
+from meshed import compare, config_for, train
 from small_models import small
-from tables import packed_table
 
 from trainers.batch import Batch
 from trainers.config.checks import validate
-from trainers.config.choices import Activations, Attention, ObjectiveName, OptimizerName, PeftMethod, Precision, Quantisation
+from trainers.config.choices import Activations, Attention, ObjectiveName, OptimizerName, PeftMethod, Quantisation
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import Mesh, mesh_of, seats_of
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.config.sharding import check_world
-from trainers.data.loader import Loader, eval_batches
 from trainers.engines.build import build_engine
-from trainers.evaluation import evaluate
-from trainers.objectives import make_objective
-from trainers.step import take_step
 from trainers.world import World
-
-STEPS = 10
-LR = {OptimizerName.sgd: 0.1, OptimizerName.adamw: 1e-3}
-
-
-def config_for(run_dir: Path, **settings: Any) -> RunConfig:
-    """A run of plain gradient descent, which does not magnify rounding; `settings` are of the groups."""
-    run_dir.mkdir(exist_ok=True, parents=True)
-    groups: dict[str, Any] = {"precision": Precision.fp32, "global_batch": 4, "steps": STEPS} | settings.pop("train", {})
-    return RunConfig(
-        run_dir=str(run_dir),
-        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300, attention=settings.pop("attention", Attention.auto)),
-        data=DataConfig(path=str(run_dir), seq_len=48, packing=settings.pop("packing", True)),
-        optim=OptimConfig(name=settings.pop("optim", OptimizerName.sgd), lr=0.1, clip=0.5),
-        train=TrainConfig(**groups),
-        **settings,
-    )
-
-
-def train(
-    world: World, run_dir: Path, kind: str, engine: dict[str, Any], settings: dict[str, Any], begin: int = 0, end: int = STEPS
-) -> dict[str, Any]:
-    """Take steps, those before `begin` from a checkpoint in `run_dir`, and an evaluation; return losses, norms, figures and weights."""
-    config = config_for(run_dir, engine=EngineConfig(**engine), **settings)
-    built = build_engine(config, world, small(kind))
-    if begin:
-        built.load(run_dir / str(begin))
-    loaded = {name: tensor.numpy().tobytes() for name, tensor in built.weights()}
-    table = packed_table(config.objective.name)
-    share: dict[str, Any] = {"rank": built.mesh.data_rank(world.rank), "world_size": built.mesh.data_size, "pad_id": 0}
-    loader = Loader(table, config.train, seed=0, **share)
-    objective = make_objective(config.objective, table.signals, config.train.balance_loss)
-    results = []
-    for step in range(begin, end):
-        rows = loader.row_ids(step)
-        targets = objective.targets(table.sizes(rows))
-        results.append(take_step(built, objective, loader.batches(step, rows), world, lr=LR[config.optim.name], targets=targets))
-    if end < STEPS:
-        dcp.save(built.state(), checkpoint_id=run_dir / str(end))
-    rows = np.arange(len(table))
-    held_out = evaluate(built, objective, eval_batches(table, 1, **share), world, objective.targets(table.sizes(rows)))
-    assert held_out is not None
-    return {
-        "losses": [result.loss for result in results] + [held_out.loss],
-        "norms": [result.grad_norm for result in results],
-        "figures": [result.figures for result in results] + [held_out.figures],
-        "weights": {name: tensor.float().numpy() for name, tensor in built.weights()},
-        "loaded": loaded,
-        "report": built.report(),
-    }
-
 
 LORA = {"peft": PeftConfig(method=PeftMethod.lora, rank=4, alpha=8, targets=["q_proj", "v_proj"])}
 DPO = {"objective": ObjectiveConfig(name=ObjectiveName.dpo, beta=0.5)}
@@ -110,14 +54,9 @@ SLOW += [pytest.param(*case, marks=pytest.mark.soak) for case in MORE]
 def test_ranks_that_share_rows_equal_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, kind: str, size: int, engine: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    (whole,) = ranks(1).call(train, tmp_path / "whole", kind, {}, settings)
-    for split in ranks(size).call(train, tmp_path / "split", kind, engine, settings):
-        assert split["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert split["norms"] == pytest.approx(whole["norms"], rel=1e-5)
-        for mine, wanted in zip(split["figures"], whole["figures"], strict=True):
-            assert mine == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    for name, values in split["weights"].items():
-        np.testing.assert_allclose(values, whole["weights"][name], rtol=0, atol=1e-5, err_msg=name)
+    (whole,) = ranks(1).call(train, tmp_path / "whole", small(kind), {}, settings)
+    for split in ranks(size).call(train, tmp_path / "split", small(kind), engine, settings):
+        compare(split, whole)
     assert f"; {engine['context']} ranks share each row" in split["report"]["parameters"]
 
 
@@ -125,13 +64,13 @@ def test_ranks_that_share_rows_equal_one_process(
 def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """Saved by 2 ranks that share rows and by 2 that do not, continued by the other, by one and by 4: the curve of one process."""
     settings = {"optim": OptimizerName.adamw}
-    (whole,) = ranks(1).call(train, tmp_path / "whole", "llama", {}, dict(settings))
+    (whole,) = ranks(1).call(train, tmp_path / "whole", small("llama"), {}, dict(settings))
     shared, apart = (2, {"context": 2}), (2, {})
     for name, saved in (("shared", shared), ("apart", apart)):
-        first = ranks(saved[0]).call(train, tmp_path / name, "llama", saved[1], dict(settings), 0, 5)[0]
+        first = ranks(saved[0]).call(train, tmp_path / name, small("llama"), saved[1], dict(settings), 0, 5)[0]
         exports = []
         for size, engine in (apart if saved is shared else shared, (1, {}), (4, {"context": 2})):
-            second = ranks(size).call(train, tmp_path / name, "llama", engine, dict(settings), 5)[0]
+            second = ranks(size).call(train, tmp_path / name, small("llama"), engine, dict(settings), 5)[0]
             assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
             exports.append(second["loaded"])
         assert exports[0] == exports[1] == exports[2]

@@ -105,6 +105,7 @@ def test_large_experiments_ask_for_the_ranks_they_say() -> None:
     assert world_size(compose(["+exp=llama8b_full"]).launch) == 8
     assert mesh_of(compose(["+exp=llama70b_full_128k"]).engine, 64) == Mesh(shard=8, context=8)
     assert mesh_of(compose(["+exp=llama405b_full"]).engine, 128) == Mesh(shard=16, tensor=8)
+    assert mesh_of(compose(["+exp=qwen3_30b_a3b_full"]).engine, 16) == Mesh(shard=16, expert=8)
 
 
 def test_frozen_text_is_read_back_unchanged(model: Path, tmp_path: Path) -> None:

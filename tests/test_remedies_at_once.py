@@ -316,6 +316,18 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "split layers that are scored": ["engine.tensor=2", "objective=reward"],
     "a part of the vocabulary of a teacher": ["engine.tensor=2", "objective=distil"],
     "a part of the vocabulary of smoothed labels": ["engine.tensor=2", "objective.label_smoothing=0.1"],
+    "ranks that cannot have all experts": ["engine.expert=3"],
+    "experts that do not divide": ["engine.expert=2", "model.architecture={model_type: mixtral, num_local_experts: 3}"],
+    "experts dealt over nodes": ["engine.expert=2"],
+    "dealt experts of the other engine": ["engine=zero3", "engine.expert=2"],
+    "dealt experts in split layers": ["engine.expert=2", "engine.tensor=2"],
+    "dealt experts in compiled blocks": ["engine.expert=2", "train.compile=true"],
+    "dealt experts in blocks of which some is kept": ["engine.expert=2", "train.activations=selective"],
+    "dealt experts in float8": ["engine.expert=2", "train.float8=rowwise"],
+    "dealt experts with other adapters": ["engine.expert=2", "peft=dora"],
+    "dealt experts in 4 bits": ["engine.expert=2", "peft=qlora"],
+    "dealt experts and whole matrices": ["engine.expert=2", "optim=muon"],
+    "dealt experts and moments of 16 bits": ["engine.expert=2", "optim.state=bf16"],
 }
 RANKS = 2
 

@@ -153,7 +153,13 @@ def test_ranks_that_share_rows_are_neighbours(tmp_path: Path) -> None:
         "launch.processes=null",
     ]
     given_by = ["engine.context=4", "+launch.sbatch.distribution=cyclic"]
-    for more, found in (([], False), (["engine.context=4"], True), (["engine.tensor=4"], True), (given_by, False)):
+    for more, found in (
+        ([], False),
+        (["engine.context=4"], True),
+        (["engine.tensor=4"], True),
+        (["engine.expert=4"], True),
+        (given_by, False),
+    ):
         [text, *_] = slurm.commands(make_job(compose([*given, *more])))
         assert ("--distribution=block" in text) is found
 

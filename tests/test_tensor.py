@@ -11,30 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from conftest import Ranks
+from meshed import compare, config_for, train
 from small_models import TEXT, small
-from tables import packed_table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trainers.batch import IGNORE, Batch, Needs
-from trainers.config.choices import Activations, ObjectiveName, Offload, OptimizerName, PeftMethod, Precision
+from trainers.config.choices import Activations, ObjectiveName, Offload, OptimizerName, PeftMethod
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import Mesh, mesh_of, seats_of
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.config.sharding import check_world
 from trainers.config.tensor import require_counts
-from trainers.data.loader import Loader, eval_batches
 from trainers.engines.build import build_engine
-from trainers.evaluation import evaluate
 from trainers.model.blueprint import Blueprint
 from trainers.model.tensor import plan_of
-from trainers.objectives import make_objective
-from trainers.step import take_step
-from trainers.world import World, seed_step
+from trainers.world import World
 
-STEPS = 10
-LR = {OptimizerName.sgd: 0.1, OptimizerName.adamw: 1e-3}
 VOCABULARY = 36
 ALIKE = ("olmo2", "apertus", "phi", "cohere", "doge")
 """Architectures of Llama's sizes: norms of all heads together, an activation that is trained, norms of each head, other parameters."""
@@ -49,61 +42,6 @@ def even(kind: str, **changes: Any) -> Blueprint:
         if name != "folder":
             setattr(blueprint.config, name, value)
     return dataclasses.replace(blueprint, folder=changes.get("folder"))
-
-
-def config_for(run_dir: Path, **settings: Any) -> RunConfig:
-    """A run of plain gradient descent, which does not magnify rounding; `settings` are of the groups."""
-    run_dir.mkdir(exist_ok=True, parents=True)
-    groups: dict[str, Any] = {"precision": Precision.fp32, "global_batch": 4, "steps": STEPS} | settings.pop("train", {})
-    return RunConfig(
-        run_dir=str(run_dir),
-        model=ModelConfig(architecture={"model_type": "llama"}, train_tokenizer=300),
-        data=DataConfig(path=str(run_dir), seq_len=48, packing=True),
-        optim=OptimConfig(name=settings.pop("optim", OptimizerName.sgd), lr=0.1, clip=0.5),
-        train=TrainConfig(**groups),
-        **settings,
-    )
-
-
-def train(
-    world: World,
-    run_dir: Path,
-    model: tuple[str, dict[str, Any]],
-    engine: dict[str, Any],
-    settings: dict[str, Any],
-    begin: int = 0,
-    end: int = STEPS,
-) -> dict[str, Any]:
-    """Take steps, those before `begin` from a checkpoint in `run_dir`, and an evaluation; return losses, norms, figures and weights."""
-    config = config_for(run_dir, engine=EngineConfig(**engine), **settings)
-    built = build_engine(config, world, even(model[0], **model[1]))
-    if begin:
-        built.load(run_dir / str(begin))
-    loaded = {name: tensor.numpy().tobytes() for name, tensor in built.weights()}
-    table = packed_table(config.objective.name)
-    share: dict[str, Any] = {"rank": built.mesh.data_rank(world.rank), "world_size": built.mesh.data_size, "pad_id": 0}
-    loader = Loader(table, config.train, seed=0, **share)
-    objective = make_objective(config.objective, table.signals, config.train.balance_loss)
-    results = []
-    for step in range(begin, end):
-        rows = loader.row_ids(step)
-        targets = objective.targets(table.sizes(rows))
-        seed_step(0, step, world.rank // built.mesh.tensor)
-        results.append(take_step(built, objective, loader.batches(step, rows), world, lr=LR[config.optim.name], targets=targets))
-    if end < STEPS:
-        dcp.save(built.state(), checkpoint_id=run_dir / str(end))
-    rows = np.arange(len(table))
-    held_out = evaluate(built, objective, eval_batches(table, 1, **share), world, objective.targets(table.sizes(rows)))
-    assert held_out is not None
-    return {
-        "losses": [result.loss for result in results] + [held_out.loss],
-        "norms": [result.grad_norm for result in results],
-        "figures": [result.figures for result in results] + [held_out.figures],
-        "weights": {name: tensor.float().numpy() for name, tensor in built.weights()},
-        "loaded": loaded,
-        "report": built.report(),
-        "parameters": sum(p.numel() for p in built.model.parameters()),
-    }
 
 
 LORA = {"peft": PeftConfig(method=PeftMethod.lora, rank=4, alpha=8, targets=["q_proj", "v_proj", "o_proj", "down_proj"])}
@@ -131,23 +69,17 @@ SOAK = [
 def test_ranks_that_split_layers_equal_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, model: Any, size: int, engine: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
-    for split in ranks(size).call(train, tmp_path / "split", model, engine, dict(settings)):
-        assert split["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert split["norms"] == pytest.approx(whole["norms"], rel=1e-5)
-        for mine, wanted in zip(split["figures"], whole["figures"], strict=True):
-            assert mine == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-        assert split["loaded"] == whole["loaded"]
-    for name, values in split["weights"].items():
-        np.testing.assert_allclose(values, whole["weights"][name], rtol=0, atol=1e-5, err_msg=name)
+    (whole,) = ranks(1).call(train, tmp_path / "whole", even(model[0], **model[1]), {}, dict(settings))
+    for split in ranks(size).call(train, tmp_path / "split", even(model[0], **model[1]), engine, dict(settings)):
+        compare(split, whole)
     assert f"; {engine['tensor']} ranks split each layer" in split["report"]["parameters"]
 
 
 @pytest.mark.slow
 def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """Saved on 6 ranks whose parts of layers do not divide evenly, and on one; continued on others: curve and bytes of one process."""
-    model, settings = ("llama", TIED), {"optim": OptimizerName.adamw, "train": {"global_batch": 6}}
-    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
+    model, settings = even("llama", **TIED), {"optim": OptimizerName.adamw, "train": {"global_batch": 6}}
+    (whole,) = ranks(1).call(train, tmp_path / "whole", even(model[0], **model[1]), {}, dict(settings))
     meshes = {"uneven": (6, {"tensor": 2}), "one": (1, {}), "sharded": (2, {}), "shared": (4, {"tensor": 2, "context": 2})}
     for saved, others in {"uneven": ("one", "sharded"), "one": ("uneven", "shared")}.items():
         size, engine = meshes[saved]
@@ -164,8 +96,8 @@ def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], t
 @pytest.mark.slow
 def test_dropout_between_layers_is_the_same_on_ranks_that_split_them(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     settings = {"peft": dataclasses.replace(LORA["peft"], dropout=0.3)}
-    first, second = ranks(2).call(train, tmp_path, ("qwen3", {}), {"tensor": 2}, settings)
-    (plain, _) = ranks(2).call(train, tmp_path, ("qwen3", {}), {"tensor": 2}, dict(LORA))
+    first, second = ranks(2).call(train, tmp_path, even("qwen3"), {"tensor": 2}, settings)
+    (plain, _) = ranks(2).call(train, tmp_path, even("qwen3"), {"tensor": 2}, dict(LORA))
     assert first["losses"] == second["losses"] != plain["losses"]
     assert all((values == second["weights"][name]).all() for name, values in first["weights"].items())
 
@@ -219,15 +151,12 @@ def test_an_activation_that_is_trained_is_that_of_one_process(ranks: Callable[[i
     """Each rank has some of the features that it sees; transformers initialises none, so the model is a saved one."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(even("apertus").config).save_pretrained(tmp_path / "model")
-    model = ("apertus", {"folder": tmp_path / "model"})
+    model = even("apertus", folder=tmp_path / "model")
     (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, {})
     moved = [name for name, values in whole["weights"].items() if "alpha" in name and values.tobytes() != whole["loaded"][name]]
     assert len(moved) == 4
     for split in ranks(2).call(train, tmp_path / "split", model, {"tensor": 2}, {}):
-        assert split["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert split["norms"] == pytest.approx(whole["norms"], rel=1e-5)
-        for name, values in split["weights"].items():
-            np.testing.assert_allclose(values, whole["weights"][name], rtol=0, atol=1e-5, err_msg=name)
+        compare(split, whole)
 
 
 def planned(kind: str, **changes: Any) -> dict[str, str]:

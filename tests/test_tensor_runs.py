@@ -1,4 +1,4 @@
-"""A run whose ranks split layers, as a user starts it: stopped, continued on its own mesh and on others, exported again."""
+"""A run whose ranks split layers, or deal out experts: stopped, continued on its own mesh and on others, exported again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 from command import arguments, launch, read_rows, stop_at_step, tool, trace
+from small_models import MIXTURES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SPLIT = ("engine.tensor=2", "train.global_batch=2")
+DEALT = ("engine.expert=2", "train.global_batch=2")
 
 
 def curve(run_dir: Path, *names: str) -> list[float]:
@@ -20,14 +23,29 @@ def exported(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.mark.slow
+def save_mixture(base: Path, folder: Path) -> Path:
+    """A tiny random mixture of experts with the tokenizer of `base`."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder)
+    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"] | {"vocab_size": len(tokenizer), "initializer_range": 0.1})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        pytest.param(SPLIT, ("2 ranks split each layer", "on 2 ranks together"), marks=pytest.mark.slow),
+        pytest.param(DEALT, ("2 ranks deal out the experts of each block", "on each of 2 ranks"), marks=pytest.mark.soak),
+    ],
+)
 def test_a_run_continues_on_its_own_mesh_bit_for_bit_and_on_one_rank_as_one_curve(
-    base: Path, chats: Path, cache: Path, tmp_path: Path
+    split: tuple[str, str], words: tuple[str, str], base: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:
-    said = launch(cache, arguments(base, chats, tmp_path / "whole", *SPLIT))
-    assert "2 ranks split each layer" in said
-    assert "on 2 ranks together" in said
-    parts = arguments(base, chats, tmp_path / "parts", *SPLIT, "checkpoint.every=2")
+    base = base if split is SPLIT else save_mixture(base, tmp_path / "mixture")
+    said = launch(cache, arguments(base, chats, tmp_path / "whole", *split))
+    assert all(word in said for word in words)
+    parts = arguments(base, chats, tmp_path / "parts", *split, "checkpoint.every=2")
     stop_at_step(cache, parts, tmp_path / "parts", 3)
     shutil.copytree(tmp_path / "parts", tmp_path / "one")
     assert "continuing from" in launch(cache, parts)
@@ -35,7 +53,7 @@ def test_a_run_continues_on_its_own_mesh_bit_for_bit_and_on_one_rank_as_one_curv
     assert exported(tmp_path / "parts" / "export") == exported(tmp_path / "whole" / "export")
     tool(cache, tmp_path / "parts", tmp_path / "again", name="export")
     assert exported(tmp_path / "again") == exported(tmp_path / "whole" / "export")
-    launch(cache, arguments(base, chats, tmp_path / "one", SPLIT[1], "checkpoint.every=2", "launch.processes=1"))
+    launch(cache, arguments(base, chats, tmp_path / "one", split[1], "checkpoint.every=2", "launch.processes=1"))
     assert curve(tmp_path / "one") == pytest.approx(curve(tmp_path / "whole"), rel=2e-5)
 
 

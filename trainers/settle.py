@@ -46,6 +46,7 @@ def settled(config: RunConfig, world: World, attempt: Attempt) -> RunConfig:
             "ranks": world.size,
             "context": config.engine.context,
             "tensor": config.engine.tensor,
+            "expert": config.engine.expert,
             "microbatch": config.train.microbatch,
         }
         if found.get("chosen") not in list(offered(config)) or {key: found.get(key) for key in split} != split:

@@ -52,7 +52,7 @@ def _llama(hidden: int, intermediate: int, blocks: int, heads: int, vocab: int) 
     return {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": blocks, "vocab_size": vocab, **attention}
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": _llama(64, 176, 5, 4, 33),
     "even": _llama(64, 176, 5, 4, 36),
     "9M": _llama(256, 704, 8, 8, 8192),
@@ -62,13 +62,15 @@ SIZES = {
     "1B": _llama(2048, 8192, 16, 32, 128256) | {"num_key_value_heads": 8},
     "3B": _llama(3072, 8192, 28, 24, 128256) | {"num_key_value_heads": 8},
     "8B": _llama(4096, 14336, 32, 32, 128256) | {"num_key_value_heads": 8},
+    "mixture": _llama(64, 176, 5, 4, 33)
+    | {"model_type": "qwen3_moe", "head_dim": 16, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 4},
 }
-"""Those from 1B on are Llama 3's, with heads of their own."""
+"""Those from 1B on are Llama 3's, with heads of their own. The mixture sends each token to all experts: a plan counts them as even."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a Llama of one of SIZES, `more` of it changed."""
+    """One run: a model of one of SIZES, `more` of it changed."""
 
     ranks: int
     size: str
@@ -81,6 +83,7 @@ class Case:
     replicate: int = 1
     context: int = 1
     tensor: int = 1
+    expert: int = 1
     keep_gathered: bool = False
     """Parameters stay gathered from microbatch to microbatch."""
     seq_len: int = 128
@@ -103,6 +106,7 @@ class Case:
         words += [f"{self.replicate} copies"] if self.replicate > 1 else []
         words += [f"{self.context} ranks share each row"] if self.context > 1 else []
         words += [f"{self.tensor} ranks split each layer"] if self.tensor > 1 else []
+        words += [f"experts dealt over {self.expert} ranks"] if self.expert > 1 else []
         words += ["kept gathered"] if self.keep_gathered else []
         words += [str(self.optimizer)] if self.optimizer is not OptimizerName.adamw else []
         words += [f"logits of {self.logits_chunk or 'all'} tokens"] if self.logits_chunk is not None else []
@@ -112,7 +116,7 @@ class Case:
         return " ".join(words)
 
     def _mesh(self) -> dict[str, Any]:
-        sizes = {"replicate": self.replicate, "context": self.context, "tensor": self.tensor}
+        sizes = {"replicate": self.replicate, "context": self.context, "tensor": self.tensor, "expert": self.expert}
         return {name: size for name, size in sizes.items() if size > 1}
 
     def config(self, run_dir: str) -> RunConfig:
@@ -120,7 +124,7 @@ class Case:
         engine = EngineConfig(name=self.engine, reshard_after_backward=not self.keep_gathered)
         return RunConfig(
             run_dir=run_dir,
-            model=ModelConfig(architecture={"model_type": "llama", **SIZES[self.size]}),
+            model=ModelConfig(architecture={"model_type": "llama"} | SIZES[self.size]),
             data=DataConfig(seq_len=self.seq_len),
             peft=PeftConfig(method=self.method, quantise=self.quantise),
             objective=ObjectiveConfig(name=self.objective),
@@ -178,6 +182,9 @@ CASES = [
     Case(4, "9M", microbatches=2, tensor=2),
     Case(4, "9M", activations=BLOCK, replicate=2, tensor=2),
     Case(4, "even", seq_len=1024, context=2, tensor=2),
+    Case(2, "mixture", expert=2),
+    Case(4, "mixture", precision=FP32, activations=BLOCK, expert=2),
+    Case(4, "mixture", microbatches=2, replicate=2, expert=2),
     Case(4, "60M", engine=ZERO3, precision=FP32, activations=BLOCK),
     *(Case(2, "9M", optimizer=name) for name in OptimizerName if name is not OptimizerName.adamw),
     Case(2, "9M", engine=ZERO3, optimizer=OptimizerName.adamw_8bit),
@@ -290,7 +297,8 @@ def blueprint_of_case(case: Case) -> Blueprint:
 
     from trainers.model.blueprint import Blueprint
 
-    config = AutoConfig.for_model("llama", tie_word_embeddings=False, **SIZES[case.size])
+    sizes: dict[str, Any] = {"model_type": "llama", "tie_word_embeddings": False} | SIZES[case.size]
+    config = AutoConfig.for_model(**sizes)
     config._attn_implementation = "sdpa"
     return Blueprint(config=config, folder=None, revision=None, seed=0, trust_remote_code=False)
 

@@ -28,6 +28,9 @@ def _refusal(config: RunConfig, how: Activations) -> ConfigError | None:
     if getattr(config.train, "compile", False) and how is Activations.offload:
         reason = "blocks are compiled, and torch.compile does not take the hooks that move their inputs"
         return ConfigError("train.activations", "offload", reason, "train.activations=block")
+    if config.engine.expert > 1 and how is Activations.selective:
+        reason = "engine.expert gathers a rank's experts inside a block, where what is kept is found again by the order of operators"
+        return ConfigError("train.activations", "selective", reason, "train.activations=block")
     if config.peft.method is PeftMethod.adalora and how is Activations.selective:
         reason = "peft adds adalora's product in place to that of the base, which would be kept and so added to twice"
         return ConfigError("train.activations", "selective", reason, "train.activations=block")

@@ -67,6 +67,7 @@ POSITIVE = (
     "engine.replicate",
     "engine.context",
     "engine.tensor",
+    "engine.expert",
     "peft.lr",
     "peft.rank",
     "peft.alpha",
@@ -202,7 +203,7 @@ def validate(config: RunConfig) -> None:
 
         validate_activations(config)
     validate_kernels(config)
-    if config.engine.context * config.engine.tensor > 1:
+    if config.engine.context * config.engine.tensor * config.engine.expert > 1:
         validate_mesh(config)
     if config.train.precision is Precision.fp16 or config.train.loss_scale or config.train.loss_scale_steps:
         from trainers.config.precision import validate_precision

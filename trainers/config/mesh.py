@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ class Mesh:
     """Ranks by what they share; rank = ((copy x shard + part of a copy) x context + slice) x tensor + part of each layer.
 
     So the ranks that split layers are consecutive, and those that share rows. A copy of the model is split over `shard` x `context` x
-    `tensor` ranks; `replicate` x `shard` groups have rows of their own.
+    `tensor` ranks; `replicate` x `shard` groups have rows of their own. Of a copy's ranks `expert` consecutive ones have all experts.
     """
 
     replicate: int = 1
     shard: int = 1
     context: int = 1
     tensor: int = 1
+    expert: int = 1
 
     @property
     def size(self) -> int:
@@ -58,8 +60,8 @@ class Mesh:
 def mesh_of(engine: EngineConfig, world_size: int) -> Mesh:
     """Return the mesh of a number of ranks; raises ConfigError unless the sizes that `engine` names make that number."""
     copies, context, tensor = engine.replicate, engine.context, engine.tensor
-    mesh = Mesh(replicate=copies, shard=world_size // copies // context // tensor, context=context, tensor=tensor)
-    if mesh.shard * copies * context * tensor != world_size or engine.shard not in (None, mesh.shard):
+    mesh = Mesh(replicate=copies, shard=world_size // copies // context // tensor, context=context, tensor=tensor, expert=engine.expert)
+    if mesh.shard * copies * context * tensor != world_size or engine.shard not in (None, mesh.shard) or mesh.copy_size % mesh.expert:
         _refuse(engine, world_size, mesh.shard)
     return mesh
 
@@ -74,6 +76,8 @@ def _refuse(engine: EngineConfig, world_size: int, shard: int) -> None:
     _require_divisor("context", engine.context, world_size // engine.tensor, "do not divide into groups of that size", engine.tensor)
     same_rows = engine.tensor * engine.context
     _require_divisor("replicate", engine.replicate, world_size // same_rows, "cannot be divided into as many copies", same_rows)
+    if engine.shard in (None, shard):
+        _require_divisor("expert", engine.expert, shard * same_rows, "of a copy do not divide into groups of that size")
     others = (("context", engine.context), ("tensor", engine.tensor))
     by = f"engine.replicate {engine.replicate}" + "".join(f" / engine.{name} {size}" for name, size in others if size > 1)
     reason = f"{plural(world_size, 'rank')} / {by} are {plural(shard, 'rank')} a copy"
@@ -86,22 +90,23 @@ MOST_SEATS = 64
 def seats_of(mesh: Mesh, ranks_per_node: int) -> list[str]:
     """Return a table of which ranks are on which nodes and what they have, a line for each group that shares something; plain: none.
 
-    A line is of the ranks that have the same rows, or else of those that share a copy of the model.
+    A line is of the ranks that have the same rows or all experts together, or else of those that share a copy of the model.
     """
-    if mesh.replicate * mesh.same_rows == 1:
+    if mesh.replicate * mesh.same_rows * mesh.expert == 1:
         return []
-    size = mesh.same_rows if mesh.same_rows > 1 else mesh.copy_size
-    parts = [f"0-{mesh.tensor - 1}"] if mesh.tensor > 1 else []
-    table = [("ranks", "nodes", "copy", "rows of group", "slices", *(["parts of layers"] if parts else []))]
+    size = math.lcm(mesh.same_rows, mesh.expert) if mesh.same_rows * mesh.expert > 1 else mesh.copy_size
+    parts = {"parts of layers": mesh.tensor, "parts of experts": mesh.expert}
+    more = {name: _span(0, count - 1) for name, count in parts.items() if count > 1}
+    table = [("ranks", "nodes", "copy", "rows of group", "slices", *more)]
     for first in range(0, mesh.size, size)[:MOST_SEATS]:
         ends = first, first + size - 1
         spans = ends, tuple(rank // ranks_per_node for rank in ends), tuple(map(mesh.data_rank, ends)), tuple(map(mesh.slice_rank, ends))
         ranks, nodes, rows, slices = (_span(*span) for span in spans)
-        table.append((ranks, nodes, str(first // mesh.copy_size), rows, slices, *parts))
+        table.append((ranks, nodes, str(first // mesh.copy_size), rows, slices, *more.values()))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["# " + "  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in table]
-    more = mesh.size // size - MOST_SEATS
-    return [*lines, f"# and {more:,} more in the same way"] if more > 0 else lines
+    others = mesh.size // size - MOST_SEATS
+    return [*lines, f"# and {others:,} more in the same way"] if others > 0 else lines
 
 
 def _span(first: int, last: int) -> str:

@@ -487,6 +487,8 @@ class EngineConfig:
     """fsdp: ranks that share each row, a slice of its tokens each, and attend with some of the heads each (Ulysses); for long rows."""
     tensor: int = 1
     """fsdp: ranks of a node that split each layer, by transformers' own plan; for models and batches too large for sharding alone."""
+    expert: int = 1
+    """fsdp: ranks of a node that have a part of each mixture's experts each; tokens go to their experts."""
     prefetch: int = 1
     """fsdp: blocks gathered ahead of the one that computes; each costs one block's parameters in the compute type."""
     reshard_after_backward: bool = True

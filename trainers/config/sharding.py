@@ -24,6 +24,7 @@ FSDP_ONLY = (
     "shard",
     "context",
     "tensor",
+    "expert",
     "prefetch",
     "sync_each_microbatch",
 )
@@ -61,13 +62,17 @@ def validate_engine(engine: EngineConfig) -> None:
 
 
 def validate_mesh(config: RunConfig) -> None:
-    """Refuse what does not work where ranks share rows or split layers, by name."""
+    """Refuse what does not work where ranks share rows, split layers or have some of the experts, by name."""
     if config.engine.context > 1:
         validate_context(config)
     if config.engine.tensor > 1:
         from trainers.config.tensor import validate_tensor
 
         validate_tensor(config)
+    if config.engine.expert > 1:
+        from trainers.config.expert import validate_expert
+
+        validate_expert(config)
 
 
 def validate_context(config: RunConfig) -> None:
@@ -114,10 +119,10 @@ def _config_json(folder: Path) -> dict[str, Any]:
 def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None = None) -> None:
     """Raise ConfigError unless `world_size` ranks are a mesh, over whose groups the global batch splits evenly.
 
-    With `ranks_per_node` also where ranks that split layers would be on several nodes.
+    With `ranks_per_node` also where ranks that split layers, or have all experts together, would be on several nodes.
     """
     train, mesh = config.train, mesh_of(config.engine, world_size)
-    if mesh.context * mesh.tensor > 1:
+    if mesh.context * mesh.tensor * mesh.expert > 1:
         known = config.model.architecture or (_config_json(Path(config.model.id)) if config.model.id is not None else {})
         _require_counts(known.get("text_config", known), config.engine, world_size, ranks_per_node)
     share = mesh.data_size * train.microbatch
@@ -132,13 +137,17 @@ def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None =
 
 
 def _require_counts(known: dict[str, Any], engine: EngineConfig, world_size: int, ranks_per_node: int | None) -> None:
-    """Raise ConfigError unless what is known of a model divides over the ranks that split its layers, and over those that share rows."""
+    """Raise ConfigError unless what is known of a model divides over the ranks that split its layers, share rows or have its experts."""
     if engine.context > 1:
         require_heads(known.get("num_attention_heads"), engine, world_size)
     if engine.tensor > 1:
         from trainers.config.tensor import require_counts
 
         require_counts(known, engine, world_size // engine.replicate // engine.context, ranks_per_node)
+    if engine.expert > 1:
+        from trainers.config.expert import require_experts
+
+        require_experts(known, engine.expert, world_size // engine.replicate, ranks_per_node)
 
 
 def near(size: int, share: int) -> str:

@@ -26,6 +26,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.mesh import Mesh
 from trainers.config.sharding import SHARED
 from trainers.model.attention import documents_now, documents_of
+from trainers.model.exchange import exchange
 from trainers.model.experts import Routing
 from trainers.model.filled import cut, filled_up
 from trainers.model.forward import Head, forward, is_told_documents
@@ -70,37 +71,12 @@ class Slices:
     def heads_for_tokens(self, values: Tensor) -> Tensor:
         """Return whole rows of this rank's heads, (B, H, S / size, D) -> (B, H / size, S, D)."""
         parts = values.unflatten(1, (self.size, -1)).movedim(1, 0)
-        return self._exchange(parts).movedim(0, 2).flatten(2, 3)
+        return exchange(parts, self.group).movedim(0, 2).flatten(2, 3)
 
     def tokens_for_heads(self, values: Tensor) -> Tensor:
         """Return all heads of this rank's tokens, (B, S, H / size, D) -> (B, S / size, H, D)."""
         parts = values.unflatten(1, (self.size, -1)).movedim(1, 0)
-        return self._exchange(parts).movedim(0, 2).flatten(2, 3)
-
-    def _exchange(self, parts: Tensor) -> Tensor:
-        exchanged: Tensor = _Exchange.apply(parts, self.group)  # type: ignore[no-untyped-call]
-        return exchanged
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all of the parts (size, ...): part i goes to rank i, and part i comes from it. Its own adjoint."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """Return the parts that came."""
-        ctx.group = group
-        given = parts.contiguous()
-        taken = torch.empty_like(given)
-        dist.all_to_all_single(taken, given, group=group)
-        return taken
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        """Send the gradients back."""
-        given = grads[0].contiguous()
-        taken = torch.empty_like(given)
-        dist.all_to_all_single(taken, given, group=ctx.group)
-        return taken, None
+        return exchange(parts, self.group).movedim(0, 2).flatten(2, 3)
 
 
 class _Gather(torch.autograd.Function):

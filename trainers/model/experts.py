@@ -17,6 +17,8 @@ from trainers.config.choices import Experts
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
 
+FIRST = "first_expert"
+"""What a module of experts that are dealt over ranks calls the number of its first one."""
 ALIGNED = 8
 """What torch's grouped product asks of the sizes of bfloat16 matrices: rows that begin at multiples of 16 bytes."""
 WORDS = {
@@ -92,6 +94,12 @@ def _not_grouped(holders: dict[str, Any]) -> str:
                 shape = " x ".join(map(str, parameter.shape))
                 return f"{path}.{name} is {shape}, and a grouped product needs matrices of multiples of {ALIGNED}"
     return ""
+
+
+def own_of(experts: Any, factors: Tensor) -> Tensor:
+    """Return the part of something of all experts, (E, ...), that is of those of this rank."""
+    first: int | None = getattr(experts, FIRST, None)
+    return factors if first is None else factors.narrow(0, first, experts.num_experts)
 
 
 def one_by_one(model: PreTrainedModel) -> list[str]:

@@ -19,7 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
 
 from trainers.config.errors import ConfigError
 from trainers.config.mixtures import STACKS
-from trainers.model.experts import ALIGNED
+from trainers.model.experts import ALIGNED, own_of
 from trainers.peft.base import ADAPTER
 
 NAME = "grouped_mm_with_lora"
@@ -60,12 +60,13 @@ class Adapted(ParamWrapper):  # type: ignore[misc]
     """peft's layer of one stack, whose forward leaves the stack as it is and hands its factors to the experts."""
 
     def factors(self) -> dict[str, tuple[Tensor, Tensor, float]]:
-        """Return this stack's factors and those of the layers inside."""
+        """Return this stack's factors and those of the layers inside; of this rank's experts, where these are dealt over ranks."""
         inner = self.base_layer.factors() if isinstance(self.base_layer, Adapted) else {}
-        zero = self.get_param().new_zeros((), requires_grad=torch.is_grad_enabled())
+        zero = self.lora_A[ADAPTER].weight.new_zeros((), requires_grad=torch.is_grad_enabled())
         a, b, num_experts = self.lora_A[ADAPTER](zero), self.lora_B[ADAPTER](zero), self.num_experts
-        first = a.reshape(num_experts, -1, a.shape[-1])
-        second = b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1)
+        experts = self.get_base_layer()
+        first = own_of(experts, a.reshape(num_experts, -1, a.shape[-1]))
+        second = own_of(experts, b.reshape(b.shape[0], -1, num_experts).permute(2, 0, 1))
         return inner | {self.parameter_name: (first, second, self.scaling[ADAPTER])}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

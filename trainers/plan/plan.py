@@ -191,6 +191,8 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         plan.answers = answers_of(config, place, blueprint, simulation.parameters, plan.export_bytes)
         plan.notes += not_timed(config)
     plan.notes += notes
+    if config.engine.expert > 1:
+        plan.notes.append("tokens are dealt evenly here: a rank whose experts are chosen more often holds more of them, and others wait")
     if config.train.compile:
         plan.notes.append("train.compile: memory and time are those of the step as it is without a compiler, which takes more of both")
     plan.host_limit = _host_limit(place, one)
@@ -419,6 +421,7 @@ def _engine_words(config: RunConfig) -> str:
     words += [f"{engine.replicate} copies"] if engine.replicate > 1 else []
     words += [f"{engine.context} ranks share each row"] if engine.context > 1 else []
     words += [f"{engine.tensor} ranks split each layer"] if engine.tensor > 1 else []
+    words += [f"experts dealt over {engine.expert} ranks"] if engine.expert > 1 else []
     words += [f"activations={config.train.activations}"] if config.train.activations is not Activations.keep else []
     return ", ".join(words)
 

@@ -12,6 +12,11 @@ _QWEN3 |= {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
 _QWEN3_MOE = {"model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768}
 _QWEN3_MOE |= {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128}
 _QWEN3_MOE |= {"num_experts_per_tok": 8, "norm_topk_prob": True, "max_position_embeddings": 40960, "dtype": "bfloat16"}
+_QWEN3_235B = {"hidden_size": 4096, "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 94}
+_QWEN3_235B |= {"num_attention_heads": 64}
+_GPT_OSS = {"model_type": "gpt_oss", "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36}
+_GPT_OSS |= {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 128, "num_experts_per_tok": 4}
+_GPT_OSS |= {"sliding_window": 128, "max_position_embeddings": 131072, "dtype": "bfloat16"}
 
 SHAPES: dict[str, dict[str, Any]] = {
     f"meta-llama/{name}{kind}": _LLAMA3 | sizes
@@ -21,6 +26,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-8B": _QWEN3,
     "Qwen/Qwen3-8B-Base": _QWEN3 | {"max_position_embeddings": 32768},
     "Qwen/Qwen3-30B-A3B": _QWEN3_MOE,
+    "Qwen/Qwen3-30B-A3B-Base": _QWEN3_MOE | {"max_position_embeddings": 32768},
+    "Qwen/Qwen3-235B-A22B": _QWEN3_MOE | _QWEN3_235B,
+    "unsloth/gpt-oss-120b-BF16": _GPT_OSS,
     "allenai/Llama-3.1-Tulu-3-8B-SFT": _LLAMA3 | _8B | {"vocab_size": 128264},
     "meta-llama/Llama-3.3-70B-Instruct": _LLAMA3 | _70B,
 }

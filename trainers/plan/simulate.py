@@ -33,8 +33,8 @@ from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.experts import one_by_one
 from trainers.objectives import Objective, make_objective
 from trainers.objectives.base import OF_LABELS, Measured
-from trainers.peft import nf4
 from trainers.plan.allocator import replay
+from trainers.plan.stand_ins import dealt_evenly, few_chunks
 from trainers.plan.trace import Kind, Moment, Trace, combine
 from trainers.step import take_step
 from trainers.world import World
@@ -252,7 +252,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     evaluated = most_of(config, rows, seq_len, vocab_size, objective) if rows > config.train.microbatch else None
     has_dtensors = any(isinstance(p, DTensor) for p in engine.model.parameters())
     stepping: Callable[[], AbstractContextManager[Any]] = unset_fake_temporarily if has_dtensors else nullcontext  # DTensor has its own
-    with warnings.catch_warnings(), _few_chunks(trace), fake, trace:
+    with warnings.catch_warnings(), few_chunks(trace), dealt_evenly(), fake, trace:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         engine.fill(None)
         for _ in range(engine.settling_steps + 1):
@@ -303,23 +303,6 @@ def _float8_of(gpus: bool) -> Iterator[None]:
         yield
     finally:
         float8.EMULATED = None
-
-
-@contextmanager
-def _few_chunks(trace: Trace) -> Iterator[None]:
-    """Unpack two chunks of each 4-bit matrix and count them for all: there are dozens in one, and nothing of one outlives the next."""
-
-    def first(packed: Tensor, step: int) -> Iterator[Tensor]:
-        parts = packed.split(step)
-        with trace.repeated(len(parts) / min(2, len(parts))):
-            yield from parts[:2]
-
-    plain = nf4.chunks_of
-    nf4.chunks_of = first
-    try:
-        yield
-    finally:
-        nf4.chunks_of = plain
 
 
 def _in_memory(config: RunConfig) -> RunConfig:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from trainers.batch import Batch, Needs, Output
 from trainers.config.choices import Float8, Offload
@@ -47,6 +48,7 @@ from trainers.engines.fsdp.groups import data_mesh, has_use, layout, require_gro
 from trainers.engines.fsdp.state import (
     begin_state,
     bytes_on_host,
+    clip_by_mesh,
     load,
     load_in_place,
     load_values,
@@ -71,6 +73,7 @@ from trainers.world import World, read
 
 if TYPE_CHECKING:
     from trainers.engines.compiling import CompiledBlocks
+    from trainers.engines.fsdp.dealt import Dealt
     from trainers.engines.fsdp.split import Split
     from trainers.model.context import Slices
 
@@ -107,7 +110,7 @@ class FSDPEngine:
         routers = [mixture.router for mixture in mixtures(self.model)] if apart else []
         self.adaptation = adapt(self.model, origin_of(self.model, blueprint), config, blueprint, self.compute)
         # what of each layer this rank has, where ranks split layers
-        self.blocks, self.split = find_blocks(self.model), self._split() if self.mesh.tensor > 1 else None
+        self.blocks, self.split = find_blocks(self.model), self._split() if self.mesh.tensor * self.mesh.expert > 1 else None
         self.part, self.saved, self.head, self.logits = (
             self.split.told if self.split else (*ALL, *head_of(self.model, config, self.compute))
         )
@@ -135,6 +138,7 @@ class FSDPEngine:
             compute=self.compute,
             engine=self.config.engine,
             mesh=data_mesh(self.mesh, self.world.device.type) if self.split is None else self.split.data_mesh,
+            apart=None if self.split is None else self.split.apart,
             device=self.world.device.type,
         )
 
@@ -173,7 +177,7 @@ class FSDPEngine:
             load_values(self.model, origin, self.part)
             forget(origin)
         move_buffers(self.model, self.world.device)  # an offloaded model's parameters visit the device, its buffers live there
-        self.optimizer = optimizer_of(self.model, self.config.optim, self.adaptation)
+        self.optimizer = optimizer_of(self.model, self.config.optim, self.adaptation, self.mesh.expert > 1)
         begin_state(self.optimizer, lambda: pieces(self.model, self.mesh.copy_size))
         self._send_home()
         if (update := self.adaptation.update) is not None:
@@ -200,7 +204,12 @@ class FSDPEngine:
         require_no_state(self.model, self.mesh.context)
         return slices_of(self.mesh, self.world.rank, self.world.device.type)
 
-    def _split(self) -> Split:
+    def _split(self) -> Split | Dealt:
+        if self.mesh.expert > 1:
+            from trainers.engines.fsdp.dealt import Dealt
+
+            over = data_mesh(self.mesh, self.world.device.type)
+            return Dealt(self.model, self.config, self.mesh, self.world.rank, over, self.compute)
         from trainers.engines.fsdp.split import Split
 
         return Split(self.model, self.config, self.mesh, self.world.rank, self.world.device.type, self.compute.itemsize)
@@ -248,8 +257,9 @@ class FSDPEngine:
             update.before(self.parts, lambda name: whole(self.model.get_parameter(name)))
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         require_type("gradients", grads, torch.float32)
-        squares = sum_of_squares(grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads).to(self.world.device)
-        return (squares if self.split is None else self.split.once(squares, self.model, sum_of_squares)) / self.mesh.replicate
+        own = (grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads)
+        squares = sum_of_squares(own) if self.split is None else self.split.squares(self.model, sum_of_squares)
+        return squares.to(self.world.device) / self.mesh.replicate
 
     def step(self, lr: float, accepts: Accepts = accepts_all, norm: float | None = None) -> float:
         """Clip, update and clear; return the gradient norm before clipping."""
@@ -261,7 +271,7 @@ class FSDPEngine:
         clip = self.config.optim.clip
         if math.isfinite(norm) and accepts(norm):
             if clip is not None and norm + CLIP_EPS > clip:  # else it would multiply by 1
-                nn.utils.clip_grads_with_norm_(parameters, clip, torch.tensor(norm, dtype=torch.float32))
+                (clip_by_mesh if self.mesh.expert > 1 else clip_grads_with_norm_)(parameters, clip, torch.tensor(norm, dtype=torch.float32))
             set_lr(self.optimizer.param_groups, lr)
             if self.visits:
                 self._step_with_visiting_state(parameters)
@@ -342,7 +352,7 @@ class FSDPEngine:
             tensor = state[name]
             if averaged is not None and (p := self.model.get_parameter(name)) in self.optimizer.state:
                 tensor = placed(self.model, name, averaged(p))
-            return whole(tensor) if self.split is None else self.split.whole(name, tensor)
+            return whole(tensor) if self.split is None else self.split.wholes.whole(name, tensor)
 
         yield from self.adaptation.exported(gather)
 

@@ -78,11 +78,13 @@ def shard(
     compute: torch.dtype,
     engine: EngineConfig,
     mesh: DeviceMesh,
+    apart: tuple[Sequence[nn.Module], DeviceMesh] | None,
     device: str,
 ) -> None:
     """Make a group of each block, of each module that is never reached, and of each router, and of what remains the root group.
 
-    `never_used` are the parameters that the data never reach; their blocks are not gathered ahead.
+    `never_used` are the parameters that the data never reach; their blocks are not gathered ahead. `apart` are modules over ranks of
+    their own, and these ranks; what comes to them stays in its type.
     """
     how: dict[str, Any] = {
         "mesh": mesh,
@@ -95,6 +97,9 @@ def shard(
     used = [block for block in blocks if any(id(p) not in idle for p in block.parameters())]
     for router in routers:  # small, so that each stays gathered from its first use in a step to its last
         fully_shard(router, reshard_after_forward=False, **how | {"mp_policy": MixedPrecisionPolicy(torch.float32, torch.float32)})
+    for module, own in () if apart is None else ((module, apart[1]) for module in apart[0]):
+        other = {"mesh": own, "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)}
+        fully_shard(module, reshard_after_forward=engine.reshard_after_forward, **how | other)
     for block in (*blocks, *unreached):
         fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **how)
     fully_shard(model, reshard_after_forward=False, **how)

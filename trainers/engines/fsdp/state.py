@@ -127,10 +127,24 @@ def bytes_on_host(*, optimizer: bool, parameters: bool, state: int = 8) -> dict[
     return parts | ({"optimizer state": state} if parameters or optimizer else {})
 
 
-def optimizer_of(model: nn.Module, optim: OptimConfig, adaptation: Adaptation) -> torch.optim.Optimizer:
-    """Return the optimizer of what is trained, with weight decay on matrices and embeddings only."""
+def optimizer_of(model: nn.Module, optim: OptimConfig, adaptation: Adaptation, mixed: bool) -> torch.optim.Optimizer:
+    """Return the optimizer of what is trained, which is of `mixed` meshes or one, with weight decay on matrices and embeddings only."""
     groups = decay_groups(((p, p.ndim, adaptation.lr_scale(name)) for name, p in model.named_parameters()), optim.weight_decay)
-    return make_optimizer(groups, optim)
+    return make_optimizer([group | {"params": of} for group in groups for of in _by_mesh(group["params"])] if mixed else groups, optim)
+
+
+def clip_by_mesh(parameters: Iterable[Tensor], clip: float, norm: Tensor) -> None:
+    """Scale gradients whose norm is `norm` down to `clip`, on any meshes."""
+    for alike in _by_mesh(parameters):
+        nn.utils.clip_grads_with_norm_(alike, clip, norm)
+
+
+def _by_mesh(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return parameters by their mesh: torch clips, and its fused AdamW updates, only those of one mesh at once."""
+    meshes: dict[Any, list[Tensor]] = {}
+    for p in parameters:
+        meshes.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+    return list(meshes.values())
 
 
 def begin_state(optimizer: torch.optim.Optimizer, of: Callable[[], dict[Tensor, list[Any]]]) -> None:

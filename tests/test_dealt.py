@@ -1,0 +1,143 @@
+"""Ranks that have a part of the experts each take the steps of one process: for any mixture, method and mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Ranks
+from meshed import compare, config_for, train
+from small_models import small
+
+from trainers.config.choices import Activations, ObjectiveName, Offload, OptimizerName, PeftMethod
+from trainers.config.errors import ConfigError
+from trainers.config.expert import require_experts
+from trainers.config.mesh import Mesh, mesh_of, seats_of
+from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
+from trainers.engines.build import build_engine
+from trainers.model.blueprint import Blueprint
+from trainers.plan.simulate import ranks as fake_ranks
+from trainers.plan.simulate import simulate
+from trainers.world import World
+
+
+def mixture(kind: str, **changes: Any) -> Blueprint:
+    """A small model; `changes` are of its config."""
+    blueprint = small(kind)
+    for name, value in changes.items():
+        setattr(blueprint.config, name, value)
+    return blueprint
+
+
+LORA = {"peft": PeftConfig(method=PeftMethod.lora, rank=4, alpha=8, targets=["q_proj", "v_proj"])}
+STACKS = {"peft": PeftConfig(method=PeftMethod.lora, rank=4, alpha=8, targets=["q_proj", "experts"])}
+DPO = {"objective": ObjectiveConfig(name=ObjectiveName.dpo, beta=0.5)}
+CASES: list[Any] = [
+    ("qwen3_moe", 2, {"expert": 2}, {}),
+    ("qwen3_moe", 4, {"expert": 2}, {"train": {"balance_loss": 1.0, "activations": Activations.block}}),
+    ("qwen3_moe", 4, {"expert": 4}, STACKS),
+    ("mixtral", 4, {"expert": 4}, DPO),
+    ("mixtral", 4, {"expert": 2, "replicate": 2, "sync_each_microbatch": False}, {"train": {"global_batch": 8}}),
+    ("mixtral", 2, {"expert": 2, "offload_optimizer": Offload.cpu}, LORA),
+    ("deepseek_v3", 4, {"expert": 4, "context": 2}, {"train": {"balance_loss": 1.0}}),
+    ("deepseek_v3", 4, {"expert": 2, "prefetch": 2}, {"train": {"activations": Activations.block}}),
+    ("gpt_oss", 4, {"expert": 4}, {"train": {"activations": Activations.offload}}),
+    ("gpt_oss", 2, {"expert": 2}, STACKS),
+]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:]]
+
+
+@pytest.mark.parametrize(("kind", "size", "engine", "settings"), [CASES[0], *SLOW])
+def test_ranks_with_a_part_of_the_experts_equal_one_process(
+    ranks: Callable[[int], Ranks], tmp_path: Path, kind: str, size: int, engine: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    (whole,) = ranks(1).call(train, tmp_path / "whole", small(kind), {}, dict(settings))
+    for split in ranks(size).call(train, tmp_path / "split", small(kind), engine, dict(settings)):
+        compare(split, whole)
+    assert f"; {engine['expert']} ranks deal out the experts of each block" in split["report"]["parameters"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Saved on 4 ranks, of which 2 have 3 experts over 2, and on one; continued on others: curve and bytes of one process."""
+    model, settings = mixture("qwen3_moe", num_experts=6), {"optim": OptimizerName.adamw}
+    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
+    meshes = {"dealt": (4, {"expert": 2}), "one": (1, {}), "sharded": (2, {}), "all": (2, {"expert": 2})}
+    for saved, others in {"dealt": ("one", "sharded"), "one": ("dealt", "all")}.items():
+        size, engine = meshes[saved]
+        first = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 0, 5)[0]
+        exports = []
+        for other in (saved, *others):
+            size, engine = meshes[other]
+            second = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 5)[0]
+            assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+            exports.append(second["loaded"])
+        assert all(exported == exports[0] for exported in exports)
+
+
+def outlined(world: World, run_dir: Path, model: Blueprint) -> str:
+    try:
+        build_engine(config_for(run_dir, engine=EngineConfig(expert=2)), world, model)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+def test_models_whose_experts_are_not_dealt_are_refused_by_name(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    said = {
+        "llama": "LlamaForCausalLM has no experts whose weights are stacks",
+        "qwen3_moe": "3 experts a block, which do not divide over 2",
+    }
+    for kind, words in said.items():
+        found = ranks(2).call(outlined, tmp_path, mixture(kind, num_experts=3))[0]
+        assert words in found, kind
+        assert "engine.expert=1" in found, kind
+
+
+def test_the_nearest_size_that_works_is_named() -> None:
+    require_experts({"num_local_experts": 128}, 8, 64, 8)
+    for known, expert, ranks_of_copy, node, near in (
+        ({"num_experts": 60}, 8, 64, 8, 4),
+        ({"n_routed_experts": 256}, 3, 24, 6, 2),
+        ({}, 16, 64, 8, 8),
+        ({"num_experts": 5}, 2, 8, 8, 1),
+    ):
+        with pytest.raises(ConfigError, match=rf"engine\.expert={near}$"):
+            require_experts(known, expert, ranks_of_copy, node)
+
+
+def test_a_mesh_says_which_ranks_have_all_experts_together() -> None:
+    mesh = mesh_of(EngineConfig(replicate=2, expert=4), 16)
+    assert mesh == Mesh(replicate=2, shard=8, expert=4)
+    assert (mesh.copy_size, mesh.data_size, mesh.same_rows) == (8, 16, 1)
+    assert seats_of(mesh, 8)[:3] == [
+        "# ranks  nodes  copy  rows of group  slices  parts of experts",
+        "# 0-3    0      0     0-3            0       0-3",
+        "# 4-7    0      0     4-7            0       0-3",
+    ]
+    assert seats_of(Mesh(context=4, shard=2, expert=2), 8)[1] == "# 0-3    0      0     0              0-3     0-1"
+    with pytest.raises(ConfigError, match="8 ranks of a copy do not divide into groups of that size"):
+        mesh_of(EngineConfig(replicate=2, expert=3), 16)
+
+
+def test_a_plan_has_a_part_of_the_experts_and_sends_tokens_to_the_others(tmp_path: Path) -> None:
+    """Of 4 ranks with all 4 experts together: a quarter of all else, one expert of each stack, and tokens by all-to-all inside the team."""
+    model = mixture("qwen3_moe")
+    with fake_ranks(4, 4) as world:
+        found = simulate(config_for(tmp_path, engine=EngineConfig(expert=4)), model, world, 48)
+    built = model.build()
+    experts = sum(p.numel() for name, p in built.named_parameters() if ".experts." in name)
+    total = sum(p.numel() for p in built.parameters())
+    assert found.parameters == total
+    assert found.state_bytes["trainable"] == pytest.approx(total, rel=0.05)
+    assert found.state_bytes["trainable"] > experts
+    sent: dict[str, float] = {}
+    for moment in found.moments:
+        for key, size in moment.sent.items():
+            sent[key.split()[0]] = sent.get(key.split()[0], 0.0) + size
+    tokens, hidden, chosen, blocks = 48, 32, 2, 2
+    there_and_back = 4 * tokens * chosen * hidden * 3 / 4
+    assert sent["all-to-all"] == pytest.approx(2 * 2 * blocks * there_and_back, rel=0.02)
