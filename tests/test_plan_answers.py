@@ -19,7 +19,7 @@ from trainers.config.checks import validate
 from trainers.config.choices import ObjectiveName, Precision
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig, plain
-from trainers.plan.answers import Answers, Work, answers_of, not_timed, seconds_of, traced
+from trainers.plan.answers import Answers, Work, answers_of, not_timed, seconds_of, step_of, traced
 from trainers.plan.estimate import FAST, SLOW
 from trainers.plan.plan import make_plan
 from trainers.plan.request import Place, PlanConfig, Variant
@@ -107,6 +107,10 @@ def test_times_are_their_formulas() -> None:
     assert (parts["measuring"], parts["training"]) == ((0.0, 0.0), (1.5, 2.5))
     kept = replace(config, objective=replace(config.objective, kl_weight=0.1, importance_cap=2.0))
     assert seconds_of(found, kept, H100, (0.25, 0.5), (1.5, 2.5))["measuring"] == (0.5, 1.0), "two passes"
+    fast, slow = (sum(seconds) for seconds in zip(*parts.values(), strict=True))
+    assert step_of(parts, config) == (fast, slow)
+    meanwhile = min(parts["sampling"][0] + parts["scoring"][0], parts["training"][0])
+    assert step_of(parts, replace(config, rl=replace(config.rl, staleness=1))) == (fast - meanwhile, slow)
     config.reward |= RunConfig(reward={"judge": {"kind": "judge"}}).reward
     assert "scoring by judge" in not_timed(config)[0]
     assert seconds_of(found, config, H100, (0.25, 0.5), (1.5, 2.5))["scoring"] == parts["scoring"]

@@ -331,6 +331,41 @@ def kept(run_dir: Path) -> list[bytes]:
     return [(folder / "signals" / f"{name}_logps.npy").read_bytes() for folder in rollouts(run_dir) for name in ("old", "reference")]
 
 
+@pytest.mark.slow
+def test_rollouts_that_are_ahead_are_neither_lost_nor_used_twice(base: Path, cache: Path, tmp_path: Path) -> None:
+    """Each step trains on answers of the weights two steps before it, whatever is killed: generator, rank and launcher; to the bit."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    asked = ("rl.staleness=2", "train.steps=8", "checkpoint.every=3", "objective.importance_cap=2")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    launch(cache, line(base, prompts, whole, *asked))
+    about = [json.loads((folder / "about.json").read_text()) for folder in rollouts(whole)]
+    assert [each["version"] for each in about] == [0, 0, 0, 1, 2, 3, 4, 5]
+    assert [each["begin"] for each in about] == [0, *(each["position"] for each in about[:-1])]
+    assert len(set(answers_of(whole))) == 8 * 8
+    found = steps(rows_of(whole))
+    assert [row["staleness"] for row in found] == [0, 1, 2, 2, 2, 2, 2, 2]
+    assert all(row["mismatch"] < 1e-4 for row in [found[0], *found[3:]]), "what generators say of answers with weights of an earlier step"
+    assert found[4]["mismatch_kl"] > 1e-6, "between the sampler and the trainer of now"
+    assert all({"waiting_seconds", "opening_seconds", "sampling_seconds", "scoring_seconds"} <= row.keys() for row in found)
+    assert not (whole / "rollouts" / "weights").exists()
+
+    with started(line(base, prompts, cut, *asked), environment(cache)) as process:
+        wait_for_step(cut, 1, process)
+        os.kill(generators_of(process.pid)[0], signal.SIGKILL)
+        wait_for_step(cut, 4, process)
+        os.kill(rank_processes(cut)[-1], signal.SIGKILL)
+        process.communicate(timeout=100)
+        wait_until_none(process.pid)
+    with started(line(base, prompts, cut, *asked), environment(cache)) as process:
+        wait_for_step(cut, 5, process)
+        process.kill()
+        process.wait(20)
+        wait_until_gone(cut)
+        wait_until_none(process.pid)
+    launch(cache, line(base, prompts, cut, *asked))
+    assert told(cut) == told(whole)
+
+
 @pytest.mark.soak
 def test_ten_kills_at_random_moments(base: Path, cache: Path, tmp_path: Path) -> None:
     """Of a rank, a generator or the launcher; a generator that is stopped is replaced too."""

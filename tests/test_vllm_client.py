@@ -201,6 +201,26 @@ def test_a_batch_that_is_too_large_is_named_and_not_asked_again(model: Path, mon
     assert len(opened) == 1
 
 
+def test_servers_that_run_already_have_the_runs_weights_before_they_answer(server: VllmServer, model: Path) -> None:
+    """Each of them is asked by a rank; where one loses its connection it opens the weights again."""
+    config = RunConfig(rl=RlConfig(servers=[server.url], max_new_tokens=4))
+    world: Any = SimpleNamespace(gather=lambda value: [value], local_rank=0, rank=0, size=1, signalled=None, device=torch.device("cpu"))
+    generators = Generators(config, world, model)
+    try:
+        requests = [Request(key=key, seed=key, ids=[1, 1]) for key in range(3)]
+        assert sorted(generators.ask(requests) or {}) == [0, 1, 2]
+        assert server.weights == [str(model)]
+        generators.renew()
+        assert len(server.weights) == 2
+        server.faults["/v1/completions"] = 2
+        assert sorted(generators.ask(requests[:1]) or {}) == [0]
+        assert len(server.weights) == 3
+    finally:
+        generators.close()
+    with pytest.raises(ConfigError, match="are 2 servers, and each of 1 rank asks one at most"):
+        Generators(RunConfig(rl=RlConfig(servers=[server.url, "http://b:1"])), world, model)
+
+
 @pytest.mark.for_real
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_whatever_ends_who_has_started_a_server_ends_it(how: signal.Signals, model: Path, program: Path) -> None:

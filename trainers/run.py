@@ -171,7 +171,7 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         console.print(_as_table("the critic on each rank", of_critic))
     outcome = train(config, world, attempt, engine, data, rows, flops, held_out=held_out, critic=critic)
     if held_out is not None:
-        built = _without_generators(built, rows, held_out, outcome.progress.step)
+        built = _without_generators(built, rows, held_out, outcome.progress.step, outcome.stopped)
     engine.report()
     stopped = outcome.stopped
     if config.data.streaming:
@@ -205,16 +205,17 @@ def _prompts(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFa
 def _sampled(built: Built) -> tuple[Rows, HeldOutPrompts]:
     """Return the rows that the model's own answers make, and the held-out prompts."""
     from trainers.rl.held_out import HeldOutPrompts
-    from trainers.rl.rollouts import Rollouts, make_sampler
+    from trainers.rl.rollouts import Rollouts
+    from trainers.rl.sampler import make_sampler
 
     sampler = make_sampler(built.config, built.world, built.attempt, built.engine, built.blueprint, built.tokenizer)
     rows = Rollouts(sampler, built.data)
     return rows, HeldOutPrompts(sampler, built.data, rows.num_steps, rows.pad_id)
 
 
-def _without_generators(built: Built, rows: Rows, held_out: HeldOutPrompts, step: int) -> Built:
+def _without_generators(built: Built, rows: Rows, held_out: HeldOutPrompts, step: int, continues: bool) -> Built:
     """End what gives and judges answers; return what was built with the rows of the last step, which have answers to try the export on."""
-    held_out.sampler.close()
+    held_out.sampler.close(continues)
     return replace(built, data=replace(built.data, train=rows.table(step - 1), eval=None)) if step else built
 
 

@@ -136,6 +136,7 @@ NOT_NEGATIVE = (
     "objective.kl_weight",
     "objective.critic_weight_decay",
     "rl.redraws",
+    "rl.staleness",
     "rl.restarts",
 )
 RANGES = {

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import re
 
-from trainers.config.choices import KL, Activations, DocumentOf, Layout, ObjectiveName, Offload, OnSpike, PeftMethod, TooLong
+from trainers.config.choices import KL, Activations, DocumentOf, Layout, ObjectiveName, Offload, OnSpike, PeftMethod, RewardKind, TooLong
 from trainers.config.derived import OF_THE_MODEL, SAMPLED
 from trainers.config.errors import ConfigError
 from trainers.config.foreign import refuse_foreign
 from trainers.config.local import looks_local, require_model_directory
 from trainers.config.methods import VIRTUAL
 from trainers.config.schema import RlConfig, RunConfig
-from trainers.config.secrets import is_option
+from trainers.config.secrets import is_option, masked
 
 
 def validate_rl(config: RunConfig) -> None:
@@ -44,6 +45,7 @@ def validate_rl(config: RunConfig) -> None:
     _validate_vllm(config)
     if name is ObjectiveName.ppo:
         _validate_critic(config)
+    _validate_ahead(config)
     _refuse_what_does_not_go(config)
 
 
@@ -63,8 +65,13 @@ def _validate_draws(rl: RlConfig) -> None:
 
 
 def _validate_vllm(config: RunConfig) -> None:
-    """Refuse a Python that cannot be started, words for nobody, and adapters."""
+    """Refuse a Python that cannot be started, words for nobody, adapters, and servers that are started and run already."""
     rl = config.rl
+    if (rl.vllm is not None or rl.servers) and config.peft.method not in OF_THE_MODEL:
+        path, value = ("rl.servers", str(rl.servers)) if rl.servers else ("rl.vllm", str(rl.vllm))
+        reason = f"is given whole models, and peft.method={config.peft.method} writes an adapter"
+        raise ConfigError(path, value, reason, f"{path}={'[]' if rl.servers else 'null'}, or peft=none")
+    _validate_servers(rl)
     if rl.vllm is None:
         if rl.vllm_words:
             raise ConfigError("rl.vllm_words", rl.vllm_words, "are a vLLM server's, and rl.vllm is empty", "rl.vllm_words=[]")
@@ -75,9 +82,41 @@ def _validate_vllm(config: RunConfig) -> None:
             raise ConfigError("rl.vllm_words", name, reason, "leave it out; any other secret goes by its variable, such as HF_TOKEN")
     if not os.access(rl.vllm, os.X_OK):
         raise ConfigError("rl.vllm", rl.vllm, "is not a program", "the Python of an environment with vLLM, or rl.vllm=null")
-    if config.peft.method not in OF_THE_MODEL:
-        reason = f"is given whole models, and peft.method={config.peft.method} writes an adapter"
-        raise ConfigError("rl.vllm", rl.vllm, reason, "rl.vllm=null, or peft=none")
+
+
+def _validate_servers(rl: RlConfig) -> None:
+    """Refuse what is not an address or holds a secret, and one server for two."""
+    for url in rl.servers:
+        if masked(url) != url:
+            reason = "holds a secret, which config.yaml would hold too"
+            raise ConfigError(
+                "rl.servers", masked(url), reason, "the address alone, with the key in FULLTUNE_ENDPOINT_KEY, or rl.servers=[]"
+            )
+        if not re.fullmatch(r"https?://[^/\s]+(/v1)?/?", url):
+            raise ConfigError("rl.servers", url, "is not a server's address", "an address such as http://HOST:PORT, or rl.servers=[]")
+    if len(set(rl.servers)) < len(rl.servers):
+        raise ConfigError(
+            "rl.servers", str(rl.servers), "names a server twice, and each has a part of the answers", "each server once, or rl.servers=[]"
+        )
+    if rl.servers and rl.vllm is not None:
+        raise ConfigError("rl.vllm", rl.vllm, f"starts servers, and rl.servers={rl.servers} run already", "rl.vllm=null, or rl.servers=[]")
+
+
+def _validate_ahead(config: RunConfig) -> None:
+    """Refuse what a rollout cannot be given with while a step is taken."""
+    rl = config.rl
+    if not rl.staleness:
+        return
+    if rl.vllm is not None or rl.servers:
+        reason = "asks generators what they say of answers that are there, to prove their weights, and a vLLM server is not asked for that"
+        raise ConfigError("rl.staleness", rl.staleness, reason, "rl.staleness=0, or rl.vllm=null and rl.servers=[]")
+    if config.objective.name is ObjectiveName.ppo:
+        reason = "lets answers be older than the policy, and PPO's critic expects the rewards of the policy of now"
+        raise ConfigError("rl.staleness", rl.staleness, reason, "rl.staleness=0, or objective=grpo")
+    for name, reward in config.reward.items():
+        if reward.kind is RewardKind.function:
+            reason = f"rewards answers while a step is taken, and an alarm ends a function that is late (reward.{name}) between steps alone"
+            raise ConfigError("rl.staleness", rl.staleness, reason, "rl.staleness=0, or rewards of other kinds")
 
 
 def _validate_critic(config: RunConfig) -> None:

@@ -383,6 +383,8 @@ class RlConfig:
     """Logits are divided by it: answers are drawn, and trained on, from the softmax of that. Above 0; below 1 the likely are likelier."""
     steps_per_rollout: int = 1
     """Optimizer steps whose answers are written together, with the weights before the first of them; each trains on its own part."""
+    staleness: int = 0
+    """Rollouts by which sampling is ahead of training: both run at once, each rollout by the weights so many before it; 0 takes turns."""
     redraws: int = 3
     """Further rounds of prompts in place of those whose answers all have one reward, which teach nothing; 0 keeps these."""
     mask_truncated: bool = False
@@ -393,6 +395,8 @@ class RlConfig:
     """Python of an environment with vLLM, which then writes the answers; empty is plain transformers. With it no resume is exact."""
     vllm_words: list[str] = field(default_factory=list)
     """Further words of a vLLM server's command line, as [--gpu-memory-utilization,0.4]."""
+    servers: list[str] = field(default_factory=list)
+    """vLLM servers that run already, see run_dir and write the answers, as [http://node7:8000]; empty starts generators."""
     timeout_s: float = 600.0
     """Seconds that a generator may take for one batch before another is started in its place."""
     restarts: int = 3

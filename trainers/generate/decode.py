@@ -67,6 +67,17 @@ def decode(
         yield from zip(chunk, _continue(model, asked, room, sampling, stops, pad_id, own, heard, close), strict=True)
 
 
+@torch.no_grad()
+def logps_of(model: PreTrainedModel, ids: Sequence[int], count: int, temperature: float) -> list[float]:
+    """Return the log-probabilities of the last `count` of some ids, in nats, of logits / temperature; at least one id is before these."""
+    if not count:
+        return []
+    whole = torch.tensor([ids], device=model.device)
+    logits: Tensor = model(input_ids=whole, use_cache=False, logits_to_keep=count + 1).logits[0, :-1].float() / temperature
+    found: list[float] = logits.log_softmax(-1).gather(1, whole[0, -count:, None])[:, 0].tolist()
+    return found
+
+
 def _plainly(model: PreTrainedModel, stops: Sequence[int], pad_id: int) -> None:
     """Leave the choice of tokens to `Choice` alone."""
     for module in model.modules():  # peft reads it from one of the models that it is made of, by method

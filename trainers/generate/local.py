@@ -52,8 +52,9 @@ class Local:
         timeout_s: float | None = None,
         open_s: float | None = None,
         look: Callable[[], None] = nothing,
+        threads: int | None = None,
     ) -> None:
-        """Start it; `folder` has the weights, None is the config's own model.
+        """Start it; `folder` has the weights, None is the config's own model. On a CPU it uses so many threads, None is one a core.
 
         `setting` is what the caller's `batch` is called. `open_s` may pass until they are open, and `timeout_s` between two answers after
         that. `look` is called now and then while nothing is said, and may raise.
@@ -68,6 +69,7 @@ class Local:
             "setting": setting,
             "dtype": dtype,
             "device": device,
+            "threads": threads,
         }
         file = Path(self.place.name) / "model.json"
         file.write_text(json.dumps(asked), "utf-8")
@@ -124,6 +126,15 @@ class Local:
         self._tell({"folder": str(folder)})
         while "done" not in self._next(self.open_s):
             pass
+
+    def score(self, rows: Sequence[tuple[Sequence[int], int]], temperature: float) -> list[list[float]]:
+        """Return the log-probabilities of the last ids of each row, (ids, how many of them), in nats; raises Broken."""
+        self._tell({"rows": [[list(ids), count] for ids, count in rows], "temperature": temperature})
+        found = []
+        while "done" not in (word := self._next(self.timeout_s)):
+            if "logps" in word:
+                found.append(word["logps"])
+        return found
 
     def _tell(self, order: dict[str, Any]) -> None:
         try:

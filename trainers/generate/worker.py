@@ -1,7 +1,8 @@
 """Open a model and answer what is asked on stdin, a JSON object a line: python -m trainers.generate.worker MODEL.json, started by `local`.
 
 What it says goes to stdout, an object a line: {"ready"}, then for each line that it reads {"answer"} of every request and {"done"}.
-A line with a `folder` opens the weights there in place of those that are open.
+A line with a `folder` opens the weights there in place of those that are open; of one with `rows`, each [ids, count], each is answered
+by {"logps"} of its last ids.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import transformers
 from trainers.config.errors import ConfigError
 from trainers.config.schema import parse
 from trainers.data.tokenizer import pad_id
-from trainers.generate.decode import decode, stops_of
+from trainers.generate.decode import decode, logps_of, stops_of
 from trainers.generate.request import Answer, Sampling
 from trainers.generate.subject import Subject, kind_of
 from trainers.host import cores
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> int:
     asked = json.loads(Path(arguments[0]).read_text("utf-8"))
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(cores())
+    torch.set_num_threads(asked["threads"] or cores())
     device = kind_of(asked["device"])
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -45,6 +46,9 @@ def main(arguments: list[str]) -> int:
             if "folder" in order:
                 del model  # two need not fit
                 model = replace(subject, folder=Path(order["folder"])).open(dtype, place)
+            elif "rows" in order:
+                for ids, count in order["rows"]:
+                    say(logps=logps_of(model, ids, count, order["temperature"]))
             else:
                 _answer(model, order, asked["batch"], stops, pad)
             say(done=True)

@@ -51,6 +51,8 @@ class Activity:
         self.paused = 0.0  # seconds in which this whole process did not run: they do not count
         self.began = (clock(), 0.0)  # when it last made progress, and `paused` at that time
         self.io_bytes = 0
+        self.aside: int | None = None  # the thread whose work is not the phase's, and how often it has made progress
+        self.aside_beats = 0
 
     def limit(self, config: RunConfig) -> None:
         """Take each phase's limit from the settings."""
@@ -66,7 +68,10 @@ class Activity:
             self.changed.set()
 
     def beat(self) -> None:
-        """Note progress: the time of the phase begins anew."""
+        """Note progress: the time of the phase begins anew, unless this is the thread whose work is not the phase's."""
+        if threading.get_ident() == self.aside:
+            self.aside_beats += 1
+            return
         self.began = (self.clock(), self.paused)
 
     def each(self, items: Iterable[T]) -> Iterator[T]:

@@ -216,6 +216,17 @@ def seconds_of(answers: Answers, config: RunConfig, device: HardwareConfig, forw
     }
 
 
+def step_of(parts: dict[str, Range], config: RunConfig) -> Range:
+    """Return the seconds of a step, fast and slow, from those of its parts.
+
+    With `rl.staleness` answers are given while others are trained on, by the same devices: at best neither slows the other.
+    """
+    low, high = (sum(seconds) for seconds in zip(*parts.values(), strict=True))
+    if config.rl.staleness:
+        low -= min(parts["sampling"][0] + parts["scoring"][0], parts["training"][0])
+    return low, high
+
+
 def _sampling(answers: Answers, config: RunConfig, device: HardwareConfig, share: Share) -> float:
     prompt, token = (_seconds(work, config, device, share) for work in (answers.prompt, answers.token))
     return answers.rounds * (prompt + (config.rl.max_new_tokens - 1) * token) / config.rl.steps_per_rollout
@@ -236,11 +247,17 @@ def _scoring(answers: Answers, config: RunConfig, at: int) -> float:
 
 
 def not_timed(config: RunConfig) -> list[str]:
-    """Return what no time is known of, in words."""
+    """Return what no time is known of, and what times take for granted, in words."""
     asked = sorted({str(reward.kind) for reward in config.reward.values() if reward.kind in UNKNOWN})
     words = f"scoring by {', '.join(asked)} takes as long as what is asked, which is not in the times"
     redrawn = (
         f"prompts whose answers all have one reward are drawn again, up to rl.redraws={config.rl.redraws} times, which is not in the times"
     )
     other = "rl.vllm: a generator's memory and time are planned as those of plain transformers; vLLM takes what rl.vllm_words lets it"
-    return ([other] if config.rl.vllm else []) + ([words] if asked else []) + ([redrawn] if config.rl.redraws else [])
+    ahead = "rl.staleness: in the fast time sampling and training do not slow each other, in the slow time they take turns"
+    return (
+        ([ahead] if config.rl.staleness else [])
+        + ([other] if config.rl.vllm else [])
+        + ([words] if asked else [])
+        + ([redrawn] if config.rl.redraws else [])
+    )

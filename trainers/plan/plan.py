@@ -21,7 +21,7 @@ from trainers.model.backends import stand_in
 from trainers.model.blueprint import Blueprint
 from trainers.objectives import CHOICES, REFERENCE
 from trainers.plan.answers import ASSUMPTIONS as OF_ANSWERS
-from trainers.plan.answers import Answers, answers_of, not_timed, seconds_of
+from trainers.plan.answers import Answers, answers_of, not_timed, seconds_of, step_of
 from trainers.plan.critic import read_critic, together
 from trainers.plan.estimate import ASSUMPTIONS, FAST, SLOW, forward_seconds, spans_nodes, step_seconds, totals
 from trainers.plan.inputs import Data, read_data, read_model
@@ -317,8 +317,8 @@ def _price(
             of, other = critic_config(config), _rank_of(config, plan.place, critic)
             each = [step_seconds(of, plan.place, device, critic.moments, microbatches, share, *other) for share in (FAST, SLOW)]
             plan.answers.seconds["critic"] = each[0], each[1]
-        low, high = (sum(parts) for parts in zip(*plan.answers.seconds.values(), strict=True))
-        plan.step_seconds, plan.assumptions = (low, high), [*plan.assumptions, *OF_ANSWERS]
+        plan.step_seconds = step_of(plan.answers.seconds, config)
+        plan.assumptions = [*plan.assumptions, *OF_ANSWERS]
     if plan.reference is not None and (rows := plan.data.measured[0] if plan.data.measured else plan.data.rows):
         each = [forward_seconds(config, plan.place, device, moments, share, *rank[:2]) for share in (FAST, SLOW)]
         passes = math.ceil(rows / (mesh_of(config.engine, plan.place.size).data_size * config.train.microbatch))

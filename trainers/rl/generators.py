@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, in_short
 from trainers.generate.local import Broken, Local, TooLarge
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
+from trainers.host import cores
 from trainers.world import World
 
 if TYPE_CHECKING:
     from trainers.generate.vllm import Vllm
 
 log = logging.getLogger("fulltune")
+T = TypeVar("T")
 TEMPERED = ("--logprobs-mode", "processed_logprobs")
 """Words of a vLLM server that gives log-probabilities after the temperature."""
 
@@ -29,23 +32,58 @@ class Interrupted(Exception):
 
 
 class Generators:
-    """The generators of all machines, each started by the first rank there. Every method but `close` is collective."""
+    """The generators of all machines, each started by the first rank there, or servers that run already, each asked by a rank.
 
-    def __init__(self, config: RunConfig, world: World, weights: Path) -> None:
-        """Start none yet; `weights` is the directory that they open, a model's or an adapter's, which all machines see."""
+    Every method but `close` is collective.
+    """
+
+    def __init__(self, config: RunConfig, world: World, weights: Path, apart: World | None = None) -> None:
+        """Start none yet; `weights` is the directory that they open, a model's or an adapter's, which all machines see.
+
+        `apart` is the World of the thread that asks, where it is not the one that trains.
+        """
+        self.among = apart or world
+        self.is_leaving = False
         self.config, self.rl, self.world, self.weights = config, config.rl, world, weights
         self.sampling = Sampling(max_new_tokens=config.rl.max_new_tokens, temperature=config.rl.temperature, tempered=True)
         self.leads = [rank for rank, leads in enumerate(world.gather(world.local_rank == 0)) if leads]
+        if config.rl.servers:
+            self.leads = list(range(len(config.rl.servers)))
+            if len(self.leads) > world.size:
+                reason = f"are {len(self.leads)} servers, and each of {plural(world.size, 'rank')} asks one at most"
+                raise ConfigError("rl.servers", str(config.rl.servers), reason, "fewer servers, or more ranks")
         self.local: Local | Vllm | None = None
         self.is_opening = False
 
-    def renew(self) -> None:
-        """Have them open the weights that are in the directory now."""
+    def renew(self, weights: Path | None = None) -> None:
+        """Have them open the weights that are in the directory now, or in another one."""
+        self.weights = weights or self.weights
         if self.local is not None:
+            self.is_opening = True
             try:
                 self.local.open(self.weights)
             except (Broken, Interrupted) as error:  # the next batch starts another one, or the run stops there
                 self._drop(error)
+            finally:
+                self.is_opening = False
+
+    def score(self, rows: Sequence[tuple[Sequence[int], int]]) -> list[list[float]] | None:
+        """Return what they say of the last ids of each row, (ids, how many of them): log-probabilities in nats.
+
+        Each row is of one generator. None where a rank was asked to stop. Raises TrainingFailed, and ConfigError.
+        """
+        mine = self._share(rows)
+
+        def ask(local: Local | Vllm) -> list[list[float]]:
+            assert isinstance(local, Local)  # validate_rl
+            return local.score(mine, self.sampling.temperature)
+
+        found = None if self.is_asked_to_stop() else self._tried(ask) if mine else []
+        every = self.among.gather(found)
+        if None in every:
+            return None
+        shares = [iter(every[rank] or ()) for rank in self.leads]
+        return [next(shares[place % len(shares)]) for place in range(len(rows))]
 
     def ask(self, requests: Sequence[Request], sampling: Sampling | None = None) -> dict[int, Answer] | None:
         """Return each request's answer by its key; None where a rank was asked to stop. Raises TrainingFailed, and ConfigError.
@@ -60,22 +98,37 @@ class Generators:
         for begin in range(0, len(ordered), at_once):
             watch.beat()
             batch = ordered[begin : begin + at_once]
-            mine = batch[self.leads.index(self.world.rank) :: len(self.leads)] if self.world.rank in self.leads else []
-            answers = None if self.world.signalled is not None else self._answers(mine, sampling or self.sampling)
-            for theirs in self.world.gather(answers):
+            answers = None if self.is_asked_to_stop() else self._answers(self._share(batch), sampling or self.sampling)
+            for theirs in self.among.gather(answers):
                 if theirs is None:
                     return None
                 found |= {answer.key: answer for answer in theirs}
         return found
 
+    def _share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return what of a batch is this rank's generator's."""
+        return items[self.leads.index(self.world.rank) :: len(self.leads)] if self.world.rank in self.leads else []
+
+    def is_asked_to_stop(self) -> bool:
+        """Tell whether this rank was asked to stop, or ends."""
+        return self.is_leaving or self.world.signalled is not None
+
     def _answers(self, requests: Sequence[Request], sampling: Sampling) -> list[Answer] | None:
         """Return this machine's answers of a batch, in any order; None where this rank was asked to stop."""
-        lost = 0
-        while requests:
+
+        def ask(local: Local | Vllm) -> list[Answer]:
             found: list[Answer] = []
+            local.ask(requests, sampling, found.append, apart=False)
+            return found
+
+        return self._tried(ask) if requests else []
+
+    def _tried(self, ask: Callable[[Local | Vllm], T]) -> T | None:
+        """Return what this machine's generator says, another one's where it is lost; None where this rank was asked to stop."""
+        lost = 0
+        while True:
             try:
-                self._opened().ask(requests, sampling, found.append, apart=False)
-                return found
+                return ask(self._opened())
             except Interrupted as error:
                 self._drop(error)
                 return None
@@ -88,7 +141,6 @@ class Generators:
                 watch.beat()
                 if lost > self.rl.restarts:
                     raise TrainingFailed(f"{lost} generators on {socket.gethostname()} were lost over one batch: {error}") from error
-        return []
 
     def _opened(self) -> Local | Vllm:
         """Return this machine's generator, started where there is none."""
@@ -100,16 +152,21 @@ class Generators:
                 "look": self.look,
             }
             machine |= {"timeout_s": rl.timeout_s, "open_s": config.limits.load_s}
-            if rl.vllm is None:
+            if rl.vllm is None and not rl.servers:
+                if rl.staleness:  # ranks compute meanwhile
+                    machine["threads"] = max(1, cores() // (self.world.local_size + 1))
                 self.local = Local(config, self.weights, batch=rl.batch, setting="rl.batch", **machine)
             else:
                 from trainers.generate.vllm import Vllm
 
                 words = [*(TEMPERED if rl.temperature != 1 else ()), *rl.vllm_words]
-                self.local = Vllm(self.weights, python=rl.vllm, words=words, at_once=rl.batch, **machine)
+                url = rl.servers[self.leads.index(self.world.rank)] if rl.servers else None
+                self.local = Vllm(self.weights, python=rl.vllm, url=url, words=words, at_once=rl.batch, **machine)
             self.is_opening = True
             try:
                 self.local.__enter__()
+                if rl.servers:  # it has other weights yet
+                    self.local.open(self.weights)
             finally:
                 self.is_opening = False
         return self.local
@@ -118,7 +175,7 @@ class Generators:
         """Raise Interrupted where this rank was asked to stop."""
         if self.is_opening:  # limits.load_s bounds it, and not limits.sample_s
             watch.beat()
-        if self.world.signalled is not None:
+        if self.is_asked_to_stop():
             raise Interrupted
 
     def _drop(self, error: Exception) -> None:

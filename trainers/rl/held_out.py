@@ -16,7 +16,8 @@ from trainers.health.activity import watch
 from trainers.objectives import Objective
 from trainers.rl.groups import Group, figures_of
 from trainers.rl.prompts import read_rows
-from trainers.rl.rollouts import Sampler, ids_of, seed_of
+from trainers.rl.rollouts import ids_of, seed_of
+from trainers.rl.sampler import Sampler
 from trainers.rundir.beats import Phase
 
 Z = 1.959963984540054

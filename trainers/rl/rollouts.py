@@ -4,176 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from trainers.batch import Batch, Sizes
-from trainers.config.choices import ObjectiveName
-from trainers.config.errors import ConfigError
-from trainers.config.schema import RlConfig, RunConfig
+from trainers.config.schema import RunConfig
 from trainers.data.loader import Ints, Made, deal, make_batch, row_order
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.data.tokenizer import pad_id
-from trainers.engines.base import Engine
-from trainers.generate.local import nothing
-from trainers.generate.request import STOP, Answer, Request
+from trainers.generate.request import Request
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
-from trainers.model.blueprint import Blueprint, positions_limit
 from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS, RETURNS, VALUES
-from trainers.rewards.score import Rewards
-from trainers.rl.critic import Critic, build_critic
+from trainers.rl.ahead import Ahead
 from trainers.rl.estimates import estimate
-from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
-from trainers.rl.measured import GIVEN, build_reference, measure, measured_signals, open_rollout
+from trainers.rl.jobs import Spent
+from trainers.rl.measured import GIVEN, measure, measured_signals, open_rollout
 from trainers.rl.prompts import read_rows
-from trainers.rl.sync import bound_of, compare, require_near, temper, write_weights
+from trainers.rl.sampler import Sampler
+from trainers.rl.sync import bound_of, compare, require_near
 from trainers.rundir import paths
-from trainers.rundir.attempt import Attempt
 from trainers.rundir.beats import Phase
-from trainers.rundir.checkpoints import name_of
-from trainers.world import World
 
-log = logging.getLogger("fulltune")
 ABOUT = "about.json"
 """In a rollout's folder: where the next one's prompts begin, and what metrics.jsonl says of its answers."""
-WEIGHTS = "weights"
-"""Next to the rollouts: what generators open."""
-REPLIES = "judged"
-"""Next to the rollouts: a judge's replies."""
-
-
-@dataclass(kw_only=True)
-class Sampler:
-    """Prompts, generators and rewards: what answers of the model as it is now come from. Methods are collective."""
-
-    config: RunConfig
-    world: World
-    attempt: Attempt
-    engine: Engine
-    blueprint: Blueprint
-    tokenizer: PreTrainedTokenizerFast
-    generators: Generators
-    rewards: Rewards | None
-    """On rank 0."""
-    reference: Engine | None = None
-    """The frozen model that the policy is kept near."""
-    untemper: Callable[[], None] = nothing
-    """Has the policy's log-probabilities be the model's own again, as its export's are."""
-    critic: Critic | None = None
-    """What expects rewards, where the objective is PPO."""
-    version: int = -1
-    """Steps that the weights which generators have were trained for."""
-
-    @property
-    def rl(self) -> RlConfig:
-        """Return the settings of answers."""
-        return self.config.rl
-
-    def sync(self, step: int) -> float:
-        """Let the generators have the weights after `step` steps, if they have not; returns the seconds that it took."""
-        began = time.perf_counter()
-        if self.version != step:
-            write_weights(self.engine, self.blueprint, self.tokenizer, self.generators.weights, self.world, self.attempt)
-            self.generators.renew()
-            self.version = step
-        return time.perf_counter() - began
-
-    def score(
-        self, asked: list[tuple[int, int, list[int]]], rows: list[dict[str, Any]], answers: dict[int, Answer], count: int
-    ) -> list[Group] | None:
-        """Return the groups of prompts, each (position, number, ids), with the rewards of `count` answers each; on rank 0 alone.
-
-        None where this rank was asked to stop.
-
-        Answers have the keys of their places: prompt by prompt.
-        """
-        assert self.rewards is not None
-        every = [answers[key] for key in range(len(asked) * count)]
-        if failed := next((answer.failure for answer in every if answer.failure), ""):
-            raise TrainingFailed(f"a prompt got no answer: {failed}")
-        texts = [self._text(answer) for answer in every]
-        told = []
-        for key, (answer, text) in enumerate(zip(every, texts, strict=True)):
-            told.append(rows[asked[key // count][1]] | {"answer": text, "ids": answer.ids, "finish": answer.finish})
-        try:
-            found = self.rewards.score(told, self.generators.look)
-        except Interrupted:
-            return None
-        groups = []
-        for at, (position, number, ids) in enumerate(asked):
-            span = slice(at * count, (at + 1) * count)
-            groups.append(
-                Group(
-                    position=position,
-                    number=number,
-                    ids=ids,
-                    answers=every[span],
-                    texts=texts[span],
-                    rewards=found.total[span],
-                    parts={name: values[span] for name, values in found.parts.items()},
-                    reasons={name: values[span] for name, values in found.reasons.items()},
-                )
-            )
-        return groups
-
-    def _text(self, answer: Answer) -> str:
-        """Return an answer in words, without the token that ended it."""
-        ids = answer.ids or []
-        return str(self.tokenizer.decode(ids[:-1] if answer.finish == STOP else ids, skip_special_tokens=True))
-
-    def close(self) -> None:
-        """End what was started."""
-        self.generators.close()
-        self.untemper()
-        for engine in (self.reference, None if self.critic is None else self.critic.engine):
-            if engine is not None:
-                engine.close()
-        if self.rewards is not None:
-            self.rewards.close()
-            if self.attempt.is_current(at_once=True):  # else they are a newer one's
-                shutil.rmtree(self.generators.weights, ignore_errors=True)
-
-
-def make_sampler(
-    config: RunConfig, world: World, attempt: Attempt, engine: Engine, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast
-) -> Sampler:
-    """Open the rewards, on rank 0, and prepare for generators; raises ConfigError, on every rank, for what cannot be. Collective."""
-    limit, _ = positions_limit(blueprint.config)
-    if limit is not None and config.data.seq_len > limit:
-        reason = f"the model has positions for {limit} tokens of a prompt and its answer"
-        raise ConfigError("data.seq_len", config.data.seq_len, reason, f"data.seq_len={limit}")
-    folder = attempt.run_dir / paths.ROLLOUTS
-    rewards, fault = None, None
-    if world.rank == 0:
-        folder.mkdir(exist_ok=True)
-        try:
-            rewards = Rewards(config.reward, folder / REPLIES, needs_all=False)
-        except ConfigError as error:
-            fault = error.parts()
-    if (refused := world.from_first(fault)) is not None:
-        raise ConfigError(**refused)
-    generators = Generators(config, world, folder / WEIGHTS)
-    more: dict[str, Any] = {"engine": engine, "blueprint": blueprint, "tokenizer": tokenizer}
-    if config.objective.kl_weight:
-        log.info("reference: building the model that training begins with once more")
-        more["reference"] = build_reference(config, world, blueprint)
-        temper(more["reference"].model, config.rl.temperature)
-    more["untemper"] = temper(engine.model, config.rl.temperature)
-    if config.objective.name is ObjectiveName.ppo:
-        more["critic"] = build_critic(config, world, tokenizer)
-    return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
 
 
 class Rollouts:
@@ -197,6 +58,7 @@ class Rollouts:
         self.bound = bound_of(config, sampler.blueprint)
         self.folder = self.attempt.run_dir / paths.ROLLOUTS
         self.made, self.made_until = Made(), 0
+        self.ahead = None if sampler.jobs is None else Ahead(sampler, sampler.jobs, self.num_steps, self.pad_id, self.bound, self._write)
         self.opened: tuple[int, TokenTable, int] | None = None
         """The first step, counted from 0, of the rollout that is open, its table, and the position at which the next one begins."""
 
@@ -211,19 +73,18 @@ class Rollouts:
             self.attempt.require_current()
             for older in self.folder.glob("step-*"):
                 shutil.rmtree(older)
-        folder, spent = self._folder(first), dict[str, float]()
-        if not self.world.from_first(self.world.rank == 0 and folder.is_dir()):  # a file system may remember what was absent
-            if step != first:
-                raise TrainingFailed(f"{folder} is gone, which the weights after step {first} gave, and this is step {step + 1}")
-            written = self._write(first, folder)
-            if written is None:
-                return False
-            spent = written
-        spent |= self._measure(step, folder)
+        folder = self._folder(first)
+        before = None if self.opened is None else self.opened[1]
+        written = self._now(step, first, folder) if self.ahead is None else self.ahead.have(step, first, before)
+        if written is None:
+            return False
+        spent = written | self._measure(step, folder)
         about = self.world.from_first(self._about(folder) if self.world.rank == 0 else {})
         self.opened = first, open_rollout(folder, self.signals), about["position"]
-        figures = about["figures"]
-        if step == first:
+        figures = about["figures"] | ({"staleness": step - about["version"]} if self.rl.staleness else {})
+        if step == first and about["version"] != step:
+            figures |= about["compared"]
+        elif step == first:
             found = compare(self.sampler.engine, self.table(step), self.world, self.config.train.microbatch, self.pad_id)
             require_near(found, self.bound, step + 1)
             figures |= {"mismatch": found.mean, "mismatch_largest": found.largest}
@@ -232,11 +93,21 @@ class Rollouts:
         self.made = Made(shown, more, time.perf_counter() - began)
         return True
 
-    def _write(self, first: int, folder: Path) -> dict[str, float] | None:
-        """Sample and score until there are groups for all steps, and write them; returns seconds by part, None where asked to stop."""
+    def _now(self, step: int, first: int, folder: Path) -> Spent | None:
+        """Have a rollout by the weights of now, if it is not there; returns seconds by part, None where a rank was asked to stop."""
+        if self.world.from_first(self.world.rank == 0 and folder.is_dir()):  # a file system may remember what was absent
+            return {}
+        if step != first:
+            raise TrainingFailed(f"{folder} is gone, which the weights after step {first} gave, and this is step {step + 1}")
         watch.enter(Phase.sampling, first + 1)
-        spent = {"sync_seconds": self.sampler.sync(first), "sampling_seconds": 0.0, "scoring_seconds": 0.0}
-        begin = position = self.world.from_first(self._position(first) if self.world.rank == 0 else 0)
+        synced = {"sync_seconds": self.sampler.sync(first)}
+        written = self._write(first, first, {})
+        return None if written is None else synced | written
+
+    def _write(self, first: int, version: int, compared: dict[str, float]) -> Spent | None:
+        """Sample and score until there are groups for all steps, and write them; returns seconds by part, None where asked to stop."""
+        ranks, spent = self.sampler.generators.among, {"sampling_seconds": 0.0, "scoring_seconds": 0.0}
+        begin = position = ranks.from_first(self._position(first) if ranks.rank == 0 else 0)
         wanted = self.each * self.rl.steps_per_rollout
         drawn: list[Group] = []
         kept = 0
@@ -250,16 +121,16 @@ class Rollouts:
             spent["sampling_seconds"] += time.perf_counter() - at
             at = time.perf_counter()
             scored = self.sampler.score(asked, self.rows, answers, self.rl.group_size) if self.world.rank == 0 else []
-            if self.world.from_first(scored is None):
+            if ranks.from_first(scored is None):
                 return None
             drawn += scored or []
-            kept = self.world.from_first(sum(self._teaches(group) for group in drawn))
+            kept = ranks.from_first(sum(self._teaches(group) for group in drawn))
             spent["scoring_seconds"] += time.perf_counter() - at
             if kept == wanted:
                 break
-        if self.world.rank == 0:
-            self._save(drawn, wanted, begin, position, folder)
-        self.world.barrier()
+        if ranks.rank == 0:
+            self._save(drawn, wanted, {"begin": begin, "position": position, "version": version, "compared": compared}, self._folder(first))
+        ranks.barrier()
         return spent
 
     def _measure(self, step: int, folder: Path) -> dict[str, float]:
@@ -280,7 +151,7 @@ class Rollouts:
             about["figures"] |= estimate(folder, self.config.objective, self.attempt)
         return about
 
-    def _save(self, drawn: list[Group], wanted: int, begin: int, position: int, folder: Path) -> None:
+    def _save(self, drawn: list[Group], wanted: int, about: dict[str, Any], folder: Path) -> None:
         """Write the groups that teach, and where there are too few of them others, whose advantages are 0; complete or absent."""
         taught = [group for group in drawn if self._teaches(group)]
         others = [group for group in drawn if not self._teaches(group)]
@@ -290,8 +161,7 @@ class Rollouts:
         save_groups(groups, self.config, staging)
         counts = {"prompts_drawn": len(drawn), "prompts_without_contrast": len(others), "prompts_kept_without": wanted - len(taught)}
         figures = {name: _finite(value) for name, value in (figures_of(drawn, self.rl.pass_reward) | counts).items()}
-        about = {"begin": begin, "position": position, "version": self.sampler.version, "figures": figures}
-        (staging / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+        (staging / ABOUT).write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
         self.attempt.require_current()
         staging.rename(folder)
 
@@ -321,7 +191,7 @@ class Rollouts:
         ]
 
     def _folder(self, first: int) -> Path:
-        return self.folder / name_of(first + 1)
+        return self.sampler.rollout(first)
 
     def table(self, step: int) -> TokenTable:
         """Return the rollout that a step trains on, or trained on."""

@@ -1,0 +1,121 @@
+"""Rollouts that are given while others are trained on: jobs of a thread, which weights give which, and what proves these."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from conftest import save_tiny
+from transformers import AutoModelForCausalLM
+
+from trainers.config.schema import RlConfig, RunConfig
+from trainers.generate.decode import decode, logps_of
+from trainers.generate.request import Sampling
+from trainers.health.activity import watch
+from trainers.health.spikes import TrainingFailed
+from trainers.rl.ahead import Ahead
+from trainers.rl.generators import Generators
+from trainers.rl.jobs import Jobs, Spent
+from trainers.rl.versions import folder_of, remove_before, said_file
+
+
+def test_jobs_are_done_in_order_and_one_that_is_stopped_is_the_last() -> None:
+    jobs, done = Jobs(), list[int]()
+
+    def ask(number: int, found: Spent | None) -> None:
+        def job() -> Spent | None:
+            done.append(number)
+            return found
+
+        jobs.ask(number, job)
+
+    ask(1, {"sampling_seconds": 2.0})
+    ask(2, None)
+    ask(3, {})
+    assert [jobs.has(number) for number in (1, 4)] == [True, False]
+    first = jobs.take(1)
+    assert first is not None
+    assert first.keys() == {"sampling_seconds", "waiting_seconds"}
+    assert (jobs.take(2), jobs.take(3), jobs.take(4), done) == (None, None, {}, [1, 2])
+    jobs.close()
+    assert not jobs.thread.is_alive()
+
+
+def test_what_a_job_raises_is_raised_where_it_is_waited_for() -> None:
+    jobs = Jobs()
+
+    def fail() -> Spent:
+        raise TrainingFailed("the generator is another")
+
+    jobs.ask(1, fail)
+    with pytest.raises(TrainingFailed, match="is another"):
+        jobs.settle()
+    jobs.ask(2, dict)
+    assert jobs.take(2) is None
+    jobs.close()
+
+
+def test_a_job_makes_no_progress_of_a_step_but_of_waiting_for_it() -> None:
+    jobs, goes_on = Jobs(), threading.Event()
+
+    def job() -> Spent:
+        watch.beat()
+        goes_on.wait(20)
+        watch.beat()
+        return {}
+
+    before, seen = watch.began, watch.aside_beats
+    jobs.ask(1, job)
+    while watch.aside_beats == seen:
+        pass
+    assert watch.began == before, "a step that hangs meanwhile is found"
+    threading.Timer(0.1, goes_on.set).start()
+    jobs.take(1)
+    assert watch.began != before
+    jobs.close()
+
+
+def test_weights_give_the_rollout_so_many_after_them_and_stay_until_then(tmp_path: Path) -> None:
+    sampler: Any = SimpleNamespace(rl=RlConfig(staleness=2, steps_per_rollout=3))
+    ahead = Ahead(sampler, cast(Any, None), 30, 0, 1.0, cast(Any, None))
+    assert [ahead.version(first) for first in range(0, 18, 3)] == [0, 0, 0, 3, 6, 9]
+    for step in (0, 3, 6):
+        folder_of(tmp_path, step).mkdir()
+        said_file(folder_of(tmp_path, step)).touch()
+    remove_before(tmp_path, 6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000006.json"]
+
+
+def test_a_generator_says_of_an_answer_what_it_said_when_it_wrote_it(tmp_path: Path) -> None:
+    """Of logits that are divided by the temperature too."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(tmp_path, tied=True), dtype=torch.float32)
+    prompt = [5, 9, 11]
+    [(_, found)] = decode(model, {0: prompt}, 1, Sampling(max_new_tokens=6), [], 0, {0: 3})
+    assert logps_of(model, [*prompt, *found.ids], len(found.ids), 1.0) == pytest.approx(found.logps, abs=1e-5)
+    assert logps_of(model, prompt, 0, 1.0) == []
+    logits = model(torch.tensor([prompt])).logits[0, 1] / 0.5
+    assert logps_of(model, prompt, 1, 0.5) == pytest.approx([float(logits.log_softmax(-1)[11])], abs=1e-5)
+
+
+def test_rows_are_asked_of_all_generators_and_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here of two machines with two ranks each; one that is asked to stop stops all."""
+    rows = [([number, number], 1) for number in range(5)]
+    theirs: dict[int, Any] = {}
+
+    def of(rank: int) -> Generators:
+        world: Any = SimpleNamespace(rank=rank, local_rank=rank % 2, local_size=2, signalled=None)
+        world.gather = lambda value: [True, False, True, False] if isinstance(value, bool) else list((theirs | {rank: value}).values())
+        return Generators(RunConfig(rl=RlConfig()), world, Path("weights"))
+
+    def said(self: Generators, _ask: Any) -> list[list[float]]:
+        return [[float(ids[0])] for ids, _ in rows[self.leads.index(self.world.rank) :: 2]]
+
+    monkeypatch.setattr(Generators, "_tried", said)
+    theirs = {0: [], 1: [], 2: [[1.0], [3.0]], 3: []}
+    assert of(0).score(rows) == [[float(number)] for number in range(5)]
+    theirs[2] = None
+    assert of(0).score(rows) is None

@@ -1,0 +1,197 @@
+"""What answers of the model as it is now come from: the weights that generators have, the generators, and the rewards."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from trainers.config.choices import ObjectiveName
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RlConfig, RunConfig
+from trainers.engines.base import Engine
+from trainers.generate.local import nothing
+from trainers.generate.request import STOP, Answer
+from trainers.health.spikes import TrainingFailed
+from trainers.model.blueprint import Blueprint, positions_limit
+from trainers.rewards.score import Rewards
+from trainers.rl import versions
+from trainers.rl.critic import Critic, build_critic
+from trainers.rl.generators import Generators, Interrupted
+from trainers.rl.groups import Group
+from trainers.rl.jobs import Jobs
+from trainers.rl.measured import build_reference
+from trainers.rl.sync import temper, write_weights
+from trainers.rundir import paths
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.checkpoints import name_of
+from trainers.world import World
+
+log = logging.getLogger("fulltune")
+WEIGHTS = "weights"
+"""Next to the rollouts: what generators open; with `rl.staleness` a folder for each of several steps."""
+REPLIES = "judged"
+"""Next to the rollouts: a judge's replies."""
+
+
+@dataclass(kw_only=True)
+class Sampler:
+    """Prompts, generators and rewards: what answers of the model as it is now come from. Methods are collective."""
+
+    config: RunConfig
+    world: World
+    attempt: Attempt
+    engine: Engine
+    blueprint: Blueprint
+    tokenizer: PreTrainedTokenizerFast
+    generators: Generators
+    rewards: Rewards | None
+    """On rank 0."""
+    reference: Engine | None = None
+    """The frozen model that the policy is kept near."""
+    untemper: Callable[[], None] = nothing
+    """Has the policy's log-probabilities be the model's own again, as its export's are."""
+    critic: Critic | None = None
+    """What expects rewards, where the objective is PPO."""
+    version: int = -1
+    """Steps that the weights which generators have were trained for."""
+    written: int = -1
+    """Steps that the weights which were written last were trained for."""
+    jobs: Jobs | None = None
+    """What is done while steps are taken: rollouts; None with `rl.staleness=0`."""
+
+    @property
+    def rl(self) -> RlConfig:
+        """Return the settings of answers."""
+        return self.config.rl
+
+    def sync(self, step: int) -> float:
+        """Let the generators have the weights after `step` steps, if they have not; returns the seconds that it took."""
+        began = time.perf_counter()
+        if self.jobs is not None:
+            self.jobs.settle()
+        if self.version != step:
+            self.write(step)
+            self.open(step)
+        return time.perf_counter() - began
+
+    def write(self, step: int) -> None:
+        """Put the weights, which are those after `step` steps, where generators find them, if they are not there."""
+        if self.written != step:
+            write_weights(self.engine, self.blueprint, self.tokenizer, self.place(step), self.world, self.attempt)
+            self.written = step
+
+    def open(self, step: int) -> None:
+        """Have the generators take the weights after `step` steps, if they have others."""
+        if self.version != step:
+            self.generators.renew(self.place(step))
+            self.version = step
+
+    def place(self, step: int) -> Path:
+        """Return the directory of the weights after `step` steps."""
+        return self.folder if self.jobs is None else versions.folder_of(self.folder, step)
+
+    @property
+    def folder(self) -> Path:
+        """Return the directory of all that generators open."""
+        return self.attempt.run_dir / paths.ROLLOUTS / WEIGHTS
+
+    def rollout(self, first: int) -> Path:
+        """Return the folder of a rollout by the first of its steps, counted from 0."""
+        return self.attempt.run_dir / paths.ROLLOUTS / name_of(first + 1)
+
+    def score(
+        self, asked: list[tuple[int, int, list[int]]], rows: list[dict[str, Any]], answers: dict[int, Answer], count: int
+    ) -> list[Group] | None:
+        """Return the groups of prompts, each (position, number, ids), with the rewards of `count` answers each; on rank 0 alone.
+
+        None where this rank was asked to stop.
+
+        Answers have the keys of their places: prompt by prompt.
+        """
+        assert self.rewards is not None
+        every = [answers[key] for key in range(len(asked) * count)]
+        if failed := next((answer.failure for answer in every if answer.failure), ""):
+            raise TrainingFailed(f"a prompt got no answer: {failed}")
+        texts = [self._text(answer) for answer in every]
+        told = []
+        for key, (answer, text) in enumerate(zip(every, texts, strict=True)):
+            told.append(rows[asked[key // count][1]] | {"answer": text, "ids": answer.ids, "finish": answer.finish})
+        try:
+            found = self.rewards.score(told, self.generators.look)
+        except Interrupted:
+            return None
+        groups = []
+        for at, (position, number, ids) in enumerate(asked):
+            span = slice(at * count, (at + 1) * count)
+            groups.append(
+                Group(
+                    position=position,
+                    number=number,
+                    ids=ids,
+                    answers=every[span],
+                    texts=texts[span],
+                    rewards=found.total[span],
+                    parts={name: values[span] for name, values in found.parts.items()},
+                    reasons={name: values[span] for name, values in found.reasons.items()},
+                )
+            )
+        return groups
+
+    def _text(self, answer: Answer) -> str:
+        """Return an answer in words, without the token that ended it."""
+        ids = answer.ids or []
+        return str(self.tokenizer.decode(ids[:-1] if answer.finish == STOP else ids, skip_special_tokens=True))
+
+    def close(self, continues: bool) -> None:
+        """End what was started; a run that `continues` needs the weights of rollouts that are yet to be written."""
+        self.generators.is_leaving = True
+        if self.jobs is not None:
+            self.jobs.close()
+        self.generators.close()
+        self.untemper()
+        for engine in (self.reference, None if self.critic is None else self.critic.engine):
+            if engine is not None:
+                engine.close()
+        if self.rewards is not None:
+            self.rewards.close()
+            if self.attempt.is_current(at_once=True) and not (continues and self.rl.staleness):  # else they are a newer one's
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def make_sampler(
+    config: RunConfig, world: World, attempt: Attempt, engine: Engine, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast
+) -> Sampler:
+    """Open the rewards, on rank 0, and prepare for generators; raises ConfigError, on every rank, for what cannot be. Collective."""
+    limit, _ = positions_limit(blueprint.config)
+    if limit is not None and config.data.seq_len > limit:
+        reason = f"the model has positions for {limit} tokens of a prompt and its answer"
+        raise ConfigError("data.seq_len", config.data.seq_len, reason, f"data.seq_len={limit}")
+    folder = attempt.run_dir / paths.ROLLOUTS
+    rewards, fault = None, None
+    if world.rank == 0:
+        folder.mkdir(exist_ok=True)
+        try:
+            rewards = Rewards(config.reward, folder / REPLIES, needs_all=False)
+        except ConfigError as error:
+            fault = error.parts()
+    if (refused := world.from_first(fault)) is not None:
+        raise ConfigError(**refused)
+    is_ahead = config.rl.staleness > 0
+    generators = Generators(config, world, folder / WEIGHTS, world.beside() if is_ahead else None)
+    more: dict[str, Any] = {"engine": engine, "blueprint": blueprint, "tokenizer": tokenizer}
+    if config.objective.kl_weight:
+        log.info("reference: building the model that training begins with once more")
+        more["reference"] = build_reference(config, world, blueprint)
+        temper(more["reference"].model, config.rl.temperature)
+    more["untemper"] = temper(engine.model, config.rl.temperature)
+    if config.objective.name is ObjectiveName.ppo:
+        more["critic"] = build_critic(config, world, tokenizer)
+    more["jobs"] = Jobs() if is_ahead else None
+    return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
