@@ -5,10 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +24,6 @@ from trainers.config.choices import KL, Average, EngineName, ObjectiveName, Peft
 from trainers.config.schema import CheckpointConfig, EngineConfig, ObjectiveConfig, PeftConfig, RunConfig
 from trainers.data.loader import Loader
 from trainers.data.prepare import Prepared
-from trainers.data.sources import digits
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.engines.build import build_engine
 from trainers.loop import train
@@ -39,7 +35,7 @@ from trainers.objectives.values import Values
 from trainers.rl.critic import Critic, critic_config
 from trainers.rl.estimates import estimate
 from trainers.rundir.attempt import Attempt
-from trainers.rundir.rows import evaluations, read_rows, steps
+from trainers.rundir.rows import read_rows, steps
 from trainers.world import World
 
 TRL: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "trl_ppo.json").read_text())
@@ -296,50 +292,3 @@ def test_a_run_learns_with_a_critic_and_continues_to_the_bit(base: Path, cache: 
         wait_until_gone(cut)
     launch(cache, line(cut))
     assert told(cut) == told(tmp_path / "whole")
-
-
-@pytest.mark.soak
-@pytest.mark.for_real
-@pytest.mark.timeout(1500)
-def test_a_trained_reward_model_raises_its_score_on_prompts_that_are_held_out(cache: Path, tmp_path: Path) -> None:
-    """By a user's commands: a reward model of pairs that prefer the larger of two digits rewards the answers, and the critic begins as it.
-
-    Sixty of a hundred questions are asked. An answer counts as good where the model's score is above 0; answers that are right say whether
-    the score means anything.
-    """
-    rows, drawn = list(digits()), random.Random(1)
-    drawn.shuffle(rows)
-    parts = {"seen": rows[:60], "held": rows[60:]}
-    pairs = []
-    for row in parts["seen"]:
-        for wrong in drawn.sample([word for word in "0123456789" if word != row["answer"]], 4):
-            pairs.append({"prompt": row["question"], "chosen": row["answer"], "rejected": wrong})
-    for name, lines in (parts | {"pairs": pairs}).items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def command(*words: str) -> None:
-        line, variables = [sys.executable, "-m", "launcher", *words], environment(cache) | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=700, check=False)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-
-    alone = ("launch.processes=1", "launch.gpus_per_node=0", "log.wandb=disabled", "train.precision=fp32")
-    command("+exp=quickstart_digits", "train.microbatch=20", "launch.processes=1")
-    base = ("model=hf", "model.id=runs/quickstart_digits/export")
-    scored = (
-        *base,
-        "data=files",
-        "data.path=pairs.jsonl",
-        "data.seq_len=32",
-        "objective=reward",
-        "objective.center=0.01",
-        "optim.full_lr=2e-3",
-    )
-    command(*scored, "run_dir=runs/scores", "train.steps=150", "train.global_batch=32", "train.microbatch=32", "data.packing=false", *alone)
-    asked = ("+exp=quickstart_grpo", "objective=ppo", "objective.critic=runs/scores/export", "rl.group_size=1", "rl.pass_reward=0")
-    asked += ("data=files", "data.path=seen.jsonl", "data.eval_path=held.jsonl", "reward.right.weight=0")
-    command(*asked, "reward.score={kind: model, path: runs/scores/export}", "train.steps=80", *alone)
-    first, last = (evaluations(read_rows(tmp_path / "runs" / "quickstart_grpo"))[at] for at in (0, -1))
-    names = ("eval_pass@1", "eval_pass@1_low", "eval_pass@1_high", "eval_reward", "eval_reward/right")
-    print({name: (round(first[name], 3), round(last[name], 3)) for name in names})
-    assert last["eval_pass@1_low"] > first["eval_pass@1_high"], "the intervals of 95 % overlap"
-    assert last["eval_reward/right"] > first["eval_reward/right"] + 0.2
