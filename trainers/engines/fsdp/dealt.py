@@ -29,8 +29,9 @@ class Dealt:
         shape = (ranks.replicate, ranks.copy_size // ranks.expert, ranks.expert)
         mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard", "expert"))
         team = Team(mesh.get_group("expert"), ranks.expert, rank % ranks.expert)
+        head = head_of(model, config, compute)  # which copies the model, and a process group has no copy
         self.wholes = Wholes(team, device, torch.arange(ranks.size).view(shape), model, deal(model, team))
-        self.told = self.wholes.view, self.wholes.state, *head_of(model, config, compute)
+        self.told = self.wholes.view, self.wholes.state, *head
         """What the engine asks of it: which part of a whole a tensor is, what a checkpoint holds, the output layer, and this in words."""
         self.apart = list(stacks(model).values()), mesh["replicate", "shard"] if ranks.replicate > 1 else mesh["shard"]
         """Modules in groups of their own, and their mesh."""
