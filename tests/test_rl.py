@@ -308,7 +308,7 @@ def test_what_is_measured_of_a_rollout_is_kept(base: Path, cache: Path, tmp_path
     """The reference, which the policy leaves, and the trainer before the first of two steps; a launcher that is killed changes nothing."""
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
     asked = ("objective.kl_weight=0.1", "objective.importance_cap=2", "rl.steps_per_rollout=2", "train.steps=6", "data.eval_fraction=0")
-    more = (*asked, "train.eval_every=null")
+    more = (*asked, "train.eval_every=null", "rl.curriculum=0.3")
     launch(cache, line(base, prompts, tmp_path / "whole", *more))
     found = steps(rows_of(tmp_path / "whole"))
     assert found[0]["kl"] == pytest.approx(0.0, abs=1e-9)

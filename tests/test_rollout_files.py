@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.config.schema import RlConfig, RunConfig
+from trainers.config.schema import RlConfig
 from trainers.data.table import TokenTable, save_table
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
@@ -56,8 +56,7 @@ def test_held_out_prompts_are_sampled_in_that_phase_and_a_stop_ends_their_scorin
     places = np.array([0, 1, 2])
     held_out.table = TokenTable(tokens=places[:2], supervised=places[:2] > 1, offsets=places, order=places[:2], rows=places)
     held_out.world, held_out.rows = alone(), []
-    generators = SimpleNamespace(ask=lambda requests, sampling: {request.key: None for request in requests})
-    sampler = SimpleNamespace(sync=score, score=score, generators=generators, config=RunConfig(), rl=RlConfig())
+    sampler = SimpleNamespace(sync=score, score=score, answers=lambda *_: {}, rl=RlConfig())
     held_out.sampler = cast(Any, sampler)
     assert held_out.measure(cast(Any, None), cast(Any, None), 3) is None
     assert (phases, watch.phase) == ([Phase.sampling] * 2, Phase.evaluating)

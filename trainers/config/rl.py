@@ -12,8 +12,11 @@ from trainers.config.errors import ConfigError
 from trainers.config.foreign import refuse_foreign
 from trainers.config.local import looks_local, require_model_directory
 from trainers.config.methods import VIRTUAL
+from trainers.config.rewards import MOST
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.config.secrets import is_option, masked
+
+PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def validate_rl(config: RunConfig) -> None:
@@ -23,7 +26,7 @@ def validate_rl(config: RunConfig) -> None:
         remedy = f"leave it out, or objective={SAMPLED[0]}, whose answers the model gives itself"
         refuse_foreign("rl", rl, f"objective={name}", dict.fromkeys(vars(RlConfig()), remedy))
         return
-    if not config.reward:
+    if not config.reward and rl.environment is None:
         raise ConfigError("reward", None, f"objective={name} learns from rewards, and none is named", "reward.exact.kind=exact")
     least, compared = (
         (1, "a prompt needs an answer") if name is ObjectiveName.ppo else (2, "an answer is compared with others to its prompt")
@@ -46,6 +49,7 @@ def validate_rl(config: RunConfig) -> None:
     if name is ObjectiveName.ppo:
         _validate_critic(config)
     _validate_ahead(config)
+    _validate_environment(config)
     _refuse_what_does_not_go(config)
 
 
@@ -55,6 +59,9 @@ def _validate_draws(rl: RlConfig) -> None:
         raise ConfigError(
             "rl.temperature", rl.temperature, "divides the logits of what is trained, and must be above 0", "rl.temperature=1"
         )
+    if rl.curriculum is not None and not 0 < rl.curriculum <= 1:
+        reason = "is how often prompts are drawn that teach nothing now, and must be above 0 and at most 1"
+        raise ConfigError("rl.curriculum", rl.curriculum, reason, "rl.curriculum=0.1, or rl.curriculum=null")
     if rl.eval_samples < 1:
         raise ConfigError("rl.eval_samples", rl.eval_samples, "must be greater than 0", "rl.eval_samples=1")
     if rl.eval_temperature is not None and not 0 <= rl.eval_temperature < math.inf:
@@ -139,6 +146,33 @@ def _validate_critic(config: RunConfig) -> None:
     for name in ("offload_param", "offload_optimizer"):
         if getattr(engine, name) is Offload.nvme:
             raise ConfigError(f"engine.{name}", "nvme", f"{two}, whose files would be in one folder", f"engine.{name}=cpu")
+
+
+def _validate_environment(config: RunConfig) -> None:
+    """Refuse an environment that cannot be, limits of no conversation, and settings of none."""
+    rl = config.rl
+    if rl.environment is None:
+        remedies = dict.fromkeys(
+            ("max_turns", "environment_timeout_s", "environment_processes"), "leave it out, or rl.environment=module:Class"
+        )
+        refuse_foreign("rl", rl, "a run without rl.environment", remedies)
+        return
+    if not PATH.fullmatch(rl.environment):
+        remedy = "module:Class, in this folder or in PYTHONPATH"
+        raise ConfigError("rl.environment", rl.environment, "does not name a class of a module", remedy)
+    if config.objective.name is ObjectiveName.ppo:
+        reason = "gives rewards of whole conversations, and objective=ppo values each token of one answer"
+        raise ConfigError("rl.environment", rl.environment, reason, "objective=grpo, or rl.environment=null")
+    if rl.staleness:
+        reason = "gives rollouts while steps are taken, and rl.environment holds its conversations between them"
+        raise ConfigError("rl.staleness", rl.staleness, reason, "rl.staleness=0, or rl.environment=null")
+    if "environment" in config.reward:
+        reason = "is the name of what rl.environment gives"
+        raise ConfigError("reward.environment", str(config.reward["environment"].kind), reason, "another name")
+    for name in ("max_turns", "environment_timeout_s", "environment_processes"):
+        value = getattr(rl, name)
+        if not 0 < value < MOST:
+            raise ConfigError(f"rl.{name}", value, f"must be above 0 and below {MOST:g}", f"rl.{name}={getattr(RlConfig(), name)}")
 
 
 def _refuse_what_does_not_go(config: RunConfig) -> None:

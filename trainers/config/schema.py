@@ -385,6 +385,8 @@ class RlConfig:
     """Optimizer steps whose answers are written together, with the weights before the first of them; each trains on its own part."""
     staleness: int = 0
     """Rollouts by which sampling is ahead of training: both run at once, each rollout by the weights so many before it; 0 takes turns."""
+    curriculum: float | None = None
+    """Prompts answered rightly half the time are drawn most often, those always or never right this share as often; empty: all alike."""
     redraws: int = 3
     """Further rounds of prompts in place of those whose answers all have one reward, which teach nothing; 0 keeps these."""
     mask_truncated: bool = False
@@ -403,6 +405,14 @@ class RlConfig:
     """Generators of a machine that may be lost over one batch before the run fails."""
     mismatch: float | None = None
     """Largest mean difference of a token's log-probability between generator and trainer, in nats; empty is 1e-3 in float32, else 0.25."""
+    environment: str | None = None
+    """`module:Class` of what answers the model turn by turn; an answer is then a conversation. Empty is one turn."""
+    max_turns: int = 8
+    """environment: turns of the model; each has at most `max_new_tokens` tokens, and the whole conversation data.seq_len."""
+    environment_timeout_s: float = 30.0
+    """environment: seconds of one call of `reset` or `step`, after which its conversation ends without a reward."""
+    environment_processes: int = 1
+    """environment: processes that share the conversations; more where turns take long."""
     pass_reward: float = 1.0
     """Reward from which an answer counts as right: pass@1 is the share of such answers."""
     eval_samples: int = 1

@@ -255,8 +255,13 @@ def not_timed(config: RunConfig) -> list[str]:
     )
     other = "rl.vllm: a generator's memory and time are planned as those of plain transformers; vLLM takes what rl.vllm_words lets it"
     ahead = "rl.staleness: in the fast time sampling and training do not slow each other, in the slow time they take turns"
+    turns = (
+        f"rl.environment: a conversation is planned as one turn of the model; it has up to rl.max_turns={config.rl.max_turns}, and the "
+        "turns between take as long as the environment"
+    )
     return (
         ([ahead] if config.rl.staleness else [])
+        + ([turns] if config.rl.environment else [])
         + ([other] if config.rl.vllm else [])
         + ([words] if asked else [])
         + ([redrawn] if config.rl.redraws else [])

@@ -19,6 +19,7 @@ from trainers.generate.request import LENGTH, Answer
 from trainers.objectives.advantage import advantages, same_rewards
 from trainers.objectives.base import ADVANTAGE, REWARD, SAMPLED_LOGPS
 from trainers.rl.prompts import table_of
+from trainers.rl.turns import Conversation
 
 ANSWERS = "answers.jsonl"
 """In a rollout's folder: each answer's text, rewards and where it comes from, in the order of the table's documents."""
@@ -61,6 +62,8 @@ def figures_of(groups: Sequence[Group], pass_reward: float) -> dict[str, float]:
     found = {"reward": _mean(rewards), "pass@1": float((rewards >= pass_reward).sum() / len(rewards))}
     found |= {"truncated": float(np.concatenate([group.is_cut for group in groups]).mean()), "answer_tokens": float(np.mean(lengths))}
     found |= {"unrewarded": float(np.isnan(rewards).mean())}
+    turns = [answer.turns for group in groups for answer in group.answers if isinstance(answer, Conversation)]
+    found |= {"turns": float(np.mean(turns))} if turns else {}
     return found | {f"reward/{name}": _mean(np.concatenate([group.parts[name] for group in groups])) for name in groups[0].parts}
 
 
@@ -78,13 +81,13 @@ def save_groups(groups: Sequence[Group], config: RunConfig, folder: Path) -> Non
     worth = None
     if config.objective.name is not ObjectiveName.ppo:  # whose advantages are made of what its critic says
         worth = np.concatenate([advantages(part, config.objective.advantage) for part in of_steps])
-    documents, labels, logps = list[list[int]](), list[int](), list[float]()
+    documents, labels, logps = list[list[int]](), list[list[bool]](), list[float]()
     for group in groups:
         for answer, is_cut, reward in zip(group.answers, group.is_cut, group.rewards, strict=True):
-            ids = answer.ids or []
-            documents.append(group.ids + ids)
+            ids, sampled = document_of(group.ids, answer)
+            documents.append(ids)
             is_trained = not np.isnan(reward) and not (is_cut and config.rl.mask_truncated)
-            labels.append(len(ids) if is_trained else 0)
+            labels.append(sampled if is_trained else [False] * len(ids))
             logps += answer.logps or [] if is_trained else []
     told = {REWARD: rewards} if worth is None else {ADVANTAGE: worth}
     signals = {name: values.reshape(-1).astype(np.float32) for name, values in told.items()}
@@ -97,12 +100,23 @@ def save_groups(groups: Sequence[Group], config: RunConfig, folder: Path) -> Non
                 file.write(json.dumps(_told(group, sample) | advantage, ensure_ascii=False) + "\n")
 
 
+def document_of(prompt: list[int], answer: Answer) -> tuple[list[int], list[bool]]:
+    """Return all tokens of a prompt with an answer, or of a conversation, and which of them were sampled."""
+    if isinstance(answer, Conversation):
+        return answer.document, answer.sampled
+    ids = answer.ids or []
+    return prompt + ids, [False] * len(prompt) + [True] * len(ids)
+
+
 def _told(group: Group, sample: int) -> dict[str, Any]:
     """Return what is known of an answer, as JSON has it."""
     reasons = {name: texts[sample] for name, texts in group.reasons.items() if texts[sample]}
     numbers = {"reward": group.rewards[sample]} | {f"reward/{name}": values[sample] for name, values in group.parts.items()}
     told = {"prompt": group.number, "position": group.position, "sample": sample, "answer": group.texts[sample]}
-    told |= {"finish": group.answers[sample].finish, "tokens": len(group.answers[sample].ids or ())}
+    answer = group.answers[sample]
+    told |= {"finish": answer.finish, "tokens": len(answer.ids or ())}
+    if isinstance(answer, Conversation):
+        told |= {"ended": answer.ended, "turns": answer.turns, "messages": answer.messages}
     return (
         told | {name: None if np.isnan(value) else float(value) for name, value in numbers.items()} | ({"why": reasons} if reasons else {})
     )

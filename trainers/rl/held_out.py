@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from trainers.data.prepare import Prepared
 from trainers.engines.base import Engine
 from trainers.evaluation import Evaluation, HeldOut
-from trainers.generate.request import Request, Sampling
+from trainers.generate.request import Sampling
 from trainers.health.activity import watch
 from trainers.objectives import Objective
 from trainers.rl.groups import Group, figures_of
 from trainers.rl.prompts import read_rows
-from trainers.rl.rollouts import ids_of, seed_of
+from trainers.rl.rollouts import ids_of
 from trainers.rl.sampler import Sampler
 from trainers.rundir.beats import Phase
 
@@ -52,12 +52,10 @@ class HeldOutPrompts(HeldOut):
         assert self.table is not None
         self.sampler.sync(step)
         asked = [(number, number, ids_of(self.table, number)) for number in range(len(self.table))]
-        seed, rl = self.sampler.config.seed, self.sampler.rl
-        places = [(number, sample, ids) for number, _, ids in asked for sample in range(rl.eval_samples)]
-        seeds = (seed_of(seed, "eval", *place[:2]) for place in places)
-        requests = [Request(key=key, seed=one, ids=place[2]) for key, (place, one) in enumerate(zip(places, seeds, strict=True))]
+        rl = self.sampler.rl
         temperature = rl.temperature if rl.eval_temperature is None else rl.eval_temperature
-        answers = self.sampler.generators.ask(requests, Sampling(max_new_tokens=rl.max_new_tokens, temperature=temperature))
+        sampling = Sampling(max_new_tokens=rl.max_new_tokens, temperature=temperature)
+        answers = self.sampler.answers(asked, self.rows, "eval", rl.eval_samples, sampling)
         if answers is None:
             return None
         groups = self.sampler.score(asked, self.rows, answers, rl.eval_samples) if self.world.rank == 0 else []

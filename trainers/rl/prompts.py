@@ -128,7 +128,7 @@ def _split(prompts: list[tuple[Prompt, list[int]]], fraction: float, seed: int) 
 
 
 def _save(prompts: list[tuple[Prompt, list[int]]], folder: Path) -> None:
-    save_table(table_of([ids for _, ids in prompts], [0] * len(prompts)), folder)
+    save_table(table_of([ids for _, ids in prompts], [[False] * len(ids) for _, ids in prompts]), folder)
     with (folder / ROWS).open("w", encoding="utf-8") as file:
         for prompt, _ in prompts:
             about = asdict(prompt)
@@ -136,10 +136,10 @@ def _save(prompts: list[tuple[Prompt, list[int]]], folder: Path) -> None:
             file.write(json.dumps(row | {"at": f"{prompt.file}:{prompt.line}"}, ensure_ascii=False, default=str) + "\n")
 
 
-def table_of(documents: list[list[int]], labels: list[int], signals: dict[str, Any] | None = None) -> TokenTable:
-    """Return documents as a table, a row each, of which the last tokens, so many of each as `labels` has, are trained."""
+def table_of(documents: list[list[int]], labels: list[list[bool]], signals: dict[str, Any] | None = None) -> TokenTable:
+    """Return documents as a table, a row each, and which of their tokens are trained; the first of each has nothing before it."""
     lengths = np.array([len(ids) for ids in documents], np.int64)
-    supervised = [np.arange(len(ids)) >= max(1, len(ids) - count) for ids, count in zip(documents, labels, strict=True)]
+    supervised = [np.array(kept, bool) & (np.arange(len(kept)) > 0) for kept in labels]
     return TokenTable(
         tokens=np.concatenate([np.zeros(0, np.int32), *(np.array(ids, np.int32) for ids in documents)]),
         supervised=np.concatenate([np.zeros(0, bool), *supervised]).astype(np.uint8),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -18,11 +17,11 @@ from trainers.data.loader import Ints, Made, deal, make_batch, row_order
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable
 from trainers.data.tokenizer import pad_id
-from trainers.generate.request import Request
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS, RETURNS, VALUES
 from trainers.rl.ahead import Ahead
+from trainers.rl.curriculum import Curriculum, rates_of
 from trainers.rl.estimates import estimate
 from trainers.rl.groups import Group, figures_of, save_groups, teaches
 from trainers.rl.jobs import Spent
@@ -59,6 +58,7 @@ class Rollouts:
         self.folder = self.attempt.run_dir / paths.ROLLOUTS
         self.made, self.made_until = Made(), 0
         self.ahead = None if sampler.jobs is None else Ahead(sampler, sampler.jobs, self.num_steps, self.pad_id, self.bound, self._write)
+        self.curriculum = None if self.rl.curriculum is None else Curriculum(config, len(self.prompts), self._known)
         self.opened: tuple[int, TokenTable, int] | None = None
         """The first step, counted from 0, of the rollout that is open, its table, and the position at which the next one begins."""
 
@@ -112,10 +112,10 @@ class Rollouts:
         drawn: list[Group] = []
         kept = 0
         for _ in range(self.rl.redraws + 1):
-            asked = [self._prompt(position + at) for at in range(wanted - kept)]
+            asked = self._asked(first, begin, range(position, position + wanted - kept))
             position += len(asked)
             at = time.perf_counter()
-            answers = self.sampler.generators.ask(self._requests(asked))
+            answers = self.sampler.answers(asked, self.rows, "train", self.rl.group_size)
             if answers is None:
                 return None
             spent["sampling_seconds"] += time.perf_counter() - at
@@ -161,6 +161,8 @@ class Rollouts:
         save_groups(groups, self.config, staging)
         counts = {"prompts_drawn": len(drawn), "prompts_without_contrast": len(others), "prompts_kept_without": wanted - len(taught)}
         figures = {name: _finite(value) for name, value in (figures_of(drawn, self.rl.pass_reward) | counts).items()}
+        if self.curriculum is not None:
+            about = about | {"rates": rates_of(drawn, self.rl.pass_reward)}
         (staging / ABOUT).write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
         self.attempt.require_current()
         staging.rename(folder)
@@ -172,23 +174,28 @@ class Rollouts:
         """Return where the prompts of a rollout begin: where those of the one before ended. Raises TrainingFailed where that is gone."""
         if first == 0:
             return 0
-        before = self._folder(first - self.rl.steps_per_rollout) / ABOUT
-        if not before.is_file():
-            raise TrainingFailed(f"{before} is gone, which says where the prompts of step {first + 1} begin")
-        return int(json.loads(before.read_text())["position"])
+        return int(self._known(first - self.rl.steps_per_rollout, f"where the prompts of step {first + 1} begin")["position"])
 
-    def _prompt(self, position: int) -> tuple[int, int, list[int]]:
-        """Return position, number and ids of the prompt at a position of the stream: epochs of all, each in an order of its own."""
-        count = len(self.prompts)
-        number = int(row_order(self.config.seed, position // count, count)[position % count])
-        return position, number, ids_of(self.prompts, number)
+    def _known(self, first: int, what: str) -> dict[str, Any]:
+        """Return what is known of a rollout that is there; raises TrainingFailed where it is gone, which says `what`."""
+        file = self._folder(first) / ABOUT
+        if not file.is_file():
+            raise TrainingFailed(f"{file} is gone, which says {what}")
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
 
-    def _requests(self, asked: list[tuple[int, int, list[int]]]) -> list[Request]:
-        places = [(position, sample, ids) for position, _, ids in asked for sample in range(self.rl.group_size)]
-        return [
-            Request(key=key, seed=seed_of(self.config.seed, "train", position, sample), ids=ids)
-            for key, (position, sample, ids) in enumerate(places)
-        ]
+    def _asked(self, first: int, begin: int, positions: range) -> list[tuple[int, int, list[int]]]:
+        """Return position, number and ids of prompts of a rollout, whose first is at `begin` of the stream. Collective.
+
+        The stream is epochs of all, each in an order of its own, or what is drawn by the share of right answers before this rollout.
+        """
+        count, seed = len(self.prompts), self.config.seed
+        if self.curriculum is None:
+            numbers = [int(row_order(seed, position // count, count)[position % count]) for position in positions]
+        else:
+            ranks = self.sampler.generators.among
+            numbers = ranks.from_first(self.curriculum.numbers(first, begin, positions) if ranks.rank == 0 else [])
+        return [(position, number, ids_of(self.prompts, number)) for position, number in zip(positions, numbers, strict=True)]
 
     def _folder(self, first: int) -> Path:
         return self.sampler.rollout(first)
@@ -239,12 +246,6 @@ def ids_of(prompts: TokenTable, number: int) -> list[int]:
     """Return the ids of a prompt."""
     ids: list[int] = prompts.tokens[prompts.offsets[number] : prompts.offsets[number + 1]].tolist()
     return ids
-
-
-def seed_of(seed: int, *place: object) -> int:
-    """Return the seed of one answer, 63 bits."""
-    text = " ".join(map(str, (seed, *place)))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _finite(value: float) -> float | None:

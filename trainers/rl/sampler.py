@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import time
@@ -17,17 +18,19 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.engines.base import Engine
 from trainers.generate.local import nothing
-from trainers.generate.request import STOP, Answer
+from trainers.generate.request import Answer, Request, Sampling
 from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint, positions_limit
 from trainers.rewards.score import Rewards
 from trainers.rl import versions
+from trainers.rl.conversations import Conversations, environments_of, with_environment
 from trainers.rl.critic import Critic, build_critic
 from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group
 from trainers.rl.jobs import Jobs
 from trainers.rl.measured import build_reference
 from trainers.rl.sync import temper, write_weights
+from trainers.rl.turns import Conversation, Turns, words_of
 from trainers.rundir import paths
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.checkpoints import name_of
@@ -55,6 +58,8 @@ class Sampler:
     """On rank 0."""
     reference: Engine | None = None
     """The frozen model that the policy is kept near."""
+    conversations: Conversations | None = None
+    """With an environment, how its answers come about."""
     untemper: Callable[[], None] = nothing
     """Has the policy's log-probabilities be the model's own again, as its export's are."""
     critic: Critic | None = None
@@ -106,6 +111,19 @@ class Sampler:
         """Return the folder of a rollout by the first of its steps, counted from 0."""
         return self.attempt.run_dir / paths.ROLLOUTS / name_of(first + 1)
 
+    def answers(
+        self, asked: list[tuple[int, int, list[int]]], rows: list[dict[str, Any]], split: str, count: int, sampling: Sampling | None = None
+    ) -> dict[int, Answer] | None:
+        """Return `count` answers to each prompt, (position, number, ids), prompt by prompt; None where a rank was asked to stop.
+
+        An answer's seed is a function of the split, the position and its number. With an environment only rank 0 has them.
+        """
+        places = [((self.config.seed, split, at, sample), number, ids) for at, number, ids in asked for sample in range(count)]
+        if self.conversations is not None:
+            return self.conversations.hold(places, rows, seed_of, self.generators, sampling)
+        requests = [Request(key=key, seed=seed_of(*place), ids=ids) for key, (place, _, ids) in enumerate(places)]
+        return self.generators.ask(requests, sampling)
+
     def score(
         self, asked: list[tuple[int, int, list[int]]], rows: list[dict[str, Any]], answers: dict[int, Answer], count: int
     ) -> list[Group] | None:
@@ -122,11 +140,14 @@ class Sampler:
         texts = [self._text(answer) for answer in every]
         told = []
         for key, (answer, text) in enumerate(zip(every, texts, strict=True)):
-            told.append(rows[asked[key // count][1]] | {"answer": text, "ids": answer.ids, "finish": answer.finish})
+            turns = {"prompt": answer.messages[: answer.last]} if isinstance(answer, Conversation) else {}
+            told.append(rows[asked[key // count][1]] | turns | {"answer": text, "ids": answer.ids, "finish": answer.finish})
         try:
             found = self.rewards.score(told, self.generators.look)
         except Interrupted:
             return None
+        if self.conversations is not None:
+            found = with_environment(found, every)
         groups = []
         for at, (position, number, ids) in enumerate(asked):
             span = slice(at * count, (at + 1) * count)
@@ -145,9 +166,8 @@ class Sampler:
         return groups
 
     def _text(self, answer: Answer) -> str:
-        """Return an answer in words, without the token that ended it."""
-        ids = answer.ids or []
-        return str(self.tokenizer.decode(ids[:-1] if answer.finish == STOP else ids, skip_special_tokens=True))
+        """Return an answer in words, without the token that ended it; of a conversation the model's last turn."""
+        return words_of(answer, self.tokenizer) if answer.text is None else answer.text
 
     def close(self, continues: bool) -> None:
         """End what was started; a run that `continues` needs the weights of rollouts that are yet to be written."""
@@ -155,6 +175,8 @@ class Sampler:
         if self.jobs is not None:
             self.jobs.close()
         self.generators.close()
+        if self.conversations is not None:
+            self.conversations.close()
         self.untemper()
         for engine in (self.reference, None if self.critic is None else self.critic.engine):
             if engine is not None:
@@ -174,10 +196,12 @@ def make_sampler(
         reason = f"the model has positions for {limit} tokens of a prompt and its answer"
         raise ConfigError("data.seq_len", config.data.seq_len, reason, f"data.seq_len={limit}")
     folder = attempt.run_dir / paths.ROLLOUTS
-    rewards, fault = None, None
+    rewards, environments, fault = None, None, None
+    turns = None if config.rl.environment is None else Turns(tokenizer, config.rl.environment)
     if world.rank == 0:
         folder.mkdir(exist_ok=True)
         try:
+            environments = environments_of(config.rl)
             rewards = Rewards(config.reward, folder / REPLIES, needs_all=False)
         except ConfigError as error:
             fault = error.parts()
@@ -190,8 +214,16 @@ def make_sampler(
         log.info("reference: building the model that training begins with once more")
         more["reference"] = build_reference(config, world, blueprint)
         temper(more["reference"].model, config.rl.temperature)
+    if turns is not None:
+        more["conversations"] = Conversations(config, world, turns, environments)
     more["untemper"] = temper(engine.model, config.rl.temperature)
     if config.objective.name is ObjectiveName.ppo:
         more["critic"] = build_critic(config, world, tokenizer)
     more["jobs"] = Jobs() if is_ahead else None
     return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
+
+
+def seed_of(*place: object) -> int:
+    """Return the seed of one answer, 63 bits: a function of the run's seed and the answer's place."""
+    text = " ".join(map(str, place))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
