@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tools.curate import languages
-from tools.curate.config import LAYOUTS, PERSONAL_KINDS, Quality, Settings
+from tools.curate.config import LAYOUTS, PERSONAL_KINDS, PERSONS, Quality, Settings
 from trainers.config.errors import ConfigError, did_you_mean
+from trainers.rundir.files import try_json
 
 CHOICES: dict[str, tuple[str, ...]] = {"near.keep": ("longest", "first", "highest"), "schema.layout": tuple(LAYOUTS)} | {
     "personal.action": ("mask", "drop"),
@@ -83,12 +84,26 @@ def _check_filters(settings: Settings) -> None:
         raise ConfigError("words.file", settings.words.file, "lists no word", "a word a line")
     _check_sets(settings)
     if settings.personal:
+        _check_names(settings.personal.names)
         try:
             settings.personal.placeholder.format(kind="EMAIL", number=1)
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(
                 "personal.placeholder", settings.personal.placeholder, f"has an unknown part: {error}", "[{kind}_{number}]"
             ) from None
+
+
+def _check_names(folder: str | None) -> None:
+    """Raise ConfigError where `personal.names` is not a model that finds persons."""
+    if folder is None:
+        return
+    config = try_json(Path(folder) / "config.json") or {}
+    if not any(str(name).endswith("ForTokenClassification") for name in config.get("architectures") or ()):
+        raise ConfigError("personal.names", folder, "holds no token-classification model", "a directory of one")
+    labels = sorted({str(label).rpartition("-")[2] for label in (config.get("id2label") or {}).values()})
+    if not set(map(str.upper, labels)) & set(PERSONS):
+        reason = f"has no label for persons: {', '.join(labels)}"
+        raise ConfigError("personal.names", folder, reason, f"a model with one of {', '.join(PERSONS)}")
 
 
 def _check_sets(settings: Settings) -> None:

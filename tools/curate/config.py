@@ -13,6 +13,8 @@ from trainers.config.choices import Layout
 from trainers.config.errors import ConfigError, did_you_mean
 
 PERSONAL_KINDS = ("key", "email", "iban", "card", "resident", "business", "passport", "phone", "ip", "mac")
+PERSONS = ("PER", "PERSON", "PS")
+"""What models for names call a person, in CoNLL's, OntoNotes' and KLUE's labels."""
 OPENINGS = (
     *("as an ai", "as a large language model", "as a language model", "i'm just an ai", "i am just an ai"),
     *("ai 언어 모델로서", "인공지능으로서"),
@@ -81,6 +83,8 @@ class Personal:
     """The same value of a row has the same number."""
     allow: list[str] = field(default_factory=list)
     """Ends of values that stay, such as @example.com."""
+    names: str | None = None
+    """Directory of a token-classification model that finds names of persons."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,9 @@ class Job:
         """Return what identifies the curation by its content."""
         evaluation = self.settings.decontaminate.files if self.settings.decontaminate else []
         quality = self.settings.quality
-        model = sorted(Path(str(quality.model)).glob("*")) if quality and quality.by == "reward" else []
+        personal = self.settings.personal
+        models = [quality.model if quality and quality.by == "reward" else None, personal.names if personal else None]
+        model = [file for folder in models if folder is not None for file in sorted(Path(folder).glob("*"))]
         settings = dataclasses.asdict(self.settings)
         for name in HOW_A_JUDGE_IS_ASKED if quality else ():
             del settings["quality"][name]

@@ -1,4 +1,4 @@
-"""Personal data in texts, found by form and check digit, and masked by placeholders that are the same for the same value of a row."""
+"""Personal data in texts, found by form and check digit, or names by a model, and masked: the same value of a row in the same way."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 from tools.curate.config import PERSONAL_KINDS, Personal
 from tools.curate.identifiers import digits_of, is_business, is_card, is_iban, is_mrz_field, is_resident
@@ -166,12 +167,27 @@ class Masks:
             kind = KINDS[name]
             if kind.may_be(text):
                 text = kind.pattern.sub(lambda match, name=name, kind=kind: self._mask(match, name, kind), text)  # type: ignore[misc]
-        return text
+        return text if self.settings.names is None else self._without_names(text, Path(self.settings.names))
+
+    def _without_names(self, text: str, model: Path) -> str:
+        """Return a text with the names of persons masked, but for those that are part of a placeholder."""
+        from tools.curate.names import places  # torch is for those who ask for it
+
+        taken = [match.span() for known in set(self.by_value.values()) for match in re.finditer(re.escape(known), text)]
+        pieces, done = list[str](), 0
+        for start, end in places(text, model):
+            if not self._is_allowed(text[start:end]) and not any(start < last and first < end for first, last in taken):
+                pieces += [text[done:start], self._placeholder("name", text[start:end])]
+                done = end
+        return "".join((*pieces, text[done:]))
 
     def _mask(self, match: re.Match[str], name: str, kind: Kind) -> str:
         if not kind.holds(match) or self._is_allowed(match[0]):
             return match[0]
-        value = (name, "".join(char for char in match[0].casefold() if char.isalnum() or char in "@._"))
+        return self._placeholder(name, match[0])
+
+    def _placeholder(self, name: str, found: str) -> str:
+        value = (name, "".join(char for char in found.casefold() if char.isalnum() or char in "@._"))
         number = sum(known == name for known, _ in self.by_value) + 1
         return self.by_value.setdefault(value, self.settings.placeholder.format(kind=name.upper(), number=number))
 
@@ -181,7 +197,7 @@ class Masks:
     def words(self) -> str:
         """Say what was masked."""
         names = [name for name, _ in self.by_value]
-        return ", ".join(f"{names.count(name)} {name}" for name in PERSONAL_KINDS if name in names)
+        return ", ".join(f"{names.count(name)} {name}" for name in (*PERSONAL_KINDS, "name") if name in names)
 
 
 def mask(item: Item, settings: Personal) -> tuple[bool, str] | None:
