@@ -36,7 +36,7 @@ def save_mixture(base: Path, folder: Path) -> Path:
     ("split", "words"),
     [
         pytest.param(SPLIT, ("2 ranks split each layer", "on 2 ranks together"), marks=pytest.mark.slow),
-        pytest.param(DEALT, ("2 ranks deal out the experts of each block", "on each of 2 ranks"), marks=pytest.mark.soak),
+        pytest.param(DEALT, ("2 ranks deal out the experts", "on each of 2 ranks"), marks=pytest.mark.soak),
     ],
 )
 def test_a_run_continues_on_its_own_mesh_bit_for_bit_and_on_one_rank_as_one_curve(
