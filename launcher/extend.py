@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 
 from launcher.changes import field_of
@@ -44,6 +45,9 @@ def continues_from(run_dir: Path, old: RunConfig, new: RunConfig) -> int:
         raise _new_run(run_dir, old, new, f"data.mix_exhausted={new.data.mix_exhausted} decides when it ends", after - before)
     if new.train.patience is not None:
         raise _new_run(run_dir, old, new, "train.patience decides when this run ends", after - before)
+    if new.rl.staleness:
+        reason = f"with rl.staleness={new.rl.staleness} the weights of its last steps were kept for no rollout"
+        raise _new_run(run_dir, old, new, reason, after - before)
     same = same_steps(old, new, rows)
     saved = [checkpoints.number_of(path) for path in _complete(run_dir)]
     usable = [step for step in saved if step <= same]
@@ -76,11 +80,16 @@ def pass_rows(run_dir: Path) -> int | None:
 
 
 def set_aside(run_dir: Path, step: int, num_steps: int) -> None:
-    """Take the checkpoints after `step` out of the way of a longer run: they keep their content, under the length that they belong to."""
-    for path in checkpoints.steps(run_dir / paths.CHECKPOINTS):
-        if checkpoints.number_of(path) > step:
-            with contextlib.suppress(FileNotFoundError):  # another machine's launcher was quicker
-                path.rename(path.with_name(f"{path.name}.of-{num_steps}-steps"))
+    """Take what was made after `step` out of the way of a longer run: checkpoints, and rollouts of later weights.
+
+    They keep their content, under the length that they belong to.
+    """
+    later = [path for path in checkpoints.steps(run_dir / paths.CHECKPOINTS) if checkpoints.number_of(path) > step]
+    rollouts = checkpoints.steps(run_dir / paths.ROLLOUTS)
+    later += [path for path in rollouts if try_json(path / paths.ABOUT).get("version", math.inf) > step]
+    for path in later:
+        with contextlib.suppress(FileNotFoundError):  # another machine's launcher was quicker
+            path.rename(path.with_name(f"{path.name}.of-{num_steps}-steps"))
 
 
 def _complete(run_dir: Path) -> list[Path]:

@@ -24,6 +24,7 @@ from launcher import freeze as freeze_module
 from launcher.changes import TAKEN, TAKEN_UNDER_FSDP
 from launcher.compose import compose
 from launcher.config import JobConfig
+from launcher.extend import set_aside
 from launcher.fields import all_fields
 from launcher.freeze import at_work, freeze, require_joinable
 from launcher.job import Job, make_job, note_attempt
@@ -386,6 +387,8 @@ def test_a_rank_writes_where_its_config_is(tmp_path: Path) -> None:
 
 # Longer runs.
 
+AHEAD = ("objective=grpo", "reward.right.kind=exact", "data.packing=false", "data.too_long=drop", "rl.group_size=2", "rl.max_new_tokens=8")
+
 
 @pytest.mark.parametrize(
     ("before", "asked", "steps", "becomes"),
@@ -396,6 +399,7 @@ def test_a_rank_writes_where_its_config_is(tmp_path: Path) -> None:
         (["optim.schedule=wsd", "optim.decay_fraction=1"], ["train.steps=12"], (4, 6), "from step 2 on"),
         (["optim.schedule=cosine"], ["train.steps=12"], (4, 6), "other learning rates from step 2 on"),
         (["optim.schedule=linear"], ["train.steps=12"], (4, 6), "model.id="),
+        ([*AHEAD, "rl.staleness=1"], ["train.steps=12"], (4, 6), "with rl.staleness=1 the weights"),
         (["peft=adalora", "peft.tinit=1", "peft.tfinal=1"], ["train.steps=12"], (4, 6), "run_dir="),
         (["train.eval_every=2", "train.patience=2"], ["train.steps=12"], (4, 6), "train.patience decides"),
         ([], ["train.steps=12"], (), 0),
@@ -421,6 +425,18 @@ def test_a_longer_run_continues_from_where_both_lengths_are_the_same_run(
     folders = sorted(path.name for path in (run_dir / "checkpoints").glob("*"))
     assert [name for name in folders if "of-" not in name] == [name_of(step) for step in steps if step <= becomes]
     assert len(folders) == len(steps)
+
+
+def test_a_longer_run_trains_on_no_rollout_of_weights_that_it_never_has(tmp_path: Path) -> None:
+    """Of two steps each: that of steps 3 and 4, of which the checkpoint has one, is the same with both lengths."""
+    for first in (0, 2, 4):
+        folder = tmp_path / "rollouts" / name_of(first + 1)
+        folder.mkdir(parents=True)
+        change(folder / "about.json", version=first)
+    set_aside(tmp_path, 3, 6)
+    found = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert found == ["step-000001", "step-000003", "step-000005.of-6-steps"]
+    assert json.loads((tmp_path / "rollouts" / found[-1] / "about.json").read_text()) == {"version": 4}
 
 
 # Attempts.

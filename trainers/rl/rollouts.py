@@ -31,9 +31,7 @@ from trainers.rl.sampler import Sampler
 from trainers.rl.sync import bound_of, compare, require_near
 from trainers.rundir import paths
 from trainers.rundir.beats import Phase
-
-ABOUT = "about.json"
-"""In a rollout's folder: where the next one's prompts begin, and what metrics.jsonl says of its answers."""
+from trainers.rundir.checkpoints import steps
 
 
 class Rollouts:
@@ -71,7 +69,7 @@ class Rollouts:
             return True
         if step == 0 and self.world.rank == 0:  # of an attempt that came to no checkpoint, and may have had other settings
             self.attempt.require_current()
-            for older in self.folder.glob("step-*"):
+            for older in steps(self.folder):
                 shutil.rmtree(older)
         folder = self._folder(first)
         before = None if self.opened is None else self.opened[1]
@@ -146,7 +144,7 @@ class Rollouts:
 
     def _about(self, folder: Path) -> dict[str, Any]:
         """Return what is known of a rollout, with what its critic says; advantages are made where they are not there. On rank 0."""
-        about: dict[str, Any] = json.loads((folder / ABOUT).read_text())
+        about: dict[str, Any] = json.loads((folder / paths.ABOUT).read_text())
         if self.sampler.critic is not None:
             about["figures"] |= estimate(folder, self.config.objective, self.attempt)
         return about
@@ -163,7 +161,7 @@ class Rollouts:
         figures = {name: _finite(value) for name, value in (figures_of(drawn, self.rl.pass_reward) | counts).items()}
         if self.curriculum is not None:
             about = about | {"rates": rates_of(drawn, self.rl.pass_reward)}
-        (staging / ABOUT).write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
+        (staging / paths.ABOUT).write_text(json.dumps(about | {"figures": figures}, indent=1) + "\n")
         self.attempt.require_current()
         staging.rename(folder)
 
@@ -178,7 +176,7 @@ class Rollouts:
 
     def _known(self, first: int, what: str) -> dict[str, Any]:
         """Return what is known of a rollout that is there; raises TrainingFailed where it is gone, which says `what`."""
-        file = self._folder(first) / ABOUT
+        file = self._folder(first) / paths.ABOUT
         if not file.is_file():
             raise TrainingFailed(f"{file} is gone, which says {what}")
         found: dict[str, Any] = json.loads(file.read_text())
