@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -56,6 +57,24 @@ def rows_of(name: str, seed: int = 0, vocabulary: int = 33) -> Batch:
             at = end
     counts = {"num_rows": shape[0], "num_tokens": int((documents >= 0).sum()), "num_documents": number}
     return Batch(input_ids=ids, labels=labels, position_ids=positions, documents=documents, **counts)
+
+
+def test_each_thread_has_documents_of_its_own_and_autograd_those_of_the_last_forward() -> None:
+    """A reward model may score in another thread meanwhile."""
+    found: list[attention.Packed | None] = []
+
+    def elsewhere(grads: bool) -> None:
+        with torch.set_grad_enabled(grads):
+            found.append(attention.documents_now(160))
+
+    with attention.documents_of(rows_of("packed")):
+        for grads in (False, True):
+            thread = threading.Thread(target=elsewhere, args=(grads,))
+            thread.start()
+            thread.join(20)
+        here = attention.documents_now(160)
+    assert here is not None
+    assert found == [None, here]
 
 
 def run_config(backend: str = "auto", engine: str = "fsdp") -> RunConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,12 +72,18 @@ class Packed:
     """Of what a model is called with: of these rows, or of this rank's slice of them."""
 
 
-class _Now:
-    """The batch that a model computes on, for what transformers calls without saying so."""
+class _Now(threading.local):
+    """The batch that a model computes on, for what transformers calls without saying so: each thread's own."""
 
-    packed: Packed | None = None
     last: Packed | None = None
-    """That of the last forward. Backward computes checkpointed blocks of it again, in a thread of autograd's own."""
+    """That of the last forward, the class's. Backward computes checkpointed blocks of it again, in a thread of autograd's own."""
+
+    def __init__(self) -> None:
+        """Name none, for each thread anew: a default of the class is all that torch.compile would see."""
+        self.packed: Packed | None = None
+
+
+_now = _Now()
 
 
 @contextmanager
@@ -86,11 +93,11 @@ def documents_of(batch: Batch, slices: Sharing | None = None) -> Iterator[None]:
     With `slices` the model is called with this rank's slice of it, whose own documents say nothing: what is named first holds.
     """
     tokens = sum(map(abs, batch.segments)) // (1 if slices is None else slices.size)
-    _Now.packed = _Now.last = _Now.packed or Packed(batch.segments, batch.starts, batch.longest, batch.documents, None, slices, tokens)
+    _now.packed = _Now.last = _now.packed or Packed(batch.segments, batch.starts, batch.longest, batch.documents, None, slices, tokens)
     try:
         yield
     finally:
-        _Now.packed = None
+        _now.packed = None
 
 
 def documents_now(tokens: int) -> Packed | None:
@@ -98,7 +105,7 @@ def documents_now(tokens: int) -> Packed | None:
 
     `tokens` are those of its rows: with another number, as with virtual tokens in front of each row, there are none.
     """
-    packed = _Now.packed or (_Now.last if torch.is_grad_enabled() else None)
+    packed = _now.packed or (_Now.last if torch.is_grad_enabled() else None)
     return packed if packed is not None and packed.tokens == tokens else None
 
 
@@ -109,7 +116,7 @@ def packed_mask(
 
     transformers calls this once a forward for each kind of layer. `local_size` is the window of sliding layers.
     """
-    packed = _Now.packed
+    packed = _now.packed
     plain = attention_mask is None and q_length == kv_length and not more.get("use_vmap") and "allow_is_bidirectional_skip" not in more
     if packed is None or not plain or packed.tokens != batch_size * q_length:
         sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
@@ -122,7 +129,7 @@ def with_documents(plain: Callable[..., Any], *, mask_function: Callable[..., An
 
     GPT-OSS and OPT are such models. A mask that may not be left out has its documents in it already.
     """
-    packed, rows = _Now.packed, (more["batch_size"], more["q_length"])
+    packed, rows = _now.packed, (more["batch_size"], more["q_length"])
     if packed is not None and packed.slices is not None:
         return _of_whole_rows(plain, packed, **more)
     causal = more.get("attention_mask") is None and more.get("allow_is_causal_skip", False)
