@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
+from conftest import Ranks
+
+from trainers.world import World
 
 FINALIZER = """
 import gc, os, signal, time, weakref
@@ -42,6 +47,24 @@ def test_a_signal_is_not_lost_where_python_drops_exceptions(swallowed: bool) -> 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "stopped by SIGTERM\n"
     assert done.stderr == ""
+
+
+def counted(world: World) -> list[dict[str, int]]:
+    aside = world.beside()
+    found = [world.collectives()]
+    for which in (aside, world):
+        which.barrier()
+        found.append(world.collectives())
+    dist.destroy_process_group(aside.group)
+    return found
+
+
+def test_collectives_of_a_thread_of_its_own_are_not_those_that_ranks_wait_in(ranks: Callable[[int], Ranks]) -> None:
+    """Else a rank whose rollouts are ahead of another's would hide that it is behind in a step."""
+    for begun, aside, here in ranks(2).call(counted):
+        assert begun
+        assert aside == begun
+        assert here != begun
 
 
 FAILING = """

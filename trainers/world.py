@@ -21,6 +21,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 RAISE_AGAIN_S = 0.02
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """Where a user sets torch's allocator up; ours is to leave no gaps in a device's memory that nothing fits into."""
+BESIDE = "beside"
+"""The description of a process group of a thread that does not train."""
 
 
 class Stopped(BaseException):
@@ -129,7 +131,7 @@ class World:
     def beside(self) -> World:
         """Return a World of the same ranks with a process group of its own, for a thread; collective."""
         limit = datetime.timedelta(seconds=self.collective_s)
-        return replace(self, group=dist.new_group(backend="gloo", timeout=limit) if self.size > 1 else None)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=limit, group_desc=BESIDE) if self.size > 1 else None)
 
     def disconnect(self) -> None:
         """End the process group."""
@@ -137,13 +139,16 @@ class World:
             dist.destroy_process_group()
 
     def collectives(self) -> dict[str, int]:
-        """Return how many collectives this rank has begun, by the process group's name; empty for one rank, or where torch does not say."""
+        """Return how many collectives this rank has begun, by the process group's name; empty for one rank, or where torch does not say.
+
+        Those of a thread of its own are not among them: ranks may be apart in these, and none waits for another.
+        """
         if self.size == 1:
             return {}
         begun: dict[str, int] = {}
         try:
             groups: list[Any] = list(dist.distributed_c10d._world.pg_map) if dist.is_initialized() else []
-            for group in groups:
+            for group in (group for group in groups if group.group_desc != BESIDE):
                 name, kinds = _name_of(group), group._device_types
                 number = sum(group._get_backend(kind)._get_sequence_number_for_group() for kind in kinds)
                 begun[name] = begun.get(name, 0) + number
