@@ -239,8 +239,13 @@ def test_a_newer_attempt_takes_away_what_older_ones_have_staged(tmp_path: Path) 
         (folder / "a file").touch()
     (tmp_path / "metrics.attempt-1.tmp").touch()
     (tmp_path / ".status.json.node.7.tmp").touch()
+    of_version = tmp_path / "rollouts" / "weights" / "step-000002"
+    of_version.mkdir(parents=True)
+    of_version.with_name(f"{of_version.name}.attempt-1.tmp").mkdir()
+    of_version.with_name(f".{of_version.name}.json.node.7.tmp").touch()
     Attempt(tmp_path).claim()
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.name != "logs") == ["attempt", "attempt-1", "checkpoints"]
+    left = ["attempt", "attempt-1", "checkpoints", "rollouts", "step-000002", "weights"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name != "logs") == left
 
 
 def preempted(cache: Path, line: list[str], run_dir: Path, step: int, one_rank: bool, how: signal.Signals, expect: int = 75) -> None:

@@ -18,8 +18,8 @@ from trainers.rundir.paths import LOGS, STATUS, attempt_folder
 
 LOOK_EVERY_S = 1.0
 LOCK_WAIT_S = 3.0
-
-
+STAGED = ("*.tmp", "checkpoints/.*.tmp", "rollouts/*.tmp", "rollouts/weights/*.tmp")
+"""Where attempts stage what they leave, hidden names included."""
 ENDED = (State.preempted, State.failed, State.done)
 
 
@@ -117,8 +117,9 @@ class Attempt:
             except FileExistsError:
                 number += 1
         (logs / "attempt").write_text(f"{number}\n")
-        for path in [*self.run_dir.glob("*.tmp"), *self.run_dir.glob("checkpoints/.*.tmp"), *self.run_dir.glob("rollouts/*.tmp")]:
-            _discard(path)
+        for pattern in STAGED:
+            for path in list(self.run_dir.glob(pattern)):
+                _discard(path)
         return number
 
     def begin(self, number: int) -> None:
