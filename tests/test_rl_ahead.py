@@ -20,7 +20,11 @@ from trainers.health.spikes import TrainingFailed
 from trainers.rl.ahead import Ahead
 from trainers.rl.generators import Generators
 from trainers.rl.jobs import Jobs, Spent
+from trainers.rl.sampler import Sampler
+from trainers.rl.sync import Mismatch
 from trainers.rl.versions import folder_of, remove_before, said_file
+from trainers.rundir.attempt import Attempt
+from trainers.rundir.checkpoints import steps
 
 
 def test_jobs_are_done_in_order_and_one_that_is_stopped_is_the_last() -> None:
@@ -59,6 +63,28 @@ def test_what_a_job_raises_is_raised_where_it_is_waited_for() -> None:
     jobs.close()
 
 
+def test_a_stop_waits_for_no_job_whose_other_rank_has_failed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody takes what has failed: it is said."""
+    monkeypatch.setattr("trainers.rl.jobs.LEAVE_S", 0.1)
+    failed, waits, goes_on = Jobs(), Jobs(), threading.Event()
+
+    def fail() -> Spent:
+        raise TrainingFailed("the generator is another")
+
+    def wait() -> None:
+        goes_on.wait(20)
+
+    failed.ask(1, fail)
+    waits.ask(1, wait)
+    failed.close()
+    waits.close()
+    assert waits.thread.is_alive()
+    assert "has failed: the generator is another" in caplog.text
+    assert "this rank ends without it" in caplog.text
+    goes_on.set()
+    waits.thread.join(20)
+
+
 def test_a_job_makes_no_progress_of_a_step_but_of_waiting_for_it() -> None:
     jobs, goes_on = Jobs(), threading.Event()
 
@@ -88,6 +114,39 @@ def test_weights_give_the_rollout_so_many_after_them_and_stay_until_then(tmp_pat
         said_file(folder_of(tmp_path, step)).touch()
     remove_before(tmp_path, 6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000006", "step-000006.json"]
+
+
+def test_held_out_evaluations_keep_no_weights_beyond_those_of_rollouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K + 1 versions at most, with an evaluation after each of the three steps of a rollout, and in the end none of an earlier step."""
+    there = list[int]()
+
+    def put(_engine: Any, _blueprint: Any, _tokenizer: Any, folder: Path, *_: Any) -> None:
+        folder.mkdir(parents=True)
+        there.append(len(steps(folder.parent)))
+
+    def write(first: int, _version: int, _told: Any) -> Spent:
+        sampler.rollout(first).mkdir()
+        return {}
+
+    monkeypatch.setattr("trainers.rl.sampler.write_weights", put)
+    monkeypatch.setattr("trainers.rl.ahead.open_rollout", lambda *_: None)
+    monkeypatch.setattr("trainers.rl.versions.note_said", lambda *_: None)
+    monkeypatch.setattr("trainers.rl.versions.compare_said", lambda *_: Mismatch(mean=0.0, largest=0.0))
+    world: Any = SimpleNamespace(rank=0, from_first=lambda value: value)
+    fakes: Any = {"engine": None, "blueprint": None, "tokenizer": None, "rewards": None}
+    fakes["generators"] = SimpleNamespace(among=world, renew=lambda _place: None)
+    config = RunConfig(rl=RlConfig(staleness=2, steps_per_rollout=3))
+    sampler = Sampler(config=config, world=world, attempt=Attempt(tmp_path), jobs=Jobs(), **fakes)
+    assert sampler.jobs is not None
+    ahead = Ahead(sampler, sampler.jobs, 18, 0, 1.0, write)
+    for step in range(18):
+        if step % 3 == 0:
+            assert ahead.have(step, step, None) is not None
+        sampler.sync(step + 1)
+    sampler.jobs.close()
+    assert max(there) <= 3
+    assert [path.name for path in steps(sampler.folder)] == ["step-000018"]
+    assert len(steps(tmp_path / "rollouts")) == 6
 
 
 def test_a_generator_says_of_an_answer_what_it_said_when_it_wrote_it(tmp_path: Path) -> None:

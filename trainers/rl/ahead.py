@@ -60,8 +60,8 @@ class Ahead:
         orders = [at for at in absent if not self.jobs.has(at)]
         if step in map(self.version, orders):
             self._put(step, before)
-        if world.rank == 0 and absent:
-            versions.remove_before(self.sampler.folder, min(map(self.version, absent)))
+        if world.rank == 0:
+            versions.remove_before(self.sampler.folder, min(map(self.version, absent), default=step))
             for folder in (self.sampler.place(self.version(at)) for at in orders):
                 if not folder.is_dir():
                     raise TrainingFailed(f"{folder} is gone, with the weights of answers that steps after {step} are to be trained on")
@@ -75,6 +75,7 @@ class Ahead:
         """Put the weights of now where generators find them, with what they say of the answers of the rollout before; collective."""
         sampler = self.sampler
         sampler.write(step)
+        sampler.passing = None
         if step:
             table = open_rollout(sampler.rollout(step - self.every), GIVEN) if before is None else before
             more = sampler.world, sampler.config.train.microbatch, self.pad_id, sampler.attempt

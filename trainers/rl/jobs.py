@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -11,11 +12,14 @@ from typing import Any
 
 from trainers.health.activity import watch
 
+log = logging.getLogger("fulltune")
 Spent = dict[str, float]
 """Seconds by part."""
 Job = Callable[[], Spent | None]
 """It returns None, and so ends all jobs, where a rank was asked to stop: all ranks' do, or none's."""
 LOOK_S = 0.5
+LEAVE_S = 30.0
+"""For a job to see that it is to stop: the model or the judge that it waits for may answer first."""
 
 
 class Jobs:
@@ -55,9 +59,14 @@ class Jobs:
             _waited(future)
 
     def close(self) -> None:
-        """End the thread once the jobs have seen that they are to stop."""
+        """End the thread once the jobs have seen that they are to stop; where one raised on another rank, it may wait for ever."""
         self.jobs.put(None)
-        self.thread.join()
+        self.thread.join(LEAVE_S)
+        if self.thread.is_alive():
+            log.warning("a rollout that was given ahead has not ended within %g s; this rank ends without it", LEAVE_S)
+        for error in (future.exception() for future in self.asked.values() if future.done()):
+            if error is not None:
+                log.warning("a rollout that was given ahead has failed: %s", error)
 
     def _run(self) -> None:
         watch.aside = threading.get_ident()

@@ -68,6 +68,8 @@ class Sampler:
     """Steps that the weights which generators have were trained for."""
     written: int = -1
     """Steps that the weights which were written last were trained for."""
+    passing: int | None = None
+    """Those which were written last, where no rollout is of them: with `jobs` they are removed before others are written."""
     jobs: Jobs | None = None
     """What is done while steps are taken: rollouts; None with `rl.staleness=0`."""
 
@@ -82,13 +84,19 @@ class Sampler:
         if self.jobs is not None:
             self.jobs.settle()
         if self.version != step:
-            self.write(step)
+            if self.written != step:
+                self.write(step)
+                self.passing = step
             self.open(step)
         return time.perf_counter() - began
 
     def write(self, step: int) -> None:
         """Put the weights, which are those after `step` steps, where generators find them, if they are not there."""
         if self.written != step:
+            if self.passing is not None and self.jobs is not None and self.world.rank == 0:
+                self.attempt.require_current()
+                versions.remove(self.place(self.passing))
+            self.passing = None
             write_weights(self.engine, self.blueprint, self.tokenizer, self.place(step), self.world, self.attempt)
             self.written = step
 
