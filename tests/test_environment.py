@@ -6,28 +6,33 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from chat_tokenizers import tokenizer_of
 from command import arguments, environment, launch, started, trace, wait_for_step, wait_until_gone
 
-from trainers.config.choices import ObjectiveName
+from trainers.config.choices import ObjectiveName, RewardKind
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, ObjectiveConfig, RewardConfig, RlConfig, RunConfig, TrainConfig
 from trainers.data.loader import make_batch
 from trainers.data.table import open_table
-from trainers.generate.request import LENGTH, STOP, Answer
+from trainers.data.template import CHATML
+from trainers.generate.request import LENGTH, STOP, Answer, Request
 from trainers.health.spikes import TrainingFailed
-from trainers.rewards.score import Found
-from trainers.rl.conversations import with_environment
+from trainers.rewards.score import Found, Rewards
+from trainers.rl.conversations import Conversations, with_environment
 from trainers.rl.environment import LOST, Environments
 from trainers.rl.environments import AGAIN, TryAgain
 from trainers.rl.groups import Group, figures_of, save_groups
+from trainers.rl.sampler import Sampler
 from trainers.rl.turns import Talk, Turns
 from trainers.rundir.rows import evaluations, steps
 from trainers.rundir.rows import read_rows as rows_of
+from trainers.world import World
 
 CLASSES = """
 import os, time
@@ -59,6 +64,8 @@ class Counts:
             return [], 0.0, False
         if said == "assistant":
             return [{"role": "assistant", "content": "x"}], 0.0, False
+        if said == "set":
+            return [{"role": "tool", "content": "x", "state": {1, 2}}], 0.0, False
         return [{"role": "user", "content": "again a"}], len(said) / 100, self.turns == 3
 
 class Short:
@@ -109,7 +116,7 @@ def test_what_fails_or_hangs_is_told_and_the_others_continue(counts: Environment
         [{"key": key, "row": {"begin": [{"role": "user", "content": "b"}] if key else None}, "seed": 1} for key in range(8)], nothing
     )
     assert [reply["messages"] for reply in begun[:2]] == [None, [{"role": "user", "content": "b"}]]
-    words = ["ok", "raise", "hang", "nan", "nothing", "assistant"]
+    words = ["ok", "raise", "hang", "nan", "nothing", "assistant", "set"]
     replies = counts.ask([said(key, text) for key, text in enumerate(words)], nothing)
     assert replies[0] == {"messages": [{"role": "user", "content": "again a"}], "reward": 0.02, "done": False}
     faults = [str(reply.get("failure")) for reply in replies[1:]]
@@ -118,6 +125,7 @@ def test_what_fails_or_hangs_is_told_and_the_others_continue(counts: Environment
     assert faults[2] == "gives a reward that is not a finite number"
     assert faults[3] == "gives no turn, and is not done"
     assert faults[4].startswith("raises ValueError: a message has a role of user, tool")
+    assert faults[5].startswith("raises TypeError: Object of type set is not JSON")
     assert [counts.ask([said(0, "ok")], nothing)[0]["done"] for _ in range(2)] == [False, True]
     ended = counts.ask([said(1, "exit"), said(3, "ok"), said(6, "stubborn"), said(0, "ok")], nothing)
     assert [reply.get("failure") for reply in ended] == ["has ended its process", LOST, "takes longer than 1 s", LOST]
@@ -214,6 +222,51 @@ def test_a_rollout_has_labels_where_the_model_has_written(tmp_path: Path) -> Non
     assert rows[2]["why"] == {"environment": "raises X"}
     assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant", "user", "assistant", "user"]
     assert figures_of([group], 1.0)["turns"] == 1.0
+
+
+def test_a_reward_counts_the_tokens_of_the_last_turn(tmp_path: Path) -> None:
+    none: Any = None
+    short = {"short": RewardConfig(kind=RewardKind.length, max=1, soft=4)}
+    with Rewards(short, tmp_path) as rewards:
+        sampler = Sampler(
+            **dict.fromkeys(("config", "world", "attempt", "engine", "blueprint", "tokenizer"), none),
+            generators=cast(Any, SimpleNamespace(look=nothing)),
+            rewards=rewards,
+            conversations=cast(Any, "any"),
+        )
+        answers: dict[int, Answer] = {key: talk_of(turns, 2.0).whole() for key, turns in enumerate([[[5, 6, 7], [8]], [[5], [6, 7, 8]]])}
+        [group] = sampler.score([(0, 0, [1, 2])], [{"prompt": []}], answers, 2) or []
+    np.testing.assert_array_equal(group.parts["short"], [1.0, 0.5])
+    np.testing.assert_array_equal(group.rewards, [3.0, 2.5])
+
+
+def test_what_begins_has_the_rows_tools_and_a_turn_without_an_answer_ends_the_run() -> None:
+    tokenizer, asked = tokenizer_of("chatml"), list[Request]()
+    tokenizer.chat_template = CHATML
+    messages, tools = [{"role": "user", "content": "Weather?"}], [{"type": "function", "function": {"name": "weather"}}]
+    failures = iter(["", "the server is gone"])
+
+    class Own:
+        """Of this process."""
+
+        def ask(self, orders: list[dict[str, Any]], look: Any) -> list[dict[str, Any]]:
+            reply = {"messages": [{"role": "tool", "content": "rain"}], "reward": 0.0, "done": False}
+            return [{"messages": messages} if "row" in order else reply for order in orders]
+
+    def ask(requests: list[Request], sampling: Any) -> dict[int, Answer]:
+        asked.extend(requests)
+        failure, ids = next(failures), tokenizer.encode("no<|im_end|>")
+        return {request.key: Answer(key=request.key, ids=ids, logps=[0.0] * len(ids), finish=STOP, failure=failure) for request in requests}
+
+    config = RunConfig(data=DataConfig(seq_len=512), rl=RlConfig(max_turns=3, max_new_tokens=8))
+    world = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+    held = Conversations(config, world, Turns(tokenizer, "x:Y"), cast(Any, Own()))
+    generators: Any = SimpleNamespace(ask=ask, look=nothing)
+    with pytest.raises(TrainingFailed, match="a prompt got no answer: the server is gone"):
+        held.hold([((0, 0), 0, [1])], [{"prompt": [], "tools": tools}], lambda *place: 0, generators, None)
+    turns = [*messages, {"role": "assistant", "content": "no"}, {"role": "tool", "content": "rain"}]
+    whole = [tokenizer.apply_chat_template(begun, tools=tools, tokenize=False, add_generation_prompt=True) for begun in (messages, turns)]
+    assert [request.ids for request in asked] == [tokenizer.encode(text, add_special_tokens=False) for text in whole]
 
 
 def test_a_second_try_is_worth_half() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from conftest import save_tiny
 from transformers import AutoModelForCausalLM
 
+from trainers.config.mesh import Mesh
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.generate.decode import decode, logps_of
 from trainers.generate.request import Sampling
@@ -20,9 +22,10 @@ from trainers.health.spikes import TrainingFailed
 from trainers.rl.ahead import Ahead
 from trainers.rl.generators import Generators
 from trainers.rl.jobs import Jobs, Spent
+from trainers.rl.prompts import table_of
 from trainers.rl.sampler import Sampler
 from trainers.rl.sync import Mismatch
-from trainers.rl.versions import folder_of, remove_before, said_file
+from trainers.rl.versions import folder_of, note_said, remove_before, said_file
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.checkpoints import steps
 
@@ -147,6 +150,15 @@ def test_held_out_evaluations_keep_no_weights_beyond_those_of_rollouts(tmp_path:
     assert max(there) <= 3
     assert [path.name for path in steps(sampler.folder)] == ["step-000018"]
     assert len(steps(tmp_path / "rollouts")) == 6
+
+
+def test_weights_that_say_what_is_no_number_end_the_run_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing: Any = None
+    engine: Any = SimpleNamespace(mesh=Mesh())
+    monkeypatch.setattr("trainers.rl.versions.label_logps", lambda *_: np.array([-1.0, np.nan], np.float32))
+    table = table_of([[5, 6, 7]], [[False, True, True]])
+    with pytest.raises(TrainingFailed, match=r"after step 6, 1 of 2 tokens of answers .* not a finite number"):
+        note_said(folder_of(tmp_path, 6), engine, table, nothing, 1, 0, nothing)
 
 
 def test_a_generator_says_of_an_answer_what_it_said_when_it_wrote_it(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,8 @@ class Conversations:
 
     def _begin(self, places: Sequence[tuple[Place, int, list[int]]], rows: Any, seed_of: Any, look: Callable[[], None]) -> list[Talk]:
         """Begin all conversations: with the environment's own messages, or those of the row."""
-        talks = [Talk(key, place, ids, [False] * len(ids), rows[row]["prompt"]) for key, (place, row, ids) in enumerate(places)]
+        begun = [(rows[row]["prompt"], rows[row].get("tools")) for _, row, _ in places]
+        talks = [Talk(key, place, ids, [False] * len(ids), *begun[key]) for key, (place, _, ids) in enumerate(places)]
         orders = [{"key": key, "row": rows[row], "seed": seed_of(*place[:-1])} for key, (place, row, _) in enumerate(places)]
         for talk, reply in zip(talks, self._asked(orders, look), strict=True):
             if "failure" in reply:
@@ -84,7 +85,7 @@ class Conversations:
 
     def _open(self, talk: Talk, messages: list[Any]) -> None:
         try:
-            ids = self.turns.begin(messages)
+            ids = self.turns.begin(messages, talk.tools)
         except BadRow as error:
             talk.fail(str(error))
             return
@@ -93,7 +94,8 @@ class Conversations:
             talk.fail(f"begins with {len(ids)} tokens, and there is room for {self.room}")
 
     def _take(self, talks: list[Talk], answers: Mapping[int, Answer], look: Callable[[], None]) -> list[Talk]:
-        """Take the model's turns, and what the environment makes of them."""
+        """Take the model's turns, and what the environment makes of them; raises TrainingFailed where the model gave none."""
+        require_answers(answers.values())
         held = [talk for talk in talks if talk.key in answers]
         for talk in held:
             answer = answers[talk.key]
@@ -113,7 +115,7 @@ class Conversations:
             talk.messages, talk.ended = [*talk.messages, *reply["messages"]], talk.ended or "done"
             return
         try:
-            talk.hear(reply["messages"], self.turns.between(reply["messages"]))
+            talk.hear(reply["messages"], self.turns.between(reply["messages"], talk.tools))
         except BadRow as error:
             talk.fail(str(error))
             return
@@ -141,6 +143,12 @@ def environments_of(rl: RlConfig) -> Environments | None:
     if rl.environment is None:
         return None
     return Environments(rl.environment, rl.environment_timeout_s, rl.environment_processes)
+
+
+def require_answers(answers: Iterable[Answer]) -> None:
+    """Raise TrainingFailed where a generator gave none."""
+    if failed := next((answer.failure for answer in answers if answer.failure), ""):
+        raise TrainingFailed(f"a prompt got no answer: {failed}")
 
 
 def with_environment(found: Found, answers: Sequence[Answer]) -> Found:

@@ -85,14 +85,14 @@ def main(arguments: list[str]) -> None:
         is_late = False
         try:
             signal.setitimer(signal.ITIMER_REAL, timeout_s)
-            reply = _reply(kind, open_ones, json.loads(line))
+            text = json.dumps(_reply(kind, open_ones, json.loads(line)), allow_nan=False)
         except _Late:
-            reply = {}
-        except (Exception, SystemExit) as error:  # whatever a person's class does: counted, and shown by its type
-            reply = {"failure": f"raises {_words(error)}"}
+            text = ""
+        except (Exception, SystemExit) as error:  # whatever a person's class does, or gives: counted, and shown by its type
+            text = json.dumps({"failure": f"raises {_words(error)}"})
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps({"failure": f"takes longer than {timeout_s:g} s"} if is_late else reply), file=said, flush=True)
+        print(json.dumps({"failure": f"takes longer than {timeout_s:g} s"}) if is_late else text, file=said, flush=True)
 
 
 def _imported(path: str) -> object:
@@ -125,7 +125,7 @@ def _reply(kind: Any, open_ones: dict[int, Any], order: Order) -> dict[str, Any]
 
 
 def _checked(messages: Sequence[Message], roles: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return messages as JSON has them; raises ValueError for anything else."""
+    """Return messages by themselves; raises ValueError for one of another role, or without a text."""
     for message in messages:
         if message["role"] not in roles or not isinstance(message["content"], str):
             raise ValueError(f"a message has a role of {', '.join(roles)} and a text as content, not {str(message)[:SHOWN]}")

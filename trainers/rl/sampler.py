@@ -19,11 +19,10 @@ from trainers.config.schema import RlConfig, RunConfig
 from trainers.engines.base import Engine
 from trainers.generate.local import nothing
 from trainers.generate.request import Answer, Request, Sampling
-from trainers.health.spikes import TrainingFailed
 from trainers.model.blueprint import Blueprint, positions_limit
 from trainers.rewards.score import Rewards
 from trainers.rl import versions
-from trainers.rl.conversations import Conversations, environments_of, with_environment
+from trainers.rl.conversations import Conversations, environments_of, require_answers, with_environment
 from trainers.rl.critic import Critic, build_critic
 from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group
@@ -143,13 +142,13 @@ class Sampler:
         """
         assert self.rewards is not None
         every = [answers[key] for key in range(len(asked) * count)]
-        if failed := next((answer.failure for answer in every if answer.failure), ""):
-            raise TrainingFailed(f"a prompt got no answer: {failed}")
+        require_answers(every)
         texts = [self._text(answer) for answer in every]
         told = []
         for key, (answer, text) in enumerate(zip(every, texts, strict=True)):
-            turns = {"prompt": answer.messages[: answer.last]} if isinstance(answer, Conversation) else {}
-            told.append(rows[asked[key // count][1]] | turns | {"answer": text, "ids": answer.ids, "finish": answer.finish})
+            own = {"answer": text, "ids": answer.ids, "finish": answer.finish}
+            turn = {"prompt": answer.messages[: answer.last], "ids": answer.last_ids} if isinstance(answer, Conversation) else {}
+            told.append(rows[asked[key // count][1]] | own | turn)
         try:
             found = self.rewards.score(told, self.generators.look)
         except Interrupted:

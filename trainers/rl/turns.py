@@ -14,8 +14,8 @@ from trainers.data.formats import BadRow, Message
 from trainers.data.template import Template, fill, template_of
 from trainers.generate.request import LENGTH, STOP, Answer
 
-MARK = "fulltune"
-"""In place of an answer in a rendering, of which only what follows it is read."""
+MARK = "fulltune-5f0c2b7e"
+"""In place of an answer in a rendering, of which only what follows it is read: no tool that is written before it has this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Conversation(Answer):
     `ids` and `logps` are of all tokens that the model has sampled, `text` is its last turn.
     """
 
+    last_ids: list[int] = field(default_factory=list)
+    """The tokens of its last turn."""
     document: list[int] = field(default_factory=list)
     """All tokens, from the first of the prompt to the last that was sampled."""
     sampled: list[bool] = field(default_factory=list)
@@ -64,17 +66,17 @@ class Turns:
                 "rl.environment", environment, f"needs turns after the model's, and {error}", "data.template=chatml"
             ) from None
 
-    def begin(self, messages: Sequence[Message]) -> list[int]:
+    def begin(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """Return the ids of what the model is asked with; raises BadRow where the template refuses it."""
-        return self._ids(fill(self.template, list(messages), None, add_generation_prompt=True))
+        return self._ids(fill(self.template, list(messages), tools, add_generation_prompt=True))
 
-    def between(self, messages: Sequence[Message]) -> list[int]:
+    def between(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """Return the ids from after the token that ends a turn of the model, through these turns, to where it writes again.
 
         Raises BadRow where the template refuses them.
         """
         asked: list[Message] = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": MARK}, *messages]
-        text = fill(self.template, asked, None, add_generation_prompt=True)
+        text = fill(self.template, asked, tools, add_generation_prompt=True)
         ids = self._ids(text[text.index(MARK) + len(MARK) :])
         end = next((at for at, one in enumerate(ids) if one in self.stops), None)
         if end is None or str(self.tokenizer.decode(ids[:end])).strip():
@@ -105,6 +107,10 @@ class Talk:
     ids: list[int]
     sampled: list[bool]
     messages: list[Message]
+    tools: list[Any] | None = None
+    """The row's, which the template writes."""
+    last_ids: list[int] = field(default_factory=list)
+    """Of the model's last turn."""
     logps: list[float] = field(default_factory=list)
     turns: int = 0
     reward: float = 0.0
@@ -116,6 +122,7 @@ class Talk:
         ids = answer.ids or []
         self.ids, self.sampled, self.logps = self.ids + ids, self.sampled + [True] * len(ids), self.logps + (answer.logps or [])
         self.messages, self.turns = [*self.messages, {"role": "assistant", "content": text}], self.turns + 1
+        self.last_ids = ids
         self.ended = "cut" if answer.finish == LENGTH else ""
 
     def hear(self, messages: Sequence[Message], ids: list[int]) -> None:
@@ -136,6 +143,7 @@ class Talk:
             ids=[one for one, is_sampled in zip(self.ids, self.sampled, strict=True) if is_sampled],
             logps=self.logps,
             text=says[-1] if self.turns else "",
+            last_ids=self.last_ids,
             finish=STOP if self.ended in ("done", "failed") else LENGTH,
             document=self.ids[:last],
             sampled=self.sampled[:last],

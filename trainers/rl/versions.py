@@ -14,6 +14,7 @@ import numpy as np
 
 from trainers.data.table import TokenTable
 from trainers.engines.base import Engine
+from trainers.health.spikes import TrainingFailed
 from trainers.rl.generators import Generators
 from trainers.rl.measured import label_logps
 from trainers.rl.sync import Mismatch
@@ -46,7 +47,10 @@ def remove_before(weights: Path, step: int) -> None:
 
 
 def note_said(folder: Path, engine: Engine, table: TokenTable, world: World, microbatch: int, pad_id: int, attempt: Attempt) -> None:
-    """Write what the trainer says now of the first answers of a table, a microbatch a rank; collective. Raises Superseded."""
+    """Write what the trainer says now of the first answers of a table, a microbatch a rank; collective.
+
+    Raises Superseded, and TrainingFailed, on every rank, where a value is not finite.
+    """
     count = min(len(table), microbatch * engine.mesh.data_size)
     end = int(table.offsets[count])
     first = TokenTable(
@@ -57,6 +61,9 @@ def note_said(folder: Path, engine: Engine, table: TokenTable, world: World, mic
         rows=table.rows[: count + 1],
     )
     logps = label_logps(engine, first, world, microbatch, pad_id)
+    if lost := int((~np.isfinite(logps)).sum()):
+        what = f"{lost:,} of {len(logps):,} tokens of answers have a log-probability that is not a finite number"
+        raise TrainingFailed(f"after step {number_of(folder)}, {what}: the weights are broken; go back to an earlier checkpoint")
     if world.rank == 0:
         ids = [first.tokens[begin:end].tolist() for begin, end in zip(first.offsets, first.offsets[1:], strict=False)]
         rows = list(zip(ids, np.diff(first.label_starts).tolist(), strict=True))
