@@ -15,6 +15,7 @@ TAKEN = (
     *("train.microbatch", "train.activations", "train.eval_microbatch", "train.eval_every", "train.sample_tokens"),
     *("train.compile", "train.logits_chunk", "train.step_timeout_s", "train.max_skipped", "train.deterministic", "train.export"),
     *("train.profile", "rl.timeout_s", "rl.restarts", "rl.mismatch", "rl.eval_samples", "rl.eval_temperature"),
+    *("rl.environment_processes", "rl.environment_timeout_s"),
 )
 """Settings, and groups that end with a point, that change nothing of what is trained: how much memory, how fast, what is written.
 
@@ -66,6 +67,8 @@ def _is_taken(path: str, old: RunConfig, new: RunConfig) -> bool:
         return False  # patience counts evaluations
     if new.data.streaming and path in ACCEPT and (path != "data.skip_bad_rows" or new.data.skip_bad_rows):
         return True  # rows that were read before are the same, and a stream comes to others
+    if path == "rl.servers":  # they may have moved, and another kind of generator draws other answers
+        return bool(old.rl.servers and new.rl.servers)
     known = TAKEN + (TAKEN_UNDER_FSDP if new.engine.name is EngineName.fsdp else ())
     return any(path == name or (name.endswith(".") and path.startswith(name)) for name in known)
 

@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from launcher import freeze as freeze_module
-from launcher.changes import TAKEN, TAKEN_UNDER_FSDP
+from launcher.changes import TAKEN, TAKEN_UNDER_FSDP, differing, kept
 from launcher.compose import compose
 from launcher.config import JobConfig
 from launcher.extend import set_aside
@@ -30,6 +30,7 @@ from launcher.freeze import at_work, freeze, require_joinable
 from launcher.job import Job, make_job, note_attempt
 from trainers.config.checks import load
 from trainers.config.errors import ConfigError
+from trainers.config.schema import RlConfig, RunConfig
 from trainers.rundir.attempt import Attempt, read_state
 from trainers.rundir.base import fingerprint
 from trainers.rundir.checkpoints import name_of, why_not_of
@@ -279,6 +280,16 @@ def test_a_setting_that_changes_what_is_trained_here_is_kept(before: list[str], 
     begun(tmp_path / "run", *before)
     with pytest.raises(ConfigError, match=word):
         freeze(job_at(tmp_path / "run", *before, asked))
+
+
+def test_servers_may_move_and_an_environment_may_have_other_processes() -> None:
+    def run(*servers: str, processes: int = 1) -> RunConfig:
+        return RunConfig(rl=RlConfig(servers=list(servers), environment_processes=processes, environment_timeout_s=9.0 * processes))
+
+    before = run("http://a:1")
+    for after, lines in ((run("http://b:1", "http://c:1", processes=2), 0), (run(), 1)):
+        assert len(kept(differing(before, after), before, after)) == lines
+        assert len(kept(differing(after, before), after, before)) == lines
 
 
 def test_a_base_that_was_moved_is_the_same_base(tmp_path: Path) -> None:
