@@ -125,9 +125,11 @@ def test_the_rings_of_a_mesh() -> None:
     mesh = Mesh(replicate=2, shard=2, context=2, tensor=2)
     assert rings(mesh, 5) == {"tensor": (4, 4), "context": (7, 7), "shard": (3, 7), "replicate": (13, 13)}
     assert rings(Mesh(shard=8), 3) == {}
+    assert rings(Mesh(shard=8, expert=4), 6) == {"expert": (5, 7), "expert shard": (2, 2)}
+    assert rings(Mesh(replicate=2, shard=4, expert=4), 6) == {"shard": (5, 7), "replicate": (2, 2), "expert": (5, 7)}
     assert rings(Mesh(context=2, tensor=2), 3) == {"tensor": (2, 2), "context": (1, 1)}
-    whole = Mesh(shard=2, context=3, tensor=4)
-    for name in ("tensor", "context", "shard"):
+    whole = Mesh(shard=2, context=3, tensor=4, expert=6)
+    for name in ("tensor", "context", "shard", "expert", "expert shard"):
         assert sorted(rings(whole, rank)[name][1] for rank in range(24)) == list(range(24)), name
         assert all(rings(whole, rings(whole, rank)[name][1])[name][0] == rank for rank in range(24)), name
 

@@ -225,6 +225,8 @@ def rings(mesh: Mesh, rank: int) -> dict[str, tuple[int, int]]:
         "context": (mesh.tensor, mesh.context),
         "shard": (mesh.tensor, mesh.shard * mesh.context if mesh.shard > 1 else 1),
         "replicate": (mesh.copy_size, mesh.replicate),
+        "expert": (1, mesh.expert),
+        "expert shard": (mesh.expert, mesh.copy_size // mesh.expert if mesh.expert > 1 else 1),  # those that have the same experts
     }
     found = {}
     for name, (stride, size) in strides.items():
