@@ -6,16 +6,29 @@ import json
 import math
 import random
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from command import arguments, launch, read_rows, trace
-from conftest import WORDS
+from conftest import WORDS, Ranks
+from tables import blueprint_for, config_for, ragged_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainers.health.spikes import FEWEST, Spikes, limit
+from trainers.config.choices import OnSpike
+from trainers.config.schema import CheckpointConfig
+from trainers.data.loader import Loader
+from trainers.data.prepare import Prepared
+from trainers.engines.build import build_engine
+from trainers.health.spikes import FEWEST, Guard, Spike, Spikes, limit
+from trainers.loop import train
+from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import evaluations, rollbacks, steps
+from trainers.world import World
 
 
 def test_the_limit_is_robust() -> None:
@@ -73,6 +86,37 @@ def test_a_spike_is_skipped_or_left_behind(base: Path, poisoned: Path, cache: Pa
     assert max(row["loss"] for row in back[25:]) < plain[at]["loss"] / 2
     events = [row for row in read_rows(tmp_path / "rollback") if "rollback_from" in row]
     assert events == [{"kind": "rollback", "step": begun, "rollback_from": at + 1, "rows_left_out_steps": at + 1 - begun}]
+
+
+def gone_back(world: World, run_dir: Path, model: Path) -> tuple[list[tuple[int, int]], bool, int]:
+    """Leave out the rows of step 4, and be asked to stop while those that follow are waited for."""
+    run_dir.mkdir(exist_ok=True)
+    config = config_for(run_dir, model, steps=6, global_batch=2, microbatch=1, on_spike=OnSpike.rollback)
+    config = replace(config, checkpoint=CheckpointConfig(every=2, asynchronous=False))
+    waited, check = list[tuple[int, int]](), Guard.check
+
+    class Waited(Loader):
+        def make(self, step: int, ahead: int = 0) -> bool:
+            waited.append((step, ahead))
+            return False
+
+    def spiked(self: Guard, step: int, *found: Any) -> bool:
+        if step == 4:
+            raise Spike("the loss is large")
+        return check(self, step, *found)
+
+    table = ragged_table([5, 9, 7, 6])
+    data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
+    loader = Waited(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+    with patch.object(Guard, "check", spiked):
+        outcome = train(config, world, Attempt(run_dir), build_engine(config, world, blueprint_for(model)), data, loader, 1.0)
+    return waited, outcome.stopped, outcome.progress.step
+
+
+def test_a_run_that_has_gone_back_waits_for_its_rows_where_a_signal_ends_that(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path
+) -> None:
+    assert ranks(2).call(gone_back, tmp_path / "run", tiny_llama)[0] == ([(2, 2)], True, 2)
 
 
 def test_a_spike_stops_a_run_before_it_is_learnt(base: Path, poisoned: Path, cache: Path, tmp_path: Path) -> None:

@@ -276,7 +276,7 @@ def test_rows_are_asked_for_ahead_within_a_window_that_is_there(tmp_path):
     assert (rows.made_until, rows.made.seconds > 0) == (1, True)
     assert rows.make(1)
     assert (rows.made_until, rows.made.seconds) == (8, 0.0)
-    rows.row_ids(4, 3)
+    assert rows.make(4, 3)
     assert rows.made_until == 5
     assert rows.make(5, 3)
     assert rows.make(6, 3)

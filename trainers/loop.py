@@ -179,6 +179,7 @@ def train(
                 taken = not step.overflowed and run.guard.check(outcome.progress.step + 1, *found)
             except Spike as spike:
                 outcome.progress = _left_out(run, outcome.progress, spike)
+                outcome.stopped = not rows.make(outcome.progress.step, outcome.progress.ahead)
                 continue
             outcome.progress = _advanced(outcome.progress, step, taken, world.size)
             if taken and outcome.progress.updates == 1:

@@ -52,7 +52,10 @@ class Rows(Protocol):
     """What is told of the last step's."""
 
     def make(self, step: int, ahead: int = 0) -> bool:
-        """Have the rows of the step `made_until`, `ahead` steps further in the stream; False where a rank was asked to stop. Collective."""
+        """Have the rows of a step, `ahead` steps further in the stream; False where a rank was asked to stop. Collective.
+
+        It is the step `made_until`, or one to which the run has gone back.
+        """
         ...
 
     def table(self, step: int) -> TokenTable:

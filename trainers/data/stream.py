@@ -148,8 +148,6 @@ class Streamed:
         """Return the rows of a pass that all ranks together take in a step; waits for their shards."""
         positions = np.arange((step + ahead) * self.global_batch, (step + ahead + 1) * self.global_batch)
         with self.lock:
-            if ahead > self.shift:  # rows were left out: those of fewer steps are there
-                self.made_until, self.shift = self.made_until - (ahead - self.shift), ahead
             self._wait(lambda: self._has(step + ahead))
             found = []
             for position in positions:
