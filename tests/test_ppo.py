@@ -19,14 +19,16 @@ from conftest import Ranks
 from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from trainers.batch import IGNORE, Batch, Output, each_token
+from trainers.batch import IGNORE, Batch, Needs, Output, each_token
 from trainers.config.choices import KL, Average, EngineName, ObjectiveName, PeftMethod
 from trainers.config.schema import CheckpointConfig, EngineConfig, ObjectiveConfig, PeftConfig, RunConfig
-from trainers.data.loader import Loader
+from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.engines.build import build_engine
 from trainers.loop import train
+from trainers.model.filled import filled_up
+from trainers.model.forward import forward
 from trainers.model.scores import ScoreHead, with_head
 from trainers.objectives import make_objective
 from trainers.objectives.advantage import divergence, gae, token_rewards, whitened
@@ -129,6 +131,29 @@ def test_both_losses_and_their_gradients_are_those_of_trl() -> None:
         assert gradient[batch.labels != IGNORE].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-8)
         assert not gradient[batch.labels == IGNORE].any()
     assert float(critic.figures["value_clip_share"]) / count == pytest.approx(case["value_clip_share"])
+
+
+# What a value sees.
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen"])
+def test_values_of_a_packed_row_are_those_of_each_document_alone(attention: str, scorer: Path) -> None:
+    """With any attention, and in rows that are filled up on the way, as float8 and a compiler ask for."""
+    table = ragged_table(LENGTHS, 64)
+    batch = make_batch(table, np.arange(len(table)), len(table), 0)
+    assert batch.num_documents > len(table)
+    blueprint = blueprint_for(scorer, attention)
+    model: Any = replace(blueprint, config=with_head(blueprint.config, ScoreHead(pad_id=0)), scores=True).build("cpu")
+    plain: Any = AutoModelForSequenceClassification.from_pretrained(scorer, dtype=torch.float32)
+    with torch.no_grad():
+        found = [forward(model, rows, Needs(scores=True)).scores for rows in (each_token(batch), filled_up(each_token(batch), 80))]
+        order = np.concatenate([table.documents(row) for row in range(len(table))])
+        for number, document in enumerate(order):
+            ids = torch.from_numpy(table.tokens[table.offsets[document] : table.offsets[document + 1]].astype(np.int64))
+            alone = plain.score(plain.model(input_ids=ids[None]).last_hidden_state[0])[:, 0]
+            for scores in found:
+                assert scores is not None
+                torch.testing.assert_close(scores[:, 0].view_as(batch.labels)[batch.documents == number], alone, rtol=1e-5, atol=1e-5)
 
 
 # Any split.

@@ -64,6 +64,10 @@ class Batch:
     """Tokens that are not padding."""
     num_documents: int
     """D."""
+    scored: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """(B, S) int64: which of `num_scores` scores is the token's, below 0 for none; (0,) where each document's last token has its score."""
+    num_scores: int = 0
+    """How many tokens have scores; 0 where each document has one."""
     columns: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """(K,) int64, K >= 1: the columns in which some row has a label. Found on the CPU, so that a GPU need not wait."""
     kept: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
@@ -197,16 +201,20 @@ def document_weights(batch: Batch) -> Tensor:
 
 
 def last_tokens(batch: Batch) -> Tensor:
-    """Return where each document's last token is among the rows, one after the other: (D,) int64, below B x S."""
-    documents = batch.documents.flatten()
-    places = torch.arange(documents.numel(), device=documents.device)
-    return places.new_zeros(batch.num_documents + 1).scatter_reduce(0, documents + 1, places, "amax")[1:]
+    """Return where each document's last token is among the rows, one after the other: (D,) int64, below B x S.
+
+    Of a batch of `each_token`, where each of its tokens is; at 0 those that these rows have left out, which were padding.
+    """
+    each = batch.num_scores > 0
+    numbers, count = (batch.scored, batch.num_scores) if each else (batch.documents, batch.num_documents)
+    places = torch.arange(numbers.numel(), device=numbers.device)
+    return places.new_zeros(count + 1).scatter_reduce(0, numbers.flatten() + 1, places, "amax")[1:]
 
 
 def each_token(batch: Batch) -> Batch:
-    """Return a batch as if a document ended at each token, (B x S) of them in the order of the rows; what a token sees is the same."""
-    places = torch.arange(batch.documents.numel(), device=batch.documents.device).view_as(batch.documents)
-    return replace(batch, documents=places, num_documents=places.numel())
+    """Return the batch with a score for each of its B x S tokens, in the order of the rows; its documents, which masks know, stay."""
+    places = torch.arange(batch.documents.numel(), device=batch.documents.device)
+    return replace(batch, scored=places.view_as(batch.documents), num_scores=places.numel())
 
 
 def by_pair(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ def _carrying(table: TokenTable, weights: NDArray[np.float32]) -> TokenTable:
 
 
 def of_each_token(engine: Engine, batch: Batch) -> Tensor:
-    """Return the first score of each token, (B, S), as if a document ended there; what it sees is the same."""
+    """Return the first score of each token, (B, S), as if its document ended there."""
     scores = engine.forward(each_token(batch), Needs(scores=True)).scores
     assert scores is not None
     return scores[:, 0].view_as(batch.documents)

@@ -30,6 +30,7 @@ def filled_up(batch: Batch, length: int) -> Batch:
         labels=wider(batch.labels, IGNORE),
         position_ids=torch.cat([batch.position_ids, positions], 1),
         documents=wider(batch.documents, NO_DOCUMENT),
+        scored=wider(batch.scored, NO_DOCUMENT) if batch.num_scores else batch.scored,
         segments=tuple(_wider_segments(batch.segments, size, more)),
         starts=batch.starts[:0],
         kept=torch.arange(rows * (size + more), device=last.device),

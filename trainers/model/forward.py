@@ -176,7 +176,7 @@ def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head:
 
 
 def _scores(model: nn.Module, rows: Batch, config: Any, shape: torch.Size) -> Output:
-    """Return the scores of the documents of rows, (D, C) float32; log-probabilities are 0.0, of the batch's own shape."""
+    """Return the scores of the documents of rows, or of each token, (D, C) float32; log-probabilities are 0.0, of the batch's own shape."""
     more = lengths_for_kernels(rows) if takes_lengths(config) else {}
     with documents_of(rows):
         scores = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, ends=last_tokens(rows), **more)
