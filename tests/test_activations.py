@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from launcher.proposals import changes_of
 from tools.bench.orders import engine_preset
 from tools.bench.plan import Case, blueprint_of_case
 from trainers.batch import Batch
-from trainers.config.choices import Activations, EngineName, PeftMethod, Precision, Quantisation
+from trainers.config.choices import Activations, EngineName, Offload, PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig, plain
 from trainers.engines.activations import bytes_on_host, keep_for_backward
@@ -32,6 +35,8 @@ from trainers.plan.request import HardwareConfig, Place, PlanConfig, Variant
 from trainers.plan.simulate import Simulation, simulate
 from trainers.plan.simulate import ranks as ranks_of_a_plan
 from trainers.plan.trace import Trace
+from trainers.rundir.attempt import Attempt
+from trainers.settle import settled
 from trainers.step import take_step
 from trainers.units import GIB
 from trainers.world import World, seed_step
@@ -263,3 +268,22 @@ def test_proposals_come_in_the_order_of_what_they_cost() -> None:
     assert not [words for words in proposed("train.activations=auto") if "train.activations" in words]
     assert not [words for words in proposed("train.activations=block") if "selective" in words]
     assert "train.activations=offload" in proposed("train.activations=block")
+
+
+def test_the_choice_is_made_anew_where_the_engine_leaves_another_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def answer(*_: Any, **given: Any) -> Any:
+        asked.append(given["input"])
+        return SimpleNamespace(stdout='{"chosen": "keep", "reason": "keep fits"}')
+
+    monkeypatch.setattr(subprocess, "run", answer)
+    same: Any = {"max": lambda values: values, "from_first": lambda value: value}
+    world: Any = SimpleNamespace(rank=0, size=4, local_size=4, device=torch.device("cpu"), **same)
+    (tmp_path / "manifest.json").write_text("{}")
+    base = RunConfig(run_dir=str(tmp_path), train=TrainConfig(activations=Activations.auto))
+    for engine in (EngineConfig(), EngineConfig(replicate=2), EngineConfig(replicate=2, offload_param=Offload.cpu)):
+        for _ in range(2):
+            found = settled(dataclasses.replace(base, engine=engine), world, Attempt(tmp_path))
+            assert found.train.activations is Activations.keep
+    assert len(asked) == 3

@@ -29,26 +29,25 @@ PLAN_S = 900.0
 """For the planner to answer; a model of 405B takes it a minute for each choice."""
 NCCL_GIB = 1.5
 """What NCCL takes of a device later, as conf/hardware assumes."""
+OF_MEMORY = (
+    *("replicate", "shard", "context", "tensor", "expert", "prefetch", "offload_param", "offload_optimizer"),
+    *("reshard_after_forward", "reshard_after_backward", "sync_each_microbatch"),
+)
+"""Settings of fsdp that a continued run may have changed, and that leave another room for activations."""
 OF_A_RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def settled(config: RunConfig, world: World, attempt: Attempt) -> RunConfig:
     """Return the config with a choice instead of `auto`, made once a run and said with the reason; collective.
 
-    A continued run keeps it, unless it has other ranks, another mesh or another microbatch, with which it may no longer fit.
+    A continued run keeps it, unless ranks, microbatch or settings of the engine are others, with which it may no longer fit.
     """
     free = -world.max([-_free_bytes(world)])[0]
     found: dict[str, Any] = {}
     if world.rank == 0:
         manifest = read_json(attempt.run_dir / paths.MANIFEST)
         found = manifest.get("activations") or {}
-        split = {
-            "ranks": world.size,
-            "context": config.engine.context,
-            "tensor": config.engine.tensor,
-            "expert": config.engine.expert,
-            "microbatch": config.train.microbatch,
-        }
+        split = {"ranks": world.size, "microbatch": config.train.microbatch} | {name: getattr(config.engine, name) for name in OF_MEMORY}
         if found.get("chosen") not in list(offered(config)) or {key: found.get(key) for key in split} != split:
             found = _choice(config, world, free) | split
             attempt.write_json(attempt.run_dir / paths.MANIFEST, manifest | {"activations": found})
