@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,9 +17,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch
 from trainers.config.checks import validate
-from trainers.config.choices import Activations, PeftMethod, Precision
+from trainers.config.choices import Activations, ObjectiveName, PeftMethod, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 from trainers.engines.build import build_engine, outline
 from trainers.model.experts import balance, mixtures
 from trainers.objectives import make_objective
@@ -167,3 +169,14 @@ def test_a_balance_loss_is_refused_by_name_where_it_means_nothing(tmp_path: Path
     config.peft, config.data.packing = PeftConfig(method=PeftMethod.prompt, lr=1e-2), False
     with pytest.raises(ConfigError, match="in front of each row"):
         validate(config)
+
+
+@pytest.mark.parametrize(("objective", "says"), [(ObjectiveName.sft, True), (ObjectiveName.ppo, False)])
+def test_a_balance_loss_is_offered_where_it_can_be_had(
+    objective: ObjectiveName, says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("trainers.engines.build.outline", Mock(side_effect=KeyboardInterrupt))
+    config = config_for(tmp_path, "qwen3_moe", "fsdp", balance_loss=None)
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(replace(config, objective=ObjectiveConfig(name=objective)), cast(World, None), small("qwen3_moe"))
+    assert ("train.balance_loss=" in caplog.text) is says

@@ -109,6 +109,18 @@ def test_a_changed_base_and_a_changed_adapter_are_refused_by_name(folder: Path, 
     assert "weights" not in base_of(RunConfig(), None, None)
 
 
+def test_a_changed_critic_is_refused_and_its_commit_is_kept(tmp_path: Path) -> None:
+    own = {"id": "org/critic", "asked": None, "commit": "abc", "weights": "of then"}
+    run_dir = begun(tmp_path / "run", id="org/model", asked=None, commit="def", critic=own)
+    now = {"id": "org/model", "critic": own}
+    require_same_base(run_dir, now)
+    require_same_base(run_dir, {"id": "org/model"})
+    with pytest.raises(ConfigError, match=r"`objective.critic`.*weights have changed"):
+        require_same_base(run_dir, now | {"critic": own | {"weights": "of now"}})
+    assert pinned(RunConfig(model=ModelConfig(id="org/critic")), run_dir, "critic").model.revision == "abc"
+    assert pinned(RunConfig(model=ModelConfig(id="org/other")), run_dir, "critic").model.revision is None
+
+
 @pytest.mark.parametrize(
     ("asked", "model", "takes"),
     [

@@ -6,11 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from trainers import host
+from trainers.config.choices import Offload
 from trainers.config.errors import ConfigError
+from trainers.config.schema import EngineConfig, RunConfig
+from trainers.engines.base import host_memory, require_host
 from trainers.engines.deepspeed import settings as deepspeed
 from trainers.engines.fsdp import state as fsdp
 from trainers.host import HostMemory, Limit
@@ -162,6 +168,33 @@ def test_a_run_that_cannot_fit_is_refused_with_its_parts() -> None:
     assert "9.6 GiB for 8 processes" in said
     assert "SLURM_MEM_PER_NODE" in said
     assert "zero3_nvme" in refused.value.remedy
+
+
+def built_on(config: RunConfig) -> Any:
+    """What is asked of an engine: a trained matrix, and a frozen stack of which this rank has half of the experts."""
+    model = torch.nn.ParameterDict({"matrix": torch.zeros(4, 4), "experts": torch.zeros(2, 4, 8)})
+    model["experts"].requires_grad_(False)
+    adaptation = SimpleNamespace(trained={"matrix"}, packed={})
+    shapes = {"matrix": (4, 4), "experts": (4, 4, 8)}
+    more: dict[str, Any] = {"shapes": lambda: shapes, "on_host": lambda _: {"optimizer state": 8}}
+    return SimpleNamespace(config=config, model=model, blocks=[], adaptation=adaptation, **more)
+
+
+def test_an_engine_needs_host_memory_of_each_copy_with_all_experts_next_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks: Any = SimpleNamespace(size=8, local_size=4, device=torch.device("cpu"), gather=lambda value: [value])
+    for replicate in (1, 2):
+        config = RunConfig(engine=EngineConfig(offload_param=Offload.cpu, replicate=replicate))
+        one = host_memory(config, ranks, built_on(config), process_bytes=10)
+        assert one.parts == {
+            "optimizer state": 16 * 8 * replicate // 2,
+            "frozen parameters": 4 * 4 * 8 * 4 * replicate // 2,
+            "for 4 processes": 40,
+        }
+    whole = host_memory(config, ranks, built_on(config))
+    monkeypatch.setattr(host, "memory_limit", lambda local_ranks: Limit(whole.total, "this test"))
+    require_host(config, ranks, built_on(config))
+    with pytest.raises(ConfigError, match=r"a node needs about .* optimizer state"):
+        require_host(config, ranks, built_on(config), [built_on(config)])
 
 
 def test_parts_of_nothing_are_not_named() -> None:

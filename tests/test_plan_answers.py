@@ -165,6 +165,7 @@ def test_a_plan_of_ppo_has_the_critic_and_the_reward_model(tmp_path: Path, capsy
     assert 12 * count / 2 <= both.needed["cpu"] - alone.needed["cpu"] < 16 * count
     assert both.export_bytes == alone.export_bytes
     assert both.flops > 1.5 * alone.flops
+    assert both.host["for 2 processes"] == alone.host["for 2 processes"], "both models are in the same processes"
     say(both, Console(width=140))
     said = capsys.readouterr().out
     assert "the critic" in said

@@ -9,11 +9,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import tokenizer_of
 from command import arguments, environment, launch, started, trace, wait_for_step, wait_until_gone
 from conftest import Ranks
 from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_table
@@ -21,11 +23,22 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from trainers.batch import IGNORE, Batch, Needs, Output, each_token
 from trainers.config.choices import KL, Average, EngineName, ObjectiveName, PeftMethod
-from trainers.config.schema import CheckpointConfig, EngineConfig, ObjectiveConfig, PeftConfig, RunConfig
+from trainers.config.errors import ConfigError
+from trainers.config.schema import (
+    CheckpointConfig,
+    EngineConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PeftConfig,
+    RunConfig,
+    TrainConfig,
+)
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.engines.build import build_engine
+from trainers.health.spikes import TrainingFailed
 from trainers.loop import train
 from trainers.model.filled import filled_up
 from trainers.model.forward import forward
@@ -34,10 +47,11 @@ from trainers.objectives import make_objective
 from trainers.objectives.advantage import divergence, gae, token_rewards, whitened
 from trainers.objectives.base import ADVANTAGE, REFERENCE_LOGPS, RETURNS, REWARD, SAMPLED_LOGPS, VALUES
 from trainers.objectives.values import Values
-from trainers.rl.critic import Critic, critic_config
+from trainers.rl.critic import Critic, critic_config, outline_critic
 from trainers.rl.estimates import estimate
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows, steps
+from trainers.step import StepResult
 from trainers.world import World
 
 TRL: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "trl_ppo.json").read_text())
@@ -154,6 +168,38 @@ def test_values_of_a_packed_row_are_those_of_each_document_alone(attention: str,
             for scores in found:
                 assert scores is not None
                 torch.testing.assert_close(scores[:, 0].view_as(batch.labels)[batch.documents == number], alone, rtol=1e-5, atol=1e-5)
+
+
+# What stops a run.
+
+
+def test_a_critic_whose_gradient_stays_without_a_value_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overflows of float16 are not counted: half the loss scale may do."""
+    norms = iter([math.inf, math.inf, 1.0, math.inf, math.nan, math.inf])
+    moved: list[Any] = []
+    monkeypatch.setattr("trainers.rl.critic.take_step", lambda *_, **__: StepResult(loss=1.0, grad_norm=next(norms)))
+    monkeypatch.setattr("trainers.rl.critic.require_moved", lambda engine, _: moved.append(engine))
+    config = RunConfig(objective=PPO, optim=OptimConfig(lr=LR), train=TrainConfig(max_skipped=3))
+    engine: Any = SimpleNamespace(scale=None)
+    critic, world = Critic(config, engine), cast(World, None)
+    for step in range(5):
+        critic.step([], world, step, 9, 1)
+    assert moved == [engine]
+    with pytest.raises(TrainingFailed, match="the critic's gradient norm was not finite in 3 steps in a row"):
+        critic.step([], world, 5, 9, 1)
+    scaled = Critic(config, cast(Any, SimpleNamespace(scale=SimpleNamespace(factor=2.0))))
+    norms = iter([math.inf] * 4)
+    for step in range(4):
+        scaled.step([], world, step, 9, 1)
+    assert not scaled.skipped_in_a_row
+
+
+def test_a_model_without_a_head_of_scores_is_refused_as_the_critic() -> None:
+    model = ModelConfig(architecture={"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 1, "state_size": 8})
+    with pytest.raises(ConfigError, match="no sequence classification on this architecture") as refused:
+        outline_critic(RunConfig(objective=PPO, model=model), tokenizer_of("chatml"), "cpu")
+    assert refused.value.path == "objective.critic"
+    assert "nothing would open the export" not in refused.value.reason
 
 
 # Any split.

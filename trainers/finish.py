@@ -37,6 +37,7 @@ from trainers.world import Stopped, World
 
 if TYPE_CHECKING:
     from trainers.data.stream import Ahead
+    from trainers.rl.critic import Outlined
 
 log = logging.getLogger("fulltune")
 T = TypeVar("T")
@@ -60,6 +61,8 @@ class Built:
     tokenizer: PreTrainedTokenizerFast
     ahead: Ahead | None = None
     """On rank 0, what prepares a stream's shards."""
+    critic: Outlined | None = None
+    """What PPO's critic is built from."""
 
 
 def finish(built: Built, outcome: Outcome) -> None:

@@ -41,6 +41,9 @@ class HostMemory:
         """Return the sum of the parts in bytes."""
         return sum(self.parts.values())
 
+    def __add__(self, other: HostMemory) -> HostMemory:
+        return HostMemory({name: self.parts.get(name, 0) + other.parts.get(name, 0) for name in (self.parts | other.parts)})
+
     def __str__(self) -> str:
         return " + ".join(f"{in_bytes(amount)} {name}" for name, amount in self.parts.items() if amount)
 

@@ -55,6 +55,7 @@ from trainers.world import Stopped, World
 
 if TYPE_CHECKING:
     from trainers.data.stream import Ahead
+    from trainers.rl.critic import Outlined
     from trainers.rl.held_out import HeldOutPrompts
 
 log = logging.getLogger("fulltune")
@@ -85,6 +86,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         from trainers import scoring
 
         blueprint, data = scoring.headed(blueprint, data.report, tokenizer), scoring.weighted(config, data)
+    critic = _critic(config, world, tokenizer)
     watch.enter(Phase.connecting)
     preflight.require_gpu(world)
     world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
@@ -94,7 +96,8 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     what = f"the prepared data{SAME_FILES if config.data.streaming else ''}"
     world.require_agreement(what, f"{data.path.name} {data.report.get('teacher', {}).get('key', '')}".strip())
     _check_positions(config, data, blueprint)
-    base = world.from_first(base_of(given, blueprint.folder, blueprint.revision) if world.rank == 0 else {})
+    of_critic = critic.base() if critic is not None and world.rank == 0 else {}
+    base = world.from_first(base_of(given, blueprint.folder, blueprint.revision) | of_critic if world.rank == 0 else {})
     _require_same_sources(run_dir, data, base)
     attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
     watch.enter(Phase.checking)
@@ -124,7 +127,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     watch.enter(Phase.loading)
     rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
     with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:
-        return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer, ahead), base)
+        return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer, ahead, critic), base)
 
 
 def rehearse(world: World, attempt: Attempt, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast, adaptation: Adaptation) -> None:
@@ -202,13 +205,22 @@ def _prompts(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFa
     return prepare_prompts(config, tokenizer, progress)
 
 
+def _critic(config: RunConfig, world: World, tokenizer: PreTrainedTokenizerFast) -> Outlined | None:
+    """Return what PPO's critic is built from."""
+    if config.objective.name is not ObjectiveName.ppo:
+        return None
+    from trainers.rl.critic import outline_critic
+
+    return outline_critic(config, tokenizer, world.device.type)
+
+
 def _sampled(built: Built) -> tuple[Rows, HeldOutPrompts]:
     """Return the rows that the model's own answers make, and the held-out prompts."""
     from trainers.rl.held_out import HeldOutPrompts
     from trainers.rl.rollouts import Rollouts
     from trainers.rl.sampler import make_sampler
 
-    sampler = make_sampler(built.config, built.world, built.attempt, built.engine, built.blueprint, built.tokenizer)
+    sampler = make_sampler(built.config, built.world, built.attempt, built.engine, built.blueprint, built.tokenizer, built.critic)
     rows = Rollouts(sampler, built.data)
     return rows, HeldOutPrompts(sampler, built.data, rows.num_steps, rows.pad_id)
 

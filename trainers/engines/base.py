@@ -249,24 +249,18 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = None if buffer is None else buffer.to(device)
 
 
-def require_host(config: RunConfig, world: World, built: Engine) -> None:
-    """Refuse an offloading run, before weights are read, where host memory cannot hold it; say what it takes of the host."""
-    engine, model = config.engine, built.model
-    inputs = inputs_on_host(config, model, len(built.blocks), world.device)
+def require_host(config: RunConfig, world: World, built: Engine, next_to: Sequence[Engine] = ()) -> None:
+    """Refuse an offloading run, before weights are read, where host memory cannot hold it; say what it takes of the host.
+
+    What the engines that it is `next_to` take of it is counted too.
+    """
+    engine, inputs = config.engine, inputs_on_host(config, built.model, len(built.blocks), world.device)
     if engine.offload_optimizer is Offload.none and engine.offload_param is Offload.none and not inputs:
         return
     log.info("offloading: %d threads each for %d ranks on %d cores", torch.get_num_threads(), world.local_size, host.cores())
-    parameters = engine.offload_param is Offload.cpu
-    numels = [p.numel() for p in model.parameters()]
-    needed = host.host_bytes_needed(
-        parameters=sum(math.prod(shape) for name, shape in built.shapes().items() if name in built.adaptation.trained),
-        local_ranks=world.local_size,
-        world_size=world.size,
-        on_host=built.on_host(config),
-        frozen_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad) if parameters else 0,
-        buffers=nvme_buffers(config, world.size, numels),
-        inputs=inputs,
-    )
+    needed = host_memory(config, world, built)
+    for other in next_to:
+        needed += host_memory(other.config, world, other, process_bytes=0)
     refused = None
     field = ("train.activations", "offload") if inputs else ("engine.offload_optimizer", str(engine.offload_optimizer))
     try:
@@ -277,6 +271,23 @@ def require_host(config: RunConfig, world: World, built: Engine) -> None:
         if parts is not None:
             raise ConfigError(*parts)  # type: ignore[misc]
     log.info("host memory: about %s a node (%s)", in_bytes(needed.total), needed)
+
+
+def host_memory(config: RunConfig, world: World, built: Engine, process_bytes: int = host.PROCESS_BYTES) -> host.HostMemory:
+    """Return what a node's host memory holds of an engine: of each copy of the model, with all of its experts, an equal part a rank."""
+    engine, shapes = config.engine, built.shapes()
+    frozen = {name: p for name, p in built.model.named_parameters() if not p.requires_grad and engine.offload_param is Offload.cpu}
+    is_whole = shapes.keys() - built.adaptation.packed.keys()
+    return host.host_bytes_needed(
+        parameters=sum(math.prod(shape) for name, shape in shapes.items() if name in built.adaptation.trained),
+        local_ranks=world.local_size,
+        world_size=world.size // engine.replicate,
+        on_host=built.on_host(config),
+        frozen_bytes=sum(p.itemsize * math.prod(shapes[name]) if name in is_whole else p.nbytes for name, p in frozen.items()),
+        buffers=nvme_buffers(config, world.size, [p.numel() for p in built.model.parameters()]),
+        inputs=inputs_on_host(config, built.model, len(built.blocks), world.device),
+        process_bytes=process_bytes,
+    )
 
 
 def nvme_buffers(config: RunConfig, world_size: int, numels: list[int]) -> int:

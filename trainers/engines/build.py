@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,6 +17,7 @@ from trainers import host
 from trainers.config.choices import EngineName, Offload, Precision
 from trainers.config.errors import ConfigError
 from trainers.config.methods import VIRTUAL
+from trainers.config.mixtures import OF_LABELS
 from trainers.config.optimizers import BITSANDBYTES
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, Engine, require_host
@@ -82,11 +83,18 @@ def attending(blueprint: Blueprint, choice: Choice) -> Blueprint:
 
 
 def build_engine(
-    config: RunConfig, world: World, blueprint: Blueprint, before_weights: Callable[[Adaptation], None] = lambda _: None
+    config: RunConfig,
+    world: World,
+    blueprint: Blueprint,
+    before_weights: Callable[[Adaptation], None] = lambda _: None,
+    next_to: Sequence[Engine] = (),
 ) -> Engine:
-    """Build the engine the config names, weights loaded; what `before_weights` raises ends it before one is read."""
+    """Build the engine the config names, weights loaded; what `before_weights` raises ends it before one is read.
+
+    The node's memory must hold it together with the engines that it is `next_to`.
+    """
     coefficient = getattr(blueprint.config.get_text_config(), "router_aux_loss_coef", None)
-    if coefficient and config.train.balance_loss is None:
+    if coefficient and config.train.balance_loss is None and config.objective.name in OF_LABELS:
         log.warning(
             "the experts' router is trained by the objective alone: train.balance_loss=%s adds the balance loss that the model's "
             "config names (router_aux_loss_coef)",
@@ -96,7 +104,7 @@ def build_engine(
     trained = ",".join(sorted(engine.adaptation.trained))
     world.require_agreement("which parameters are trained", hashlib.sha256(trained.encode()).hexdigest())
     world.require_agreement("the attention backend", str(engine.model.config._attn_implementation))
-    require_host(config, world, engine)
+    require_host(config, world, engine, next_to)
     try:
         before_weights(engine.adaptation)
         engine.fill(engine.adaptation.origin)

@@ -32,7 +32,7 @@ def with_head(config: PreTrainedConfig, head: ScoreHead) -> PreTrainedConfig:
     """Return the config of a base with a head of scores; raises ConfigError for an architecture that has no such class."""
     mapping: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if mapping.get(type(config), None) is None:
-        reason = "transformers has no sequence classification on this architecture, so that nothing would open the export"
+        reason = "transformers has no sequence classification on this architecture, which a head of scores needs"
         raise ConfigError("model.id", config.model_type, reason, "a base of another architecture, such as llama or qwen3")
     config = copy.deepcopy(config)
     names = head.labels or ("score",)

@@ -28,7 +28,7 @@ from trainers.plan.inputs import Data, read_data, read_model
 from trainers.plan.request import VERSION, HardwareConfig, Place, PlanConfig, Variant
 from trainers.plan.simulate import Simulation, ranks, simulate
 from trainers.plan.trace import Kind, Moment
-from trainers.rl.critic import critic_config
+from trainers.rl.critic import about_critic, critic_config
 from trainers.units import GIB, in_bytes
 
 TIGHT = 0.9
@@ -217,9 +217,10 @@ def _simulated(config: RunConfig, place: Place, blueprint: Blueprint, seq_len: i
 
 def _simulated_critic(config: RunConfig, place: Place, seq_len: int, known: Simulations) -> Simulation:
     """Take the step of PPO's critic, an engine like the policy's."""
-    config, blueprint = read_critic(config)
-    blueprint = attending(blueprint, stand_in(attention_of(config, blueprint, "cuda" if place.gpus else "cpu")))
-    return _simulated(config, place, blueprint, seq_len, known)
+    with about_critic(config.objective.critic):
+        config, blueprint = read_critic(config)
+        blueprint = attending(blueprint, stand_in(attention_of(config, blueprint, "cuda" if place.gpus else "cpu")))
+        return _simulated(config, place, blueprint, seq_len, known)
 
 
 def _add_critic(plan: Plan, config: RunConfig, critic: Simulation) -> None:
@@ -232,7 +233,7 @@ def _add_critic(plan: Plan, config: RunConfig, critic: Simulation) -> None:
     plan.slack = max(plan.slack, critic.slack if place.gpus else 0)
     plan.checkpoint_bytes += own
     plan.staged += _staged(config, place, own)
-    plan.state, plan.host = _sum(plan.state, critic.state_bytes), _sum(plan.host, _host(config, place, critic))
+    plan.state, plan.host = _sum(plan.state, critic.state_bytes), _sum(plan.host, _host(config, place, critic, process_bytes=0))
     plan.sent = _sum(plan.sent, _by_collective(sent, place))
 
 
@@ -369,8 +370,11 @@ def _host_limit(place: Place, device: HardwareConfig | None) -> float:
     return device.host_memory_gib * GIB if device is not None else 0.0
 
 
-def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, int]:
-    """Return bytes of a node's memory by part; those of offloaded state by the rules by which a run is refused."""
+def _host(config: RunConfig, place: Place, simulation: Simulation, process_bytes: int = host.PROCESS_BYTES) -> dict[str, int]:
+    """Return bytes of a node's memory by part; those of offloaded state by the rules by which a run is refused.
+
+    A second model in the same processes adds no `process_bytes`.
+    """
     engine, parameters = config.engine, config.engine.offload_param is Offload.cpu
     sizes = [simulation.largest, simulation.parameters - simulation.largest]
     needed = host.host_bytes_needed(
@@ -381,6 +385,7 @@ def _host(config: RunConfig, place: Place, simulation: Simulation) -> dict[str, 
         frozen_bytes=simulation.state_bytes["frozen"] * place.size // engine.replicate if parameters else 0,
         buffers=nvme_buffers(config, place.size, sizes),
         inputs=simulation.inputs_on_host,
+        process_bytes=process_bytes,
     )
     paged = simulation.state_bytes["optimizer"] * place.ranks_per_node if config.optim.name in PAGED else 0
     return needed.parts | ({"paged optimizer state": paged} if paged else {})

@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from trainers.config.choices import ObjectiveName
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.engines.base import Engine
@@ -23,7 +22,7 @@ from trainers.model.blueprint import Blueprint, positions_limit
 from trainers.rewards.score import Rewards
 from trainers.rl import versions
 from trainers.rl.conversations import Conversations, environments_of, require_answers, with_environment
-from trainers.rl.critic import Critic, build_critic
+from trainers.rl.critic import Critic, Outlined, build_critic
 from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group
 from trainers.rl.jobs import Jobs
@@ -195,7 +194,13 @@ class Sampler:
 
 
 def make_sampler(
-    config: RunConfig, world: World, attempt: Attempt, engine: Engine, blueprint: Blueprint, tokenizer: PreTrainedTokenizerFast
+    config: RunConfig,
+    world: World,
+    attempt: Attempt,
+    engine: Engine,
+    blueprint: Blueprint,
+    tokenizer: PreTrainedTokenizerFast,
+    critic: Outlined | None = None,
 ) -> Sampler:
     """Open the rewards, on rank 0, and prepare for generators; raises ConfigError, on every rank, for what cannot be. Collective."""
     limit, _ = positions_limit(blueprint.config)
@@ -224,8 +229,8 @@ def make_sampler(
     if turns is not None:
         more["conversations"] = Conversations(config, world, turns, environments)
     more["untemper"] = temper(engine.model, config.rl.temperature)
-    if config.objective.name is ObjectiveName.ppo:
-        more["critic"] = build_critic(config, world, tokenizer)
+    if critic is not None:
+        more["critic"] = build_critic(critic, world, engine)
     more["jobs"] = Jobs() if is_ahead else None
     return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
 

@@ -72,9 +72,13 @@ def _read(file: BinaryIO, starts: list[int]) -> Iterator[bytes]:
         yield file.read(SAMPLE_BYTES)
 
 
-def pinned(config: RunConfig, run_dir: Path) -> RunConfig:
-    """Return a run's config with the hub's commit that its first attempt found: a branch moves on."""
+def pinned(config: RunConfig, run_dir: Path, second: str | None = None) -> RunConfig:
+    """Return a run's config with the hub's commit that its first attempt found: a branch moves on.
+
+    `second` names what the config is of where that is not the run's own model: "critic".
+    """
     base = try_json(run_dir / MANIFEST).get("base") or {}
+    base = base if second is None else base.get(second) or {}
     if base.get("commit") is None or (base["id"], base["asked"]) != (config.model.id, config.model.revision):
         return config
     return replace(config, model=replace(config.model, revision=base["commit"]))
@@ -88,7 +92,10 @@ def config_of(run_dir: Path) -> RunConfig:
 def require_same_base(run_dir: Path, now: dict[str, Any]) -> None:
     """Raise ConfigError where a run began with other weights than are there now under the same name."""
     begun = try_json(run_dir / MANIFEST).get("base") or {}
-    for mark, field, value in (("weights", "model.id", now["id"]), ("adapter", "peft.adapter", "the adapter to begin with")):
-        if mark in begun and mark in now and begun[mark] != now[mark]:
-            reason = f"its weights have changed since this run began ({mark} {begun[mark][:12]}, now {now[mark][:12]})"
+    of_critic = begun.get("critic") or {}, now.get("critic") or {}
+    marks = (begun, now, "weights", "model.id"), (begun, now, "adapter", "peft.adapter"), (*of_critic, "weights", "objective.critic")
+    for old, new, mark, field in marks:
+        if mark in old and mark in new and old[mark] != new[mark]:
+            reason = f"its weights have changed since this run began ({mark} {old[mark][:12]}, now {new[mark][:12]})"
+            value = "the adapter to begin with" if mark == "adapter" else new["id"]
             raise ConfigError(field, value, reason, f"put them back, or run_dir={run_dir}-new, which begins again")
