@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
-from launcher.config import world_size
+from launcher.config import ranks_per_node, world_size
 from launcher.freeze import has_results
 from launcher.job import Job
 from launcher.plan import NotPlanned, meshes_of, request_of
 from trainers.config.choices import MeshChoice
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import Mesh, mesh_of
-from trainers.config.meshes import with_mesh
+from trainers.config.meshes import meshes, with_mesh
 from trainers.config.schema import EngineConfig, read
 from trainers.rundir import paths
 from trainers.rundir.files import try_json
@@ -35,20 +35,22 @@ def _with(job: Job, engine: EngineConfig, reason: str) -> Job:
 
 
 def _with_its_own(job: Job) -> Job:
-    """Return a job with the mesh and the reason that are in its run directory; as it is where the run has not begun, or on other ranks."""
+    """Return a job with the mesh and the reason that are in its run directory; as it is where there is none, or it may not have it now.
+
+    So it is planned again on other ranks or nodes, or with other sizes or `engine.expert`.
+    """
     if not job.config_path.exists() or not has_results(job.run_dir):
         return job
     reason = str(try_json(job.run_dir / paths.MANIFEST).get("mesh", ""))
     try:
         own = read(job.config_path).engine
         mesh = mesh_of(own, world_size(job.launch))
+        may = meshes(job.run, job.launch.nodes, ranks_per_node(job.launch))
     except ConfigError:
         return job
-    asked = job.run.engine
-    sizes = ((getattr(asked, name), getattr(own, name)) for name in ("replicate", "context", "tensor"))
-    if own.mesh is not MeshChoice.auto or any(size not in (1, its) for size, its in sizes) or asked.shard not in (None, mesh.shard):
+    if own.mesh is not MeshChoice.auto or mesh not in may:
         return job
-    return _with(job, with_mesh(asked, mesh), reason)
+    return _with(job, with_mesh(job.run.engine, mesh), reason)
 
 
 def _chosen(jobs: list[Job]) -> tuple[list[Mesh], list[str]]:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from command import arguments, launch, read_rows, stop_at_step
 
 from launcher.__main__ import dry_run
 from launcher.compose import compose
-from launcher.job import make_job
+from launcher.job import frozen_text, make_job
 from launcher.meshes import settled
 from launcher.plan import known_hardware, plain
 from launcher.proposals import changes_of
 from tools.bench.plan import Case
 from trainers.config.choices import MeshChoice, PeftMethod, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.meshes import meshes, words_of
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.config.mesh import Mesh
+from trainers.config.meshes import meshes, with_mesh, words_of
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, PeftConfig, RunConfig, TrainConfig, parse
 from trainers.plan.meshes import choose
 from trainers.plan.request import HardwareConfig, Place, PlanConfig, Request, Variant
 from trainers.rundir import paths
@@ -61,6 +64,53 @@ def test_what_is_tried_goes_with_the_run_and_keeps_sizes_that_are_named() -> Non
         meshes(run_of(3), 2, 4)
     with pytest.raises(ConfigError, match="do not divide into groups"):
         meshes(run_of(8, EngineConfig(mesh=MeshChoice.auto, context=3)), 2, 4)
+
+
+def test_words_of_a_mesh_name_all_that_is_shared() -> None:
+    assert words_of(Mesh(shard=8)) == "sharding alone"
+    assert words_of(Mesh(shard=8, expert=8)) == "expert 8"
+    assert words_of(Mesh(replicate=2, shard=4, context=2, expert=4)) == "2 copies, context 2, expert 4"
+
+
+def test_a_size_that_is_refused_does_not_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of two cannot be planned, and of those of four one is faster than none."""
+
+    def planned(variant: Variant, *_: object) -> Any:
+        engine = parse(variant.run).engine
+        if engine.context * engine.tensor == 2:
+            raise ConfigError("engine.context", 2, "is not planned", "engine.context=1")
+        seconds = 1.0 if engine.context == 4 else 2.0
+        return SimpleNamespace(verdict="fits", step_seconds=(seconds, seconds), most_needed=1.0, capacity={"h100": 80 * GIB}, peak={})
+
+    monkeypatch.setattr("trainers.plan.meshes.plan_of", planned)
+    place = Place(nodes=1, ranks_per_node=4, gpus=True, save_s=300)
+    request = Request(base=Variant(run=plain(run_of(8)), place=place), hardware=[], plan=PlanConfig())
+    assert choose(request, {})["context"] == 4
+
+
+def test_a_mesh_stays_with_a_run_where_it_may_have_it(tmp_path: Path) -> None:
+    """Another shape of as many ranks, and another number of ranks that deal out experts, are planned again: here no device is named."""
+
+    line = ["+exp=llama8b_full", "engine.mesh=auto", "data.path=absent/set", f"run_dir={tmp_path}", "launch.backend=slurm"]
+    line += ["train.activations=block", "train.microbatch=1", "train.global_batch=64"]
+
+    def continued(tensor: int, *more: str) -> str:
+        job = make_job(compose([*line, *more]))
+        own = replace(with_mesh(job.run.engine, Mesh(shard=16 // tensor, tensor=tensor)), expert=1)
+        (tmp_path / paths.CONFIG).write_text(frozen_text(replace(job.run, engine=own)))
+        (tmp_path / paths.MANIFEST).write_text(json.dumps({"mesh": "as it was said"}))
+        try:
+            return settled([job])[0].mesh
+        except ConfigError as error:
+            return error.reason
+
+    (tmp_path / paths.METRICS).write_text('{"step": 1, "loss": 1.0}\n')
+    two, four = ["launch.nodes=2", "launch.gpus_per_node=8"], ["launch.nodes=4", "launch.gpus_per_node=4"]
+    assert continued(8, *two) == continued(4, *four) == "as it was said"
+    again = "chooses by the memory and the links of a device, and none is named"
+    assert continued(8, *four) == again
+    assert continued(1, *two) == "as it was said"
+    assert continued(1, *two, "engine.expert=8") == again
 
 
 def test_a_device_is_named() -> None:

@@ -41,7 +41,8 @@ def with_mesh(engine: EngineConfig, mesh: Mesh) -> EngineConfig:
 def words_of(mesh: Mesh) -> str:
     """Say what the ranks of a mesh share, next to the model."""
     parts = [f"{mesh.replicate} copies"] if mesh.replicate > 1 else []
-    parts += [f"{name} {size}" for name, size in (("context", mesh.context), ("tensor", mesh.tensor)) if size > 1]
+    shared = {"context": mesh.context, "tensor": mesh.tensor, "expert": mesh.expert}
+    parts += [f"{name} {size}" for name, size in shared.items() if size > 1]
     return ", ".join(parts) or "sharding alone"
 
 

@@ -59,11 +59,13 @@ def choose(request: Request, known: Simulations) -> dict[str, Any]:
                 found.append(Tried(mesh, _plan(request, mesh, known)))
             except ConfigError as error:
                 refused.append(error)
+        if not found:  # a larger group may be planned
+            continue
         tried += found
-        least = min(found, key=lambda one: one.cost, default=best)
-        if best is not None and best.plan.verdict in ("fits", "unknown") and (least is None or least.cost >= best.cost):
+        least = min(found, key=lambda one: one.cost)
+        if best is not None and best.plan.verdict in ("fits", "unknown") and least.cost >= best.cost:
             break
-        best = least if best is None or (least is not None and least.cost < best.cost) else best
+        best = least if best is None or least.cost < best.cost else best
     if best is None:
         raise refused[0]
     sizes = {name: getattr(best.mesh, name) for name in ("replicate", "shard", "context", "tensor")}
