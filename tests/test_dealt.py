@@ -18,8 +18,11 @@ from trainers.config.mesh import Mesh, mesh_of, seats_of
 from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint
+from trainers.plan.plan import _export
+from trainers.plan.request import Place
 from trainers.plan.simulate import ranks as fake_ranks
 from trainers.plan.simulate import simulate
+from trainers.plan.trace import Moment, Trace
 from trainers.world import World
 
 
@@ -76,6 +79,33 @@ def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], t
             assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
             exports.append(second["loaded"])
         assert all(exported == exports[0] for exported in exports)
+
+
+def gathered(world: World, run_dir: Path, model: Blueprint, engine: dict[str, Any]) -> float:
+    """Return the bytes that an export makes at its highest point: those of a second one, when the trace knows the live tensors."""
+    built, trace = build_engine(config_for(run_dir, engine=EngineConfig(**engine)), world, model), Trace(64)
+    with trace:
+        for name in ("first", "second"):
+            trace.mark(name)
+            for _ in built.weights():
+                pass
+    first, second = trace.moments()
+    return second.total - sum(first.end.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size", "engine"), [("qwen3_moe", 4, {"expert": 2}), ("llama", 2, {"tensor": 2})])
+def test_an_export_takes_what_is_planned(
+    ranks: Callable[[int], Ranks], tmp_path: Path, kind: str, size: int, engine: dict[str, Any]
+) -> None:
+    """The parts of a tensor that a team has are there next to the whole that they make."""
+    config, model = config_for(tmp_path, engine=EngineConfig(**engine)), mixture(kind, vocab_size=64)
+    with fake_ranks(size, size) as world:
+        simulation = simulate(config, model, world, 48)
+    largest = max(p.numel() for p in model.build().parameters())
+    assert simulation.joined == simulation.largest == largest
+    [planned] = _export(config, Place(nodes=1, ranks_per_node=size, gpus=False, save_s=0), simulation, Moment("step", None, None, {}), 4)
+    assert ranks(size).call(gathered, tmp_path, model, engine)[0] == pytest.approx(planned.total, rel=0.02)
 
 
 def outlined(world: World, run_dir: Path, model: Blueprint) -> str:
