@@ -69,6 +69,7 @@ def train(
         "weights": {name: tensor.float().numpy() for name, tensor in built.weights()},
         "loaded": loaded,
         "report": built.report(),
+        "state": built.state_bytes(),
         "parameters": sum(p.numel() for p in built.model.parameters()),
     }
 

@@ -81,6 +81,26 @@ def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], t
         assert all(exported == exports[0] for exported in exports)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_each_expert_is_sharded_where_a_rank_has_fewer_than_share_them(ranks: Callable[[int], Ranks], tmp_path: Path, kind: str) -> None:
+    """One expert for two ranks: half of it each, as planned; the steps, export and checkpoints of one process."""
+    model, settings, engine = mixture(kind, num_local_experts=2, num_experts_per_tok=1), {"optim": OptimizerName.adamw}, {"expert": 2}
+    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
+    with fake_ranks(4, 4) as world:
+        planned = simulate(config_for(tmp_path, engine=EngineConfig(**engine), **settings), model, world, 48)
+    for split in ranks(4).call(train, tmp_path / "split", model, engine, dict(settings)):
+        compare(split, whole)
+        assert split["state"] == planned.state_bytes
+        assert split["state"]["trainable"] == pytest.approx(planned.trainable, rel=0.02), "4 bytes of each parameter, over 4 ranks"
+    one, four = (1, {}), (4, engine)
+    for before, after in ((four, one), (one, four)):
+        first = ranks(before[0]).call(train, tmp_path / "parts", model, before[1], dict(settings), 0, 5)[0]
+        second = ranks(after[0]).call(train, tmp_path / "parts", model, after[1], dict(settings), 5)[0]
+        assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+        assert second["loaded"] == {name: values.tobytes() for name, values in first["weights"].items()}
+
+
 def gathered(world: World, run_dir: Path, model: Blueprint, engine: dict[str, Any]) -> float:
     """Return the bytes that an export makes at its highest point: those of a second one, when the trace knows the live tensors."""
     built, trace = build_engine(config_for(run_dir, engine=EngineConfig(**engine)), world, model), Trace(64)

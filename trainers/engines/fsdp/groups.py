@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from transformers import PreTrainedModel
 
 from trainers.config.choices import Float8, Offload
@@ -99,6 +101,7 @@ def shard(
         fully_shard(router, reshard_after_forward=False, **how | {"mp_policy": MixedPrecisionPolicy(torch.float32, torch.float32)})
     for module, own in () if apart is None else ((module, apart[1]) for module in apart[0]):
         other = {"mesh": own, "mp_policy": MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)}
+        other["shard_placement_fn"] = partial(_placement, own.shape[-1])
         fully_shard(module, reshard_after_forward=engine.reshard_after_forward, **how | other)
     for block in (*blocks, *unreached):
         fully_shard(block, reshard_after_forward=engine.reshard_after_forward, **how)
@@ -108,6 +111,14 @@ def shard(
             ahead, behind = used[number + 1 :], used[:number][::-1]
             block.set_modules_to_forward_prefetch(ahead[: engine.prefetch])  # type: ignore[operator]
             block.set_modules_to_backward_prefetch(behind[: engine.prefetch])  # type: ignore[operator]
+
+
+def _placement(ranks: int, stack: nn.Parameter) -> Shard | None:
+    """Return the first dimension of a stack that `ranks` divide where it has fewer rows than these, else None, which is its rows.
+
+    fully_shard would give each rank a row, and fill up the stack to as many: more ranks would hold no less each.
+    """
+    return next((Shard(dim) for dim in range(1, stack.ndim) if len(stack) < ranks and stack.shape[dim] % ranks == 0), None)
 
 
 def layout(model: nn.Module, groups: Sequence[nn.Module], ranks: Mesh) -> str:

@@ -38,7 +38,7 @@ class Wholes:
         shape, dim = self.shapes[name]
         part = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
         meta = TensorMeta(shape, torch.empty(shape, device="meta").stride(), part.dtype)
-        placements = (Replicate(), Shard(dim), Shard(0))
+        placements = (Replicate(), Shard(dim), tensor.placements[-1] if isinstance(tensor, DTensor) else Shard(0))
         return DTensor(part, DTensorSpec(self.mesh, placements, tensor_meta=meta), requires_grad=False)
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
