@@ -69,7 +69,7 @@ SOAK = [
 def test_ranks_that_split_layers_equal_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, model: Any, size: int, engine: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    (whole,) = ranks(1).call(train, tmp_path / "whole", even(model[0], **model[1]), {}, dict(settings))
+    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
     for split in ranks(size).call(train, tmp_path / "split", even(model[0], **model[1]), engine, dict(settings)):
         compare(split, whole)
     assert f"; {engine['tensor']} ranks split each layer" in split["report"]["parameters"]
@@ -79,7 +79,7 @@ def test_ranks_that_split_layers_equal_one_process(
 def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """Saved on 6 ranks whose parts of layers do not divide evenly, and on one; continued on others: curve and bytes of one process."""
     model, settings = even("llama", **TIED), {"optim": OptimizerName.adamw, "train": {"global_batch": 6}}
-    (whole,) = ranks(1).call(train, tmp_path / "whole", even(model[0], **model[1]), {}, dict(settings))
+    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
     meshes = {"uneven": (6, {"tensor": 2}), "one": (1, {}), "sharded": (2, {}), "shared": (4, {"tensor": 2, "context": 2})}
     for saved, others in {"uneven": ("one", "sharded"), "one": ("uneven", "shared")}.items():
         size, engine = meshes[saved]

@@ -11,7 +11,6 @@ import tempfile
 from datetime import date
 from pathlib import Path
 
-from launcher.job import ROOT
 from tools.bench.machine import versions
 from tools.bench.plan import MESH_CASES, TOLERANCE, Case, measure, predict
 from tools.markdown import put_section
@@ -74,6 +73,8 @@ def _real() -> tuple[list[str], list[str]]:
 
 def _large() -> tuple[list[str], list[str]]:
     """Return a table of the large models' plans, and which took too long."""
+    from launcher.job import ROOT  # a GPU machine on which other benches run may have no launcher
+
     lines = ["By `python -m launcher +exp=EXPERIMENT mode=plan hardware=h100 plan.changes=false`:", ""]
     lines += ["| experiment | GPUs | mesh | memory of a GPU | seconds a step | CPU seconds to plan |", "|---|---:|---|---:|---:|---:|"]
     slow = []
