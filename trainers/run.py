@@ -86,7 +86,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         from trainers import scoring
 
         blueprint, data = scoring.headed(blueprint, data.report, tokenizer), scoring.weighted(config, data)
-    critic = _critic(config, world, tokenizer)
+    critic = _critic(config, world, tokenizer) if config.objective.name is ObjectiveName.ppo else None
     watch.enter(Phase.connecting)
     preflight.require_gpu(world)
     world.connect(COLLECTIVE_S if config.train.step_timeout_s is None else WATCHED_COLLECTIVE_S)
@@ -96,8 +96,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
     what = f"the prepared data{SAME_FILES if config.data.streaming else ''}"
     world.require_agreement(what, f"{data.path.name} {data.report.get('teacher', {}).get('key', '')}".strip())
     _check_positions(config, data, blueprint)
-    of_critic = critic.base() if critic is not None and world.rank == 0 else {}
-    base = world.from_first(base_of(given, blueprint.folder, blueprint.revision) | of_critic if world.rank == 0 else {})
+    base = world.from_first({} if world.rank else base_of(given, blueprint.folder, blueprint.revision) | (critic.base() if critic else {}))
     _require_same_sources(run_dir, data, base)
     attempt.begin(world.from_first(attempt.claim() if world.rank == 0 else 0))
     watch.enter(Phase.checking)
@@ -125,8 +124,7 @@ def run(config: RunConfig, world: World, attempt: Attempt) -> int:
         data = with_other_reference(config, world, attempt, data, tokenizer)
     ahead = _ahead(config, data) if config.data.streaming and world.rank == 0 else None
     watch.enter(Phase.loading)
-    rehearsal = partial(rehearse, world, attempt, blueprint, tokenizer)
-    with contextlib.closing(build_engine(config, world, blueprint, rehearsal)) as engine:
+    with contextlib.closing(build_engine(config, world, blueprint, partial(rehearse, world, attempt, blueprint, tokenizer))) as engine:
         return train_and_export(Built(config, world, attempt, engine, data, blueprint, tokenizer, ahead, critic), base)
 
 
@@ -153,9 +151,8 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
         _say_what_is_trained(config, world, report)
     if config.data.packing:
         engine.train(False)
-        vocab_size = built.blueprint.config.get_text_config().vocab_size
         rounds = config.train.precision is not Precision.fp32 and any(".experts" in name for name in engine.shapes())
-        require_isolation(_asking(built), vocab_size, config.train.microbatch, rounds)
+        require_isolation(_asking(built), built.blueprint.config.get_text_config().vocab_size, config.train.microbatch, rounds)
         engine.train(True)
     padding = pad_id(built.tokenizer)
     if REFERENCE in CHOICES[config.objective.name](config.objective).signals - data.train.signals.keys():
@@ -169,8 +166,7 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
     shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
     flops = flops_per_token(shapes, built.blueprint.config, data.train.mean_attended(), shapes.keys() - adaptation.trained)
     critic = None if held_out is None else held_out.sampler.critic
-    of_critic = {} if critic is None else critic.engine.report()
-    if of_critic and world.rank == 0:
+    if critic is not None and (of_critic := critic.engine.report()) and world.rank == 0:
         console.print(_as_table("the critic on each rank", of_critic))
     outcome = train(config, world, attempt, engine, data, rows, flops, held_out=held_out, critic=critic)
     if held_out is not None:
@@ -205,10 +201,8 @@ def _prompts(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFa
     return prepare_prompts(config, tokenizer, progress)
 
 
-def _critic(config: RunConfig, world: World, tokenizer: PreTrainedTokenizerFast) -> Outlined | None:
+def _critic(config: RunConfig, world: World, tokenizer: PreTrainedTokenizerFast) -> Outlined:
     """Return what PPO's critic is built from."""
-    if config.objective.name is not ObjectiveName.ppo:
-        return None
     from trainers.rl.critic import outline_critic
 
     return outline_critic(config, tokenizer, world.device.type)

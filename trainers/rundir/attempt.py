@@ -117,9 +117,8 @@ class Attempt:
             except FileExistsError:
                 number += 1
         (logs / "attempt").write_text(f"{number}\n")
-        for pattern in STAGED:
-            for path in list(self.run_dir.glob(pattern)):
-                _discard(path)
+        for path in [path for pattern in STAGED for path in self.run_dir.glob(pattern)]:
+            _discard(path)
         return number
 
     def begin(self, number: int) -> None:
