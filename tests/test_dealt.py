@@ -18,11 +18,8 @@ from trainers.config.mesh import Mesh, mesh_of, seats_of
 from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint
-from trainers.plan.plan import _export
-from trainers.plan.request import Place
 from trainers.plan.simulate import ranks as fake_ranks
 from trainers.plan.simulate import simulate
-from trainers.plan.trace import Moment, Trace
 from trainers.world import World
 
 
@@ -100,33 +97,6 @@ def test_each_expert_is_sharded_where_a_rank_has_fewer_than_share_them(ranks: Ca
         second = ranks(after[0]).call(train, tmp_path / "parts", model, after[1], dict(settings), 5)[0]
         assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         assert second["loaded"] == {name: values.tobytes() for name, values in first["weights"].items()}
-
-
-def gathered(world: World, run_dir: Path, model: Blueprint, engine: dict[str, Any]) -> float:
-    """Return the bytes that an export makes at its highest point: those of a second one, when the trace knows the live tensors."""
-    built, trace = build_engine(config_for(run_dir, engine=EngineConfig(**engine)), world, model), Trace(64)
-    with trace:
-        for name in ("first", "second"):
-            trace.mark(name)
-            for _ in built.weights():
-                pass
-    first, second = trace.moments()
-    return second.total - sum(first.end.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "size", "engine"), [("qwen3_moe", 4, {"expert": 2}), ("llama", 2, {"tensor": 2})])
-def test_an_export_takes_what_is_planned(
-    ranks: Callable[[int], Ranks], tmp_path: Path, kind: str, size: int, engine: dict[str, Any]
-) -> None:
-    """The parts of a tensor that a team has are there next to the whole that they make."""
-    config, model = config_for(tmp_path, engine=EngineConfig(**engine)), mixture(kind, vocab_size=64)
-    with fake_ranks(size, size) as world:
-        simulation = simulate(config, model, world, 48)
-    largest = max(p.numel() for p in model.build().parameters())
-    assert simulation.joined == simulation.largest == largest
-    [planned] = _export(config, Place(nodes=1, ranks_per_node=size, gpus=False, save_s=0), simulation, Moment("step", None, None, {}), 4)
-    assert ranks(size).call(gathered, tmp_path, model, engine)[0] == pytest.approx(planned.total, rel=0.02)
 
 
 def outlined(world: World, run_dir: Path, model: Blueprint) -> str:

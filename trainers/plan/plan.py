@@ -179,7 +179,7 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
     saved = blueprint.saved_dtype.itemsize
     critic = _simulated_critic(config, place, data.seq_len, known) if config.objective.name is ObjectiveName.ppo else None
     moments = simulation.moments if critic is None else together(simulation.moments, critic.moments)
-    moments = [*moments, *_export(config, place, simulation, moments[-1], saved)]
+    moments = [*moments, *_export(config, simulation, moments[-1], saved)]
     plan = _describe(variant, config, data, simulation, moments, saved)
     if critic is not None:
         _add_critic(plan, config, critic)
@@ -391,17 +391,11 @@ def _host(config: RunConfig, place: Place, simulation: Simulation, process_bytes
     return needed.parts | ({"paged optimizer state": paged} if paged else {})
 
 
-def _export(config: RunConfig, place: Place, simulation: Simulation, end: Moment, saved: int) -> list[Moment]:
-    """Return the moment in which the largest tensor is whole on a device to be written; those of adapters are small.
-
-    It is there in float32 and as it is saved. One that a team has parts of is there twice before, with this rank's part where that is
-    gathered, too.
-    """
+def _export(config: RunConfig, simulation: Simulation, end: Moment, saved: int) -> list[Moment]:
+    """Return the moment in which the largest tensor is whole on a device to be written; those of adapters are small."""
     if config.engine.offload_param is not Offload.none or simulation.adapter_bytes:
         return []
-    team = config.engine.tensor * config.engine.expert
-    part = 4 / team if mesh_of(config.engine, place.size).copy_size > team else 0
-    largest = max(simulation.largest * (4 + saved), simulation.joined * (8 + part))
+    largest = simulation.largest * (4 + saved)
     return [Moment("export", None, None, {**end.end, Kind.buffers: end.end.get(Kind.buffers, 0.0) + largest})]
 
 

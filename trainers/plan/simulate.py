@@ -75,8 +75,6 @@ class Simulation:
     trainable: int
     largest: int
     """Elements of the largest tensor, which an export gathers whole."""
-    joined: int
-    """Elements of the largest tensor whose parts ranks have that split layers or deal out experts; 0 where there is none."""
     adapter_bytes: int
     """Bytes of the adapter that is exported; 0 where that is a whole model."""
     optimizer_bytes: int
@@ -209,7 +207,6 @@ def _continued(few: Simulation, more: Simulation, depths: _Depths) -> Simulation
         parameters=round(line(few.parameters, more.parameters)),
         trainable=round(line(few.trainable, more.trainable)),
         largest=max(few.largest, more.largest),
-        joined=max(few.joined, more.joined),
         adapter_bytes=round(line(few.adapter_bytes, more.adapter_bytes)),
         optimizer_bytes=round(line(few.optimizer_bytes, more.optimizer_bytes)),
         update_bytes=round(line(few.update_bytes, more.update_bytes)),
@@ -276,15 +273,12 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
     adaptation = engine.adaptation
     replayed, update = replay(trace), adaptation.update
     numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    has_team = config.engine.tensor * config.engine.expert > 1
-    split = [name for name, p in engine.model.named_parameters() if has_team and p.numel() < numels.get(name, 0)]
     return Simulation(
         moments=trace.moments(),
         state_bytes=size,
         parameters=sum(numels.values()),
         trainable=sum(numel for name, numel in numels.items() if name in adaptation.trained),
         largest=max(numels.values()),
-        joined=max((numels[name] for name in split), default=0),
         adapter_bytes=0 if adaptation.library_config is None else sum(tensor.nbytes for tensor in adaptation.contents().values()),
         optimizer_bytes=saved,
         update_bytes=sum(numels[name] for name in update.names) * update.bytes_per_element if update is not None else 0,
