@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch.distributed.checkpoint as dcp
+from conftest import Ranks
 from tables import packed_table
 
 from trainers.config.choices import Attention, OptimizerName, Precision
@@ -83,3 +85,28 @@ def compare(split: dict[str, Any], whole: dict[str, Any]) -> None:
     assert split["loaded"] == whole["loaded"]
     for name, values in split["weights"].items():
         np.testing.assert_allclose(values, whole["weights"][name], rtol=0, atol=1e-5, err_msg=name)
+
+
+def compare_continued(
+    ranks: Callable[[int], Ranks],
+    folder: Path,
+    model: Blueprint,
+    settings: dict[str, Any],
+    meshes: dict[str, tuple[int, dict[str, Any]]],
+    continued: dict[str, tuple[str, ...]],
+) -> None:
+    """Save a run on each mesh of `continued` and go on with it on that mesh and on others: curve and bytes of one process.
+
+    `meshes` has ranks and settings of the engine by a name.
+    """
+    (whole,) = ranks(1).call(train, folder / "whole", model, {}, dict(settings))
+    for saved, others in continued.items():
+        size, engine = meshes[saved]
+        first = ranks(size).call(train, folder / saved, model, engine, dict(settings), 0, 5)[0]
+        exports = []
+        for other in (saved, *others):
+            size, engine = meshes[other]
+            second = ranks(size).call(train, folder / saved, model, engine, dict(settings), 5)[0]
+            assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+            exports.append(second["loaded"])
+        assert all(exported == exports[0] for exported in exports)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Ranks
-from meshed import compare, config_for, train
+from meshed import compare, compare_continued, config_for, train
 from small_models import small
 
 from trainers.config.choices import Activations, ObjectiveName, Offload, OptimizerName, PeftMethod
@@ -64,18 +64,8 @@ def test_ranks_with_a_part_of_the_experts_equal_one_process(
 def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """Saved on 4 ranks, of which 2 have 3 experts over 2, and on one; continued on others: curve and bytes of one process."""
     model, settings = mixture("qwen3_moe", num_experts=6), {"optim": OptimizerName.adamw}
-    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
     meshes = {"dealt": (4, {"expert": 2}), "one": (1, {}), "sharded": (2, {}), "all": (2, {"expert": 2})}
-    for saved, others in {"dealt": ("one", "sharded"), "one": ("dealt", "all")}.items():
-        size, engine = meshes[saved]
-        first = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 0, 5)[0]
-        exports = []
-        for other in (saved, *others):
-            size, engine = meshes[other]
-            second = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 5)[0]
-            assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-            exports.append(second["loaded"])
-        assert all(exported == exports[0] for exported in exports)
+    compare_continued(ranks, tmp_path, model, settings, meshes, {"dealt": ("one", "sharded"), "one": ("dealt", "all")})
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ranks
-from meshed import compare, config_for, train
+from meshed import compare, compare_continued, config_for, train
 from small_models import TEXT, small
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -79,18 +79,8 @@ def test_ranks_that_split_layers_equal_one_process(
 def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """Saved on 6 ranks whose parts of layers do not divide evenly, and on one; continued on others: curve and bytes of one process."""
     model, settings = even("llama", **TIED), {"optim": OptimizerName.adamw, "train": {"global_batch": 6}}
-    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
     meshes = {"uneven": (6, {"tensor": 2}), "one": (1, {}), "sharded": (2, {}), "shared": (4, {"tensor": 2, "context": 2})}
-    for saved, others in {"uneven": ("one", "sharded"), "one": ("uneven", "shared")}.items():
-        size, engine = meshes[saved]
-        first = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 0, 5)[0]
-        exports = []
-        for other in (saved, *others):
-            size, engine = meshes[other]
-            second = ranks(size).call(train, tmp_path / saved, model, engine, dict(settings), 5)[0]
-            assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-            exports.append(second["loaded"])
-        assert all(exported == exports[0] for exported in exports)
+    compare_continued(ranks, tmp_path, model, settings, meshes, {"uneven": ("one", "sharded"), "one": ("uneven", "shared")})
 
 
 @pytest.mark.slow
