@@ -69,7 +69,7 @@ SOAK = [
 def test_ranks_that_split_layers_equal_one_process(
     ranks: Callable[[int], Ranks], tmp_path: Path, model: Any, size: int, engine: dict[str, Any], settings: dict[str, Any]
 ) -> None:
-    (whole,) = ranks(1).call(train, tmp_path / "whole", model, {}, dict(settings))
+    (whole,) = ranks(1).call(train, tmp_path / "whole", even(model[0], **model[1]), {}, dict(settings))
     for split in ranks(size).call(train, tmp_path / "split", even(model[0], **model[1]), engine, dict(settings)):
         compare(split, whole)
     assert f"; {engine['tensor']} ranks split each layer" in split["report"]["parameters"]
