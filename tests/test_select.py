@@ -9,7 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tools.command import Refused
 from tools.select import __main__ as select
@@ -20,6 +23,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import RewardConfig
 from trainers.data import fields
 from trainers.data.formats import recognise, to_messages
+from trainers.data.masks import CHATML
 from trainers.data.preferences import to_preference
 from trainers.rewards.score import Rewards
 from trainers.rewards.shapes import NoReward, fits, require_known
@@ -65,6 +69,17 @@ def test_a_function_that_fails_or_is_late_gives_no_reward(tmp_path: Path, monkey
     raised = {"raises ZeroDivisionError: division by zero": 1, "raises SystemExit: 3": 1}
     assert failures == {"takes longer than 0.2 s": 2, "is not a finite number": 1} | raised
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_function_whose_module_cannot_be_imported_is_refused_by_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, text, said in (
+        ("raising_mine", "raise RuntimeError('no licence')", "RuntimeError: no licence"),
+        ("bad_mine", "def", "Syntax"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
+        with pytest.raises(ConfigError, match=rf"`reward\.own\.path` = '{name}:value'.*could not be imported: {said}"):
+            Rewards({"own": RewardConfig(kind=RewardKind.function, path=f"{name}:value")}, tmp_path)
 
 
 def test_scoring_ends_where_it_is_to_stop(tmp_path: Path) -> None:
@@ -252,3 +267,31 @@ def test_a_reward_model_without_a_chat_template_is_refused_by_its_setting(tmp_pa
     monkeypatch.setattr("trainers.rewards.scored.reopen_scores", lambda *_: SimpleNamespace(to=lambda device: None))
     with pytest.raises(ConfigError, match=r"`reward\.good\.path` = 'a/model'.*no chat template"):
         Rewards({"good": RewardConfig(kind=RewardKind.model, path="a/model")}, tmp_path)
+
+
+def test_a_reward_model_scores_an_empty_answer_like_any_other(base: Path, tmp_path: Path) -> None:
+    """Also after an empty turn of the model; each is the conversation with its answer, as plain transformers scores it."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=0, dtype=torch.float32).eval()
+    model.save_pretrained(tmp_path)
+    again = [{"role": "assistant", "content": ""}, {"role": "user", "content": "the mat"}]
+    rows = [answer(text, "the cat") for text in ("", " ", "sat on a mat")]
+    rows.append(answer("", prompt=[*rows[0]["prompt"], *again]))
+    with Rewards(read([f"model:path={tmp_path}"]), tmp_path) as rewards:
+        found, of_none = rewards.score(rows), rewards.score([])
+    assert found.reasons["model"] == [""] * 4
+    assert of_none.total.tolist() == []
+    for row, reward in zip(rows, found.total, strict=True):
+        turns = [*row["prompt"], {"role": "assistant", "content": row["answer"]}]
+        ids = tokenizer.apply_chat_template(turns, return_dict=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert reward == pytest.approx(float(model(input_ids=ids).logits[0, 0]), abs=1e-5)
+    assert len(set(np.round(found.total, 6))) >= 3
+    assert choose(rows, found.total.tolist(), Limits()).left["is empty"] == 3
+    with torch.no_grad():
+        model.score.weight.fill_(math.nan)
+    model.save_pretrained(tmp_path)
+    assert column(rows[:2], f"model:path={tmp_path}", tmp_path) == ([None, None], {"is not a finite number": 2})

@@ -146,8 +146,9 @@ def _function(field: str, path: str) -> Callable[[dict[str, Any]], Any]:
         sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(field, path, f"could not be imported: {error}", "module:function, in this folder or in PYTHONPATH") from None
+    except Exception as error:  # of a person's module
+        reason = f"could not be imported: {type(error).__name__}: {error}"
+        raise ConfigError(field, path, reason, "module:function, in this folder or in PYTHONPATH") from None
     if not callable(found):
         raise ConfigError(field, path, "is not callable", "module:function")
     return found  # type: ignore[no-any-return]

@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoTokenizer
 
-from trainers.config.choices import Layout
 from trainers.config.errors import ConfigError
-from trainers.data.formats import to_messages
 from trainers.health.activity import watch
 from trainers.scoring import reopen_scores
 
@@ -64,11 +62,12 @@ class Scorer:
 def rewards_of(
     scorer: Scorer, rows: Sequence[Mapping[str, Any]], look: Callable[[], None] = lambda: None
 ) -> tuple[NDArray[np.float64], list[str]]:
-    """Return the score of each answer after its prompt, NaN for an empty one, and why there is none."""
-    found, reasons = np.full(len(rows), np.nan), [""] * len(rows)
-    said = [number for number, row in enumerate(rows) if str(row["answer"]).strip()]
-    for number in set(range(len(rows))).difference(said):
-        reasons[number] = "the answer is empty"
-    turns = ([*rows[number]["prompt"], {"role": "assistant", "content": rows[number]["answer"]}] for number in said)
-    found[said] = scorer.scores([scorer.tokens(to_messages({"messages": messages}, Layout.messages)) for messages in turns], look)
-    return found, reasons
+    """Return the score of each answer after its prompt, NaN where it is not a finite number, and why there is none.
+
+    An empty answer is a turn like any other. Without a reward it would not be trained on, and other answers that are worth little would
+    be made less likely in its favour.
+    """
+    turns = ([*row["prompt"], {"role": "assistant", "content": str(row["answer"])}] for row in rows)
+    found = scorer.scores([scorer.tokens(messages) for messages in turns], look)
+    is_finite = np.isfinite(found)
+    return np.where(is_finite, found, np.nan), ["" if is_one else "is not a finite number" for is_one in is_finite]
