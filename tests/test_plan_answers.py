@@ -16,9 +16,9 @@ from launcher.compose import compose
 from launcher.job import make_job
 from launcher.plan import known_hardware, request_of
 from trainers.config.checks import validate
-from trainers.config.choices import ObjectiveName, Precision
+from trainers.config.choices import ObjectiveName, Offload, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig, plain
+from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig, plain
 from trainers.plan.answers import Answers, Work, answers_of, not_timed, seconds_of, step_of, traced
 from trainers.plan.estimate import FAST, SLOW
 from trainers.plan.plan import make_plan
@@ -77,6 +77,8 @@ def test_a_generator_answers_its_share_of_a_rollout_in_rounds(tmp_path: Path) ->
     config = config_of()
     kept = replace(config, objective=replace(config.objective, kl_weight=0.1))
     assert [answers_of(each, HERE, blueprint, 1000, 77).reference_bytes for each in (config, kept)] == [0, 4000]
+    offloaded = replace(kept, engine=EngineConfig(offload_param=Offload.cpu))
+    assert [answers_of(each, HERE, blueprint, 1000, 77).reference_of_rank(HERE) for each in (kept, offloaded)] == [4000 / 8, 0]
     assert answers_of(config_of(batch=64), HERE, blueprint, 1000, 77).batch == 6, "no more than there are"
 
 
@@ -91,6 +93,7 @@ def test_times_are_their_formulas() -> None:
         "cache_bytes": 0,
         "work_bytes": 0,
         "reference_bytes": 0,
+        "has_reference_on_host": False,
         "judges_bytes": 0,
     }
     found = Answers(**fields, weights_bytes=8 * 10**9, sync_bytes=6 * 10**9, prompt=prompt, token=token)
@@ -143,6 +146,17 @@ def test_tokens_of_answers_that_are_not_written_are_refused() -> None:
     with pytest.raises(ConfigError, match="nobody knows their tokens") as refused:
         make_plan(request.base, [H100], request.plan, {})
     assert refused.value.path == "plan.tokens"
+
+
+def test_a_plan_has_an_offloaded_reference_on_the_host(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "policy", tied=False)
+    count = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(model).parameters())
+    place, hosts = Place(nodes=1, ranks_per_node=2, gpus=False, save_s=300), []
+    for weight in (0.0, 0.1):
+        config = replace(config_of(), model=ModelConfig(id=str(model)), engine=EngineConfig(offload_param=Offload.cpu))
+        config = replace(config, objective=replace(config.objective, kl_weight=weight))
+        hosts.append(make_plan(Variant(run=plain(config), place=place, overrides=[]), [], PlanConfig(), {}).host)
+    assert hosts[1] == hosts[0] | {"frozen parameters": 4 * count}
 
 
 def test_a_plan_of_ppo_has_the_critic_and_the_reward_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,23 +17,24 @@ from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_t
 from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM
 
+from trainers import host
 from trainers.batch import IGNORE, Batch, Output
-from trainers.config.choices import Advantage, Average, EngineName, ObjectiveName, PeftMethod, Ratio
+from trainers.config.choices import Advantage, Average, EngineName, ObjectiveName, Offload, PeftMethod, Ratio
 from trainers.config.errors import ConfigError
 from trainers.config.objectives import validate_objective
 from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable, open_table, save_table
-from trainers.engines.base import Engine
-from trainers.engines.build import build_engine
+from trainers.engines.base import Engine, host_memory
+from trainers.engines.build import build_engine, outline
 from trainers.health.spikes import TrainingFailed
 from trainers.loop import train
 from trainers.objectives import make_objective
 from trainers.objectives.advantage import EPS, advantages, same_rewards
 from trainers.objectives.base import ADVANTAGE, OLD_LOGPS, REFERENCE_LOGPS, SAMPLED_LOGPS, per_target
 from trainers.plan.simulate import most_of
-from trainers.rl.measured import build_reference, label_logps, measure
+from trainers.rl.measured import build_reference, keep_signal, label_logps, measure
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows, steps
 from trainers.world import World
@@ -260,7 +261,7 @@ def measured(world: World, run_dir: Path, model: Path, engine: EngineConfig, lor
     adapter = PeftConfig(method=PeftMethod.lora, lr=LR, rank=4, targets=["q_proj", "v_proj"]) if lora else PeftConfig()
     config = replace(config, objective=GRPO, engine=engine, peft=adapter)
     policy = build_engine(config, world, blueprint_for(model))
-    reference = build_reference(config, world, blueprint_for(model))
+    reference = build_reference(config, world, blueprint_for(model), policy)
     found = [label_logps(each, table, world, 3, 0) for each in (policy, reference)]
     data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
     loader = Loader(table, config.train, seed=0, pad_id=0, **policy.mesh.share_of(world.rank))
@@ -289,6 +290,36 @@ def kept_signals(world: World, run_dir: Path, policy: Engine, reference: Engine)
     with pytest.raises(TrainingFailed, match=r"old_logps\.npy is gone"):
         measure(folder, {OLD_LOGPS: policy}, attempt, world, 3, 0, False)
     return [*found, open_table(folder).signals[REFERENCE_LOGPS][:, 0].copy()]
+
+
+def test_a_signal_that_a_kill_left_half_written_goes_with_the_next_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is put into place its attempt looks whether it is the newest; who has looked too early finds nothing to put there."""
+    folder = tmp_path / "rollouts" / "step-000001"
+    folder.mkdir(parents=True)
+    older = Attempt(tmp_path)
+    older.claim()
+    monkeypatch.setattr(older, "require_current", lambda: Attempt(tmp_path).claim())
+    with pytest.raises(FileNotFoundError):
+        keep_signal(folder, ADVANTAGE, np.zeros(3), older)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".npy")]
+
+
+def offloaded(world: World, run_dir: Path, model: Path) -> str:
+    """Return why a reference is refused where the node holds one model."""
+    config = replace(config_for(run_dir, model), objective=GRPO, engine=EngineConfig(offload_param=Offload.cpu))
+    policy = outline(config, world, blueprint_for(model))
+    limit = host.Limit(host_memory(config, world, policy).total + 1, "this test")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(host, "memory_limit", lambda *_: limit)
+        with pytest.raises(ConfigError) as refused:
+            build_reference(config, world, blueprint_for(model), policy)
+    return str(refused.value)
+
+
+def test_a_node_must_hold_the_reference_next_to_the_policy(ranks: Callable[[int], Ranks], tiny_llama: Path, tmp_path: Path) -> None:
+    [said] = ranks(1).call(offloaded, tmp_path, tiny_llama)
+    assert "of host memory" in said
+    assert "this test" in said
 
 
 @pytest.mark.parametrize(

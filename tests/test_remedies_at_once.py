@@ -128,6 +128,7 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a critic behind virtual tokens": [*PPO, "peft=prompt"],
     "two models to settle": [*PPO, "train.activations=auto"],
     "two models on NVMe": lambda folder: [*PPO, "engine=zero3_nvme", f"engine.nvme_path={folder}"],
+    "a reference on NVMe": lambda folder: [*RL, "objective.kl_weight=0.1", "engine=zero3_nvme", f"engine.nvme_path={folder}"],
     "a prompt without an answer": [*PPO, "rl.group_size=0"],
     "no such Python": [*RL, "rl.vllm=/nowhere"],
     "words for no server": [*RL, "rl.vllm_words=[--x]"],

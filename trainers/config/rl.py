@@ -48,6 +48,7 @@ def validate_rl(config: RunConfig) -> None:
     _validate_vllm(config)
     if name is ObjectiveName.ppo:
         _validate_critic(config)
+    _refuse_files_of_two_models(config)
     _validate_ahead(config)
     _validate_environment(config)
     _refuse_what_does_not_go(config)
@@ -128,7 +129,7 @@ def _validate_ahead(config: RunConfig) -> None:
 
 def _validate_critic(config: RunConfig) -> None:
     """Refuse numbers that PPO's formulas do not allow, a critic that does not exist, and what only one model of a run can have."""
-    objective, peft, train, engine = config.objective, config.peft, config.train, config.engine
+    objective, peft, train = config.objective, config.peft, config.train
     if objective.gamma > 1:
         reason = "must be above 0 and at most 1: later rewards would count more than those of now"
         raise ConfigError("objective.gamma", objective.gamma, reason, "objective.gamma=1")
@@ -143,9 +144,18 @@ def _validate_critic(config: RunConfig) -> None:
         raise ConfigError("peft.method", str(peft.method), reason, "peft=lora")
     if train.activations is Activations.auto:
         raise ConfigError("train.activations", "auto", f"{two}, and auto measures one", "train.activations=block")
+
+
+def _refuse_files_of_two_models(config: RunConfig) -> None:
+    """Refuse state on NVMe where a run has a second engine: its critic, or the reference that the policy is kept near."""
+    is_ppo = config.objective.name is ObjectiveName.ppo
+    if not is_ppo and not config.objective.kl_weight:
+        return
+    why = "objective=ppo trains two models" if is_ppo else "objective.kl_weight holds the model that training begins with once more"
     for name in ("offload_param", "offload_optimizer"):
-        if getattr(engine, name) is Offload.nvme:
-            raise ConfigError(f"engine.{name}", "nvme", f"{two}, whose files would be in one folder", f"engine.{name}=cpu")
+        if getattr(config.engine, name) is Offload.nvme:
+            remedy = f"engine.{name}=cpu" + ("" if is_ppo else ", or objective.kl_weight=0")
+            raise ConfigError(f"engine.{name}", "nvme", f"{why}, and both models' files would be in one folder", remedy)
 
 
 def _validate_environment(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from trainers.config.choices import Precision, RewardKind
+from trainers.config.choices import Offload, Precision, RewardKind
 from trainers.config.rewards import timeout_of
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE
@@ -69,7 +69,9 @@ class Answers:
     work_bytes: int
     """Of all else where a generator's memory is highest."""
     reference_bytes: int
-    """Of all ranks' devices together: the frozen weights of the reference, in the type that is computed in; 0 without one."""
+    """Of all ranks together: the frozen weights of the reference, as they are saved; 0 without one."""
+    has_reference_on_host: bool
+    """They are on the host, and are not a device's."""
     judges_bytes: int
     """Of the first rank's device: the reward models that it opens, with their work."""
     sync_bytes: int
@@ -88,7 +90,11 @@ class Answers:
 
     def of_rank(self, place: Place) -> float:
         """Return the bytes of the first rank's device: its share of a generator and of the reference, and the reward models."""
-        return self.bytes / place.ranks_per_node + self.reference_bytes / place.size + self.judges_bytes
+        return self.bytes / place.ranks_per_node + self.reference_of_rank(place) + self.judges_bytes
+
+    def reference_of_rank(self, place: Place) -> float:
+        """Return the bytes of the reference on a rank's device."""
+        return 0.0 if self.has_reference_on_host else self.reference_bytes / place.size
 
 
 def answers_of(config: RunConfig, place: Place, blueprint: Blueprint, parameters: int, export_bytes: int) -> Answers:
@@ -111,6 +117,7 @@ def answers_of(config: RunConfig, place: Place, blueprint: Blueprint, parameters
         weights_bytes=weights,
         cache_bytes=last.kept,
         reference_bytes=parameters * blueprint.saved_dtype.itemsize * config.engine.replicate if config.objective.kl_weight else 0,
+        has_reference_on_host=config.engine.offload_param is not Offload.none,
         judges_bytes=sum(
             scorer_bytes(str(reward.path), config.data.seq_len) for reward in config.reward.values() if reward.kind is RewardKind.model
         ),

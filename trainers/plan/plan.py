@@ -189,6 +189,8 @@ def make_plan(variant: Variant, hardware: list[HardwareConfig], settings: PlanCo
         plan.reference = Reference(disk_bytes=data.measured and round(4 * data.measured[1]), second_model_bytes=copies)
     if config.objective.name in SAMPLED:
         plan.answers = answers_of(config, place, blueprint, simulation.parameters, plan.export_bytes)
+        if plan.answers.reference_bytes and plan.answers.has_reference_on_host:
+            plan.host = _sum(plan.host, {"frozen parameters": plan.answers.reference_bytes * place.ranks_per_node // place.size})
         plan.notes += not_timed(config)
     plan.notes += notes
     if config.engine.expert > 1:

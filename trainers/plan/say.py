@@ -52,8 +52,8 @@ def _memory(plan: Plan) -> Table:
         table.add_row("the process itself", in_bytes(outside))
     if plan.answers is not None:
         table.add_row("its share of its node's generator", in_bytes(plan.answers.bytes / plan.place.ranks_per_node))
-        if plan.answers.reference_bytes:
-            table.add_row("its share of the frozen reference", in_bytes(plan.answers.reference_bytes / plan.place.size))
+        if own := plan.answers.reference_of_rank(plan.place):
+            table.add_row("its share of the frozen reference", in_bytes(own))
         if plan.answers.judges_bytes:
             table.add_row("reward models, on the first rank", in_bytes(plan.answers.judges_bytes))
     return table

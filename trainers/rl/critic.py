@@ -159,8 +159,8 @@ def outline_critic(config: RunConfig, tokenizer: PreTrainedTokenizerFast, device
     return Outlined(config, blueprint)
 
 
-def build_critic(outlined: Outlined, world: World, policy: Engine) -> Critic:
-    """Build a run's critic next to its policy; collective."""
+def build_critic(outlined: Outlined, world: World, next_to: Sequence[Engine]) -> Critic:
+    """Build a run's critic next to its policy, and the reference where there is one; collective."""
     config = outlined.config
     log.info("critic: building %s with a head of one score (%s)", config.model.id or config.model.architecture.get("model_type"), SCORE)
-    return Critic(config, build_engine(config, world, outlined.blueprint, next_to=[policy]))
+    return Critic(config, build_engine(config, world, outlined.blueprint, next_to=next_to))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainers.batch import IGNORE, Batch, Needs
-from trainers.config.choices import ObjectiveName, PeftMethod
+from trainers.config.choices import Activations, ObjectiveName, PeftMethod
 from trainers.config.derived import OF_THE_MODEL
 from trainers.config.schema import OptimConfig, PeftConfig, RunConfig
 from trainers.data.loader import deal, make_batch
@@ -46,10 +46,15 @@ def measured_signals(config: RunConfig) -> frozenset[str]:
     return frozenset(name for name, is_asked in asked.items() if is_asked)
 
 
-def build_reference(config: RunConfig, world: World, blueprint: Blueprint) -> Engine:
-    """Build the model that training begins with once more, nearly all of it frozen, for the policy to be kept near; collective."""
+def build_reference(config: RunConfig, world: World, blueprint: Blueprint, policy: Engine | None = None) -> Engine:
+    """Build the model that training begins with once more, nearly all of it frozen, for the policy to be kept near; collective.
+
+    Raises ConfigError where a node's memory does not hold what is offloaded of it next to the `policy`.
+    """
     frozen = PeftConfig(method=PeftMethod.freeze, last_blocks=1) if config.peft.method in OF_THE_MODEL else config.peft
-    return build_engine(replace(config, peft=frozen, optim=OptimConfig()), world, blueprint)
+    forward_alone = replace(config.train, activations=Activations.keep)
+    own = replace(config, peft=frozen, optim=OptimConfig(), train=forward_alone)
+    return build_engine(own, world, blueprint, next_to=[] if policy is None else [policy])
 
 
 def measure(
@@ -74,10 +79,13 @@ def measure(
 
 
 def keep_signal(folder: Path, name: str, values: NDArray[Any], attempt: Attempt) -> None:
-    """Put a number a label, (labels,), into a rollout's folder, complete or absent; raises Superseded where a newer attempt has started."""
+    """Put a number a label, (labels,), into a rollout's folder, complete or absent; raises Superseded where a newer attempt has started.
+
+    It is staged next to the rollout, where a newer attempt takes away what is staged.
+    """
     file = folder / f"{SIGNALS}{name}.npy"
     file.parent.mkdir(exist_ok=True)
-    staging = file.with_name(f"{file.name}.attempt-{attempt.number}.tmp")
+    staging = folder.with_name(f"{folder.name}.{name}.attempt-{attempt.number}.tmp")
     with staging.open("wb") as opened:
         np.save(opened, values[:, None].astype(np.float32))
     attempt.require_current()

@@ -224,13 +224,13 @@ def make_sampler(
     more: dict[str, Any] = {"engine": engine, "blueprint": blueprint, "tokenizer": tokenizer}
     if config.objective.kl_weight:
         log.info("reference: building the model that training begins with once more")
-        more["reference"] = build_reference(config, world, blueprint)
+        more["reference"] = build_reference(config, world, blueprint, engine)
         temper(more["reference"].model, config.rl.temperature)
     if turns is not None:
         more["conversations"] = Conversations(config, world, turns, environments)
     more["untemper"] = temper(engine.model, config.rl.temperature)
     if critic is not None:
-        more["critic"] = build_critic(critic, world, engine)
+        more["critic"] = build_critic(critic, world, [engine, more["reference"]] if "reference" in more else [engine])
     more["jobs"] = Jobs() if is_ahead else None
     return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
 
