@@ -14,6 +14,7 @@ python -m tools.bench preferences --trl --out FILE.md
 python -m tools.bench plan
 python -m tools.bench context --real
 python -m tools.bench meshes --out FILE.md
+python -m tools.bench generate --vllm .venv-vllm/bin/python --out FILE.md
 python -m tools.bench gpu --out benchmarks/gpu.md
 """
 
@@ -26,7 +27,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tools.bench import checkpoint, context, curate, data, engines, load, meshes, methods, plan, preferences, stream, train
+from tools.bench import checkpoint, context, curate, data, engines, generate, load, meshes, methods, plan, preferences, stream, train
 from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
@@ -48,6 +49,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "plan": (plan, "a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal"),
     "context": (context, "what a rank keeps of rows that ranks share, by the plan and of real runs on CPU ranks (--real)"),
     "meshes": (meshes, "plans of meshes next to real runs on 2 and 4 CPU ranks, and plans of 70B and 405B; minutes"),
+    "generate": (generate, "tokens a second and memory of answers: plain generate, continuous batching, ours and vLLM (--vllm); minutes"),
     "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
 """By name: the module that measures, and what it measures."""
@@ -66,6 +68,8 @@ RANKS: dict[str, tuple[Callable[[argparse.Namespace], None], dict[str, dict[str,
         preferences.run_one,
         {"folder": {}, "variant": {}} | {name: {"type": int} for name in ("steps", "seq_len", "microbatch")},
     ),
+    "generate-inputs": (generate.make_inputs, {"folder": {}}),
+    "generate-one": (generate.run_one, {"folder": {}, "way": {"choices": generate.WAYS}}),
     "one": (
         train.run_one,
         {"shape": {"choices": train.SHAPES}, "variant": {"choices": train.VARIANTS}, "--steps": {"type": int, "default": 12}},

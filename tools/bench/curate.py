@@ -82,23 +82,27 @@ def rows(count: int) -> Iterator[str]:
 
 
 class Memory:
-    """The most memory that a process and its children have had at a time: their proportional sets, looked at four times a second."""
+    """The most memory that a process and all that it started have had at a time: their proportional sets, looked at four times a second."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.peak = pid, 0
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while held := sum(map(_memory_of, [self.pid, *_children(self.pid)])):
+        while held := sum(map(_memory_of, _with_children(self.pid))):
             self.peak = max(self.peak, held)
             time.sleep(0.25)
 
 
-def _children(pid: int) -> list[int]:
+def _with_children(pid: int) -> list[int]:
+    """Return a process and those that it, or any of its threads, has started, and theirs."""
+    words: list[str] = []
     try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+        for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+            words += thread.read_text().split()
+    except OSError:  # it has ended meanwhile
+        pass
+    return [pid, *(one for word in words for one in _with_children(int(word)))]
 
 
 def _memory_of(pid: int) -> int:
