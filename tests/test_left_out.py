@@ -8,7 +8,7 @@ import pytest
 import yaml
 from chat_tokenizers import GOLDEN, tokenizer_of
 
-from trainers.config.choices import DocumentOf, Supervise
+from trainers.config.choices import DocumentOf, Reasoning, Supervise
 from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, ModelConfig, RunConfig
 from trainers.data.masks import CHATML, render, template_of
@@ -136,7 +136,8 @@ def overrides_in(remedy):
 def corrected(config, overrides):
     for key, value in overrides:
         part, name = key.split(".")
-        value = DocumentOf(value) if name == "document" else yaml.safe_load(value)
+        kinds = {"document": DocumentOf, "reasoning": Reasoning}
+        value = kinds[name](value) if name in kinds else yaml.safe_load(value)
         changed = dataclasses.replace(getattr(config, part), **{name: value})
         config = dataclasses.replace(config, **{part: changed})
     return config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from trainers.batch import IGNORE
 from trainers.config.derived import DESIRABLE, chunk_of
 from trainers.data.loader import make_batch
 from trainers.data.pack import one_each
+from trainers.data.reasoning import answer_at
 from trainers.data.scored import LABEL
 from trainers.data.table import TokenTable
 from trainers.generate.decode import decode
@@ -124,7 +126,9 @@ def answers(
     stops: Sequence[int],
     pad_id: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield {"document", "prompt", "reference", "answer", "ids", "finished"} of each: the most likely token at every place.
+    """Yield {"document", "prompt", "reference", "answer", "ids", "finished", "reasoning"} of each: the most likely token at every place.
+
+    `reasoning` is how many tokens come before the answer.
 
     The same for any batch. A prompt that leaves no room for so many tokens in the model's positions is answered alone, as far as they go.
     """
@@ -138,7 +142,14 @@ def answers(
             "reference": _text(tokenizer, reference(table, document)),
             "answer": _text(tokenizer, kept),
         }
-        yield {"document": document, **texts, "ids": kept, "finished": finished}
+        yield {"document": document, **texts, "ids": kept, "finished": finished, "reasoning": reasoning_tokens(tokenizer, kept)}
+
+
+def reasoning_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """Return how many of these ids are reasoning, its end included: all where it never ends."""
+    text = str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    end = len(text[: answer_at(text)].rstrip())
+    return bisect_left(range(len(ids)), end, key=lambda count: len(str(tokenizer.decode(list(ids[:count]), skip_special_tokens=True))))
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: Any, special: bool = False) -> str:

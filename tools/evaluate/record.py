@@ -26,7 +26,7 @@ from trainers.rundir.rows import finite
 VERSION = 1
 FOLDER, JUDGED = paths.EVALUATION, "judge"
 LOSSES = ("held_out", "general")
-PLAIN = ("tokens", "repetition")
+PLAIN = ("tokens", "reasoning", "repetition")
 """Metrics of answers other than scores."""
 
 
@@ -105,8 +105,8 @@ class Evaluation:
         return intervals.share(sum(bool(row[name]) for row in self.answers), len(self.answers), level) if self.answers else None
 
     def mean(self, name: str) -> float | None:
-        """Return the mean of one of PLAIN; None where there are no answers."""
-        return float(np.mean([row[name] for row in self.answers])) if self.answers else None
+        """Return the mean of one of PLAIN; None where there are no answers, or it was not measured."""
+        return float(np.mean([row[name] for row in self.answers])) if self.answers and name in self.answers[0] else None
 
 
 def loss_apart(ours: Evaluation, theirs: Evaluation, part: str, level: float = LEVEL) -> Estimate | None:

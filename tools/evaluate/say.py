@@ -119,9 +119,10 @@ def _scores(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
     for name, title in (("finished", "answers that end"), ("refused", "refusals")):
         if ours.answers:
             lines.append([title, plus_minus(theirs.share(name) if theirs else None, 3, ""), plus_minus(ours.share(name), 3, ""), ""])
-    for name, title in (("tokens", "tokens an answer"), ("repetition", "repeated 4-grams")):
-        if ours.answers:
-            values = [None if theirs is None else theirs.mean(name), ours.mean(name)]
+    titles = {"tokens": "tokens an answer", "reasoning": "of these reasoning", "repetition": "repeated 4-grams"}
+    for name, title in titles.items():
+        values = [None if theirs is None else theirs.mean(name), ours.mean(name)]
+        if ours.answers and (name != "reasoning" or any(values)):
             lines.append([title, *(NOTHING if value is None else f"{value:.3g}" for value in values), ""])
     return lines
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from trainers.config.choices import Metric
+from trainers.data.reasoning import answer_of
 from trainers.rewards.matches import exact_match
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
@@ -50,7 +51,8 @@ def is_json(answer: str) -> float:
 
 
 def score(metric: Metric, answer: str, reference: str, how: str) -> float | None:
-    """Return an answer's score in [0, 1]; None where the reference says nothing about it."""
+    """Return an answer's score in [0, 1], without reasoning before it; None where the reference says nothing about it."""
+    answer, reference = answer_of(answer), answer_of(reference)
     if metric is Metric.exact_match:
         return exact_match(answer, reference, how)
     return rouge_l(answer, reference) if metric is Metric.rouge_l else is_json(answer)
@@ -63,5 +65,5 @@ def repetition(ids: Sequence[int], size: int = 4) -> float:
 
 
 def is_refusal(answer: str) -> bool:
-    """Tell whether an answer begins as English refusals do."""
-    return REFUSAL.match(answer.replace("’", "'")) is not None
+    """Tell whether an answer, after its reasoning, begins as English refusals do."""
+    return REFUSAL.match(answer_of(answer).replace("’", "'")) is not None

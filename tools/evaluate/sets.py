@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from trainers.cache import build_once, cache_root, content_key
-from trainers.config.choices import DataSource, Layout, ObjectiveName, TooLong
+from trainers.config.choices import DataSource, Layout, ObjectiveName, Reasoning, TooLong
 from trainers.config.derived import compares, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.measured import SAMPLED
@@ -71,6 +71,25 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast, labels: tupl
         raise ConfigError("evaluation.path", None, "the run held no rows out", "--path FILE, rows of the task that it has not trained on")
     names = tuple(prepared.report.get("labels", ()))
     return EvalSet(table=table, documents=np.arange(len(table.offsets) - 1), key=prepared.path.name, labels=names)
+
+
+def answered(config: RunConfig, tokenizer: PreTrainedTokenizerFast, held: EvalSet) -> EvalSet:
+    """Return the rows of `held` as they are answered: with data.reasoning=mask the reasoning is not a part of the prompt."""
+    parts = [config.data.reasoning, *(source.reasoning for source in config.data.mix.values())]
+    if Reasoning.mask not in parts:
+        return held
+    mix = {name: dataclasses.replace(source, reasoning=_whole(source.reasoning)) for name, source in config.data.mix.items()}
+    data = dataclasses.replace(config.data, reasoning=_whole(config.data.reasoning) or Reasoning.keep, mix=mix)
+    config = dataclasses.replace(config, data=data)
+    if config.evaluation.path is not None:
+        return held_out(config, tokenizer)
+    prepared = prepare(config, tokenizer=tokenizer)
+    assert prepared.eval is not None  # they are those of `held`
+    return EvalSet(table=prepared.eval, documents=np.arange(len(prepared.eval.offsets) - 1), key=prepared.path.name)
+
+
+def _whole(reasoning: Reasoning | None) -> Reasoning | None:
+    return Reasoning.keep if reasoning is Reasoning.mask else reasoning
 
 
 def _with_objective(config: RunConfig) -> RunConfig:

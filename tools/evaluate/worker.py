@@ -23,7 +23,7 @@ from tools.evaluate.harness import benchmark
 from tools.evaluate.measure import Ints, answers, classes, head_of, longest_first, losses, scores, wanted, with_prompt
 from tools.evaluate.record import read_lines
 from tools.evaluate.scores import repetition
-from tools.evaluate.sets import EvalSet, evenly, general, held_out
+from tools.evaluate.sets import EvalSet, answered, evenly, general, held_out
 from trainers.cache import cache_root, content_key
 from trainers.config.derived import DESIRABLE
 from trainers.config.errors import ConfigError
@@ -37,7 +37,7 @@ from trainers.host import cores
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import read_json, write_json
 
-VERSION = 1
+VERSION = 2
 """Of what is measured and how: raise it when either changes."""
 
 
@@ -160,11 +160,12 @@ def parts_of(subject: Subject, dtype: str, device: torch.device) -> list[Part]:
     parts.append(Part(name="held_out", table=held, documents=documents, folder=folder))
     if text is not None:
         parts.append(Part(name="general", table=text, documents=text.documents, folder=_folder(root, *model, "loss", text.key)))
-    asked = with_prompt(held.table, documents)
+    written = answered(config, subject.tokenizer, held) if config.evaluation.rows else held
+    asked = with_prompt(written.table, documents if written is held else written.documents)
     if config.evaluation.rows and len(asked):
         documents = asked[evenly(len(asked), config.evaluation.rows)]
-        folder = _folder(root, *model, "answers", held.key, config.evaluation.max_new_tokens)
-        parts.append(Part(name="answers", table=held, documents=documents, folder=folder))
+        folder = _folder(root, *model, "answers", written.key, config.evaluation.max_new_tokens)
+        parts.append(Part(name="answers", table=written, documents=documents, folder=folder))
     return parts
 
 

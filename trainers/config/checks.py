@@ -12,10 +12,12 @@ from trainers.config.choices import (
     DataSource,
     DocumentOf,
     Export,
+    Layout,
     ObjectiveName,
     OnSpike,
     PairsOf,
     Precision,
+    Reasoning,
     Supervise,
     TooLong,
 )
@@ -298,12 +300,29 @@ def _validate_one(config: RunConfig) -> None:
     if data.document is DocumentOf.turn and data.supervise is not Supervise.assistant:
         reason = f"data.supervise is {data.supervise}, and each document has one turn that is trained"
         raise ConfigError("data.document", "turn", reason, "data.supervise=assistant")
+    if data.reasoning is not Reasoning.keep:
+        _validate_reasoning(config)
     if data.too_long is TooLong.split and config.objective.name is not ObjectiveName.cpt:
         raise ConfigError(
             "data.too_long", "split", "a conversation cannot be split into rows", "data.too_long=truncate or drop, or objective=cpt"
         )
     if data.seq_len < 2:
         raise ConfigError("data.seq_len", data.seq_len, "a row needs two tokens to have one to predict")
+
+
+def _validate_reasoning(config: RunConfig) -> None:
+    """Refuse what has no part of a row that could go without loss, or no rows with answers."""
+    data, objective = config.data, f"objective={config.objective.name}"
+    if data.layout is Layout.text:
+        reason = "is about turns and answers, and rows of layout text have none"
+        raise ConfigError("data.reasoning", str(data.reasoning), reason, "data.reasoning=keep")
+    if data.reasoning is not Reasoning.mask:
+        return
+    if rows_as(config.objective.name) is not ObjectiveName.sft:
+        reason = f"{objective} takes whole answers or texts, of which no part goes without loss"
+        raise ConfigError("data.reasoning", "mask", reason, "data.reasoning=keep, or data.reasoning=strip")
+    if data.supervise is Supervise.all:
+        raise ConfigError("data.reasoning", "mask", "data.supervise=all trains every token", "data.supervise=assistant")
 
 
 def _validate_source(data: DataConfig) -> None:

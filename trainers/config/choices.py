@@ -56,6 +56,14 @@ class DocumentOf(StrEnum):
     turn = "turn"
 
 
+class Reasoning(StrEnum):
+    """What becomes of reasoning in front of an answer: trained as it is written, in the row without loss, or left out of the row."""
+
+    keep = "keep"
+    mask = "mask"
+    strip = "strip"  # type: ignore[assignment]  # shadows str.strip, which nobody calls on a member
+
+
 class TooLong(StrEnum):
     """What becomes of a row longer than `seq_len`; `split` cuts plain text into several rows."""
 

@@ -16,7 +16,7 @@ from trainers.config.schema import DataConfig, RunConfig, SourceConfig
 
 OWN = ("source", "path", "split", "config", "data_files", "revision", "max_rows", "eval_path", "eval_split")
 """Fields of `data` that each source has for itself."""
-SHARED = ("eval_fraction", "layout", "template", "document", "supervise", "ignore")
+SHARED = ("eval_fraction", "layout", "template", "document", "supervise", "reasoning", "ignore")
 """Fields that a source has where it does not leave them to `data`."""
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 

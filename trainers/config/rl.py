@@ -6,7 +6,19 @@ import math
 import os
 import re
 
-from trainers.config.choices import KL, Activations, DocumentOf, Layout, ObjectiveName, Offload, OnSpike, PeftMethod, RewardKind, TooLong
+from trainers.config.choices import (
+    KL,
+    Activations,
+    DocumentOf,
+    Layout,
+    ObjectiveName,
+    Offload,
+    OnSpike,
+    PeftMethod,
+    Reasoning,
+    RewardKind,
+    TooLong,
+)
 from trainers.config.derived import OF_THE_MODEL, SAMPLED
 from trainers.config.errors import ConfigError
 from trainers.config.foreign import refuse_foreign
@@ -194,6 +206,7 @@ def _refuse_what_does_not_go(config: RunConfig) -> None:
         "data.mix": (sorted(data.mix), f"{objective} takes the prompts of one source", "data.path=FILE with the rows of all"),
         "data.streaming": (data.streaming, f"{objective} goes through its prompts in epochs of all", "data.streaming=false"),
         "data.document": (data.document is not DocumentOf.row, f"{own} to the last turn of a row", "data.document=row"),
+        "data.reasoning": (data.reasoning is not Reasoning.keep, f"{own}, reasoning included", "data.reasoning=keep"),
         "data.layout": (data.layout is not Layout.auto, f"{objective} takes the turns before the answer of any layout", "data.layout=auto"),
         "data.skip_bad_rows": (data.skip_bad_rows, f"{objective} takes every row's prompt", "data.skip_bad_rows=false"),
         "data.too_long": (data.too_long is TooLong.split, "a prompt cannot be split", "data.too_long=truncate"),

@@ -47,6 +47,7 @@ from trainers.config.choices import (
     PreferenceLoss,
     Quantisation,
     Ratio,
+    Reasoning,
     RewardKind,
     Schedule,
     Supervise,
@@ -125,6 +126,8 @@ class SourceConfig:
     """What one of its documents is; empty is `data.document`."""
     supervise: Supervise | None = None
     """Which of its tokens are trained; empty is `data.supervise`."""
+    reasoning: Reasoning | None = None
+    """What becomes of its reasoning; empty is `data.reasoning`."""
     ignore: list[str] | None = None
     """Fields of its rows and turns that are not read; empty is `data.ignore`."""
 
@@ -185,6 +188,8 @@ class DataConfig:
     """Largest share of rows with tools, reasoning, system text or the like that may lose them to the template. In [0, 1]."""
     supervise: Supervise = Supervise.assistant
     """Tokens that are trained; ignored by the continued pre-training objective, which trains all."""
+    reasoning: Reasoning = Reasoning.keep
+    """Reasoning before an answer, in `reasoning_content` or `<think>`: trained as written, in the row without loss, or left out."""
     seq_len: int = 2048
     """Longest row in tokens, and the length of a packed row."""
     packing: bool = True

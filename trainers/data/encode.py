@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config.choices import DocumentOf, Layout, ObjectiveName, PairsOf, Supervise, TooLong
+from trainers.config.choices import DocumentOf, Layout, ObjectiveName, PairsOf, Reasoning, Supervise, TooLong
 from trainers.config.derived import SCORED, compares, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
@@ -23,6 +23,7 @@ from trainers.data.formats import BadRow
 from trainers.data.glance import WIDTH, Glance, Keys, digest, marks_of, opening_of, sketches
 from trainers.data.masks import Rendered, Span, Template
 from trainers.data.parts import LeftOut, left_out, parts_of, search
+from trainers.data.reasoning import answer_at, stripped
 from trainers.data.sources import Row, parse
 from trainers.data.words import WordCache, word_cache
 
@@ -99,6 +100,7 @@ class Encoder:
     """Names of the classes of rows that are classified."""
     pairs: PairsOf = PairsOf.best_worst
     """Which answers of a ranked list are compared."""
+    reasoning: Reasoning = Reasoning.keep
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
@@ -174,6 +176,8 @@ class Encoder:
         from trainers.data import fields
 
         messages = formats.to_messages(row, self.layout, answered=self.objective is not ObjectiveName.classify)
+        if self.reasoning is Reasoning.strip:
+            messages = stripped(messages)
         prompt, weights = formats.first_prompt(messages), fields.turn_weights(row, self.layout, messages)
         if self.objective not in SCORED:
             self._require_supervision(row)
@@ -191,10 +195,11 @@ class Encoder:
         if self.objective in SCORED:
             rendered = [masks.render(template, messages, tools, Supervise.all)]
         elif self.document is DocumentOf.turn:
-            rendered = _each_turn(template, messages, tools, weights)
+            rendered = _each_turn(template, messages, tools, weights, self.reasoning is Reasoning.mask)
         else:
             untrained = frozenset(number for number, weight in weights.items() if not weight)
-            rendered = [masks.render(template, messages, tools, self.supervise, untrained, weights)]
+            masked = self.reasoning is Reasoning.mask
+            rendered = [masks.render(template, messages, tools, self.supervise, untrained, weights, masked)]
         require_not_rendered(messages, rendered[0].text if rendered else "", self.bos, self.opening)
         return rendered, prompt
 
@@ -204,6 +209,8 @@ class Encoder:
         from trainers.data.answers import answers_of
 
         found = answers_of(row, self.layout, self.objective, self.pairs)
+        if self.reasoning is Reasoning.strip:
+            found = replace(found, prompt=stripped(found.prompt), answers=[stripped(answer) for answer in found.answers])
         if self.template is None:
             raise ConfigError("data.template", None, "the tokenizer has no chat template, and answers need one", self.chat_remedy)
         template, tools = _with_variables(self.template, fields.template_variables(row)), formats.to_tools(row)
@@ -232,13 +239,19 @@ class Encoder:
 
     def _render_pair(self, row: Any) -> tuple[Rendered, str]:
         prompt, completion = formats.to_pair(row, self.layout)
+        answer = 0 if self.reasoning is Reasoning.keep else answer_at(completion)
+        if answer == len(completion):
+            raise BadRow(f"has nothing but reasoning, and data.reasoning={self.reasoning} does not train it")
+        if self.reasoning is Reasoning.strip:
+            completion, answer = completion[answer:], 0
         if formats.system_of(row) or formats.to_tools(row):
             reason = "rows have a system text or tools, which have no place without a chat template"
             raise ConfigError("data.template", None, reason, f"{self.chat_remedy} or data.ignore=[system,system_prompt,tools]")
         between = "" if self.layout is Layout.prompt_completion else "\n"
         if self.objective in (ObjectiveName.cpt, *SCORED) or self.supervise is Supervise.all:
             return masks.plain_text(f"{prompt}{between}{completion}", self.bos, self.eos), prompt
-        return masks.plain_pair(prompt + between, completion, self.bos, self.eos), prompt
+        pair = masks.plain_pair(prompt + between, completion, self.bos, self.eos)
+        return replace(pair, spans=[(start + answer, end) for start, end in pair.spans]), prompt
 
     def _render_conversation_text(self, messages: list[formats.Message], tools: list[Any] | None) -> Rendered:
         if self.template is None:
@@ -433,6 +446,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         ignore=config.data.ignore,
         labels=labels,
         pairs=config.data.pairs,
+        reasoning=config.data.reasoning,
     )
 
 
@@ -515,11 +529,11 @@ def _weights_of(documents: list[Documents]) -> NDArray[np.float32] | None:
 
 
 def _each_turn(
-    template: Template, messages: list[formats.Message], tools: list[Any] | None, weights: Mapping[int, float]
+    template: Template, messages: list[formats.Message], tools: list[Any] | None, weights: Mapping[int, float], masked: bool
 ) -> list[Rendered]:
     """Return a document for each trained assistant turn: the row up to it, in which it alone is trained."""
     last = [number for number, message in enumerate(messages) if message["role"] == "assistant" and weights.get(number) != 0]
-    return [masks.render(template, messages[: number + 1], tools, Supervise.last, weights=weights) for number in last]
+    return [masks.render(template, messages[: number + 1], tools, Supervise.last, weights=weights, answers_only=masked) for number in last]
 
 
 def _kinds(texts: list[Rendered]) -> dict[str, bool]:

@@ -12,6 +12,7 @@ from trainers.config.errors import ConfigError
 from trainers.data.at_once import MANY, all_at_once
 from trainers.data.formats import Message
 from trainers.data.parts import left_out, mark, parts_of, search, unmarked
+from trainers.data.reasoning import after_reasoning
 from trainers.data.template import BUILT_IN, CHATML, Span, Template, fill, fill_generated, template_of, try_fill
 from trainers.data.turns import Conversation, Place, Turn, find_turns
 
@@ -58,10 +59,11 @@ def render(
     supervise: Supervise = Supervise.assistant,
     untrained: frozenset[int] = frozenset(),
     weights: Mapping[int, float] = MappingProxyType({}),
+    answers_only: bool = False,
 ) -> Rendered:
     """Render a conversation with the spans that `supervise` asks for, each through its end-of-turn text, without turns in `untrained`.
 
-    `weights` are those of turns that do not weigh 1, by their numbers.
+    `weights` are those of turns that do not weigh 1, by their numbers. `answers_only` leaves out the reasoning before an answer.
     Raises BadRow where the template refuses the row or leaves a supervised turn out, and ConfigError where nothing marks
     the end of the last turn, since a model trained so would never stop.
     """
@@ -84,6 +86,9 @@ def render(
     own = own if any(weight != 1 for weight in own) else []
     turns = [turn for number, turn in zip(numbers, turns, strict=True) if number not in untrained]
     spans_of = [_marked(generated, turn) if generated else [(turn.start, _end(turn))] for turn in turns]
+    if answers_only:
+        trained = [number for number in numbers if number not in untrained]
+        spans_of = after_reasoning(row, dict(zip(trained, spans_of, strict=True)))
     weight_of = [weight for weight, spans in zip(own, spans_of, strict=False) for _ in spans]
     return Rendered(text, [span for spans in spans_of for span in spans], weight_of, missing)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from trainers import host
 from trainers.batch import WEIGHT
 from trainers.cache import build_once, cache_root, content_key, require_whole
-from trainers.config.choices import Layout, ObjectiveName, PairsOf, TooLong
+from trainers.config.choices import Layout, ObjectiveName, PairsOf, Reasoning, TooLong
 from trainers.config.derived import DESIRABLE, OF_STREAMS, SCORED, Source, compares, rows_as, sources_of
 from trainers.config.errors import ConfigError
 from trainers.config.mixtures import OF_LABELS
@@ -63,6 +63,8 @@ RENDERING = (
     "max_left_out_fraction",
 )
 
+LATER = ("pairs", "reasoning")
+"""Counted where they are not what they are by default, so that data that were prepared before keep their key."""
 CHECKS = ("skip_bad_rows", "max_lost_fraction", "max_left_out_fraction")
 """Of these, what decides whether rows are accepted and not what becomes of them."""
 
@@ -181,7 +183,7 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     options |= {} if data.max_rows is None else {"max_rows": str(data.max_rows)}
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
-    options |= {"pairs": str(data.pairs)} if data.pairs is not PairsOf.best_worst else {}
+    options |= {name: str(getattr(data, name)) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}
     # rows with weights were bad rows once, which skipping left out
     options |= {"weights": "read"} if data.skip_bad_rows and not data.streaming else {}
     trained, *held_out = sources_of(data)
@@ -313,8 +315,11 @@ def _require_fitting(config: RunConfig, layout: Layout) -> None:
     if config.data.pairs is not PairsOf.best_worst and layout is not Layout.ranked:
         reason = f"says which answers of a ranked list are compared, and rows of layout {layout} have none"
         raise ConfigError("data.pairs", str(config.data.pairs), reason, "data.pairs=best_worst")
+    if config.data.reasoning is not Reasoning.keep and layout is Layout.text:
+        raise ConfigError("data.reasoning", str(config.data.reasoning), REASONING_OF_TEXTS, "data.reasoning=keep")
 
 
+REASONING_OF_TEXTS = "is about turns and answers, and rows of layout text have none"
 JUDGED = (Layout.prompt_completion, Layout.messages, Layout.sharegpt)
 """Layouts whose rows have one answer, which a `label` may judge."""
 
@@ -484,6 +489,8 @@ def check_left_out(config: RunConfig, left_out: LeftOut, tokenizer: PreTrainedTo
 def _ways_to_keep(config: RunConfig, kind: str, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """Return overrides under which a kind of part is not left out."""
     ways = ["data.document=turn, which shows each turn what it sees when it answers"] if kind == "earlier" else []
+    if kind in ("reasoning", "earlier"):
+        ways.append("data.reasoning=strip, which leaves all reasoning out")
     if kind == "names":
         ways.append("data.ignore=[name]")
     elif kind != "documents" and config.data.template not in BUILT_IN:

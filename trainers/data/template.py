@@ -100,6 +100,8 @@ def _render(template: Template, messages: list[Message], tools: list[Any] | None
 
     try:
         jinja = _jinja_of(template, tools)
+        if "thinking" in jinja and "reasoning_content" not in jinja:  # gpt-oss
+            messages = [m | {"thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages]
         rendered: Any = render_jinja_template([messages], tools=tools, chat_template=jinja, **options, **template.variables)  # type: ignore
     except TemplateSyntaxError as error:
         raise ConfigError("data.template", template.name, f"is not valid Jinja: line {error.lineno}: {error.message}") from None

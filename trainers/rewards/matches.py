@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from decimal import Decimal, InvalidOperation
 
+from trainers.data.reasoning import answer_of
+
 NUMBER = re.compile(r"(?:(?<![\w.])-)?\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 """A minus belongs to a number unless it follows another one."""
 
@@ -45,7 +47,8 @@ def _canonical(text: str) -> str:
 
 
 def exact_match(answer: str, reference: str, how: str = "auto") -> float | None:
-    """Return 1.0 where answer and reference have the same extract, else 0.0; None where the reference has none."""
+    """Return 1.0 where answer and reference have the same extract after their reasoning, else 0.0; None where the reference has none."""
+    reference = answer_of(reference)
     how = resolve(how, reference)
     wanted = extract(reference, how)
-    return None if wanted is None else float(extract(answer, how) == wanted)
+    return None if wanted is None else float(extract(answer_of(answer), how) == wanted)

@@ -16,6 +16,7 @@ from functools import partial
 from importlib.util import find_spec
 
 from trainers.config.errors import ConfigError
+from trainers.data.reasoning import answer_of
 from trainers.processes import prepare_child
 from trainers.rewards.shapes import NoReward, Row
 
@@ -58,7 +59,7 @@ class Mathematics:
         process = self._start() if self.process is None else self.process
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps({"reference": str(row["reference"]), "answer": str(row["answer"])}) + "\n")
+            process.stdin.write(json.dumps({"reference": answer_of(str(row["reference"])), "answer": answer_of(str(row["answer"]))}) + "\n")
             process.stdin.flush()
             said = json.loads(self.said.get(timeout=self.timeout_s))
         except queue.Empty:

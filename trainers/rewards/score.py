@@ -25,6 +25,7 @@ from trainers.config.choices import RewardKind
 from trainers.config.errors import ConfigError
 from trainers.config.rewards import timeout_of
 from trainers.config.schema import RewardConfig
+from trainers.data.reasoning import answer_of
 from trainers.generate.endpoint import LOOK_S, check
 from trainers.health.activity import watch
 from trainers.host import cores
@@ -243,7 +244,7 @@ def _judged(name: str, reward: RewardConfig, kept: Path, needs_all: bool) -> Of:
     kept.mkdir(exist_ok=True)
 
     def all_of(rows: Sequence[Row], look: Look) -> Part:
-        texts = [(_said(row["prompt"]), str(row["answer"])) for row in rows]
+        texts = [(_said(row["prompt"]), answer_of(str(row["answer"]))) for row in rows]
         replies = kept / f"{content_key(url, model, texts)}.jsonl"
         if not needs_all:
             scores, reasons = known_scores(texts, judge, replies, look)

@@ -10,6 +10,7 @@ from typing import Any
 
 from trainers.config.choices import LengthUnit
 from trainers.config.errors import ConfigError
+from trainers.data.reasoning import answer_of
 from trainers.rewards.matches import exact_match
 
 Row = Mapping[str, Any]
@@ -84,13 +85,17 @@ def pattern(text: str) -> Reward:
 
 
 def code_of(answer: str) -> str:
-    """Return the last fenced block of an answer that is Python's or nobody's, else all of it."""
+    """Return the last fenced block after an answer's reasoning that is Python's or nobody's, else all of it."""
+    answer = answer_of(answer)
     blocks = FENCED.findall(answer)
     return str(blocks[-1]) if blocks else answer
 
 
 def schema(given: dict[str, Any] | None) -> Reward:
-    """Return 1 where the answer is JSON that the schema takes, else 0: the one that is given, else that of the row's field `schema`."""
+    """Return 1 where the answer after its reasoning is JSON that the schema takes, else 0.
+
+    It is the schema that is given, else that of the row's field `schema`.
+    """
 
     def reward(row: Row) -> float:
         wanted = given if given is not None else row["row"].get("schema")
@@ -105,7 +110,7 @@ def schema(given: dict[str, Any] | None) -> Reward:
         if not isinstance(wanted, dict):
             raise NoReward("the row has no schema")
         try:
-            return float(fits(json.loads(str(row["answer"])), wanted))
+            return float(fits(json.loads(answer_of(str(row["answer"]))), wanted))
         except (ValueError, RecursionError):
             return 0.0
 

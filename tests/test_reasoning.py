@@ -1,0 +1,222 @@
+"""Reasoning is trained as written, in the row without loss, or left out, as set; and what measures an answer looks after it.
+
+GOLDEN=write makes tests/golden/reasoning.txt anew.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+from chat_tokenizers import GOLDEN, TOKENS, tokenizer_of
+from preparing import TOKENIZER, prepared, settings, trained, write
+
+from tools.evaluate.measure import reasoning_tokens
+from tools.evaluate.scores import is_refusal, score
+from tools.evaluate.sets import answered, held_out
+from trainers.config.choices import DocumentOf, Layout, Metric, Reasoning
+from trainers.config.errors import ConfigError
+from trainers.data import reasoning
+from trainers.data.formats import BadRow, to_messages
+from trainers.data.masks import fill, render, template_of
+from trainers.data.prepare import data_key
+from trainers.data.reasoning import answer_of, answer_starts, stripped
+from trainers.data.turns import Conversation
+from trainers.rewards.mathematics import Mathematics
+from trainers.rewards.shapes import code_of, exact, schema
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+ASKED = {"role": "user", "content": "a?"}
+ROWS = {
+    "field": [
+        *(ASKED, {"role": "assistant", "content": "b", "reasoning_content": "first"}),
+        *({"role": "user", "content": "c?"}, {"role": "assistant", "content": "d", "reasoning_content": "second"}),
+    ],
+    "tags": [ASKED, {"role": "assistant", "content": "<think>\nfirst\n</think>\n\nb"}],
+    "call": [
+        *(ASKED, {"role": "assistant", "tool_calls": [CALL], "reasoning_content": "first"}),
+        *({"role": "tool", "content": "1", "name": "add"}, {"role": "assistant", "content": "b", "reasoning_content": "second"}),
+    ],
+}
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.tool_calls and m.content and m.thinking %}{{ raise_exception('content and thinking next to a call') }}{% endif %}"
+    "{% if m.thinking and (loop.last or m.tool_calls) %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% if m.tool_calls %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary json<|message|>"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|call|>"
+    "{% else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+"""In the spirit of gpt-oss: it calls reasoning `thinking`, and takes no text next to reasoning and a tool call."""
+
+
+def template_named(name):
+    tokenizer = tokenizer_of("chatml" if name == "harmony" else name)
+    if name == "harmony":
+        tokenizer.add_tokens(["<|end|>", "<|call|>", "<|return|>"], special_tokens=True)
+        tokenizer.chat_template = HARMONY
+    return template_of(tokenizer, name)
+
+
+def turns(row):
+    return to_messages({"messages": row}, Layout.messages)
+
+
+def rendering(template, row, how):
+    try:
+        messages = stripped(turns(row)) if how is Reasoning.strip else turns(row)
+        found = render(template, messages, answers_only=how is Reasoning.mask)
+    except BadRow as error:
+        return f"BadRow: {error}"
+    out, at = [], 0
+    for start, end in found.spans:
+        out += [found.text[at:start], "⟦", found.text[start:end], "⟧"]
+        at = end
+    return "".join([*out, found.text[at:]])
+
+
+def test_masks_of_reasoning_equal_their_golden_file():
+    parts = [
+        f"##### {name}, {key}, {how}\n{rendering(template_named(name), row, how)}\n"
+        for name in ("chatml", "think", "deepseek", "llama3", "marked", "harmony")
+        for key, row in ROWS.items()
+        for how in Reasoning
+    ]
+    file = GOLDEN / "reasoning.txt"
+    if os.environ.get("GOLDEN") == "write":
+        file.write_text("".join(parts))
+    assert "".join(parts) == file.read_text()
+
+
+@pytest.mark.parametrize("name", [*TOKENS, "harmony"])
+def test_masked_rows_are_those_that_are_kept_and_train_what_is_after_the_reasoning(name):
+    """The text is the same; of each turn what is trained is an end of what was; and no word of the reasoning is in it."""
+    template = template_named(name)
+    for row in ROWS.values():
+        try:
+            whole = render(template, turns(row))
+        except BadRow:
+            continue
+        masked = render(template, turns(row), answers_only=True)
+        assert masked.text == whole.text
+        for (start, end), (first, last) in zip(masked.spans, whole.spans, strict=True):
+            assert (end, first <= start) == (last, True)
+            assert not any(word in masked.text[start:end] for word in ("first", "second", "think"))
+
+
+@pytest.mark.parametrize("name", ["chatml", "think", "llama3"])
+def test_answers_found_in_one_rendering_are_those_of_a_rendering_each(name):
+    template = template_named(name)
+    for row in ROWS.values():
+        messages = turns(row)
+        conversation = Conversation(template, messages, None, fill(template, messages, None))
+        numbers = [number for number, message in enumerate(messages) if reasoning.has_thought(message)]
+        marks = reasoning.unused_characters(conversation.text, len(numbers))
+        each = {number: reasoning._start_of(conversation, number, mark) for number, mark in zip(numbers, marks, strict=True)}
+        assert answer_starts(conversation, numbers) == each
+
+
+def test_a_prepared_row_trains_what_is_set(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{"messages": ROWS["field"]}])
+    thought = "<think>\n{}\n</think>\n\n".format
+    assert trained(file) == [f"{thought('first')}b<|im_end|>|{thought('second')}d<|im_end|>"]
+    assert trained(file, reasoning=Reasoning.mask) == ["b<|im_end|>|d<|im_end|>"]
+    assert trained(file, reasoning=Reasoning.mask, document=DocumentOf.turn) == ["b<|im_end|>", "d<|im_end|>"]
+    assert trained(file, reasoning=Reasoning.strip) == ["b<|im_end|>|d<|im_end|>"]
+    assert "first" not in TOKENIZER.decode(prepared(file, reasoning=Reasoning.strip).train.tokens)
+    assert "first" in TOKENIZER.decode(prepared(file, reasoning=Reasoning.mask).train.tokens)
+
+
+def test_a_plain_completion_and_both_answers_of_a_pair_are_of_one_kind_with_turns(tmp_path):
+    said = "<think>so</think> 4"
+    file = write(tmp_path / "rows.jsonl", [{"prompt": "2+2? ", "completion": said}])
+    assert trained(file, template=False) == [f"{said}<|im_end|>"]
+    assert trained(file, template=False, reasoning=Reasoning.mask) == ["4<|im_end|>"]
+    assert trained(file, template=False, reasoning=Reasoning.strip) == ["4<|im_end|>"]
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": "2+2?", "chosen": said, "rejected": "<think>no</think>5"}])
+    assert trained(pairs, "dpo", reasoning=Reasoning.strip) == ["4<|im_end|>", "5<|im_end|>"]
+
+
+@pytest.mark.parametrize("how", [Reasoning.mask, Reasoning.strip])
+def test_a_row_of_reasoning_alone_is_a_bad_row_and_texts_are_refused(how, tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{"prompt": "2+2?", "completion": "<think>so"}, {"prompt": "2+2?", "completion": "4"}])
+    with pytest.raises(ConfigError, match="nothing but reasoning"):
+        prepared(file, template=False, reasoning=how)
+    with pytest.raises(ConfigError, match="layout text") as caught:
+        prepared(write(tmp_path / "texts.jsonl", [{"text": "4"}]), reasoning=how)
+    assert caught.value.remedy == "data.reasoning=keep"
+    turn = write(tmp_path / "turns.jsonl", [{"messages": [ASKED, {"role": "assistant", "content": "", "reasoning_content": "so"}]}])
+    if how is Reasoning.strip:
+        with pytest.raises(ConfigError, match="turn 2 has nothing but reasoning"):
+            prepared(turn, reasoning=how)
+
+
+def test_data_that_were_prepared_before_keep_their_key(tmp_path):
+    file = write(tmp_path / "rows.jsonl", [{"messages": ROWS["field"]}])
+    keys = {how: data_key(settings(file, reasoning=how), TOKENIZER) for how in Reasoning}
+    assert len(set(keys.values())) == 3
+    assert keys[Reasoning.keep] == data_key(settings(file), TOKENIZER)
+
+
+def test_a_model_that_is_trained_without_loss_on_reasoning_is_not_asked_with_the_rows_reasoning(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, ROWS["field"][1]]} for n in range(20)]
+    config = settings(write(tmp_path / "rows.jsonl", rows), eval_fraction=0.2, reasoning=Reasoning.mask)
+    held = held_out(config, TOKENIZER)
+    asked = answered(config, TOKENIZER, held)
+    for number in asked.documents:
+        assert "first" not in TOKENIZER.decode(np.asarray(asked.table.prompt(int(number))))
+        assert "first" in TOKENIZER.decode(np.asarray(held.table.prompt(int(number))))
+    kept = dataclasses.replace(config, data=dataclasses.replace(config.data, reasoning=Reasoning.strip))
+    assert answered(kept, TOKENIZER, held) is held
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("4", "4"),
+        ("<think>2+2 is 5?</think>\n\n4", "4"),
+        ("2+2 is 5?\n</think>\n4", "4"),
+        ("<think>2+2 is 5? 4", ""),
+        ("analysis2+2 is 5?assistantfinal4", "4"),
+        ("I think <think> is a tag.", "I think <think> is a tag."),
+    ],
+)
+def test_an_answer_is_what_comes_after_the_reasoning(text, answer):
+    assert answer_of(text) == answer
+
+
+def test_rewards_and_metrics_look_after_the_reasoning():
+    said = '<think>I\'m sorry, is it 5? ```python\nwrong\n``` {"a": 2} \\boxed{5}</think>\n\n'
+    row = {"answer": said + "4", "reference": "<think>easy</think>4", "row": {}}
+    assert exact("whole")(row) == 1.0
+    assert exact("number")(row | {"answer": "4 </think> 5"}) == 0.0
+    assert schema({"type": "object"})(row | {"answer": said + '{"a": 1}'}) == 1.0
+    assert code_of(said + "```python\nright\n```") == "right\n"
+    assert code_of(said + "right") == "right"
+    for metric, answer in ((Metric.exact_match, "4"), (Metric.rouge_l, "4"), (Metric.json, '{"a": 1}')):
+        assert score(metric, said + answer, row["reference"], "whole") == 1.0
+    assert is_refusal("<think>Let me see.</think>I'm sorry, I can't.")
+    assert not is_refusal(said + "4")
+
+
+def test_mathematics_is_compared_after_the_reasoning():
+    pytest.importorskip("math_verify")
+    mathematics = Mathematics(30.0)
+    try:
+        row = {"answer": "<think>$\\boxed{5}$</think> $\\frac{8}{2}$", "reference": "<think>$5$</think>$4$"}
+        assert mathematics(row) == 1.0
+        assert mathematics(row | {"answer": "<think>$4$</think> $5$"}) == 0.0
+    finally:
+        mathematics.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("<think>two and two</think>", "\n\n4"), ("<think>two", ""), ("", "4"), ("two </think>", " 4")]
+)
+def test_tokens_of_reasoning_are_counted_by_any_tokenizer(before, after):
+    for tokenizer in (tokenizer_of("chatml"), tokenizer_of("think")):
+        tokenizer.add_tokens(["<think>", "</think>"])
+        ids = tokenizer.encode(before + after, add_special_tokens=False)
+        kept = [number for number in ids if number not in tokenizer.all_special_ids]
+        assert reasoning_tokens(tokenizer, kept) == len(tokenizer.encode(before, add_special_tokens=False))
