@@ -21,7 +21,7 @@ from trainers.config.choices import (
     Supervise,
     TooLong,
 )
-from trainers.config.derived import OF_MIXTURES, OF_STREAMS, SAMPLED, compares, has_held_out, of_answers, peak_lr, rows_as
+from trainers.config.derived import OF_MIXTURES, OF_STREAMS, OF_STYLES, SAMPLED, compares, has_held_out, of_answers, peak_lr, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.kernels import validate_kernels
 from trainers.config.local import FILE_TYPES, file_type, is_remote, looks_local, require_known_scheme, require_model_directory
@@ -300,8 +300,9 @@ def _validate_one(config: RunConfig) -> None:
     if data.document is DocumentOf.turn and data.supervise is not Supervise.assistant:
         reason = f"data.supervise is {data.supervise}, and each document has one turn that is trained"
         raise ConfigError("data.document", "turn", reason, "data.supervise=assistant")
-    if data.reasoning is not Reasoning.keep:
+    if data.layout is Layout.styles or any(getattr(data, name) != getattr(DataConfig(), name) for name in ("reasoning", *OF_STYLES)):
         _validate_reasoning(config)
+        _validate_styles(config)
     if data.too_long is TooLong.split and config.objective.name is not ObjectiveName.cpt:
         raise ConfigError(
             "data.too_long", "split", "a conversation cannot be split into rows", "data.too_long=truncate or drop, or objective=cpt"
@@ -313,6 +314,8 @@ def _validate_one(config: RunConfig) -> None:
 def _validate_reasoning(config: RunConfig) -> None:
     """Refuse what has no part of a row that could go without loss, or no rows with answers."""
     data, objective = config.data, f"objective={config.objective.name}"
+    if data.reasoning is Reasoning.keep:
+        return
     if data.layout is Layout.text:
         reason = "is about turns and answers, and rows of layout text have none"
         raise ConfigError("data.reasoning", str(data.reasoning), reason, "data.reasoning=keep")
@@ -323,6 +326,25 @@ def _validate_reasoning(config: RunConfig) -> None:
         raise ConfigError("data.reasoning", "mask", reason, "data.reasoning=keep, or data.reasoning=strip")
     if data.supervise is Supervise.all:
         raise ConfigError("data.reasoning", "mask", "data.supervise=all trains every token", "data.supervise=assistant")
+
+
+def _validate_styles(config: RunConfig) -> None:
+    """Refuse styles without their layout, and the layout without styles or without an answer to train on."""
+    data = config.data
+    if Layout.styles not in (data.layout, *(source.layout for source in data.mix.values())):
+        for name in (name for name in OF_STYLES if getattr(data, name) != getattr(DataConfig(), name)):
+            value = getattr(data, name) if name == "styles" else str(getattr(data, name))
+            raise ConfigError(f"data.{name}", value, "is of rows with texts in several styles", "data.layout=styles, or leave it out")
+        return
+    if len(set(data.styles)) < max(2, len(data.styles)):
+        reason = "names the fields with the texts of one meaning, two or more, each once"
+        raise ConfigError("data.styles", data.styles, reason, "data.styles=[business,casual]")
+    if data.style_instruction and "{style}" not in data.style_instruction:
+        reason = "names no style, so that nothing would tell which one is wanted: it has no {style}"
+        raise ConfigError("data.style_instruction", data.style_instruction, reason, "leave it out")
+    if rows_as(config.objective.name) is not ObjectiveName.sft:
+        reason = f"rows of layout styles are prompts and answers, and objective={config.objective.name} takes others"
+        raise ConfigError("data.layout", "styles", reason, "objective=sft")
 
 
 def _validate_source(data: DataConfig) -> None:

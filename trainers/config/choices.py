@@ -38,6 +38,7 @@ class Layout(StrEnum):
     preference = "preference"
     ranked = "ranked"
     unpaired = "unpaired"
+    styles = "styles"
     text = "text"
 
 
@@ -54,6 +55,13 @@ class DocumentOf(StrEnum):
 
     row = "row"
     turn = "turn"
+
+
+class StyleRows(StrEnum):
+    """What a row of texts in several styles becomes: a row for each pair of them in both directions, or one."""
+
+    both = "both"
+    one = "one"
 
 
 class Reasoning(StrEnum):

@@ -13,6 +13,7 @@ from trainers.config.schema import DataConfig, OptimConfig, PeftConfig, RunConfi
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
 
+OF_STYLES = ("styles", "style_rows", "style_instruction")
 OF_MIXTURES = ("mix_by", "mix_exhausted", "mix_temperature", "mix_ratio", "mix_steps", "mix_change")
 """Fields of `data` that are about all sources of a mixture together."""
 

@@ -50,6 +50,7 @@ from trainers.config.choices import (
     Reasoning,
     RewardKind,
     Schedule,
+    StyleRows,
     Supervise,
     TooLong,
     WandbMode,
@@ -180,6 +181,12 @@ class DataConfig:
     """Row layout; `auto` recognises and prints it."""
     pairs: PairsOf = PairsOf.best_worst
     """Layout `ranked`: which answers of a row are compared. Answers of one score, or of one text, are not; they are counted."""
+    styles: list[str] = field(default_factory=list)
+    """Layout `styles`: the fields with the texts of one meaning, which are the names of their styles, such as [business,casual]."""
+    style_rows: StyleRows = StyleRows.both
+    """Layout `styles`: `both` directions between two texts are a row each, or `one` of them, which the texts decide."""
+    style_instruction: str = "Rewrite the text in a {style} style."
+    """Layout `styles`: what is asked; {style} is the name of the style that is wanted. Empty leaves the text alone as the prompt."""
     template: str | None = None
     """A Jinja file, `chatml`, `plain`, or the name of one of the tokenizer's own; empty takes the tokenizer's own."""
     document: DocumentOf = DocumentOf.row

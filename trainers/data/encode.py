@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config.choices import DocumentOf, Layout, ObjectiveName, PairsOf, Reasoning, Supervise, TooLong
+from trainers.config.choices import DocumentOf, Layout, ObjectiveName, PairsOf, Reasoning, StyleRows, Supervise, TooLong
 from trainers.config.derived import SCORED, compares, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RunConfig
@@ -101,6 +101,10 @@ class Encoder:
     pairs: PairsOf = PairsOf.best_worst
     """Which answers of a ranked list are compared."""
     reasoning: Reasoning = Reasoning.keep
+    styles: Sequence[str] = ()
+    """Fields of texts in several styles, what becomes of them and what is asked."""
+    style_rows: StyleRows = StyleRows.both
+    style_instruction: str = ""
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
@@ -147,8 +151,9 @@ class Encoder:
             return set()
         from trainers.data import fields
 
-        if self.objective in SCORED:
-            row = {name: value for name, value in row.items() if name not in ("label", "score", "margin")}
+        if self.objective in SCORED or self.layout is Layout.styles:
+            read = ("label", "score", "margin") if self.objective in SCORED else self.styles
+            row = {name: value for name, value in row.items() if name not in read}
         fields.check(row, self.layout)
         return fields.unread(row, self.layout)
 
@@ -169,6 +174,8 @@ class Encoder:
             return [masks.plain_text(text, self.bos, self.eos)], text
         if self.layout in (Layout.preference, Layout.ranked, Layout.unpaired):
             return self._render_answers(row)
+        if self.layout is Layout.styles:
+            return self._render_styles(row)
         plain = self.template is None or self.objective is ObjectiveName.cpt
         if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
             pair, prompt = self._render_pair(row)
@@ -202,6 +209,14 @@ class Encoder:
             rendered = [masks.render(template, messages, tools, self.supervise, untrained, weights, masked)]
         require_not_rendered(messages, rendered[0].text if rendered else "", self.bos, self.opening)
         return rendered, prompt
+
+    def _render_styles(self, row: Any) -> tuple[list[Rendered], str]:
+        """Return the rows that a row of texts in several styles becomes."""
+        from trainers.data.styles import meaning, to_rows
+
+        rows = to_rows(row, self.styles, self.style_rows, self.style_instruction)
+        each = replace(self, layout=Layout.alpaca)
+        return [text for one in rows for text in each.render(one)[0]], meaning(row, self.styles)
 
     def _render_answers(self, row: Any) -> tuple[list[Rendered], str]:
         """Return the prompt with each of its answers, those of a pair one after the other; answers are trained, no turn of the prompt."""
@@ -418,7 +433,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
     eos = str(tokenizer.eos_token or "")
     can_grow = may_grow(config)
     remedy = chat_remedy(tokenizer, can_grow)
-    plain = layout in (Layout.question_answer, Layout.alpaca, Layout.prompt_completion) and template is None
+    plain = layout in (Layout.question_answer, Layout.alpaca, Layout.prompt_completion, Layout.styles) and template is None
     if plain and not eos and rows_as(config.objective.name) is ObjectiveName.sft:
         raise ConfigError("model.tokenizer", name, "the tokenizer has no eos_token, so nothing would end an answer", remedy)
     if template is not None and layout is not Layout.text and config.objective.name is not ObjectiveName.cpt:
@@ -447,6 +462,9 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         labels=labels,
         pairs=config.data.pairs,
         reasoning=config.data.reasoning,
+        styles=config.data.styles,
+        style_rows=config.data.style_rows,
+        style_instruction=config.data.style_instruction,
     )
 
 

@@ -75,6 +75,7 @@ READ = {
     Layout.preference: {"prompt", "chosen", "rejected", *KNOWN_ROW},
     Layout.ranked: {"prompt", "instruction", "question", *RANKED_KEYS, *SCORE_KEYS, *KNOWN_ROW},
     Layout.unpaired: {"prompt", "completion", "response", "label", *CONVERSATION_KEYS, *KNOWN_ROW},
+    Layout.styles: KNOWN_ROW,
     Layout.text: {"text", *KNOWN_ROW} - set(CONTEXT),
 }
 

@@ -63,7 +63,7 @@ RENDERING = (
     "max_left_out_fraction",
 )
 
-LATER = ("pairs", "reasoning")
+LATER = ("pairs", "reasoning", "styles", "style_rows", "style_instruction")
 """Counted where they are not what they are by default, so that data that were prepared before keep their key."""
 CHECKS = ("skip_bad_rows", "max_lost_fraction", "max_left_out_fraction")
 """Of these, what decides whether rows are accepted and not what becomes of them."""
