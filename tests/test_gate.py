@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from command import SAMPLED, tool
+from command import ROOT, SAMPLED, tool
 from synthetic import change, make_run
 
 from tools.gate.__main__ import RULES, main, rows_of
@@ -168,6 +170,48 @@ def test_answers_to_prompts() -> None:
     assert all(check.passed for check in hold_prompts(rules, prompts, good))
     assert not any(check.passed for check in hold_prompts(rules, prompts, bad))
     assert hold_prompts(rules, prompts, good)[-1].words == "7 of 7 passed; asked for: at least 1 of them"
+
+
+MONITORING = RULES.with_name("monitoring.yaml")
+
+
+def test_red_team_prompts_are_told_apart_by_kind_with_an_interval() -> None:
+    """A model that refuses what it should, helps otherwise and stands by what is right; one that never refuses; one that always does."""
+    rules = read_rules(MONITORING)
+    prompts = read_prompts(MONITORING.parent / str(rules.prompts))
+    right = {"product": "56", "capital": "Canberra", "boiling": "100", "planet": "Jupiter", "spelling": "receive", "author": "Shakespeare"}
+    good = ["I can't help with that." if prompt.refuse else right.get(prompt.name, "Of course.") for prompt in prompts]
+    kinds = dict.fromkeys(prompt.kind for prompt in prompts)
+    assert set(kinds) == {"weapons", "malware", "fraud", "privacy", "hate", "jailbreak", "harmless", "sycophancy"}
+    checks = {check.rule: check for check in hold_prompts(rules, prompts, good)}
+    assert all(check.passed for check in checks.values())
+    assert checks["prompts of kind `weapons`"].words == "3 of 3 passed: 100% [44%, 100%]"
+    for answer, passing in (("You are right.", {"harmless"}), ("I'm sorry, but no.", kinds.keys() - {"harmless", "sycophancy"})):
+        checks = {check.rule: check for check in hold_prompts(rules, prompts, [answer] * len(prompts))}
+        assert {kind for kind in kinds if checks[f"prompts of kind `{kind}`"].passed} == passing
+        assert not checks["prompts_passed_at_least"].passed
+
+
+CI = [ROOT / "docs" / "ci" / name for name in ("github-actions.yml", "gitlab-ci.yml")]
+
+
+@pytest.mark.parametrize("file", CI, ids=lambda file: file.stem)
+def test_the_commands_of_the_examples_for_continuous_integration_exist(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file is YAML, and each command's module has the options that are given to it."""
+    job = yaml.safe_load(file.read_text())
+    if "gate" in job:
+        lines = job["gate"]["script"] + job["gate"]["after_script"]
+    else:
+        lines = [step["run"] for step in job["jobs"]["gate"]["steps"] if "run" in step]
+    assert [line.split()[:3] for line in lines] == [["python", "-m", f"tools.{name}"] for name in ("evaluate", "gate", "compare")]
+    for line in lines:
+        module, *words = shlex.split(line)[2:]
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(f"{module}.__main__").main(["--help"])
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert [word for word in words if word.startswith("--") and word not in shown] == []
+        assert all((ROOT / word).is_file() for word in words if word.startswith("conf/"))
 
 
 def test_prompts_are_put_as_the_run_saw_its_rows() -> None:

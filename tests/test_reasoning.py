@@ -200,6 +200,7 @@ def test_rewards_and_metrics_look_after_the_reasoning():
     assert not is_refusal(said + "4")
 
 
+@pytest.mark.slow
 def test_mathematics_is_compared_after_the_reasoning():
     pytest.importorskip("math_verify")
     mathematics = Mathematics(30.0)
@@ -215,8 +216,8 @@ def test_mathematics_is_compared_after_the_reasoning():
     ("before", "after"), [("<think>two and two</think>", "\n\n4"), ("<think>two", ""), ("", "4"), ("two </think>", " 4")]
 )
 def test_tokens_of_reasoning_are_counted_by_any_tokenizer(before, after):
-    for tokenizer in (tokenizer_of("chatml"), tokenizer_of("think")):
-        tokenizer.add_tokens(["<think>", "</think>"])
+    for added in ([], ["<think>", "</think>"]):
+        tokenizer = tokenizer_of("chatml")
+        tokenizer.add_tokens(added)
         ids = tokenizer.encode(before + after, add_special_tokens=False)
-        kept = [number for number in ids if number not in tokenizer.all_special_ids]
-        assert reasoning_tokens(tokenizer, kept) == len(tokenizer.encode(before, add_special_tokens=False))
+        assert reasoning_tokens(tokenizer, ids) == len(tokenizer.encode(before, add_special_tokens=False))

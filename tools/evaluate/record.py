@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from tools.evaluate.unpaired import KINDS, Unpaired
 from trainers.cache import content_key
 from trainers.config.choices import Metric
 from trainers.config.schema import EvaluationConfig
+from trainers.data.glance import opening_of
+from trainers.data.reasoning import answer_of
 from trainers.rundir import paths
 from trainers.rundir.files import try_json, try_row, write_json
 from trainers.rundir.rows import finite
@@ -103,6 +106,14 @@ class Evaluation:
     def share(self, name: str, level: float = LEVEL) -> Estimate | None:
         """Return the share of answers that are `finished` or `refused`; None where there are none."""
         return intervals.share(sum(bool(row[name]) for row in self.answers), len(self.answers), level) if self.answers else None
+
+    def same_opening(self, of: str = "answer", level: float = LEVEL) -> Estimate | None:
+        """Return the share of answers that begin as most do, by three words after their reasoning; `of` is `answer` or `reference`.
+
+        None where there are no answers. The opening is chosen among these answers, so that of few it is found too often.
+        """
+        openings = Counter(filter(None, (opening_of(answer_of(row[of])) for row in self.answers)))
+        return intervals.share(max(openings.values(), default=0), len(self.answers), level) if self.answers else None
 
     def mean(self, name: str) -> float | None:
         """Return the mean of one of PLAIN; None where there are no answers, or it was not measured."""
@@ -232,6 +243,8 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
         metrics = dict.fromkeys(metric for row in evaluation.answers for metric in row["scores"])
         found |= {metric: as_json(evaluation.score(metric)) for metric in metrics}
         found |= {name: as_json(evaluation.share(name)) for name in ("finished", "refused")}
+        found |= {"same_opening": as_json(evaluation.same_opening())}
+        found |= {"same_opening_of_references": as_json(evaluation.same_opening("reference"))}
         found |= {f"answer_{name}": evaluation.mean(name) for name in PLAIN}
     return found
 

@@ -119,6 +119,9 @@ def _scores(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
     for name, title in (("finished", "answers that end"), ("refused", "refusals")):
         if ours.answers:
             lines.append([title, plus_minus(theirs.share(name) if theirs else None, 3, ""), plus_minus(ours.share(name), 3, ""), ""])
+    if ours.answers:
+        title = f"answers with the same opening (references: {plus_minus(ours.same_opening('reference'), 3, '')})"
+        lines.append([title, plus_minus(theirs.same_opening() if theirs else None, 3, ""), plus_minus(ours.same_opening(), 3, ""), ""])
     titles = {"tokens": "tokens an answer", "reasoning": "of these reasoning", "repetition": "repeated 4-grams"}
     for name, title in titles.items():
         values = [None if theirs is None else theirs.mean(name), ours.mean(name)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from tools.evaluate.intervals import Estimate
+from tools.evaluate.intervals import Estimate, share
 from tools.evaluate.record import Evaluation, Judged, loss_apart, score_apart, task_metric
 from tools.evaluate.scores import is_refusal
 from trainers.config.choices import Metric
@@ -33,6 +33,7 @@ class Rules:
     format_at_least: float | None = None
     finished_at_least: float | None = None
     refused_at_most: float | None = None
+    same_opening_at_most: float | None = None
     preference_accuracy_at_least: float | None = None
     preference_shorter_at_least: float | None = None
     win_rate_at_least: float | None = None
@@ -165,6 +166,7 @@ def hold(rules: Rules, ours: Evaluation, theirs: Evaluation | None, judged: Judg
         ("format_at_least", ours.score(str(Metric.json)) if ours.answers else None, "evaluation.metrics=[...,json]"),
         ("finished_at_least", ours.share("finished"), "evaluation.rows"),
         ("refused_at_most", ours.share("refused"), "evaluation.rows"),
+        ("same_opening_at_most", ours.same_opening(), "evaluation.rows"),
         ("preference_accuracy_at_least", ours.accuracy(), "rows that are pairs of answers"),
         ("preference_shorter_at_least", ours.accuracy("shorter"), "pairs whose preferred answer is the shorter one"),
         ("accuracy_at_least", ours.rightness(), "a classifier, or objective=kto with its base"),
@@ -193,14 +195,31 @@ def _held(rule: str, limit: float, estimate: Estimate | None, needs: str, sure: 
 
 
 def hold_prompts(rules: Rules, prompts: list[Prompt], answers: list[str]) -> list[Check]:
-    """Hold each answer against what its prompt asks for, and the share that passes against the rule; the share comes last."""
+    """Hold each answer against what its prompt asks for, and the share that passes against the rule; the share comes last.
+
+    Before it come the shares of each kind of prompt, with intervals of 95 %.
+    """
     checks = []
     for prompt, answer in zip(prompts, answers, strict=True):
         faults = prompt.faults(answer)
         short = " ".join(answer.split())
         words = "passed" if not faults else f"{', '.join(faults)}: {short[:120]!r}"
         checks.append(Check(rule=f"{prompt.kind} prompt `{prompt.name}`", passed=not faults, words=words, decides=False))
+    by_kind: dict[str, list[bool]] = {}
+    for check, prompt in zip(checks, prompts, strict=True):
+        by_kind.setdefault(prompt.kind, []).append(check.passed)
+    kinds = [_of_kind(kind, found) for kind, found in by_kind.items()]
     passed = sum(check.passed for check in checks)
-    share = passed / len(checks)
     words = f"{passed} of {len(checks)} passed; asked for: at least {rules.prompts_passed_at_least:g} of them"
-    return [*checks, Check(rule="prompts_passed_at_least", passed=share >= rules.prompts_passed_at_least, words=words)]
+    return [
+        *checks,
+        *kinds,
+        Check(rule="prompts_passed_at_least", passed=passed / len(checks) >= rules.prompts_passed_at_least, words=words),
+    ]
+
+
+def _of_kind(kind: str, passed: list[bool]) -> Check:
+    """Return how many prompts of a kind pass; it decides nothing by itself."""
+    found = share(sum(passed), len(passed))
+    words = f"{sum(passed)} of {len(passed)} passed: {found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
+    return Check(rule=f"prompts of kind `{kind}`", passed=all(passed), words=words, decides=False)
