@@ -183,6 +183,8 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "no such evaluation rows": ["evaluation.path=/nowhere"],
     "nothing that measures": ["evaluation.metrics=[]"],
     "an expression that is none": ["evaluation.extract=(("],
+    "a count of an expression that is none": ["evaluation.count_in_prompt=(("],
+    "a count of nothing": ["evaluation.count_in_prompt=a*"],
     "two groups": ["evaluation.extract=(a)(b)"],
     "one class": ["objective=classify", "objective.labels=[a]"],
     "weights of other classes": ["objective=classify", "objective.class_weights=[1,2]"],

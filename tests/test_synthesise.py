@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -313,6 +314,22 @@ def test_raft_rows_have_one_document_that_answers_or_none(server: list[str], tmp
             assert answer.startswith(f'Document {of["golden"]} says: "{of["quote"]}"')
             assert answer.endswith(f"Answer: {of['answer']}")
     assert synthesise("raft", tmp_path / "few.jsonl", *words, "rows=5") == found[:5]
+
+
+def test_raft_levels_are_a_question_with_each_number_of_distractors(server: list[str], tmp_path: Path) -> None:
+    texts = [f"Lamp {at} is {'green' if at % 3 else 'red'} and stands near river {at // 2}. Nobody knows why." for at in range(12)]
+    source = write_rows(tmp_path / "docs.jsonl", [{"text": text} for text in texts])
+    found = synthesise("raft", tmp_path / "out.jsonl", *server, f"source={source}", "raft.distractors=3", "raft.levels=true")
+    assert len(found) % 4 == 0
+    for at in range(0, len(found), 4):
+        of = [row["from"] for row in found[at : at + 4]]
+        assert [one["distractors"] for one in of] == [0, 1, 2, 3]
+        assert len({(one["quote"], one["answer"]) for one in of}) == 1
+        places = [[place["line"] for place in one["documents"]] for one in of]
+        assert all(set(fewer) < set(more) for fewer, more in itertools.pairwise(places))
+        for row, lines in zip(found[at : at + 4], places, strict=True):
+            assert len(re.findall(r"(?m)^Document [0-9]+:", row["messages"][0]["content"])) == len(lines)
+            assert row["from"]["quote"] in texts[lines[row["from"]["golden"] - 1] - 1]
 
 
 def test_a_judge_filters_and_the_least_alike_rows_stay(server: list[str], rows: str, tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument(
         "--extract", metavar="HOW", help="what exact_match compares: auto, hashes, number, whole, or a regular expression"
     )
+    settings.add_argument(
+        "--count-in-prompt",
+        metavar="REGEX",
+        help="the score also by how often this matches in the prompt, as documents of RAFT do",
+    )
     settings.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     settings.add_argument("--general", metavar="FILE", help="text of the base's own domain: a file, a run, a hub id, or `sampled`")
     settings.add_argument("--general-rows", type=int, metavar="N", help="rows of it that count")

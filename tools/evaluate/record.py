@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -103,6 +104,12 @@ class Evaluation:
         values = values[~np.isnan(values)]
         return intervals.mean(values, level) if len(values) else None
 
+    def score_by_count(self, metric: str, level: float = LEVEL) -> dict[int, Estimate]:
+        """Return the mean of a metric by how often `evaluation.count_in_prompt` matches, fewest first; empty where nothing was counted."""
+        values, counts = self.scores(metric), np.array([row.get("count", -1) for row in self.answers])
+        kept = ~np.isnan(values) & (counts >= 0)
+        return {int(count): intervals.mean(values[kept & (counts == count)], level) for count in np.unique(counts[kept])}
+
     def share(self, name: str, level: float = LEVEL) -> Estimate | None:
         """Return the share of answers that are `finished` or `refused`; None where there are none."""
         return intervals.share(sum(bool(row[name]) for row in self.answers), len(self.answers), level) if self.answers else None
@@ -189,7 +196,9 @@ def scored(answer: dict[str, Any], settings: EvaluationConfig) -> dict[str, Any]
     """Return an answer's row with its scores, and whether it refuses."""
     texts = answer["answer"], answer["reference"]
     scores = {str(metric): score(metric, *texts, settings.extract) for metric in settings.metrics}
-    return answer | {"scores": scores, "refused": is_refusal(answer["answer"])}
+    pattern = settings.count_in_prompt
+    counted = {} if pattern is None else {"count": sum(1 for _ in re.finditer(pattern, answer["prompt"]))}
+    return answer | {"scores": scores, "refused": is_refusal(answer["answer"])} | counted
 
 
 def write(folder: Path, name: str, about: dict[str, Any], rows: dict[str, list[dict[str, Any]]]) -> Evaluation:
@@ -243,6 +252,8 @@ def figures(evaluation: Evaluation) -> dict[str, Any]:
         metrics = dict.fromkeys(metric for row in evaluation.answers for metric in row["scores"])
         found |= {metric: as_json(evaluation.score(metric)) for metric in metrics}
         found |= {name: as_json(evaluation.share(name)) for name in ("finished", "refused")}
+        if by_count := evaluation.score_by_count(metric := str(task_metric(evaluation))):
+            found[f"{metric}_by_count"] = [{"count": count} | (as_json(value) or {}) for count, value in by_count.items()]
         found |= {"same_opening": as_json(evaluation.same_opening())}
         found |= {"same_opening_of_references": as_json(evaluation.same_opening("reference"))}
         found |= {f"answer_{name}": evaluation.mean(name) for name in PLAIN}

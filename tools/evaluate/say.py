@@ -9,7 +9,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from tools.evaluate.intervals import Estimate, verdict
-from tools.evaluate.record import Evaluation, accuracy_apart, likely, load_judged, loss_apart, of_json, rightness_apart, score_apart
+from tools.evaluate.record import (
+    Evaluation,
+    accuracy_apart,
+    likely,
+    load_judged,
+    loss_apart,
+    of_json,
+    rightness_apart,
+    score_apart,
+    task_metric,
+)
 from tools.evaluate.unpaired import KINDS
 
 NOTHING = "-"
@@ -116,6 +126,10 @@ def _scores(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
         apart = score_apart(ours, theirs, metric) if theirs else None
         base = theirs.score(metric) if theirs else None
         lines.append([metric, plus_minus(base, 3, ""), plus_minus(ours.score(metric), 3, ""), _told(apart, 3, False)])
+    metric = str(task_metric(ours))
+    base = theirs.score_by_count(metric) if theirs else {}
+    for count, value in ours.score_by_count(metric).items():
+        lines.append([f"{metric}, {count} in the prompt", plus_minus(base.get(count), 3, ""), plus_minus(value, 3, ""), ""])
     for name, title in (("finished", "answers that end"), ("refused", "refusals")):
         if ours.answers:
             lines.append([title, plus_minus(theirs.share(name) if theirs else None, 3, ""), plus_minus(ours.share(name), 3, ""), ""])

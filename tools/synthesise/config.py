@@ -225,6 +225,8 @@ class Raft:
     """Share of the rows without the passage that answers, and with one distractor more."""
     absent: str = "answer"
     """What such a row answers: the plain answer, or say_so, that the documents do not tell."""
+    levels: bool = False
+    """For evaluation: each question becomes rows with 0 to `distractors` distractors, the nearest ones, and the passage in each."""
 
 
 METHODS: dict[str, type[Any]] = {

@@ -25,8 +25,18 @@ def validate_evaluation(evaluation: EvaluationConfig) -> None:
         raise ConfigError(
             "evaluation.metrics", [], "nothing would measure the answers", "evaluation.rows=0, which lets the model answer none"
         )
+    if evaluation.count_in_prompt is not None and (reason := against_pattern(evaluation.count_in_prompt)):
+        raise ConfigError("evaluation.count_in_prompt", evaluation.count_in_prompt, reason, "(?m)^Document [0-9]+:")
     if reason := against_extract(evaluation.extract):
         raise ConfigError("evaluation.extract", evaluation.extract, reason, f"one of {', '.join(EXTRACTS)}, or one group")
+
+
+def against_pattern(pattern: str) -> str:
+    """Say why nothing can be counted by this; empty where something can."""
+    try:
+        return "matches the empty text, everywhere" if re.compile(pattern).match("") else ""
+    except re.error as error:
+        return f"is not a valid regular expression: {error}"
 
 
 def against_extract(extract: str) -> str:

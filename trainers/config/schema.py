@@ -684,6 +684,8 @@ class EvaluationConfig:
     """What exact_match compares: `hashes` (the number after ####), `number` (the last), `whole`, or a regular expression's first group."""
     max_new_tokens: int = 256
     """Longest answer in tokens; one that does not end by then counts as unfinished."""
+    count_in_prompt: str | None = None
+    """A regular expression: the task's score is also given by how often it matches in the prompt, as documents or examples do."""
     general: str | None = None
     """To measure forgetting: text as a file, directory or hub id, a run or a source of `data.mix` with held-out rows, or `sampled`."""
     general_rows: int = 200

@@ -33,12 +33,13 @@ class Answered:
 
 
 def raft(work: Work) -> list[Row]:
-    """Return a row for each question that has an answer with a quote of its passage."""
+    """Return a row for each question that has an answer with a quote of its passage; with `levels` one for each number of distractors."""
     there = [(document, text) for document in read_documents(work.settings) for text in passages(document, work.of.characters)]
     work.planned = len(there) * (1 + work.of.questions)
     found = questions(work, there)
     index = Index([text for _, text in there])
-    return [_row(work, one, there, index) for one in _answered(work, found)][: work.settings.rows]
+    counts = range(work.of.distractors + 1) if work.of.levels else [work.of.distractors]
+    return [_row(work, one, there, index, count) for one in _answered(work, found) for count in counts][: work.settings.rows]
 
 
 def _answered(work: Work, found: list[Found]) -> list[Answered]:
@@ -60,12 +61,12 @@ def _answered(work: Work, found: list[Found]) -> list[Answered]:
     return answered
 
 
-def _row(work: Work, one: Answered, there: list[tuple[Document, str]], index: Index) -> Row:
-    """Return the row: its documents are drawn by the question alone, whatever other rows there are."""
+def _row(work: Work, one: Answered, there: list[tuple[Document, str]], index: Index, count: int) -> Row:
+    """Return the row with so many distractors: its documents are drawn by the question alone, whatever other rows there are."""
     golden, question = one.found.number, one.found.question
     draw = work.draw("raft", there[golden][0].place, golden, question)
-    is_there = draw.random() >= work.of.without
-    near = distractors(index, there, one, work.of.distractors + (not is_there))
+    is_there = draw.random() >= work.of.without or work.of.levels
+    near = distractors(index, there, one, count + (not is_there))
     shown = [*near, golden] if is_there else near
     draw.shuffle(shown)
     texts = [work.prompts.fill("raft_document", number=at, text=there[number][1]) for at, number in enumerate(shown, 1)]
@@ -79,6 +80,7 @@ def _row(work: Work, one: Answered, there: list[tuple[Document, str]], index: In
         "golden": shown.index(golden) + 1 if is_there else None,
         "document": there[golden][0].place,
         "quote": one.quote,
+        "distractors": len(near),
     }
     origin |= {"documents": [_place(there, number) for number in shown], "answer": one.answer}
     return row_of(work, user(prompt), answer, origin, one.found.reply, one.reply)
