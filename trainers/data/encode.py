@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.config.choices import DocumentOf, Layout, ObjectiveName, PairsOf, Reasoning, StyleRows, Supervise, TooLong
+from trainers.config.choices import DocumentOf, Layout, ObjectiveName, Reasoning, Supervise, TooLong
 from trainers.config.derived import SCORED, compares, rows_as
 from trainers.config.errors import ConfigError
-from trainers.config.schema import RunConfig
+from trainers.config.schema import DataConfig, RunConfig
 from trainers.data import formats, masks
 from trainers.data.ends import chat_remedy, may_grow, require_ends, require_ids, require_not_rendered, written_tokens
 from trainers.data.formats import BadRow
@@ -86,25 +86,15 @@ class Encoder:
     objective: ObjectiveName
     supervise: Supervise
     seq_len: int
-    too_long: TooLong
     seed: int
-    packing: bool = True
-    document: DocumentOf = DocumentOf.row
+    data: DataConfig
+    """What becomes of rows: reasoning, styles, pairs of a list, documents, fields that nobody reads, rows that are too long."""
     chat_remedy: str = "data.template=chatml"
     """Overrides that give the tokenizer a chat template."""
     opening: Collection[str] = ()
     """Tokens that the chat template writes of its own accord."""
-    ignore: Sequence[str] = ()
-    """Fields of rows and turns that are left out before anything reads them."""
     labels: Sequence[str] = ()
     """Names of the classes of rows that are classified."""
-    pairs: PairsOf = PairsOf.best_worst
-    """Which answers of a ranked list are compared."""
-    reasoning: Reasoning = Reasoning.keep
-    styles: Sequence[str] = ()
-    """Fields of texts in several styles, what becomes of them and what is asked."""
-    style_rows: StyleRows = StyleRows.both
-    style_instruction: str = ""
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
@@ -114,7 +104,7 @@ class Encoder:
         try:
             for row in rows:
                 try:
-                    data = parse(row, self.ignore)
+                    data = parse(row, self.data.ignore)
                     texts, prompt = self.render(data)
                     if self.objective in SCORED and self.layout is not Layout.ranked:
                         from trainers.data.scored import signal_of
@@ -133,7 +123,7 @@ class Encoder:
                     if self.layout is Layout.ranked:
                         from trainers.data.ranked import num_pairs
 
-                        equal += num_pairs(data, self.pairs) - len(texts) // 2
+                        equal += num_pairs(data, self.data.pairs) - len(texts) // 2
                 except BadRow as error:
                     bad.append(f"{row.file}:{row.line}: {error}")
         except ConfigError as error:
@@ -152,7 +142,7 @@ class Encoder:
         from trainers.data import fields
 
         if self.objective in SCORED or self.layout is Layout.styles:
-            read = ("label", "score", "margin") if self.objective in SCORED else self.styles
+            read = ("label", "score", "margin") if self.objective in SCORED else self.data.styles
             row = {name: value for name, value in row.items() if name not in read}
         fields.check(row, self.layout)
         return fields.unread(row, self.layout)
@@ -183,7 +173,7 @@ class Encoder:
         from trainers.data import fields
 
         messages = formats.to_messages(row, self.layout, answered=self.objective is not ObjectiveName.classify)
-        if self.reasoning is Reasoning.strip:
+        if self.data.reasoning is Reasoning.strip:
             messages = stripped(messages)
         prompt, weights = formats.first_prompt(messages), fields.turn_weights(row, self.layout, messages)
         if self.objective not in SCORED:
@@ -201,11 +191,11 @@ class Encoder:
         tools = formats.to_tools(row)
         if self.objective in SCORED:
             rendered = [masks.render(template, messages, tools, Supervise.all)]
-        elif self.document is DocumentOf.turn:
-            rendered = _each_turn(template, messages, tools, weights, self.reasoning is Reasoning.mask)
+        elif self.data.document is DocumentOf.turn:
+            rendered = _each_turn(template, messages, tools, weights, self.data.reasoning is Reasoning.mask)
         else:
             untrained = frozenset(number for number, weight in weights.items() if not weight)
-            masked = self.reasoning is Reasoning.mask
+            masked = self.data.reasoning is Reasoning.mask
             rendered = [masks.render(template, messages, tools, self.supervise, untrained, weights, masked)]
         require_not_rendered(messages, rendered[0].text if rendered else "", self.bos, self.opening)
         return rendered, prompt
@@ -214,17 +204,17 @@ class Encoder:
         """Return the rows that a row of texts in several styles becomes."""
         from trainers.data.styles import meaning, to_rows
 
-        rows = to_rows(row, self.styles, self.style_rows, self.style_instruction)
+        rows = to_rows(row, self.data.styles, self.data.style_rows, self.data.style_instruction)
         each = replace(self, layout=Layout.alpaca)
-        return [text for one in rows for text in each.render(one)[0]], meaning(row, self.styles)
+        return [text for one in rows for text in each.render(one)[0]], meaning(row, self.data.styles)
 
     def _render_answers(self, row: Any) -> tuple[list[Rendered], str]:
         """Return the prompt with each of its answers, those of a pair one after the other; answers are trained, no turn of the prompt."""
         from trainers.data import fields
         from trainers.data.answers import answers_of
 
-        found = answers_of(row, self.layout, self.objective, self.pairs)
-        if self.reasoning is Reasoning.strip:
+        found = answers_of(row, self.layout, self.objective, self.data.pairs)
+        if self.data.reasoning is Reasoning.strip:
             found = replace(found, prompt=stripped(found.prompt), answers=[stripped(answer) for answer in found.answers])
         if self.template is None:
             raise ConfigError("data.template", None, "the tokenizer has no chat template, and answers need one", self.chat_remedy)
@@ -254,10 +244,10 @@ class Encoder:
 
     def _render_pair(self, row: Any) -> tuple[Rendered, str]:
         prompt, completion = formats.to_pair(row, self.layout)
-        answer = 0 if self.reasoning is Reasoning.keep else answer_at(completion)
+        answer = 0 if self.data.reasoning is Reasoning.keep else answer_at(completion)
         if answer == len(completion):
-            raise BadRow(f"has nothing but reasoning, and data.reasoning={self.reasoning} does not train it")
-        if self.reasoning is Reasoning.strip:
+            raise BadRow(f"has nothing but reasoning, and data.reasoning={self.data.reasoning} does not train it")
+        if self.data.reasoning is Reasoning.strip:
             completion, answer = completion[answer:], 0
         if formats.system_of(row) or formats.to_tools(row):
             reason = "rows have a system text or tools, which have no place without a chat template"
@@ -372,14 +362,14 @@ class Encoder:
         Packed, the two fit into a row of `seq_len` together; otherwise each has a row of its own.
         """
         kept: list[tuple[int, int, int]] = []
-        room = self.seq_len if self.packing else 2 * self.seq_len
+        room = self.seq_len if self.data.packing else 2 * self.seq_len
         for number in range(0, len(groups), 2):
             spans = [(int(offsets[at]), int(offsets[at + 1])) for at in (number, number + 1)]
             shorter = min(end - start for start, end in spans)
             longest = min(self.seq_len, max(room - shorter, room // 2))
             cut = [(start, min(end, start + longest)) for start, end in spans]
             is_cut = cut != spans
-            if (is_cut and self.too_long is TooLong.drop) or not all(supervised[start + 1 : end].any() for start, end in cut):
+            if (is_cut and self.data.too_long is TooLong.drop) or not all(supervised[start + 1 : end].any() for start, end in cut):
                 counts["dropped"] += 1
                 continue
             counts["truncated"] += is_cut
@@ -389,10 +379,10 @@ class Encoder:
     def _cut(self, first: int, last: int, counts: dict[str, int]) -> list[Span]:
         if last - first <= self.seq_len:
             return [(first, last)]
-        if self.too_long is TooLong.drop:
+        if self.data.too_long is TooLong.drop:
             counts["dropped"] += 1
             return []
-        if self.too_long is TooLong.truncate:
+        if self.data.too_long is TooLong.truncate:
             counts["truncated"] += 1
             return [(first, first + self.seq_len)]
         counts["split"] += 1
@@ -452,19 +442,11 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         objective=rows_as(config.objective.name),
         supervise=config.data.supervise,
         seq_len=config.data.seq_len,
-        too_long=config.data.too_long,
         seed=config.seed,
-        packing=config.data.packing,
-        document=config.data.document,
+        data=config.data,
         chat_remedy=remedy,
         opening=written_tokens(template) if template is not None else (),
-        ignore=config.data.ignore,
         labels=labels,
-        pairs=config.data.pairs,
-        reasoning=config.data.reasoning,
-        styles=config.data.styles,
-        style_rows=config.data.style_rows,
-        style_instruction=config.data.style_instruction,
     )
 
 
