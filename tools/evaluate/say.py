@@ -127,9 +127,9 @@ def _scores(ours: Evaluation, theirs: Evaluation | None) -> list[list[str]]:
         base = theirs.score(metric) if theirs else None
         lines.append([metric, plus_minus(base, 3, ""), plus_minus(ours.score(metric), 3, ""), _told(apart, 3, False)])
     metric = str(task_metric(ours))
-    base = theirs.score_by_count(metric) if theirs else {}
+    of_base = theirs.score_by_count(metric) if theirs else {}
     for count, value in ours.score_by_count(metric).items():
-        lines.append([f"{metric}, {count} in the prompt", plus_minus(base.get(count), 3, ""), plus_minus(value, 3, ""), ""])
+        lines.append([f"{metric}, {count} in the prompt", plus_minus(of_base.get(count), 3, ""), plus_minus(value, 3, ""), ""])
     for name, title in (("finished", "answers that end"), ("refused", "refusals")):
         if ours.answers:
             lines.append([title, plus_minus(theirs.share(name) if theirs else None, 3, ""), plus_minus(ours.share(name), 3, ""), ""])
