@@ -338,7 +338,7 @@ def _validate_styles(config: RunConfig) -> None:
         return
     if len(set(data.styles)) < max(2, len(data.styles)):
         reason = "names the fields with the texts of one meaning, two or more, each once"
-        raise ConfigError("data.styles", data.styles, reason, "data.styles=[business,casual]")
+        raise ConfigError("data.styles", data.styles, reason, "two fields or more, such as [business,casual], or data.layout=auto")
     if data.style_instruction and "{style}" not in data.style_instruction:
         reason = "names no style, so that nothing would tell which one is wanted: it has no {style}"
         raise ConfigError("data.style_instruction", data.style_instruction, reason, "leave it out")
