@@ -37,7 +37,7 @@ def _with(job: Job, engine: EngineConfig, reason: str) -> Job:
 def _with_its_own(job: Job) -> Job:
     """Return a job with the mesh and the reason that are in its run directory; as it is where there is none, or it may not have it now.
 
-    So it is planned again on other ranks or nodes, or with other sizes or `engine.expert`.
+    So it is planned again on other ranks or nodes, or with other sizes.
     """
     if not job.config_path.exists() or not has_results(job.run_dir):
         return job

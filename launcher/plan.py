@@ -218,7 +218,7 @@ def _variants(job: Job, compose: Compose) -> list[Variant]:
         config = compose(overrides)
         if config is not None and config.engine.mesh is MeshChoice.auto:
             engine = job.run.engine
-            sizes = {"replicate": engine.replicate, "context": engine.context, "tensor": engine.tensor}
+            sizes = {name: getattr(engine, name) for name in ("replicate", "context", "tensor", "expert")}
             config = compose([*overrides, "engine.mesh=given", *(f"engine.{name}={size}" for name, size in sizes.items())])
         if config is not None:
             made.append(_variant(make_job(config), overrides))

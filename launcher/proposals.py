@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 from launcher.config import Backend, ranks_per_node
 from launcher.job import Job
 from trainers.config.activations import offered
 from trainers.config.choices import Activations, EngineName, MeshChoice, Offload, OptimizerName, PeftMethod, Quantisation
+from trainers.config.expert import experts_of
 from trainers.config.schema import RunConfig
+from trainers.config.sharding import known_config
+from trainers.plan.shapes import SHAPES
 
 Change = list[str]
 """Overrides of the command line that go together."""
 EIGHT_BIT = "adamw_8bit"
+SHARED = ("expert", "context", "tensor")
+"""What ranks may have a part of each, by the names of `engine`."""
 OFFLOADED = [f"train.activations={Activations.offload}"]
 
 
@@ -63,20 +71,27 @@ def _smaller_state(run: RunConfig) -> list[Change]:
 
 
 def _shared(job: Job) -> list[Change]:
-    """Return more ranks for each row, then for each layer, then both, up to those of a node; a mesh that was chosen has all it can.
+    """Return more ranks for the experts, for each row, for each layer, then for two of these; a mesh that was chosen has all it can.
 
-    Ranks that split layers wait for each other twice as often as those that share rows. What does not go with the run is refused as
-    it is composed.
+    Ranks that deal out experts keep rows of their own, and those that split layers wait for each other twice as often as those that share
+    rows. What does not go with the run is refused as it is composed, or as it is planned where its model is not known here.
     """
     engine, node = job.run.engine, ranks_per_node(job.launch)
     if engine.name is not EngineName.fsdp or engine.mesh is MeshChoice.auto:
         return []
-    now, sizes = (engine.context, engine.tensor), [size for size in (1, 2, 4, 8) if node % size == 0]
-    pairs = [(c, t) for c in {now[0], *sizes} for t in {now[1], *sizes} if c >= now[0] and t >= now[1] and (c, t) != now]
+    known = known_config(job.run.model) or SHAPES.get(job.run.model.id or "", {})
+    mixture, now = experts_of(known) > 1, (engine.expert, engine.context, engine.tensor)
+    most = (8 if mixture or not known else 1, 8, 1 if mixture else 8)
+    sizes = [{size, *(more for more in (2, 4, 8) if size < more <= end and node % more == 0)} for size, end in zip(now, most, strict=True)]
+
+    def cost(group: tuple[int, ...]) -> tuple[int, ...]:
+        expert, context, tensor = (size > before for size, before in zip(group, now, strict=True))
+        return expert + context + tensor, tensor, context, math.prod(group), group[2]
+
     found: list[Change] = []
-    for context, tensor in sorted(pairs, key=lambda pair: (pair[1] > now[1], pair[0] > now[0], pair[0] * pair[1], pair[1])):
-        change = [f"engine.{name}={size}" for name, size in (("context", context), ("tensor", tensor)) if size != getattr(engine, name)]
-        found += [change] if node % (context * tensor) == 0 else []
+    for group in sorted(itertools.product(*sizes), key=cost):
+        change = [f"engine.{name}={size}" for name, size, before in zip(SHARED, group, now, strict=True) if size != before]
+        found += [change] if change and node % (group[1] * group[2]) == 0 and min(group[0], group[2]) == 1 else []
     return found
 
 

@@ -18,7 +18,7 @@ from launcher.meshes import settled
 from launcher.plan import known_hardware, plain
 from launcher.proposals import changes_of
 from tools.bench.plan import Case
-from trainers.config.choices import MeshChoice, PeftMethod, Precision
+from trainers.config.choices import Activations, MeshChoice, PeftMethod, Precision
 from trainers.config.errors import ConfigError
 from trainers.config.mesh import Mesh
 from trainers.config.meshes import meshes, with_mesh, words_of
@@ -33,7 +33,7 @@ LLAMA = {
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "intermediate_size": 64,
-    "vocab_size": 64,
+    "vocab_size": 300,
 }
 
 
@@ -64,6 +64,23 @@ def test_what_is_tried_goes_with_the_run_and_keeps_sizes_that_are_named() -> Non
         meshes(run_of(3), 2, 4)
     with pytest.raises(ConfigError, match="do not divide into groups"):
         meshes(run_of(8, EngineConfig(mesh=MeshChoice.auto, context=3)), 2, 4)
+
+
+def test_experts_are_dealt_out_where_a_model_has_some() -> None:
+    def tried(config: RunConfig, known: dict[str, Any] | None = None) -> list[str]:
+        return [words_of(mesh) for mesh in meshes(config, 1, 4, known)]
+
+    mixture = LLAMA | {"model_type": "qwen3_moe", "num_experts": 6}
+    run = replace(run_of(8), model=ModelConfig(architecture=mixture, train_tokenizer=300))
+    every = ["sharding alone", "expert 2", "context 2", "context 2, expert 2", "context 4", "context 4, expert 2"]
+    assert tried(run) == every, "six experts do not divide over four, and layers of a mixture are not split"
+    assert tried(replace(run, engine=EngineConfig(mesh=MeshChoice.auto, expert=2))) == [words for words in every if "expert 2" in words]
+    selective = replace(run, train=TrainConfig(global_batch=8, activations=Activations.selective))
+    assert tried(selective) == tried(replace(run, peft=PeftConfig(method=PeftMethod.dora))) == every[::2]
+    hub = replace(run, model=ModelConfig(id="owner/name"))
+    assert tried(hub, mixture | {"num_experts": 4})[:4] == ["sharding alone", "expert 2", "context 2", "expert 4"]
+    assert tried(hub, LLAMA)[:3] == ["sharding alone", "context 2", "tensor 2"]
+    assert {"expert 4", "tensor 4", "context 4, expert 4"} <= set(tried(hub)), "nobody has read its config yet"
 
 
 def test_words_of_a_mesh_name_all_that_is_shared() -> None:
@@ -119,18 +136,27 @@ def test_a_device_is_named() -> None:
         settled([make_job(compose(line))])
 
 
-def test_proposals_share_rows_before_layers() -> None:
+def test_proposals_share_experts_before_rows_and_rows_before_layers() -> None:
     line = ["+exp=llama8b_full", "data.path=absent/set", "launch.gpus_per_node=4"]
+    mesh = ("engine.expert", "engine.context", "engine.tensor")
 
     def proposed(*more: str) -> list[str]:
         changes = changes_of(make_job(compose([*line, *more])))
-        sizes = [[word for word in change if word.startswith(("engine.context", "engine.tensor"))] for change in changes]
-        return [" ".join(words) for words in sizes if words]
+        return [" ".join(words) for words in ([word for word in change if word.startswith(mesh)] for change in changes) if words]
 
     both = ["engine.context=2", "engine.context=4", "engine.tensor=2", "engine.tensor=4", "engine.context=2 engine.tensor=2"]
     assert proposed() == both
     assert proposed("engine.tensor=2") == ["engine.context=2", "engine.tensor=4"]
     assert proposed("engine.mesh=auto", "hardware=h100") == []
+    experts = ["engine.expert=2", "engine.expert=4"]
+    assert proposed("model.id=owner/name")[:6] == [*experts, *both[:4]], "nobody has read its config yet"
+    assert not any("expert=2 engine.tensor" in words or "expert=4 engine.tensor" in words for words in proposed("model.id=owner/name"))
+    line = ["+exp=qwen3_30b_a3b_full", "data.path=absent/set", "launch.nodes=1", "launch.gpus_per_node=4", "engine.expert=1"]
+    shared = ["engine.expert=2 engine.context=2", "engine.expert=2 engine.context=4"]
+    shared.insert(1, "engine.expert=4 engine.context=2")
+    assert sorted(proposed()) == sorted([*experts, *both[:2], *shared, "engine.expert=4 engine.context=4"])
+    assert proposed()[:2] == experts
+    assert proposed("engine.expert=4") == both[:2]
 
 
 @pytest.mark.slow

@@ -33,13 +33,17 @@ def validate_expert(config: RunConfig) -> None:
             raise ConfigError(path, value, f"engine.expert={engine.expert} {reason}", remedy)
 
 
+def experts_of(known: Mapping[str, Any]) -> int:
+    """Return the experts of a block by a model's config; 0 where that names none."""
+    return next((known[name] for name in COUNTS if isinstance(known.get(name), int) and known[name] > 0), 0)
+
+
 def require_experts(known: Mapping[str, Any], expert: int, ranks: int, ranks_per_node: int | None) -> None:
     """Raise ConfigError unless what a model's config says of its experts divides over `expert` ranks, all of one node.
 
     The remedy is the nearest number by which these, the `ranks` of a copy and those of a node divide.
     """
-    count = next((known[name] for name in COUNTS if isinstance(known.get(name), int) and known[name] > 0), None)
-    require_divides(count or 0, expert, ranks, ranks_per_node or expert)
+    require_divides(experts_of(known), expert, ranks, ranks_per_node or expert)
 
 
 def require_divides(count: int, expert: int, ranks: int, node: int) -> None:

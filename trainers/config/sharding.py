@@ -14,7 +14,7 @@ from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import refuse_foreign
 from trainers.config.mesh import mesh_of, shard_of
 from trainers.config.methods import VIRTUAL
-from trainers.config.schema import EngineConfig, RunConfig
+from trainers.config.schema import EngineConfig, ModelConfig, RunConfig
 
 FSDP_ONLY = (
     "reshard_after_forward",
@@ -107,6 +107,13 @@ def require_heads(heads: Any, engine: EngineConfig, world_size: int) -> None:
         raise ConfigError("engine.context", engine.context, reason, remedy + shard_of(engine, ranks // near))
 
 
+def known_config(model: ModelConfig) -> dict[str, Any]:
+    """Return what is known here of a text model's config, without a look at the hub; empty where nothing is."""
+    known = model.architecture or (_config_json(Path(model.id)) if model.id is not None else {})
+    found: dict[str, Any] = known.get("text_config", known)
+    return found
+
+
 def _config_json(folder: Path) -> dict[str, Any]:
     """Return the config of a model directory, nothing of one that is still to come or not readable: the rank says so."""
     try:
@@ -123,8 +130,7 @@ def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None =
     """
     train, mesh = config.train, mesh_of(config.engine, world_size)
     if mesh.context * mesh.tensor * mesh.expert > 1:
-        known = config.model.architecture or (_config_json(Path(config.model.id)) if config.model.id is not None else {})
-        _require_counts(known.get("text_config", known), config.engine, world_size, ranks_per_node)
+        _require_counts(known_config(config.model), config.engine, world_size, ranks_per_node)
     share = mesh.data_size * train.microbatch
     if train.global_batch % share:
         groups = plural(world_size, "rank") if mesh.same_rows == 1 else f"{plural(mesh.data_size, 'group')} of {mesh.same_rows} ranks"

@@ -12,6 +12,7 @@ from trainers.config.mesh import Mesh
 from trainers.config.meshes import meshes, with_mesh, words_of
 from trainers.config.schema import parse, plain
 from trainers.plan.auto import plan_of
+from trainers.plan.inputs import read_model
 from trainers.plan.plan import Plan, Simulations
 from trainers.plan.request import Request
 from trainers.units import in_bytes
@@ -44,13 +45,14 @@ class Tried:
 def choose(request: Request, known: Simulations) -> dict[str, Any]:
     """Return the sizes of the mesh that a run gets on its one device, and the `reason`; raises ConfigError where it cannot be planned.
 
-    Groups that share rows or layers become larger until the run fits, and then as long as that makes a step faster.
+    Groups that share rows, layers or experts become larger until the run fits, and then as long as that makes a step faster.
     """
     config, place = parse(request.base.run), request.base.place
+    model = read_model(config)[0].config.get_text_config().to_dict()
     best: Tried | None = None
     tried: list[Tried] = []
     refused: list[ConfigError] = []
-    for _, level in groupby(meshes(config, place.nodes, place.ranks_per_node), key=lambda mesh: mesh.same_rows):
+    for _, level in groupby(meshes(config, place.nodes, place.ranks_per_node, model), key=lambda mesh: mesh.same_rows * mesh.expert):
         found: list[Tried] = []
         for mesh in level:
             if found and _no_room(mesh, found[-1]):
@@ -68,8 +70,7 @@ def choose(request: Request, known: Simulations) -> dict[str, Any]:
         best = least if best is None or least.cost < best.cost else best
     if best is None:
         raise refused[0]
-    sizes = {name: getattr(best.mesh, name) for name in ("replicate", "shard", "context", "tensor")}
-    return sizes | {"reason": _why(best, tried)}
+    return dataclasses.asdict(best.mesh) | {"reason": _why(best, tried)}
 
 
 def _plan(request: Request, mesh: Mesh, known: Simulations) -> Plan:
@@ -81,7 +82,7 @@ def _plan(request: Request, mesh: Mesh, known: Simulations) -> Plan:
 def _no_room(mesh: Mesh, fewer: Tried) -> bool:
     """Tell whether more copies than those of a mesh that was tried need more for their state than a device has."""
     more = mesh.replicate // fewer.mesh.replicate
-    same = (mesh.context, mesh.tensor) == (fewer.mesh.context, fewer.mesh.tensor)
+    same = (mesh.same_rows, mesh.tensor, mesh.expert) == (fewer.mesh.same_rows, fewer.mesh.tensor, fewer.mesh.expert)
     state = more * sum(fewer.plan.peak.get(kind, 0.0) for kind in STATE)
     return same and more > 1 and state > max(fewer.plan.capacity.values())
 
