@@ -15,6 +15,7 @@ python -m tools.bench plan
 python -m tools.bench context --real
 python -m tools.bench meshes --out FILE.md
 python -m tools.bench generate --vllm .venv-vllm/bin/python --out FILE.md
+python -m tools.bench seeds --out FILE.md
 python -m tools.bench gpu --out benchmarks/gpu.md
 """
 
@@ -27,7 +28,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tools.bench import checkpoint, context, curate, data, engines, generate, load, meshes, methods, plan, preferences, stream, train
+from tools.bench import checkpoint, context, curate, data, engines, generate, load, meshes, methods, plan, preferences, seeds, stream, train
 from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "context": (context, "what a rank keeps of rows that ranks share, by the plan and of real runs on CPU ranks (--real)"),
     "meshes": (meshes, "plans of meshes next to real runs on 2 and 4 CPU ranks, and plans of 70B and 405B; minutes"),
     "generate": (generate, "tokens a second and memory of answers: plain generate, continuous batching, ours and vLLM (--vllm); minutes"),
+    "seeds": (seeds, "memory of 7B and 70B, full, LoRA and QLoRA, by mode=plan, next to rules of thumb; minutes"),
     "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
 """By name: the module that measures, and what it measures."""
