@@ -12,8 +12,8 @@ LLAMA2_7B = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) 
 """Embedding and head; of each block attention, feed-forward and two norms; the last norm."""
 
 
-def plan(parameters: float, **parts: float) -> dict[str, Any]:
-    return {"parameters": parameters, "peak": parts, "needed": {seeds.DEVICE: sum(parts.values()) + 2e9}}
+def plan(count: float, **parts: float) -> dict[str, Any]:
+    return {"parameters": count, "peak": parts, "needed": {seeds.DEVICE: sum(parts.values()) + 2e9}}
 
 
 def test_a_row_has_the_parts_of_one_gpu_and_the_sum_of_all() -> None:
