@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 
+from tools.evaluate import intervals, record, say
 from tools.evaluate.scores import common_length, is_json, is_refusal, repetition, rouge_l, score
 from trainers.config.choices import Metric
+from trainers.config.schema import EvaluationConfig, plain
 from trainers.rewards.matches import exact_match, extract
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nNatalia sold 48+24 = 72 clips altogether.\n#### 72"
@@ -113,3 +117,26 @@ def test_refusals_are_told_by_how_they_begin() -> None:
         assert is_refusal(text)
     for text in ("Return the apology string.", "I can help.", "The function cannot fail.", "", "Sorry is a word."):
         assert not is_refusal(text)
+
+
+def test_scores_by_what_is_counted_in_the_prompt_and_openings_of_answers(tmp_path: Path) -> None:
+    """By hand: 10 prompts of one document, all answered rightly, and 10 of three, of which 4 are; 16 of 20 answers begin alike."""
+    settings = EvaluationConfig(metrics=[Metric.exact_match], extract="Answer: (.*)", count_in_prompt="(?m)^Document [0-9]+:")
+    answers = []
+    for number in range(20):
+        shown = "\n".join(f"Document {at}:\nwords" for at in range(1, 2 if number < 10 else 4))
+        opening = "The document says" if number < 16 else f"Number {number} has"
+        said = f"<think>Answer: 9</think>{opening} so. Answer: {number if number < 14 else 0}"
+        row = {"document": number, "prompt": shown, "reference": f"It is. Answer: {number}", "answer": said}
+        answers.append(record.scored(row | {"finished": True, "tokens": 9, "reasoning": 4, "repetition": 0.0}, settings))
+    evaluation = record.write(tmp_path / "evaluation", "run", {"settings": plain(settings)}, {"answers": answers})
+    by_count = evaluation.score_by_count("exact_match")
+    assert {count: (found.value, found.count) for count, found in by_count.items()} == {1: (1.0, 10), 3: (0.4, 10)}
+    figures = json.loads((tmp_path / "evaluation" / "run.json").read_text())["figures"]
+    assert [found["count"] for found in figures["exact_match_by_count"]] == [1, 3]
+    assert figures["same_opening"] == record.as_json(intervals.share(16, 20))
+    assert figures["same_opening_of_references"]["value"] == 1.0
+    assert figures["answer_reasoning"] == 4.0
+    lines = {row[0]: row[2] for row in say._scores(evaluation, None)}
+    assert lines["exact_match, 3 in the prompt"].startswith("0.400")
+    assert lines["of these reasoning"] == "4"
