@@ -132,6 +132,7 @@ def dry_run(job: Job, commands: list[str]) -> str:
     ranks = world_size(job.launch)
     rows = rows_words(job.run.train, mesh_of(job.run.engine, ranks))
     size = f"# {plural(ranks, 'rank')} on {plural(job.launch.nodes, 'node')}, {rows}, {steps}"
+    size += f"; {plural(job.launch.generators, 'generator')}, one a node of its own" if job.launch.generators else ""
     seats = seats_of(mesh_of(job.run.engine, ranks), ranks_per_node(job.launch))
     seats += [f"# engine.mesh=auto: {job.mesh}"] if job.mesh else []
     return "\n".join([f"# {job.config_path}", frozen_text(job.run), size, *seats, *commands])

@@ -21,6 +21,7 @@ from launcher import config as schema
 from launcher.config import JobConfig, ranks_per_node, run_config, validate_launch, world_size
 from launcher.errors import BAD_INPUT, explain, unknown
 from launcher.fields import all_fields, names_at
+from launcher.generators import require_place
 from launcher.presets import CONF
 from trainers.config.checks import validate
 from trainers.config.choices import MeshChoice
@@ -68,6 +69,8 @@ def checked(composed: DictConfig) -> JobConfig:
     make_paths_absolute(job)
     validate(run_config(job))
     validate_launch(job.launch)
+    if job.launch.generators:
+        require_place(job)
     if job.engine.mesh is not MeshChoice.auto:  # launcher/meshes.py: the mesh is not known yet
         check_world(run_config(job), world_size(job.launch), ranks_per_node(job.launch))
     return job

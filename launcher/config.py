@@ -50,6 +50,8 @@ class LaunchConfig:
     """Ranks on each machine; empty is one a GPU, and 1 without GPUs."""
     nodes: int = 1
     """Machines of the run; more than 1 needs launch=torchrun or launch=slurm."""
+    generators: int = 0
+    """Further nodes of a SLURM job, each with a process that writes answers (objective=grpo, ppo); 0 has them on the nodes of ranks."""
     gpus_per_node: int | None = None
     """GPUs of a machine; empty counts this machine's (with launch=slurm it must be given); 0 hides them and runs on CPUs."""
     rdzv_endpoint: str | None = None

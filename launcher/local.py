@@ -16,7 +16,7 @@ from launcher.silence import Silence
 from trainers import host
 from trainers.processes import allocator_environment, kill_left
 
-OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_SLURM_ATTEMPT")
+OF_A_RUN = ("FULLTUNE_AGENT", "FULLTUNE_GENERATOR", "FULLTUNE_SLURM_ATTEMPT")
 SIGNALS = "SIGTERM,SIGINT,SIGUSR2"
 
 

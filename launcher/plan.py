@@ -115,6 +115,8 @@ def _refused(job: Job, found: dict[str, Any]) -> ConfigError:
     if found["host_short"]:
         memory = job.launch.memory
         return ConfigError("launch.memory", memory, f"{job.run_dir.name} does not fit: {found['host_short']}", force)
+    if found["generator_short"]:
+        return ConfigError("hardware", job.hardware.name, f"{job.run_dir.name} does not fit: {found['generator_short']}", force)
     devices = [f"{name} has {in_bytes(found['capacity'][name])}" for name in found["verdicts"]]
     needed = in_bytes(max(found["needed"].values()))
     reason = f"{job.run_dir.name} does not fit: a rank needs {needed} of its GPU, and {', '.join(devices)}"
@@ -166,6 +168,7 @@ def _place(launch: LaunchConfig) -> Place:
         save_s=save_s,
         is_here=here,
         memory_gib=gib,
+        generators=launch.generators,
     )
 
 

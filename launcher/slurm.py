@@ -16,7 +16,7 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor, _make_sbatch_string
 
-from launcher import local, queue
+from launcher import generators, local, queue
 from launcher.changes import differences, field_of
 from launcher.config import Backend, minutes, ranks_per_node, world_size
 from launcher.ending import settle
@@ -48,7 +48,10 @@ HINTS = (
     ("reservation", "launch.reservation"),
     ("feature|constraint", "launch.constraint"),
     ("gres|gpu", "launch.gpus_per_node"),
-    ("node count|more processors|configuration is not available", "launch.nodes, launch.gpus_per_node, launch.cpus_per_gpu, launch.memory"),
+    (
+        "node count|more processors|configuration is not available",
+        "launch.nodes, launch.generators, launch.gpus_per_node, launch.cpus_per_gpu, launch.memory",
+    ),
 )
 """Words in what sbatch says, and what to change."""
 
@@ -69,7 +72,8 @@ def submit(job: Job) -> int:
         if read_state(job.run_dir) == State.submitted and (said := queue.last_words(job.run_dir)):
             print(said, file=sys.stderr, flush=True)
         (record,) = hand_over([job], job.run_dir / paths.SLURM)
-        size = f"{plural(job.launch.nodes, 'node')}, {plural(world_size(job.launch), 'rank')}"
+        size = f"{plural(job.launch.nodes + job.launch.generators, 'node')}, {plural(world_size(job.launch), 'rank')}"
+        size += f", {plural(job.launch.generators, 'generator')}" if job.launch.generators else ""
         print(
             f"submitted as job {record['id']} ({size}): {job.run_dir}\n"
             f"  queue    squeue -j {record['id']}\n"
@@ -205,13 +209,13 @@ def commands(job: Job) -> list[str]:
     text = _make_sbatch_string(
         command=python, folder=job.run_dir / paths.SLURM, **parameters(job, job.run_dir / paths.CODE if job.launch.snapshot else ROOT)
     )
-    return [text, *local.rank_lines(job, "<first node of the job>")]
+    return [text, *local.rank_lines(job, "<first node of the job>"), *generators.lines(job.launch)]
 
 
 def parameters(job: Job, root: Path) -> dict[str, Any]:
     """Return what submitit makes sbatch's text of; `root` holds the code."""
     launch, engine = job.launch, job.run.engine
-    srun = ["--kill-on-bad-exit=0", f"--wait={OTHERS_S}"]
+    srun = ["--kill-on-bad-exit=0", f"--wait={OTHERS_S}", *generators.step_words(launch)]
     if engine.context * engine.tensor * engine.expert * engine.replicate > 1 and "distribution" not in launch.sbatch:
         srun.append("--distribution=block")  # ranks that share something are neighbours, whatever SLURM_DISTRIBUTION says
     srun += [f"--cpus-per-task={launch.cpus_per_gpu}"] if launch.cpus_per_gpu else []  # since SLURM 22.05 it does not come from sbatch
@@ -226,7 +230,7 @@ def parameters(job: Job, root: Path) -> dict[str, Any]:
     more = {"requeue": True, "reservation": launch.reservation} | {name.replace("_", "-"): value for name, value in launch.sbatch.items()}
     given = {
         "job_name": f"fulltune-{job.run.name}",
-        "nodes": launch.nodes,
+        "nodes": launch.nodes + launch.generators,
         "ntasks_per_node": ranks_per_node(launch),
         "gpus_per_node": launch.gpus_per_node or None,
         "cpus_per_task": launch.cpus_per_gpu,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launcher import local, process
+from launcher import generators, local, process
 from launcher.job import Job, mark_failed, next_attempt, note_attempt
 from launcher.queue import ask, record_of
 from launcher.silence import LOOK_EVERY_S, Silence
@@ -66,13 +66,19 @@ def run(job: Job) -> int:
     """Run this task's rank to its end; returns its exit code. Raises ConfigError where the job is not as the settings say."""
     from submitit.slurm.slurm import _parse_node_list
 
-    place = from_slurm(os.environ, job.launch, _parse_node_list(os.environ.get("SLURM_JOB_NODELIST", "")))
+    hosts = all_hosts = _parse_node_list(os.environ.get("SLURM_JOB_NODELIST", ""))
+    if job.launch.generators:
+        hosts = _parse_node_list(os.environ.get("SLURM_STEP_NODELIST", ""))
+    place = from_slurm(os.environ, job.launch, hosts)
+    environment = _environment(job, place)
+    if job.launch.generators:
+        environment |= generators.variable(place.rank, generators.apart(job.launch, all_hosts, hosts))
     attempt = next_attempt(job)
     if place.rank == 0:
         note_attempt(job)
     is_lost = is_beyond_help(job, attempt) if place.rank == 0 else lambda: False
     code, signalled = process.run(
-        [sys.executable, "-m", "trainers", str(job.config_path)], _environment(job, place), job.launch.grace_s, is_lost=is_lost, hold=HELD
+        [sys.executable, "-m", "trainers", str(job.config_path)], environment, job.launch.grace_s, is_lost=is_lost, hold=HELD
     )
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # submitit would queue the job again once more
     if code < 0 and attempt.has_ended(State.done):

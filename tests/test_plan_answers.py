@@ -21,7 +21,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, ObjectiveConfig, RlConfig, RunConfig, TrainConfig, plain
 from trainers.plan.answers import Answers, Work, answers_of, not_timed, seconds_of, step_of, traced
 from trainers.plan.estimate import FAST, SLOW
-from trainers.plan.plan import make_plan
+from trainers.plan.plan import _generator_fits, make_plan
 from trainers.plan.request import Place, PlanConfig, Variant
 from trainers.plan.say import say
 
@@ -80,6 +80,39 @@ def test_a_generator_answers_its_share_of_a_rollout_in_rounds(tmp_path: Path) ->
     offloaded = replace(kept, engine=EngineConfig(offload_param=Offload.cpu))
     assert [answers_of(each, HERE, blueprint, 1000, 77).reference_of_rank(HERE) for each in (kept, offloaded)] == [4000 / 8, 0]
     assert answers_of(config_of(batch=64), HERE, blueprint, 1000, 77).batch == 6, "no more than there are"
+
+
+def test_generators_on_nodes_of_their_own_take_whole_batches_and_no_memory_of_ranks(tmp_path: Path) -> None:
+    """12 x 3 answers are 12 batches of 3, of which two generators write six each; their nodes are paid for too."""
+    blueprint, place = blueprint_for(save_tiny(tmp_path, tied=True)), replace(HERE, generators=5)
+    found = answers_of(config_of(steps_per_rollout=3), place, blueprint, 1000, 77)
+    assert (found.generators, found.batch, found.rounds) == (5, 3, 3)
+    assert (found.of_rank(place), found.of_rank(HERE)) == (0, found.bytes / 4)
+    assert (place.size, place.devices) == (8, 28)
+    parts = {"sampling": (2.0, 3.0), "scoring": (0.5, 1.0), "training": (4.0, 3.5)}
+    ahead = config_of(staleness=1)
+    assert (step_of(parts, ahead), step_of(parts, ahead, is_apart=True)) == ((4.0, 7.5), (4.0, 4.0))
+
+
+def test_a_generator_that_does_not_fit_its_own_node_is_named(tmp_path: Path) -> None:
+    place = Place(nodes=1, ranks_per_node=2, gpus=True, save_s=300, generators=1)
+    config = replace(config_of(), model=ModelConfig(id=str(save_tiny(tmp_path, tied=True))), train=replace(config_of().train, microbatch=1))
+    small = replace(H100, memory_gib=1.0, overhead_gib=0.5)
+    plans = [make_plan(Variant(run=plain(config), place=place), [device], PlanConfig(tokens=1000)) for device in (H100, small)]
+    assert [plan.verdict for plan in plans] == ["fits", "fits"]
+    assert (
+        plans[0].needed["h100"]
+        < make_plan(Variant(run=plain(config), place=replace(place, generators=0)), [H100], PlanConfig(tokens=1000)).needed["h100"]
+    )
+    assert plans[0].answers is not None
+    plans[1].answers = replace(plans[0].answers, weights_bytes=2 << 30)
+    assert not _generator_fits(plans[1], 0.0, 2.0**29, "each GPU of its node, and h100")
+    console = Console(record=True, width=200)
+    say(plans[1], console)
+    text = console.export_text()
+    assert "note: a generator needs 1.0 GiB of each GPU of its node, and h100 has 512.0 MiB" in text
+    assert "on 1 node of 2 GPUs, and 1 node for generators" in text
+    assert "by one generator, on a node of its own" in text
 
 
 def test_times_are_their_formulas() -> None:

@@ -35,6 +35,8 @@ def pasted(overrides: list[str], remedy: list[str]) -> list[str]:
 
 
 BASE = ["+exp=quickstart_base", "train.microbatch=2", "launch.processes=1"]
+ANSWERS = ["objective=grpo", "reward.right=exact", "data.packing=false", "data.too_long=truncate", "rl.max_new_tokens=64"]
+NODES = ["launch=slurm", "launch.gpus_per_node=0"]
 AT_ONCE = [
     ["launch=slurm", "launch.gpus_per_node=null"],
     ["peft.method=lora"],
@@ -49,6 +51,13 @@ AT_ONCE = [
     ["peft=prefix", "data.packing=false", "train.activations=block"],
     ["peft=adalora", "peft.tinit=300"],
     ["peft=lora", "optim=sgd"],
+    ["launch.generators=1"],
+    ["launch.generators=-1"],
+    [*ANSWERS, "launch.generators=1"],
+    [*ANSWERS, *NODES, "launch.generators=2"],
+    [*ANSWERS, *NODES, "launch.processes=2", "launch.generators=2"],
+    [*ANSWERS, *NODES, "launch.generators=1", "launch.container=image"],
+    [*ANSWERS, *NODES, "launch.generators=1", "rl.servers=[http://a:1]"],
 ]
 """What test_remedies_at_once.py cannot see: the launcher's own settings, and how a message is printed."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from trainers.config.mesh import Mesh
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.generate.decode import decode, logps_of
-from trainers.generate.request import Sampling
+from trainers.generate.elsewhere import SEAT
+from trainers.generate.request import Request, Sampling
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.rl.ahead import Ahead
@@ -190,3 +192,21 @@ def test_rows_are_asked_of_all_generators_and_come_back_in_order(monkeypatch: py
     assert of(0).score(rows) == [[float(number)] for number in range(5)]
     theirs[2] = None
     assert of(0).score(rows) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_generators_on_machines_of_their_own_are_asked_the_batches_of_one(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three ranks the first ones ask one each, and each of them a whole batch at a time."""
+    requests = [Request(key=key, seed=0, ids=[7] * length) for key, length in enumerate([3, 5, 5, 2, 9, 1, 4])]
+    asked: list[list[int]] = []
+    monkeypatch.setattr(
+        Generators, "_answers", lambda _self, requests, _: asked.append([r.key for r in requests] if requests else []) or []
+    )
+    for rank in range(3):
+        monkeypatch.setenv(SEAT, json.dumps({"host": "there", "words": ["srun"]} if rank < count else {}))
+        world: Any = SimpleNamespace(rank=rank, local_rank=rank, local_size=3, signalled=None)
+        world.gather = lambda value: [at < count for at in range(3)] if isinstance(value, bool) else [value]
+        generators = Generators(RunConfig(rl=RlConfig(batch=2)), world, Path("weights"))
+        assert generators.host == "there" if rank < count else generators.seat is None
+        generators.ask(requests)
+    assert sorted(keys for keys in asked if keys) == [[0, 3], [2, 6], [4, 1], [5]]

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from launcher import slurm, task
+from launcher import generators, slurm, task
 from launcher.compose import compose
 from launcher.config import Backend, LaunchConfig, minutes, validate_launch
 from launcher.job import Job, make_job
 from launcher.presets import CONF
 from launcher.topology import from_slurm
 from trainers.config.errors import ConfigError
+from trainers.generate.elsewhere import is_apart, seat_of
 from trainers.rundir.attempt import Attempt
 
 ROOT = CONF.parent
@@ -162,6 +163,34 @@ def test_ranks_that_share_rows_are_neighbours(tmp_path: Path) -> None:
     ):
         [text, *_] = slurm.commands(make_job(compose([*given, *more])))
         assert ("--distribution=block" in text) is found
+
+
+APART = ["objective=grpo", "reward.right=exact", "data.packing=false", "data.too_long=truncate", "rl.max_new_tokens=64", "rl.batch=8"]
+
+
+def test_generators_have_nodes_after_those_of_ranks(tmp_path: Path) -> None:
+    given = ["launch=slurm", "launch.gpus_per_node=0", "launch.nodes=2", "launch.processes=2", "train.global_batch=32"]
+    job = make_job(compose(["+exp=quickstart_base", f"run_dir={tmp_path / 'run'}", *given, *APART, "launch.generators=3"]))
+    [text, *lines] = slurm.commands(job)
+    assert "#SBATCH --nodes=5\n" in text
+    assert "--relative=0 --nodes=2 --ntasks=4 " in text
+    assert len([line for line in lines if line.startswith("RANK=")]) == 4
+    assert [line.partition(": ")[0] for line in lines[4:]] == [f"# generator {number}, asked by rank {number}" for number in range(3)]
+    assert "--nodelist=<node 3 of the job> " in lines[4]
+
+
+def test_the_first_ranks_are_told_of_a_generator_each() -> None:
+    """Ranks that are told of none ask none, on any machine."""
+    hosts = generators.apart(settings(generators=2), [*HOSTS, "node4", "node5"], HOSTS)
+    assert hosts == ["node4", "node5"]
+    found = [generators.variable(rank, hosts) for rank in range(3)]
+    assert [is_apart(each) for each in (*found, {})] == [True, True, True, False]
+    seats = [seat_of(each) for each in found]
+    assert [seat and seat.host for seat in seats] == ["node4", "node5", None]
+    assert seats[0] is not None
+    assert (seats[0].words[0], "--nodelist=node4" in seats[0].words) == ("srun", True)
+    with pytest.raises(ConfigError, match=r"the job has 1 node without ranks \(node4\): two sources contradict"):
+        generators.apart(settings(generators=2), [*HOSTS, "node4"], HOSTS)
 
 
 def job_in(folder: Path) -> Job:

@@ -53,16 +53,17 @@ class Local:
         open_s: float | None = None,
         look: Callable[[], None] = nothing,
         threads: int | None = None,
+        words: Sequence[str] = (),
     ) -> None:
         """Start it; `folder` has the weights, None is the config's own model. On a CPU it uses so many threads, None is one a core.
 
         `setting` is what the caller's `batch` is called. `open_s` may pass until they are open, and `timeout_s` between two answers after
-        that. `look` is called now and then while nothing is said, and may raise.
+        that. `look` is called now and then while nothing is said, and may raise. `words` before its command start it on another machine.
         """
         self.timeout_s, self.open_s, self.look = timeout_s, open_s, look
         self.place = tempfile.TemporaryDirectory()
         self.log = Path(self.place.name) / "log"
-        asked = {
+        self.asked = {
             "config": plain(config),
             "folder": None if folder is None else str(folder),
             "batch": batch,
@@ -71,17 +72,15 @@ class Local:
             "device": device,
             "threads": threads,
         }
-        file = Path(self.place.name) / "model.json"
-        file.write_text(json.dumps(asked), "utf-8")
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "trainers.generate.worker", str(file)],
+                [*words, sys.executable, "-m", "trainers.generate.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
                 start_new_session=True,
-                preexec_fn=prepare_child(last=signal.SIGKILL),
+                preexec_fn=prepare_child(last=signal.SIGTERM if words else signal.SIGKILL),  # words hand it on
             )
         self.said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.room = threading.Semaphore(1000)
@@ -91,6 +90,7 @@ class Local:
     def __enter__(self) -> Local:
         """Wait until the model is open; raises ConfigError and Broken."""
         try:
+            self._tell(self.asked)
             self._next(self.open_s)
         except BaseException:
             self.close()

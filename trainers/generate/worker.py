@@ -1,6 +1,7 @@
-"""Open a model and answer what is asked on stdin, a JSON object a line: python -m trainers.generate.worker MODEL.json, started by `local`.
+"""Open a model and answer what is asked on stdin, a JSON object a line: python -m trainers.generate.worker, started by `local`.
 
-What it says goes to stdout, an object a line: {"ready"}, then for each line that it reads {"answer"} of every request and {"done"}.
+The first line is the model. What it says goes to stdout, an object a line: {"ready"}, then for each further line that it reads {"answer"}
+of every request and {"done"}.
 A line with a `folder` opens the weights there in place of those that are open; of one with `rows`, each [ids, count], each is answered
 by {"logps"} of its last ids.
 """
@@ -26,9 +27,9 @@ from trainers.host import cores
 from trainers.rundir.ending import Exit
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """Answer until stdin ends; returns the exit code."""
-    asked = json.loads(Path(arguments[0]).read_text("utf-8"))
+    asked = json.loads(sys.stdin.readline())
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(asked["threads"] or cores())
@@ -78,4 +79,4 @@ def _answer(model: Any, asked: dict[str, Any], batch: int, stops: list[int], pad
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -103,7 +103,7 @@ def write(plan: Plan, asked: dict[str, Any]) -> None:
     except OSError as error:
         raise ConfigError("run_dir", plan.run_dir, f"cannot be made: {error.strerror}", "run_dir=DIR that you may write") from error
     seconds = plan.run_seconds()
-    hours = None if seconds is None else [second * plan.place.size / 3600 for second in seconds]
+    hours = None if seconds is None else [second * plan.place.devices / 3600 for second in seconds]
     told = {"verdict": plan.verdict, "tokens_per_day": plan.tokens_per_day(), "run_seconds": seconds, "gpu_hours": hours}
     write_json(folder / paths.PLAN, asdict(plan) | told | {"asked": asked})
     draw(plan, folder / paths.PLAN_PICTURE)
@@ -139,7 +139,7 @@ def try_changes(request: Request, out: Console) -> int:
 
 def _cost(plan: Plan) -> tuple[bool, float]:
     """Order by what training whole parameters costs; what trains less than was asked for comes last."""
-    return plan.method != "none", 0.0 if plan.step_seconds is None else plan.step_seconds[1] * plan.place.size
+    return plan.method != "none", 0.0 if plan.step_seconds is None else plan.step_seconds[1] * plan.place.devices
 
 
 def _bar() -> Progress:

@@ -56,7 +56,7 @@ class Answers:
     """What the answers of a run take; bytes are of one generator, which the GPUs of its node share out, or of its process on a CPU."""
 
     generators: int
-    """One a node."""
+    """One a node; of their own where the place has such."""
     answers: int
     """Of a step, over all generators."""
     batch: int
@@ -90,7 +90,8 @@ class Answers:
 
     def of_rank(self, place: Place) -> float:
         """Return the bytes of the first rank's device: its share of a generator and of the reference, and the reward models."""
-        return self.bytes / place.ranks_per_node + self.reference_of_rank(place) + self.judges_bytes
+        generator = 0.0 if place.generators else self.bytes / place.ranks_per_node
+        return generator + self.reference_of_rank(place) + self.judges_bytes
 
     def reference_of_rank(self, place: Place) -> float:
         """Return the bytes of the reference on a rank's device."""
@@ -100,7 +101,10 @@ class Answers:
 def answers_of(config: RunConfig, place: Place, blueprint: Blueprint, parameters: int, export_bytes: int) -> Answers:
     """Return what a run's answers take, without times; `parameters` are the whole model's, with adapters."""
     rl, dtype = config.rl, COMPUTE[config.train.precision]
-    each = math.ceil(config.train.global_batch * rl.steps_per_rollout / place.nodes)
+    generators, all_answers = place.generators or place.nodes, config.train.global_batch * rl.steps_per_rollout
+    each = math.ceil(all_answers / generators)
+    if place.generators:  # each takes whole batches
+        each = math.ceil(all_answers / min(rl.batch, all_answers) / generators) * min(rl.batch, all_answers)
     batch, weights = min(rl.batch, each), parameters * dtype.itemsize
     parts = traced(blueprint, dtype, batch, config.data.seq_len - rl.max_new_tokens, rl.max_new_tokens)
     first, last = parts["first token"], parts["last token"]
@@ -110,7 +114,7 @@ def answers_of(config: RunConfig, place: Place, blueprint: Blueprint, parameters
         operators=first.work.operators,
     )
     return Answers(
-        generators=place.nodes,
+        generators=generators,
         answers=config.train.global_batch,
         batch=batch,
         rounds=math.ceil(each / batch),
@@ -223,14 +227,16 @@ def seconds_of(answers: Answers, config: RunConfig, device: HardwareConfig, forw
     }
 
 
-def step_of(parts: dict[str, Range], config: RunConfig) -> Range:
+def step_of(parts: dict[str, Range], config: RunConfig, is_apart: bool = False) -> Range:
     """Return the seconds of a step, fast and slow, from those of its parts.
 
-    With `rl.staleness` answers are given while others are trained on, by the same devices: at best neither slows the other.
+    With `rl.staleness` answers are given while others are trained on, by the same devices: at best neither slows the other. Generators
+    that are on nodes of their own, `is_apart`, never do.
     """
     low, high = (sum(seconds) for seconds in zip(*parts.values(), strict=True))
     if config.rl.staleness:
         low -= min(parts["sampling"][0] + parts["scoring"][0], parts["training"][0])
+        high -= min(parts["sampling"][1] + parts["scoring"][1], parts["training"][1]) if is_apart else 0
     return low, high
 
 

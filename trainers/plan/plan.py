@@ -123,6 +123,8 @@ class Plan:
     price: float | None = None
     activations: dict[str, str] = field(default_factory=dict)
     """By device: what train.activations=auto takes; empty where the setting names it."""
+    generator_short: str = ""
+    """What a generator on a node of its own lacks, on the largest device; empty where it fits."""
     host_short: str = ""
     """What host memory lacks, in words."""
     notes: list[str] = field(default_factory=list)
@@ -320,7 +322,7 @@ def _price(
             of, other = critic_config(config), _rank_of(config, plan.place, critic)
             each = [step_seconds(of, plan.place, device, critic.moments, microbatches, share, *other) for share in (FAST, SLOW)]
             plan.answers.seconds["critic"] = each[0], each[1]
-        plan.step_seconds = step_of(plan.answers.seconds, config)
+        plan.step_seconds = step_of(plan.answers.seconds, config, plan.place.generators > 0)
         plan.assumptions = [*plan.assumptions, *OF_ANSWERS]
     if plan.reference is not None and (rows := plan.data.measured[0] if plan.data.measured else plan.data.rows):
         each = [forward_seconds(config, plan.place, device, moments, share, *rank[:2]) for share in (FAST, SLOW)]
@@ -342,11 +344,14 @@ def _key(config: RunConfig, place: Place, seq_len: int, scores: bool = False) ->
 def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Moment) -> None:
     """Compare what is needed with what each device has; ranks without a GPU share this machine's memory."""
     answers = 0.0 if plan.answers is None else plan.answers.of_rank(place)
+    is_beside = plan.answers is not None and not place.generators
     if not place.gpus:
         limit = _host_limit(place, None) / place.ranks_per_node
-        answers += 0.0 if plan.answers is None else host.PROCESS_BYTES / place.ranks_per_node
+        answers += host.PROCESS_BYTES / place.ranks_per_node if is_beside else 0.0
         plan.capacity["cpu"], plan.needed["cpu"] = limit, peak.total + host.PROCESS_BYTES + answers
         plan.verdicts["cpu"] = _verdict(plan.needed["cpu"], limit) if limit else "unknown"
+        if limit and not _generator_fits(plan, host.PROCESS_BYTES / place.ranks_per_node, limit, "its part of a node, which"):
+            plan.verdicts["cpu"] = "does not fit"
         return
     on_host = sum(plan.host.values())
     if plan.host_limit and on_host > plan.host_limit:
@@ -354,10 +359,22 @@ def _decide(plan: Plan, place: Place, hardware: list[HardwareConfig], peak: Mome
     elif plan.host_limit and on_host + plan.staged > plan.host_limit / 2 and plan.staged:
         plan.notes.append(f"checkpoints wait for the disk: a node has no room for a copy of the state ({in_bytes(plan.staged)})")
     for device in hardware:
-        outside = device.overhead_gib * GIB * (1 if plan.answers is None else 2)  # a generator has a context of its own
+        outside = device.overhead_gib * GIB * (2 if is_beside else 1)  # a generator has a context of its own
         capacity, needed = device.memory_gib * GIB, peak.total + plan.slack + outside + answers
         plan.capacity[device.name], plan.needed[device.name] = capacity, needed
-        plan.verdicts[device.name] = "does not fit" if plan.host_short else _verdict(needed, capacity)
+        fits = (
+            _generator_fits(plan, device.overhead_gib * GIB, capacity, f"each GPU of its node, and {device.name}") and not plan.host_short
+        )
+        plan.verdicts[device.name] = _verdict(needed, capacity) if fits else "does not fit"
+
+
+def _generator_fits(plan: Plan, outside: float, capacity: float, of: str) -> bool:
+    """Tell whether a generator on a node of its own has the memory that it needs, and note where not."""
+    if plan.answers is None or not plan.place.generators:
+        return True
+    needed = plan.answers.bytes / plan.place.ranks_per_node + outside
+    plan.generator_short = f"a generator needs {in_bytes(needed)} of {of} has {in_bytes(capacity)}" if needed > capacity else ""
+    return not plan.generator_short
 
 
 def _verdict(needed: float, capacity: float) -> str:

@@ -88,11 +88,18 @@ class Place:
     """Ranks run on this machine."""
     memory_gib: float = 0.0
     """Host memory of a node that the job asks for, in GiB; 0 where it names none."""
+    generators: int = 0
+    """Further nodes, each for a generator alone; 0 has one on each node of ranks."""
 
     @property
     def size(self) -> int:
         """Return the ranks of the run."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def devices(self) -> int:
+        """Return the GPUs that the run takes, or the ranks without GPUs that its nodes are for."""
+        return (self.nodes + self.generators) * self.ranks_per_node
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ def say(plan: Plan, console: Console) -> None:
     kind = "GPU" if place.gpus else "CPU rank"
     console.print(
         f"[bold]{plan.name}[/]: {plan.model}, {plan.method}, {plan.engine}, {plan.precision}, on {plural(place.nodes, 'node')} of "
-        f"{plural(place.ranks_per_node, kind)}",
+        f"{plural(place.ranks_per_node, kind)}" + (f", and {plural(place.generators, 'node')} for generators" if place.generators else ""),
         soft_wrap=True,
     )
     for name, verdict in plan.verdicts.items():
@@ -30,7 +30,7 @@ def say(plan: Plan, console: Console) -> None:
     for row in (*_size(plan), *_host(plan), *_saving(plan), *_work(plan), *_cost(plan)):
         rows.add_row(*row)
     console.print(rows)
-    for note in (*filter(None, [plan.host_short]), *plan.notes):
+    for note in (*filter(None, [plan.host_short, plan.generator_short]), *plan.notes):
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
     if plan.assumptions:
         console.print("\nassumptions of the time: " + "; ".join(plan.assumptions), soft_wrap=True, highlight=False, style="dim")
@@ -51,7 +51,8 @@ def _memory(plan: Plan) -> Table:
     else:
         table.add_row("the process itself", in_bytes(outside))
     if plan.answers is not None:
-        table.add_row("its share of its node's generator", in_bytes(plan.answers.bytes / plan.place.ranks_per_node))
+        if not plan.place.generators:
+            table.add_row("its share of its node's generator", in_bytes(plan.answers.bytes / plan.place.ranks_per_node))
         if own := plan.answers.reference_of_rank(plan.place):
             table.add_row("its share of the frozen reference", in_bytes(own))
         if plan.answers.judges_bytes:
@@ -132,6 +133,7 @@ def _answers(plan: Plan) -> list[tuple[str, str]]:
     parts = " + ".join(f"{in_bytes(size)} {name}" for name, size in sizes.items())
     asked = f"{found.answers:,} answers a step, {found.batch:,} at once in {plural(found.rounds, 'round')} a rollout"
     where = f"{plural(found.generators, 'generator')}, one a node" if found.generators > 1 else "one generator"
+    where += " of its own" if plan.place.generators > 1 else ", on a node of its own" if plan.place.generators else ""
     return [("the answers", f"{asked}, by {where}"), ("a generator", f"{in_bytes(found.bytes)} ({parts})")]
 
 
@@ -143,7 +145,7 @@ def _by_part(plan: Plan) -> str:
 
 
 def _spent(plan: Plan, hours: list[float]) -> str:
-    low, high = (hour * plan.place.size for hour in hours)
+    low, high = (hour * plan.place.devices for hour in hours)
     price = "" if plan.price is None else f", {low * plan.price:,.0f} to {high * plan.price:,.0f} at {plan.price:g} a GPU-hour"
     return f"{low:,.3g} to {high:,.3g} GPU-hours{price}" if high < 1000 else f"{low:,.0f} to {high:,.0f} GPU-hours{price}"
 
@@ -171,7 +173,7 @@ def say_all(plans: list[Plan], console: Console) -> None:
             plan.peak_at,
             f"{plan.trainable:,}",
             "" if seconds is None else f"{seconds[0]:.3g} to {seconds[1]:.3g}",
-            "" if whole is None else f"{whole[0] * plan.place.size / 3600:,.3g} to {whole[1] * plan.place.size / 3600:,.3g}",
+            "" if whole is None else f"{whole[0] * plan.place.devices / 3600:,.3g} to {whole[1] * plan.place.devices / 3600:,.3g}",
         )
     console.print(table)
 
@@ -180,7 +182,7 @@ def say_change(plan: Plan, base: Plan, console: Console) -> None:
     """Print a change that was tried, as overrides to paste, with what it needs and how a step's time changes."""
     slower = ""
     if plan.step_seconds is not None and base.step_seconds is not None:
-        slower = f", {plan.step_seconds[1] * plan.place.size / (base.step_seconds[1] * base.place.size):.2f} x the GPU-hours a step"
+        slower = f", {plan.step_seconds[1] * plan.place.devices / (base.step_seconds[1] * base.place.devices):.2f} x the GPU-hours a step"
     rate = "" if plan.learning_rate == base.learning_rate else f", learning rate {plan.learning_rate}"
     verdict = plan.verdict
     line = f"  [{COLOURS[verdict]}]{verdict:<12}[/] {in_bytes(plan.most_needed)}{slower}{rate}: {' '.join(plan.overrides)}"

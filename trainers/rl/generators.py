@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, in_short
+from trainers.generate.elsewhere import is_apart, seat_of
 from trainers.generate.local import Broken, Local, TooLarge
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.health.activity import watch
@@ -32,7 +33,7 @@ class Interrupted(Exception):
 
 
 class Generators:
-    """The generators of all machines, each started by the first rank there, or servers that run already, each asked by a rank.
+    """The generators of all machines, each started by the first rank there, on machines of their own, or servers that run already.
 
     Every method but `close` is collective.
     """
@@ -46,7 +47,10 @@ class Generators:
         self.is_leaving = False
         self.config, self.rl, self.world, self.weights = config, config.rl, world, weights
         self.sampling = Sampling(max_new_tokens=config.rl.max_new_tokens, temperature=config.rl.temperature, tempered=True)
-        self.leads = [rank for rank, leads in enumerate(world.gather(world.local_rank == 0)) if leads]
+        self.is_apart, self.seat = is_apart(), seat_of()
+        starts = self.seat is not None if self.is_apart else world.local_rank == 0
+        self.host = socket.gethostname() if self.seat is None else self.seat.host
+        self.leads = [rank for rank, leads in enumerate(world.gather(starts)) if leads]
         if config.rl.servers:
             self.leads = list(range(len(config.rl.servers)))
             if len(self.leads) > world.size:
@@ -90,7 +94,8 @@ class Generators:
 
         `sampling` is that of training where there is none.
 
-        Batches are the same whatever happens meanwhile, so that so are the answers, to the bit.
+        Batches are the same whatever happens meanwhile, so that so are the answers, to the bit. On machines of their own each generator
+        takes whole ones: however many there are, they are those of one.
         """
         ordered = sorted(requests, key=lambda request: (-len(request.ids), request.key))
         found: dict[int, Answer] = {}
@@ -98,7 +103,7 @@ class Generators:
         for begin in range(0, len(ordered), at_once):
             watch.beat()
             batch = ordered[begin : begin + at_once]
-            answers = None if self.is_asked_to_stop() else self._answers(self._share(batch), sampling or self.sampling)
+            answers = None if self.is_asked_to_stop() else self._answers(self._part(batch), sampling or self.sampling)
             for theirs in self.among.gather(answers):
                 if theirs is None:
                     return None
@@ -108,6 +113,13 @@ class Generators:
     def _share(self, items: Sequence[T]) -> Sequence[T]:
         """Return what of a batch is this rank's generator's."""
         return items[self.leads.index(self.world.rank) :: len(self.leads)] if self.world.rank in self.leads else []
+
+    def _part(self, batch: Sequence[Request]) -> Sequence[Request]:
+        """Return the requests of a batch that this rank's generator answers."""
+        if not self.is_apart:
+            return self._share(batch)
+        begin = self.leads.index(self.world.rank) * self.rl.batch if self.world.rank in self.leads else len(batch)
+        return batch[begin : begin + self.rl.batch]
 
     def is_asked_to_stop(self) -> bool:
         """Tell whether this rank was asked to stop, or ends."""
@@ -134,13 +146,13 @@ class Generators:
                 return None
             except TooLarge as error:
                 self.close()
-                raise TrainingFailed(f"the generator on {socket.gethostname()}: {error}") from error
+                raise TrainingFailed(f"the generator on {self.host}: {error}") from error
             except Broken as error:
                 self._drop(error)
                 lost += 1
                 watch.beat()
                 if lost > self.rl.restarts:
-                    raise TrainingFailed(f"{lost} generators on {socket.gethostname()} were lost over one batch: {error}") from error
+                    raise TrainingFailed(f"{lost} generators on {self.host} were lost over one batch: {error}") from error
 
     def _opened(self) -> Local | Vllm:
         """Return this machine's generator, started where there is none."""
@@ -153,7 +165,9 @@ class Generators:
             }
             machine |= {"timeout_s": rl.timeout_s, "open_s": config.limits.load_s}
             if rl.vllm is None and not rl.servers:
-                if rl.staleness:  # ranks compute meanwhile
+                if self.seat is not None:
+                    machine["words"] = self.seat.words
+                elif rl.staleness:  # ranks compute meanwhile
                     machine["threads"] = max(1, cores() // (self.world.local_size + 1))
                 self.local = Local(config, self.weights, batch=rl.batch, setting="rl.batch", **machine)
             else:
@@ -180,7 +194,7 @@ class Generators:
 
     def _drop(self, error: Exception) -> None:
         if isinstance(error, Broken):
-            log.warning("the generator on %s is replaced: %s", socket.gethostname(), error)
+            log.warning("the generator on %s is replaced: %s", self.host, error)
         self.close()
 
     def close(self) -> None:
