@@ -14,16 +14,17 @@ NONE = "launch.generators=0, which has one on each node of ranks"
 
 
 def require_place(config: JobConfig) -> None:
-    """Raise ConfigError where nodes of their own cannot be had for generators, or some would have nothing to do."""
+    """Raise ConfigError where generators cannot have nodes of their own, or some would have nothing to do."""
     launch, rl, count = config.launch, config.rl, config.launch.generators
     if count < 0:
         raise ConfigError("launch.generators", count, "must be 0 or greater", "launch.generators=0")
+    if config.objective.name not in SAMPLED:
+        reason = f"generators write answers, and objective={config.objective.name} trains on rows that are there"
+        raise ConfigError("launch.generators", count, reason, f"launch.generators=0, or objective={SAMPLED[0]}")
 
     def refuse(reason: str, remedy: str) -> None:
         raise ConfigError("launch.generators", count, reason, f"{remedy}, or {NONE}")
 
-    if config.objective.name not in SAMPLED:
-        refuse(f"generators write answers, and objective={config.objective.name} trains on rows that are there", "objective=grpo")
     if launch.backend is not Backend.slurm:
         servers = ", or rl.servers=[http://HOST:8000] with servers that run already"
         refuse(f"launch={launch.backend} has no nodes but those of its ranks", f"launch=slurm{servers}")

@@ -98,19 +98,18 @@ def test_a_generator_that_does_not_fit_its_own_node_is_named(tmp_path: Path) -> 
     place = Place(nodes=1, ranks_per_node=2, gpus=True, save_s=300, generators=1)
     config = replace(config_of(), model=ModelConfig(id=str(save_tiny(tmp_path, tied=True))), train=replace(config_of().train, microbatch=1))
     small = replace(H100, memory_gib=1.0, overhead_gib=0.5)
-    plans = [make_plan(Variant(run=plain(config), place=place), [device], PlanConfig(tokens=1000)) for device in (H100, small)]
+    known: dict[str, Any] = {}
+    plans = [make_plan(Variant(run=plain(config), place=place), [device], PlanConfig(), known) for device in (H100, small)]
+    beside = make_plan(Variant(run=plain(config), place=replace(place, generators=0)), [H100], PlanConfig(), {})
     assert [plan.verdict for plan in plans] == ["fits", "fits"]
-    assert (
-        plans[0].needed["h100"]
-        < make_plan(Variant(run=plain(config), place=replace(place, generators=0)), [H100], PlanConfig(tokens=1000)).needed["h100"]
-    )
+    assert plans[0].needed["h100"] < beside.needed["h100"]
     assert plans[0].answers is not None
     plans[1].answers = replace(plans[0].answers, weights_bytes=2 << 30)
     assert not _generator_fits(plans[1], 0.0, 2.0**29, "each GPU of its node, and h100")
     console = Console(record=True, width=200)
     say(plans[1], console)
     text = console.export_text()
-    assert "note: a generator needs 1.0 GiB of each GPU of its node, and h100 has 512.0 MiB" in text
+    assert "note: a generator needs 1.0 GiB of each GPU of its node, and h100 has 0.5 GiB" in text
     assert "on 1 node of 2 GPUs, and 1 node for generators" in text
     assert "by one generator, on a node of its own" in text
 
