@@ -160,8 +160,7 @@ def is_plain(launch: LaunchConfig) -> bool:
 def validate_launch(launch: LaunchConfig) -> None:
     """Check what can be known before starting, on any machine; raises ConfigError."""
     for name in ("processes", "nodes", "shutdown_s", "cpus_per_gpu", "grace_s", "array_parallelism"):
-        value = getattr(launch, name)
-        if value is not None and value < 1:
+        if (value := getattr(launch, name)) is not None and value < 1:
             raise ConfigError(f"launch.{name}", value, "must be 1 or greater")
     if launch.gpus_per_node is not None and launch.gpus_per_node < 0:
         raise ConfigError("launch.gpus_per_node", launch.gpus_per_node, "must be 0 or greater")
@@ -169,8 +168,7 @@ def validate_launch(launch: LaunchConfig) -> None:
         raise ConfigError("launch.nodes", launch.nodes, "launch=local runs on this machine alone", "launch=slurm or launch=torchrun")
     if launch.backend is Backend.slurm:
         _validate_slurm(launch)
-    gpus = gpus_per_node(launch)
-    if launch.processes is not None and 0 < gpus < launch.processes:
+    if launch.processes is not None and 0 < (gpus := gpus_per_node(launch)) < launch.processes:
         remedy = f"launch.processes={gpus}, or launch.gpus_per_node=0 for CPU ranks"
         raise ConfigError("launch.processes", launch.processes, f"a machine has {plural(gpus, 'GPU')}, and each rank needs its own", remedy)
     if launch.rdzv_endpoint is not None:

@@ -75,16 +75,14 @@ def _torchrun_source() -> str:
 
 def additions(job: Job) -> dict[str, str]:
     """Return the environment variables that ranks get besides the launcher's own."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     threads = os.environ.get("OMP_NUM_THREADS", str(host.threads_per_rank(ranks_per_node(job.launch) + (job.run.rl.staleness > 0))))
-    grace = str(job.launch.shutdown_s)
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.launch.gpus_per_node == 0 else {}
     return {
         "OMP_NUM_THREADS": threads,
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PYTHONSAFEPATH": "1",
         "FULLTUNE_LAUNCHER": str(os.getpid()),
-        "FULLTUNE_GRACE_S": grace,
+        "FULLTUNE_GRACE_S": str(job.launch.shutdown_s),
         **allocator_environment(os.environ),
         **hidden,
     }
