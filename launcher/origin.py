@@ -45,6 +45,8 @@ def _inside(value: Any, path: str, key: str) -> Any:
         return value
     if not path.startswith(key + "."):
         return UNSET
+    if key.startswith("reward.") and path == f"{key}.kind" and isinstance(value, str):  # reward.NAME=KIND
+        return value
     for name in path[len(key) + 1 :].split("."):
         if not isinstance(value, dict) or name not in value:
             return UNSET

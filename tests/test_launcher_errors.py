@@ -74,6 +74,7 @@ BAD = [
     (["data.path"], ["sets nothing", "try     data.path=VALUE"]),
     (["data.pth"], ["sets nothing", "data.path=VALUE"]),
     (["train.global_batch=3", "train.microbatch=1"], ["`train.global_batch` = 3", "not divisible by 2 ranks", "command line", "2 or 4"]),
+    (["reward.right=exakt"], ["`reward.right.kind` = 'exakt'", "expected one of [exact,", "command line: reward.right=exakt"]),
     (["launch.processes=3"], ["`train.global_batch` = 16", "3 ranks", "conf/exp/quickstart_base.yaml:"]),
     (["launch.nodes=2"], ["`launch.nodes` = 2", "launch=torchrun"]),
     (["launch.nodes=0"], ["`launch.nodes` = 0", "1 or greater"]),
@@ -135,13 +136,14 @@ def test_exp_needs_its_plus(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nearest +exp=quickstart" in message(["+exp=quikstart"], capsys)
 
 
-def test_the_quickstart_without_its_base_says_what_to_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(("name", "base"), [("quickstart", "quickstart_base"), ("quickstart_grpo", "quickstart_digits")])
+def test_an_experiment_without_its_base_says_what_to_run(
+    name: str, base: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = message(["+exp=quickstart"], capsys)
-    assert "conf/exp/quickstart.yaml:" in said
-    assert "python -m launcher +exp=quickstart_base" in said
+    said = message([f"+exp={name}"], capsys)
+    assert f"conf/exp/{name}.yaml:" in said
+    assert f"python -m launcher +exp={base}" in said
 
 
 def test_a_model_directory_without_config_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 REMOTE = ("s3", "gs", "az", "hf", "https", "http")
 """What a URL of data may begin with."""
+MADE = ("quickstart", "quickstart_base", "quickstart_digits", "llama8b_reward")
+"""Experiments whose exports others of conf/exp begin with."""
 
 
 def is_remote(name: str) -> bool:
@@ -50,7 +52,9 @@ def require_model_directory(path: str, value: str) -> None:
     """Raise ConfigError unless `value` is a directory with a config.json."""
     folder = Path(value)
     if not folder.is_dir():
-        remedy = "make the base first: python -m launcher +exp=quickstart_base" if value.startswith("runs/quickstart_base") else ""
+        top, _, rest = value.partition("/")
+        run = rest.split("/")[0]
+        remedy = f"make it first: python -m launcher +exp={run}" if top == "runs" and run in MADE else ""
         raise ConfigError(path, value, "no such directory, and not a hub id of the form OWNER/NAME", remedy)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise ConfigError(path, value, "is an adapter, not a model", _of_adapter(folder))

@@ -92,7 +92,7 @@ def _validate_files(path: str, reward: RewardConfig) -> None:
     if reward.schema is not None and not Path(reward.schema).is_file():
         raise ConfigError(f"{path}.schema", reward.schema, "no such file")
     if reward.kind is RewardKind.model and not gives_scores(Path(str(reward.path))):
-        reason = "holds no sequence-classification model"
+        reason = "holds no sequence-classification model" if Path(str(reward.path)).is_dir() else "no such directory"
         raise ConfigError(f"{path}.path", reward.path, reason, "RUN/export of a run that trained a reward model")
 
 
