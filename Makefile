@@ -7,11 +7,12 @@ RUN := $(BIN)/python -m launcher
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: help demo compare-demo preference-demo venv check audit docs format test test-quick-1 test-quick-2 test-quick-slurm test-slow test-slow-1 test-slow-2 test-slow-slurm test-all test-soak test-oldest test-vllm gpu clean
+.PHONY: help demo compare-demo preference-demo pipeline-demo venv check audit docs format test test-quick-1 test-quick-2 test-quick-slurm test-slow test-slow-1 test-slow-2 test-slow-slurm test-all test-soak test-oldest test-vllm gpu clean
 help:
 	@echo 'make demo      train a small base model and fine-tune it, on this machine, in minutes'
 	@echo 'make compare-demo  full fine-tuning against LoRA, DoRA and IA3 on that base, compared on one page: ten minutes'
 	@echo 'make preference-demo  the demo, and what it makes learns which of two answers is better: minutes'
+	@echo 'make pipeline-demo  five stages in one line, a base, chats, rejection sampling, DPO and GRPO, on one page: minutes'
 	@echo 'make test      the tests'
 	@echo 'make test-slow the slow suite'
 	@echo 'make test-all  the tests and the slow suite'
@@ -43,6 +44,9 @@ demo: $(STAMP)
 preference-demo: demo
 	$(RUN) +exp=quickstart_dpo
 	$(BIN)/python -m tools.evaluate runs/quickstart_dpo --rows 0
+
+pipeline-demo: $(STAMP)
+	$(RUN) +pipeline=quickstart_pipeline
 
 compare-demo: $(STAMP)
 	$(RUN) +exp=quickstart_base

@@ -60,6 +60,10 @@ def main() -> int:
     help_text.register(arguments.config_dir)
     for file in presets.hidden(arguments.config_dir):
         print(f"{file} is not used: fulltune has a preset of that name; give yours another", file=sys.stderr)
+    if not arguments.help and any(text.lstrip("+").startswith("pipeline=") for text in arguments.overrides):
+        from launcher import pipeline
+
+        return pipeline.main(arguments)
     with explained(arguments.overrides, arguments.config_dir):
         ways.require_ours(arguments)
         try:

@@ -121,11 +121,11 @@ def explained(
     except kinds as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        print(_message(error, overrides, config_dir), file=sys.stderr)
+        print(message_of(error, overrides, config_dir), file=sys.stderr)
         raise SystemExit(BAD_INPUT_EXIT) from None
 
 
-def _message(error: Exception, overrides: list[str], config_dir: str | None) -> str:
+def message_of(error: Exception, overrides: list[str], config_dir: str | None) -> str:
     """Explain an error, with Hydra initialised again: the composing that failed has torn it down."""
     search_path = create_config_search_path(str(CONF))
     if config_dir is not None and Path(config_dir).is_dir():

@@ -17,10 +17,12 @@ from trainers.config.schema import plain
 
 
 def register(config_dir: str | None = None) -> None:
-    """Make `${presets:}`, `${experiments:}` and `${fields:}` known to conf/config.yaml, with one's own presets."""
+    """Make `${presets:}`, `${experiments:}`, `${pipelines:}` and `${fields:}` known to conf/config.yaml, with one's own presets."""
     folders = [CONF, *own(config_dir)]
-    for name, resolver in (("presets", partial(presets, folders)), ("experiments", partial(experiments, folders)), ("fields", fields)):
-        OmegaConf.register_new_resolver(name, resolver, replace=True)
+    of_files = {"presets": presets, "experiments": experiments, "pipelines": pipelines}
+    OmegaConf.register_new_resolver("fields", fields, replace=True)
+    for name, made in of_files.items():
+        OmegaConf.register_new_resolver(name, partial(made, folders), replace=True)
 
 
 def presets(folders: Sequence[Path] = (CONF,)) -> str:
@@ -31,6 +33,11 @@ def presets(folders: Sequence[Path] = (CONF,)) -> str:
 def experiments(folders: Sequence[Path] = (CONF,)) -> str:
     """Return one line an experiment: its name and the first comment of its file."""
     return "\n".join(f"  +exp={file.stem:<17} {_summary(file)}" for file in files("exp", folders))
+
+
+def pipelines(folders: Sequence[Path] = (CONF,)) -> str:
+    """Return one line a pipeline: its name and the first comment of its file."""
+    return "\n".join(f"  +pipeline={file.stem:<20} {_summary(file)}" for file in files("pipeline", folders))
 
 
 def _summary(file: Path) -> str:

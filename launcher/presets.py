@@ -11,7 +11,9 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 def groups() -> list[str]:
     """Return the names of the groups of presets that a command line chooses from."""
-    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate", "curate", "synthesise"))
+    return sorted(
+        path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate", "curate", "synthesise", "pipeline")
+    )
 
 
 def beside() -> Path | None:

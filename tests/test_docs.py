@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from command import ROOT
 
+from launcher import stages as pipelines
 from launcher.compose import compose
 from launcher.fields import all_fields
 from tools import reference
@@ -72,6 +73,9 @@ def test_the_launchers_commands_on_all_pages_are_accepted(tmp_path: Path, monkey
     assert len(shown) > 15
     assert len(wrong) == 1, "one page shows an error"
     for words in shown:
+        if any(word.startswith("+pipeline=") for word in words):
+            assert pipelines.read(list(words)).stages
+            continue
         overrides = [word.partition(",")[0] if "-m" in words else word for word in words if word != "-m"]
         if words in wrong:
             with pytest.raises(SystemExit):
@@ -90,9 +94,14 @@ def test_the_reference_has_every_setting_preset_and_experiment() -> None:
     text = reference.reference()
     assert [path for path in all_fields() if f"| `{path}` |" not in text] == []
     for file in sorted((ROOT / "conf").rglob("*.yaml")):
-        name = {"exp": f"`+exp={file.stem}`", "gate": "", "curate": "", "synthesise": "", "conf": ""}.get(
-            file.parent.name, f"`{file.parent.name}={file.stem}`"
-        )
+        name = {
+            "exp": f"`+exp={file.stem}`",
+            "pipeline": f"`+pipeline={file.stem}`",
+            "gate": "",
+            "curate": "",
+            "synthesise": "",
+            "conf": "",
+        }.get(file.parent.name, f"`{file.parent.name}={file.stem}`")
         assert name in text
     assert reference.MARKER in (ROOT / "docs" / reference.PAGE).read_text("utf-8")
 

@@ -16,7 +16,7 @@ from launcher import presets
 from tools.__main__ import TOOLS
 
 ROOT = presets.CONF.parent
-HELPERS = {"__main__", "command", "markdown", "page"}
+HELPERS = {"__main__", "command", "commands", "markdown", "page"}
 FEW = ["train.steps=4", "train.global_batch=4", "train.microbatch=2", "launch.processes=1", "log.wandb=disabled", "optim.warmup_steps=0"]
 
 

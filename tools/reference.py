@@ -46,7 +46,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
 def reference() -> str:
     """Return all presets, experiments and settings as Markdown."""
-    return "\n\n".join([presets(), experiments(), *(group(name) for name in groups())])
+    return "\n\n".join([presets(), experiments(), pipelines(), *(group(name) for name in groups())])
 
 
 def groups() -> list[str]:
@@ -77,7 +77,9 @@ def _row(field: Field) -> str:
 def presets() -> str:
     """Return the presets of each group with the first sentence of their files."""
     lines = ["## Presets", "", "| preset | what it sets |", "|---|---|"]
-    folders = sorted(path for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate", "curate", "synthesise"))
+    folders = sorted(
+        path for path in CONF.iterdir() if path.is_dir() and path.name not in ("exp", "gate", "curate", "synthesise", "pipeline")
+    )
     lines += [f"| `{folder.name}={file.stem}` | {_about(file)} |" for folder in folders for file in sorted(folder.glob("*.yaml"))]
     return "\n".join(lines)
 
@@ -86,6 +88,13 @@ def experiments() -> str:
     """Return the experiments with the first sentence of their files."""
     lines = ["## Experiments", "", "| experiment | what it runs |", "|---|---|"]
     lines += [f"| `+exp={file.stem}` | {_about(file)} |" for file in sorted((CONF / "exp").glob("*.yaml"))]
+    return "\n".join(lines)
+
+
+def pipelines() -> str:
+    """Return the pipelines with the first sentence of their files."""
+    lines = ["## Pipelines", "", "| pipeline | what it runs |", "|---|---|"]
+    lines += [f"| `+pipeline={file.stem}` | {_about(file)} |" for file in sorted((CONF / "pipeline").glob("*.yaml"))]
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ Exit codes: 0 done, 1 SLURM refuses, 2 bad arguments, 130 Ctrl-C.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from launcher.queue import ask, ended_as, in_queue, last_words, reason_in, record_of
 from launcher.report import print_new
+from launcher.stages import read_record, stages_of
 from tools.command import parser_of
 from trainers.config.errors import plural
 from trainers.rundir import paths
@@ -51,8 +53,11 @@ STYLES = {"done": "green", "running": "cyan", "failed": "red", "silent": "red", 
 class Line:
     """What is shown of a run."""
 
-    run_dir: Path
+    run_dir: Path | None
+    """None for a pipeline, and for a stage that has no run yet."""
     state: str
+    steps: str = ""
+    """In the place of `step` where there is none."""
     step: int = 0
     num_steps: int | None = None
     loss: float | None = None
@@ -107,19 +112,50 @@ def show(folder: Path, watch: bool) -> int:
 def table_of(folder: Path) -> Table:
     """Return the table of all runs below a folder."""
     queue = in_queue()
-    lines = [_line(run_dir, queue) for run_dir in runs_below(folder)]
-    table = Table(title=f"{plural(len(lines), 'run')} below {folder}", title_justify="left")
+    lines = list(_lines(folder, folder, queue))
+    count = sum(line.run_dir is not None for _, line in lines)
+    table = Table(title=f"{plural(count, 'run')} below {folder}", title_justify="left")
     for name in ("run", "state", "step", "loss", "tokens/s", "left", "job", ""):
         table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "left") else "left", overflow="fold")
-    for line in lines:
-        steps = f"{line.step:,}" + (f"/{line.num_steps:,}" if line.num_steps else "")
+    for name, line in lines:
+        steps = line.steps or f"{line.step:,}" + (f"/{line.num_steps:,}" if line.num_steps else "")
         style = STYLES.get(line.state, "")
         state = f"[{style}]{line.state}[/]" if style else line.state
         rate = "" if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}"
         loss = "" if line.loss is None else f"{line.loss:.4f}"
-        name = escape(str(line.run_dir.relative_to(folder)))
-        table.add_row(name, state, steps, loss, rate, "" if line.left_s is None else in_time(line.left_s), line.job, escape(line.note))
+        table.add_row(
+            escape(name), state, steps, loss, rate, "" if line.left_s is None else in_time(line.left_s), line.job, escape(line.note)
+        )
     return table
+
+
+def _lines(folder: Path, top: Path, queue: dict[str, str] | None) -> Iterator[tuple[str, Line]]:
+    """Yield a name and a line for each run below a folder; a pipeline is a tree with its stages in order, those that wait included."""
+    if is_run(folder):
+        yield str(folder.relative_to(top)), _line(folder, queue)
+    elif record := read_record(folder):
+        yield from _tree(folder, top, record, queue)
+    else:
+        for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+            yield from _lines(path, top, queue)
+
+
+def _tree(folder: Path, top: Path, record: dict[str, Any], queue: dict[str, str] | None) -> Iterator[tuple[str, Line]]:
+    """Yield a pipeline's own line, and one for each of its stages."""
+    stages, state = stages_of(record), record["state"]
+    ended = [stage.name for stage in stages if "ended" in state.get(stage.name, {})]
+    seconds = sum(known.get("seconds", 0.0) for known in state.values())
+    own = Line(run_dir=None, state="done" if len(ended) == len(stages) else "pipeline", steps=f"{len(ended)}/{len(stages)}")
+    yield f"{folder.relative_to(top)} (pipeline {record['pipeline']})", dataclasses.replace(own, note=f"at work for {in_time(seconds)}")
+    for number, stage in enumerate(stages):
+        branch = f"{'└' if number == len(stages) - 1 else '├'} {stage.name}"
+        if stage.run and is_run(folder / stage.name):
+            line = _line(folder / stage.name, queue)
+            left = [] if stage.name in ended or line.state != "done" else ["its commands are not done"]
+            yield branch, dataclasses.replace(line, note="; ".join(filter(None, [line.note, *left])))
+        else:
+            begun = stage.name in state
+            yield branch, Line(run_dir=None, state="done" if stage.name in ended else "begun" if begun else "waits", steps="-")
 
 
 def runs_below(folder: Path) -> Iterator[Path]:

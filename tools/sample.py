@@ -58,11 +58,12 @@ Took = Callable[[Answer], None]
 
 def main(arguments: list[str] | None = None) -> int:
     """Ask for the answers; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     return ended(lambda: sample(options), lambda: "stopped: answers are kept, and the same command continues from there", (Broken,))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool."""
     parser = parser_of("sample", __doc__)
     parser.add_argument("model", metavar="MODEL|RUN|URL", help="a run, a model directory, a hub id, or a server up to its version")
     parser.add_argument("prompts", metavar="PROMPTS", help="rows that are asked: a file, a directory or a hub data set")

@@ -3,6 +3,7 @@
 python -m tools.compare runs/sweeps/compare_quickstart                     the runs of a sweep, in the terminal
 python -m tools.compare runs/a runs/b --html compare.html --csv runs.csv   a page that opens offline; a line a run
 python -m tools.compare SWEEP --price 2.5                                  what GPU-hours cost
+python -m tools.compare PIPELINE_DIR --html pipeline.html                  what each stage of a pipeline gave, and forgot
 
 Metrics come from each run's directory, those with intervals from RUN/evaluation, which `python -m tools.evaluate` makes. Each method is
 shown at the best of its rates by held-out loss, with what all of them cost. Runs that differ in more than their method (data, chat
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from launcher.stages import read_record
 from tools.command import ended, parser_of
 from tools.compare import say
 from tools.compare.methods import Comparison, compare
@@ -33,14 +35,7 @@ ENDING_S = 10
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare runs; returns the exit code."""
-    parser = parser_of("compare", __doc__)
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR", help="run directories, or folders of them such as a sweep's")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="one page with tables, plots and answers, which needs no network")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables as Markdown")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a line for each run, in plain numbers")
-    parser.add_argument("--wandb", action="store_true", help="write the same as a W&B report; needs a network and a key")
-    parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour (default: plan.json's, where a plan was made)")
-    options = parser.parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     code = ended(lambda: run(options))
     if options.wandb:
         sys.stdout.flush()
@@ -48,14 +43,35 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def run(options: argparse.Namespace) -> int:
-    """Compare what the options name and write what they ask for; returns the exit code, raises ConfigError."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool."""
+    parser = parser_of("compare", __doc__)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR", help="run directories, or folders of them such as a sweep's")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="one page with tables, plots and answers, which needs no network")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables as Markdown")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a line for each run, in plain numbers")
+    parser.add_argument("--wandb", action="store_true", help="write the same as a W&B report; needs a network and a key")
+    parser.add_argument("--price", type=float, metavar="P", help="of a GPU-hour (default: plan.json's, where a plan was made)")
+    return parser
+
+
+def require(options: argparse.Namespace) -> None:
+    """Raise ConfigError for a file that cannot be; whether its folder is there is seen later."""
     for name in ("html", "markdown", "csv"):
         file = getattr(options, name)
         if file is not None and file.is_dir():
             raise ConfigError(f"--{name}", str(file), "is a directory", f"--{name} {file}/compare.{name}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare what the options name and write what they ask for; returns the exit code, raises ConfigError."""
+    require(options)
+    for name in ("html", "markdown", "csv"):
+        file = getattr(options, name)
         if file is not None and not file.resolve().parent.is_dir():
             raise ConfigError(f"--{name}", str(file), "there is no such directory", f"mkdir -p {file.parent}")
+    if len(options.paths) == 1 and read_record(options.paths[0]):
+        return run_stages(options)
     comparison = compare(options.paths, options.price)
     say.print_text(comparison, Console())
     if options.markdown is not None:
@@ -71,6 +87,25 @@ def run(options: argparse.Namespace) -> int:
     if options.wandb and not report(comparison):
         return Exit.failed
     return code
+
+
+def run_stages(options: argparse.Namespace) -> int:
+    """Compare the stages of a pipeline; returns the exit code, raises ConfigError."""
+    if options.wandb or options.price is not None:
+        name = "wandb" if options.wandb else "price"
+        raise ConfigError(f"--{name}", getattr(options, name), "is of runs, and this is the directory of a pipeline", "name its runs")
+    from tools.compare import stages
+
+    story = stages.tell(options.paths[0])
+    stages.print_text(story, Console())
+    if options.markdown is not None:
+        options.markdown.write_text(stages.markdown(story), "utf-8")
+    if options.csv is not None:
+        stages.write_csv(story, options.csv)
+    if options.html is not None:
+        options.html.write_text(stages.page(story), "utf-8")
+        print(f"page: {options.html}")
+    return Exit.done
 
 
 def report(comparison: Comparison) -> bool:

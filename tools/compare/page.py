@@ -31,7 +31,7 @@ def page(comparison: Comparison, arguments: list[str]) -> str:
         f'<p class="sub">{escape(_about(comparison))}</p>',
         _conclusions(comparison),
         _listed("Not compared", "flag", say.flags(comparison)),
-        *(_table(grid) for grid in say.grids(comparison)),
+        *(table(grid) for grid in say.grids(comparison)),
         _plots(comparison),
         _answers(comparison),
         _listed("Notes", "note", say.notes(comparison)),
@@ -39,7 +39,12 @@ def page(comparison: Comparison, arguments: list[str]) -> str:
         _runs(comparison),
         f'<p class="legend">Made by <code>python -m tools.compare {escape(" ".join(arguments))}</code> on {time.strftime("%Y-%m-%d")}.</p>',
     ]
-    title = f"<title>{escape(comparison.title)}</title>"
+    return document(comparison.title, parts)
+
+
+def document(name: str, parts: list[str]) -> str:
+    """Return a whole page of parts that are HTML; empty ones are left out."""
+    title = f"<title>{escape(name)}</title>"
     head = f'<meta charset="utf-8">{POLICY}<meta name="viewport" content="width=device-width, initial-scale=1">{title}'
     style = f"<style>{STYLE.read_text('utf-8')}</style>"
     body = "\n".join(part for part in parts if part)
@@ -73,7 +78,7 @@ def _item(line: str) -> str:
     return f"<li><b>{label}</b>{colon}{rest}</li>"
 
 
-def _table(grid: say.Grid) -> str:
+def table(grid: say.Grid) -> str:
     """Return a table; intervals are small, below their value."""
     heads = "".join(f"<th>{escape(name)}</th>" for name in grid.heads)
     lines = []
@@ -136,7 +141,7 @@ def _box(
     lines: list[tuple[str, str, dict[str, Any] | None]] = [("prompt", first["prompt"], None), ("reference", first["reference"], None)]
     lines += [("base", base[document]["answer"], base[document])] if document in base else []
     lines += [(label, row["answer"], row) for label, row in rows.items()]
-    cells = "".join(f"<dt>{escape(name)}{_score_of(row, metric)}</dt><dd>{_text(text)}</dd>" for name, text, row in lines)
+    cells = "".join(f"<dt>{escape(name)}{_score_of(row, metric)}</dt><dd>{shown(text)}</dd>" for name, text, row in lines)
     title = " ".join(first["reference"].split())
     summary = f"<summary>{escape(title[:110])}{'...' if len(title) > 110 else ''}</summary>"
     return f'<details{" open" if is_open else ""}>{summary}<dl class="answers">{cells}</dl></details>'
@@ -148,7 +153,8 @@ def _score_of(row: dict[str, Any] | None, metric: str | None) -> str:
     return "" if score is None else f" <small>({score:.2f}{unfinished})</small>"
 
 
-def _text(text: str) -> str:
+def shown(text: str) -> str:
+    """Return a prompt or an answer as HTML, its first LONGEST characters."""
     text = re.sub(r"\n\s*\n", "\n", text.strip())
     return escape(text[:LONGEST]) + (" ..." if len(text) > LONGEST else "") if text else "<i>nothing</i>"
 

@@ -228,3 +228,30 @@ def _memory(comparison: Comparison) -> Callable[[Method], float | None]:
 
 def _memory_of(comparison: Comparison) -> str:
     return "device" if all(method.best.summary.get("device_bytes_peak") for method in comparison.methods) else "host"
+
+
+def chain(title: str, words: str, unit: str, points: list[tuple[str, Estimate | None]]) -> Picture | None:
+    """Return a plot of values one after another, with their intervals; None where fewer than two are known."""
+    known = [(name, estimate) for name, estimate in points if estimate is not None]
+    if len(known) < 2:
+        return None
+
+    def plot(axes: Axes) -> None:
+        axes.plot(range(len(known)), [estimate.value for _, estimate in known], color=look(1)[0], linewidth=1.2)
+        for place, (_, estimate) in enumerate(known):
+            axes.errorbar(place, estimate.value, yerr=_reach(estimate), fmt="o", color=look(1)[0], capsize=3)
+        axes.set_xticks(range(len(known)), [name for name, _ in known])
+        axes.set_ylabel(unit)
+
+    return Picture(title=title, words=words, svg=_draw(title, plot))
+
+
+def bars(title: str, words: str, values: list[tuple[str, float]], unit: str) -> Picture | None:
+    """Return a bar for each value; None where all are 0."""
+
+    def plot(axes: Axes) -> None:
+        axes.bar(range(len(values)), [value for _, value in values], color=look(1)[0], width=0.6)
+        axes.set_xticks(range(len(values)), [name for name, _ in values])
+        axes.set_ylabel(unit)
+
+    return Picture(title=title, words=words, svg=_draw(title, plot)) if any(value for _, value in values) else None

@@ -264,7 +264,7 @@ def print_text(comparison: Comparison, console: Console) -> None:
     console.print(f"[bold]{escape(comparison.title)}[/]: {_count(comparison)}", highlight=False)
     if comparison.methods:
         for grid in (learned(comparison, plus_minus), spent(comparison)):
-            for table in _turned(grid, console.width):
+            for table in turned(grid, console.width):
                 console.print(table)
     if (tried := rates(comparison)) is not None:
         for cells in tried.lines:
@@ -279,7 +279,7 @@ def print_text(comparison: Comparison, console: Console) -> None:
         console.print(line, style="dim", highlight=False, markup=False)
 
 
-def _turned(grid: Grid, width: int) -> list[Table]:
+def turned(grid: Grid, width: int) -> list[Table]:
     """Return a grid with its lines as columns, in tables that are at most so wide, where one column goes in."""
     first = max(map(len, grid.heads))
     tables: list[Table] = []

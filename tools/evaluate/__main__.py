@@ -39,11 +39,12 @@ DTYPES = ("float32", "bfloat16", "float64")
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure runs; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     return ended(lambda: evaluate(options), lambda: "stopped: what was measured is kept, and the same command continues from there")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool."""
     parser = parser_of("evaluate", __doc__)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_MODEL", help="run directories, folders of them, or one model")
     parser.add_argument(
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def evaluate(options: argparse.Namespace) -> int:
     """Measure what the options name; returns the exit code, raises ConfigError."""
-    check(options)
+    require(options)
     asked, skipped = measurements_of(options)
     for line in skipped:
         print(f"left out: {line}", file=sys.stderr)
@@ -98,7 +99,7 @@ def evaluate(options: argparse.Namespace) -> int:
     return report(asked, options) if code == Exit.done else code
 
 
-def check(options: argparse.Namespace) -> None:
+def require(options: argparse.Namespace) -> None:
     """Raise ConfigError for options that cannot be, or do not go together."""
     for name in ("batch", "processes", "judge_attempts", "judge_timeout"):
         if getattr(options, name) <= 0:

@@ -56,6 +56,12 @@ class NotMeasured(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Hold a run against rules; returns the exit code."""
+    options = make_parser().parse_args(arguments)
+    return ended(lambda: gate(options), lambda: "stopped: nothing was decided")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool."""
     parser = parser_of("gate", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="a run that is done and evaluated")
     parser.add_argument("--rules", type=Path, default=RULES, metavar="FILE", help="what it must reach (default conf/gate/default.yaml)")
@@ -64,8 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     machine.add_argument("--batch", type=int, default=8, metavar="N", help="prompts at once (default 8); changes no answer")
     machine.add_argument("--device", choices=("auto", "cpu"), default="auto", help="auto is the GPU where there is one")
     machine.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type to compute in (default float32)")
-    options = parser.parse_args(arguments)
-    return ended(lambda: gate(options), lambda: "stopped: nothing was decided")
+    return parser
 
 
 def gate(options: argparse.Namespace) -> int:
@@ -75,8 +80,7 @@ def gate(options: argparse.Namespace) -> int:
         raise ConfigError("RUN", str(run), "is not a run directory")
     if (state := read_state(run)) != State.done:
         raise ConfigError("RUN", str(run), f"is {state}, not done", "the command that started it continues it")
-    rules = read_rules(options.rules)
-    prompts = read_prompts(options.rules.parent / rules.prompts) if rules.prompts else []
+    rules, prompts = require(options)
     ours, theirs = (record.load(run / FOLDER, name) for name in ("run", "base"))
     if ours is None:
         raise ConfigError("RUN", str(run), "is not evaluated", f"python -m tools.evaluate {run}")
@@ -97,6 +101,12 @@ def gate(options: argparse.Namespace) -> int:
     if passed and not options.no_card:
         print(f"model card: {write_card(run, ours, theirs, checks, options.rules)}")
     return Exit.done if passed else Exit.failed
+
+
+def require(options: argparse.Namespace) -> tuple[Rules, list[Prompt]]:
+    """Return the rules and prompts that options name; raises ConfigError."""
+    rules = read_rules(options.rules)
+    return rules, read_prompts(options.rules.parent / rules.prompts) if rules.prompts else []
 
 
 def answer(config: RunConfig, run: Path, prompts: list[Prompt], rules: Rules, options: argparse.Namespace) -> list[str]:

@@ -29,7 +29,7 @@ import math
 import sys
 from pathlib import Path
 
-from tools.command import ended
+from tools.command import Refused, ended
 from tools.export import DTYPES, Damaged
 from tools.merge.write import write
 from trainers.processes import never_fail
@@ -40,6 +40,21 @@ USAGE = "python -m tools.merge ADAPTER[=WEIGHT] [ADAPTER[=WEIGHT] ...] OUT [opti
 def main(arguments: list[str] | None = None) -> int:
     """Merge adapters; returns the exit code."""
     never_fail()
+    options = make_parser().parse_intermixed_args(arguments)
+
+    def stopped() -> str:
+        complete = (options.out / "config.json").is_file()
+        return f"stopped: {options.out} {'is complete, and was not compared' if complete else 'was not written'}"
+
+    def merge() -> int:
+        require(options)
+        return write(options)
+
+    return ended(merge, stopped, failures=(Damaged, RuntimeError, OSError))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool."""
     parser = argparse.ArgumentParser(usage=USAGE, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "adapters", metavar="ADAPTER[=WEIGHT]", nargs="+", type=adapter, help="a PEFT directory, and its weight (default 1)"
@@ -54,15 +69,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of what dare drops (default 0)")
     parser.add_argument("--no-probe", action="store_true", help="do not run the two models to compare them")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the base")
-    options = parser.parse_intermixed_args(arguments)
+    return parser
+
+
+def require(options: argparse.Namespace) -> None:
+    """Raise Refused for options that cannot be."""
     if not 0 < options.shard_gib < math.inf:
-        parser.error(f"--shard-gib {options.shard_gib:g}: must be a number greater than 0")
-
-    def stopped() -> str:
-        complete = (options.out / "config.json").is_file()
-        return f"stopped: {options.out} {'is complete, and was not compared' if complete else 'was not written'}"
-
-    return ended(lambda: write(options), stopped, failures=(Damaged, RuntimeError, OSError))
+        raise Refused(f"--shard-gib {options.shard_gib:g}: must be a number greater than 0")
 
 
 def adapter(word: str) -> tuple[Path, float]:

@@ -39,6 +39,7 @@ from tools.command import ended, parser_of
 from tools.select.choose import Chosen, Limits, choose
 from tools.select.rewards import read
 from trainers.config.errors import ConfigError
+from trainers.config.schema import RewardConfig
 from trainers.config.secrets import mask
 from trainers.rewards.score import Found, Rewards
 from trainers.rundir.files import try_row, write_json
@@ -49,11 +50,12 @@ Row = Mapping[str, Any]
 
 def main(arguments: list[str] | None = None) -> int:
     """Choose; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     return ended(lambda: select(options), lambda: "stopped: a judge's replies are kept", (OSError,))
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of this tool."""
     parser = parser_of("select", __doc__)
     parser.add_argument("answers", nargs="+", type=Path, metavar="ANSWERS", help="files of python -m tools.sample")
     parser.add_argument("--reward", action="append", required=True, metavar="KIND:...", help="a reward; several add up by their weights")
@@ -70,12 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def select(options: argparse.Namespace) -> None:
     """Write the rows and pairs; raises ConfigError, Refused and OSError."""
-    for name in ("per_prompt", "cap", "pairs_per_prompt"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
-    if not options.margin >= 0:
-        raise ConfigError("--margin", options.margin, "must be at least 0: an answer makes no pair with itself")
-    asked = read(options.reward)
+    asked = require(options)
     for file in filter(None, (options.out, options.pairs)):
         if not file.parent.is_dir():
             raise ConfigError("--out", str(file), "its folder does not exist", f"mkdir -p {file.parent}")
@@ -90,6 +87,16 @@ def select(options: argparse.Namespace) -> None:
     told = report(rows, found, chosen)
     write_json(Path(f"{options.out}.json"), told | {"rewards": mask(options.reward), "answers_of": list(map(str, options.answers))})
     say(told, options)
+
+
+def require(options: argparse.Namespace) -> dict[str, RewardConfig]:
+    """Return the rewards that options name; raises ConfigError and Refused for options that cannot be."""
+    for name in ("per_prompt", "cap", "pairs_per_prompt"):
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
+            raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
+    if not options.margin >= 0:
+        raise ConfigError("--margin", options.margin, "must be at least 0: an answer makes no pair with itself")
+    return read(options.reward)
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,287 @@
+"""A pipeline: stages in one line, checked before the first begins, stopped anywhere and continued, shown as a tree and as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from command import ROOT, environment, launch, tool, trace, wait_for_step, wait_until_gone
+
+from launcher import stages
+from launcher.__main__ import main
+from launcher.presets import CONF
+from launcher.stages import Pipeline, read
+from tools import commands, runs
+from tools.command import Refused
+from trainers.config.errors import ConfigError
+from trainers.data.sources import digits
+
+FEW = [
+    *("data.seq_len=64", "data.eval_fraction=0.1", "train.steps=6", "train.global_batch=4", "train.precision=fp32", "optim.lr=1e-2"),
+    *("train.eval_every=null", "log.wandb=disabled", "launch.processes=1", "data.template=chatml", "checkpoint.every=2"),
+]
+
+
+def written(folder: Path, name: str = "tiny", **content: Any) -> str:
+    """Write a pipeline file and return the option that finds it."""
+    (folder / "presets" / "pipeline").mkdir(parents=True, exist_ok=True)
+    (folder / "presets" / "pipeline" / f"{name}.yaml").write_text("# A tiny one.\n" + yaml.safe_dump(content, sort_keys=False))
+    return str(folder / "presets")
+
+
+def three_stages(base: Path, chats: Path, **more: Any) -> dict[str, Any]:
+    """Return SFT, SFT on chosen answers of its own, and SFT again."""
+    chosen = ["sample {model} {rows} --rows 8 --n 2 --max-new-tokens 6 --out {dir}/answers.jsonl"]
+    chosen += ["select {dir}/answers.jsonl --reward length:max=5,soft=50 --keep-cut --out {dir}/chosen.jsonl"]
+    return {
+        "values": {"rows": str(chats)},
+        "every": FEW,
+        "stages": [
+            {"name": "sft", "run": ["model=hf", f"model.id={base}", "data=files", "data.path={rows}"]},
+            {"name": "rejection", "before": chosen, "run": ["data=files", "data.path={dir}/chosen.jsonl", "data.eval_fraction=0"]},
+            {
+                "name": "last",
+                "run": ["data=files", "data.path={rows}", "train.steps=12"],
+                "after": ["compare {dir} --csv {dir}/stages.csv"],
+            },
+        ],
+    } | more
+
+
+def pipeline_of(tmp_path: Path, *overrides: str, **content: Any) -> Pipeline:
+    return read(["+pipeline=tiny", *overrides], written(tmp_path, **content))
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
+    """Run the launcher in this process; returns its exit code and what it says."""
+    monkeypatch.setattr(sys, "argv", ["launcher", *words])
+    try:
+        code = main()
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    said = capfd.readouterr()
+    return code, said.out + said.err
+
+
+def test_words_of_a_command_line_reach_the_stage_that_they_name(tmp_path: Path) -> None:
+    content = {"values": {"rows": "a.jsonl"}, "every": ["seed=1"], "stages": [{"name": "one", "run": ["+exp=x", "data.path={rows}"]}]}
+    content["stages"] += [{"name": "two", "before": ["merge {one}/export {dir}/m"], "run": ["seed=2"]}]
+    made = pipeline_of(tmp_path, "two.train.steps=3", "+two.model.architecture.x=1", "values.rows=b.jsonl", "optim.lr=1e-3", **content)
+    assert made.stages[0].run == ["+exp=x", "data.path=b.jsonl", "seed=1", "optim.lr=1e-3"]
+    assert made.stages[1].run == ["seed=1", "optim.lr=1e-3", "train.steps=3", "+model.architecture.x=1"]
+    assert (made.folder, made.mode) == (Path.cwd() / "runs" / "tiny", "run")
+    names = stages.names_of(made.stages, made.stages[1], Path("/p"))
+    assert names["model"] == "/p/one/export"
+    assert stages.command_words(made.stages[1].before[0], names, "") == ["merge", "/p/one/export", "/p/m"]
+    assert "model" not in stages.names_of(made.stages, made.stages[0], Path("/p"))
+    assert stages.filled_override("data.path={dir}/a b", {"dir": "/p"}, "") == 'data.path="/p/a b"'
+
+
+RUN = [{"name": "one", "run": ["seed=1"]}]
+WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "no stages": ({"stages": []}, [], "has no list of `stages`"),
+    "an unknown key": ({"stages": [{"name": "one", "runs": []}]}, [], "did you mean run?"),
+    "another key of the file": ({"stages": RUN, "evry": []}, [], "did you mean every?"),
+    "nothing to do": ({"stages": [{"name": "one"}]}, [], "has nothing to do"),
+    "a stage without a name": ({"stages": [{"run": ["seed=1"]}]}, [], "a mapping with a `name`"),
+    "a name that is a group": ({"stages": [{"name": "model", "run": ["seed=1"]}]}, [], "is not a valid name of a stage"),
+    "a name twice": ({"stages": RUN * 2}, [], "name: one_2"),
+    "a run_dir of a stage": ({"stages": [{"name": "one", "run": ["run_dir=x"]}]}, [], "leave out run_dir"),
+    "no override": ({"stages": [{"name": "one", "run": ["seed"]}]}, [], "sets nothing"),
+    "texts that are none": ({"stages": [{"name": "one", "run": [1]}]}, [], "is not a text"),
+    "no list": ({"stages": [{"name": "one", "run": "seed=1"}]}, [], "must be a list of texts"),
+    "a tool that no stage calls": ({"stages": [{"name": "one", "after": ["sampel x"]}]}, [], "did you mean sample?"),
+    "quotes that do not close": ({"stages": [{"name": "one", "after": ["sample 'x"]}]}, [], "quotes in pairs"),
+    "a place that there is not": ({"stages": [{"name": "one", "run": ["data.path={rows}"]}]}, [], "nothing is called {rows} here"),
+    "values that are none": ({"values": {"x": [1]}, "stages": RUN}, [], "must be names with one value each"),
+    "a value that there is not": ({"values": {"rows": "x"}, "stages": RUN}, ["values.row=y"], "did you mean rows?"),
+    "an experiment of all stages": ({"stages": RUN}, ["+exp=quickstart"], "one.exp=VALUE"),
+    "a mode that there is not": ({"stages": RUN}, ["mode=dry"], "of run, plan, dry_run"),
+    "a setting of a stage without a run": ({"stages": [{"name": "one", "after": ["sample x"]}]}, ["one.seed=1"], "has no run"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_pipeline_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    content, overrides, words = WRONG[case]
+    with pytest.raises(ConfigError) as refused:
+        pipeline_of(tmp_path, *overrides, **content)
+    assert words in str(refused.value)
+
+
+def test_a_pipeline_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean quickstart_pipeline\?"):
+        read(["+pipeline=quickstart"])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["last.optim.lrr=1"], ["nearest optim.lr", "stage last, or the command line", "stage 3 of 3, last", "nothing was started"]),
+        (["last.data.path={dir}/choosen.jsonl"], ["no such file or directory", "/run/choosen.jsonl"]),
+        (["launch=slurm", "launch.gpus_per_node=1"], ["a pipeline runs its stages one after another on this machine"]),
+        (["sft.peft=lora"], ["begins with the export of `sft`, which is an adapter", "merge {sft}/export {dir}/sft_merged"]),
+        (["-m"], ["--multirun", "mode=dry_run prints every stage"]),
+    ],
+)
+def test_a_wrong_setting_of_the_last_stage_is_found_before_the_first(
+    words: list[str], said: list[str], base: Path, chats: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    presets = written(tmp_path, **three_stages(base, chats))
+    code, text = call(monkeypatch, capfd, "--config-dir", presets, "+pipeline=tiny", f"run_dir={tmp_path / 'run'}", *words)
+    assert code == 2, text
+    assert all(part in text for part in said), text
+    assert not (tmp_path / "run").exists()
+    assert "pipeline-" not in text, "a folder that is not there any more"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("evaluate run --rows many", "argument --rows: invalid int value"),
+        ("evaluate run --judge http://x", "nothing says which model"),
+        ("select answers --reward exakt --out x", "there is no reward `exakt`"),
+        ("sample model rows --out x --n 0", "must be greater than 0"),
+        ("merge adapter merged --shard-gib 0", "must be a number greater than 0"),
+        ("compare run --html .", "is a directory"),
+    ],
+)
+def test_a_tool_refuses_its_words_before_it_runs(words: str, said: str) -> None:
+    with pytest.raises((ConfigError, Refused), match=re.escape(said)):
+        commands.require(words.split())
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ("gate {stage} --rules {conf}/gate/none.yaml", "cannot be read"),
+        ("sample {model} {dir}/prompts.jsonl --out {dir}/x.jsonl", "nothing before it writes {dir}/prompts.jsonl"),
+    ],
+)
+def test_a_wrong_word_of_the_last_command_is_found_before_the_first_stage(
+    after: str, said: str, base: Path, chats: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    content = three_stages(base, chats)
+    content["stages"][2]["after"] = [after]
+    presets = written(tmp_path, **content)
+    code, text = call(monkeypatch, capfd, "--config-dir", presets, "+pipeline=tiny", f"run_dir={tmp_path / 'run'}")
+    assert code == 2, text
+    assert said in text
+    assert "last.after[0]" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_every_stage_and_leaves_nothing(base: Path, chats: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    presets, folder = written(tmp_path, **three_stages(base, chats)), tmp_path / "run"
+    code, said = call(monkeypatch, capfd, "--config-dir", presets, "+pipeline=tiny", f"run_dir={folder}", "mode=dry_run")
+    assert code == 0, said
+    assert said.index("stage 1 of 3, sft") < said.index("tools.sample") < said.index("tools.select") < said.index("stage 3 of 3, last")
+    assert said.count("-m trainers ") == 3
+    assert f"id: {folder}/sft/export" in said
+    assert f"id: {folder}/rejection/export" in said
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "pipeline").glob("*.yaml")))
+def test_every_pipeline_composes_and_help_lists_it(name: str, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    from launcher.help import pipelines
+
+    content = yaml.safe_load((CONF / "pipeline" / f"{name}.yaml").read_text())
+    files = {
+        key: tmp_path / Path(value).name for key, value in content["values"].items() if str(value).endswith(".jsonl") and "{" not in value
+    }
+    for file in files.values():
+        file.write_text('{"question": "1", "answer": "1"}\n')
+    more = [f"values.{key}={file}" for key, file in files.items()]
+    code, said = call(monkeypatch, capfd, f"+pipeline={name}", f"run_dir={tmp_path / 'run'}", "mode=dry_run", *more)
+    assert code == 0, said
+    assert f"+pipeline={name}" in pipelines()
+
+
+def test_the_questions_of_the_quickstart_are_those_of_the_digits() -> None:
+    rows = [
+        json.loads(line) for part in ("digits", "digits_test") for line in (CONF / "pipeline" / f"{part}.jsonl").read_text().splitlines()
+    ]
+    assert sorted(map(str, rows)) == sorted(map(str, digits()))
+
+
+def gone(folder: Path, pid: int) -> bool:
+    wait_until_gone(folder)
+    return not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_pipeline_continues_exactly_and_keeps_what_is_done(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Killed in stage 3: the same command takes up the run there; all three leave the traces of one that was never stopped."""
+    presets = written(tmp_path, **three_stages(base, chats))
+
+    def line(folder: Path, *more: str) -> list[str]:
+        return [sys.executable, "-m", "launcher", "--config-dir", presets, "+pipeline=tiny", f"run_dir={folder}", *more]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    said = launch(cache, line(whole))
+    assert "stage 3 of 3, last: done in" in said
+    assert "pipeline tiny: 3 stages in" in said
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(line(killed), cwd=ROOT, env=environment(cache), stdout=log, stderr=log, text=True)
+    try:
+        wait_for_step(killed / "last", 4, process)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
+    finally:
+        process.kill()
+        log.close()
+    assert json.loads((killed / "last" / "status.json").read_text())["state"] != "done"
+    again = launch(cache, line(killed))
+    assert "stage 1 of 3, sft: is done already" in again
+    assert "stage 2 of 3, rejection: is done already" in again
+    assert "stage 3 of 3, last: continues" in again
+    for name in ("sft", "rejection", "last"):
+        assert trace(killed / name) == trace(whole / name)
+    assert json.loads((killed / "pipeline.json").read_text())["state"]["last"]["after"] == ["compare {dir} --csv {dir}/stages.csv"]
+    assert (killed / "stages.csv").read_text().count("\n") == 4
+    refused = launch(cache, line(killed, "sft.optim.lr=3e-3"), expect=2)
+    assert "stage `sft` is a run with other settings" in refused
+    assert "optim.lr: 0.01 -> 0.003" in refused
+    assert f"rm -r {killed}/sft {killed}/rejection {killed}/last" in refused
+    shown = tool(cache, killed, name="runs")
+    assert "pipeline tiny" in shown
+    assert "3/3" in shown
+    assert gone(killed, process.pid)
+
+
+def test_a_tree_of_a_pipeline_shows_its_stages_in_order(tmp_path: Path) -> None:
+    """Also those that have not begun."""
+    stages_ = [{"name": name, "before": [], "run": ["seed=1"], "after": []} for name in ("sft", "dpo", "alignment")]
+    known = {"pipeline": "five", "stages": stages_, "state": {"sft": {"ended": 1.0, "seconds": 60.0}, "dpo": {"seconds": 3.0}}}
+    (tmp_path / "five").mkdir()
+    (tmp_path / "five" / "pipeline.json").write_text(json.dumps(known))
+    for name, state in (("sft", "done"), ("dpo", "failed")):
+        (tmp_path / "five" / name).mkdir()
+        (tmp_path / "five" / name / "config.yaml").write_text("seed: 0\n")
+        (tmp_path / "five" / name / "status.json").write_text(json.dumps({"state": state, "step": 3}))
+    cells = [list(column.cells) for column in runs.table_of(tmp_path).columns]
+    assert [str(cell).split()[-1] for cell in cells[0]] == ["five)", "sft", "dpo", "alignment"]
+    assert "1/3" in str(cells[2][0])
+    assert "waits" in str(cells[1][3])
+
+
+@pytest.mark.soak
+def test_the_quickstart_ends_with_a_page_that_tells_the_story(cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "quick"
+    line = [sys.executable, "-m", "launcher", "+pipeline=quickstart_pipeline", f"run_dir={folder}"]
+    launch(cache, line, timeout_s=1500)
+    page = (folder / "pipeline.html").read_text()
+    assert all(f"{number}. {name}" in page for number, name in enumerate(("cpt", "sft", "rejection", "dpo", "alignment"), 1))
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    gate = json.loads((folder / "alignment" / "evaluation" / "gate.json").read_text())
+    assert gate["passed"]
