@@ -90,7 +90,7 @@ def read(overrides: Sequence[str], config_dir: str | None = None) -> Pipeline:
     known = {name: f"{{{name}}}" for name in (*PLACES, *(stage.name for stage in stages))} | values
     made = []
     for stage in stages:
-        run = _merged([*stage.run, *every, *of_all, *of_one[stage.name]]) if stage.run else []
+        run = _merged([*every, *stage.run, *of_all, *of_one[stage.name]]) if stage.run else []
         parts = {"before": stage.before, "run": run, "after": stage.after}
         filled = {key: [fill(text, known, f"{shown(file)}: {stage.name}.{key}") for text in texts] for key, texts in parts.items()}
         made.append(Stage(name=stage.name, **filled))

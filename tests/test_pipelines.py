@@ -75,8 +75,8 @@ def test_words_of_a_command_line_reach_the_stage_that_they_name(tmp_path: Path) 
     content = {"values": {"rows": "a.jsonl"}, "every": ["seed=1"], "stages": [{"name": "one", "run": ["+exp=x", "data.path={rows}"]}]}
     content["stages"] += [{"name": "two", "before": ["merge {one}/export {dir}/m"], "run": ["seed=2"]}]
     made = pipeline_of(tmp_path, "two.train.steps=3", "+two.model.architecture.x=1", "values.rows=b.jsonl", "optim.lr=1e-3", **content)
-    assert made.stages[0].run == ["+exp=x", "data.path=b.jsonl", "seed=1", "optim.lr=1e-3"]
-    assert made.stages[1].run == ["seed=1", "optim.lr=1e-3", "train.steps=3", "+model.architecture.x=1"]
+    assert made.stages[0].run == ["seed=1", "+exp=x", "data.path=b.jsonl", "optim.lr=1e-3"]
+    assert made.stages[1].run == ["seed=2", "optim.lr=1e-3", "train.steps=3", "+model.architecture.x=1"]
     assert (made.folder, made.mode) == (Path.cwd() / "runs" / "tiny", "run")
     names = stages.names_of(made.stages, made.stages[1], Path("/p"))
     assert names["model"] == "/p/one/export"

@@ -108,7 +108,7 @@ def _made(words: list[str]) -> str:
     if words[0] == "sample" and "answers" in found:
         return f"sampled {plural(found['answers'], 'answer')}"
     if words[0] == "select" and "chosen" in found:
-        pairs = f" and {plural(found['pairs'], 'pair')}" if found.get("pairs") else ""
+        pairs = f" and {plural(found['pairs'], 'pair')}" if "--pairs" in words else ""
         of_prompts = f"for {found['prompts'] - found['prompts_without']} of {plural(found['prompts'], 'prompt')}"
         return f"chose {plural(found['chosen'], 'answer')}{pairs} of {found['answers']:,}, {of_prompts}"
     return ""
