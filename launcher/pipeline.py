@@ -197,17 +197,16 @@ def check(progress: Progress, stand_in: Path, config_dir: str | None) -> list[tu
     origin = ""
     for stage in pipeline.stages:
         done = progress.is_done(stage)
-        names = names_of(pipeline.stages, stage, pipeline.folder if done else stand_in)
+        then = names_of(pipeline.stages, stage, stand_in)
+        names = names_of(pipeline.stages, stage, pipeline.folder) if done else then
         for key in ("before", "run", "after"):
             if key == "run" and stage.run:
                 _require_model(pipeline, stage, jobs)
                 job = compose_stage(pipeline, stage, names, config_dir)
-                if not done:
-                    origin = origin or job.run.model.id or ""
-                    _stand_in_run(stand_in / stage.name, job, origin)
-                else:
+                if done:
                     _require_same_run(pipeline, stage, job)
-                    _stand_in_run(stand_in / stage.name, job, str(pipeline.folder / stage.name / paths.EXPORT))
+                origin = str(pipeline.folder / stage.name / paths.EXPORT) if done else origin or job.run.model.id or ""
+                _stand_in_run(stand_in / stage.name, job, origin)
                 jobs.append((stage, job))
             elif key != "run":
                 for number, command in enumerate(getattr(stage, key)):
@@ -215,7 +214,7 @@ def check(progress: Progress, stand_in: Path, config_dir: str | None) -> list[tu
                     words = command_words(command, names, setting)
                     if not done:
                         _require_inputs(words, stand_in, setting, command)
-                    _stand_in_outputs(words, stand_in)
+                    _stand_in_outputs(command_words(command, then, setting), stand_in)
                     asked.append({"setting": setting, "command": command, "words": words})
     if asked:
         require_commands(asked)
