@@ -211,11 +211,11 @@ def check(progress: Progress, stand_in: Path, config_dir: str | None) -> list[tu
             elif key != "run":
                 for number, command in enumerate(getattr(stage, key)):
                     setting = f"{pipeline.setting(stage, key)}[{number}]"
-                    words = command_words(command, names, setting)
+                    words = command_words(command, then, setting)
                     if not done:
                         _require_inputs(words, stand_in, setting, command)
-                    _stand_in_outputs(command_words(command, then, setting), stand_in)
-                    asked.append({"setting": setting, "command": command, "words": words})
+                        asked.append({"setting": setting, "command": command, "words": words})
+                    _stand_in_outputs(words, stand_in)
     if asked:
         require_commands(asked)
     return jobs
