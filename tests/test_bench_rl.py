@@ -1,14 +1,16 @@
-"""What `tools.bench generate` measures: the same answers, written by each way."""
+"""What `tools.bench generate`, `staleness` and `learning` measure: the same answers, the parts of a step, and what was learnt."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tools.bench import generate
+from tools.bench import generate, learning, staleness
 from tools.bench.__main__ import main
+from tools.bench.learning import Learnt
 
 ORDER = {"prompts": 9, "shortest": 3, "longest": 24, "parameters": 200_000, "batch": 4}
 
@@ -31,6 +33,33 @@ def test_speeds_are_ratios_and_other_answers_are_refused() -> None:
         generate.section(options, {"parameters": 2e5}, found | {"plain": [one | {"greedy known": 8.0}]})
 
 
+def test_parts_of_a_step_add_up() -> None:
+    """What is done while the step before is trained is not part of a step."""
+    turns = {"step_seconds": 4.0, "sync_seconds": 0.5, "sampling_seconds": 2.0, "scoring_seconds": 0.25}
+    ahead = turns | {"step_seconds": 2.5, "waiting_seconds": 0.25, "opening_seconds": 0.1}
+    slow: list[dict[str, Any]] = [{"step_seconds": 99.0}] * staleness.FIRST
+    found = {0: staleness.means_of([*slow, turns]), 1: staleness.means_of([*slow, ahead, ahead])}
+    assert (found[0]["training_seconds"], found[1]["training_seconds"]) == (1.25, 1.75)
+    options = argparse.Namespace(line="python -m tools.bench staleness", answers=8, tokens=16, steps=5, runs=1)
+    text = staleness.section(options, found)
+    assert "| 0 | 900 | 1.00 | 4.00 s |" in text
+    assert "| 1 | 1,440 | 1.60 | 2.50 s |" in text
+
+
+def test_who_learns_is_told_and_a_lot_says_nothing_of_an_answer() -> None:
+    row = {"prompt": [{"role": "user", "content": "3,8?"}], "answer": "8"}
+    drawn = [learning.by_lot(row) for _ in range(2000)]
+    assert 0.2 < sum(drawn) / len(drawn) < 0.3
+    learnt, lot = (Learnt(reward=(0.1, end), held_out=(0.1, end), seconds=60.0) for end in (0.9, 0.1))
+    assert learning.failures_of({(0, False): learnt, (0, True): lot}) == []
+    (first, second) = learning.failures_of({(0, False): lot, (1, True): learnt})
+    assert first.startswith("seed 0: of its answers right from 0.10 to 0.10")
+    assert second.startswith("seed 1: a control")
+    text = learning.section(argparse.Namespace(line="python -m tools.bench learning"), {(0, False): learnt, (0, True): lot})
+    assert "| 0 | `exact` | 0.10 | 0.90 | 0.10 (0.04 to 0.23) | 0.90 (0.77 to 0.96) |" in text
+    assert "| 0 | drawn by lot | 0.10 | 0.10 |" in text
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_each_way_writes_the_same_answers(tmp_path: Path) -> None:
@@ -39,3 +68,22 @@ def test_each_way_writes_the_same_answers(tmp_path: Path) -> None:
     assert main(["generate", *small, "--runs", "1", "--out", str(out)]) == 0
     rows = [line for line in out.read_text().splitlines() if line.endswith("9 of 9 |")]
     assert len(rows) == 4
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_run_ahead_is_measured_by_its_command(tmp_path: Path) -> None:
+    out = tmp_path / "found.md"
+    small = ["--steps", "5", "--runs", "1", "--answers", "8", "--tokens", "8", "--prompt-words", "4", "--hidden-size", "16"]
+    assert main(["staleness", *small, "--out", str(out)]) == 0
+    assert [line.split(" | ")[0] for line in out.read_text().splitlines() if " s |" in line] == ["| 0", "| 1"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_learning_is_asked_of_the_experiment_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twenty steps are too few to learn, and the command says so."""
+    out = tmp_path / "found.md"
+    assert main(["learning", "--seeds", "0", "--steps", "20", "--out", str(out)]) == 1
+    assert "asked is from below 0.2 to above 0.8" in capsys.readouterr().err
+    assert "| 0 | drawn by lot |" in out.read_text()

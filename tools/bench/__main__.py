@@ -16,6 +16,8 @@ python -m tools.bench context --real
 python -m tools.bench meshes --out FILE.md
 python -m tools.bench generate --vllm .venv-vllm/bin/python --out FILE.md
 python -m tools.bench seeds --out FILE.md
+python -m tools.bench staleness --out FILE.md
+python -m tools.bench learning --out FILE.md
 python -m tools.bench gpu --out benchmarks/gpu.md
 """
 
@@ -28,7 +30,24 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from tools.bench import checkpoint, context, curate, data, engines, generate, load, meshes, methods, plan, preferences, seeds, stream, train
+from tools.bench import (
+    checkpoint,
+    context,
+    curate,
+    data,
+    engines,
+    generate,
+    learning,
+    load,
+    meshes,
+    methods,
+    plan,
+    preferences,
+    seeds,
+    staleness,
+    stream,
+    train,
+)
 from tools.bench.gpu import command as gpu
 from tools.bench.peers import command as peers
 from tools.command import parser_of
@@ -52,6 +71,8 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "meshes": (meshes, "plans of meshes next to real runs on 2 and 4 CPU ranks, and plans of 70B and 405B; minutes"),
     "generate": (generate, "tokens a second and memory of answers: plain generate, continuous batching, ours and vLLM (--vllm); minutes"),
     "seeds": (seeds, "memory of 7B and 70B, full, LoRA and QLoRA, by mode=plan, next to rules of thumb; minutes"),
+    "staleness": (staleness, "steps an hour of a run that samples ahead of training, and the time of a step by part; minutes"),
+    "learning": (learning, "what quickstart_grpo learns over seeds, next to runs whose rewards are drawn by lot; 20 minutes"),
     "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
 """By name: the module that measures, and what it measures."""
