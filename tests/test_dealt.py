@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Ranks
 from meshed import compare, compare_continued, config_for, train
 from small_models import small
@@ -18,8 +21,10 @@ from trainers.config.mesh import Mesh, mesh_of, seats_of
 from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint
+from trainers.plan.plan import _export
 from trainers.plan.simulate import ranks as fake_ranks
 from trainers.plan.simulate import simulate
+from trainers.plan.trace import Moment, Trace
 from trainers.world import World
 
 
@@ -87,6 +92,34 @@ def test_each_expert_is_sharded_where_a_rank_has_fewer_than_share_them(ranks: Ca
         second = ranks(after[0]).call(train, tmp_path / "parts", model, after[1], dict(settings), 5)[0]
         assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
         assert second["loaded"] == {name: values.tobytes() for name, values in first["weights"].items()}
+
+
+def gathered(world: World, run_dir: Path, model: Blueprint, engine: dict[str, Any]) -> float:
+    """Return the bytes that an export makes at its highest point: those of a second one, when the trace knows the live tensors."""
+    built, trace = build_engine(config_for(run_dir, engine=EngineConfig(**engine)), world, model), Trace(64)
+    with trace:
+        for name in ("first", "second"):
+            trace.mark(name)
+            deque(built.weights(), maxlen=0)
+    first, second = trace.moments()
+    return second.total - sum(first.end.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "size", "engine"), [("qwen3_moe", 4, {"expert": 2}), ("llama", 2, {"tensor": 2}), ("llama", 4, {"tensor": 2})]
+)
+def test_an_export_takes_what_is_planned(
+    ranks: Callable[[int], Ranks], tmp_path: Path, kind: str, size: int, engine: dict[str, Any]
+) -> None:
+    """The largest tensor whole, in float32 and as it is saved: its parts are gathered into it, and are not there next to it."""
+    model = replace(mixture(kind, vocab_size=64 if "expert" in engine else 512), saved_dtype=torch.bfloat16)
+    config, largest = config_for(tmp_path, engine=EngineConfig(**engine)), max(p.numel() for p in model.build().parameters())
+    with fake_ranks(size, size) as world:
+        simulation = simulate(config, model, world, 48)
+    [planned] = _export(config, simulation, Moment("step", None, None, {}), model.saved_dtype.itemsize)
+    assert planned.total == 6 * largest
+    assert ranks(size).call(gathered, tmp_path, model, engine)[0] == pytest.approx(planned.total, rel=0.02)
 
 
 def outlined(world: World, run_dir: Path, model: Blueprint) -> str:

@@ -69,11 +69,13 @@ class Team:
         return most
 
     def joined(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Return all parts of a dimension, without a graph."""
-        given = values.contiguous()
-        every = [torch.empty_like(given) for _ in range(self.size)]
-        dist.all_gather(every, given, group=self.group)
-        return torch.cat(every, dim)
+        """Return all parts of a dimension, without a graph; those of the first are where they are gathered, others are copied once more."""
+        given, dim = values.contiguous(), dim % values.ndim
+        every = given.new_empty(self.size * len(given), *given.shape[1:])
+        gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name until torch 2.13
+        gather(every, given, group=self.group)
+        joined: Tensor = every.unflatten(0, (self.size, len(given))).movedim(0, dim).flatten(dim, dim + 1)
+        return joined
 
     def own(self, values: Tensor) -> Tensor:
         """Return this rank's part of the last dimension, without a graph."""
