@@ -70,6 +70,7 @@ PRIVATE = {
     "_supports_flex_attn": f"{PRETRAINED}._supports_flex_attn",
     "_supports_sdpa": f"{PRETRAINED}._supports_sdpa",
     "_swappable_optimizer_subgroup": f"{STAGE3}._swappable_optimizer_subgroup",
+    "_tied_weights_keys": f"{PRETRAINED}._tied_weights_keys",
     "_world": "torch.distributed.distributed_c10d._world",
     # modules and what is imported of them
     **{

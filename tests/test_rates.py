@@ -65,6 +65,7 @@ OF_EXPERIMENTS = {
     "quickstart_digits": 2e-3,
     "quickstart_grpo": 2e-3,
     "compare_quickstart": 1e-5,
+    "flan_t5_small": 3e-4,
 }
 FACTORS = {"compare_quickstart": 100.0} | dict.fromkeys(
     ("llama8b_kto", "llama8b_ppo_rlhf", "qwen3_8b_grpo_gsm8k", "qwen3_8b_rlvr_math", "qwen3_8b_simpo", "tulu3_8b_dpo"), 0.025

@@ -76,6 +76,11 @@ def adapter(folder: Path) -> str:
     return str(folder)
 
 
+def t5(folder: Path) -> str:
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    return str(folder)
+
+
 def template(folder: Path, text: str) -> str:
     (folder / "template.jinja").write_text(text)
     return str(folder / "template.jinja")
@@ -109,6 +114,38 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "two sources of held-out rows": ["data.eval_path=owner/name", "data.eval_fraction=0.1"],
     "no such template": ["data.template=/nowhere.jinja"],
     "an empty template": lambda folder: [f"data.template={template(folder, ' ')}"],
+    "an encoder-decoder that is not called one": lambda folder: [
+        f"model.id={t5(folder)}",
+        "model.architecture={}",
+        "model.train_tokenizer=0",
+    ],
+    "an encoder-decoder of pairs": ["model.encoder_decoder=true", "data.packing=false", "objective=dpo"],
+    "an encoder-decoder that learns texts": ["model.encoder_decoder=true", "data.packing=false", "objective=cpt"],
+    "an encoder-decoder that packs": ["model.encoder_decoder=true"],
+    "an encoder-decoder of a stream": [
+        *(
+            "model.encoder_decoder=true",
+            "data.packing=false",
+            "data.eval_fraction=0",
+            STREAM,
+            "data.source=files",
+            "data.path=hf://datasets/a/b",
+        )
+    ],
+    "an encoder-decoder with a template": ["model.encoder_decoder=true", "data.packing=false", "data.template=chatml"],
+    "an encoder-decoder that writes prompts": ["model.encoder_decoder=true", "data.packing=false", "data.supervise=all"],
+    "an encoder-decoder that leaves reasoning out": ["model.encoder_decoder=true", "data.packing=false", "data.reasoning=strip"],
+    "an encoder-decoder with a source of turns": [*MIX, "model.encoder_decoder=true", "data.packing=false", "data.mix.b.document=turn"],
+    "an encoder-decoder of turns": ["model.encoder_decoder=true", "data.packing=false", "data.document=turn"],
+    "an encoder-decoder on shared rows": ["model.encoder_decoder=true", "data.packing=false", "engine.context=2"],
+    "an encoder-decoder in split layers": ["model.encoder_decoder=true", "data.packing=false", "engine.tensor=2"],
+    "a compiled encoder-decoder": ["model.encoder_decoder=true", "data.packing=false", "train.compile=true"],
+    "an encoder-decoder in float8": ["model.encoder_decoder=true", "data.packing=false", "train.float8=tensorwise", "train.precision=bf16"],
+    "an encoder-decoder in fp16": ["model.encoder_decoder=true", "data.packing=false", "train.precision=fp16"],
+    "an encoder-decoder with inputs on the host": ["model.encoder_decoder=true", "data.packing=false", "train.activations=offload"],
+    "an encoder-decoder with a balance loss": ["model.encoder_decoder=true", "data.packing=false", "train.balance_loss=0.1"],
+    "an encoder-decoder with virtual tokens": ["model.encoder_decoder=true", "data.packing=false", "peft=prompt"],
+    "a quantised encoder-decoder": ["model.encoder_decoder=true", "data.packing=false", "peft=qlora"],
     "turns of texts": ["data.document=turn", "objective=cpt"],
     "turns with all tokens": ["data.document=turn", "data.supervise=all"],
     "reasoning without loss in texts": ["data.reasoning=mask", "objective=cpt"],

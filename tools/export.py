@@ -82,6 +82,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     from trainers.model.blueprint import make_blueprint
     from trainers.model.export import export, generation_config
     from trainers.model.saved_form import saved_form, types_of
+    from trainers.model.seq2seq import opener_of
     from trainers.model.weights import origin_of
 
     tokenizer = load_tokenizer(config)
@@ -110,7 +111,7 @@ def write(checkpoint: Path, out: Path, shard_bytes: int, dtype: str, model: str 
     files = list(out.glob("*.safetensors"))
     size, seconds = sum(path.stat().st_size for path in files), time.monotonic() - started
     print(f"{out}: {folder.name} of {folder.parent.parent} in {plural(len(files), 'file')} of weights, {size:,} bytes, {seconds:.1f} s")
-    opener = "AutoModelForSequenceClassification" if blueprint.scores else "AutoModelForCausalLM"
+    opener = "AutoModelForSequenceClassification" if blueprint.scores else opener_of(blueprint.config).__name__
     print(f'open it: {opener}.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")')
 
 

@@ -157,6 +157,8 @@ class Opened:
 
         self.options, self.sampling, self.name = options, sampling, options.model
         self.model = named(options.model)
+        if options.vllm and self.model.config.model.encoder_decoder:
+            raise Refused(f"{options.model} is an encoder-decoder, which vLLM does not open: without --vllm")
         self.tokenizer: Any = load_tokenizer(self.model.config)
         subject = Subject(config=self.model.config, folder=self.model.folder)
         self.machine = {"dtype": options.dtype, "device": kind_of(options.device)} | ({"by": "vllm"} if options.vllm else {})
@@ -167,7 +169,9 @@ class Opened:
 
     def request(self, prompt: Prompt, number: int, seed: int) -> Request:
         """Return what is asked: the rendered prompt's ids."""
-        return Request(key=number, seed=seed_of(seed, number), ids=prompts.rendered(prompt, self.tokenizer))
+        return Request(
+            key=number, seed=seed_of(seed, number), ids=prompts.rendered(prompt, self.tokenizer, self.model.config.model.encoder_decoder)
+        )
 
     def ask(self, requests: Sequence[Request], took: Took) -> None:
         """Open the model and ask it; raises ConfigError and Broken."""

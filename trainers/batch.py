@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-NO_DOCUMENT = -1
+NO_DOCUMENT, NO_TOKEN = -1, -1
 SOURCE = "source"
 """The signal of a mixture: the number of each document's source, (D,)."""
 WEIGHT = "weight"
@@ -75,6 +75,8 @@ class Batch:
     labelled: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """(L,) int64, L >= 1: which of `kept` have labels."""
 
+    source: Tensor | None = None
+    """(B, R) int64: what the encoder of an encoder-decoder reads, NO_TOKEN where it is padding. The rest is then of the decoder alone."""
     segments: tuple[int, ...] = ()
     """Lengths of what follows one another in the rows, put one after the other: documents, and below 0 padding. Numbers on the CPU."""
     starts: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
@@ -108,11 +110,11 @@ class Batch:
         return max(length if length > 0 else min(-length, PADDING_PIECE) for length in self.segments_kept)
 
     @classmethod
-    def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Batch:
+    def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor, source: Tensor | None = None) -> Batch:
         """Return rows without padding: a document begins wherever a position is 0."""
         documents = (position_ids == 0).flatten().cumsum(0).view(position_ids.shape) - 1
         how_many: dict[str, Any] = {"num_rows": len(input_ids), "num_tokens": input_ids.numel(), "num_documents": int(documents.max()) + 1}
-        return cls(input_ids=input_ids, labels=labels, position_ids=position_ids, documents=documents, **how_many)
+        return cls(input_ids=input_ids, labels=labels, position_ids=position_ids, documents=documents, source=source, **how_many)
 
     def sizes(self) -> Sizes:
         """Return how much counts in it; not of units, which a batch does not know."""

@@ -136,10 +136,10 @@ def _try_export(built: Built, folder: Path, probe: Batch, logps: torch.Tensor) -
         _try_scores(built, folder, base, logps)
         return None
     if is_adapter:
-        plain = reopen(base, config.model.trust_remote_code, blueprint.config) if base else blueprint.build("cpu")
+        plain = reopen(base, config.model.trust_remote_code, blueprint.config, built.data.train.parted) if base else blueprint.build("cpu")
         model = reopen_adapter(folder, round_base(plain, adaptation))
     else:
-        model = reopen(folder, config.model.trust_remote_code)
+        model = reopen(folder, config.model.trust_remote_code, encodes=built.data.train.parted)
     with torch.no_grad():
         labelled = (forward(model, probe).logps.float() - logps)[probe.labels != IGNORE]
     _require_near(built, folder, float(labelled.abs().mean()), "nats a token", is_adapter)

@@ -162,9 +162,9 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
     dealt = _streamed if config.data.streaming else _loader
     rows, held_out = _sampled(built) if config.objective.name in SAMPLED else (dealt(built, data, padding), None)
     world.begin_steps()
-    adaptation = engine.adaptation
+    adaptation, flops_of = engine.adaptation, _of_parts(data) if data.train.parted else flops_per_token
     shapes = {name: shape for name, shape in engine.shapes().items() if name not in adaptation.unreached}
-    flops = flops_per_token(shapes, built.blueprint.config, data.train.mean_attended(), shapes.keys() - adaptation.trained)
+    flops = flops_of(shapes, built.blueprint.config, data.train.mean_attended(), shapes.keys() - adaptation.trained)
     critic = None if held_out is None else held_out.sampler.critic
     if critic is not None and (of_critic := critic.engine.report()) and world.rank == 0:
         console.print(_as_table("the critic on each rank", of_critic))
@@ -192,6 +192,13 @@ def train_and_export(built: Built, base: dict[str, Any]) -> int:
     exit_after(ENDING_S, code)
     world.disconnect()
     return code
+
+
+def _of_parts(data: Prepared) -> Callable[..., float]:
+    """Return what counts the FLOPs of an encoder-decoder, of whose tokens each goes through one of the two."""
+    from trainers.model.seq2seq import flops_of_parts
+
+    return partial(flops_of_parts, float(np.count_nonzero(data.train.supervised)) / float(data.train.offsets[-1]))
 
 
 def _prompts(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFast) -> Prepared:

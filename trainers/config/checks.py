@@ -206,6 +206,10 @@ def validate(config: RunConfig) -> None:
 
         validate_activations(config)
     validate_kernels(config)
+    if config.model.encoder_decoder:
+        from trainers.config.seq2seq import validate_encoder_decoder
+
+        validate_encoder_decoder(config)
     if config.engine.context * config.engine.tensor * config.engine.expert > 1:
         validate_mesh(config)
     if config.train.precision is Precision.fp16 or config.train.loss_scale or config.train.loss_scale_steps:
@@ -238,6 +242,10 @@ def _validate_model(model: ModelConfig) -> None:
         )
     if model.id is not None and looks_local(model.id):
         require_model_directory("model.id", model.id)
+        if not model.encoder_decoder:
+            from trainers.config.seq2seq import require_no_encoder
+
+            require_no_encoder(model.id)
     if model.tokenizer is not None and looks_local(model.tokenizer) and not Path(model.tokenizer).is_dir():
         raise ConfigError("model.tokenizer", model.tokenizer, "is not a directory")
     if model.train_tokenizer and (model.id or model.tokenizer):

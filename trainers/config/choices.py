@@ -262,6 +262,10 @@ class MeshChoice(StrEnum):
     auto = "auto"
 
 
+ENCODER_DECODERS = ("t5", "mt5")
+"""Values of a config's `model_type` whose models have an encoder for the prompt; Flan-T5 is a t5."""
+
+
 class Activations(StrEnum):
     """What of a block's forward is kept for its backward: all; attention and matrix products; its input; or that in host memory.
 

@@ -79,6 +79,8 @@ class ModelConfig:
     """Special tokens to add to the tokenizer; one it knows stays where it is. The model grows a row for each new one."""
     grow_vocabulary: bool = False
     """Give the model a row for each token that the tokenizer has beyond it: the mean of its rows. It never shrinks."""
+    encoder_decoder: bool = False
+    """T5, Flan-T5 and mT5: the encoder reads a row's prompt, the decoder writes its answer. Rows are plain text, without a template."""
     attention: Attention = Attention.auto
     """Attention backend; the start-up table says which one `auto` took and why. `varlen` is torch's own kernel, without a mask."""
     experts: Experts = Experts.auto

@@ -95,6 +95,8 @@ class Encoder:
     """Tokens that the chat template writes of its own accord."""
     labels: Sequence[str] = ()
     """Names of the classes of rows that are classified."""
+    encoder_decoder: bool = False
+    """Rows are sources and targets, as trainers.data.seq2seq renders them."""
 
     def encode(self, rows: Sequence[Row]) -> Documents:
         """Return the documents of rows; bad rows are named in the result, and so is a ConfigError."""
@@ -167,7 +169,7 @@ class Encoder:
         if self.layout is Layout.styles:
             return self._render_styles(row)
         plain = self.template is None or self.objective is ObjectiveName.cpt
-        if plain and isinstance(row, dict) and not formats.is_conversation(row, self.layout):
+        if plain and isinstance(row, dict) and (self.encoder_decoder or not formats.is_conversation(row, self.layout)):
             pair, prompt = self._render_pair(row)
             return [pair], prompt
         from trainers.data import fields
@@ -243,6 +245,10 @@ class Encoder:
             raise ConfigError(path, value, "trains every token, and rows have turns that are not trained or have weights", remedy)
 
     def _render_pair(self, row: Any) -> tuple[Rendered, str]:
+        if self.encoder_decoder:
+            from trainers.data import seq2seq
+
+            return seq2seq.render_pair(row, self.layout, self.bos, self.eos)
         prompt, completion = formats.to_pair(row, self.layout)
         answer = 0 if self.data.reasoning is Reasoning.keep else answer_at(completion)
         if answer == len(completion):
@@ -424,8 +430,10 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
     can_grow = may_grow(config)
     remedy = chat_remedy(tokenizer, can_grow)
     plain = layout in (Layout.question_answer, Layout.alpaca, Layout.prompt_completion, Layout.styles) and template is None
-    if plain and not eos and rows_as(config.objective.name) is ObjectiveName.sft:
-        raise ConfigError("model.tokenizer", name, "the tokenizer has no eos_token, so nothing would end an answer", remedy)
+    if config.model.encoder_decoder or (plain and not eos and rows_as(config.objective.name) is ObjectiveName.sft):
+        from trainers.data.seq2seq import require_plain
+
+        require_plain(config, layout, name, eos, remedy)
     if template is not None and layout is not Layout.text and config.objective.name is not ObjectiveName.cpt:
         require_ends(tokenizer, template, can_grow)
     require_ids(tokenizer, name)
@@ -447,6 +455,7 @@ def encoder_of(config: RunConfig, tokenizer: PreTrainedTokenizerBase, layout: La
         chat_remedy=remedy,
         opening=written_tokens(template) if template is not None else (),
         labels=labels,
+        encoder_decoder=config.model.encoder_decoder,
     )
 
 

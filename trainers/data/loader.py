@@ -299,24 +299,22 @@ def make_batch(table: TokenTable, rows: Ints, num: int, pad_id: int) -> Batch:
     labels[target[:-1][shifted]] = tokens[1:][shifted]
     document_of = np.full(num * size, NO_DOCUMENT, dtype=np.int64)
     document_of[target] = np.repeat(np.arange(len(flat)), lengths)
-    ids, shifted_labels, positions, in_document = (
-        torch.from_numpy(array.reshape(num, size)) for array in (input_ids, labels, position_ids, document_of)
-    )
-    return Batch(
-        input_ids=ids,
-        labels=shifted_labels,
-        position_ids=positions,
-        documents=in_document,
-        num_rows=len(rows),
-        num_tokens=int(used.sum()),
-        num_documents=len(flat),
-        signals={
-            name: _signal(table, signal, flat, source, target, (num, size))
-            if signal.ndim == 1
-            else _of_labels(table, signal, flat, labels).view(num, size, -1)
-            for name, signal in table.signals.items()
-        },
-    )
+    arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "documents": document_of}
+    tensors: dict[str, Any] = {name: torch.from_numpy(array.reshape(num, size)) for name, array in arrays.items()}
+    signals = {
+        name: _signal(table, signal, flat, source, target, (num, size))
+        if signal.ndim == 1
+        else _of_labels(table, signal, flat, labels).view(num, size, -1)
+        for name, signal in table.signals.items()
+    }
+    batch = Batch(**tensors, signals=signals, num_rows=len(rows), num_tokens=int(used.sum()), num_documents=len(flat))
+    return _parted(batch) if table.parted else batch
+
+
+def _parted(batch: Batch) -> Batch:
+    from trainers.data.parted import part
+
+    return part(batch)
 
 
 def _signal(table: TokenTable, signal: NDArray[np.float32], documents: Ints, source: Ints, target: Ints, shape: tuple[int, int]) -> Tensor:

@@ -182,7 +182,7 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     options |= {"shard_rows": str(data.shard_rows)} if data.streaming else {}
     options |= {} if data.max_rows is None else {"max_rows": str(data.max_rows)}
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
-    options |= {"labels": str(config.objective.labels)} if config.objective.labels else {}
+    options |= {"labels": str(config.objective.labels)} if config.objective.labels else {"of": ""} if config.model.encoder_decoder else {}
     options |= {name: str(getattr(data, name)) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}
     # rows with weights were bad rows once, which skipping left out
     options |= {"weights": "read"} if data.skip_bad_rows and not data.streaming else {}
@@ -573,6 +573,7 @@ def save_split(config: RunConfig, store: Store, keep: Kept, folder: Path) -> dic
         rows=rows,
         units=units,
         apart=apart,
+        parted=config.model.encoder_decoder,
         signals=signals | ({} if weights is None else {WEIGHT: weights}),
         partners=_partners(config, groups[keep], folder.name) if config.objective.name is ObjectiveName.kto else None,
     )

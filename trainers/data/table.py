@@ -17,8 +17,8 @@ from trainers.config.errors import ConfigError
 
 Ints = NDArray[np.int64]
 SIGNALS = "signals/"
-APART = "apart"
-"""Name of the empty file that says `TokenTable.apart`."""
+APART, PARTED = "apart", "parted"
+"""Names of the empty files that say `TokenTable.apart` and `TokenTable.parted`."""
 SOURCES = "sources.json"
 """Name of the file of a joined table: where the tokens of each source are, and how many rows it has."""
 TOKENS = ("tokens", "supervised")
@@ -46,6 +46,8 @@ class TokenTable:
     """The document whose answer follows each document's prompt where an objective has a baseline of such, (documents,)."""
     apart: bool = False
     """The documents of a row lie below each other in a batch, each padded, and not one after the other: pairs without packing."""
+    parted: bool = False
+    """Documents are sources with their targets: what is before a document's labels is for the encoder, in a batch of its own."""
     signals: dict[str, NDArray[Any]] = field(default_factory=dict)
     """What an objective reads besides tokens, by name: (documents,), (tokens,), or (labels, k) where each label has k, in their order."""
     sources: dict[str, int] = field(default_factory=dict)
@@ -129,16 +131,17 @@ def labels_of(table: TokenTable) -> NDArray[np.int64]:
 
 def save_table(table: TokenTable, folder: Path) -> None:
     """Write a table as one .npy file an array, with the labels of each document counted."""
-    _write(_arrays(replace(table, labels=labels_of(table))), table.apart, folder)
+    _write(_arrays(replace(table, labels=labels_of(table))), table, folder)
 
 
-def _write(arrays: dict[str, NDArray[Any]], apart: bool, folder: Path) -> None:
+def _write(arrays: dict[str, NDArray[Any]], table: TokenTable, folder: Path) -> None:
+    """Write arrays, and the empty files that say what kind of table they are of."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         (folder / name).parent.mkdir(exist_ok=True)
         np.save(folder / f"{name}.npy", array)
-    if apart:
-        (folder / APART).touch()
+    for mark in (name for name in (APART, PARTED) if getattr(table, name)):
+        (folder / mark).touch()
 
 
 def open_table(folder: Path) -> TokenTable:
@@ -153,7 +156,7 @@ def open_table(folder: Path) -> TokenTable:
         for name in TOKENS:
             found[name] = Joined([_mapped(_require(folder / item["folder"] / f"{name}.npy")) for item in known.values()])
         found["sources"] = {name: item["rows"] for name, item in known.items()}
-    return TokenTable(**found, signals=signals, apart=(folder / APART).exists())
+    return TokenTable(**found, signals=signals, apart=(folder / APART).exists(), parted=(folder / PARTED).exists())
 
 
 def save_joined(tables: Mapping[str, TokenTable], places: Mapping[str, str], folder: Path) -> None:
@@ -174,8 +177,9 @@ def save_joined(tables: Mapping[str, TokenTable], places: Mapping[str, str], fol
         partners=None if held[0].partners is None else _raised([cast(Ints, table.partners) for table in held], documents),
         signals=signals | {SOURCE: number_of},
         apart=held[0].apart,
+        parted=held[0].parted,
     )
-    _write({name: array for name, array in _arrays(whole).items() if name not in TOKENS}, whole.apart, folder)
+    _write({name: array for name, array in _arrays(whole).items() if name not in TOKENS}, whole, folder)
     parts = {name: {"folder": places[name], "rows": len(table)} for name, table in tables.items()}
     (folder / SOURCES).write_text(json.dumps(parts, indent=1))
 
@@ -254,6 +258,6 @@ def _labels_of(table: TokenTable) -> Ints:
 
 def _arrays(table: TokenTable) -> dict[str, NDArray[Any]]:
     """Return the arrays of a table by the names of their files."""
-    arrays = {item.name: getattr(table, item.name) for item in fields(table) if item.name not in ("signals", "apart", "sources")}
+    arrays = {item.name: getattr(table, item.name) for item in fields(table) if item.name not in ("signals", APART, PARTED, "sources")}
     arrays |= {f"{SIGNALS}{name}": signal for name, signal in table.signals.items()}
     return {name: array for name, array in arrays.items() if array is not None}

@@ -37,8 +37,9 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerFast:
         _open(config, str(_trained(config))) if config.model.train_tokenizer else _open(config, _name(config))
     )
     tokenizer.add_tokens(list(config.model.add_tokens), special_tokens=True)
-    if config.data.template is not None:
-        tokenizer.chat_template = _template(config.data.template, tokenizer.chat_template)
+    if config.data.template is not None or config.model.encoder_decoder:
+        named = config.data.template
+        tokenizer.chat_template = None if named is None else _template(named, tokenizer.chat_template)
     return tokenizer
 
 

@@ -82,7 +82,9 @@ def _plainly(model: PreTrainedModel, stops: Sequence[int], pad_id: int) -> None:
     """Leave the choice of tokens to `Choice` alone."""
     for module in model.modules():  # peft reads it from one of the models that it is made of, by method
         if hasattr(module, "generation_config"):
-            module.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=pad_id, do_sample=False)  # type: ignore[assignment]
+            begin = getattr(module.config, "decoder_start_token_id", None)
+            own = GenerationConfig(eos_token_id=list(stops), pad_token_id=pad_id, do_sample=False, decoder_start_token_id=begin)
+            module.generation_config = own  # type: ignore[assignment]
 
 
 def _chunks(model: PreTrainedModel, prompts: Mapping[int, Sequence[int]], batch: int, pad_id: int) -> list[list[int]]:
@@ -108,7 +110,7 @@ def _ignores_padding(model: PreTrainedModel, prompts: list[Sequence[int]], pad_i
 
 def _next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     output: Any = model.generate(  # type: ignore[operator]
-        ids, attention_mask=mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+        input_ids=ids, attention_mask=mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
     )
     logits: Tensor = output.logits[0].float()
     return logits
@@ -134,13 +136,15 @@ def _continue(
     close: float,
 ) -> list[Decoded]:
     """Return what the model writes after each prompt, through its first stop."""
-    longest = max(map(len, prompts))
+    first = max(map(len, prompts))
     ids, mask = _padded(model, prompts, pad_id)
-    begins = [longest - len(prompt) for prompt in prompts]
-    choice = Choice(model, begins, longest, stops, sampling, seeds, heard, close)
-    output: Any = model.generate(ids, attention_mask=mask, max_new_tokens=room, logits_processor=LogitsProcessorList([choice]))  # type: ignore[operator]
+    begins, sources = [first - len(prompt) for prompt in prompts], None
+    if model.config.is_encoder_decoder:  # writes after one token that begins every answer, and reads its prompt elsewhere
+        first, begins, sources = 1, [0] * len(prompts), prompts
+    choice = Choice(model, begins, first, stops, sampling, seeds, heard, close, sources)
+    output: Any = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, logits_processor=LogitsProcessorList([choice]))  # type: ignore[operator]
     logps = torch.stack(choice.logps, 1).tolist()
-    return [_through_stop(row, values, stops) for row, values in zip(output[:, longest:].tolist(), logps, strict=True)]
+    return [_through_stop(row, values, stops) for row, values in zip(output[:, first:].tolist(), logps, strict=True)]
 
 
 def _through_stop(ids: list[int], logps: list[float], stops: Sequence[int]) -> Decoded:
@@ -166,10 +170,15 @@ class Choice(LogitsProcessor):  # type: ignore[misc]
         seeds: list[int],
         heard: Callable[[int], None] | None = None,
         close: float | None = None,
+        sources: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """Take the column in which each row's prompt begins, and the one after all prompts; `close` is a difference of two logits."""
+        """Take the column in which each row's prompt begins, and the one after all prompts; `close` is a difference of two logits.
+
+        `sources` are what an encoder has read of each row.
+        """
         self.model, self.begins, self.prompt_length, self.stops = model, begins, prompt_length, set(stops)
         self.sampling, self.close, self.heard = sampling, CLOSE[model.dtype] if close is None else close, heard
+        self.sources = sources
         self.generators = [torch.Generator(model.device).manual_seed(seed) for seed in seeds]
         self.logps: list[Tensor] = []
         """Of each token that was chosen, (B,), under the model itself or, where it is `tempered`, what is drawn from."""
@@ -181,7 +190,7 @@ class Choice(LogitsProcessor):  # type: ignore[misc]
         for row in (~is_sure).nonzero().flatten().tolist():
             ids = input_ids[row, self.begins[row] :]
             if self.stops.isdisjoint(ids[self.prompt_length - self.begins[row] :].tolist()):
-                scores[row] = self._logits(ids)
+                scores[row] = self._logits(ids) if self.sources is None else self._written(ids, self.sources[row])
                 tokens[row] = choose(scores[row : row + 1], self.sampling, None if noise is None else noise[row : row + 1], 0.0)[0][0]
         logits = scores / self.sampling.temperature if self.sampling.tempered and self.sampling.temperature else scores
         self.logps.append(logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
@@ -204,6 +213,12 @@ class Choice(LogitsProcessor):  # type: ignore[misc]
         last = torch.tensor([len(ids) - 1], device=ids.device)
         output = self.model(input_ids=ids[None], position_ids=positions, use_cache=False, logits_to_keep=last)
         logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+    def _written(self, ids: Tensor, source: Sequence[int]) -> Tensor:
+        """Return the logits of what a decoder writes after ids (S,) of a source alone, (V,)."""
+        read = torch.tensor([list(source)], device=ids.device)
+        logits: Tensor = self.model(input_ids=read, decoder_input_ids=ids[None], use_cache=False).logits[0, -1].float()
         return logits
 
 

@@ -9,6 +9,7 @@ from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.local import looks_local, require_model_directory
 from trainers.config.schema import ModelConfig, RunConfig
+from trainers.config.seq2seq import has_encoder
 from trainers.rundir import paths
 from trainers.rundir.base import config_of
 
@@ -39,7 +40,9 @@ def named(name: str) -> Named:
         raise ConfigError("MODEL", name, "is neither a run nor a model directory")
     if looks_local(name):
         require_model_directory("MODEL", name)
-    return Named(RunConfig(model=ModelConfig(id=str(path.resolve()) if path.is_dir() else name)), None)
+    if not path.is_dir():
+        return Named(RunConfig(model=ModelConfig(id=name)), None)
+    return Named(RunConfig(model=ModelConfig(id=str(path.resolve()), encoder_decoder=has_encoder(path))), None)
 
 
 def _run(run: Path) -> Named:

@@ -13,6 +13,7 @@ from trainers.data import sources
 from trainers.data.encode import first_token
 from trainers.data.formats import BadRow, Message, Row, joined, recognise, require_characters, system_of, to_messages, to_tools
 from trainers.data.preferences import to_preference, turns_of
+from trainers.data.seq2seq import source_of
 from trainers.data.template import fill, template_of
 
 if TYPE_CHECKING:
@@ -94,11 +95,18 @@ def _turns(row: Row) -> list[Message]:
     return [{"role": "system", "content": system}, *turns] if system and turns[0]["role"] != "system" else turns
 
 
-def rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return a prompt's ids as training renders it: by the chat template, and without one its last turn; raises ConfigError."""
+def rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False) -> list[int]:
+    """Return a prompt's ids as training renders it: by the chat template, and without one its last turn; raises ConfigError.
+
+    Of an encoder-decoder they are what its encoder reads.
+    """
     template = template_of(tokenizer, "chat template")
     try:
-        if template is not None:
+        if encoder_decoder:
+            if prompt.tools:
+                raise BadRow("has tools, which have no place in plain text")
+            text = source_of(prompt.messages, first_token(tokenizer), str(tokenizer.eos_token))
+        elif template is not None:
             text = fill(template, prompt.messages, prompt.tools, add_generation_prompt=True)
         elif len(prompt.messages) == 1 and not prompt.tools:
             between = "" if "prompt" in prompt.row else "\n"

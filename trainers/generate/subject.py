@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
 
 from trainers.cache import content_key
 from trainers.config.choices import ObjectiveName, Quantisation
@@ -19,6 +19,7 @@ from trainers.config.schema import RunConfig
 from trainers.data.tokenizer import load_tokenizer
 from trainers.generate.identity import digest_of
 from trainers.model.blueprint import Blueprint, make_blueprint, open_config
+from trainers.model.seq2seq import opener_of
 from trainers.model.weights import origin_of
 from trainers.peft.adapt import adapt
 from trainers.peft.nf4 import round_base
@@ -99,7 +100,7 @@ class Subject:
             model: PreTrainedModel = self.blueprint.build("cpu")
             model.to(dtype=dtype, device=device)  # type: ignore[call-arg]
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, device_map=where, trust_remote_code=trust)
+            model = opener_of(config).from_pretrained(folder, config=config, dtype=dtype, device_map=where, trust_remote_code=trust)
         model.requires_grad_(False)
         if self.is_adapter:
             assert self.folder is not None

@@ -169,7 +169,7 @@ def _no_flex(config: PreTrainedConfig, known: type[PreTrainedModel], where: Surr
         return "flex attention has no backward on a CPU"
     if not known._supports_flex_attn:
         return f"{known.__name__} has no flex attention in transformers"
-    return _beyond(config, known, ("dropout", "an index of its own"))
+    return _beyond(config, known, ("dropout", "position bias", "an index of its own"))
 
 
 def _no_sdpa(config: PreTrainedConfig, known: type[PreTrainedModel], where: Surroundings) -> str | None:

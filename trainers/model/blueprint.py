@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedConfig,
@@ -25,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trainers.config.choices import Attention, Experts
+from trainers.config.choices import ENCODER_DECODERS, Attention, Experts
 from trainers.config.errors import ConfigError, did_you_mean
 from trainers.config.local import looks_local
 from trainers.config.schema import ModelConfig
@@ -74,8 +75,12 @@ class Blueprint:
         return model
 
     def _maker(self) -> Callable[..., PreTrainedModel]:
-        if not self.scores:
+        if not self.scores and self.config.model_type not in ENCODER_DECODERS:
             return AutoModelForCausalLM.from_config
+        if not self.scores:
+            from trainers.model.seq2seq import maker
+
+            return maker(self.config, self.folder)
         from trainers.model.scores import build_scores
 
         return build_scores
@@ -153,6 +158,10 @@ def blueprint_of(
     model: ModelConfig, seed: int, config: PreTrainedConfig, num_tokens: int, folder: Path | None = None, revision: str | None = None
 ) -> Blueprint:
     """Return the Blueprint of a transformers config for a tokenizer of `num_tokens`; without a folder, one that has no values to read."""
+    if model.encoder_decoder != (config.model_type in ENCODER_DECODERS):
+        from trainers.model.seq2seq import misnamed
+
+        raise misnamed(model, config)
     vocab_on_disk = _grow(model, config, num_tokens)
     saved_dtype = config.dtype if model.id is not None and isinstance(config.dtype, torch.dtype) else torch.float32
     config._attn_implementation = None if model.attention is Attention.auto else library_name(model.attention)
@@ -247,7 +256,7 @@ def _snapshot(model: ModelConfig) -> tuple[Path, str | None]:
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """Return the class transformers has for a config; None for code that comes with the model."""
-    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    mapping: Any = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.model_type in ENCODER_DECODERS else MODEL_FOR_CAUSAL_LM_MAPPING
     known: type[PreTrainedModel] | None = mapping.get(type(config), None)
     return known
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -351,10 +352,10 @@ def require_same(tokenizer: PreTrainedTokenizerBase, folder: Path, trust_remote_
         raise RuntimeError(f"the tokenizer had {len(tokenizer)} tokens and has {len(again)}, or another chat template, once saved")
 
 
-def reopen(folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+def reopen(folder: Path, trust_remote_code: bool, config: PreTrainedConfig | None = None, encodes: bool = False) -> PreTrainedModel:
     """Load the export as a user would, with plain transformers, on the CPU; a base with `config` in place of its own."""
-    more = {} if config is None else {"config": copy.deepcopy(config)}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust_remote_code, **more)
+    opener, more = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM, {} if config is None else {"config": copy.deepcopy(config)}
+    model: PreTrainedModel = opener.from_pretrained(folder, trust_remote_code=trust_remote_code, **more)
     model.eval()
     return model
 
@@ -363,12 +364,12 @@ def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     """Return a greedy answer to a prompt as {"prompt", "answer"}, within the model's positions."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + num_tokens
     ids = torch.tensor([list(prompt_ids)[-max(1, longest - num_tokens) :]])
-    limit = min(num_tokens, longest - ids.shape[1])
-    ends = model.generation_config
+    limit, begin = min(num_tokens, longest - ids.shape[1]), 1 if model.config.is_encoder_decoder else ids.shape[1]
+    ends, begun = model.generation_config, {"decoder_start_token_id": getattr(model.config, "decoder_start_token_id", None)}
     model.generation_config = GenerationConfig(  # the base's may ask for other decoding
-        max_new_tokens=max(1, limit), do_sample=False, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
+        max_new_tokens=max(1, limit), do_sample=False, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id, **begun
     )
     with torch.no_grad():
-        output = model.generate(ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
-    prompt, answer = tokenizer.decode(ids[0]), tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
+    prompt, answer = tokenizer.decode(ids[0]), tokenizer.decode(output[0, begin:], skip_special_tokens=True)
     return {"prompt": str(prompt), "answer": str(answer).strip()}

@@ -124,8 +124,8 @@ def forward(
     """
     config = config or model.config
     in_one_row = is_told_documents(model, config) or takes_lengths(config)
-    if needs.scores:
-        return _scores(model, batch.in_one_row() if in_one_row else batch, config, batch.labels.shape)
+    if needs.scores or batch.source is not None:
+        return _otherwise(model, batch, needs, config, head, in_one_row)
     if in_one_row:
         return _in_columns(model, batch.in_one_row(), needs, config, head).map_tokens(batch.out_of_one_row)
     return _in_columns(model, batch, needs, config, head)
@@ -147,7 +147,7 @@ def _takes_positions(kind: Any) -> bool:
     return "position_ids" in inspect.signature(kind.forward).parameters
 
 
-def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head: Head | None) -> Output:
+def _in_columns(model: Any, batch: Batch, needs: Needs, config: Any, head: Head | None) -> Output:
     """Return what `forward` returns, computed of the rows as they are."""
     shape, columns = batch.labels.shape, batch.columns
     every = len(columns) == shape[1]
@@ -175,9 +175,17 @@ def _in_columns(model: nn.Module, batch: Batch, needs: Needs, config: Any, head:
     return Output(logps=logps, entropy=entropy, gathered=gathered).map_tokens(in_place)
 
 
-def _scores(model: nn.Module, rows: Batch, config: Any, shape: torch.Size) -> Output:
-    """Return the scores of the documents of rows, or of each token, (D, C) float32; log-probabilities are 0.0, of the batch's own shape."""
+def _otherwise(model: nn.Module, batch: Batch, needs: Needs, config: Any, head: Head | None, in_one_row: bool) -> Output:
+    """Return what `forward` returns of a model that has an encoder, or that makes scores.
+
+    Scores are of the documents, or of each token, (D, C) float32; log-probabilities are then 0.0, of the batch's own shape.
+    """
+    if not needs.scores:
+        from trainers.model.seq2seq import Decoding, whole
+
+        return _in_columns(Decoding(model, batch, config), whole(batch), needs, config, head)
+    rows = batch.in_one_row() if in_one_row else batch
     more = lengths_for_kernels(rows) if takes_lengths(config) else {}
     with documents_of(rows):
         scores = model(input_ids=rows.input_ids, position_ids=rows.position_ids, use_cache=False, ends=last_tokens(rows), **more)
-    return Output(logps=scores.new_zeros(shape).detach(), scores=scores)
+    return Output(logps=scores.new_zeros(batch.labels.shape).detach(), scores=scores)

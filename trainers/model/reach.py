@@ -66,8 +66,8 @@ def twin_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def ask(twin: PreTrainedModel, length: int = LENGTH, answer: bool = False, head: Head | None = None) -> Output:
     """Return what a twin makes of a row of so many tokens, without values; wherever its code looks at a value it gets `answer`."""
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    batch = Batch.of(ids, ids.clone(), torch.arange(length)[None]).map(lambda tensor: tensor.to("meta"))
+    ids, encodes = torch.zeros(1, length, dtype=torch.int64), twin.config.is_encoder_decoder
+    batch = Batch.of(ids, ids.clone(), torch.arange(length)[None], ids if encodes else None).map(lambda tensor: tensor.to("meta"))
     with torch.enable_grad(), torch.device("meta"), _NoValues(answer):
         return forward(twin, batch, Needs(scores=gives_scores(twin)), head=head)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trainers.config.choices import AdapterBias, AdapterInit, PeftMethod
+from trainers.config.choices import ENCODER_DECODERS, AdapterBias, AdapterInit, PeftMethod
 from trainers.config.errors import ConfigError
 from trainers.config.mixtures import names_stacks
 from trainers.config.schema import PeftConfig, RunConfig
@@ -131,7 +131,8 @@ def _library_config(settings: PeftConfig, model: PreTrainedModel, parts: Sequenc
     if named == [ALL_LINEAR]:
         is_lora = settings.method in (PeftMethod.lora, PeftMethod.dora)
         targets = (linear_beside_stacks(model, parts) if is_lora else None) or ALL_LINEAR
-    task = "SEQ_CLS" if gives_scores(model) else "CAUSAL_LM"
+    encodes = model.config.model_type in ENCODER_DECODERS
+    task = "SEQ_CLS" if gives_scores(model) else "SEQ_2_SEQ_LM" if encodes else "CAUSAL_LM"
     same: dict[str, Any] = {"task_type": task, "target_modules": targets, "modules_to_save": settings.modules_to_save or None}
     same |= {"exclude_modules": exclusion(parts)}
     if settings.method is PeftMethod.ia3:

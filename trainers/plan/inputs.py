@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from trainers.batch import Batch
 from trainers.config.choices import DataSource, ObjectiveName
 from trainers.config.derived import SAMPLED, SCORED, compares
 from trainers.config.errors import ConfigError
@@ -214,6 +217,24 @@ def _of_mixture(config: RunConfig, table: TokenTable, whole: Data) -> Data:
     tokens = sum(of["row_share"] * of["tokens"] / of["rows"] for of in found.values()) * rows
     shares = ", ".join(f"{name} {of['row_share']:.1%} of the rows in {of['passes']:.2f} passes" for name, of in found.items())
     return replace(whole, source=f"{whole.source}, a mixture: {shares}", rows=float(rows), tokens=tokens, num_rows=mixture.num_rows)
+
+
+def most_of_sources(config: RunConfig, batch: Batch) -> Batch:
+    """Return the most that rows of an encoder-decoder take: the longest source and the longest target of the prepared data in each.
+
+    Both as long as `batch`, which has a row of each, where nobody knows them: they may be of different rows.
+    """
+    rows, longest = batch.labels.shape
+    sources = targets = longest
+    with contextlib.suppress(ConfigError), _offline():
+        if (prepared := find_prepared(config)) is not None:
+            lengths, labels = np.diff(prepared.train.offsets), np.diff(prepared.train.label_starts)
+            sources, targets = (LENGTH_MULTIPLE * -(-int(most) // LENGTH_MULTIPLE) for most in ((lengths - labels).max(), labels.max()))
+    ids = torch.zeros(rows, targets, dtype=torch.int64)
+    source = torch.zeros(rows, sources, dtype=torch.int64)
+    made = Batch.of(ids, ids.clone(), torch.arange(targets).repeat(rows, 1), source)
+    signals = {name: values[:, :1].expand(-1, targets, *values.shape[2:]).clone() for name, values in batch.signals.items()}
+    return replace(made, signals=signals)
 
 
 def _is_here(config: RunConfig) -> bool:

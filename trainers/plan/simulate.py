@@ -442,6 +442,10 @@ def most_of(config: RunConfig, rows: int, seq_len: int, vocab_size: int, trained
     objective = config.objective
     in_row = 2 if compares(objective.name) and not config.data.packing else 1
     batch = whole_batch(in_row * rows, seq_len, (trained or make_objective(objective, None)).signals)
+    if config.model.encoder_decoder:
+        from trainers.plan.inputs import most_of_sources
+
+        return most_of_sources(config, batch)
     if objective.name is ObjectiveName.ppo and trained is not None and trained.needs.scores:
         return each_token(batch)
     if objective.name is not ObjectiveName.distil:
