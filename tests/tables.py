@@ -50,7 +50,7 @@ def config_for(run_dir: Path, model: Path, **train_fields: Any) -> RunConfig:
         model=ModelConfig(id=str(model)),
         data=DataConfig(path="unused"),
         optim=OptimConfig(lr=LR, warmup_steps=1, clip=0.5, weight_decay=0.1, eps=EPS),
-        train=TrainConfig(precision=Precision.fp32, **train_fields),
+        train=TrainConfig(**{"precision": Precision.fp32} | train_fields),
         log=LogConfig(wandb=WandbMode.disabled),
     )
 

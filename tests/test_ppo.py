@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 from chat_tokenizers import tokenizer_of
-from command import arguments, environment, launch, started, trace, wait_for_step, wait_until_gone
+from command import arguments, environment, launch, started, tool, trace, wait_for_step, wait_until_gone
 from conftest import Ranks
 from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trainers.batch import IGNORE, Batch, Needs, Output, each_token
-from trainers.config.choices import KL, Average, EngineName, ObjectiveName, PeftMethod
+from trainers.config.choices import KL, Average, EngineName, Float8, ObjectiveName, PeftMethod, Precision
 from trainers.config.errors import ConfigError
 from trainers.config.schema import (
     CheckpointConfig,
@@ -37,6 +37,7 @@ from trainers.config.schema import (
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared
 from trainers.data.table import TokenTable, open_table, save_table
+from trainers.engines import compiling
 from trainers.engines.build import build_engine
 from trainers.health.spikes import TrainingFailed
 from trainers.loop import train
@@ -49,8 +50,10 @@ from trainers.objectives.base import ADVANTAGE, REFERENCE_LOGPS, RETURNS, REWARD
 from trainers.objectives.values import Values
 from trainers.rl.critic import Critic, critic_config, outline_critic
 from trainers.rl.estimates import estimate
+from trainers.rl.measured import label_logps, of_labels
 from trainers.rundir.attempt import Attempt
 from trainers.rundir.rows import read_rows, steps
+from trainers.scoring import of_each_token
 from trainers.step import StepResult
 from trainers.world import World
 
@@ -321,6 +324,54 @@ def test_adapters_train_alike_and_a_checkpoint_holds_both_models(
         )
 
 
+# How blocks compute.
+
+
+def run_measured(
+    world: World, run_dir: Path, model: Path, scorer: Path, table: TokenTable, fields: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Measure a table with both models and train them; return what metrics.jsonl says of the steps, and what was measured."""
+    torch._dynamo.reset()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compiling, "BACKEND", "aot_eager")
+        config, policy, critic = built(world, run_dir, model, scorer, "fsdp", False, **fields)
+        found = [label_logps(policy, table, world, 2, 0), of_labels(critic.engine, table, world, 2, 0, of_each_token)]
+        data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
+        loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
+        train(config, world, Attempt(run_dir), policy, data, loader, 1.0, critic=critic)
+    return steps(read_rows(run_dir)), found
+
+
+BLOCKS: dict[str, tuple[dict[str, Any], float, float]] = {
+    "fp16": ({"precision": Precision.fp16, "loss_scale": 64.0}, 4e-2, 2e-2),
+    "compiled": ({"compile": True}, 2e-5, 1e-5),
+    "float8": ({"precision": Precision.bf16, "float8": Float8.rowwise}, 0.4, 0.5),
+}
+"""Settings, how far a log-probability or a value may be from float32, and the share by which losses and norms may be."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_both_models_compute_as_the_run_asks(
+    ranks: Callable[[int], Ranks], tiny_llama: Path, scorer: Path, tmp_path: Path, name: str
+) -> None:
+    """In float16, compiled, or with products in float8: what is measured and trained is that of float32, as near as they are."""
+    fields, nats, apart = BLOCKS[name]
+    table, one = sampled_table(64), ranks(1)
+    common = {"steps": 4, "global_batch": len(table), "microbatch": 2}
+    plain, wanted = one.call(run_measured, tmp_path / "plain", tiny_llama, scorer, table, common)[0]
+    rows, found = one.call(run_measured, tmp_path / "run", tiny_llama, scorer, table, common | fields)[0]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (np.abs(ours - theirs).max() > 1e-4) == (name != "compiled"), "of both models"
+        np.testing.assert_allclose(ours, theirs, atol=nats)
+    for row, other in zip(rows, plain, strict=True):
+        assert [row[name] for name in TOLD] == pytest.approx([other[name] for name in TOLD], rel=apart, abs=apart / 10)
+    if name == "fp16":  # whose state has a loss scale for each
+        cut = shutil.copytree(tmp_path / "run", tmp_path / "cut", ignore=shutil.ignore_patterns("step-000004"))
+        again, _ = one.call(run_measured, cut, tiny_llama, scorer, table, common | fields)[0]
+        assert [[row[key] for key in TOLD] for row in again] == [[row[key] for key in TOLD] for row in rows]
+
+
 # A whole run, by the command line.
 
 
@@ -350,6 +401,9 @@ def test_a_run_learns_with_a_critic_and_continues_to_the_bit(base: Path, cache: 
     assert ["measuring_seconds" in row for row in found] == [True, False] * 3
     assert found[0]["reference_kl"] == pytest.approx(0.0, abs=1e-5)
     assert abs(found[4]["reference_kl"]) > 1e-4
+    tool(cache, tmp_path / "whole", tmp_path / "again", name="export")
+    files = [folder / "model.safetensors" for folder in (tmp_path / "again", tmp_path / "whole" / "export")]
+    assert files[0].read_bytes() == files[1].read_bytes(), "of a checkpoint of both models the policy"
     export = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "export")
     assert not [name for name in export.state_dict() if "score" in name]
     signals = open_table(tmp_path / "whole" / "rollouts" / "step-000001").signals
