@@ -65,7 +65,7 @@ def test_the_launchers_commands_on_all_pages_are_accepted(tmp_path: Path, monkey
     (tmp_path / "runs" / "llama8b_reward" / "export").mkdir(parents=True)
     (tmp_path / "runs" / "llama8b_reward" / "export" / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"]}')
     (tmp_path / "slurm" / "env.sh").touch()
-    for name in ("best", "chats", "held_out", "judged", "pairs", "problems", "tones"):
+    for name in ("best", "chats", "held_out", "judged", "pairs", "problems", "rows", "tones"):
         (tmp_path / f"{name}.jsonl").write_text('{"text": "words"}\n')
     monkeypatch.chdir(tmp_path)
     shown = {tuple(words[1:]) for page in PAGES for words in commands(page) if words[0] == "launcher" and "--help" not in words}
