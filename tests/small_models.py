@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trainers.model.blueprint import Blueprint
 
@@ -92,3 +93,12 @@ def small(kind: str, attention: str | None = None) -> Blueprint:
     config = AutoConfig.for_model(kind, **(ALL | ATTENTIONS)[kind])
     config._attn_implementation = attention
     return Blueprint(config=config, folder=None, revision=None, seed=0, trust_remote_code=False)
+
+
+def save_mixture(base: Path, folder: Path) -> Path:
+    """A tiny random mixture of experts with the tokenizer of `base`."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder)
+    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"] | {"vocab_size": len(tokenizer), "initializer_range": 0.1})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder

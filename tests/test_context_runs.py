@@ -27,6 +27,7 @@ from command import (
     wait_for_step,
 )
 from command import wait_for as wait_until
+from small_models import save_mixture
 
 from trainers.rundir.rows import last_step, steps
 
@@ -100,14 +101,17 @@ def test_a_stopped_rank_that_shares_rows_is_named(base: Path, chats: Path, cache
     assert "rank 3 has not been heard of for" in said.splitlines()[-1]
 
 
-@pytest.mark.soak
 @pytest.mark.slurm
-def test_a_mesh_over_two_nodes_survives_one(cluster: Cluster, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
-    """Four ranks on two nodes, of which two share rows; the second node crashes. The trace is that of a run on this machine."""
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("engine.context=2", marks=pytest.mark.soak), pytest.param("engine.expert=2", marks=pytest.mark.slow)]
+)
+def test_a_mesh_over_two_nodes_survives_one(mesh: str, cluster: Cluster, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
+    """Four ranks on two nodes, in groups of two; the second node crashes. The trace is that of a run on this machine."""
     import subprocess
 
     run_dir = tmp_path / "run"
-    given = ("engine.context=2", "train.steps=40", "checkpoint.every=5", "train.eval_every=20")
+    base = save_mixture(base, tmp_path / "mixture") if mesh == "engine.expert=2" else base
+    given = (mesh, "train.steps=40", "checkpoint.every=5", "train.eval_every=20")
     launch(cache, arguments(base, chats, tmp_path / "local", "launch.processes=4", *given), timeout_s=400)
     line = arguments(base, chats, run_dir, "launch=slurm", "launch.gpus_per_node=0", "launch.nodes=2", "launch.processes=2", *given)
     where: dict[str, Any] = environment(cache) | cluster.environment
@@ -118,3 +122,4 @@ def test_a_mesh_over_two_nodes_survives_one(cluster: Cluster, base: Path, chats:
     wait_until(lambda: status_of(run_dir)["state"] == "done", timeout_s=200)
     assert status_of(run_dir)["attempt"] == 2
     assert trace(run_dir) == trace(tmp_path / "local")
+    assert exported(run_dir / "export") == exported(tmp_path / "local" / "export")

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from command import arguments, launch, read_rows, stop_at_step, tool, trace
-from small_models import MIXTURES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from small_models import save_mixture
 
 SPLIT = ("engine.tensor=2", "train.global_batch=2")
 DEALT = ("engine.expert=2", "train.global_batch=2")
@@ -21,15 +20,6 @@ def curve(run_dir: Path, *names: str) -> list[float]:
 
 def exported(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
-
-
-def save_mixture(base: Path, folder: Path) -> Path:
-    """A tiny random mixture of experts with the tokenizer of `base`."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.save_pretrained(folder)
-    config = AutoConfig.for_model("qwen3_moe", **MIXTURES["qwen3_moe"] | {"vocab_size": len(tokenizer), "initializer_range": 0.1})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize(
