@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "preferences": (preferences, "DPO next to supervised training, to a second model and to TRL's DPOTrainer (--trl); losses must agree"),
     "plan": (plan, "a plan's bytes next to those of real runs on CPU ranks; minutes; state must be equal"),
     "context": (context, "what a rank keeps of rows that ranks share, by the plan and of real runs on CPU ranks (--real)"),
-    "meshes": (meshes, "plans of meshes next to real runs on 2 and 4 CPU ranks, and plans of 70B and 405B; minutes"),
+    "meshes": (meshes, "plans of meshes next to real runs on 2 and 4 CPU ranks, and plans of 30B to 405B; minutes"),
     "generate": (generate, "tokens a second and memory of answers: plain generate, continuous batching, ours and vLLM (--vllm); minutes"),
     "seeds": (seeds, "memory of 7B and 70B, full, LoRA and QLoRA, by mode=plan, next to rules of thumb; minutes"),
     "staleness": (staleness, "steps an hour of a run that samples ahead of training, and the time of a step by part; minutes"),

@@ -18,7 +18,7 @@ from trainers.config.mesh import mesh_of
 from trainers.rundir import paths
 from trainers.units import in_bytes
 
-LARGE = ("llama70b_full_128k", "llama405b_full")
+LARGE = ("llama70b_full_128k", "llama405b_full", "qwen3_30b_a3b_full", "qwen3_235b_a22b_lora", "gpt_oss_120b_lora")
 """Experiments that are planned for H100."""
 PLAN_S = 60.0
 """Of a processor, at most, for one plan."""
@@ -27,7 +27,7 @@ TIMEOUT_S = 900.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m tools.bench meshes`."""
-    parser.add_argument("--large", action="store_true", help=f"plan {' and '.join(LARGE)} alone, without real runs")
+    parser.add_argument("--large", action="store_true", help=f"plan {', '.join(LARGE)} alone, without real runs")
     parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
 
 
@@ -60,12 +60,12 @@ def differences(ranks: int) -> list[tuple[Case, float, str]]:
 def _real() -> tuple[list[str], list[str]]:
     """Return a table of real runs next to their plans, and what differs."""
     lines = ["Real runs on CPU ranks: the bytes of their state equal the plan's.", ""]
-    lines += ["| ranks | copies | shard | context | tensor | run | peak: planned / traced |", "|---:|---:|---:|---:|---:|---|---:|"]
+    lines += ["| ranks | copies | shard | context | tensor | expert | run | peak: planned / traced |", f"|{'---:|' * 6}---|---:|"]
     wrong = []
     for ranks in sorted({case.ranks for case in MESH_CASES}):
         for case, ratio, differs in differences(ranks):
             mesh = mesh_of(case.config(".").engine, ranks)
-            sizes = (ranks, mesh.replicate, mesh.shard, mesh.context, mesh.tensor)
+            sizes = (ranks, mesh.replicate, mesh.shard, mesh.context, mesh.tensor, mesh.expert)
             lines.append(f"| {' | '.join(map(str, sizes))} | {case.name} | {ratio:.4f} |")
             wrong += [differs] if differs else []
     return lines, wrong

@@ -218,10 +218,13 @@ MESHES = (
     *((2, 1, 1, 1), (2, 2, 1, 1), (2, 1, 2, 1), (2, 1, 1, 2), (4, 1, 1, 1), (4, 2, 1, 1)),
     *((4, 1, 2, 1), (4, 1, 4, 1), (4, 1, 1, 2), (4, 2, 2, 1), (4, 2, 1, 2), (4, 1, 2, 2)),
 )
-"""Ranks, copies, and the ranks that share rows and that split layers."""
+"""Of a model without experts: ranks, copies, and the ranks that share rows and that split layers."""
+DEALT_MESHES = ((2, 1, 1, 2), (4, 1, 1, 2), (4, 2, 1, 2), (4, 1, 2, 2))
+"""Of a mixture: ranks, copies, and the ranks that share rows and that deal out experts."""
+_DENSE, _MIXTURE = (Case(1, size, precision=FP32, activations=BLOCK, seq_len=256) for size in ("even", "mixture"))
 MESH_CASES = [
-    Case(ranks, "even", precision=FP32, activations=BLOCK, seq_len=256, replicate=copies, context=context, tensor=tensor)
-    for ranks, copies, context, tensor in MESHES
+    *(replace(_DENSE, ranks=size, replicate=copies, context=context, tensor=tensor) for size, copies, context, tensor in MESHES),
+    *(replace(_MIXTURE, ranks=size, replicate=copies, context=context, expert=expert) for size, copies, context, expert in DEALT_MESHES),
 ]
 """Those of `tools.bench meshes`."""
 KNOWN = [*CASES, *GPU_CASES, *CONTEXT_CASES, *MESH_CASES]
