@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slurm
 
 WORDS = ["cat", "two dogs", "hills home", "mat while the", "green", "far over", "ran ran ran ran ran ran", "sat on", "home", "again a"]
 TOLD = ("reward", "reward/short", "entropy", "mismatch", "mismatch_largest", "prompts_drawn", "eval_reward", "eval_pass@1")
-WORKER = "trainers.generate.worker"
+WORKER = "^[^ ]*python[^ ]* -m trainers.generate.worker"  # and not the srun that starts it
 LONG = ("train.steps=8", "checkpoint.every=2")
 ONE = ("launch=slurm", "launch.gpus_per_node=0", "launch.processes=2", "launch.generators=1")
 
@@ -147,7 +147,7 @@ def test_a_generator_that_hangs_is_named_and_replaced(
 ) -> None:
     """Its node answers, and SLURM notices nothing."""
     run_dir = tmp_path / "run"
-    with running(cluster, base, cache, run_dir, *ONE, *LONG, "rl.timeout_s=8", "limits.load_s=30"):
+    with running(cluster, base, cache, run_dir, *ONE, *LONG, "rl.timeout_s=8", "limits.load_s=90"):
         [hung] = workers(cluster, 2)
         cluster.on(2, "kill", "-STOP", hung)
     assert "the generator on node2 is replaced: the model has given no answer for" in said(run_dir)
