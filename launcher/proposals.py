@@ -12,7 +12,6 @@ from trainers.config.choices import Activations, EngineName, MeshChoice, Offload
 from trainers.config.expert import experts_of
 from trainers.config.schema import RunConfig
 from trainers.config.sharding import known_config
-from trainers.plan.shapes import SHAPES
 
 Change = list[str]
 """Overrides of the command line that go together."""
@@ -79,6 +78,8 @@ def _shared(job: Job) -> list[Change]:
     engine, node = job.run.engine, ranks_per_node(job.launch)
     if engine.name is not EngineName.fsdp or engine.mesh is MeshChoice.auto:
         return []
+    from trainers.plan.shapes import SHAPES  # a run that fits asks for none
+
     known = known_config(job.run.model) or SHAPES.get(job.run.model.id or "", {})
     mixture, now = experts_of(known) > 1, (engine.expert, engine.context, engine.tensor)
     most = (8 if mixture or not known else 1, 8, 1 if mixture else 8)
