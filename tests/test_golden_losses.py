@@ -13,8 +13,9 @@ from record_losses import CASES, GOLDEN, QUICK, machine, make_inputs, run
 
 from trainers.config.numerics import NUMERICS
 
-TOLERANCE = 1e-6
-"""Relative, where another torch or another kind of CPU rounds differently."""
+TOLERANCE = {"loss": 1e-6, "eval_loss": 1e-6, "grad_norm": 1e-5}
+"""Relative, where another torch or another kind of CPU rounds differently: an Intel differs from the AMD that recorded them by 2e-7 in
+losses, and by 1.5e-6 in norms, which AdamW's first steps magnify."""
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def test_a_run_gives_the_recorded_numbers(name: str, inputs: list[str], cache: P
     if golden["machine"] == machine():
         assert got == expected
         return
-    assert as_floats(got) == {key: pytest.approx(values, rel=TOLERANCE) for key, values in as_floats(expected).items()}
-    pytest.skip(f"equal to {TOLERANCE:g}; not compared to the bit: recorded on {golden['machine']}, this is {machine()}")
+    assert as_floats(got) == {key: pytest.approx(values, rel=TOLERANCE[key]) for key, values in as_floats(expected).items()}
+    pytest.skip(f"equal to {TOLERANCE['grad_norm']:g}; not compared to the bit: recorded on {golden['machine']}, this is {machine()}")
 
 
 def as_floats(numbers: dict[str, Any]) -> dict[str, list[float]]:
