@@ -38,7 +38,7 @@ from trainers.world import World
 
 STEPS, ROWS, LR = 5, 6, 1e-2
 KINDS = ("tied", "untied", "mt5")
-SIZES: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+SIZES: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
 
 
 def rows() -> list[dict[str, str]]:
