@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from chat_tokenizers import tokenizer_of
-from command import arguments, environment, launch, started, trace, wait_for_step, wait_until_gone
+from command import ROOT, arguments, environment, launch, started, trace, wait_for_step, wait_until_gone
 
 from trainers.config.choices import ObjectiveName, RewardKind
 from trainers.config.errors import ConfigError
@@ -131,6 +131,15 @@ def test_what_fails_or_hangs_is_told_and_the_others_continue(counts: Environment
     assert [reply.get("failure") for reply in ended] == ["has ended its process", LOST, "takes longer than 1 s", LOST]
     assert counts.ask([said(7, "ok"), {"key": 2, "row": {}, "seed": 1}, said(2, "ok")], nothing)[0] == {"failure": LOST}
     assert counts.ask([said(2, "ok"), {"key": 2}], nothing)[1] == {}
+
+
+def test_a_class_of_this_folder_is_found_where_a_run_leaves_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the launcher starts ranks: PYTHONSAFEPATH keeps the folder off the path of `python -m`."""
+    (tmp_path / "of_this_folder.py").write_text(CLASSES)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.chdir(tmp_path)
+    Environments("of_this_folder:Counts", 1.0, 1).close()
 
 
 def test_a_class_that_cannot_be_had_is_refused_and_a_signal_ends_waiting(classes: Path, counts: Environments) -> None:

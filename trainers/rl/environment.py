@@ -97,6 +97,7 @@ def main(arguments: list[str]) -> None:
 
 def _imported(path: str) -> object:
     module, _, name = path.partition(":")
+    sys.path.append(os.getcwd())  # a run's processes leave it out: PYTHONSAFEPATH
     return getattr(importlib.import_module(module), name)
 
 
