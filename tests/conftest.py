@@ -42,12 +42,33 @@ def pytest_configure(config: pytest.Config) -> None:
         forking.begin()  # imports while we collect
 
 
+EACH = 3
+"""Of a test with more slow cases than this, the slow suite takes the first and each third one after it; the others are soak."""
+ENDS = "FULLTUNE_TESTS_END"
+"""Seconds since 1970 after which no further test begins: .ci/run ends in time on a machine that is half as fast, too."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep compilers out of the quick suite: DeepSpeed's CPU optimizer takes a minute, its file I/O four."""
+    """Keep compilers out of the quick suite, where DeepSpeed's CPU optimizer takes a minute, and sample what has many slow cases."""
+    cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("cpu_adam") or {"built", "async_io"} & {*getattr(item, "fixturenames", ())}:
+        if "async_io" in getattr(item, "fixturenames", ()):  # its compilation takes four minutes
+            item.add_marker(pytest.mark.soak)
+        elif item.get_closest_marker("cpu_adam") or "built" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") and not item.get_closest_marker("soak"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_test in cases.values():
+        for number, item in enumerate(of_test if len(of_test) > EACH else []):
+            if number % EACH:
+                item.add_marker(pytest.mark.soak)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    if time.time() > float(os.environ.get(ENDS, "inf")):
+        pytest.skip("the time for all tests is over: make test-slow has no limit")
 
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)

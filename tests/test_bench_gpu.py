@@ -83,7 +83,7 @@ def test_the_last_override_of_a_key_wins() -> None:
     assert merged(("a.b=1", "++c=2"), ("d=3",), ("c=4", "a.b=5")) == ("a.b=5", "c=4", "d=3")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_rehearsal_measures_each_kind_of_row(tmp_path: Path) -> None:
     """Of each kind of process one: a run that is killed, our loop with a plan, a refused setting, a bare loop, isolation, an export."""
     chosen = [

@@ -17,7 +17,7 @@ from command import ROOT, environment, wait_until_gone
 from tools.bench.methods import SAME, Result, Trial, recommended_lr, require_same, settings
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_methods_are_compared_at_equal_tokens(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Two methods that run and one that the config refuses; stopped after the first run, the same command continues from there."""
     out, runs = tmp_path / "figures.md", tmp_path / "runs"

@@ -160,7 +160,7 @@ def test_a_step_is_whole_microbatches_packed_and_padded() -> None:
         whole_microbatches([10, 10, 10], 100, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ours_is_measured_by_the_command_that_a_user_types(cache: Path, tmp_path: Path) -> None:
     """The one peer cannot be installed: a row says so. Folders of this machine are not in what is written."""
     out = tmp_path / "figures.md"

@@ -53,7 +53,7 @@ def test_show_batch_explains_bad_input_like_the_launcher() -> None:
     assert "Traceback" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_engines_are_compared_with_torch_and_transformers_alone(tmp_path: Path) -> None:
     """As on a GPU machine that has no more: what is blocked here can neither be found nor imported, by the ranks either."""
     absent = ["hydra", "omegaconf", "submitit", "wandb", "datasets", "pyarrow", "deepspeed", "launcher"]
@@ -132,7 +132,7 @@ def test_saves_that_cannot_be_measured_are_refused_at_once(
     assert words in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_saves_of_both_kinds_are_measured_and_proved(tmp_path: Path) -> None:
     """A state as small as this shows that all is counted; how short a stall is takes one of half a gigabyte."""
     out = tmp_path / "figures.md"
@@ -172,7 +172,7 @@ def test_a_measurement_that_is_stopped_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "alone"), [pytest.param(2, False, marks=pytest.mark.slow), pytest.param(6, True, marks=pytest.mark.soak)]
+    ("steps", "alone"), [pytest.param(2, False, marks=pytest.mark.soak), pytest.param(6, True, marks=pytest.mark.soak)]
 )
 def test_our_loop_is_no_slower_and_no_larger_than_bare_transformers(steps: int, alone: bool) -> None:
     """`tools.bench train` itself raises where the two loops' losses differ; speeds are those of a machine without other work."""
