@@ -147,9 +147,48 @@ def test_a_row_of_reasoning_alone_is_a_bad_row_and_texts_are_refused(how, tmp_pa
         prepared(write(tmp_path / "texts.jsonl", [{"text": "4"}]), reasoning=how)
     assert caught.value.remedy == "data.reasoning=keep"
     turn = write(tmp_path / "turns.jsonl", [{"messages": [ASKED, {"role": "assistant", "content": "", "reasoning_content": "so"}]}])
-    if how is Reasoning.strip:
-        with pytest.raises(ConfigError, match="turn 2 has nothing but reasoning"):
-            prepared(turn, reasoning=how)
+    with pytest.raises(ConfigError, match="turn 2 has nothing but reasoning"):
+        prepared(turn, reasoning=how)
+
+
+def test_only_turns_of_the_assistant_have_reasoning(tmp_path):
+    """Words about the tags, in system, user and tool turns, stay."""
+    system = {"role": "system", "content": "Reason between <think> and </think>, then put the answer into a box."}
+    user = {"role": "user", "content": "What does `x.split('</think>')[-1]` do?"}
+    tool = {"role": "tool", "content": "<think>a page about tags", "name": "add"}
+    said = {"role": "assistant", "content": "<think>so</think>4"}
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    assert stripped(turns([system, user, call, tool, said]))[:4] == turns([system, user, call, tool])
+    rows = write(tmp_path / "rows.jsonl", [{"messages": [system, user, said]}])
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": [system, user], "chosen": "<think>so</think>4", "rejected": "5"}])
+    for file, objective in ((rows, "sft"), (pairs, "dpo")):
+        text = TOKENIZER.decode(prepared(file, objective, reasoning=Reasoning.strip).train.tokens)
+        assert system["content"] in text and user["content"] in text and "so</think>" not in text
+    assert trained(rows, reasoning=Reasoning.mask) == ["4<|im_end|>"]
+
+
+@pytest.mark.parametrize("how", [Reasoning.mask, Reasoning.strip])
+@pytest.mark.parametrize(
+    "turn", [{"content": "<think>2+2, so"}, {"content": "<think>so</think>\n"}, {"content": "", "reasoning_content": "so"}]
+)
+@pytest.mark.parametrize("name", ["chatml", "think"])
+def test_a_turn_of_nothing_but_reasoning_is_a_bad_row_unless_it_calls_a_tool(name, turn, how):
+    said = {"role": "assistant"} | turn
+    assert rendering(template_named(name), [ASKED, said], how).startswith("BadRow: turn 2 has nothing but reasoning")
+    called = rendering(template_named(name), [ASKED, said | {"tool_calls": [CALL]}], how)
+    assert "BadRow" not in called
+    assert "so" not in "".join(part.split("⟧")[0] for part in called.split("⟦")[1:])
+
+
+def test_reasoning_in_a_field_of_its_own_leaves_the_content_whole(tmp_path):
+    """Unless it begins with `<think>` all the same."""
+    said = {"role": "assistant", "content": "Write `</think>` at the end.", "reasoning_content": "so"}
+    again = {"role": "assistant", "content": "<think>more</think>4", "reasoning_content": "so"}
+    assert [turn["content"] for turn in stripped(turns([ASKED, said, ASKED, again])) if turn["role"] == "assistant"] == [said["content"], "4"]
+    file = write(tmp_path / "rows.jsonl", [{"messages": [ASKED, said]}])
+    for how in (Reasoning.mask, Reasoning.strip):
+        assert trained(file, reasoning=how) == [f"{said['content']}<|im_end|>"]
+    assert answer_of("2+2, so\n</think>\n\n4") == "4"
 
 
 def test_data_that_were_prepared_before_keep_their_key(tmp_path):

@@ -63,8 +63,11 @@ RENDERING = (
     "max_left_out_fraction",
 )
 
-LATER = ("pairs", "reasoning", "styles", "style_rows", "style_instruction")
-"""Counted where they are not what they are by default, so that data that were prepared before keep their key."""
+LATER = {"pairs": "", "reasoning": " of the assistant", "styles": "", "style_rows": "", "style_instruction": ""}
+"""Counted where they are not what they are by default, so that data that were prepared before keep their key.
+
+With words of their own where what they do has changed since.
+"""
 CHECKS = ("skip_bad_rows", "max_lost_fraction", "max_left_out_fraction")
 """Of these, what decides whether rows are accepted and not what becomes of them."""
 
@@ -183,7 +186,7 @@ def data_key(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> str:
     options |= {} if data.max_rows is None else {"max_rows": str(data.max_rows)}
     options |= {"objective": str(rows_as(config.objective.name)), "seed": str(config.seed if data.eval_fraction else 0)}
     options |= {"labels": str(config.objective.labels)} if config.objective.labels else {"of": ""} if config.model.encoder_decoder else {}
-    options |= {name: str(getattr(data, name)) for name in LATER if getattr(data, name) != getattr(DataConfig(), name)}
+    options |= {name: f"{getattr(data, name)}{now}" for name, now in LATER.items() if getattr(data, name) != getattr(DataConfig(), name)}
     # rows with weights were bad rows once, which skipping left out
     options |= {"weights": "read"} if data.skip_bad_rows and not data.streaming else {}
     trained, *held_out = sources_of(data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from trainers.config.choices import Reasoning
 from trainers.data.formats import BadRow, Message
 from trainers.data.parts import unmarked, unused_characters
 from trainers.data.template import Span, try_fill
@@ -41,23 +42,55 @@ def answer_of(text: str) -> str:
     return text[answer_at(text) :]
 
 
+def opened(prompt: str, answer: str) -> str:
+    """Return an answer with the `<think>` that the end of its prompt has written, where the reasoning never closes.
+
+    Such an answer would else read as one without reasoning.
+    """
+    is_open = prompt.rstrip().endswith(OPEN) and CLOSE not in answer and not answer.lstrip().startswith(OPEN)
+    return f"{OPEN}\n{answer}" if is_open else answer
+
+
+def reasons(message: Message) -> bool:
+    """Tell whether a turn of the assistant has reasoning, be it one that never closes. Other turns have none, whatever tags they name."""
+    return message["role"] == "assistant" and (has_thought(message) or message.get("content", "").lstrip().startswith(OPEN))
+
+
+def content_at(message: Message) -> int:
+    """Return where the answer begins in the content of a turn that reasons.
+
+    At its start where the reasoning has a field of its own, unless the content begins with `<think>` all the same.
+    """
+    content = message.get("content") or ""
+    return 0 if message.get("reasoning_content") and not content.lstrip().startswith(OPEN) else answer_at(content)
+
+
 def stripped(messages: Sequence[Message]) -> list[Message]:
-    """Return turns without reasoning; raises BadRow for one that has nothing else."""
-    return [_without(message, number) if has_thought(message) else message for number, message in enumerate(messages, 1)]
+    """Return turns without the assistant's reasoning; raises BadRow for one that has nothing else."""
+    return [_without(message, number) if reasons(message) else message for number, message in enumerate(messages, 1)]
 
 
 def _without(message: Message, number: int) -> Message:
+    _require_answer(message, number, Reasoning.strip)
     kept = {name: value for name, value in message.items() if name != "reasoning_content"}
-    if "content" in kept:
-        kept["content"] = answer_of(kept["content"])
-    if not kept.get("content", "").strip() and not kept.get("tool_calls"):
-        raise BadRow(f"turn {number} has nothing but reasoning, which data.reasoning=strip leaves out")
-    return kept
+    return kept | {"content": kept["content"][content_at(message) :]} if "content" in kept else kept
+
+
+def _require_answer(message: Message, number: int, how: Reasoning) -> None:
+    """Raise BadRow for a turn with neither an answer nor a tool call after its reasoning."""
+    if not message.get("content", "")[content_at(message) :].strip() and not message.get("tool_calls"):
+        raise BadRow(f"turn {number} has nothing but reasoning, and data.reasoning={how} does not train it")
 
 
 def after_reasoning(row: Conversation, spans: Mapping[int, list[Span]]) -> list[list[Span]]:
-    """Return the trained spans of each turn from its answer on; `spans` are those of turns by their numbers."""
-    starts = answer_starts(row, [number for number in spans if has_thought(row.messages[number])])
+    """Return the trained spans of each turn from its answer on; `spans` are those of turns by their numbers.
+
+    Raises BadRow for a turn that has nothing but reasoning.
+    """
+    numbers = [number for number in spans if reasons(row.messages[number])]
+    for number in numbers:  # else the end of the turn would be trained alone: to stop after thinking
+        _require_answer(row.messages[number], number + 1, Reasoning.mask)
+    starts = answer_starts(row, numbers)
     found = []
     for number, own in spans.items():
         first = starts.get(number, 0)
@@ -83,7 +116,7 @@ def answer_starts(row: Conversation, numbers: Sequence[int]) -> dict[int, int]:
 
 def _marked(message: Message, mark: str) -> Message:
     content = message.get("content") or ""
-    at = answer_at(content)
+    at = content_at(message)
     return {**message, "content": f"{content[:at]}{mark}{content[at:]}"}
 
 
