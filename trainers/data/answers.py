@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainers.config.choices import Layout, ObjectiveName, PairsOf
@@ -11,6 +11,7 @@ from trainers.config.derived import DESIRABLE
 from trainers.data.formats import BadRow, Message, Row, conversation_of, to_messages
 from trainers.data.preferences import to_preference, turns_of, with_system
 from trainers.data.ranked import to_pairs
+from trainers.data.reasoning import stripped
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,21 @@ def answers_of(row: Row, layout: Layout, objective: ObjectiveName, pairs: PairsO
     pair = to_preference(row)
     judged: list[Mapping[str, float]] = [{DESIRABLE: 1.0}, {DESIRABLE: 0.0}] if objective is ObjectiveName.kto else [{}, {}]
     return Answers(pair.prompt, [pair.chosen, pair.rejected], judged)
+
+
+def without_reasoning(found: Answers, layout: Layout) -> Answers:
+    """Return prompt and answers without reasoning; raises BadRow for a pair that differs in its reasoning alone.
+
+    Of a ranked list such pairs are left out, as those of equal texts are.
+    """
+    found = replace(found, prompt=stripped(found.prompt), answers=[stripped(answer) for answer in found.answers])
+    if layout is Layout.unpaired:
+        return found
+    pairs = range(0, len(found.answers), 2)
+    kept = [number for at in pairs if found.answers[at] != found.answers[at + 1] for number in (at, at + 1)]
+    if layout is Layout.preference and not kept:
+        raise BadRow("has two equal answers once their reasoning is left out")
+    return replace(found, answers=[found.answers[number] for number in kept], signals=[found.signals[number] for number in kept])
 
 
 def to_judged(row: Row) -> Answers:

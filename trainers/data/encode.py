@@ -213,11 +213,11 @@ class Encoder:
     def _render_answers(self, row: Any) -> tuple[list[Rendered], str]:
         """Return the prompt with each of its answers, those of a pair one after the other; answers are trained, no turn of the prompt."""
         from trainers.data import fields
-        from trainers.data.answers import answers_of
+        from trainers.data.answers import answers_of, without_reasoning
 
         found = answers_of(row, self.layout, self.objective, self.data.pairs)
         if self.data.reasoning is Reasoning.strip:
-            found = replace(found, prompt=stripped(found.prompt), answers=[stripped(answer) for answer in found.answers])
+            found = without_reasoning(found, self.layout)
         if self.template is None:
             raise ConfigError("data.template", None, "the tokenizer has no chat template, and answers need one", self.chat_remedy)
         template, tools = _with_variables(self.template, fields.template_variables(row)), formats.to_tools(row)
