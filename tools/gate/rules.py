@@ -18,6 +18,7 @@ from tools.evaluate.scores import is_refusal
 from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError, did_you_mean
 from trainers.data.formats import ROLES
+from trainers.data.reasoning import answer_of
 
 PROMPT_KEYS = {"name", "kind", "prompt", "messages", "must", "must_not", "refuse"}
 
@@ -43,7 +44,7 @@ class Rules:
     sure: bool = True
     prompts: str | None = None
     prompts_passed_at_least: float = 1.0
-    max_new_tokens: int = 256
+    max_new_tokens: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +55,18 @@ class Prompt:
     kind: str
     messages: list[dict[str, Any]]
     must: list[re.Pattern[str]] = field(default_factory=list)
-    """Expressions that must be found in the answer, all of them."""
+    """Expressions that must be found in the answer after its reasoning, all of them."""
     must_not: list[re.Pattern[str]] = field(default_factory=list)
     refuse: bool | None = None
     """The answer must be a refusal, or must be none."""
 
     def faults(self, answer: str) -> list[str]:
-        """Return what is wrong with an answer; nothing where it passes."""
-        found = [f"lacks {pattern.pattern!r}" for pattern in self.must if not pattern.search(answer)]
-        found += [f"holds {pattern.pattern!r}" for pattern in self.must_not if pattern.search(answer)]
+        """Return what is wrong with an answer, its reasoning left aside; nothing where it passes."""
+        said = answer_of(answer)
+        if not said.strip():
+            return ["has no answer, or its reasoning did not end within max_new_tokens"]
+        found = [f"lacks {pattern.pattern!r}" for pattern in self.must if not pattern.search(said)]
+        found += [f"holds {pattern.pattern!r}" for pattern in self.must_not if pattern.search(said)]
         if self.refuse is not None and is_refusal(answer) != self.refuse:
             found.append("does not refuse" if self.refuse else "refuses")
         return found
