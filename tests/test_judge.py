@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -458,6 +459,15 @@ def judged(run: Path, judge: Judge) -> bool:
     assert ours is not None
     assert theirs is not None
     return collect_verdicts(run / "evaluation", ours, theirs, judge)
+
+
+def test_a_judge_is_shown_no_reasoning() -> None:
+    from tools.evaluate.verdicts import _questions
+
+    row = {"document": 3, "prompt": "<think> is a tag. 2+2?", "reference": "<think>easy</think>4"}
+    ours, theirs = (SimpleNamespace(answers=[row | {"answer": said}]) for said in ("<think>4?</think>5", "<think>4, so"))
+    (question,) = _questions(ours, theirs)  # type: ignore[arg-type]
+    assert (question.prompt, question.reference, question.answer, question.other) == (row["prompt"], "4", "5", "")
 
 
 def note_of(run: Path) -> str:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tools.evaluate.judge import PROMPT, Question, Verdict, ask, tally
 from tools.evaluate.record import JUDGED, Evaluation, answers_key, judged_words, read_lines
 from trainers.cache import content_key
+from trainers.data.reasoning import answer_of
 from trainers.generate.endpoint import NOT_ASKED, check
 from trainers.rewards.judged import Judge
 from trainers.rundir.files import write_json
@@ -40,11 +41,19 @@ def collect_verdicts(folder: Path, ours: Evaluation, theirs: Evaluation, setting
 
 
 def _questions(ours: Evaluation, theirs: Evaluation) -> list[Question]:
-    """Return the answers that both models have given, as what a judge is asked."""
-    others = {row["document"]: row["answer"] for row in theirs.answers}
-    names = ("document", "prompt", "reference", "answer")
-    both = [row for row in ours.answers if row["document"] in others]
-    return [Question(**{name: row[name] for name in names}, other=others[row["document"]]) for row in both]
+    """Return the answers that both models have given, without their reasoning, as what a judge is asked."""
+    others = {row["document"]: answer_of(row["answer"]) for row in theirs.answers}
+    return [
+        Question(
+            document=row["document"],
+            prompt=row["prompt"],
+            reference=answer_of(row["reference"]),
+            answer=answer_of(row["answer"]),
+            other=others[row["document"]],
+        )
+        for row in ours.answers
+        if row["document"] in others
+    ]
 
 
 def _kept(file: Path, keys: dict[int, str]) -> list[Verdict]:
