@@ -1,10 +1,15 @@
 """Texts of one meaning in several styles become rows in both directions, or one whose direction the texts decide."""
 
+from dataclasses import replace
+
 import pytest
 from preparing import marked, prepared, trained, write
 
+from trainers.config.checks import _validate_data
 from trainers.config.choices import Layout, StyleRows
 from trainers.config.errors import ConfigError
+from trainers.config.mix import data_of
+from trainers.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig
 from trainers.data.formats import BadRow
 from trainers.data.styles import to_rows
 
@@ -59,6 +64,26 @@ def test_prepared_rows_train_the_text_that_is_asked_for(tmp_path):
     assert len(trained(file, style_rows=StyleRows.one, **options)) == 1
     assert trained(file, template=False, style_instruction="", **options) == ["Sorry, late!<|im_end|>", "We regret.<|im_end|>"]
     assert prepared(file, **options).report["unread"] == []
+
+
+def test_what_a_template_reads_goes_with_each_row():
+    context = {"tools": [{"type": "function"}], "functions": [], "documents": [{"text": "a"}], "chat_template_kwargs": {"k": 1}}
+    rows = to_rows(ROW | context | {"id": 7}, STYLES, StyleRows.both, ASKED)
+    assert all(row.keys() == {*context, "instruction", "input", "output"} and row.items() >= context.items() for row in rows)
+    assert "documents" not in to_rows({"documents": "a", "plain": "b"}, ["documents", "plain"], StyleRows.both, "")[0]
+
+
+def test_styles_next_to_a_source_of_another_layout():
+    """The other source has no styles; settings of styles that no source has the layout for are refused, of the mixture as a whole."""
+    styles, other = SourceConfig(path=__file__, layout=Layout.styles), SourceConfig(path=__file__, layout=Layout.messages)
+    data = DataConfig(mix={"tones": styles, "chats": other}, styles=STYLES, style_rows=StyleRows.one)
+    assert (data_of(data, "tones").styles, data_of(data, "tones").style_rows) == (STYLES, StyleRows.one)
+    assert (data_of(data, "chats").styles, data_of(data, "chats").style_rows) == ([], StyleRows.both)
+    run = RunConfig(model=ModelConfig(id="a/model"), data=data)
+    _validate_data(run)
+    with pytest.raises(ConfigError) as caught:
+        _validate_data(replace(run, data=replace(data, mix={"chats": other, "more": other})))
+    assert caught.value.path == "data.styles"
 
 
 def test_rows_of_one_meaning_are_on_one_side_of_the_split(tmp_path):

@@ -338,11 +338,11 @@ def _validate_reasoning(config: RunConfig) -> None:
 
 def _validate_styles(config: RunConfig) -> None:
     """Refuse styles without their layout, and the layout without styles or without an answer to train on."""
+    from trainers.config.mix import require_layout_of_styles
+
     data = config.data
-    if Layout.styles not in (data.layout, *(source.layout for source in data.mix.values())):
-        for name in (name for name in OF_STYLES if getattr(data, name) != getattr(DataConfig(), name)):
-            value = getattr(data, name) if name == "styles" else str(getattr(data, name))
-            raise ConfigError(f"data.{name}", value, "is of rows with texts in several styles", "data.layout=styles, or leave it out")
+    require_layout_of_styles(data)
+    if data.layout is not Layout.styles:
         return
     if len(set(data.styles)) < max(2, len(data.styles)):
         reason = "names the fields with the texts of one meaning, two or more, each once"

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import pairwise
 
-from trainers.config.choices import Exhausted, MixChange
-from trainers.config.derived import OF_MIXTURES, SCORED
+from trainers.config.choices import Exhausted, Layout, MixChange
+from trainers.config.derived import OF_MIXTURES, OF_STYLES, SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import DataConfig, RunConfig, SourceConfig
 
@@ -28,7 +28,8 @@ def data_of(data: DataConfig, name: str) -> DataConfig:
     own |= {field: value for field in SHARED if (value := getattr(source, field)) is not None}
     if source.eval_path is not None and source.eval_fraction is None:
         own["eval_fraction"] = 0.0
-    return replace(data, mix={}, **{field: getattr(plain, field) for field in OF_MIXTURES}, **own)
+    unused = OF_MIXTURES if own.get("layout", data.layout) is Layout.styles else (*OF_MIXTURES, *OF_STYLES)
+    return replace(data, mix={}, **{field: getattr(plain, field) for field in unused}, **own)
 
 
 def first_of(data: DataConfig) -> DataConfig:
@@ -97,11 +98,20 @@ def validate_mix(config: RunConfig) -> None:
     for name in data.mix:
         if not NAME.fullmatch(name):
             raise ConfigError("data.mix", name, "the name of a source is letters, digits, - and _, as metrics have it", "another name")
+    require_layout_of_styles(data)
     _validate_weights(data)
     _validate_annealing(data)
     for name, source in data.mix.items():
         _validate_values(name, source)
         _validate_repeat(data, name, source)
+
+
+def require_layout_of_styles(data: DataConfig) -> None:
+    """Raise ConfigError for settings of styles where no rows are of their layout, those of a mixture's sources included."""
+    if Layout.styles not in (data.layout, *(source.layout for source in data.mix.values())):
+        for name in (name for name in OF_STYLES if getattr(data, name) != getattr(DataConfig(), name)):
+            value = getattr(data, name) if name == "styles" else str(getattr(data, name))
+            raise ConfigError(f"data.{name}", value, "is of rows with texts in several styles", "data.layout=styles, or leave it out")
 
 
 def _validate_weights(data: DataConfig) -> None:

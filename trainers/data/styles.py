@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from itertools import permutations
 
 from trainers.config.choices import StyleRows
-from trainers.data.formats import SYSTEM_KEYS, BadRow, Row
+from trainers.data.fields import CONTEXT
+from trainers.data.formats import BadRow, Row
 
 
 def to_rows(row: Row, styles: Sequence[str], which: StyleRows, instruction: str) -> list[Row]:
     """Return a row of layout alpaca for each pair of the row's styles in both directions, or for one that the texts alone decide.
 
     The fields `styles` have the texts; a row may lack some of them. `instruction` has `{style}` where the style is named that is asked
-    for; where it is empty, the text alone is the prompt. Raises BadRow for fewer than two texts, for one that is blank, and for two that
-    are the same.
+    for; where it is empty, the text alone is the prompt. A system text, tools and what else a template reads go with each.
+    Raises BadRow for fewer than two texts, for one that is blank, and for two that are the same.
     """
     if not isinstance(row, dict):
         raise BadRow("is not an object with named fields")
@@ -31,8 +32,8 @@ def to_rows(row: Row, styles: Sequence[str], which: StyleRows, instruction: str)
     if which is StyleRows.one:
         digest = hashlib.blake2b("\0".join(texts.values()).encode("utf-8", "replace"), digest_size=8).digest()
         ways = [ways[int.from_bytes(digest, "little") % len(ways)]]
-    system = {name: row[name] for name in SYSTEM_KEYS if name in row}
-    return [system | _asked(texts[source], target, instruction) | {"output": texts[target]} for source, target in ways]
+    context = {name: row[name] for name in CONTEXT if name in row and name not in styles}
+    return [context | _asked(texts[source], target, instruction) | {"output": texts[target]} for source, target in ways]
 
 
 def _asked(text: str, target: str, instruction: str) -> Row:
