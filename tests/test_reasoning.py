@@ -5,25 +5,32 @@ GOLDEN=write makes tests/golden/reasoning.txt anew.
 
 import dataclasses
 import os
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 from chat_tokenizers import GOLDEN, TOKENS, tokenizer_of
-from preparing import TOKENIZER, prepared, settings, trained, write
+from preparing import TOKENIZER, marked, prepared, settings, trained, write
 
-from tools.evaluate.measure import reasoning_tokens
+from tools.evaluate.measure import answers, reasoning_tokens, reference
 from tools.evaluate.scores import is_refusal, score
 from tools.evaluate.sets import answered, held_out
-from trainers.config.choices import DocumentOf, Layout, Metric, Reasoning
+from tools.evaluate.worker import reported
+from trainers.config.choices import DocumentOf, Layout, Metric, PairsOf, Reasoning
 from trainers.config.errors import ConfigError
 from trainers.data import reasoning
 from trainers.data.formats import BadRow, to_messages
 from trainers.data.masks import fill, render, template_of
 from trainers.data.prepare import data_key
-from trainers.data.reasoning import answer_of, answer_starts, stripped
+from trainers.data.reasoning import answer_of, answer_starts, opened, stripped
 from trainers.data.turns import Conversation
+from trainers.generate.decode import Decoded
+from trainers.generate.request import LENGTH, Answer
 from trainers.rewards.mathematics import Mathematics
 from trainers.rewards.shapes import code_of, exact, schema
+from trainers.rl.sampler import Sampler
+from trainers.rl.turns import Conversation as Talk
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 ASKED = {"role": "user", "content": "a?"}
@@ -163,7 +170,9 @@ def test_only_turns_of_the_assistant_have_reasoning(tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": [system, user], "chosen": "<think>so</think>4", "rejected": "5"}])
     for file, objective in ((rows, "sft"), (pairs, "dpo")):
         text = TOKENIZER.decode(prepared(file, objective, reasoning=Reasoning.strip).train.tokens)
-        assert system["content"] in text and user["content"] in text and "so</think>" not in text
+        assert system["content"] in text
+        assert user["content"] in text
+        assert "so</think>" not in text
     assert trained(rows, reasoning=Reasoning.mask) == ["4<|im_end|>"]
 
 
@@ -184,11 +193,26 @@ def test_reasoning_in_a_field_of_its_own_leaves_the_content_whole(tmp_path):
     """Unless it begins with `<think>` all the same."""
     said = {"role": "assistant", "content": "Write `</think>` at the end.", "reasoning_content": "so"}
     again = {"role": "assistant", "content": "<think>more</think>4", "reasoning_content": "so"}
-    assert [turn["content"] for turn in stripped(turns([ASKED, said, ASKED, again])) if turn["role"] == "assistant"] == [said["content"], "4"]
+    assert [turn["content"] for turn in stripped(turns([said, again]))] == [said["content"], "4"]
     file = write(tmp_path / "rows.jsonl", [{"messages": [ASKED, said]}])
     for how in (Reasoning.mask, Reasoning.strip):
         assert trained(file, reasoning=how) == [f"{said['content']}<|im_end|>"]
     assert answer_of("2+2, so\n</think>\n\n4") == "4"
+
+
+def test_answers_that_differ_in_their_reasoning_alone_are_not_compared(tmp_path):
+    """A pair is a bad row, also for the objective that takes its answers one by one; of a list such pairs are left out and counted."""
+    pair = {"prompt": "2+2?", "chosen": "<think>so</think>4", "rejected": "<think>no</think>4"}
+    pairs = write(tmp_path / "pairs.jsonl", [pair])
+    assert trained(pairs, "dpo") == ["<think>so</think>4<|im_end|>", "<think>no</think>4<|im_end|>"]
+    for objective in ("dpo", "kto"):
+        with pytest.raises(ConfigError, match="has two equal answers once their reasoning is left out"):
+            prepared(pairs, objective, reasoning=Reasoning.strip)
+    said = ["<think>so</think>4", "<think>no</think>4", "5"]
+    lists = write(tmp_path / "lists.jsonl", [{"prompt": "2+2?", "responses": said, "scores": [3, 2, 1]}])
+    found = prepared(lists, "dpo", reasoning=Reasoning.strip, pairs=PairsOf.all)
+    assert [text.split("⟦")[1] for text in marked(found.train)] == ["4<|im_end|>⟧", "5<|im_end|>⟧"] * 2
+    assert len(trained(lists, "dpo", pairs=PairsOf.all)) == 6
 
 
 def test_data_that_were_prepared_before_keep_their_key(tmp_path):
@@ -223,6 +247,45 @@ def test_a_model_that_is_trained_without_loss_on_reasoning_is_not_asked_with_the
 )
 def test_an_answer_is_what_comes_after_the_reasoning(text, answer):
     assert answer_of(text) == answer
+
+
+def test_reasoning_that_the_prompt_has_begun_and_that_never_ends_is_no_answer():
+    """In measurements, with the number of its tokens, and for rewards, also in a conversation's last turn."""
+    prompt = "<|im_start|>assistant\n<think>\n"
+    assert answer_of(opened(prompt, "so 4", "so 4")) == ""
+    for said in ("so\n</think>\n4", "<think>so 4"):
+        assert opened(prompt, said, said) == said
+    assert opened(prompt, "so 4", "so</think> 4<|im_end|>") == "so 4"
+    assert opened("<think>a</think>", "so 4", "so 4") == "so 4"
+    tokenizer = tokenizer_of("think")
+    ids = tokenizer.encode(prompt)
+    sampler = SimpleNamespace(tokenizer=tokenizer)
+    for said, answer in (("so 4", ""), ("so</think>4", "4")):
+        own = tokenizer.encode(said)
+        talk = Talk(key=0, ids=[*own, *own], last_ids=own, document=[*own, *ids, *own], text=said)
+        for one in (Answer(key=0, ids=own), Answer(key=0, text=said), talk):
+            assert answer_of(Sampler._text(sampler, one, [] if one is talk else ids)) == answer
+        found = Decoded(ids=own, logps=[], finish=LENGTH)
+        with mock.patch("tools.evaluate.measure.decode", lambda *_, found=found: iter([(0, found)])):
+            marks, tokens = np.array([0] * len(ids) + [1]), np.array([*ids, own[0]])
+            table = SimpleNamespace(prompt=lambda _: ids, offsets=[0, len(tokens)], supervised=marks, tokens=tokens)
+            (row,) = answers(None, tokenizer, table, [0], 1, 9, [], 0)
+        assert answer_of(row["answer"]) == answer
+        assert row["reasoning"] == (len(own) if not answer else reasoning_tokens(tokenizer, own))
+
+
+def test_rows_of_a_run_with_masked_reasoning_that_have_changed_are_refused_and_of_pairs_the_preferred_are_asked(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, ROWS["field"][1]]} for n in range(20)]
+    file = write(tmp_path / "rows.jsonl", rows)
+    config = settings(file, eval_fraction=0.2, reasoning=Reasoning.mask)
+    held = held_out(config, TOKENIZER)
+    write(file, rows[5:])
+    with pytest.raises(ConfigError, match="the data has changed since"):
+        answered(config, TOKENIZER, held)
+    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"{n}?", "chosen": "<think>so</think>4", "rejected": "5"} for n in range(3)])
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, path=str(pairs)))
+    asked = answered(config, TOKENIZER, held_out(config, TOKENIZER))
+    assert ["4" in TOKENIZER.decode(reference(asked.table, number)) for number in reported(asked)] == [True] * 3
 
 
 def test_rewards_and_metrics_look_after_the_reasoning():

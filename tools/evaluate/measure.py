@@ -16,7 +16,7 @@ from trainers.batch import IGNORE
 from trainers.config.derived import DESIRABLE, chunk_of
 from trainers.data.loader import make_batch
 from trainers.data.pack import one_each
-from trainers.data.reasoning import answer_at
+from trainers.data.reasoning import answer_at, opened
 from trainers.data.scored import LABEL
 from trainers.data.table import TokenTable
 from trainers.generate.decode import decode
@@ -128,7 +128,8 @@ def answers(
 ) -> Iterator[dict[str, Any]]:
     """Yield {"document", "prompt", "reference", "answer", "ids", "finished", "reasoning"} of each: the most likely token at every place.
 
-    `reasoning` is how many tokens come before the answer.
+    `reasoning` is how many tokens come before the answer. An answer that never ends the reasoning which its prompt has begun is
+    given with the `<think>` of the prompt.
 
     The same for any batch. A prompt that leaves no room for so many tokens in the model's positions is answered alone, as far as they go.
     """
@@ -137,12 +138,11 @@ def answers(
     for document, found in decode(model, prompts, batch, likeliest, stops, pad_id):
         finished = found.finish == STOP
         kept = found.ids[:-1] if finished else found.ids
-        texts = {
-            "prompt": _text(tokenizer, prompts[document], special=True),
-            "reference": _text(tokenizer, reference(table, document)),
-            "answer": _text(tokenizer, kept),
-        }
-        yield {"document": document, **texts, "ids": kept, "finished": finished, "reasoning": reasoning_tokens(tokenizer, kept)}
+        prompt, said = _text(tokenizer, prompts[document], special=True), _text(tokenizer, kept)
+        answer = opened(prompt, said, _text(tokenizer, kept, special=True))
+        texts = {"prompt": prompt, "reference": _text(tokenizer, reference(table, document)), "answer": answer}
+        reasoning = reasoning_tokens(tokenizer, kept) if answer == said else len(kept)
+        yield {"document": document, **texts, "ids": kept, "finished": finished, "reasoning": reasoning}
 
 
 def reasoning_tokens(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:

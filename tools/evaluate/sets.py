@@ -21,7 +21,7 @@ from trainers.config.measured import SAMPLED
 from trainers.config.mix import first_of
 from trainers.config.schema import DataConfig, ObjectiveConfig, RunConfig
 from trainers.data.pack import one_each
-from trainers.data.prepare import Prepared, find_layout, open_prepared, prepare
+from trainers.data.prepare import Prepared, data_key, find_layout, open_prepared, prepare
 from trainers.data.table import TokenTable, open_table, save_table
 from trainers.data.tokenizer import tokenizer_hash
 from trainers.generate.subject import Subject
@@ -74,11 +74,18 @@ def held_out(config: RunConfig, tokenizer: PreTrainedTokenizerFast, labels: tupl
 
 
 def answered(config: RunConfig, tokenizer: PreTrainedTokenizerFast, held: EvalSet) -> EvalSet:
-    """Return the rows of `held` as they are answered: with data.reasoning=mask the reasoning is not a part of the prompt."""
+    """Return the rows of `held` as they are answered: with data.reasoning=mask the reasoning is not a part of the prompt.
+
+    Raises ConfigError where the run's own rows, which are prepared anew for that, have changed since it was trained.
+    """
     parts = [config.data.reasoning, *(source.reasoning for source in config.data.mix.values())]
     if Reasoning.mask not in parts:
         return held
     mix = {name: dataclasses.replace(source, reasoning=_whole(source.reasoning)) for name, source in config.data.mix.items()}
+    if config.evaluation.path is None:
+        now = f"data-{data_key(config, tokenizer)}"
+        if now != held.key:
+            raise _has_changed(config, held.key, now)
     data = dataclasses.replace(config.data, reasoning=_whole(config.data.reasoning) or Reasoning.keep, mix=mix)
     config = dataclasses.replace(config, data=data)
     if config.evaluation.path is not None:
@@ -114,9 +121,13 @@ def _prepared(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> Prepared
         return open_prepared(kept)
     prepared = prepare(config, tokenizer=tokenizer)
     if begun is not None and begun != prepared.path.name:
-        reason = f"the data has changed since {run_dir} was trained (prepared as {begun}, now {prepared.path.name})"
-        raise ConfigError("data.path", config.data.path, reason, "put the data back, or --path FILE")
+        raise _has_changed(config, begun, prepared.path.name)
     return prepared
+
+
+def _has_changed(config: RunConfig, begun: str, now: str) -> ConfigError:
+    reason = f"the data has changed since {config.run_dir} was trained (prepared as {begun}, now {now})"
+    return ConfigError("data.path", config.data.path, reason, "put the data back, or --path FILE")
 
 
 def general(subject: Subject, device: torch.device) -> EvalSet | None:

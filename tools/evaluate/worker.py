@@ -37,7 +37,7 @@ from trainers.host import cores
 from trainers.rundir.ending import Exit
 from trainers.rundir.files import read_json, write_json
 
-VERSION = 2
+VERSION = 3
 """Of what is measured and how: raise it when either changes."""
 
 
@@ -161,7 +161,7 @@ def parts_of(subject: Subject, dtype: str, device: torch.device) -> list[Part]:
     if text is not None:
         parts.append(Part(name="general", table=text, documents=text.documents, folder=_folder(root, *model, "loss", text.key)))
     written = answered(config, subject.tokenizer, held) if config.evaluation.rows else held
-    asked = with_prompt(written.table, documents if written is held else written.documents)
+    asked = with_prompt(written.table, reported(written))
     if config.evaluation.rows and len(asked):
         documents = asked[evenly(len(asked), config.evaluation.rows)]
         folder = _folder(root, *model, "answers", written.key, config.evaluation.max_new_tokens)
@@ -179,22 +179,26 @@ def _part_of_scores(subject: Subject, held: EvalSet, root: Path, model: tuple[ob
     return Part(name="pairs", table=held, documents=held.documents, folder=_folder(root, *model, "scores", held.key))
 
 
-def _of_answers(held: EvalSet, root: Path, model: tuple[object, ...]) -> tuple[list[Part], Ints, Path]:
-    """Return what is measured of all held-out documents, those whose losses are reported, and where these are kept.
+def reported(rows: EvalSet) -> Ints:
+    """Return the documents whose losses are reported: of pairs the preferred answers, of answers that are wanted or not the wanted ones."""
+    if rows.table.units is not None:
+        return rows.documents[::2]
+    return rows.documents[np.array(rows.table.signals[DESIRABLE]) > 0] if DESIRABLE in rows.table.signals else rows.documents
 
-    Of pairs they are the preferred answers, of answers that are wanted or not the wanted ones.
-    """
+
+def _of_answers(held: EvalSet, root: Path, model: tuple[object, ...]) -> tuple[list[Part], Ints, Path]:
+    """Return what is measured of all held-out documents, those whose losses are reported, and where these are kept."""
     if held.table.units is not None:
         folder = _folder(root, *model, "loss", held.key)
-        return [Part(name="pairs", table=held, documents=held.documents, folder=folder)], held.documents[::2], folder
+        return [Part(name="pairs", table=held, documents=held.documents, folder=folder)], reported(held), folder
     if DESIRABLE not in held.table.signals:
-        return [], held.documents, _folder(root, *model, "loss", held.key)
+        return [], reported(held), _folder(root, *model, "loss", held.key)
     folder = _folder(root, *model, "unpaired", held.key)
     parts = [Part(name="unpaired", table=held, documents=held.documents, folder=folder)]
     if held.table.partners is not None:
         other = EvalSet(table=mismatched(held.table, held.documents, longest_row(held.table)), documents=held.documents, key=held.key)
         parts.append(Part(name="mismatched", table=other, documents=other.documents, folder=_folder(root, *model, "mismatched", held.key)))
-    return parts, held.documents[np.array(held.table.signals[DESIRABLE]) > 0], folder
+    return parts, reported(held), folder
 
 
 def _folder(root: Path, *parts: object) -> Path:

@@ -42,12 +42,12 @@ def answer_of(text: str) -> str:
     return text[answer_at(text) :]
 
 
-def opened(prompt: str, answer: str) -> str:
+def opened(prompt: str, answer: str, whole: str) -> str:
     """Return an answer with the `<think>` that the end of its prompt has written, where the reasoning never closes.
 
-    Such an answer would else read as one without reasoning.
+    Such an answer would else read as one without reasoning. `prompt` and `whole`, the answer again, have their special tokens.
     """
-    is_open = prompt.rstrip().endswith(OPEN) and CLOSE not in answer and not answer.lstrip().startswith(OPEN)
+    is_open = prompt.rstrip().endswith(OPEN) and CLOSE not in whole and not answer.lstrip().startswith(OPEN)
     return f"{OPEN}\n{answer}" if is_open else answer
 
 

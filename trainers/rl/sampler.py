@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RlConfig, RunConfig
+from trainers.data.reasoning import opened
 from trainers.engines.base import Engine
 from trainers.generate.local import nothing
 from trainers.generate.request import Answer, Request, Sampling
@@ -37,6 +38,8 @@ from trainers.world import World
 log = logging.getLogger("fulltune")
 WEIGHTS = "weights"
 """Next to the rollouts: what generators open; with `rl.staleness` a folder for each of several steps."""
+FRONT = 16
+"""Tokens at the end of a prompt that are looked at for a `<think>`."""
 REPLIES = "judged"
 """Next to the rollouts: a judge's replies."""
 
@@ -142,7 +145,7 @@ class Sampler:
         assert self.rewards is not None
         every = [answers[key] for key in range(len(asked) * count)]
         require_answers(every)
-        texts = [self._text(answer) for answer in every]
+        texts = [self._text(answer, asked[key // count][2]) for key, answer in enumerate(every)]
         told = []
         for key, (answer, text) in enumerate(zip(every, texts, strict=True)):
             own = {"answer": text, "ids": answer.ids, "finish": answer.finish}
@@ -171,9 +174,18 @@ class Sampler:
             )
         return groups
 
-    def _text(self, answer: Answer) -> str:
-        """Return an answer in words, without the token that ended it; of a conversation the model's last turn."""
-        return words_of(answer, self.tokenizer) if answer.text is None else answer.text
+    def _text(self, answer: Answer, prompt: list[int]) -> str:
+        """Return an answer in words, without the token that ended it; of a conversation the model's last turn.
+
+        Reasoning that the prompt has begun, and that never ends, has the prompt's `<think>` in front of it, so that it is no answer.
+        """
+        text = words_of(answer, self.tokenizer) if answer.text is None else answer.text
+        ids = answer.ids or []
+        if isinstance(answer, Conversation):
+            ids = answer.last_ids
+            prompt = answer.document[: len(answer.document) - len(ids)]
+        front, whole = (str(self.tokenizer.decode(part)) for part in (prompt[-FRONT:], ids))
+        return opened(front, text, whole if ids else text)
 
     def close(self, continues: bool) -> None:
         """End what was started; a run that `continues` needs the weights of rollouts that are yet to be written."""
