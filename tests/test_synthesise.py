@@ -332,6 +332,19 @@ def test_raft_levels_are_a_question_with_each_number_of_distractors(server: list
             assert row["from"]["quote"] in texts[lines[row["from"]["golden"] - 1] - 1]
 
 
+def test_raft_levels_are_whole_questions_and_none_is_there_twice(server: list[str], tmp_path: Path) -> None:
+    """Two passages leave one distractor at most, and the limit on rows takes no part of a question."""
+    texts = [f"Lamp {at} is {'green' if at % 3 else 'red'} and stands near river {at // 2}. Nobody knows why." for at in range(12)]
+    source = write_rows(tmp_path / "docs.jsonl", [{"text": text} for text in texts])
+    words = [*server, f"source={source}", "raft.distractors=3", "raft.levels=true"]
+    found = synthesise("raft", tmp_path / "six.jsonl", *words, "rows=6")
+    assert [row["from"]["distractors"] for row in found] == [0, 1, 2, 3]
+    few = write_rows(tmp_path / "few.jsonl", [{"text": text} for text in texts[:2]])
+    found = synthesise("raft", tmp_path / "out.jsonl", *server, f"source={few}", "raft.distractors=3", "raft.levels=true")
+    assert found
+    assert [row["from"]["distractors"] for row in found] == [0, 1] * (len(found) // 2)
+
+
 def test_a_judge_filters_and_the_least_alike_rows_stay(server: list[str], rows: str, tmp_path: Path) -> None:
     url = server[0].removeprefix("model.path=").replace("//", "//me:s3cret@")
     judge = ["judge={url: '%s', model: j, least: 3}" % url, "diversity={rows: 3}"]  # noqa: UP031
@@ -390,6 +403,7 @@ def test_wrong_settings_are_one_clear_message(server: list[str], base: Path, tmp
         ("paraphrase", [*local, seeds, f"prompts={tmp_path / 'own'}"], "has a name without a value: 'txt'", "$text"),
         ("critique", [*local, seeds, "critique.principles=none.txt"], "no such file", "an entry a line"),
         ("magpie", [*local, "rows=null"], "would never end", "rows=1000"),
+        ("raft", [*local, seeds, "rows=2", "raft.levels=true", "raft.distractors=2"], "a question is 3 rows", "raft.distractors=1"),
         ("magpie", [*local], "has no chat template", "a model that was trained on conversations"),
         ("magpie", server, "a server that renders messages takes none", "model.tokenizer=DIR"),
         ("safety", [*local, seeds], "safety begins with categories", "safety.categories=FILE"),

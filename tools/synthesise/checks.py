@@ -119,6 +119,10 @@ def _check_method(settings: Settings) -> None:
         raise ConfigError("source", settings.source, "safety begins with categories", "safety.categories=FILE")
     if method in NEEDS_ROWS and settings.rows is None:
         raise ConfigError("rows", None, f"{method} would never end", "rows=1000")
+    if method == "raft" and settings.of_method.levels and settings.rows is not None and settings.rows <= settings.of_method.distractors:
+        most = settings.of_method.distractors
+        reason = f"with raft.levels a question is {most + 1} rows, one for each number of distractors, and none is cut"
+        raise ConfigError("rows", settings.rows, reason, f"rows={most + 1} or more, or raft.distractors={settings.rows - 1}")
     if method == "magpie" and is_url(str(settings.model.path)) and not settings.model.tokenizer:
         reason = "magpie sends the ids of the user's header, and a server that renders messages takes none"
         raise ConfigError("model.tokenizer", None, reason, "model.tokenizer=DIR of the server's model, with a server such as vLLM")

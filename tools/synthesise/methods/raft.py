@@ -6,6 +6,7 @@ of the rows the golden passage is left out, and the answer says so or is the pla
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +34,27 @@ class Answered:
 
 
 def raft(work: Work) -> list[Row]:
-    """Return a row for each question that has an answer with a quote of its passage; with `levels` one for each number of distractors."""
+    """Return a row for each question that has an answer with a quote of its passage; with `levels` one for each number of distractors.
+
+    No question loses a part of its rows to the limit on rows.
+    """
     there = [(document, text) for document in read_documents(work.settings) for text in passages(document, work.of.characters)]
     work.planned = len(there) * (1 + work.of.questions)
     found = questions(work, there)
     index = Index([text for _, text in there])
-    counts = range(work.of.distractors + 1) if work.of.levels else [work.of.distractors]
-    return [_row(work, one, there, index, count) for one in _answered(work, found) for count in counts][: work.settings.rows]
+    rows: list[Row] = []
+    for one in _answered(work, found):
+        own = [_row(work, one, there, index, count) for count in _counts(work, one, there, index)]
+        if work.settings.rows is not None and len(rows) + len(own) > work.settings.rows:
+            break
+        rows += own
+    return rows
+
+
+def _counts(work: Work, one: Answered, there: list[tuple[Document, str]], index: Index) -> Iterable[int]:
+    """Return the numbers of distractors that a question is shown among: with `levels` each up to those that there are, once."""
+    most = work.of.distractors
+    return range(len(distractors(index, there, one, most)) + 1) if work.of.levels else [most]
 
 
 def _answered(work: Work, found: list[Found]) -> list[Answered]:
