@@ -46,6 +46,16 @@ def test_parts_of_a_step_add_up() -> None:
     assert "| 1 | 1,440 | 1.60 | 2.50 s |" in text
 
 
+def test_the_threads_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(staleness.host, "cores", lambda *_: 8)
+    said = staleness._threads()
+    assert said.startswith("with 4 threads for the rank and 4 threads for the generator on 8 cores; ")
+    assert said.endswith("taking turns the rank has 8 threads and the generator 8.")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert "with 3 threads for the rank and 4 threads" in staleness._threads()
+
+
 def test_who_learns_is_told_and_a_lot_says_nothing_of_an_answer() -> None:
     row = {"prompt": [{"role": "user", "content": "3,8?"}], "answer": "8"}
     drawn = [learning.by_lot(row) for _ in range(2000)]

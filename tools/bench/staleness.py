@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -17,6 +18,7 @@ from tools.bench.launched import launch
 from tools.bench.machine import versions
 from tools.markdown import put_section
 from trainers import host
+from trainers.config.errors import plural
 from trainers.rundir.rows import Row, read_rows, steps
 from trainers.units import in_bytes
 
@@ -118,9 +120,19 @@ def section(options: argparse.Namespace, found: Mapping[int, Mean]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     words = (
         "Times are those of metrics.jsonl. With `rl.staleness=1` opening, sampling and scoring are done while the step before is trained, "
-        "with one thread each for rank and generator on two cores; taking turns each has both."
+        f"{_threads()}"
     )
     return "\n\n".join([f"## `{options.line}`", about, "\n".join(lines), words]) + "\n"
+
+
+def _threads() -> str:
+    """Return how many threads a rank and its generator have next to each other, and how many where they take turns."""
+    cores, given = host.cores(), os.environ.get("OMP_NUM_THREADS")
+    next_to, in_turn = (given or host.threads_per_rank(sharing) for sharing in (2, 1))
+    return (
+        f"with {plural(int(next_to), 'thread')} for the rank and {plural(host.threads_per_rank(2), 'thread')} for the generator on "
+        f"{plural(cores, 'core')}; taking turns the rank has {plural(int(in_turn), 'thread')} and the generator {cores}."
+    )
 
 
 def _word(name: str) -> str:
