@@ -87,6 +87,8 @@ def read(overrides: Sequence[str], config_dir: str | None = None) -> Pipeline:
     _require_names([stage.name for stage in stages], file, values)
     of_all, of_one = _dealt(rest, stages, values)
     every = _words(file, content, "every")
+    _require_no_model(of_all, stages, "model.id")
+    _require_no_model(every, stages, f"{shown(file)}: every")
     known = {name: f"{{{name}}}" for name in (*PLACES, *(stage.name for stage in stages))} | values
     made = []
     for stage in stages:
@@ -266,6 +268,15 @@ def _dealt(texts: Sequence[str], stages: Sequence[Stage], values: dict[str, str]
         else:
             of_all.append(text)
     return of_all, of_one
+
+
+def _require_no_model(overrides: Sequence[str], stages: Sequence[Stage], setting: str) -> None:
+    """Refuse one model for all runs: none would then begin with what the one before it has learnt."""
+    for text in overrides:
+        if key_of(text) == "model.id":
+            first = next((stage.name for stage in stages if stage.run), stages[0].name)
+            reason = "every stage would begin with it, and none with the export of the one before"
+            raise ConfigError(setting, text.partition("=")[2], reason, f"{first}.model.id={text.partition('=')[2] or 'VALUE'}")
 
 
 def _merged(overrides: Sequence[str]) -> list[str]:

@@ -104,6 +104,8 @@ WRONG: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "values that are none": ({"values": {"x": [1]}, "stages": RUN}, [], "must be names with one value each"),
     "a value that there is not": ({"values": {"rows": "x"}, "stages": RUN}, ["values.row=y"], "did you mean rows?"),
     "an experiment of all stages": ({"stages": RUN}, ["+exp=quickstart"], "one.exp=VALUE"),
+    "a model of all stages": ({"stages": RUN}, ["model.id=x"], "remedy: one.model.id=x"),
+    "a model in `every`": ({"stages": RUN, "every": ["model.id=x"]}, [], "none with the export of the one before"),
     "a mode that there is not": ({"stages": RUN}, ["mode=dry"], "of run, plan, dry_run"),
     "a setting of a stage without a run": ({"stages": [{"name": "one", "after": ["sample x"]}]}, ["one.seed=1"], "has no run"),
 }
