@@ -38,6 +38,7 @@ from launcher.stages import RECORD, Pipeline, Stage, command_words, filled_overr
 from trainers.config.derived import OF_THE_MODEL
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ModelConfig
+from trainers.config.secrets import mask, masked
 from trainers.processes import prepare_child
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
@@ -72,7 +73,7 @@ class Progress:
         """Keep it."""
         about = {"pipeline": self.pipeline.name, "file": shown(self.pipeline.file), "command": command_line()}
         stages = [stage.as_json() for stage in self.pipeline.stages]
-        write_json(self.pipeline.folder / RECORD, about | {"stages": stages, "state": self.state})
+        write_json(self.pipeline.folder / RECORD, mask(about | {"stages": stages, "state": self.state}))
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -174,7 +175,7 @@ def require_unchanged(progress: Progress) -> None:
 
 def _require_same_words(pipeline: Pipeline, stage: Stage, known: dict[str, Any], done: dict[str, Any]) -> None:
     for key in ("before", "after"):
-        was, now = done[key], getattr(stage, key)
+        was, now = mask(done[key]), mask(getattr(stage, key))  # as they are kept
         if was != now:
             lines = [f"    - {line}" for line in was if line not in now] + [f"    + {line}" for line in now if line not in was]
             reason = "\n".join([f"stage `{stage.name}` is done with other commands", *(lines or ["    in another order"])])
@@ -400,6 +401,8 @@ def plan_stages(pipeline: Pipeline, jobs: list[tuple[Stage, Job]]) -> int:
 def run(progress: Progress, config_dir: str | None) -> int:
     """Do the stages that are not done, in order; returns the exit code of the one that ends it, else 0."""
     pipeline = progress.pipeline
+    if chosen := os.environ.pop("WANDB_RUN_ID", ""):
+        print(f"WANDB_RUN_ID={chosen} is not used: each stage of a pipeline is a W&B run of its own", file=sys.stderr, flush=True)
     pipeline.folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with only_launcher(_place_of(pipeline)) as lock:
@@ -444,13 +447,13 @@ def _do(progress: Progress, stage: Stage, config_dir: str | None, lock: int) -> 
     _say(f"{pipeline.place(stage)}: {verb}")
     progress.write()
     for words, step in steps:
-        _say(f"{pipeline.place(stage)}: {words}")
+        _say(f"{pipeline.place(stage)}: {masked(words)}")
         try:
             code = step()
         finally:
             keep()
         if code != Exit.done:
-            _say(_ended(pipeline, stage, words, code))
+            _say(_ended(pipeline, stage, masked(words), code))
             return code
     known["ended"] = time.time()
     keep()
@@ -473,7 +476,8 @@ def _commands(
 ) -> list[tuple[str, Callable[[], int]]]:
     """Return the commands that are not done; what follows one that has other words now is done again."""
     wanted: list[str] = getattr(stage, key)
-    same = next((number for number, pair in enumerate(zip(wanted, known[key], strict=False)) if pair[0] != pair[1]), None)
+    pairs = zip(mask(wanted), mask(known[key]), strict=False)  # as they are kept
+    same = next((number for number, (now, was) in enumerate(pairs) if now != was), None)
     done = min(len(wanted), len(known[key])) if same is None else same
     del known[key][done:]
 

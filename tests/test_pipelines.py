@@ -15,7 +15,7 @@ import pytest
 import yaml
 from command import ROOT, environment, launch, tool, trace, wait_for_step, wait_until_gone
 
-from launcher import stages
+from launcher import pipeline, stages
 from launcher.__main__ import main
 from launcher.presets import CONF
 from launcher.stages import Pipeline, read
@@ -213,6 +213,36 @@ def test_the_questions_of_the_quickstart_are_those_of_the_digits() -> None:
         json.loads(line) for part in ("digits", "digits_test") for line in (CONF / "pipeline" / f"{part}.jsonl").read_text().splitlines()
     ]
     assert sorted(map(str, rows)) == sorted(map(str, digits()))
+
+
+def tools_of(monkeypatch: pytest.MonkeyPatch, done: Any = lambda words: 0) -> list[list[str]]:
+    """Let a function stand for the tools that a pipeline calls; returns the list that their words come to."""
+    called: list[list[str]] = []
+
+    def run(words: list[str], lock: int) -> int:
+        called.append(words)
+        return int(done(words))
+
+    monkeypatch.setattr(pipeline, "_call", run)
+    monkeypatch.setattr(pipeline, "require_commands", lambda asked: None)
+    return called
+
+
+def test_a_secret_is_not_kept_and_the_same_command_still_continues(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    """Nor are the stages one W&B run."""
+    called = tools_of(monkeypatch)
+    monkeypatch.setenv("WANDB_RUN_ID", "chosen")
+    presets = written(tmp_path, stages=[{"name": "one", "after": ["select a --reward {reward} --out {dir}/x"]}], values={"reward": "exact"})
+    line = ["--config-dir", presets, "+pipeline=tiny", f"run_dir={tmp_path / 'run'}", "values.reward=judge:url=http://u:pa55word@h/v1,model=m"]
+    code, said = call(monkeypatch, capfd, *line)
+    assert code == 0, said
+    assert "http://u:pa55word@h/v1" in called[0][3]
+    assert "WANDB_RUN_ID=chosen is not used" in said
+    assert "WANDB_RUN_ID" not in os.environ
+    assert "pa55word" not in (tmp_path / "run" / "pipeline.json").read_text() + said
+    code, said = call(monkeypatch, capfd, *line)
+    assert (code, len(called)) == (0, 1), said
+    assert "one: is done already" in said
 
 
 def gone(folder: Path, pid: int) -> bool:
