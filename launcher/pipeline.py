@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +34,19 @@ from launcher.job import ROOT, Job, command_line, frozen_text, make_job, only_la
 from launcher.meshes import settled
 from launcher.origin import shown
 from launcher.presets import CONF
-from launcher.stages import RECORD, Pipeline, Stage, command_words, filled_override, key_of, names_of, read, read_record
+from launcher.stages import (
+    MADE_OF_TWO,
+    RECORD,
+    Pipeline,
+    Stage,
+    command_words,
+    filled_override,
+    key_of,
+    names_of,
+    outputs,
+    read,
+    read_record,
+)
 from trainers.config.derived import OF_THE_MODEL
 from trainers.config.errors import ConfigError
 from trainers.config.schema import ModelConfig
@@ -45,11 +57,6 @@ from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.files import storage_says, write_json
 from trainers.units import in_time
-
-OUT = ("--out", "--pairs", "--html", "--csv", "--markdown")
-"""Options of tools that name what they write."""
-MADE_OF_TWO = "merge"
-"""The tool whose last word without a value is the model directory that it writes."""
 
 
 @dataclass
@@ -309,16 +316,9 @@ def _stand_in_run(folder: Path, job: Job, origin: str) -> None:
     (folder / paths.CONFIG).write_text(frozen_text(job.run), "utf-8")
 
 
-def _outputs(words: list[str]) -> list[str]:
-    """Return what a command writes, as far as others may read it."""
-    found = [value for option, value in itertools.pairwise(words) if option in OUT]
-    found += [word.partition("=")[2] for word in words if word.partition("=")[0] in OUT]
-    return found + ([words[-1]] if words[0] == MADE_OF_TWO else [])
-
-
 def _require_inputs(words: list[str], stand_in: Path, setting: str, command: str) -> None:
     """Refuse a path below the pipeline's directory that nothing before has written."""
-    for word in set(words) - set(_outputs(words)):
+    for word in set(words) - set(outputs(words)):
         path = word.partition("=")[2] if word.startswith("--") else word
         if path.startswith(str(stand_in)) and not Path(path).exists():
             name = path.replace(str(stand_in), "{dir}")
@@ -326,7 +326,7 @@ def _require_inputs(words: list[str], stand_in: Path, setting: str, command: str
 
 
 def _stand_in_outputs(words: list[str], stand_in: Path) -> None:
-    for path in map(Path, _outputs(words)):
+    for path in map(Path, outputs(words)):
         if not path.is_relative_to(stand_in):
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -483,7 +483,9 @@ def _commands(
 
     def step(command: str) -> Callable[[], int]:
         def call() -> int:
-            code = _call(command_words(command, names, pipeline.setting(stage, key)), lock)
+            words = command_words(command, names, pipeline.setting(stage, key))
+            _make_room(pipeline, words)
+            code = _call(words, lock)
             if code == Exit.done:
                 known[key].append(command)
             return code
@@ -491,6 +493,26 @@ def _commands(
         return call
 
     return [(command, step(command)) for command in wanted[done:]]
+
+
+def _make_room(pipeline: Pipeline, words: list[str]) -> None:
+    """Make the folders that a command writes to in the pipeline's directory, and remove there what a `merge` that was stopped has left.
+
+    `merge` writes to an empty directory alone, and is not done before it has compared the models.
+    """
+    folder, written = pipeline.folder.resolve(), outputs(words)
+    for path in (Path(name).resolve() for name in written):
+        if path.is_relative_to(folder):
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if words[0] == MADE_OF_TWO and written:
+        path, given = Path(written[-1]).resolve(), words[1:]
+        given.remove(written[-1])
+        exports = [folder / stage.name / paths.EXPORT for stage in pipeline.stages]
+        kept = [folder, *exports, *(Path(part).resolve() for word in given for part in (word, word.rpartition("=")[0]) if part)]
+        is_ours = path.is_relative_to(folder) and not any(path.is_relative_to(export) for export in exports)
+        if is_ours and (path / "config.json").is_file() and not any(other.is_relative_to(path) for other in kept):
+            _say(f"{path}: is removed, since the merge that wrote it did not end, or is to be done again")
+            shutil.rmtree(path)
 
 
 def _call(words: list[str], lock: int) -> int:

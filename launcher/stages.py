@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,12 @@ RECORD = "pipeline.json"
 """In a pipeline's directory: its stages, and what of each is done."""
 TOOLS = ("compare", "evaluate", "gate", "merge", "sample", "select")
 """Tools that a stage may call."""
+OUT = ("--out", "--pairs", "--html", "--csv", "--markdown")
+"""Options of these that name what they write."""
+MADE_OF_TWO = "merge"
+"""The tool whose last word that is not an option's is the model directory that it writes."""
+ALONE = ("--no-probe", "--trust-remote-code")
+"""Its options without a value."""
 KEYS = ("name", "before", "run", "after")
 OURS = ("run_dir", "mode", "exp", "name")
 """Settings that a command line may not give to all stages at once; the first two are the pipeline's own."""
@@ -93,8 +100,10 @@ def read(overrides: Sequence[str], config_dir: str | None = None) -> Pipeline:
     made = []
     for stage in stages:
         run = _merged([*every, *stage.run, *of_all, *of_one[stage.name]]) if stage.run else []
-        parts = {"before": stage.before, "run": run, "after": stage.after}
-        filled = {key: [fill(text, known, f"{shown(file)}: {stage.name}.{key}") for text in texts] for key, texts in parts.items()}
+        place = f"{shown(file)}: {stage.name}"
+        filled = {"run": [filled_override(text, known, f"{place}.run") for text in run]}
+        for key in ("before", "after"):
+            filled[key] = [filled_command(text, known, values, f"{place}.{key}") for text in getattr(stage, key)]
         made.append(Stage(name=stage.name, **filled))
     if given["mode"] not in (modes := ("run", "plan", "dry_run")):
         raise ConfigError("mode", given["mode"], "is not a mode", f"of {', '.join(modes)}")
@@ -144,6 +153,53 @@ def filled_override(text: str, names: Mapping[str, str], setting: str) -> str:
     return f"{key}{equals}{made}"
 
 
+def filled_command(text: str, names: Mapping[str, str], values: Mapping[str, str], setting: str) -> str:
+    """Return a command with its names in braces replaced, as a shell would read it.
+
+    A value in quotes, and one that is an existing path, is one word; any other may be several, such as options of a sampler.
+    """
+
+    def word(match: re.Match[str]) -> str:
+        value = fill(match[0], names, setting)
+        quote = _quote_at(text, match.start())
+        if quote == "'":
+            return value.replace("'", "'\"'\"'")
+        if quote == '"':
+            return value.replace("\\", "\\\\").replace('"', '\\"')
+        return shlex.quote(value) if match[1] in values and _exists(value) else value
+
+    made = NAME.sub(word, text)
+    _words_of(made, setting)
+    return made
+
+
+def _quote_at(text: str, end: int) -> str:
+    """Return the quote that is open at a place of a command; empty outside quotes."""
+    quote, escaped = "", False
+    for letter in text[:end]:
+        if escaped:
+            escaped = False
+        elif letter == "\\" and quote != "'":
+            escaped = True
+        elif letter in "\"'" and quote in ("", letter):
+            quote = "" if quote else letter
+    return quote
+
+
+def _exists(value: str) -> bool:
+    try:
+        return Path(value).exists()
+    except OSError:  # longer than any path
+        return False
+
+
+def _words_of(command: str, setting: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(setting, command, f"cannot be read: {error}", "quotes in pairs, or the path of a file that is there") from error
+
+
 def key_of(override: str) -> str:
     """Return what an override sets."""
     return override.partition("=")[0].lstrip("+~")
@@ -151,7 +207,21 @@ def key_of(override: str) -> str:
 
 def command_words(command: str, names: Mapping[str, str], setting: str) -> list[str]:
     """Return a command's words: the tool's name first; a path with spaces stays one word."""
-    return [fill(word, names, setting) for word in shlex.split(command)]
+    return [fill(word, names, setting) for word in _words_of(command, setting)]
+
+
+def outputs(words: Sequence[str]) -> list[str]:
+    """Return what a command writes, as far as others may read it."""
+    found = [value for option, value in itertools.pairwise(words) if option in OUT]
+    found += [word.partition("=")[2] for word in words if word.partition("=")[0] in OUT]
+    if words[0] == MADE_OF_TWO:
+        found += [word for before, word in itertools.pairwise(words) if not word.startswith("--") and not _takes_a_value(before)][-1:]
+    return found
+
+
+def _takes_a_value(word: str) -> bool:
+    """Tell an option of `merge` whose value is the next word; options may be cut short, as argparse has it."""
+    return word.startswith("--") and "=" not in word and not any(option.startswith(word) for option in ALONE)
 
 
 def _file(name: str, config_dir: str | None) -> Path:
@@ -195,10 +265,7 @@ def _stage(file: Path, number: int, item: object) -> Stage:
 
 
 def _require_tool(command: str, setting: str) -> None:
-    try:
-        words = shlex.split(command)
-    except ValueError as error:
-        raise ConfigError(setting, command, f"cannot be read: {error}", "quotes in pairs") from error
+    words = _words_of(command, setting)
     if not words or words[0] not in TOOLS:
         tool = words[0] if words else ""
         raise ConfigError(

@@ -21,6 +21,7 @@ from launcher.presets import CONF
 from launcher.stages import Pipeline, read
 from tools import commands, runs
 from tools.command import Refused
+from tools.merge.__main__ import make_parser as merge_parser
 from trainers.config.errors import ConfigError
 from trainers.data.sources import digits
 
@@ -83,6 +84,62 @@ def test_words_of_a_command_line_reach_the_stage_that_they_name(tmp_path: Path) 
     assert stages.command_words(made.stages[1].before[0], names, "") == ["merge", "/p/one/export", "/p/m"]
     assert "model" not in stages.names_of(made.stages, made.stages[0], Path("/p"))
     assert stages.filled_override("data.path={dir}/a b", {"dir": "/p"}, "") == 'data.path="/p/a b"'
+
+
+def test_a_path_is_one_word_of_a_command_and_other_values_are_several(tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("my test.jsonl", "Bob's.jsonl")}
+    for file in files.values():
+        file.touch()
+    content = {"values": {"rows": "", "more": ""}, "stages": [{"name": "one", "run": ["data.path={rows}", "data.eval_path={dir}/{rows}"]}]}
+    content["stages"][0]["after"] = ["sample m {rows} {more}", "sample m \"{rows}\" '{rows}' --out={dir}/x"]
+    for file in files.values():
+        made = pipeline_of(tmp_path, f"values.rows={file}", "values.more=--n 8", **content)
+        words = [stages.command_words(command, {"dir": "/a b"}, "") for command in made.stages[0].after]
+        assert words == [["sample", "m", str(file), "--n", "8"], ["sample", "m", str(file), str(file), "--out=/a b/x"]]
+        assert made.stages[0].run[0] == f'data.path="{file}"'
+        assert stages.filled_override(made.stages[0].run[1], {"dir": "/p"}, "") == f'data.eval_path="/p/{file}"'
+    with pytest.raises(ConfigError, match="a file that is there"):
+        pipeline_of(tmp_path, "values.rows=/none/Bob's.jsonl", **content)
+
+
+@pytest.mark.parametrize("more", ["", "--no-probe", "--dtype bfloat16 --trust-remote-code", "--seed=1"])
+def test_what_a_merge_writes_is_known_whatever_follows_it(more: str) -> None:
+    assert stages.outputs(["merge", *more.split(), "a=0.5", "b", "merged"]) == ["merged"]
+    assert stages.outputs(["merge", "a=0.5", "b", "merged", *more.split()]) == ["merged"]
+    alone = [option for action in merge_parser()._actions if action.nargs == 0 for option in action.option_strings]
+    assert {*stages.ALONE, "-h", "--help"} == set(alone)
+
+
+def test_a_merge_that_was_stopped_is_done_again(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    """It has written its model, and was stopped while it compared it."""
+    folder = tmp_path / "run"
+
+    def merge(words: list[str]) -> int:
+        out = Path(words[2])
+        assert not out.exists()
+        out.mkdir()
+        (out / "config.json").touch()
+        return 130 if len(called) == 1 else 0
+
+    called = tools_of(monkeypatch, merge)
+    presets = written(tmp_path, stages=[{"name": "one", "after": ["merge adapter {dir}/sub/merged --no-probe"]}])
+    line = ["--config-dir", presets, "+pipeline=tiny", f"run_dir={folder}"]
+    assert call(monkeypatch, capfd, *line)[0] == 130
+    code, said = call(monkeypatch, capfd, *line)
+    assert (code, len(called)) == (0, 2), said
+    assert "the merge that wrote it did not end" in said
+
+
+@pytest.mark.parametrize("words", ["a {dir}", "a {dir}/..", "{dir}/m {dir}/m", "{dir}/m/a=0.5 {dir}/m", "a {dir}/one/export", "a {elsewhere}"])
+def test_no_merge_removes_what_it_has_not_written(words: str, tmp_path: Path) -> None:
+    made = pipeline_of(tmp_path, f"run_dir={tmp_path / 'run'}", stages=RUN)
+    for folder in ("run", "run/m", "run/m/a", "run/one/export", "elsewhere", "."):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / "config.json").touch()
+    before = sorted(tmp_path.rglob("*"))
+    names = {"dir": str(made.folder), "elsewhere": str(tmp_path / "elsewhere")}
+    pipeline._make_room(made, stages.command_words(f"merge {words}", names, ""))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 RUN = [{"name": "one", "run": ["seed=1"]}]
