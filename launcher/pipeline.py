@@ -169,8 +169,10 @@ def require_unchanged(progress: Progress) -> None:
         if again and stage.name in progress.state:
             if there:
                 reason = f"stage `{again}` is to be done, and `{stage.name}` was made from what it gave before"
-                later = [other.name for other in pipeline.stages[pipeline.stages.index(stage) :] if other.name in progress.state]
-                raise ConfigError("run_dir", str(folder), reason, f"rm -r {' '.join(str(folder / name) for name in later)}")
+                raise ConfigError("run_dir", str(folder), reason, _removal(pipeline, stage))
+            del progress.state[stage.name]
+        elif progress.is_done(stage) and not stage.run and _is_free(progress, stage):
+            again = stage.name
             del progress.state[stage.name]
         elif progress.is_done(stage):
             _require_same_words(pipeline, stage, known[stage.name], progress.state[stage.name])
@@ -190,9 +192,36 @@ def _require_same_words(pipeline: Pipeline, stage: Stage, known: dict[str, Any],
 
 
 def _remedy(pipeline: Pipeline, stage: Stage) -> str:
-    names = [other.name for other in pipeline.stages[pipeline.stages.index(stage) :] if (pipeline.folder / other.name).exists()]
-    again = f", or rm -r {' '.join(str(pipeline.folder / name) for name in names)} to do it and what follows again" if names else ""
+    removal = _removal(pipeline, stage)
+    again = f", or {removal} to do it and what follows again" if removal else ""
     return f"what it was done with, or run_dir={pipeline.folder}-new{again}"
+
+
+def _removal(pipeline: Pipeline, stage: Stage) -> str:
+    """Return the command that removes what a stage and those after it have made and would not write over; empty where nothing is there.
+
+    That is their runs, and answers: `sample` keeps those that another model has given.
+    """
+    following = pipeline.stages[pipeline.stages.index(stage) :]
+    state = read_record(pipeline.folder).get("state", {})
+    found = [pipeline.folder / other.name for other in following if other.run]
+    for other in following:
+        known, names = state.get(other.name, {}), names_of(pipeline.stages, other, pipeline.folder)
+        for command in (*known.get("before", []), *known.get("after", []), *other.before, *other.after):
+            with contextlib.suppress(ConfigError):  # of a stage that is gone
+                words = command_words(command, names, "")
+                answers = [Path(out) for out in outputs(words) if words[0] == "sample"]
+                found += [Path(f"{out}{more}") for out in answers if out.is_relative_to(pipeline.folder) for more in ("", ".part")]
+    there = [shlex.quote(str(path)) for path in dict.fromkeys(found) if path.exists()]
+    return f"rm -r {' '.join(there)}" if there else ""
+
+
+def _is_free(progress: Progress, stage: Stage) -> bool:
+    """Tell whether a stage of commands alone has other words now, and no later run was made from what they gave."""
+    pipeline, done = progress.pipeline, progress.state[stage.name]
+    same = all(mask(done[key]) == mask(getattr(stage, key)) for key in ("before", "after"))
+    later = pipeline.stages[pipeline.stages.index(stage) + 1 :]
+    return not same and not any(other.run and (pipeline.folder / other.name / paths.CONFIG).exists() for other in later)
 
 
 def check(progress: Progress, stand_in: Path, config_dir: str | None) -> list[tuple[Stage, Job]]:

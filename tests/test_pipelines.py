@@ -302,6 +302,28 @@ def test_a_secret_is_not_kept_and_the_same_command_still_continues(tmp_path: Pat
     assert "one: is done already" in said
 
 
+def test_changed_commands_alone_are_done_again_until_a_run_is_made_of_them(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    """Then the launcher names what to remove, the answers of `sample` with it."""
+    folder = tmp_path / "run"
+    called = tools_of(monkeypatch)
+    two = {"name": "two", "before": ["sample m rows --out {dir}/b.jsonl"], "run": ["seed=1"]}
+    content = {"values": {"n": 1}, "stages": [{"name": "one", "after": ["sample m rows --n {n} --out '{dir}/a.jsonl'"]}, two]}
+    presets = written(tmp_path, stages=content["stages"][:1], values=content["values"])
+    line = ["--config-dir", presets, "+pipeline=tiny", f"run_dir={folder}"]
+    assert call(monkeypatch, capfd, *line)[0] == 0
+    code, said = call(monkeypatch, capfd, *line, "values.n=2")
+    assert (code, [words[4] for words in called]) == (0, ["1", "2"]), said
+    written(tmp_path, **content)
+    (folder / "two").mkdir()
+    for name in ("two/config.yaml", "a.jsonl", "a.jsonl.json", "b.jsonl.part"):
+        (folder / name).touch()
+    code, said = call(monkeypatch, capfd, *line, "values.n=3")
+    assert code == 2
+    assert "stage `one` is done with other commands" in said
+    assert f"rm -r {folder}/two {folder}/a.jsonl {folder}/b.jsonl.part to do it" in said
+    assert len(called) == 2
+
+
 def gone(folder: Path, pid: int) -> bool:
     wait_until_gone(folder)
     return not Path(f"/proc/{pid}").exists()
