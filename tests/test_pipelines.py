@@ -207,8 +207,11 @@ def test_a_wrong_setting_of_the_last_stage_is_found_before_the_first(
     [
         ("evaluate run --rows many", "argument --rows: invalid int value"),
         ("evaluate run --judge http://x", "nothing says which model"),
+        ("evaluate run --path tset.jsonl", "no such file or directory"),
+        ("evaluate run --metrics exactmatch", "there is no such metric"),
+        ("sample model promts.jsonl --out x", "no such file or directory"),
+        ("sample model owner/prompts --out x --n 0", "must be greater than 0"),
         ("select answers --reward exakt --out x", "there is no reward `exakt`"),
-        ("sample model rows --out x --n 0", "must be greater than 0"),
         ("merge adapter merged --shard-gib 0", "must be a number greater than 0"),
         ("compare run --html .", "is a directory"),
     ],

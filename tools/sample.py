@@ -37,7 +37,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tools.command import Refused, ended, parser_of
 from trainers.cache import content_key
+from trainers.config.derived import DIGITS
 from trainers.config.errors import ConfigError
+from trainers.config.local import is_remote, looks_local
 from trainers.config.schema import ModelConfig, RunConfig
 from trainers.config.secrets import masked
 from trainers.generate import prompts
@@ -128,6 +130,9 @@ def require(options: argparse.Namespace) -> None:
     for name in ("n", "batch", "at_once", "timeout", "attempts", "rows", "silence"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), "must be greater than 0")
+    asked = options.prompts
+    if asked != DIGITS and not is_remote(asked) and looks_local(asked) and not Path(asked).exists():
+        raise ConfigError("PROMPTS", asked, "no such file or directory")
     if is_url(options.model) and not options.served:
         raise Refused(f"nothing says which model of {options.model} answers: --model NAME")
     if options.vllm and is_url(options.model):

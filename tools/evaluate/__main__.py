@@ -25,12 +25,13 @@ from pathlib import Path
 from rich.console import Console
 
 from tools.command import ended, parser_of
-from tools.evaluate.measurements import Measurement, keep, measurements_of
+from tools.evaluate.measurements import Measurement, keep, measurements_of, with_options
 from tools.evaluate.say import table_of
 from tools.evaluate.verdicts import collect_verdicts
 from tools.evaluate.workers import run_workers
 from trainers.config.choices import Metric
 from trainers.config.errors import ConfigError
+from trainers.config.schema import RunConfig
 from trainers.rewards.judged import Judge
 from trainers.rundir.ending import Exit
 
@@ -110,6 +111,7 @@ def require(options: argparse.Namespace) -> None:
         raise ConfigError("--lm-eval-dir", options.lm_eval_dir, "no such directory")
     if options.judge and options.no_base:
         raise ConfigError("--no-base", True, "answers are judged next to the base's", "leave one of the two out")
+    with_options(RunConfig(), options)
 
 
 def report(measured: list[Measurement], options: argparse.Namespace) -> int:
