@@ -166,7 +166,7 @@ def filled_command(text: str, names: Mapping[str, str], values: Mapping[str, str
             return value.replace("'", "'\"'\"'")
         if quote == '"':
             return value.replace("\\", "\\\\").replace('"', '\\"')
-        return shlex.quote(value) if match[1] in values and _exists(value) else value
+        return shlex.quote(value) if match[1] in values and value and _exists(value) else value
 
     made = NAME.sub(word, text)
     _words_of(made, setting)

@@ -98,6 +98,7 @@ def test_a_path_is_one_word_of_a_command_and_other_values_are_several(tmp_path: 
         assert words == [["sample", "m", str(file), "--n", "8"], ["sample", "m", str(file), str(file), "--out=/a b/x"]]
         assert made.stages[0].run[0] == f'data.path="{file}"'
         assert stages.filled_override(made.stages[0].run[1], {"dir": "/p"}, "") == f'data.eval_path="/p/{file}"'
+    assert stages.command_words(pipeline_of(tmp_path, **content).stages[0].after[0], {}, "") == ["sample", "m"]
     with pytest.raises(ConfigError, match="a file that is there"):
         pipeline_of(tmp_path, "values.rows=/none/Bob's.jsonl", **content)
 
