@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from command import ROOT, environment, launch, tool, trace, wait_for_step, wait_until_gone
@@ -21,6 +23,8 @@ from launcher.presets import CONF
 from launcher.stages import Pipeline, read
 from tools import commands, runs
 from tools.command import Refused
+from tools.compare.stages import Part, Story, conclusions
+from tools.evaluate.record import Evaluation
 from tools.merge.__main__ import make_parser as merge_parser
 from trainers.config.errors import ConfigError
 from trainers.data.sources import digits
@@ -326,6 +330,22 @@ def test_changed_commands_alone_are_done_again_until_a_run_is_made_of_them(tmp_p
     assert "stage `one` is done with other commands" in said
     assert f"rm -r {folder}/two {folder}/a.jsonl {folder}/b.jsonl.part to do it" in said
     assert len(called) == 2
+
+
+def test_what_is_forgotten_in_all_is_of_one_text() -> None:
+    def measured(nats: float, text: str) -> Evaluation:
+        sums = {"general": (np.full(4, nats), np.full(4, 1.0))}
+        return Evaluation(about={"sets": {"general": text}}, documents={"general": [0, 1, 2, 3]}, sums=sums)
+
+    def last(*texts: str) -> str:
+        parts: list[Any] = []
+        for number, text in enumerate(texts):
+            run: Any = SimpleNamespace(ours=measured(number + 1.0, text), base=measured(number, text))
+            parts.append(Part(name=f"stage_{number}", run=run, seconds=1.0, ended=True, commands=[]))
+        return conclusions(Story(name="p", folder=Path(), parts=parts, planned=2, metric=None))[-1]
+
+    assert "Forgotten in all: +2.000 nats a token" in last("a", "a")
+    assert last("a", "b").startswith("Forgotten in all is not given: stages were measured on different general texts; most by `stage_0`")
 
 
 def gone(folder: Path, pid: int) -> bool:

@@ -18,7 +18,7 @@ from tools.compare.page import LONGEST, OPEN, SHOWN, document, shown, table
 from tools.compare.plots import Picture, bars, chain
 from tools.compare.say import Grid, turned
 from tools.evaluate.intervals import Estimate, verdict
-from tools.evaluate.record import FOLDER, loss_apart, score_apart, task_metric
+from tools.evaluate.record import FOLDER, are_of_the_same, loss_apart, score_apart, task_metric
 from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
 from tools.markdown import cell_of
 from tools.runs import is_run
@@ -172,8 +172,11 @@ def conclusions(story: Story) -> list[str]:
     lost = [(part, forgot) for part in story.parts if (forgot := part.forgot()) is not None]
     if lost:
         part, most = max(lost, key=lambda pair: pair[1].value)
-        total = sum(forgot.value for _, forgot in lost)
-        lines.append(f"Forgotten in all: {total:+.3f} nats a token on general text; most by `{part.name}`, {most.value:+.3f}.")
+        ours = [one.run.ours for one, _ in lost if one.run.ours is not None]
+        total = f"Forgotten in all: {sum(forgot.value for _, forgot in lost):+.3f} nats a token on general text"
+        if not all(are_of_the_same(ours[0], one, "general") for one in ours):
+            total = "Forgotten in all is not given: stages were measured on different general texts"
+        lines.append(f"{total}; most by `{part.name}`, {most.value:+.3f}.")
     lines += [f"The gate after `{part.name}`: {_gate(part)}." for part in story.parts if part.gates]
     return lines
 

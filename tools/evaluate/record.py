@@ -129,7 +129,7 @@ class Evaluation:
 
 def loss_apart(ours: Evaluation, theirs: Evaluation, part: str, level: float = LEVEL) -> Estimate | None:
     """Return our loss less theirs over the same documents, in nats a token; None where these differ or were not measured."""
-    if part not in ours.sums or part not in theirs.sums or not _are_of_the_same(ours, theirs, part):
+    if part not in ours.sums or part not in theirs.sums or not are_of_the_same(ours, theirs, part):
         return None
     if not np.array_equal(ours.sums[part][1], theirs.sums[part][1]):
         return None
@@ -139,7 +139,7 @@ def loss_apart(ours: Evaluation, theirs: Evaluation, part: str, level: float = L
 def score_apart(ours: Evaluation, theirs: Evaluation, metric: str, level: float = LEVEL) -> Estimate | None:
     """Return our mean score less theirs over the same documents; None where these differ or nothing was scored."""
     settings = [[evaluation.about.get("settings", {}).get(name) for name in ("max_new_tokens", "extract")] for evaluation in (ours, theirs)]
-    if not ours.answers or not _are_of_the_same(ours, theirs, "answers") or settings[0] != settings[1]:
+    if not ours.answers or not are_of_the_same(ours, theirs, "answers") or settings[0] != settings[1]:
         return None
     both = np.stack([ours.scores(metric), theirs.scores(metric)])
     both = both[:, ~np.isnan(both).any(0)]
@@ -151,7 +151,7 @@ def accuracy_apart(ours: Evaluation, theirs: Evaluation, bucket: str = "all", le
 
     None where these differ, where they were not measured, or where one model's answers are ordered by rewards and the other's are not.
     """
-    if ours.pairs is None or theirs.pairs is None or not _are_of_the_same(ours, theirs, "pairs"):
+    if ours.pairs is None or theirs.pairs is None or not are_of_the_same(ours, theirs, "pairs"):
         return None
     if ours.pairs.scores is None or theirs.pairs.scores is None or (ours.pairs.rewards is None) != (theirs.pairs.rewards is None):
         return None
@@ -163,7 +163,7 @@ def accuracy_apart(ours: Evaluation, theirs: Evaluation, bucket: str = "all", le
 def rightness_apart(ours: Evaluation, theirs: Evaluation, level: float = LEVEL) -> Estimate | None:
     """Return our share of documents that are told rightly less theirs, over the same ones; None where these differ or there are none."""
     part = "unpaired" if ours.classes is None else "classes"
-    if ours.right is None or theirs.right is None or not len(ours.right) or not _are_of_the_same(ours, theirs, part):
+    if ours.right is None or theirs.right is None or not len(ours.right) or not are_of_the_same(ours, theirs, part):
         return None
     return intervals.difference(ours.right, theirs.right, level=level)
 
@@ -173,7 +173,7 @@ def likely(evaluation: Evaluation) -> Evaluation:
     return evaluation if evaluation.pairs is None else replace(evaluation, pairs=replace(evaluation.pairs, rewards=None))
 
 
-def _are_of_the_same(ours: Evaluation, theirs: Evaluation, part: str) -> bool:
+def are_of_the_same(ours: Evaluation, theirs: Evaluation, part: str) -> bool:
     """Tell whether two models were measured on the same documents of the same rows, in the same type."""
     marks = [(one.about.get("sets", {}).get(part), one.about.get("dtype"), one.documents.get(part)) for one in (ours, theirs)]
     return marks[0] == marks[1]
