@@ -55,8 +55,11 @@ from trainers.processes import prepare_child
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.ending import Exit, State
-from trainers.rundir.files import storage_says, write_json
+from trainers.rundir.files import storage_says, try_json, write_json
 from trainers.units import in_time
+
+GATE = "gate.json"
+"""In a run's evaluation: what `gate` has decided."""
 
 
 @dataclass
@@ -124,7 +127,7 @@ def begin(pipeline: Pipeline, config_dir: str | None) -> int:
             print(dry_run(pipeline, jobs).replace(str(stand_in), str(pipeline.folder)))
             return Exit.done
         if pipeline.mode == "plan":
-            return plan_stages(pipeline, jobs)
+            return plan_stages(pipeline, jobs, stand_in)
     return run(progress, config_dir)
 
 
@@ -178,7 +181,9 @@ def require_unchanged(progress: Progress) -> None:
             _require_same_words(pipeline, stage, known[stage.name], progress.state[stage.name])
         elif not again:
             again = stage.name
-            if "ended" in progress.state.get(stage.name, {}) or (not there and progress.state.get(stage.name, {}).get("after")):
+            if "ended" in progress.state.get(stage.name, {}) or (
+                stage.run and not there and progress.state.get(stage.name, {}).get("after")
+            ):
                 del progress.state[stage.name]
 
 
@@ -416,13 +421,19 @@ def _line(words: list[str]) -> list[str]:
     return [sys.executable, "-m", f"tools.{words[0]}", *words[1:]]
 
 
-def plan_stages(pipeline: Pipeline, jobs: list[tuple[Stage, Job]]) -> int:
-    """Plan every stage: those after the first with the first one's model, whose shapes theirs has. Returns the exit code."""
+def plan_stages(pipeline: Pipeline, jobs: list[tuple[Stage, Job]], stand_in: Path) -> int:
+    """Plan every stage: one that begins with what an earlier one gives with the first one's model, whose shapes that has.
+
+    Returns the exit code; raises ConfigError where no stage has a run.
+    """
+    if not jobs:
+        raise ConfigError("mode", "plan", "no stage of this pipeline has a run to plan", "mode=dry_run, which prints its commands")
     first: ModelConfig = jobs[0][1].run.model
     planned = []
     for stage, job in jobs:
         is_last_export = "model.id" not in {key_of(text) for text in stage.run}
-        model = first if is_last_export else job.run.model
+        is_made_here = job.run.model.id is not None and Path(job.run.model.id).is_relative_to(stand_in)
+        model = first if is_last_export or is_made_here else job.run.model
         planned.append(dataclasses.replace(job, run=dataclasses.replace(job.run, model=model)))
     return plan.plan(settled(planned))
 
@@ -478,11 +489,12 @@ def _do(progress: Progress, stage: Stage, config_dir: str | None, lock: int) -> 
     for words, step in steps:
         _say(f"{pipeline.place(stage)}: {masked(words)}")
         try:
+            verdict = _verdict(words, names)
             code = step()
         finally:
             keep()
         if code != Exit.done:
-            _say(_ended(pipeline, stage, masked(words), code))
+            _say(_ended(pipeline, stage, masked(words), code, _verdict(words, names) not in (verdict, None)))
             return code
     known["ended"] = time.time()
     keep()
@@ -490,12 +502,23 @@ def _do(progress: Progress, stage: Stage, config_dir: str | None, lock: int) -> 
     return Exit.done
 
 
-def _ended(pipeline: Pipeline, stage: Stage, words: str, code: int) -> str:
-    """Say where a pipeline ended, and what continues it."""
+def _verdict(command: str, names: dict[str, str]) -> int | None:
+    """Return when the run that a `gate` holds against rules was last refused, in ns; None where it was not, and for what is no gate."""
+    if not command.startswith("gate "):
+        return None
+    for word in command_words(command, names, "gate")[1:]:
+        file = Path(word) / paths.EVALUATION / GATE
+        if try_json(file).get("passed") is False:
+            return file.stat().st_mtime_ns
+    return None
+
+
+def _ended(pipeline: Pipeline, stage: Stage, words: str, code: int, is_refused: bool) -> str:
+    """Say where a pipeline ended, and what continues it; `is_refused` of a model that a gate has just decided against."""
     where = pipeline.place(stage)
     if code in (Exit.stopped, Exit.interrupted):
         return f"{where}: stopped; the same command continues here"
-    if words.startswith("gate ") and code == Exit.failed:
+    if is_refused and code == Exit.failed:
         return f"{where}: the gate lets the model go no further ({words}); pipeline {pipeline.name} ends here"
     return f"{where}: {words} failed with exit code {code}; the same command tries it again"
 

@@ -135,7 +135,9 @@ def test_a_merge_that_was_stopped_is_done_again(tmp_path: Path, monkeypatch: Any
     assert "the merge that wrote it did not end" in said
 
 
-@pytest.mark.parametrize("words", ["a {dir}", "a {dir}/..", "{dir}/m {dir}/m", "{dir}/m/a=0.5 {dir}/m", "a {dir}/one/export", "a {elsewhere}"])
+@pytest.mark.parametrize(
+    "words", ["a {dir}", "a {dir}/..", "{dir}/m {dir}/m", "{dir}/m/a=0.5 {dir}/m", "a {dir}/one/export", "a {elsewhere}"]
+)
 def test_no_merge_removes_what_it_has_not_written(words: str, tmp_path: Path) -> None:
     made = pipeline_of(tmp_path, f"run_dir={tmp_path / 'run'}", stages=RUN)
     for folder in ("run", "run/m", "run/m/a", "run/one/export", "elsewhere", "."):
@@ -257,6 +259,28 @@ def test_a_dry_run_prints_every_stage_and_leaves_nothing(base: Path, chats: Path
     assert not folder.exists()
 
 
+def test_a_plan_takes_the_first_model_for_what_a_stage_will_give(
+    base: Path, chats: Path, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    """Also where it is named, and merged; a pipeline of commands alone has no plan."""
+    content = three_stages(base, chats)
+    content["stages"][0]["run"].append("peft=lora")
+    merged = ["merge {sft}/export {dir}/merged", *content["stages"][1]["before"]]
+    content["stages"][1] |= {"before": merged, "run": [*content["stages"][1]["run"], "model.id={dir}/merged"]}
+    content["stages"][2]["run"].append("model.id={rejection}/export")
+    planned: list[Any] = []
+    monkeypatch.setattr(pipeline.plan, "plan", lambda jobs: planned.extend(jobs) or 0)
+    monkeypatch.setattr(pipeline, "require_commands", lambda asked: None)
+    line = ["--config-dir", written(tmp_path, **content), "+pipeline=tiny", f"run_dir={tmp_path / 'run'}", "mode=plan"]
+    code, said = call(monkeypatch, capfd, *line)
+    assert code == 0, said
+    assert [job.run.model.id for job in planned] == [str(base)] * 3
+    written(tmp_path, stages=[{"name": "one", "after": ["sample m rows --out x"]}])
+    code, said = call(monkeypatch, capfd, *line)
+    assert code == 2
+    assert "no stage of this pipeline has a run to plan" in said
+
+
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "pipeline").glob("*.yaml")))
 def test_every_pipeline_composes_and_help_lists_it(name: str, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
     from launcher.help import pipelines
@@ -298,7 +322,13 @@ def test_a_secret_is_not_kept_and_the_same_command_still_continues(tmp_path: Pat
     called = tools_of(monkeypatch)
     monkeypatch.setenv("WANDB_RUN_ID", "chosen")
     presets = written(tmp_path, stages=[{"name": "one", "after": ["select a --reward {reward} --out {dir}/x"]}], values={"reward": "exact"})
-    line = ["--config-dir", presets, "+pipeline=tiny", f"run_dir={tmp_path / 'run'}", "values.reward=judge:url=http://u:pa55word@h/v1,model=m"]
+    line = [
+        "--config-dir",
+        presets,
+        "+pipeline=tiny",
+        f"run_dir={tmp_path / 'run'}",
+        "values.reward=judge:url=http://u:pa55word@h/v1,model=m",
+    ]
     code, said = call(monkeypatch, capfd, *line)
     assert code == 0, said
     assert "http://u:pa55word@h/v1" in called[0][3]
@@ -330,6 +360,32 @@ def test_changed_commands_alone_are_done_again_until_a_run_is_made_of_them(tmp_p
     assert "stage `one` is done with other commands" in said
     assert f"rm -r {folder}/two {folder}/a.jsonl {folder}/b.jsonl.part to do it" in said
     assert len(called) == 2
+
+
+@pytest.mark.parametrize("kept", [None, {"passed": False}, {"passed": True}])
+def test_a_gate_that_fails_has_not_refused_the_model(kept: Any, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    """Only a verdict that it has just written does; folders that a command writes to are there."""
+    file = tmp_path / "gated" / "evaluation" / "gate.json"
+    file.parent.mkdir(parents=True)
+    if kept is not None:
+        file.write_text(json.dumps(kept))
+        os.utime(file, (1.0, 1.0))
+
+    def gate(words: list[str]) -> int:
+        if words[0] == "gate" and len(called) > 2:
+            file.write_text('{"passed": false}')
+        assert words[0] == "gate" or Path(words[-1]).parent.is_dir()
+        return int(words[0] == "gate")
+
+    called = tools_of(monkeypatch, gate)
+    after = ["sample m rows --out {dir}/sub/x.jsonl", f"gate {tmp_path / 'gated'}"]
+    line = ["--config-dir", written(tmp_path, stages=[{"name": "one", "after": after}]), "+pipeline=tiny", f"run_dir={tmp_path / 'run'}"]
+    code, said = call(monkeypatch, capfd, *line)
+    assert code == 1
+    assert f"gate {tmp_path / 'gated'} failed with exit code 1" in said
+    code, said = call(monkeypatch, capfd, *line)
+    assert (code, len(called)) == (1, 3), "what is done of a stage is not done again"
+    assert "the gate lets the model go no further" in said
 
 
 def test_what_is_forgotten_in_all_is_of_one_text() -> None:
