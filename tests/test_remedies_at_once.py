@@ -145,6 +145,8 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "an encoder-decoder with inputs on the host": ["model.encoder_decoder=true", "data.packing=false", "train.activations=offload"],
     "an encoder-decoder with a balance loss": ["model.encoder_decoder=true", "data.packing=false", "train.balance_loss=0.1"],
     "an encoder-decoder with virtual tokens": ["model.encoder_decoder=true", "data.packing=false", "peft=prompt"],
+    "the last blocks of an encoder-decoder": ["model.encoder_decoder=true", "data.packing=false", "peft=freeze"],
+    "an encoder-decoder that is measured on text": ["model.encoder_decoder=true", "data.packing=false", "evaluation.general=sampled"],
     "a quantised encoder-decoder": ["model.encoder_decoder=true", "data.packing=false", "peft=qlora"],
     "turns of texts": ["data.document=turn", "objective=cpt"],
     "turns with all tokens": ["data.document=turn", "data.supervise=all"],

@@ -22,6 +22,7 @@ from trainers.config.derived import SCORED
 from trainers.config.errors import ConfigError
 from trainers.config.measured import validate_evaluation
 from trainers.config.schema import DataConfig, EvaluationConfig, ModelConfig, RunConfig, plain
+from trainers.config.seq2seq import has_encoder, require_general_source
 from trainers.rundir import paths
 from trainers.rundir.attempt import read_state
 from trainers.rundir.base import config_of
@@ -110,7 +111,7 @@ def _model(path: Path, options: argparse.Namespace) -> Measurement:
             raise ConfigError("--like", str(options.like), "is not a run directory")
         config = config_of(options.like)
     elif options.path is not None and not (path / "adapter_config.json").is_file():
-        config = RunConfig(model=ModelConfig(id=str(path)), data=DataConfig(path=options.path))
+        config = RunConfig(model=ModelConfig(id=str(path), encoder_decoder=has_encoder(path)), data=DataConfig(path=options.path))
         options.no_base = True
     else:
         raise ConfigError("RUN_OR_MODEL", str(path), "is a model, and nothing says what to measure it on", "--like RUN, or --path FILE")
@@ -137,6 +138,8 @@ def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), reason, "leave it out")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
     validate_evaluation(config.evaluation)
+    if config.model.encoder_decoder:
+        require_general_source(config)
     return config
 
 

@@ -28,6 +28,7 @@ SAID = "an encoder-decoder (model.encoder_decoder)"
 def validate_encoder_decoder(config: RunConfig) -> None:
     """Raise ConfigError for the first setting that an encoder-decoder does not go with, also of a mixture's source."""
     _require(config)
+    require_general_source(config)
     for name, one in sources_of_mix(config).items() if config.data.mix else ():
         with named(name):
             _require(one)
@@ -36,6 +37,13 @@ def validate_encoder_decoder(config: RunConfig) -> None:
 def _require(config: RunConfig) -> None:
     for path, value, reason, remedy in _refused(config):
         raise ConfigError(path, value if isinstance(value, bool | int | float) else str(value), reason, remedy)
+
+
+def require_general_source(config: RunConfig) -> None:
+    """Raise ConfigError unless general text is rows of the run's mixture: texts have no source that an encoder could read."""
+    if (name := config.evaluation.general) is not None and name not in config.data.mix:
+        reason = f"the general text of {SAID} is held-out rows of its own mixture"
+        raise ConfigError("evaluation.general", name, reason, "evaluation.general=null, or a source of data.mix with held-out rows")
 
 
 def require_no_encoder(folder: str) -> None:
@@ -49,7 +57,7 @@ def has_encoder(folder: Path) -> bool:
     """Tell whether a model directory is of an encoder-decoder; what opens it says what is wrong with its config."""
     try:
         return json.loads((folder / "config.json").read_text("utf-8")).get("model_type") in ENCODER_DECODERS
-    except (ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -85,5 +93,8 @@ def _refused(config: RunConfig) -> Iterator[tuple[str, object, str, str]]:
         yield "train.balance_loss", train.balance_loss, f"{SAID} has no experts here", "train.balance_loss=null"
     if peft.method in VIRTUAL:
         yield "peft.method", peft.method, f"{SAID} gets adapters in its layers, and no virtual tokens", "peft=lora"
+    if peft.last_blocks is not None:
+        reason = f"the first list of blocks of {SAID} is the encoder's, and all that follows would be trained"
+        yield "peft.last_blocks", peft.last_blocks, reason, "peft.freeze=[encoder.*] peft.last_blocks=null"
     if peft.quantise is not Quantisation.none:
         yield "peft.quantise", peft.quantise, f"the base of {SAID} is not quantised", "peft.quantise=none"
