@@ -108,6 +108,12 @@ def _open(config: RunConfig, name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # whatever transformers or the hub client raises
         raise_exhausted(error)
+        from importlib.util import find_spec
+
+        files = [file for file in ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model") if (folder / file).is_file()]
+        if files and not (folder / "tokenizer.json").is_file() and find_spec("sentencepiece") is None:
+            reason = f"has a sentencepiece tokenizer alone ({files[0]}), and the package that reads it is not installed"
+            raise ConfigError(field, name, reason, "pip install sentencepiece protobuf") from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(field, name, f"the tokenizer cannot be loaded: {reason}", "model.tokenizer=DIR with a tokenizer.json") from error
     if not getattr(tokenizer, "backend_tokenizer", None):
