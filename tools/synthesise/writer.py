@@ -29,6 +29,8 @@ class Writer:
     name: str
     key: str
     tokenizer: Any = None
+    encoder_decoder: bool = False
+    """Prompts are what an encoder reads."""
     final: Sequence[str] = ()
     """Failures that are the request's own: the same request would fail again."""
 
@@ -38,7 +40,7 @@ class Writer:
         if self.tokenizer is None:
             return Request(key=number, seed=seed, messages=messages)
         prompt = Prompt(messages, None, "", {"prompt": ""}, self.name, number)
-        return Request(key=number, seed=seed, ids=prompts.rendered(prompt, self.tokenizer))
+        return Request(key=number, seed=seed, ids=prompts.rendered(prompt, self.tokenizer, self.encoder_decoder))
 
     def ask(self, requests: Sequence[Request], sampling: Sampling, took: Took) -> None:
         """Ask for all answers; `took` gets each as soon as it is there."""
@@ -69,8 +71,9 @@ class Opened(Writer):
         self.model = named(self.name)
         self.tokenizer = load_tokenizer(self.model.config)
         subject = Subject(config=self.model.config, folder=self.model.folder)
-        tokenizer = tokenizer_hash(self.tokenizer), str(self.tokenizer.chat_template)
-        self.key = content_key("local", subject.fingerprint, *tokenizer, settings.dtype, kind_of(settings.device))
+        self.encoder_decoder = self.model.config.model.encoder_decoder
+        rendering = [tokenizer_hash(self.tokenizer), str(self.tokenizer.chat_template), *(["source"] if self.encoder_decoder else [])]
+        self.key = content_key("local", subject.fingerprint, *rendering, settings.dtype, kind_of(settings.device))
         self.local: Local | None = None
 
     def ask(self, requests: Sequence[Request], sampling: Sampling, took: Took) -> None:
