@@ -10,6 +10,7 @@ from trainers.config.errors import ConfigError
 from trainers.config.local import looks_local, require_model_directory
 from trainers.config.schema import ModelConfig, RunConfig
 from trainers.config.seq2seq import has_encoder
+from trainers.model import hub
 from trainers.rundir import paths
 from trainers.rundir.base import config_of
 
@@ -41,7 +42,8 @@ def named(name: str) -> Named:
     if looks_local(name):
         require_model_directory("MODEL", name)
     if not path.is_dir():
-        return Named(RunConfig(model=ModelConfig(id=name)), None)
+        folder, _ = hub.fetch("model.id", name, None, ("config.json",))
+        return Named(RunConfig(model=ModelConfig(id=name, encoder_decoder=has_encoder(folder))), None)
     return Named(RunConfig(model=ModelConfig(id=str(path.resolve()), encoder_decoder=has_encoder(path))), None)
 
 
