@@ -153,15 +153,16 @@ def saved_form(
     written = copy.deepcopy(model.config if is_part and not rest else config)
     if not rest or not written.architectures:
         written.architectures = [type(model).__name__]
+    if written.is_encoder_decoder and "lm_head.weight" in live:
+        written.tie_word_embeddings = False  # transformers 5 goes by the files, all others by this field
     copied = {key: torch.empty(place.shape, dtype=TYPES[place.type], device="meta") for key, place in rest.items()}
-    weights = None if stored is None else stored.weights
     return SavedForm(
         live=live,
         contents=contents | copied,
         names=names,
         ways=ways,
         config=written,
-        rest={key: _reader(weights, key) for key in rest} if weights is not None else {},
+        rest={} if stored is None else {key: _reader(stored.weights, key) for key in rest},
     )
 
 
