@@ -24,6 +24,8 @@ from trainers.config.schema import ModelConfig
 from trainers.model.safetensors_files import Weights
 
 HEAD, SHARED = "lm_head.weight", "shared.weight"
+EMBEDDINGS = (SHARED, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+"""What files call the embedding, under one or more of these names."""
 COMPARED = 64
 """Rows of output layer and embedding that are compared; the rest is when they are read."""
 
@@ -61,11 +63,12 @@ def maker(config: PreTrainedConfig, folder: Path | None) -> Callable[..., PreTra
 def has_own_head(folder: Path) -> bool:
     """Tell whether files hold an output layer that differs from the embedding."""
     weights = Weights(folder)
-    if not {HEAD, SHARED} <= weights.stored.keys():
+    embedding = next((name for name in EMBEDDINGS if name in weights.stored), None)
+    if embedding is None or HEAD not in weights.stored:
         return False
-    shapes = [weights.stored[name].shape for name in (HEAD, SHARED)]
-    first = (min(COMPARED, shapes[0][0]), *shapes[0][1:])
-    head, shared = (weights.read(name, (0, 0), first).float() for name in (HEAD, SHARED))
+    shape = weights.stored[HEAD].shape
+    first = (min(COMPARED, shape[0]), *shape[1:])
+    head, shared = (weights.read(name, (0, 0), first).float() for name in (HEAD, embedding))
     return not torch.equal(head, shared)
 
 
