@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from trainers.data.ends import stop_ids
 from trainers.generate.request import LENGTH, STOP, Sampling
 from trainers.model.blueprint import positions_limit
+from trainers.model.seq2seq import decoder_cache
 
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Difference of two logits below which a batch's rounding might decide: far above it, and rare."""
@@ -110,7 +111,12 @@ def _ignores_padding(model: PreTrainedModel, prompts: list[Sequence[int]], pad_i
 
 def _next_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     output: Any = model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=1,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **decoder_cache(model.config),
     )
     logits: Tensor = output.logits[0].float()
     return logits
@@ -142,7 +148,8 @@ def _continue(
     if model.config.is_encoder_decoder:  # writes after one token that begins every answer, and reads its prompt elsewhere
         first, begins, sources = 1, [0] * len(prompts), prompts
     choice = Choice(model, begins, first, stops, sampling, seeds, heard, close, sources)
-    output: Any = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, logits_processor=LogitsProcessorList([choice]))  # type: ignore[operator]
+    more = {"logits_processor": LogitsProcessorList([choice])} | decoder_cache(model.config)
+    output: Any = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **more)  # type: ignore[operator]
     logps = torch.stack(choice.logps, 1).tolist()
     return [_through_stop(row, values, stops) for row, values in zip(output[:, first:].tolist(), logps, strict=True)]
 

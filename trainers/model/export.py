@@ -364,12 +364,17 @@ def sample_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pr
     """Return a greedy answer to a prompt as {"prompt", "answer"}, within the model's positions."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + num_tokens
     ids = torch.tensor([list(prompt_ids)[-max(1, longest - num_tokens) :]])
-    limit, begin = min(num_tokens, longest - ids.shape[1]), 1 if model.config.is_encoder_decoder else ids.shape[1]
-    ends, begun = model.generation_config, {"decoder_start_token_id": getattr(model.config, "decoder_start_token_id", None)}
+    more: dict[str, Any]
+    limit, begin, ends, more = min(num_tokens, longest - ids.shape[1]), ids.shape[1], model.generation_config, {}
     model.generation_config = GenerationConfig(  # the base's may ask for other decoding
-        max_new_tokens=max(1, limit), do_sample=False, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id, **begun
+        max_new_tokens=max(1, limit), do_sample=False, eos_token_id=ends.eos_token_id, pad_token_id=ends.pad_token_id
     )
+    if model.config.is_encoder_decoder:
+        from trainers.model.seq2seq import decoder_cache
+
+        begin, more = 1, decoder_cache(model.config)
+        model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
     with torch.no_grad():
-        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
+        output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **more)  # type: ignore[operator]
     prompt, answer = tokenizer.decode(ids[0]), tokenizer.decode(output[0, begin:], skip_special_tokens=True)
     return {"prompt": str(prompt), "answer": str(answer).strip()}

@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from trainers.batch import NO_TOKEN, Batch
 from trainers.config.choices import ENCODER_DECODERS
@@ -113,6 +120,16 @@ class Decoding:
         begun = torch.cat([torch.full_like(input_ids[:, :1], self.start), input_ids[:, 1:]], 1)
         mask = (source != NO_TOKEN).long()
         return self.model(input_ids=source.clamp(min=0), attention_mask=mask, decoder_input_ids=begun, use_cache=False)
+
+
+def decoder_cache(config: Any) -> dict[str, Any]:
+    """Return what more `generate` needs: where a decoder is deeper than its encoder, a cache that grows with the layers that fill it.
+
+    The one that transformers makes has as many layers as the encoder.
+    """
+    if not config.is_encoder_decoder or config.num_decoder_layers <= config.num_layers:
+        return {}
+    return {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
 
 
 def whole(batch: Batch) -> Batch:
