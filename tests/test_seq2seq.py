@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import importlib.util
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -13,14 +17,19 @@ import pytest
 import torch
 from command import launch, stop_at_step, trace
 from conftest import Ranks
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from launcher.compose import compose
 from tools.bench.orders import engine_preset
+from tools.evaluate.measurements import with_options
+from tools.synthesise.config import Model
+from tools.synthesise.writer import writer_of
 from trainers.batch import IGNORE, NO_TOKEN
 from trainers.config.choices import Activations, Layout, PeftMethod, Precision
 from trainers.config.errors import ConfigError
-from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.config.schema import DataConfig, EngineConfig, EvaluationConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from trainers.data.ends import stop_ids
 from trainers.data.formats import BadRow
 from trainers.data.loader import Loader, make_batch
 from trainers.data.prepare import Prepared, prepare
@@ -28,9 +37,16 @@ from trainers.data.seq2seq import render_pair
 from trainers.data.table import TokenTable
 from trainers.data.tokenizer import load_tokenizer
 from trainers.engines.build import build_engine
+from trainers.generate.decode import decode
+from trainers.generate.models import named
+from trainers.generate.request import Sampling
+from trainers.model import hub
 from trainers.model.blueprint import make_blueprint
+from trainers.model.export import export, rehearse_export, reopen, sample_answer
 from trainers.model.forward import forward
 from trainers.model.head import Head, why_not
+from trainers.model.saved_form import saved_form, types_of
+from trainers.model.weights import origin_of
 from trainers.objectives import NextToken
 from trainers.plan.inputs import most_of_sources
 from trainers.step import take_step
@@ -177,6 +193,58 @@ def test_logps_and_gradients_are_those_of_plain_transformers(made: Path, kind: s
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def says_tied(folder: Path) -> bool:
+    """Return what config.json says, which transformers 4 and servers go by."""
+    found: bool = json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_says_whose_its_output_layer_is(made: Path, kind: str, tmp_path: Path) -> None:
+    config, tokenizer, data = prepared(made, kind)
+    blueprint = make_blueprint(config.model, 0, tokenizer)
+    outline, model = blueprint.build(), blueprint.build("cpu")
+    form = saved_form(outline, origin_of(outline, blueprint), blueprint.config, types_of(outline, torch.float32))
+    rehearse_export(form, blueprint, tokenizer, stop_ids(tokenizer), tmp_path / "export")
+    values = ((name, tensor) for name, tensor in model.state_dict().items() if name in form.live)
+    export(values, form, blueprint, tokenizer, stop_ids(tokenizer), tmp_path / "export", True)
+    assert says_tied(tmp_path / "export") is (kind == "tied")
+    read = AutoConfig.from_pretrained(tmp_path / "export")
+    assert read.tie_word_embeddings is True  # as every T5 of transformers 5
+    assert getattr(read, "scale_decoder_outputs", None) == {"tied": True, "untied": False, "mt5": None}[kind]
+    again = reopen(tmp_path / "export", False, encodes=True)
+    batch = make_batch(data.train, np.arange(2), 2, pad_id=0)
+    torch.testing.assert_close(forward(again, batch).logps, forward(model.eval(), batch).logps, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("only", ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"])
+def test_an_embedding_of_another_name_is_found(made: Path, only: str, tmp_path: Path) -> None:
+    shutil.copytree(made / "untied", tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors[only] = tensors.pop("shared.weight")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    _, tokenizer, _ = prepared(made)
+    model: Any = make_blueprint(ModelConfig(id=str(tmp_path / "model"), encoder_decoder=True), 0, tokenizer).build("cpu")
+    torch.testing.assert_close(model.shared.weight, tensors[only], rtol=0, atol=0)
+    torch.testing.assert_close(model.lm_head.weight, tensors["lm_head.weight"], rtol=0, atol=0)
+
+
+def test_a_decoder_that_is_deeper_than_its_encoder_answers(made: Path) -> None:
+    _, tokenizer, data = prepared(made)
+    deep = ModelConfig(
+        architecture={"model_type": "t5"} | SIZES | {"num_decoder_layers": 4}, tokenizer=str(made / "tied"), encoder_decoder=True
+    )
+    model: Any = make_blueprint(deep, 0, tokenizer).build("cpu").eval()
+    source, end = data.train.prompt(0).tolist(), tokenizer.eos_token_id
+    written = [model.config.decoder_start_token_id]
+    while len(written) < 6 and written[-1] != end:
+        logits = model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([written]), use_cache=False).logits
+        written.append(int(logits[0, -1].argmax()))
+    found = dict(decode(model, {0: source, 1: source[2:]}, 2, Sampling(temperature=0.0, max_new_tokens=5), [end], 0))
+    assert found[0].ids == written[1:]
+    assert sample_answer(model, tokenizer, source, 5)["answer"] == tokenizer.decode(written[1:], skip_special_tokens=True).strip()
+
+
 def curve(
     world: World, made: Path, kind: str, engine: str, microbatch: int, method: str = "none", activations: str = "keep"
 ) -> dict[str, Any]:
@@ -313,8 +381,10 @@ def test_a_run_is_planned_exported_and_answers(whole: Path, made: Path, cache: P
     assert {key: 2 * size for key, size in plan["state"].items()} == summary["state_bytes"]
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(whole / "export")
     assert not torch.equal(model.lm_head.weight, model.shared.weight)
+    assert says_tied(whole / "export") is False
     launch(cache, [sys.executable, "-m", "tools.export", str(whole), str(tmp_path / "again")])
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (whole / "export" / "model.safetensors").read_bytes()
+    assert says_tied(tmp_path / "again") is False
     asked = ["--device", "cpu", "--rows", "4", "--max-new-tokens", "8", "--no-base"]
     launch(cache, [sys.executable, "-m", "tools.evaluate", str(whole), *asked])
     found = [json.loads(line) for path in (whole / "evaluation").rglob("*.jsonl") for line in path.read_text().splitlines()]
@@ -368,6 +438,39 @@ def test_disagreements_are_refused_by_name(made: Path) -> None:
     config.data.path = str(made / "texts.jsonl")
     with pytest.raises(ConfigError, match="rows are texts"):
         prepare(config, tokenizer=tokenizer)
+
+
+def test_general_text_is_refused_by_tools_evaluate_too(made: Path) -> None:
+    options = dict.fromkeys([*(item.name for item in dataclasses.fields(EvaluationConfig)), "lm_eval", "judge"])
+    config = config_for(made, "tied")
+    config.data.mix["kept"] = DataConfig(path=str(made / "rows.jsonl"))
+    assert with_options(config, argparse.Namespace(**options | {"general": "kept"})).evaluation.general == "kept"
+    for name in ("sampled", str(made / "rows.jsonl")):
+        with pytest.raises(ConfigError, match=r"evaluation.general(.|\n)*a source of data.mix with held-out rows"):
+            with_options(config, argparse.Namespace(**options | {"general": name}))
+
+
+def test_a_sentencepiece_tokenizer_alone_says_what_reads_it(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text((made / "tied" / "config.json").read_text())
+    (tmp_path / "spiece.model").write_bytes(b"not a model")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "sentencepiece" else found(name, *more))
+    with pytest.raises(ConfigError, match=r"sentencepiece tokenizer alone \(spiece.model\)(.|\n)*pip install sentencepiece protobuf"):
+        load_tokenizer(RunConfig(model=ModelConfig(id=str(tmp_path), encoder_decoder=True)))
+
+
+def test_a_t5_is_known_by_its_config_wherever_it_is(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "fetch", lambda *_: (made / "tied", "commit"))
+    for name in ("owner/t5", str(made / "tied")):
+        assert named(name).config.model.encoder_decoder
+    assert named("owner/t5").folder is None
+
+
+def test_a_t5_that_writes_rows_is_asked_as_it_was_trained(made: Path) -> None:
+    writer = writer_of(Model(path=str(made / "untied")))
+    ids = writer.request([{"role": "user", "content": "What follows 3?"}], 0, 0).ids
+    assert ids == AutoTokenizer.from_pretrained(made / "untied")("What follows 3?")["input_ids"]
+    assert ids[-1] == writer.tokenizer.eos_token_id
 
 
 def test_random_weights_begin_an_answer_with_the_pad_token(made: Path) -> None:
