@@ -20,9 +20,10 @@ from conftest import free_port
 from local_server import JsonRequests, LocalServer
 
 from tools import sample
+from trainers.config.schema import RunConfig
 from trainers.generate.decode import choose, decode, stops_of
-from trainers.generate.local import Local
-from trainers.generate.request import LENGTH, STOP, Sampling
+from trainers.generate.local import Broken, Local
+from trainers.generate.request import LENGTH, STOP, Request, Sampling
 from trainers.generate.subject import kind_of
 
 DRAWS = [
@@ -300,3 +301,14 @@ def test_wrong_input_is_one_clear_message(base: Path, tmp_path: Path, capsys: py
         assert "Traceback" not in said
         assert expected in said
     assert not [file for file in os.listdir(tmp_path) if file.startswith("out")]
+
+
+@pytest.mark.parametrize(("then", "words"), [("exec sleep 60", "no answer for 0.3 s"), ("exit 3", r"has ended \(3\)")])
+def test_a_process_that_reads_no_order_is_given_up(then: str, words: str) -> None:
+    """It has opened its model, and the order is longer than its pipe takes. Whoever asks again is told again."""
+    order = [Request(key=key, seed=0, ids=[12345] * 500) for key in range(64)]
+    stub = ("sh", "-c", f"echo {{}}; {then}")
+    with Local(RunConfig(), None, batch=1, dtype="float32", device="cpu", timeout_s=0.3, open_s=60, words=stub) as local:
+        for _ in range(2):
+            with pytest.raises(Broken, match=words):
+                local.ask(order, Sampling(), lambda _: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import signal
@@ -137,12 +138,14 @@ class Local:
         return found
 
     def _tell(self, order: dict[str, Any]) -> None:
-        try:
-            assert self.process.stdin is not None
-            self.process.stdin.write(json.dumps(order) + "\n")
+        """Give it an order, from a thread: a process that reads no more holds up who writes more than its pipe takes."""
+        threading.Thread(target=self._write, args=(json.dumps(order) + "\n",), daemon=True).start()
+
+    def _write(self, line: str) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `_next` says
+            self.process.stdin.write(line)
             self.process.stdin.flush()
-        except BrokenPipeError:
-            raise Broken(self._why()) from None
 
     def close(self) -> None:
         """End the process, and what it has left."""
@@ -177,6 +180,7 @@ class Local:
                     raise Broken(f"the model has given no answer for {timeout_s:g} s") from None
         self.room.release()
         if word is None:
+            self.said.put(None)  # for who asks it again
             raise Broken(self._why())
         if "error" in word:
             raise ConfigError(**word["error"])
