@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 
 from launcher.config import Backend, JobConfig, LaunchConfig, world_size
@@ -43,7 +44,7 @@ def require_place(config: JobConfig) -> None:
     answers = config.train.global_batch * rl.steps_per_rollout
     if (count - 1) * rl.batch >= answers:
         reason = f"each writes rl.batch={rl.batch} answers at once, and a rollout has {answers}: some would write none"
-        refuse(reason, f"rl.batch={max(1, answers // count)}")
+        refuse(reason, f"rl.batch={answers // count}" if count <= answers else f"launch.generators={math.ceil(answers / rl.batch)}")
 
 
 def step_words(launch: LaunchConfig) -> list[str]:

@@ -75,8 +75,8 @@ def _torchrun_source() -> str:
 
 def additions(job: Job) -> dict[str, str]:
     """Return the environment variables that ranks get besides the launcher's own."""
-    threads = os.environ.get("OMP_NUM_THREADS", str(host.threads_per_rank(ranks_per_node(job.launch) + (job.run.rl.staleness > 0))))
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.launch.gpus_per_node == 0 else {}
+    at_work = ranks_per_node(job.launch) + (job.run.rl.staleness > 0 and not job.launch.generators)  # here, at the same time
+    threads = os.environ.get("OMP_NUM_THREADS", str(host.threads_per_rank(at_work)))
     return {
         "OMP_NUM_THREADS": threads,
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -84,7 +84,7 @@ def additions(job: Job) -> dict[str, str]:
         "FULLTUNE_LAUNCHER": str(os.getpid()),
         "FULLTUNE_GRACE_S": str(job.launch.shutdown_s),
         **allocator_environment(os.environ),
-        **hidden,
+        **({"CUDA_VISIBLE_DEVICES": ""} if job.launch.gpus_per_node == 0 else {}),
     }
 
 
