@@ -115,7 +115,7 @@ def _refused(job: Job, found: dict[str, Any]) -> ConfigError:
     if found["host_short"]:
         memory = job.launch.memory
         return ConfigError("launch.memory", memory, f"{job.run_dir.name} does not fit: {found['host_short']}", force)
-    if found["generator_short"]:
+    if found["generator_short"] and any(found["needed"][name] <= found["capacity"][name] for name in found["verdicts"]):
         return ConfigError("hardware", job.hardware.name, f"{job.run_dir.name} does not fit: {found['generator_short']}", force)
     devices = [f"{name} has {in_bytes(found['capacity'][name])}" for name in found["verdicts"]]
     needed = in_bytes(max(found["needed"].values()))

@@ -9,6 +9,7 @@ from launcher.config import Backend, ranks_per_node
 from launcher.job import Job
 from trainers.config.activations import offered
 from trainers.config.choices import Activations, EngineName, MeshChoice, Offload, OptimizerName, PeftMethod, Quantisation
+from trainers.config.derived import SAMPLED
 from trainers.config.expert import experts_of
 from trainers.config.schema import RunConfig
 from trainers.config.sharding import known_config
@@ -29,10 +30,12 @@ def changes_of(job: Job) -> list[Change]:
     parts = ["train.logits_chunk=null"] if run.train.logits_chunk == 0 else []
     few = [*parts, *_last(rows)]
     lean = [*few, *_last(light)]
-    found = [parts, *rows[:1], *light[:1], *rows[1:], *light[1:]]
+    answers = _fewer_answers(run)
+    found = [*answers, parts, *rows[:1], *light[:1], *rows[1:], *light[1:]]
     found += [[*row, *how] for row in rows for how in light]
     found += [*small, [*lean, *_last(small)]]
     found += [[*lean, *change] for change in _shared(job)]
+    found += [[*lean, *answers[-1]]] if answers else []
     found += [how for how in kept if how == OFFLOADED]
     least = [*few, *_last(kept)]
     found.append(least)
@@ -51,6 +54,14 @@ def _fewer_rows(run: RunConfig) -> list[Change]:
     """Return smaller microbatches: the same step, its products less wide."""
     sizes = dict.fromkeys([run.train.microbatch // 2, 1])
     return [[f"train.microbatch={size}"] for size in sizes if 0 < size < run.train.microbatch]
+
+
+def _fewer_answers(run: RunConfig) -> list[Change]:
+    """Return fewer answers that a generator writes at once: each has keys and values, as long as it may be."""
+    if run.objective.name not in SAMPLED or run.rl.servers:
+        return []
+    sizes = dict.fromkeys([run.rl.batch // 2, run.rl.batch // 4])
+    return [[f"rl.batch={size}"] for size in sizes if size]
 
 
 def _less_kept(run: RunConfig) -> list[Change]:

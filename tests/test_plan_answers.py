@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from launcher.compose import compose
 from launcher.job import make_job
-from launcher.plan import known_hardware, request_of
+from launcher.plan import _refused, known_hardware, request_of
+from launcher.proposals import changes_of
 from trainers.config.checks import validate
 from trainers.config.choices import ObjectiveName, Offload, Precision
 from trainers.config.errors import ConfigError
@@ -106,12 +108,27 @@ def test_a_generator_that_does_not_fit_its_own_node_is_named(tmp_path: Path) -> 
     assert plans[0].answers is not None
     plans[1].answers = replace(plans[0].answers, weights_bytes=2 << 30)
     assert not _generator_fits(plans[1], 0.0, 2.0**29, "each GPU of its node, and h100")
+    assert _generator_fits(plans[1], 0.0, 2.0**40, "each GPU of its node, and a larger one"), "which leaves what was said of the smaller"
+    found = {"host_short": "", "generator_short": plans[1].generator_short, "verdicts": {"h100": "does not fit"}}
+    job: Any = SimpleNamespace(run_dir=Path("run"), hardware=H100)
+    for needed, words in ((1 << 28, "run does not fit: a generator needs"), (1 << 31, "run does not fit: a rank needs 2.0 GiB")):
+        assert words in str(_refused(job, found | {"needed": {"h100": needed}, "capacity": {"h100": 1 << 29}}))
     console = Console(record=True, width=200)
     say(plans[1], console)
     text = console.export_text()
     assert "note: a generator needs 1.0 GiB of each GPU of its node, and h100 has 0.5 GiB" in text
     assert "on 1 node of 2 GPUs, and 1 node for generators" in text
     assert "by one generator, on a node of its own" in text
+
+
+def test_a_plan_that_does_not_fit_proposes_fewer_answers_at_once() -> None:
+    def proposed(*overrides: str) -> list[list[str]]:
+        return changes_of(make_job(compose(["model=hf", "model.id=a/b", "data.path=c/d", "train.steps=1", *overrides])))
+
+    grpo = ["objective=grpo", "reward.right=exact", "data.packing=false", "rl.max_new_tokens=64"]
+    assert proposed(*grpo, "rl.batch=8")[:2] == [["rl.batch=4"], ["rl.batch=2"]]
+    assert proposed(*grpo, "rl.batch=2")[0] == ["rl.batch=1"]
+    assert not any("rl.batch" in " ".join(change) for change in [*proposed(), *proposed(*grpo, "rl.batch=1")])
 
 
 def test_times_are_their_formulas() -> None:

@@ -124,7 +124,7 @@ class Plan:
     activations: dict[str, str] = field(default_factory=dict)
     """By device: what train.activations=auto takes; empty where the setting names it."""
     generator_short: str = ""
-    """What a generator on a node of its own lacks, on the largest device; empty where it fits."""
+    """What a generator on a node of its own lacks, on the smallest device; empty where it fits all."""
     host_short: str = ""
     """What host memory lacks, in words."""
     notes: list[str] = field(default_factory=list)
@@ -373,8 +373,9 @@ def _generator_fits(plan: Plan, outside: float, capacity: float, of: str) -> boo
     if plan.answers is None or not plan.place.generators:
         return True
     needed = plan.answers.bytes / plan.place.ranks_per_node + outside
-    plan.generator_short = f"a generator needs {in_bytes(needed)} of {of} has {in_bytes(capacity)}" if needed > capacity else ""
-    return not plan.generator_short
+    if needed > capacity:
+        plan.generator_short = plan.generator_short or f"a generator needs {in_bytes(needed)} of {of} has {in_bytes(capacity)}"
+    return needed <= capacity
 
 
 def _verdict(needed: float, capacity: float) -> str:
