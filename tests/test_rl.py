@@ -12,7 +12,7 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -38,10 +38,10 @@ from trainers.data.table import open_table
 from trainers.data.tokenizer import load_tokenizer
 from trainers.generate.request import LENGTH, STOP, Answer
 from trainers.health.spikes import TrainingFailed
-from trainers.rl.groups import Group, figures_of, save_groups, teaches
+from trainers.rl.groups import Group, figures_of, save_groups, teaches, why_unrewarded
 from trainers.rl.held_out import effective, ks_of, pass_at, wilson
 from trainers.rl.prompts import prepare_prompts, read_rows
-from trainers.rl.rollouts import num_steps
+from trainers.rl.rollouts import Rollouts, num_steps
 from trainers.rl.sync import Mismatch, require_near
 from trainers.rundir.rows import evaluations, last_step, steps
 from trainers.rundir.rows import read_rows as rows_of
@@ -102,6 +102,15 @@ def test_groups_of_one_reward_teach_nothing() -> None:
     assert teaches(same, kinds[Advantage.reinforce_pp])  # which compares it with other groups
     assert teaches(same, ObjectiveConfig(name=ObjectiveName.ppo))
     assert not teaches(group_of(0, [math.nan], [1], [STOP]), ObjectiveConfig(name=ObjectiveName.ppo))
+
+
+def test_answers_without_any_reward_end_the_run_by_the_reason() -> None:
+    """And not later, as steps that update nothing."""
+    groups = [group_of(number, [math.nan] * 4, [1] * 4, [STOP] * 4) for number in range(2)]
+    groups[1].reasons["right"][:] = ["late", "wrong", "wrong", "wrong"]
+    with pytest.raises(TrainingFailed, match=r"none of the answers of step-000001 has a reward: reward/right: late \(5 times\)"):
+        Rollouts._save(cast(Any, None), groups, 2, {}, Path("step-000001"))
+    assert not why_unrewarded([*groups, group_of(2, [math.nan, 0.0], [1] * 2, [STOP] * 2)])
 
 
 def test_pass_rates_have_wilsons_interval() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,21 @@ def figures_of(groups: Sequence[Group], pass_reward: float) -> dict[str, float]:
     turns = [answer.turns for group in groups for answer in group.answers if isinstance(answer, Conversation)]
     found |= {"turns": float(np.mean(turns))} if turns else {}
     return found | {f"reward/{name}": _mean(np.concatenate([group.parts[name] for group in groups])) for name in groups[0].parts}
+
+
+def why_unrewarded(groups: Sequence[Group]) -> str:
+    """Return why no answer has a reward, in the words of most of them; empty where one has."""
+    if not np.isnan(np.concatenate([group.rewards for group in groups])).all():
+        return ""
+    found = Counter(
+        f"reward/{name}: {reason}"
+        for group in groups
+        for name, values in group.parts.items()
+        for reason, is_missing in zip(group.reasons[name], np.isnan(values), strict=True)
+        if is_missing
+    )
+    [(reason, count)] = found.most_common(1)
+    return f"{reason} ({count} times)"
 
 
 def _mean(values: NDArray[np.float64]) -> float:

@@ -23,7 +23,7 @@ from trainers.objectives.base import OLD_LOGPS, REFERENCE_LOGPS, RETURNS, VALUES
 from trainers.rl.ahead import Ahead
 from trainers.rl.curriculum import Curriculum, rates_of
 from trainers.rl.estimates import estimate
-from trainers.rl.groups import Group, figures_of, save_groups, teaches
+from trainers.rl.groups import Group, figures_of, save_groups, teaches, why_unrewarded
 from trainers.rl.jobs import Spent
 from trainers.rl.measured import GIVEN, measure, measured_signals, open_rollout
 from trainers.rl.prompts import read_rows
@@ -150,7 +150,12 @@ class Rollouts:
         return about
 
     def _save(self, drawn: list[Group], wanted: int, about: dict[str, Any], folder: Path) -> None:
-        """Write the groups that teach, and where there are too few of them others, whose advantages are 0; complete or absent."""
+        """Write the groups that teach, and where there are too few of them others, whose advantages are 0; complete or absent.
+
+        Raises TrainingFailed where no answer has a reward.
+        """
+        if why := why_unrewarded(drawn):
+            raise TrainingFailed(f"none of the answers of {folder.name} has a reward: {why}")
         taught = [group for group in drawn if self._teaches(group)]
         others = [group for group in drawn if not self._teaches(group)]
         groups = sorted((*taught, *others)[:wanted], key=lambda group: group.position)
