@@ -19,6 +19,7 @@ from chat_tokenizers import tokenizer_of
 from command import arguments, environment, launch, started, tool, trace, wait_for_step, wait_until_gone
 from conftest import Ranks
 from tables import LENGTHS, LR, blueprint_for, config_for, plain_adamw, ragged_table
+from torch._dynamo.backends.registry import lookup_backend
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trainers.batch import IGNORE, Batch, Needs, Output, each_token
@@ -332,13 +333,22 @@ def run_measured(
 ) -> tuple[list[dict[str, Any]], list[Any]]:
     """Measure a table with both models and train them; return what metrics.jsonl says of the steps, and what was measured."""
     torch._dynamo.reset()
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(len(inputs))
+        return cast(Callable[..., Any], lookup_backend("aot_eager")(graph, inputs))
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compiling, "BACKEND", "aot_eager")
+        patched.setattr(compiling, "BACKEND", backend)
         config, policy, critic = built(world, run_dir, model, scorer, "fsdp", False, **fields)
         found = [label_logps(policy, table, world, 2, 0), of_labels(critic.engine, table, world, 2, 0, of_each_token)]
         data = Prepared(path=run_dir, train=table, eval=None, report={}, reused=True)
         loader = Loader(table, config.train, seed=0, rank=world.rank, world_size=world.size, pad_id=0)
         train(config, world, Attempt(run_dir), policy, data, loader, 1.0, critic=critic)
+    blocks = [block for engine in (policy, critic.engine) for block in engine.blocks]
+    assert {block._compiled_call_impl is not None for block in blocks} == {config.train.compile}, "of both models"
+    assert bool(graphs) is config.train.compile
     return steps(read_rows(run_dir)), found
 
 
