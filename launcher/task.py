@@ -93,7 +93,7 @@ def run(job: Job) -> int:
     if code == Exit.stopped and asked:  # perhaps of another rank, which got the signal a moment earlier
         requeue(job, place, "stopped with a checkpoint")
     if code == Exit.failed and job.launch.requeue_on_failure and attempt.has_ended(State.failed) and signalled in (None, signal.SIGUSR2):
-        requeue_elsewhere(job, place)
+        requeue_elsewhere(job, place, all_hosts)
     return code
 
 
@@ -140,15 +140,15 @@ def requeue(job: Job, place: Topology, why: str, exclude: Sequence[str] = ()) ->
             _complain(f"job {name} may start on the same nodes again: {said}")
 
 
-def requeue_elsewhere(job: Job, place: Topology) -> None:
-    """Queue a job again whose run has failed, without the nodes that failed lately, where it is known that a node did.
+def requeue_elsewhere(job: Job, place: Topology, hosts: Sequence[str]) -> None:
+    """Queue a job again whose run has failed, without the nodes that failed lately, where it is known that one of its `hosts` did.
 
     Not where it would fail again: of wrong settings, of the training itself, FRUITLESS times in a row without a new checkpoint.
     """
     error, record = read_status(job.run_dir).get("error", {}), record_of(job.run_dir)
     if "setting" in error or not error.get("of_node", True):
         return
-    node = failed_node(error, place.hosts)
+    node = failed_node(error, hosts)
     failures = [
         *record.get("failures", []),
         {"step": newest_step(job.run_dir), "node": node, "message": error.get("message", "")},

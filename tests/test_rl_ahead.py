@@ -18,11 +18,12 @@ from trainers.config.mesh import Mesh
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.generate.decode import decode, logps_of
 from trainers.generate.elsewhere import SEAT
+from trainers.generate.local import Broken
 from trainers.generate.request import Request, Sampling
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
 from trainers.rl.ahead import Ahead
-from trainers.rl.generators import Generators
+from trainers.rl.generators import Generators, GeneratorsLost
 from trainers.rl.jobs import Jobs, Spent
 from trainers.rl.prompts import table_of
 from trainers.rl.sampler import Sampler
@@ -192,6 +193,30 @@ def test_rows_are_asked_of_all_generators_and_come_back_in_order(monkeypatch: py
     assert of(0).score(rows) == [[float(number)] for number in range(5)]
     theirs[2] = None
     assert of(0).score(rows) is None
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_a_generator_that_ends_with_its_job_is_not_lost(is_stopped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM signals ranks and generators, which may end first: then the run is stopped, also where none may be lost."""
+    world: Any = SimpleNamespace(rank=0, local_rank=0, local_size=1, signalled=None, gather=lambda value: [value])
+    local: Any = SimpleNamespace()
+
+    def ask(*_: object, **__: object) -> None:
+        if is_stopped:  # a moment later
+            threading.Timer(0.1, setattr, (world, "signalled", 15)).start()
+        raise Broken("it has ended")
+
+    local.ask, local.close = ask, lambda: None
+    monkeypatch.setattr(Generators, "_opened", lambda self: setattr(self, "local", local) or local)
+    generators = Generators(RunConfig(rl=RlConfig(restarts=0)), world, Path("weights"))
+    requests = [Request(key=0, seed=0, ids=[7])]
+    if is_stopped:
+        assert generators.ask(requests) is None
+    else:
+        with pytest.raises(GeneratorsLost, match=r"1 generators on .* were lost over one batch: it has ended") as lost:
+            generators.ask(requests)
+        assert lost.value.where == {"host": generators.host}
+    assert generators.local is None
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -6,12 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher import generators, slurm, task
+from launcher import generators, local, slurm, task
 from launcher.compose import compose
 from launcher.config import Backend, LaunchConfig, minutes, validate_launch
 from launcher.job import Job, make_job
@@ -166,6 +167,7 @@ def test_ranks_that_share_rows_are_neighbours(tmp_path: Path) -> None:
 
 
 APART = ["objective=grpo", "reward.right=exact", "data.packing=false", "data.too_long=truncate", "rl.max_new_tokens=64", "rl.batch=8"]
+NODES = ["launch=slurm", "launch.gpus_per_node=0", "launch.nodes=1", "launch.processes=2"]
 
 
 def test_generators_have_nodes_after_those_of_ranks(tmp_path: Path) -> None:
@@ -177,6 +179,26 @@ def test_generators_have_nodes_after_those_of_ranks(tmp_path: Path) -> None:
     assert len([line for line in lines if line.startswith("RANK=")]) == 4
     assert [line.partition(": ")[0] for line in lines[4:]] == [f"# generator {number}, asked by rank {number}" for number in range(3)]
     assert "--nodelist=<node 3 of the job> " in lines[4]
+
+
+def test_ranks_leave_no_cores_to_a_generator_that_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(local.host, "threads_per_rank", lambda processes: processes)
+    job = make_job(compose(["+exp=quickstart_base", f"run_dir={tmp_path / 'run'}", *NODES, *APART, "rl.staleness=1"]))
+    assert local.additions(job)["OMP_NUM_THREADS"] == "3"
+    assert local.additions(replace(job, launch=replace(job.launch, generators=1)))["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(("count", "path", "value"), [(4, "rl.batch", 5), (20, "rl.batch", 1), (21, "launch.generators", 3)])
+def test_generators_with_nothing_to_do_are_refused_with_what_works(count: int, path: str, value: int, tmp_path: Path) -> None:
+    """Of 20 answers, 8 at once. More generators than answers need ranks that share rows."""
+    given = [*NODES, *APART, "train.global_batch=20", "train.microbatch=1", "rl.group_size=4"]
+    config = compose(["+exp=quickstart_base", f"run_dir={tmp_path / 'run'}", *given])
+    wrong = replace(config, launch=replace(config.launch, processes=24, generators=count))
+    with pytest.raises(ConfigError, match=f"some would write none\n.*{path}={value}, or launch.generators=0"):
+        generators.require_place(wrong)
+    part, name = path.split(".")
+    generators.require_place(replace(wrong, **{part: replace(getattr(wrong, part), **{name: value})}))
 
 
 def test_the_first_ranks_are_told_of_a_generator_each() -> None:
@@ -227,12 +249,13 @@ def test_sbatch_s_words_name_the_field_to_change(said: str, field: str, tmp_path
         ({"rank": 1, "host": "node3"}, "node3"),  # ranks may be dealt out in turns
         ({"rank": 0, "host": "node2", "ranks": [0, 1, 2, 3]}, ""),  # a hang that nobody in particular is to blame for
         ({"rank": 3, "host": "node3", "ranks": [3]}, "node3"),
+        ({"rank": 0, "host": "node5"}, "node5"),  # its generator's, which has no rank
         ({"rank": 3, "host": None, "ranks": [3]}, ""),
         ({"message": "no rank began"}, ""),
     ],
 )
 def test_the_node_that_failed_is_the_one_that_the_error_names(error: dict[str, Any], node: str) -> None:
-    assert task.failed_node(error, HOSTS) == node
+    assert task.failed_node(error, [*HOSTS, "node4", "node5"]) == node
 
 
 @pytest.mark.parametrize(
@@ -251,7 +274,7 @@ def test_what_would_fail_again_is_not_queued_again(
     monkeypatch.setattr(task, "requeue", lambda *given: asked.append(given))
     for one in error:
         Attempt(job.run_dir).record_failure(one, 1.0)
-        task.requeue_elsewhere(job, from_slurm(ALLOCATED, job.launch, HOSTS))
+        task.requeue_elsewhere(job, from_slurm(ALLOCATED, job.launch, HOSTS), [*HOSTS, "node5"])
     assert len(asked) == requeues
 
 

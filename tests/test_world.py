@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,6 +87,30 @@ def told_while_stopped(*args, **fields):
 status.Attempt.record_failure = told_while_stopped
 print(rank._fail(status.Attempt(Path(sys.argv[1])), world, 2, {"message": "why"}))
 """
+
+
+LOST = """
+import sys
+from trainers import __main__ as rank
+from trainers.health.spikes import TrainingFailed
+from trainers.rl.generators import GeneratorsLost
+
+def fail(path):
+    raise TrainingFailed("why") if path.endswith("loss.yaml") else GeneratorsLost("why", "node5")
+
+rank.load = fail
+sys.exit(rank.main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("name", "of_node", "host"), [("loss", False, socket.gethostname()), ("generators", True, "node5")])
+def test_a_failure_that_may_be_of_a_node_names_it(name: str, of_node: bool, host: str, tmp_path: Path) -> None:
+    """Those of the training itself are of none, and launch.requeue_on_failure tries them on no other."""
+    (tmp_path / "status.json").write_text("{}")
+    line = [sys.executable, "-c", LOST, str(tmp_path / f"{name}.yaml")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    error = json.loads((tmp_path / "status.json").read_text())["error"]
+    assert (done.returncode, error["message"], error.get("of_node", True), error["host"]) == (1, "why", of_node, host), done.stderr
 
 
 def test_a_failing_rank_says_why_though_it_is_stopped(tmp_path: Path) -> None:

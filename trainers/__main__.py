@@ -69,7 +69,8 @@ def main(path: str) -> int:
     except preflight.BadNode as error:
         return _fail(attempt, world, Exit.failed, error.parts())
     except TrainingFailed as error:
-        return _fail(attempt, world, Exit.failed, {"message": str(error), "of_node": False})
+        where = getattr(error, "where", {"of_node": False})  # a generator's node may be broken
+        return _fail(attempt, world, Exit.failed, {"message": str(error)} | where)
     except NoCheckpoint as error:
         return _fail(attempt, world, Exit.failed, {"message": str(error)})
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +13,7 @@ from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import RunConfig
 from trainers.engines.base import COMPUTE, in_short
 from trainers.generate.elsewhere import is_apart, seat_of
-from trainers.generate.local import Broken, Local, TooLarge
+from trainers.generate.local import LOOK_S, Broken, Local, TooLarge
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.health.activity import watch
 from trainers.health.spikes import TrainingFailed
@@ -30,6 +31,15 @@ TEMPERED = ("--logprobs-mode", "processed_logprobs")
 
 class Interrupted(Exception):
     """This rank was asked to stop while a generator was writing."""
+
+
+class GeneratorsLost(TrainingFailed):
+    """Too many were lost over one batch on a machine, which may be broken."""
+
+    def __init__(self, message: str, host: str) -> None:
+        """Keep what status.json says of the machine."""
+        super().__init__(message)
+        self.where = {"host": host}
 
 
 class Generators:
@@ -149,10 +159,20 @@ class Generators:
                 raise TrainingFailed(f"the generator on {self.host}: {error}") from error
             except Broken as error:
                 self._drop(error)
+                if self._is_ended_with_it():
+                    return None
                 lost += 1
                 watch.beat()
                 if lost > self.rl.restarts:
-                    raise TrainingFailed(f"{lost} generators on {self.host} were lost over one batch: {error}") from error
+                    message = f"{lost} generators on {self.host} were lost over one batch: {error}"
+                    raise (TrainingFailed(message) if self.rl.servers else GeneratorsLost(message, self.host)) from error
+
+    def _is_ended_with_it(self) -> bool:
+        """Tell whether this rank is asked to stop too: SLURM signals all of a job, and a generator may end a moment earlier."""
+        until = time.monotonic() + LOOK_S
+        while not self.is_asked_to_stop() and time.monotonic() < until:
+            time.sleep(LOOK_S / 50)
+        return self.is_asked_to_stop()
 
     def _opened(self) -> Local | Vllm:
         """Return this machine's generator, started where there is none."""
