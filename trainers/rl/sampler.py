@@ -177,7 +177,7 @@ class Sampler:
     def _text(self, answer: Answer, prompt: list[int]) -> str:
         """Return an answer in words, without the token that ended it; of a conversation the model's last turn.
 
-        Reasoning that the prompt has begun, and that never ends, has the prompt's `<think>` in front of it, so that it is no answer.
+        Reasoning that the prompt has begun, and that never ends, has the prompt's `<think>` in front of it: it is not taken for an answer.
         """
         text = words_of(answer, self.tokenizer) if answer.text is None else answer.text
         ids = answer.ids or []
