@@ -257,7 +257,8 @@ def test_reasoning_that_the_prompt_has_begun_and_that_never_ends_is_no_answer():
         assert opened(prompt, said, said) == said
     assert opened(prompt, "so 4", "so</think> 4<|im_end|>") == "so 4"
     assert opened("<think>a</think>", "so 4", "so 4") == "so 4"
-    tokenizer = tokenizer_of("think")
+    tokenizer = tokenizer_of("chatml")
+    tokenizer.add_tokens(["<think>", "</think>"])
     ids = tokenizer.encode(prompt)
     sampler = SimpleNamespace(tokenizer=tokenizer)
     for said, answer in (("so 4", ""), ("so</think>4", "4")):
