@@ -503,7 +503,7 @@ def _do(progress: Progress, stage: Stage, config_dir: str | None, lock: int) -> 
 
 
 def _verdict(command: str, names: dict[str, str]) -> int | None:
-    """Return when the run that a `gate` holds against rules was last refused, in ns; None where it was not, and for what is no gate."""
+    """Return when the run that a `gate` holds against rules was last refused, in ns; None where it was not, and for other commands."""
     if not command.startswith("gate "):
         return None
     for word in command_words(command, names, "gate")[1:]:

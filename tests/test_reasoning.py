@@ -211,7 +211,7 @@ def test_answers_that_differ_in_their_reasoning_alone_are_not_compared(tmp_path)
     said = ["<think>so</think>4", "<think>no</think>4", "5"]
     lists = write(tmp_path / "lists.jsonl", [{"prompt": "2+2?", "responses": said, "scores": [3, 2, 1]}])
     found = prepared(lists, "dpo", reasoning=Reasoning.strip, pairs=PairsOf.all)
-    assert [text.split("⟦")[1] for text in marked(found.train)] == ["4<|im_end|>⟧", "5<|im_end|>⟧"] * 2
+    assert [text.split("⟦")[1].strip() for text in marked(found.train)] == ["4<|im_end|>⟧", "5<|im_end|>⟧"] * 2
     assert len(trained(lists, "dpo", pairs=PairsOf.all)) == 6
 
 

@@ -138,7 +138,7 @@ class Local:
         return found
 
     def _tell(self, order: dict[str, Any]) -> None:
-        """Give it an order, from a thread: a process that reads no more holds up who writes more than its pipe takes."""
+        """Give it an order, from a thread: a process that reads no more blocks who writes more than its pipe takes."""
         threading.Thread(target=self._write, args=(json.dumps(order) + "\n",), daemon=True).start()
 
     def _write(self, line: str) -> None:
