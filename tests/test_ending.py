@@ -61,6 +61,16 @@ def test_a_death_is_known_late_and_comes_before_what_it_caused() -> None:
     assert failed(FAILED, State.failed, at=100.0 + TOGETHER_S + 1, together_s=TOGETHER_S) == "first"
 
 
+def test_a_death_that_is_written_first_stays_as_the_cause() -> None:
+    """Its task may find it before another rank, which failed of it a moment earlier, has the lock of status.json."""
+    dead: Status = {"state": "failed", "error": {"message": "first", "time": 100.0, "rank": 1, "exit_code": -9}}
+    assert failed(dead, State.failed, at=99.9) == "first"
+    assert failed(dead, State.failed, at=100.0 - TOGETHER_S - 1) == "second"
+    assert failed(dead, State.failed, at=101.0, together_s=TOGETHER_S) == "first"
+    assert failed(dead, State.failed, at=99.0, together_s=TOGETHER_S) == "second", "of two deaths the first by time"
+    assert failed(dead, None, at=99.9) == "second", "an older attempt's"
+
+
 def test_what_a_watchdog_found_stays() -> None:
     """It ends ranks, whose deaths torch's agent knows to the second only."""
     assert failed(HUNG, State.failed, at=99.5, together_s=TOGETHER_S) == "rank 1 did not arrive"

@@ -333,16 +333,16 @@ def test_raft_levels_are_a_question_with_each_number_of_distractors(server: list
 
 
 def test_raft_levels_are_whole_questions_and_none_is_there_twice(server: list[str], tmp_path: Path) -> None:
-    """Two passages leave one distractor at most, and the limit on rows takes no part of a question."""
+    """Three passages leave two distractors at most, and the limit on rows takes no part of a question."""
     texts = [f"Lamp {at} is {'green' if at % 3 else 'red'} and stands near river {at // 2}. Nobody knows why." for at in range(12)]
     source = write_rows(tmp_path / "docs.jsonl", [{"text": text} for text in texts])
     words = [*server, f"source={source}", "raft.distractors=3", "raft.levels=true"]
     found = synthesise("raft", tmp_path / "six.jsonl", *words, "rows=6")
     assert [row["from"]["distractors"] for row in found] == [0, 1, 2, 3]
-    few = write_rows(tmp_path / "few.jsonl", [{"text": text} for text in texts[:2]])
+    few = write_rows(tmp_path / "few.jsonl", [{"text": text} for text in texts[:3]])
     found = synthesise("raft", tmp_path / "out.jsonl", *server, f"source={few}", "raft.distractors=3", "raft.levels=true")
     assert found
-    assert [row["from"]["distractors"] for row in found] == [0, 1] * (len(found) // 2)
+    assert [row["from"]["distractors"] for row in found] == [0, 1, 2] * (len(found) // 3)
 
 
 def test_a_judge_filters_and_the_least_alike_rows_stay(server: list[str], rows: str, tmp_path: Path) -> None:

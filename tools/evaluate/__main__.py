@@ -111,7 +111,8 @@ def require(options: argparse.Namespace) -> None:
         raise ConfigError("--lm-eval-dir", options.lm_eval_dir, "no such directory")
     if options.judge and options.no_base:
         raise ConfigError("--no-base", True, "answers are judged next to the base's", "leave one of the two out")
-    with_options(RunConfig(), options)
+    source = options.general if options.general and options.general.isidentifier() else None  # or a file's name: the run says
+    with_options(RunConfig(), argparse.Namespace(**vars(options) | ({"general": None} if source else {})))
 
 
 def report(measured: list[Measurement], options: argparse.Namespace) -> int:

@@ -137,7 +137,7 @@ def with_options(config: RunConfig, options: argparse.Namespace) -> RunConfig:
             reason = f"a model of objective={config.objective.name} gives scores, and no answers"
             raise ConfigError(f"--{name.replace('_', '-')}", getattr(options, name), reason, "leave it out")
     config = dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
-    validate_evaluation(config.evaluation)
+    validate_evaluation(config.evaluation, config.data.mix)
     if config.model.encoder_decoder:
         require_general_source(config)
     return config

@@ -225,7 +225,7 @@ def validate(config: RunConfig) -> None:
 
         validate_rl(config)
     validate_optimizer(config)
-    validate_evaluation(config.evaluation)
+    validate_evaluation(config.evaluation, config.data.mix)
     if config.reward:
         from trainers.config.rewards import validate_rewards
 

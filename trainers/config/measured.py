@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from trainers.config.errors import ConfigError
@@ -15,11 +16,14 @@ SAMPLED = "sampled"
 """The value of `evaluation.general` that lets the base write its own text."""
 
 
-def validate_evaluation(evaluation: EvaluationConfig) -> None:
-    """Refuse files that are not there, an expression that is not valid, and answers that nothing measures."""
+def validate_evaluation(evaluation: EvaluationConfig, sources: Iterable[str] = ()) -> None:
+    """Refuse files that are not there, an expression that is not valid, and answers that nothing measures.
+
+    `sources` are the names of the run's mixture, of which `general` may be one.
+    """
     for name in ("path", "general"):
         value = getattr(evaluation, name)
-        if value not in (None, SAMPLED) and not is_remote(value) and looks_local(value) and not Path(value).exists():
+        if value not in (None, SAMPLED, *sources) and not is_remote(value) and looks_local(value) and not Path(value).exists():
             raise ConfigError(f"evaluation.{name}", value, "no such file or directory")
     if evaluation.rows and not evaluation.metrics:
         raise ConfigError(

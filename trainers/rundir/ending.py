@@ -79,7 +79,8 @@ def with_failure(
 ) -> Status | None:
     """Return status.json once an attempt that has `ended`, or not, has failed at the time `at`; None where what is known stays.
 
-    The first failure by time stays, also one of up to `together_s` later. So does a stop that was asked for, since other ranks then
+    The first failure by time stays, also one of up to `together_s` later, and a death although others say within TOGETHER_S before it what
+    they failed of: whoever finds it may write first. So does a stop that was asked for, since other ranks then
     fail because one has gone, unless it was asked for because of this failure: `over_stop`.
     Nothing fails a run that is done: a process that does not end is killed.
     What a watchdog has found, an error with `ranks`, stays too: it ends ranks, which may crash while they write their stacks.
@@ -88,6 +89,8 @@ def with_failure(
         return None
     error_before = known.get("error", {})
     first = at + CLOCK_S if "ranks" in error_before else at - together_s
+    if error_before.get("exit_code", 0) < 0:  # a death; of two the first stays
+        first = at if together_s else at + TOGETHER_S
     if ended is State.failed and error_before.get("time", 0.0) <= first:
         return None
     return known | {"state": State.failed, "error": error | {"time": at}}
