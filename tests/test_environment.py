@@ -238,7 +238,8 @@ def test_a_reward_counts_the_tokens_of_the_last_turn(tmp_path: Path) -> None:
     short = {"short": RewardConfig(kind=RewardKind.length, max=1, soft=4)}
     with Rewards(short, tmp_path) as rewards:
         sampler = Sampler(
-            **dict.fromkeys(("config", "world", "attempt", "engine", "blueprint", "tokenizer"), none),
+            **dict.fromkeys(("config", "world", "attempt", "engine", "blueprint"), none),
+            tokenizer=tokenizer_of("chatml"),
             generators=cast(Any, SimpleNamespace(look=nothing)),
             rewards=rewards,
             conversations=cast(Any, "any"),
