@@ -22,6 +22,7 @@ from launcher.config import JobConfig, ranks_per_node, run_config, validate_laun
 from launcher.errors import BAD_INPUT, explain, unknown
 from launcher.fields import all_fields, names_at
 from launcher.generators import require_place
+from launcher.named import require_named
 from launcher.presets import CONF
 from trainers.config.checks import validate
 from trainers.config.choices import MeshChoice
@@ -71,6 +72,8 @@ def checked(composed: DictConfig) -> JobConfig:
     validate_launch(job.launch)
     if job.launch.generators:
         require_place(job)
+    if (job.reward or job.rl.environment) and job.launch.container is None:  # else it may be in the container alone
+        require_named(run_config(job))
     if job.engine.mesh is not MeshChoice.auto:  # launcher/meshes.py: the mesh is not known yet
         check_world(run_config(job), world_size(job.launch), ranks_per_node(job.launch))
     return job

@@ -30,6 +30,7 @@ from trainers.rl.environments import AGAIN, TryAgain
 from trainers.rl.groups import Group, figures_of, save_groups
 from trainers.rl.sampler import Sampler
 from trainers.rl.turns import Talk, Turns
+from trainers.run import _prompts
 from trainers.rundir.rows import evaluations, steps
 from trainers.rundir.rows import read_rows as rows_of
 from trainers.world import World
@@ -82,6 +83,13 @@ class Short:
 class Broken:
     def reset(self, row, seed):
         raise KeyError("board")
+
+    def step(self, messages):
+        return [], 0.0, True
+
+class Half:
+    def reset(self, row, seed):
+        return None
 """
 
 
@@ -143,7 +151,12 @@ def test_a_class_of_this_folder_is_found_where_a_run_leaves_it_out(tmp_path: Pat
 
 
 def test_a_class_that_cannot_be_had_is_refused_and_a_signal_ends_waiting(classes: Path, counts: Environments) -> None:
-    for path, words in (("own_environments:Nobody", "has no attribute"), ("nowhere_at_all:One", "No module named")):
+    for path, words in (
+        ("own_environments:Nobody", "has no attribute"),
+        ("own_environments:Half", "Half has no step"),
+        ("own_environments:__name__", "__name__ is not a class"),
+        ("nowhere_at_all:One", "No module named"),
+    ):
         with pytest.raises(ConfigError, match=f"could not be imported: .*{words}"):
             Environments(path, 1.0, 1)
 
@@ -154,6 +167,23 @@ def test_a_class_that_cannot_be_had_is_refused_and_a_signal_ends_waiting(classes
     with pytest.raises(InterruptedError):
         counts.ask([said(0, "hang")], stop)
     assert all(process.process is None for process in counts.processes)
+
+
+def test_a_module_that_fails_is_refused_before_prompts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the rank that would use it, and before a model is: the others only read prompts."""
+    (tmp_path / "fails_at_once.py").write_text("import nowhere_at_all\nclass One: ...\ndef score(row): ...\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("trainers.rl.prompts.prepare_prompts", lambda *_: "read")
+    configs = {
+        "rl.environment": RunConfig(rl=RlConfig(environment="fails_at_once:One")),
+        "reward.own.path": RunConfig(reward={"own": RewardConfig(kind=RewardKind.function, path="fails_at_once:score")}),
+    }
+    for field, config in configs.items():
+        with pytest.raises(ConfigError, match="could not be imported: ModuleNotFoundError: No module named 'nowhere_at_all'") as refused:
+            _prompts(config, True, cast(Any, None))
+        assert refused.value.path == field
+        assert cast(Any, _prompts(config, False, cast(Any, None))) == "read"
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "phi3", "zephyr", "marked"])

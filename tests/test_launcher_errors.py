@@ -15,7 +15,11 @@ from launcher.compose import UnknownSettingError, compose, refuse_unknown
 from launcher.config import JobConfig
 from launcher.errors import THEIR_NAMES, nearest
 from launcher.fields import all_fields
+from launcher.named import require_named
 from launcher.presets import CONF
+from trainers.config.choices import RewardKind
+from trainers.config.errors import ConfigError
+from trainers.config.schema import RewardConfig, RlConfig, RunConfig
 
 ROOT = CONF.parent
 BASE = ["+exp=quickstart_base"]
@@ -129,6 +133,57 @@ def test_every_name_of_another_trainer_leads_to_a_setting_or_a_preset() -> None:
         assert not equals or (CONF / group / f"{preset}.yaml").is_file(), ours
         assert theirs.split()
         assert not set(theirs.split()) & all_fields().keys(), ours
+
+
+MODULES = {
+    "own/__init__.py": "",
+    "own/games.py": "raise SystemExit('imported')\nclass Guess: ...\ndef score(row): ...\n",
+    "own/open.py": "from os import *\n",
+}
+ABSENT = {
+    "games:Guess": "there is no module `games` in ",
+    "own.game:Guess": "there is no module `own.game` in ",
+    "own.games:Gues": "games.py has no `Gues`",
+    "own.Guess": "__init__.py has no `Guess`",
+    "score": "names no module",
+}
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with modules that nobody may import: one would end this process."""
+    for name, text in MODULES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def of_function(path: str) -> RunConfig:
+    return RunConfig(reward={"own": RewardConfig(kind=RewardKind.function, path=path)})
+
+
+def test_what_is_named_by_module_must_be_there(modules: Path) -> None:
+    for path, reason in ABSENT.items():
+        with pytest.raises(ConfigError, match=re.escape(reason)) as refused:
+            require_named(of_function(path))
+        near = "reward.own.path=own.games:Guess"
+        assert refused.value.remedy == (near if "Gues`" in reason else "module:function, in this folder or in PYTHONPATH")
+    with pytest.raises(ConfigError, match="module:Class, in this folder"):
+        require_named(RunConfig(rl=RlConfig(environment="games:Guess")))
+    for path in ("own.games:score", "own.games.score", "own.open:anything", "os.path:join", "math:sqrt", "launcher.named:require_named"):
+        require_named(of_function(path))
+    assert not {"own", "own.games"} & sys.modules.keys()
+
+
+def test_the_command_names_a_class_that_is_not_there(modules: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not where a container may have it."""
+    field = "rl.environment"
+    answers = ["objective=grpo", "data.packing=false", "data.too_long=truncate", "rl.max_new_tokens=64", f"{field}=own.games:Gues"]
+    said = message([*BASE, *answers], capsys)
+    for words in (f"`{field}` = 'own.games:Gues'", "games.py has no `Gues`", f"command line: {field}", f"{field}=own.games:Guess"):
+        assert words in said
+    compose([*BASE, *answers, "launch=slurm", "launch.gpus_per_node=0", "launch.processes=2", "launch.container=image"])
 
 
 def test_exp_needs_its_plus(capsys: pytest.CaptureFixture[str]) -> None:

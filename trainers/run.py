@@ -204,7 +204,10 @@ def _of_parts(data: Prepared) -> Callable[..., float]:
 def _prompts(config: RunConfig, progress: bool, tokenizer: PreTrainedTokenizerFast) -> Prepared:
     """Return the prompts of a run whose model gives the answers."""
     from trainers.rl.prompts import prepare_prompts
+    from trainers.rl.sampler import require_imports
 
+    if progress:
+        require_imports(config)
     return prepare_prompts(config, tokenizer, progress)
 
 

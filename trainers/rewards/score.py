@@ -108,7 +108,7 @@ def _opened(name: str, reward: RewardConfig, kept: Path, needs_all: bool, stack:
         one = mathematics = Mathematics(timeout_of(reward))
         stack.callback(mathematics.close)
     elif reward.kind is RewardKind.function:
-        one = _timed(_function(f"reward.{name}.path", str(reward.path)), timeout_of(reward))
+        one = _timed(imported(f"reward.{name}.path", str(reward.path)), timeout_of(reward))
     else:
         one = _by_text(name, reward)
     return lambda rows, look: _each(rows, one, look)
@@ -140,7 +140,7 @@ def _each(rows: Sequence[Row], reward: Reward, look: Look) -> Part:
     return found, reasons
 
 
-def _function(field: str, path: str) -> Callable[[dict[str, Any]], Any]:
+def imported(field: str, path: str) -> Callable[[dict[str, Any]], Any]:
     """Return a Python function by module:name or module.name; raises ConfigError."""
     module, _, name = path.replace(":", ".").rpartition(".")
     if os.getcwd() not in sys.path:

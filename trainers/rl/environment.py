@@ -96,9 +96,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _imported(path: str) -> object:
+    """Return the class; raises what its module raises, AttributeError, and TypeError for what holds no conversation."""
     module, _, name = path.partition(":")
     sys.path.append(os.getcwd())  # a run's processes leave it out: PYTHONSAFEPATH
-    return getattr(importlib.import_module(module), name)
+    found = getattr(importlib.import_module(module), name)
+    missing = [method for method in ("reset", "step") if not callable(getattr(found, method, None))] if isinstance(found, type) else []
+    if missing or not callable(found):
+        raise TypeError(f"{name} has no {' and no '.join(missing)}" if missing else f"{name} is not a class")
+    return found
 
 
 def _words(error: BaseException) -> str:

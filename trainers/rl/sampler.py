@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from trainers.config.choices import RewardKind
 from trainers.config.errors import ConfigError
 from trainers.config.schema import RlConfig, RunConfig
 from trainers.data.reasoning import opened
@@ -20,10 +21,11 @@ from trainers.engines.base import Engine
 from trainers.generate.local import nothing
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.model.blueprint import Blueprint, positions_limit
-from trainers.rewards.score import Rewards
+from trainers.rewards.score import Rewards, imported
 from trainers.rl import versions
 from trainers.rl.conversations import Conversations, environments_of, require_answers, with_environment
 from trainers.rl.critic import Critic, Outlined, build_critic
+from trainers.rl.environment import Environments
 from trainers.rl.generators import Generators, Interrupted
 from trainers.rl.groups import Group
 from trainers.rl.jobs import Jobs
@@ -245,6 +247,15 @@ def make_sampler(
         more["critic"] = build_critic(critic, world, [engine, more["reference"]] if "reference" in more else [engine])
     more["jobs"] = Jobs() if is_ahead else None
     return Sampler(config=config, world=world, attempt=attempt, generators=generators, rewards=rewards, **more)
+
+
+def require_imports(config: RunConfig) -> None:
+    """Import what a person names by its module, before anything is read; raises ConfigError. For rank 0, which uses it later."""
+    for name, reward in config.reward.items():
+        if reward.kind is RewardKind.function:
+            imported(f"reward.{name}.path", str(reward.path))
+    if config.rl.environment is not None:
+        Environments(config.rl.environment, config.rl.environment_timeout_s, 1).close()
 
 
 def seed_of(*place: object) -> int:
