@@ -187,6 +187,7 @@ def test_selective_computes_no_product_again() -> None:
 
 
 @pytest.mark.parametrize("engine", [EngineName.fsdp, pytest.param(EngineName.zero3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_plan_knows_what_each_needs(engine: EngineName) -> None:
     """In the order that `auto` tries them in: less on the device, more to do or to move."""
     needed, work, on_host = [], [], []

@@ -61,6 +61,7 @@ def train(world: World, folder: Path, engine_name: str, out: Path, start: int) -
 
 
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_continues_exactly_while_and_after_ranks_are_dealt_out(ranks: Callable[[int], Ranks], tmp_path: Path, engine: str) -> None:
     folder = save_tiny(tmp_path / "base", tied=False, num_hidden_layers=1)
     whole = ranks(2).call(train, folder, engine, tmp_path, 0)

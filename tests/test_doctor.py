@@ -184,6 +184,7 @@ def test_a_compiler_that_does_not_run_is_quoted(tmp_path: Path, folder: Path) ->
     assert "CXX=PROGRAM" in found["remedy"]
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_is_quoted(tmp_path: Path, folder: Path) -> None:
     broken = compiler_that(tmp_path, 'echo "cc1plus: error: bad value for -march" >&2; exit 1')
     code, said = require(folder, CXX=broken)

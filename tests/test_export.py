@@ -366,6 +366,7 @@ def large(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=" ".join,
 )
+@pytest.mark.slow
 def test_the_peak_of_memory_stays_under_a_shard_and_a_third(large: Path, tmp_path: Path, options: list[str]) -> None:
     line = [sys.executable, "-c", MEASURED, str(large), str(tmp_path / "out"), *options]
     said = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=100, check=True).stdout

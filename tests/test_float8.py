@@ -117,7 +117,7 @@ def test_the_loss_is_that_of_rounded_inputs_and_weights(ranks: Any, tiny_llama: 
     assert "float8" not in bf16["said"]
 
 
-@pytest.mark.parametrize(("size", "compiled"), [(2, False), (1, True)])
+@pytest.mark.parametrize(("size", "compiled"), [(2, False), pytest.param(1, True, marks=pytest.mark.slow)])
 def test_ranks_and_a_compiler_change_it_by_rounding(ranks: Any, tiny_llama: Path, size: int, compiled: bool) -> None:
     one = ranks(1).call(train, tiny_llama, Float8.rowwise)[0]
     other = ranks(size).call(train, tiny_llama, Float8.rowwise, compiled)[0]

@@ -148,7 +148,7 @@ def test_the_plain_loop_overflows_and_recovers(reference: tuple[Path, dict[str, 
 
 
 SPLITS = [(2, "zero3", 1), (3, "fsdp", 1), (1, "fsdp", 2), (1, "zero3", 6), (2, "fsdp", 2), (3, "zero3", 2)]
-MARKS = [*[()] * 2, pytest.mark.slow, *[pytest.mark.soak] * 3]
+MARKS = [(), *[pytest.mark.slow] * 2, *[pytest.mark.soak] * 3]
 
 
 @pytest.mark.parametrize(

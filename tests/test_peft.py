@@ -357,6 +357,7 @@ def test_plain_peft_loads_every_export(folders: Any, exports: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_in_bf16_only_what_is_trained_is_float32(ranks: Callable[[int], Ranks], folders: Any, references: Any, engine: str) -> None:
     for case in ("lora", "dora", "freeze", "ptuning", "adalora"):
         result = ranks(2).call(partial(train_case, steps=6, precision=Precision.bf16), folders[case], case, engine, None)[0]
@@ -500,7 +501,7 @@ KNOBS: list[Any] = [
     ("fsdp", {"engine.offload_optimizer": Offload.cpu}),
     ("fsdp", {"engine.replicate": 2}),
     pytest.param("zero3_offload", {}, marks=pytest.mark.cpu_adam),
-    ("zero3", {"engine.param_persistence_threshold": 0, "engine.sub_group_size": 1000}),
+    pytest.param("zero3", {"engine.param_persistence_threshold": 0, "engine.sub_group_size": 1000}, marks=pytest.mark.slow),
 ]
 
 

@@ -42,6 +42,7 @@ def test_a_run_leaves_an_adapter(finished: Path, base: Path) -> None:
     assert "peft.method=lora" in said.stderr
 
 
+@pytest.mark.slow
 def test_a_run_beside_four_bits(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     said = launch(cache, arguments(base, chats, tmp_path / "run", "peft=qlora", "peft.rank=4", "train.precision=bf16"))
     assert "nf4, " in said

@@ -208,6 +208,7 @@ def test_a_collective_is_as_fast_as_its_slowest_way() -> None:
     assert bandwidth("0:57:8", place, H100) == H100.network_gb_s, "one rank of each node"
 
 
+@pytest.mark.slow
 def test_the_middle_microbatch_stands_for_all_between() -> None:
     """What happens once, such as reducing with the last one only, is counted once however many there are."""
     for count in (1, 2, 3, 8):
@@ -223,6 +224,7 @@ def test_the_middle_microbatch_stands_for_all_between() -> None:
         assert sum(size for name, size in sent.items() if name.startswith("reduce-scatter")) == pytest.approx(reduced)
 
 
+@pytest.mark.slow
 def test_a_failing_planner_stops_no_job(cache: Path, tmp_path: Path, sbatch: Path) -> None:
     """Nor does it count as a verdict, or let an older plan speak for the run."""
     broken = tmp_path / "model"
@@ -388,6 +390,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 SMALL = ("hardware=a100_40", "hardware.memory_gib=20")
 
 
+@pytest.mark.slow
 def test_slurm_gets_nothing_that_does_not_fit(cache: Path, tmp_path: Path, sbatch: Path) -> None:
     """Refused before anything is submitted or frozen, and the second time by the plan of the first; launch.force asks nobody."""
     line = [sys.executable, "-m", "launcher", *GPU_RUN, "launch=slurm", f"run_dir={tmp_path}/run", "plan.changes=false", *SMALL]

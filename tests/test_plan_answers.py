@@ -197,6 +197,7 @@ def test_tokens_of_answers_that_are_not_written_are_refused() -> None:
     assert refused.value.path == "plan.tokens"
 
 
+@pytest.mark.slow
 def test_a_plan_has_an_offloaded_reference_on_the_host(tmp_path: Path) -> None:
     model = save_tiny(tmp_path / "policy", tied=False)
     count = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(model).parameters())

@@ -252,6 +252,7 @@ def test_a_summary_that_cannot_be_shown_is_said(
     assert f"{tmp_path}: done, but its summary cannot be shown" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_base_that_transformers_will_not_open_at_the_end_is_refused_for_an_adapter(
     mine: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:

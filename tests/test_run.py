@@ -171,6 +171,7 @@ def test_damaged_weights_are_named_and_every_rank_is_gone(base: Path, chats: Pat
     wait_until_gone(tmp_path / "run", 10)
 
 
+@pytest.mark.slow
 def test_a_sharded_bf16_base_is_exported_in_bf16_with_its_generation_settings(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -309,6 +310,7 @@ def test_the_same_command_of_a_finished_run_starts_nothing(base: Path, chats: Pa
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_too_many_non_finite_steps_end_the_run(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     said = launch(cache, arguments(base, chats, tmp_path / "run", "optim.lr=1e30", "optim.clip=null", "train.max_skipped=2"), expect=1)
     assert "2 steps in a row were skipped" in said
@@ -318,6 +320,7 @@ def test_too_many_non_finite_steps_end_the_run(base: Path, chats: Path, cache: P
     assert rows[-1]["grad_norm"] is None
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_run_that_does_not_improve(base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     more = ["train.steps=40", "optim.lr=1e-12", "train.eval_every=2", "train.patience=2", "train.min_improvement=0.01"]
     launch(cache, arguments(base, chats, tmp_path / "run", *more))

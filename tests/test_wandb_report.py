@@ -119,6 +119,7 @@ def test_a_report_reaches_wandb(server: Server, tmp_path: Path) -> None:
     assert shown == [*lines, (None, ["device_bytes_peak"])]
 
 
+@pytest.mark.slow
 def test_why_there_is_no_report(server: Server, tmp_path: Path) -> None:
     pytest.importorskip("wandb_workspaces")
     key = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": server.url}
