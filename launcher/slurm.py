@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def submit(job: Job) -> int:
             f"  stop     scancel {record['id']}; scancel --signal=USR2 {record['id']} saves and queues it again",
             flush=True,
         )
-        _warn_where_stuck(str(record["id"]))
+        warn_where_stuck(str(record["id"]))
     return _follow(job, record) if job.launch.wait else Exit.done
 
 
@@ -103,7 +103,7 @@ def submit_array(jobs: list[Job], folder: Path, under_way: Sequence[Job] = ()) -
         "  again    the same command submits what is missing, has failed or was stopped",
         flush=True,
     )
-    _warn_where_stuck(first)
+    warn_where_stuck(first)
 
 
 def require_free(job: Job) -> str:
@@ -129,9 +129,12 @@ def require_free(job: Job) -> str:
     return state
 
 
-def require_same_launch(job: Job, state: str) -> None:
-    """Raise ConfigError where a job that waits or runs was submitted with other launch settings than these: it keeps its own."""
-    record = queue.record_of(job.run_dir)
+def require_same_launch(job: Job, state: str, record: dict[str, Any] | None = None) -> None:
+    """Raise ConfigError where a job that waits or runs was submitted with other launch settings than these: it keeps its own.
+
+    `record` is what was noted of it, where that is not in the run's directory.
+    """
+    record = record or queue.record_of(job.run_dir)
     changed = differences(record.get("launch", {}), plain(job.launch)) if "launch" in record else []
     changed = [line for line in changed if field_of(line) not in OURS_ALONE]
     if changed:
@@ -140,7 +143,7 @@ def require_same_launch(job: Job, state: str) -> None:
         raise ConfigError("launch.backend", "slurm", reason, f"scancel {record['id']}, then this command again: the run continues")
 
 
-def _warn_where_stuck(job_id: str) -> None:
+def warn_where_stuck(job_id: str) -> None:
     """Say so where SLURM has taken a job that it will not start: more nodes than there are, or for longer than they may be had."""
     words = queue.in_queue(job_id, timeout_s=LOOK_S) or {}
     for reason in sorted({queue.reason_in(word) for word in words.values()} - {""}):
@@ -160,56 +163,77 @@ def states(jobs: list[Job]) -> list[str]:
     return found
 
 
-def hand_over(jobs: list[Job], folder: Path, at_once: int = 1, after: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Submit one job, or several as an array of which `at_once` run, once jobs `after` have ended; returns what each directory notes."""
-    if "%" in str(folder):
-        raise ConfigError("run_dir", str(folder.parent), "SLURM would take the % for its own in names of logs", "a directory without %")
-    root = take(folder.parent) if jobs[0].launch.snapshot else ROOT
+def hand_over(jobs: list[Job], folder: Path, at_once: int = 1, after: Sequence[str] = (), how: str = "afterany") -> list[dict[str, Any]]:
+    """Submit one job, or several as an array of which `at_once` run, once jobs `after` have ended; returns what each directory notes.
+
+    `how` they must have ended is a word of sbatch's --dependency.
+    """
+    require_name(folder)
     for job in jobs:
         mark_submitted(job)
     try:
-        with clean_environment():
-            executor = SlurmExecutor(folder=folder)
-            executor.update_parameters(**_after(parameters(jobs[0], root), after), array_parallelism=at_once)
-            if len(jobs) == 1:
-                submitted = [executor.submit(Task(jobs[0]))]
-            else:
-                with executor.batch():
-                    submitted = [executor.submit(Task(job)) for job in jobs]
-    except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
-        refused = _refused(jobs[0], str(error))
+        records = send([Task(job) for job in jobs], jobs[0], folder, at_once, after, how)
+    except ConfigError as refused:
         for job in jobs:
             mark_failed(next_attempt(job), message=str(refused), setting=refused.parts(), exit_code=Exit.bad_input)
-        raise refused from error
-    records = [
-        {
-            "id": done.job_id,
-            "log": str(folder / f"{done.job_id}_0_log.out"),
-            "time": time.time(),
-            "run_dir": str(job.run_dir),
-            "launch": plain(job.launch),
-        }
-        for job, done in zip(jobs, submitted, strict=True)
-    ]
+        raise
+    records = [record | {"run_dir": str(job.run_dir), "launch": plain(job.launch)} for job, record in zip(jobs, records, strict=True)]
     for job, record in zip(jobs, records, strict=True):
         write_json(job.run_dir / paths.SLURM_RECORD, record)
     return records
 
 
-def _after(given: dict[str, Any], jobs: Sequence[str]) -> dict[str, Any]:
-    """Return submitit's parameters with the dependency on these jobs' ends, in addition to one that the settings have."""
+def require_name(folder: Path) -> None:
+    """Raise ConfigError for a folder of logs whose name SLURM would read as a pattern."""
+    if "%" in str(folder):
+        raise ConfigError("run_dir", str(folder.parent), "SLURM would take the % for its own in names of logs", "a directory without %")
+
+
+def send(
+    tasks: Sequence[Callable[[], None]], job: Job, folder: Path, at_once: int = 1, after: Sequence[str] = (), how: str = "afterany"
+) -> list[dict[str, Any]]:
+    """Submit what each task of a job calls, of the size of `job`, or several as an array; returns `id`, `log` and `time` of each.
+
+    Raises ConfigError with SLURM's own words where it refuses.
+    """
+    root = take(folder.parent) if job.launch.snapshot else ROOT
+    try:
+        with clean_environment():
+            executor = SlurmExecutor(folder=folder)
+            executor.update_parameters(**depending(parameters(job, root), after, how), array_parallelism=at_once)
+            if len(tasks) == 1:
+                submitted = [executor.submit(tasks[0])]
+            else:
+                with executor.batch():
+                    submitted = [executor.submit(task) for task in tasks]
+    except (FailedJobError, FailedSubmissionError, RuntimeError, OSError) as error:
+        raise _refused(job, str(error)) from error
+    return [{"id": done.job_id, "log": str(folder / f"{done.job_id}_0_log.out"), "time": time.time()} for done in submitted]
+
+
+def depending(given: dict[str, Any], jobs: Sequence[str], how: str) -> dict[str, Any]:
+    """Return submitit's parameters with the dependency on these jobs' ends, in addition to one that the settings have.
+
+    A job that could never start, as one before it has failed, is ended by SLURM.
+    """
+    if not jobs:
+        return given
     more = given["additional_parameters"]
-    all_of = [text for text in (more.get("dependency"), f"afterany:{':'.join(jobs)}" if jobs else None) if text]
-    return given | {"additional_parameters": more | ({"dependency": ",".join(all_of)} if all_of else {})}
+    all_of = [text for text in (more.get("dependency"), f"{how}:{':'.join(jobs)}") if text]
+    ended = {} if how == "afterany" else {"kill-on-invalid-dep": "yes"}
+    return given | {"additional_parameters": more | {"dependency": ",".join(all_of)} | ended}
+
+
+def text_of(job: Job, folder: Path, after: Sequence[str] = (), how: str = "afterany") -> str:
+    """Return the text that sbatch gets for a job, with its srun line."""
+    python = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    given = parameters(job, folder.parent / paths.CODE if job.launch.snapshot else ROOT)
+    return str(_make_sbatch_string(command=python, folder=folder, **depending(given, after, how)))
 
 
 def commands(job: Job) -> list[str]:
     """Return the text that sbatch gets, with its srun line, and what it amounts to for each rank."""
-    python = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(job.run_dir / 'slurm'))}"
-    text = _make_sbatch_string(
-        command=python, folder=job.run_dir / paths.SLURM, **parameters(job, job.run_dir / paths.CODE if job.launch.snapshot else ROOT)
-    )
-    return [text, *local.rank_lines(job, "<first node of the job>"), *generators.lines(job.launch)]
+    return [text_of(job, job.run_dir / paths.SLURM), *local.rank_lines(job, "<first node of the job>"), *generators.lines(job.launch)]
 
 
 def parameters(job: Job, root: Path) -> dict[str, Any]:

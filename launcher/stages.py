@@ -35,6 +35,8 @@ OURS = ("run_dir", "mode", "exp", "name")
 """Settings that a command line may not give to all stages at once; the first two are the pipeline's own."""
 PLACES = ("dir", "conf", "model", "stage", "values")
 """Names in braces that mean no earlier stage."""
+FOLDERS = ("slurm", "code")
+"""What a pipeline on SLURM has in its directory, next to its runs."""
 NAME = re.compile(r"\{([A-Za-z_]\w*)\}")
 PLAIN = re.compile(r"[\w./:+@-]*")
 """Values that Hydra takes without quotes."""
@@ -303,7 +305,7 @@ def _require_keys(item: Mapping[str, Any], known: Sequence[str], place: str) -> 
 
 def _require_names(names: Sequence[str], file: Path, values: Mapping[str, str]) -> None:
     """Refuse names of stages that a folder, a name in braces or an override could not tell apart."""
-    taken = {*PLACES, *groups(), *names_at(""), *values}
+    taken = {*PLACES, *FOLDERS, *groups(), *names_at(""), *values}
     for number, name in enumerate(names):
         if not re.fullmatch(r"[a-z]\w*", name) or name in taken:
             reason = "is not a valid name of a stage: small letters, digits and _, and no setting, group, value or place of that name"

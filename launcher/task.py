@@ -57,9 +57,14 @@ class Task:
 
     def checkpoint(self) -> Any:
         """Let submitit queue the job again where its signal comes before the rank has started."""
-        from submitit.helpers import DelayedSubmission
+        return submitted_again(self)
 
-        return DelayedSubmission(self)
+
+def submitted_again(called: Any) -> Any:
+    """Return what submitit queues again where it gets a signal itself."""
+    from submitit.helpers import DelayedSubmission
+
+    return DelayedSubmission(called)
 
 
 def run(job: Job) -> int:

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from command import ROOT, environment, launch, tool, trace, wait_for_step, wait_until_gone
 
-from launcher import pipeline, stages
+from launcher import in_turn, pipeline, stage_checks, stages
 from launcher.__main__ import main
 from launcher.presets import CONF
 from launcher.stages import Pipeline, read
@@ -145,7 +145,7 @@ def test_no_merge_removes_what_it_has_not_written(words: str, tmp_path: Path) ->
         (tmp_path / folder / "config.json").touch()
     before = sorted(tmp_path.rglob("*"))
     names = {"dir": str(made.folder), "elsewhere": str(tmp_path / "elsewhere")}
-    pipeline._make_room(made, stages.command_words(f"merge {words}", names, ""))
+    in_turn._make_room(made, stages.command_words(f"merge {words}", names, ""))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -193,7 +193,8 @@ def test_a_pipeline_that_there_is_not_is_refused() -> None:
     [
         (["last.optim.lrr=1"], ["nearest optim.lr", "stage last, or the command line", "stage 3 of 3, last", "nothing was started"]),
         (["last.data.path={dir}/choosen.jsonl"], ["no such file or directory", "/run/choosen.jsonl"]),
-        (["launch=slurm", "launch.gpus_per_node=1"], ["a pipeline runs its stages one after another on this machine"]),
+        (["launch=torchrun"], ["a pipeline runs its stages on this machine, or as jobs of SLURM"]),
+        (["last.launch=slurm", "last.launch.gpus_per_node=0"], ["all stages of a pipeline have one backend"]),
         (["sft.peft=lora"], ["begins with the export of `sft`, which is an adapter", "merge {sft}/export {dir}/sft_merged"]),
         (["-m"], ["--multirun", "mode=dry_run prints every stage"]),
     ],
@@ -270,7 +271,7 @@ def test_a_plan_takes_the_first_model_for_what_a_stage_will_give(
     content["stages"][2]["run"].append("model.id={rejection}/export")
     planned: list[Any] = []
     monkeypatch.setattr(pipeline.plan, "plan", lambda jobs: planned.extend(jobs) or 0)
-    monkeypatch.setattr(pipeline, "require_commands", lambda asked: None)
+    monkeypatch.setattr(stage_checks, "require_commands", lambda asked: None)
     line = ["--config-dir", written(tmp_path, **content), "+pipeline=tiny", f"run_dir={tmp_path / 'run'}", "mode=plan"]
     code, said = call(monkeypatch, capfd, *line)
     assert code == 0, said
@@ -312,8 +313,8 @@ def tools_of(monkeypatch: pytest.MonkeyPatch, done: Any = lambda words: 0) -> li
         called.append(words)
         return int(done(words))
 
-    monkeypatch.setattr(pipeline, "_call", run)
-    monkeypatch.setattr(pipeline, "require_commands", lambda asked: None)
+    monkeypatch.setattr(in_turn, "_call", run)
+    monkeypatch.setattr(stage_checks, "require_commands", lambda asked: None)
     return called
 
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -29,6 +31,7 @@ from trainers.config.errors import ConfigError
 from trainers.processes import exit_after
 from trainers.rundir.ending import Exit
 
+T = TypeVar("T")
 ENDING_S = 10
 """For this process to end after a W&B report: wandb waits for a service process of its own, which may not answer."""
 
@@ -73,16 +76,7 @@ def run(options: argparse.Namespace) -> int:
     if len(options.paths) == 1 and read_record(options.paths[0]):
         return run_stages(options)
     comparison = compare(options.paths, options.price)
-    say.print_text(comparison, Console())
-    if options.markdown is not None:
-        options.markdown.write_text(say.markdown(comparison), "utf-8")
-    if options.csv is not None:
-        say.write_csv(comparison, options.csv)
-    if options.html is not None:
-        from tools.compare.page import page
-
-        options.html.write_text(page(comparison, sys.argv[1:]), "utf-8")
-        print(f"page: {options.html}")
+    write(options, comparison, say.print_text, say.markdown, say.write_csv, page_of)
     code = Exit.done if sum(len(method.tried) for method in comparison.methods) > 1 else Exit.failed
     if options.wandb and not report(comparison):
         return Exit.failed
@@ -97,15 +91,34 @@ def run_stages(options: argparse.Namespace) -> int:
     from tools.compare import stages
 
     story = stages.tell(options.paths[0])
-    stages.print_text(story, Console())
-    if options.markdown is not None:
-        options.markdown.write_text(stages.markdown(story), "utf-8")
-    if options.csv is not None:
-        stages.write_csv(story, options.csv)
-    if options.html is not None:
-        options.html.write_text(stages.page(story), "utf-8")
-        print(f"page: {options.html}")
+    write(options, story, stages.print_text, stages.markdown, stages.write_csv, stages.page)
     return Exit.done
+
+
+def page_of(comparison: Comparison) -> str:
+    """Return the page of a comparison."""
+    from tools.compare.page import page
+
+    return page(comparison, sys.argv[1:])
+
+
+def write(
+    options: argparse.Namespace,
+    found: T,
+    print_text: Callable[[T, Console], None],
+    markdown: Callable[[T], str],
+    write_csv: Callable[[T, Path], None],
+    page: Callable[[T], str],
+) -> None:
+    """Print what was compared, and write it in the forms that the options ask for."""
+    print_text(found, Console())
+    if options.markdown is not None:
+        options.markdown.write_text(markdown(found), "utf-8")
+    if options.csv is not None:
+        write_csv(found, options.csv)
+    if options.html is not None:
+        options.html.write_text(page(found), "utf-8")
+        print(f"page: {options.html}")
 
 
 def report(comparison: Comparison) -> bool:
