@@ -307,9 +307,9 @@ def test_who_is_slow(data_s: list[float], product_s: list[float], expected: dict
     assert {rank: slow.what for rank, slow in found.items()} == expected
 
 
-def step(world: World, steps: int, slow: str) -> list[dict[str, Any]]:
+def step(world: World, mesh: Mesh, steps: int, slow: str) -> list[dict[str, Any]]:
     """Steps of real ranks, of which rank 2 is slow at something."""
-    stragglers, state = Stragglers(world, SLOW), torch.random.get_rng_state()
+    stragglers, state = Stragglers(world, mesh, SLOW), torch.random.get_rng_state()
     rows, is_slow = [], world.rank == 2
     with mock.patch.object(Product, "seconds", return_value=0.02 if is_slow and slow == "device" else 1e-3):
         for number in range(1, steps + 1):
@@ -321,14 +321,23 @@ def step(world: World, steps: int, slow: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(("slow", "factor"), [("device", 20.0), ("data", 4.0)])
-def test_real_ranks_name_the_slow_one(ranks: Callable[[int], Any], slow: str, factor: float) -> None:
-    rows, *others = ranks(3).call(step, 45, slow)
-    nobody, entry = {"status": {}}, {"stragglers": {"ranks": [2], "hosts": [HOST], "what": [slow], "factors": [factor]}}
-    assert others == [[nobody] * 45] * 2, "rank 0 alone writes"
+@pytest.mark.parametrize(
+    ("slow", "factor", "mesh", "groups"),
+    [
+        ("device", 20.0, Mesh(shard=3), {}),
+        ("data", 4.0, Mesh(shard=2, context=2), {"groups": ["context group of ranks 2-3"]}),
+    ],
+)
+def test_real_ranks_name_the_slow_one(
+    ranks: Callable[[int], Any], slow: str, factor: float, mesh: Mesh, groups: dict[str, list[str]]
+) -> None:
+    """And the groups of the mesh that it is in, other than that of all ranks."""
+    rows, *others = ranks(mesh.size).call(step, mesh, 45, slow)
+    nobody, entry = {"status": {}}, {"stragglers": {"ranks": [2], "hosts": [HOST], "what": [slow], "factors": [factor]} | groups}
+    assert others == [[nobody] * 45] * (mesh.size - 1), "rank 0 alone writes"
     for number, row in enumerate(rows, 1):
         assert row == (nobody if number < 30 else {"status": entry} if number % EVERY else entry)
-    assert ranks(3).call(step, 45, "nothing")[0] == [nobody] * 45
+    assert ranks(mesh.size).call(step, mesh, 45, "nothing")[0] == [nobody] * 45
 
 
 def test_probes_take_a_hundredth_of_the_time_however_short_steps_are(ranks: Callable[[int], Any]) -> None:
@@ -340,7 +349,7 @@ def test_probes_take_a_hundredth_of_the_time_however_short_steps_are(ranks: Call
 
 
 def steps_with_probes(world: World) -> list[int]:
-    stragglers, probed = Stragglers(world, SLOW), []
+    stragglers, probed = Stragglers(world, Mesh(shard=world.size), SLOW), []
     with mock.patch.object(Product, "seconds", side_effect=lambda: 0.01):
         for step in range(301):
             before = stragglers.product.seconds.call_count  # type: ignore[attr-defined]

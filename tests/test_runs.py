@@ -37,10 +37,12 @@ def test_every_run_has_a_line(finished: Path, tmp_path: Path) -> None:
     copied(finished, tmp_path / "three", state="running", time=time.time() - 600)
     slow = {"ranks": [1], "hosts": ["node2"], "what": ["device"], "factors": [2.04]}
     copied(finished, tmp_path / "five", state="running", time=time.time(), stragglers=slow)
+    copied(finished, tmp_path / "six", state="running", time=time.time(), stragglers=slow | {"groups": ["tensor group of ranks 0-1"]})
     copied(finished, tmp_path / "four", state="preempted", step=4)
     lines = {words[1]: line for line in runs(str(tmp_path)).splitlines() if len(words := [word.strip() for word in line.split("│")]) > 3}
-    assert set(lines) == {"a/one", "b/two", "three", "four", "five"}
+    assert set(lines) == {"a/one", "b/two", "three", "four", "five", "six"}
     assert "slow: rank 1 on node2 (device, 2.0 x the median)" in lines["five"]
+    assert "slow: rank 1 on node2 (device, 2.0 x the median; tensor group of ranks 0-1)" in lines["six"]
     assert "done" in lines["a/one"]
     assert "step 3: [ValueError] it broke" in lines["b/two"]
     assert "silent" in lines["three"]

@@ -228,8 +228,9 @@ def _slow_ranks(status: dict[str, Any]) -> str:
     found = status.get("stragglers")
     if not found:
         return ""
-    rows = zip(found["ranks"], found["hosts"], found["what"], found["factors"], strict=True)
-    return "slow: " + ", ".join(f"rank {rank} on {host} ({what}, {factor:.1f} x the median)" for rank, host, what, factor in rows)
+    groups = [f"; {words}" if words else "" for words in found.get("groups", [""] * len(found["ranks"]))]
+    rows = zip(found["ranks"], found["hosts"], found["what"], found["factors"], groups, strict=True)
+    return "slow: " + ", ".join(f"rank {rank} on {host} ({what}, {by:.1f} x the median{group})" for rank, host, what, by, group in rows)
 
 
 def print_log(run_dir: Path, rank: int, follow: bool) -> int:

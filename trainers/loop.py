@@ -157,7 +157,7 @@ def train(
         sources=list(data.train.sources),
         held_out=held_out or HeldOut(data.eval, config.train, rows.num_steps, world, rows.pad_id),
         guard=Guard(config.train),
-        stragglers=Stragglers(world, config.limits.slow_node),
+        stragglers=Stragglers(world, engine.mesh, config.limits.slow_node),
         checkpointer=checkpointer or Checkpointer(replace(config.checkpoint, keep_best=best_kept(config)), attempt, world),
         metrics=Metrics(config, attempt, world.rank, rows.num_steps),
         peak_lr=peak_lr(config.optim, config.peft).value,

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from trainers.config.mesh import words_of_group
 from trainers.processes import die_with_parent
 
 T = TypeVar("T")
@@ -219,10 +220,8 @@ def _name_of(group: dist.ProcessGroup) -> str:
     ranks = dist.get_process_group_ranks(group)
     if len(ranks) == dist.get_world_size():
         return "group of all ranks"
-    kind = f"{group.group_desc.removeprefix('mesh_')} " if group.group_desc.startswith("mesh_") else ""
-    if ranks == list(range(ranks[0], ranks[-1] + 1)):
-        return f"{kind}group of ranks {ranks[0]}-{ranks[-1]}"
-    return f"{kind}group of ranks {', '.join(map(str, ranks[:4]))}{', ...' if len(ranks) > 4 else ''}"
+    kind = group.group_desc.removeprefix("mesh_") if group.group_desc.startswith("mesh_") else ""
+    return words_of_group(kind, ranks)
 
 
 def read(values: Sequence[torch.Tensor]) -> list[float]:

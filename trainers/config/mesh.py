@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,31 @@ class Mesh:
     def slice_rank(self, rank: int) -> int:
         """Return which slice of its group's rows a rank has."""
         return rank // self.tensor % self.context
+
+    def groups_of(self, rank: int) -> dict[str, range]:
+        """Return the ranks of a rank's group of each dimension, without those that all ranks or no others are in."""
+        strides = {
+            "tensor": (1, self.tensor),
+            "context": (self.tensor, self.context),
+            "shard": (self.tensor, self.shard * self.context if self.shard > 1 else 1),
+            "replicate": (self.copy_size, self.replicate),
+            "expert": (1, self.expert),
+            "expert shard": (self.expert, self.copy_size // self.expert if self.expert > 1 else 1),  # those that have the same experts
+        }
+        found = {}
+        for name, (stride, size) in strides.items():
+            if 1 < size < self.size:
+                first = rank - rank // stride % size * stride
+                found[name] = range(first, first + size * stride, stride)
+        return found
+
+
+def words_of_group(kind: str, ranks: Sequence[int]) -> str:
+    """Say which ranks a group has, such as `the context group of ranks 2-3` without its article; of more than four those first."""
+    words = f"{kind} group of ranks".lstrip()
+    if list(ranks) == list(range(ranks[0], ranks[-1] + 1)):
+        return f"{words} {ranks[0]}-{ranks[-1]}"
+    return f"{words} {', '.join(map(str, ranks[:4]))}{', ...' if len(ranks) > 4 else ''}"
 
 
 def mesh_of(engine: EngineConfig, world_size: int) -> Mesh:

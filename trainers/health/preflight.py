@@ -220,21 +220,9 @@ def _read_clocks(world: World) -> tuple[tuple[float, float], ...]:
 
 def rings(mesh: Mesh, rank: int) -> dict[str, tuple[int, int]]:
     """Return the ranks before and after one in its group of each dimension of a mesh; none of a dimension that all ranks are in."""
-    strides = {
-        "tensor": (1, mesh.tensor),
-        "context": (mesh.tensor, mesh.context),
-        "shard": (mesh.tensor, mesh.shard * mesh.context if mesh.shard > 1 else 1),
-        "replicate": (mesh.copy_size, mesh.replicate),
-        "expert": (1, mesh.expert),
-        "expert shard": (mesh.expert, mesh.copy_size // mesh.expert if mesh.expert > 1 else 1),  # those that have the same experts
-    }
-    found = {}
-    for name, (stride, size) in strides.items():
-        if 1 < size < mesh.size:
-            place = rank // stride % size
-            before, behind = ((place + step) % size - place for step in (-1, 1))
-            found[name] = rank + before * stride, rank + behind * stride
-    return found
+    groups = mesh.groups_of(rank)
+    places = {name: group.index(rank) for name, group in groups.items()}
+    return {name: (group[places[name] - 1], group[(places[name] + 1) % len(group)]) for name, group in groups.items()}
 
 
 def _try_links(world: World, mesh: Mesh) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainers.config.mesh import Mesh, words_of_group
 from trainers.health.preflight import SLICE_S, Product, outliers
 from trainers.world import World
 
@@ -67,9 +68,9 @@ class Reported:
 class Stragglers:
     """Times what this rank does alone, and names, on rank 0, those that are slow at it; nothing where there is one rank."""
 
-    def __init__(self, world: World, slow: float) -> None:
+    def __init__(self, world: World, mesh: Mesh, slow: float) -> None:
         """Prepare the probe; collective."""
-        self.world, self.slow, self.named = world, slow, Reported()
+        self.world, self.mesh, self.slow, self.named = world, mesh, slow, Reported()
         self.data_s: deque[float] = deque(maxlen=WINDOW)
         self.product_s: deque[float] = deque(maxlen=WINDOW)
         self.probe_every, self.gathered_at = 1, 0
@@ -104,7 +105,8 @@ class Stragglers:
         for rank in new:
             slow = self.named.slow[rank]
             reason = f"its {slow.what} takes {slow.factor:.1f} x the median of all (limits.slow_node)"
-            log.warning("step %d: rank %d on %s slows all down: %s", step, rank, self.hosts[rank], reason)
+            where = f"; it is in the {groups}" if (groups := self._groups_of(rank)) else ""
+            log.warning("step %d: rank %d on %s slows all down: %s%s", step, rank, self.hosts[rank], reason, where)
         for rank in gone:
             log.warning("step %d: rank %d on %s slows nobody down any more", step, rank, self.hosts[rank])
         return self.entry()
@@ -115,4 +117,10 @@ class Stragglers:
         if not slow:
             return {}
         lists = {"what": [of.what for _, of in slow], "factors": [round(of.factor, 2) for _, of in slow]}
+        groups = [self._groups_of(rank) for rank, _ in slow]
+        lists |= {"groups": groups} if any(groups) else {}
         return {"stragglers": {"ranks": [rank for rank, _ in slow], "hosts": [self.hosts[rank] for rank, _ in slow]} | lists}
+
+    def _groups_of(self, rank: int) -> str:
+        """Say in which groups of the mesh ranks wait for one; empty where it has none but that of all."""
+        return ", ".join(words_of_group(name, ranks) for name, ranks in self.mesh.groups_of(rank).items())
