@@ -70,7 +70,7 @@ def test_bytes_are_those_of_real_runs(size: int) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("size", [2, 4])
 def test_bytes_of_each_mesh_are_those_of_real_runs(size: int) -> None:
-    """Sixteen meshes of replicate, shard, context, tensor and expert, as `tools.bench meshes` shows them."""
+    """Seventeen meshes of replicate, shard, context, tensor and expert, as `tools.bench meshes` shows them."""
     assert [differs for _, _, differs in differences(size) if differs] == []
 
 

@@ -219,7 +219,7 @@ MESHES = (
     *((4, 1, 2, 1), (4, 1, 4, 1), (4, 1, 1, 2), (4, 2, 2, 1), (4, 2, 1, 2), (4, 1, 2, 2)),
 )
 """Of a model without experts: ranks, copies, and the ranks that share rows and that split layers."""
-DEALT_MESHES = ((2, 1, 1, 2), (4, 1, 1, 2), (4, 2, 1, 2), (4, 1, 2, 2))
+DEALT_MESHES = ((2, 1, 1, 2), (4, 1, 1, 2), (4, 2, 1, 2), (4, 1, 2, 2), (4, 1, 1, 4))
 """Of a mixture: ranks, copies, and the ranks that share rows and that deal out experts."""
 _DENSE, _MIXTURE = (Case(1, size, precision=FP32, activations=BLOCK, seq_len=256) for size in ("even", "mixture"))
 MESH_CASES = [
