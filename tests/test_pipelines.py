@@ -461,7 +461,7 @@ def test_a_tree_of_a_pipeline_shows_its_stages_in_order(tmp_path: Path) -> None:
         (tmp_path / "five" / name / "config.yaml").write_text("seed: 0\n")
         (tmp_path / "five" / name / "status.json").write_text(json.dumps({"state": state, "step": 3}))
     cells = [list(column.cells) for column in runs.table_of(tmp_path).columns]
-    assert [str(cell).split()[-1] for cell in cells[0]] == ["five)", "sft", "dpo", "alignment"]
+    assert [str(cell).split()[-1] for cell in cells[0]] == ["five", "sft", "dpo", "alignment"]
     assert "1/3" in str(cells[2][0])
     assert "waits" in str(cells[1][3])
 

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.live import Live
@@ -44,6 +44,11 @@ WATCH_S, FOLLOW_S = 2.0, 0.5
 SILENT_S = 60.0
 """A run that says it is running and of which nothing was heard for so long is shown as silent."""
 TAIL_BYTES = 1 << 16
+HEADS = ("run", "state", "step", "loss", "tokens/s", "left", "job", "")
+ALWAYS = 4
+"""Columns that are there also where no run has something in them."""
+WHOLE_NAME = 24
+"""Letters of a name that are not broken, however narrow the terminal is."""
 LATELY = 20
 """Steps that the time left is estimated from."""
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "silent": "red", "lost": "red", "unreadable": "red", "preempted": "yellow"}
@@ -115,18 +120,25 @@ def table_of(folder: Path) -> Table:
     lines = list(_lines(folder, folder, queue))
     count = sum(line.run_dir is not None for _, line in lines)
     table = Table(title=f"{plural(count, 'run')} below {folder}", title_justify="left")
-    for name in ("run", "state", "step", "loss", "tokens/s", "left", "job", ""):
-        table.add_column(name, justify="right" if name in ("step", "loss", "tokens/s", "left") else "left", overflow="fold")
-    for name, line in lines:
-        steps = line.steps or f"{line.step:,}" + (f"/{line.num_steps:,}" if line.num_steps else "")
-        style = STYLES.get(line.state, "")
-        state = f"[{style}]{line.state}[/]" if style else line.state
-        rate = "" if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}"
-        loss = "" if line.loss is None else f"{line.loss:.4f}"
-        table.add_row(
-            escape(name), state, steps, loss, rate, "" if line.left_s is None else in_time(line.left_s), line.job, escape(line.note)
-        )
+    rows = [[escape(name), *_cells(line)] for name, line in lines]
+    longest = max((len(name) for name, _ in lines), default=0)
+    kept = [number for number in range(len(HEADS)) if number < ALWAYS or any(row[number] for row in rows)]
+    for number in kept:
+        side: Literal["right", "left"] = "right" if HEADS[number] in ("step", "loss", "tokens/s", "left") else "left"
+        table.add_column(HEADS[number], justify=side, overflow="fold", min_width=min(longest, WHOLE_NAME) if number == 0 else None)
+    for row in rows:
+        table.add_row(*(row[number] for number in kept))
     return table
+
+
+def _cells(line: Line) -> list[str]:
+    """Return what the table has of a run after its name."""
+    steps = line.steps or f"{line.step:,}" + (f"/{line.num_steps:,}" if line.num_steps else "")
+    style = STYLES.get(line.state, "")
+    state = f"[{style}]{line.state}[/]" if style else line.state
+    rate = "" if line.tokens_per_second is None else f"{line.tokens_per_second:,.0f}"
+    loss = "" if line.loss is None else f"{line.loss:.4f}"
+    return [state, steps, loss, rate, "" if line.left_s is None else in_time(line.left_s), line.job, escape(line.note)]
 
 
 def _lines(folder: Path, top: Path, queue: dict[str, str] | None) -> Iterator[tuple[str, Line]]:
@@ -146,7 +158,9 @@ def _tree(folder: Path, top: Path, record: dict[str, Any], queue: dict[str, str]
     ended = [stage.name for stage in stages if "ended" in state.get(stage.name, {})]
     seconds = sum(known.get("seconds", 0.0) for known in state.values())
     own = Line(run_dir=None, state="done" if len(ended) == len(stages) else "pipeline", steps=f"{len(ended)}/{len(stages)}")
-    yield f"{folder.relative_to(top)} (pipeline {record['pipeline']})", dataclasses.replace(own, note=f"at work for {in_time(seconds)}")
+    name = folder.name if folder == top else str(folder.relative_to(top))
+    made_by = "" if record["pipeline"] == folder.name else f"{record['pipeline']}, "
+    yield name, dataclasses.replace(own, note=f"{made_by}{in_time(seconds)} at work")
     for number, stage in enumerate(stages):
         branch = f"{'└' if number == len(stages) - 1 else '├'} {stage.name}"
         if stage.run and is_run(folder / stage.name):

@@ -161,7 +161,9 @@ def _gate(part: Part) -> str:
 
 def conclusions(story: Story) -> list[str]:
     """Return what can be said of the whole, each with its numbers."""
-    lines = [f"{plural(len(story.parts), 'stage')} of {story.planned} in {in_time(sum(part.seconds for part in story.parts))}."]
+    ended, seconds = [part for part in story.parts if part.ended], sum(part.seconds for part in story.parts)
+    lines = [f"{len(ended)} of {plural(story.planned, 'stage')} done, in {in_time(seconds)}."]
+    lines += [f"`{part.name}` is {part.run.state}, or its commands are not done." for part in story.parts if not part.ended]
     scored = [(part, score) for part in story.parts if (score := part.score(story.metric)) is not None]
     if scored:
         before = scored[0][0].score_before(story.metric)
