@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from html import escape
@@ -246,14 +247,15 @@ def _csv_line(part: Part, story: Story) -> dict[str, Any]:
 
 def page(story: Story) -> str:
     """Return the page that tells the story: everything inside, no script, no network."""
-    said = "".join(f"<li>{escape(line)}</li>" for line in conclusions(story))
+    said = "".join(f"<li>{_with_code(line)}</li>" for line in conclusions(story))
+    way = " → ".join(f'<a href="#{escape(part.name)}">{escape(part.name)}</a>' for part in story.parts)
     figures = "".join(
         f"<figure>{picture.svg}<figcaption><b>{escape(picture.title)}</b>{escape(picture.words)}</figcaption></figure>"
         for picture in pictures(story)
     )
     parts = [
         f"<h1>Pipeline {escape(story.name)}</h1>",
-        f'<p class="sub">{escape(" → ".join(part.name for part in story.parts))}</p>',
+        f'<p class="sub">{way}</p>',
         f'<ul class="said">{said}</ul>',
         table(grid(story, interval)),
         f'<h2>Pictures</h2><div class="plots">{figures}</div>' if figures else "",
@@ -276,10 +278,16 @@ def _chapter(number: int, part: Part) -> str:
     sample = part.run.summary.get("sample")
     lines += [("it says", str(sample if isinstance(sample, str) else sample.get("answer", sample)))] if sample else []
     lines += [("gate", f"{rule}: {'passed' if passed else 'failed'}") for rule, passed in part.gates]
+    lines.append(("run", str(part.run.run_dir)))
     cells = "".join(f"<dt>{escape(name)}</dt><dd>{shown(text)}</dd>" for name, text in lines)
     ended = "" if part.ended else f", {part.run.state}"
     summary = f"<summary><b>{number}. {escape(part.name)}</b>, {in_time(part.seconds)}{escape(ended)}</summary>"
-    return f'<details open>{summary}<dl class="answers">{cells}</dl></details>'
+    return f'<details open id="{escape(part.name)}">{summary}<dl class="answers">{cells}</dl></details>'
+
+
+def _with_code(line: str) -> str:
+    """Return a line as HTML, what is in backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(line))
 
 
 def pictures(story: Story) -> list[Picture]:
@@ -292,17 +300,23 @@ def pictures(story: Story) -> list[Picture]:
             f"{story.metric} after each stage",
             "On the same documents, with intervals of 95 %.",
             str(story.metric),
-            [("base", start), *scores],
+            [(f"before {first.name}" if first else "", start), *scores],
         ),
         chain(
             "Loss on general text after each stage",
             "The higher, the more is forgotten.",
             "nats a token",
-            [(part.name, part.general()) for part in story.parts],
+            [*_general_before(story), *((part.name, part.general()) for part in story.parts)],
         ),
         bars("Time of each stage", "Its commands included.", [(part.name, part.seconds / 60) for part in story.parts], "minutes"),
     ]
     return [picture for picture in found if picture is not None]
+
+
+def _general_before(story: Story) -> list[tuple[str, Estimate | None]]:
+    """Return the loss on general text of the model that the first measured stage began with, with its name in a picture."""
+    first = next((part for part in story.parts if part.general() is not None), None)
+    return [] if first is None or first.run.base is None else [(f"before {first.name}", first.run.base.loss("general"))]
 
 
 def _answers(story: Story) -> str:
