@@ -263,20 +263,32 @@ def cases_for(size: int, engine: str) -> list[str]:
 
 SUITES = {
     (2, "fsdp"): pytest.mark.slow,
-    (2, "zero3"): pytest.mark.slow,
     (1, "fsdp"): pytest.mark.slow,
     (3, "fsdp"): pytest.mark.slow,
+    (2, "zero3"): pytest.mark.slow,
     (1, "zero3"): pytest.mark.soak,
     (3, "zero3"): pytest.mark.slow,
 }
 
 
+@pytest.fixture(scope="module")
+def trained(ranks: Callable[[int], Ranks], folders: dict[str, Path], exports: Path) -> Callable[[int, str], list[dict[str, Any]]]:
+    """What each rank tells of its runs; those of two ranks leave exports, with what they gave. Each is made once, for whichever test."""
+
+    @cache
+    def results(size: int, engine: str) -> list[dict[str, Any]]:
+        out = exports / engine if size == 2 else None
+        found = ranks(size).call(train_cases, folders, cases_for(size, engine), engine, out, timeout_s=280)
+        for folder in out.iterdir() if out is not None else ():
+            torch.save(torch.from_numpy(found[0][folder.name.partition("-")[2]]["logps"]), folder / "logps.pt")
+        return found
+
+    return results
+
+
 @pytest.mark.parametrize(("size", "engine"), [pytest.param(*case, marks=marks) for case, marks in SUITES.items()])
-def test_a_run_equals_plain_peft(
-    ranks: Callable[[int], Ranks], folders: Any, references: Any, exports: Path, size: int, engine: str
-) -> None:
-    out = exports / engine if size == 2 else None
-    results = ranks(size).call(train_cases, folders, cases_for(size, engine), engine, out, timeout_s=280)
+def test_a_run_equals_plain_peft(trained: Any, references: Any, size: int, engine: str) -> None:
+    results = trained(size, engine)
     for case in cases_for(size, engine):
         reference, got = references(case), [result[case] for result in results]
         for one in got:
@@ -303,9 +315,6 @@ def test_a_run_equals_plain_peft(
         else:
             share = sum(even_share(numel, size) for numel in got[0]["sizes"].values())
             assert {one["bytes"] for one in got} == {(4 * share, 8 * share)}, case
-        if out is not None:
-            for folder in out.glob(f"{engine}-{case}"):
-                torch.save(torch.from_numpy(got[0]["logps"]), folder / "logps.pt")
 
 
 LOAD = """
@@ -337,8 +346,9 @@ for folder in sorted(Path(out).iterdir()):
 
 
 @pytest.mark.parametrize("engine", [pytest.param(engine, marks=SUITES[2, engine]) for engine in ("fsdp", "zero3")])
-def test_plain_peft_loads_every_export(folders: Any, exports: Path, tmp_path: Path, engine: str) -> None:
-    """After the runs above. A clean process, every warning an error: no missing or unexpected key, equal logits."""
+def test_plain_peft_loads_every_export(trained: Any, folders: Any, exports: Path, tmp_path: Path, engine: str) -> None:
+    """A clean process, every warning an error: no missing or unexpected key, equal logits."""
+    trained(2, engine)
     ids, labels = (column[:1] for column in next(rows_of_steps()))
     bases = {case: str(folder) for case, folder in folders.items()}
     for case in ("qlora", "loftq"):
