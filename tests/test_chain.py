@@ -266,7 +266,7 @@ def test_a_chain_that_is_preempted_and_killed_in_stage_3_continues_exactly(
 ) -> None:
     """The first run is queued again under its number, so that those after it wait on; the third is ended, and the command continues it."""
     whole, killed = tmp_path / "whole" / "run", tmp_path / "killed" / "run"
-    presets, longer = str(tmp_path / "presets"), "sft.train.steps=40"
+    presets, longer = str(tmp_path / "presets"), "sft.train.steps=100"
     launch(cache, [sys.executable, "-m", "launcher", "--config-dir", presets, "+pipeline=tiny", f"run_dir={whole}", longer], timeout_s=400)
     first = numbers(submit(killed, *ON_SLURM, longer))
 
