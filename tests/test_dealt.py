@@ -7,13 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import Ranks
 from meshed import compare, compare_continued, config_for, train
 from small_models import small
 
+from tools.bench.plan import _without_copies_of_gloo
 from trainers.config.choices import Activations, ObjectiveName, Offload, OptimizerName, PeftMethod
 from trainers.config.errors import ConfigError
 from trainers.config.expert import require_experts
@@ -21,6 +24,7 @@ from trainers.config.mesh import Mesh, mesh_of, seats_of
 from trainers.config.schema import EngineConfig, ObjectiveConfig, PeftConfig
 from trainers.engines.build import build_engine
 from trainers.model.blueprint import Blueprint
+from trainers.model.exchange import exchange
 from trainers.plan.plan import _export
 from trainers.plan.simulate import ranks as fake_ranks
 from trainers.plan.simulate import simulate
@@ -186,3 +190,26 @@ def test_a_plan_has_a_part_of_the_experts_and_sends_tokens_to_the_others(tmp_pat
     tokens, hidden, chosen, blocks = 48, 32, 2, 2
     there_and_back = 4 * tokens * chosen * hidden * 3 / 4
     assert sent["all-to-all"] == pytest.approx(2 * 2 * blocks * there_and_back, rel=0.02)
+
+
+def exchange_while_gloo_keeps_all(world: World) -> int:
+    """Exchange rows with the other ranks while every tensor that gloo gets is kept; return how many storages a trace still has then."""
+    plain, kept, trace = dist.all_to_all_single, list[Any](), Trace(0)
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        kept.extend(args)
+        return plain(*args, **kwargs)
+
+    with mock.patch.object(dist, "all_to_all_single", keeping), trace, _without_copies_of_gloo(trace):
+        rows = torch.full((world.size, 3), float(world.rank))
+        came = exchange(rows, dist.group.WORLD)
+        assert came[:, 0].tolist() == list(range(world.size))
+        assert len(trace.live) == 2
+        del rows, came
+    assert len(kept) > 1
+    return len(trace.live)
+
+
+def test_what_gloo_keeps_of_an_exchange_that_is_done_is_not_traced(ranks: Callable[[int], Ranks]) -> None:
+    """Its thread frees tensors when it gets to it: on a busy machine a real run's traced peak was 5 % above, at times."""
+    assert ranks(2).call(exchange_while_gloo_keeps_all) == [0, 0]
