@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from cluster import Cluster
 from command import ROOT, environment, launch, read_rows, tool, trace
-from test_pipelines import call, pipeline_of, three_stages, written
+from piping import call, pipeline_of, three_stages, written
 
 from launcher import chain, chain_task, stage_checks
 from launcher.config import Backend, LaunchConfig
