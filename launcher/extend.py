@@ -19,6 +19,7 @@ BEGIN_WITH = {
     PeftMethod.none: "model.id",
     PeftMethod.freeze: "model.id",
     **dict.fromkeys((PeftMethod.lora, PeftMethod.dora, PeftMethod.ia3, PeftMethod.prompt, PeftMethod.prefix), "peft.adapter"),
+    PeftMethod.bottleneck: "peft.adapter",
 }
 """The setting by which a new run begins with an export."""
 

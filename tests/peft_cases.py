@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tools.bench.orders import engine_preset
 from trainers.batch import IGNORE, Batch
-from trainers.config.choices import AdapterBias, AdapterInit, DataSource, PeftMethod, Precision, Quantisation
+from trainers.config.choices import AdapterActivation, AdapterBias, AdapterInit, DataSource, PeftMethod, Precision, Quantisation
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 
 STEPS, ROWS, LENGTH, LR, REL = 20, 6, 12, 2e-3, 1e-5
@@ -52,13 +52,21 @@ CASES: dict[str, dict[str, Any]] = {
         "delta_t": 2,
         "beta2": 0.75,
     },
+    "houlsby": {"method": "bottleneck", "bottleneck": 6, "activation": "gelu", "targets": ["o_proj", "down_proj"]},
+    "parallel": {"method": "bottleneck", "bottleneck": 6, "scale": 4.0, "parallel": True, "targets": ["mlp"]},
     "prompt": {"method": "prompt", "virtual_tokens": 5, "init": "vocabulary"},
     "prefix": {"method": "prefix", "virtual_tokens": 5, "encoder_size": 8},
     "ptuning": {"method": "ptuning", "virtual_tokens": 5},
 }
 
 
-KINDS: dict[str, Any] = {"method": PeftMethod, "bias": AdapterBias, "init": AdapterInit, "quantise": Quantisation}
+KINDS: dict[str, Any] = {
+    "method": PeftMethod,
+    "bias": AdapterBias,
+    "init": AdapterInit,
+    "quantise": Quantisation,
+    "activation": AdapterActivation,
+}
 
 
 def settings(case: str) -> PeftConfig:
@@ -79,6 +87,27 @@ def config_for(folder: Path, case: str, engine: str = "fsdp", **train: Any) -> R
         optim=OptimConfig(lr=LR, clip=0.5, weight_decay=0.1),
         train=TrainConfig(**({"precision": Precision.fp32} | train)),
     )
+
+
+def with_bottlenecks(base: torch.nn.Module, given: PeftConfig, value: Callable[[str], torch.Tensor]) -> torch.nn.Module:
+    """Return a frozen model with bottleneck adapters by forward hooks, written without peft; `value` gives what a tensor begins at."""
+    base.requires_grad_(False)
+    act: Any = {"relu": torch.relu, "gelu": torch.nn.functional.gelu}[given.activation]
+    aimed = {path: module for path, module in base.named_modules() if path.rpartition(".")[2] in given.targets}
+    for path, module in aimed.items():
+        for name in ("bottleneck_down", "bottleneck_up"):
+            weight, bias = (value(f"{path}.{name}.default.{kind}") for kind in ("weight", "bias"))
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
+            linear.weight.data, linear.bias.data = weight.clone(), bias.clone()
+            module.add_module(name, linear)
+
+        def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            x = inputs[0] if given.parallel else output
+            added: torch.Tensor = given.scale * module.bottleneck_up(act(module.bottleneck_down(x)))
+            return output + added
+
+        module.register_forward_hook(hook)
+    return base
 
 
 def rows_of_steps() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

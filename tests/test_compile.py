@@ -169,6 +169,7 @@ def test_compiling_has_five_times_the_limit_of_its_phase() -> None:
     ("peft", "reason"),
     [
         ({"method": PeftMethod.dora}, "peft.method=dora"),
+        ({"method": PeftMethod.bottleneck}, "peft.method=bottleneck"),
         ({"method": PeftMethod.lora, "quantise": Quantisation.nf4}, "peft.quantise=nf4"),
     ],
 )

@@ -35,7 +35,7 @@ BAD = [
     (["method=full"], ["`method` is now `peft`", "try     peft=none"]),
     (["peft=lorra"], ["there is no conf/peft/lorra.yaml", "nearest peft=lora"]),
     (["peft.method=houlsby"], ["`peft.method` = 'houlsby'", "must be one of none, freeze, lora, dora"]),
-    (["peft=houlsby"], ["`peft` = 'houlsby'", "there are: adalora"]),
+    (["peft=compacter"], ["`peft` = 'compacter'", "there are: adalora"]),
     (["peft.method=lora"], ["`peft.lr` = null", "peft.method=lora has no learning rate of its own", "try     peft=lora", "optim.lr=2e-4"]),
     (["peft=lora", "optim=sgd"], ["`optim.lr` = null", "is a rate for adamw", "try     optim.lr="]),
     (["peft.lr=1e-4"], ["`peft.lr` = 0.0001", "it is for lora, dora"]),

@@ -423,6 +423,10 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
         lambda a, b: (a / "adapter_config.json").write_text(json.dumps({"peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM"})),
         ["PREFIX_TUNING puts virtual tokens in front"],
     ),
+    "bottlenecks": (
+        lambda a, b: (a / "adapter_config.json").write_text(json.dumps({"peft_type": "BOTTLENECK", "task_type": "CAUSAL_LM"})),
+        ["bottleneck adapters have an activation between two matrices"],
+    ),
     "another task": (lambda a, b: configured(a, task_type="SEQ_CLS"), ["its task is SEQ_CLS"]),
     "changed base": (lambda a, b: configured(a, init_lora_weights="pissa_niter_4"), ["init_lora_weights=pissa_niter_4", "plain LoRA"]),
     "no base named": (lambda a, b: configured(a, base_model_name_or_path=None), ["names no base", "--model DIR"]),

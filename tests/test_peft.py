@@ -35,13 +35,15 @@ from peft_cases import (
     config_for_method,
     locals_of,
     rows_of_steps,
+    settings,
+    with_bottlenecks,
 )
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from trainers.batch import IGNORE
 from trainers.config.checks import validate
-from trainers.config.choices import AdapterInit, Offload, PeftMethod, Precision
+from trainers.config.choices import AdapterInit, Offload, PeftMethod, Precision, Quantisation
 from trainers.config.errors import ConfigError
 from trainers.engines.build import build_engine
 from trainers.engines.fsdp import state as sharded_state
@@ -181,6 +183,8 @@ def plain_model(folder: Path, case: str) -> Any:
             p.requires_grad_(name in adaptation.trained)
         return base
     library_config = adaptation.library_config
+    if "bottleneck" in CASES[case]:
+        return with_bottlenecks(base, settings(case), partial(read_whole, adaptation.origin))
     library_config.inference_mode = False
     if case == "pissa":
         library_config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules="all-linear", init_lora_weights="pissa")
@@ -225,7 +229,7 @@ def train_plainly(folder: Path, case: str) -> dict[str, Any]:
                 }
         optimizer.zero_grad()
         losses.append(loss.item())
-    state = model.state_dict()
+    state = {f"base_model.model.{name}" if "bottleneck" in CASES[case] else name: tensor for name, tensor in model.state_dict().items()}
     if case != "pissa" and isinstance(model, peft.PeftModel):
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return {"losses": losses, "norms": norms, "weights": state, "importance": importance}
@@ -257,7 +261,7 @@ def even_share(numel: int, size: int) -> int:
 def cases_for(size: int, engine: str) -> list[str]:
     """All for two ranks, one a method for one and three, and of flat partitions of three a few: they do not know methods."""
     if (size, engine) == (3, "zero3"):
-        return ["lora_more", "qlora", "adalora"]
+        return ["lora_more", "qlora", "adalora", "houlsby"]
     return list(CASES) if size == 2 else [case for case in CASES if case not in ("lora", "lora_bias", "lora_ends", "freeze_pattern")]
 
 
@@ -328,6 +332,9 @@ ids, labels, out, bases = torch.load(sys.argv[1], weights_only=True)
 for folder in sorted(Path(out).iterdir()):
     case = folder.name.partition("-")[2]
     if (folder / "adapter_config.json").exists():
+        if (folder / "bottleneck_adapter.py").exists():
+            sys.path.insert(0, str(folder))
+            import bottleneck_adapter
         base = AutoModelForCausalLM.from_pretrained(bases[case], dtype=torch.float32)
         model = peft.PeftModel.from_pretrained(base, folder)
         again = model  # an adapter finds its base by itself, which for those of 4 bits is not the one that they were trained on
@@ -396,7 +403,7 @@ def save_and_load(world: World, folder: Path, case: str, engine_name: str, check
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero3"])
-@pytest.mark.parametrize("case", ["lora_more", "freeze", "pissa", "ptuning"])
+@pytest.mark.parametrize("case", ["lora_more", "freeze", "pissa", "ptuning", "parallel"])
 def test_a_checkpoint_holds_what_is_trained_and_continues_exactly(
     ranks: Callable[[int], Ranks], folders: Any, tmp_path: Path, case: str, engine: str
 ) -> None:
@@ -459,6 +466,10 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("lora", {"modules_to_save": ["embed_tokens"]}, ["'model.embed_tokens'", "ties"]),
     ("lora", {"modules_to_save": ["lm_haed"]}, ["`peft.modules_to_save` = 'lm_haed'", "did you mean lm_head"]),
     ("lora", {"rank": 17}, ["`peft.rank` = 17", "is 16 x 32", "peft.rank=16 or less"]),
+    ("houlsby", {"targets": ["mlp"]}, ["`peft.targets` = 'mlp'", "no layer of this name"]),
+    ("houlsby", {"targets": ["embed_tokens"]}, ["no bottleneck adapter is put on Embedding"]),
+    ("parallel", {"targets": ["self_attn"]}, ["LlamaAttention takes or returns", "peft.targets=[mlp]"]),
+    ("parallel", {"targets": ["mpl"]}, ["`peft.targets` = 'mpl'", "did you mean mlp"]),
     ("freeze", {"last_blocks": 3}, ["`peft.last_blocks` = 3", "has 2 blocks"]),
     ("freeze", {"last_blocks": None, "freeze": ["*mpl*"]}, ["`peft.freeze` = '*mpl*'", "matches no parameter"]),
     ("freeze", {"last_blocks": None, "freeze": ["*"]}, ["freezes every parameter"]),
@@ -488,6 +499,10 @@ FOREIGN: list[tuple[str, dict[str, Any], str]] = [
     ("freeze", {}, "peft.last_blocks=4"),
     ("freeze", {"freeze": ["a"], "last_blocks": 1}, "peft.last_blocks"),
     ("prompt", {}, "data.packing=false"),
+    ("lora", {"bottleneck": 8}, "it is for bottleneck"),
+    ("bottleneck", {"rank": 4}, "peft.method=bottleneck has no such setting"),
+    ("bottleneck", {"quantise": Quantisation.nf4}, "it is for lora"),
+    ("bottleneck", {"scale": -1.0}, "`peft.scale` = -1.0"),
     ("lora", {"target_rank": 2}, "it is for adalora"),
     ("adalora", {"adapter": "/nowhere"}, "`peft.adapter`"),
     ("adalora", {"target_rank": 8}, "peft.rank = 8, which adalora begins with, must be larger"),

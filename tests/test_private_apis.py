@@ -20,6 +20,7 @@ FSDP, DTENSOR = "torch.distributed.fsdp._fully_shard", "torch.distributed.tensor
 PROCESS_GROUP, OP = "torch._C._distributed_c10d", "torch._ops.OpOverload"
 PRETRAINED = "transformers.modeling_utils.PreTrainedModel"
 STAGE3, INIT = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", "deepspeed.runtime.zero.partition_parameters.Init"
+TUNER = "peft.tuners.tuners_utils.BaseTuner"
 ADAM = "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam"
 
 PRIVATE = {
@@ -32,6 +33,7 @@ PRIVATE = {
     "_can_set_attn_implementation": f"{PRETRAINED}._can_set_attn_implementation",
     "_can_set_experts_implementation": f"{PRETRAINED}._can_set_experts_implementation",
     "_cdata": "torch._C.StorageBase._cdata",
+    "_cast_input_dtype": f"{TUNER}Layer._cast_input_dtype",
     "_compatible_flash_implementations": f"{PRETRAINED}._compatible_flash_implementations",
     "_convert_to_deepspeed_param": f"{INIT}._convert_to_deepspeed_param",
     "_device_types": f"{PROCESS_GROUP}.ProcessGroup._device_types",
@@ -51,6 +53,7 @@ PRIVATE = {
     "_keys_to_ignore_on_load_unexpected": f"{PRETRAINED}._keys_to_ignore_on_load_unexpected",
     "_loaded_ops": "deepspeed.ops.op_builder.builder.OpBuilder._loaded_ops",
     "_local_scalar_dense": "torch.ops.aten._local_scalar_dense",
+    "_move_adapter_to_device_of_base_layer": f"{TUNER}Layer._move_adapter_to_device_of_base_layer",
     "_mp_policy": f"{FSDP}._fsdp_state.FSDPState._mp_policy",
     "_no_split_modules": f"{PRETRAINED}._no_split_modules",
     "_opname": f"{OP}._opname",
@@ -60,6 +63,7 @@ PRIVATE = {
     "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition": f"{STAGE3}.__param_id_to_grad_partition",
     "_parameters": "torch.nn.modules.module.Module._parameters",
     "_reassign_or_swap_out_partitioned_parameters": f"{STAGE3}._reassign_or_swap_out_partitioned_parameters",
+    "_replace_module": f"{TUNER}._replace_module",
     "_scaled_mm": "torch.ops.aten._scaled_mm",
     "_scaled_dot_product_flash_attention_for_cpu": "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",

@@ -18,7 +18,7 @@ from launcher.job import Job, frozen_text, make_job
 from launcher.presets import CONF
 from launcher.proposals import changes_of
 from trainers.config.choices import OptimizerName, PeftMethod
-from trainers.config.derived import Peak, learning_rate, microbatches, peak_lr, warmup_steps
+from trainers.config.derived import PRESET_OF, Peak, learning_rate, microbatches, peak_lr, warmup_steps
 from trainers.config.errors import ConfigError
 from trainers.config.schema import OptimConfig, PeftConfig, TrainConfig, read
 
@@ -37,6 +37,9 @@ OF_PRESETS = {
     "prompt": 3e-2,
     "prefix": 5e-5,
     "ptuning": 1e-4,
+    "houlsby": 3e-4,
+    "pfeiffer": 3e-4,
+    "parallel": 3e-4,
 }
 OF_EXPERIMENTS = {
     "llama8b_full": 5e-6,
@@ -119,7 +122,7 @@ def test_a_given_rate_wins_in_any_order_of_words() -> None:
 
 def test_a_method_without_a_rate_is_refused_unless_one_is_given() -> None:
     for method in set(PeftMethod) - {PeftMethod.none, PeftMethod.freeze}:
-        with pytest.raises(ConfigError, match=f"peft={method}, which is that preset"):
+        with pytest.raises(ConfigError, match=f"peft={PRESET_OF.get(method, method)}, which is that preset"):
             peak_lr(OptimConfig(), PeftConfig(method=method))
         assert peak_lr(OptimConfig(lr=1e-3), PeftConfig(method=method)).value == 1e-3
     with pytest.raises(ConfigError, match=r"peft.lr = 0.0002 is a rate for adamw"):

@@ -121,6 +121,7 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     ],
     "an encoder-decoder of pairs": ["model.encoder_decoder=true", "data.packing=false", "objective=dpo"],
     "an encoder-decoder that learns texts": ["model.encoder_decoder=true", "data.packing=false", "objective=cpt"],
+    "an encoder-decoder with bottlenecks": ["model.encoder_decoder=true", "data.packing=false", "peft=houlsby"],
     "an encoder-decoder that packs": ["model.encoder_decoder=true"],
     "an encoder-decoder of a stream": [
         *(
@@ -255,6 +256,10 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
         "engine.offload_optimizer=nvme",
         "engine.nvme_path=/x",
     ],
+    "a bottleneck without features": ["peft=houlsby", "peft.bottleneck=0"],
+    "a bottleneck that adds nothing": ["peft=parallel", "peft.scale=0"],
+    "a bottleneck in bits": ["peft=pfeiffer", "peft.quantise=nf4"],
+    "a bottleneck of split layers": ["peft=houlsby", "engine.tensor=2"],
     "rolling back to nothing": ["train.on_spike=rollback"],
     "packed prompts": ["peft=prompt"],
     "prefixes computed again": ["peft=prefix", "data.packing=false", "train.activations=block"],

@@ -127,7 +127,7 @@ class Case:
             run_dir=run_dir,
             model=ModelConfig(architecture={"model_type": "llama"} | SIZES[self.size]),
             data=DataConfig(seq_len=self.seq_len),
-            peft=PeftConfig(method=self.method, quantise=self.quantise),
+            peft=PeftConfig(method=self.method, quantise=self.quantise, targets=["down_proj"] if self.method is BOTTLENECK else []),
             objective=ObjectiveConfig(name=self.objective),
             engine=replace(engine, **self._mesh()) if self._mesh() else engine,
             optim=OptimConfig(name=self.optimizer, state=self.state, lr=1e-5),
@@ -143,6 +143,7 @@ class Case:
 
 
 FP32, ZERO3, LORA, NF4 = Precision.fp32, EngineName.zero3, PeftMethod.lora, Quantisation.nf4
+BOTTLENECK = PeftMethod.bottleneck
 SELECTIVE, BLOCK, OFFLOAD = Activations.selective, Activations.block, Activations.offload
 CASES = [
     Case(1, "tiny"),
@@ -158,6 +159,7 @@ CASES = [
     Case(2, "9M", engine=ZERO3, activations=BLOCK),
     Case(2, "9M", engine=ZERO3, method=LORA),
     Case(2, "tiny", engine=ZERO3, method=LORA, quantise=NF4, precision=FP32),
+    Case(2, "tiny", method=BOTTLENECK),
     Case(2, "300M", activations=BLOCK),
     Case(2, "300M", engine=ZERO3, activations=BLOCK),
     Case(2, "9M", activations=SELECTIVE),

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from trainers.config.errors import ConfigError
 from trainers.model.safetensors_files import FLOATS, Weights, listed
 from trainers.model.weights import is_finite, tied_names
-from trainers.peft.base import ADAPTER, FILE
+from trainers.peft.base import ADAPTER, FILE, library
 from trainers.rundir import paths
 
 CONFIG = "adapter_config.json"
@@ -50,15 +50,13 @@ class AdapterFiles:
 
 def read_adapter(folder: Path) -> AdapterFiles:
     """Read an adapter's config and the header of its file; raises Unfit for what is missing, damaged or cannot be merged."""
-    import peft
-
     if not (folder / CONFIG).is_file():
         hint = f"; {folder / 'export'} has one" if (folder / paths.EXPORT / CONFIG).is_file() else ""
         raise Unfit(f"{folder} {f'is not an adapter, it has no {CONFIG}' if folder.is_dir() else 'is not a directory'}{hint}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fields of later versions of peft
-            config: Any = peft.PeftConfig.from_pretrained(str(folder))
+            config: Any = library().PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # whatever text other than a config parses to
         raise Unfit(f"{folder / CONFIG} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if why := _why_not(config):
@@ -80,6 +78,8 @@ def _why_not(config: Any) -> str | None:
     method = getattr(config.peft_type, "value", config.peft_type)
     if config.is_prompt_learning:
         return f"{method} puts virtual tokens in front of each row and changes no weight; load it together with its base, with peft"
+    if method == "BOTTLENECK":
+        return "bottleneck adapters have an activation between two matrices, and no weight does the same; load them with peft"
     if method not in tuners or config.is_adaption_prompt or method in ("XLORA", "POLY", "SHADOW"):
         return f"{method} is not a change of the base's weights; load it together with its base, with peft"
     if tuners[config.peft_type].uses_shared_state:

@@ -80,6 +80,8 @@ POSITIVE = (
     "peft.target_rank",
     "peft.tfinal",
     "peft.delta_t",
+    "peft.bottleneck",
+    "peft.scale",
     "engine.shard",
     "engine.sub_group_size",
     "engine.reduce_bucket_size",

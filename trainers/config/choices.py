@@ -183,6 +183,16 @@ class PeftMethod(StrEnum):
     prefix = "prefix"
     ptuning = "ptuning"
     adalora = "adalora"
+    bottleneck = "bottleneck"
+
+
+class AdapterActivation(StrEnum):
+    """What is between the two matrices of a bottleneck adapter."""
+
+    relu = "relu"
+    gelu = "gelu"
+    silu = "silu"
+    tanh = "tanh"
 
 
 class AdapterBias(StrEnum):

@@ -11,6 +11,8 @@ from trainers.config.mesh import Mesh
 from trainers.config.schema import DataConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
 
 OF_THE_MODEL = (PeftMethod.none, PeftMethod.freeze)
+PRESET_OF = {PeftMethod.bottleneck: "houlsby"}
+"""A preset of a method that none is named after."""
 """Methods that train weights of the model itself, at the rate of full fine-tuning."""
 
 OF_STYLES = ("styles", "style_rows", "style_instruction")
@@ -140,7 +142,8 @@ def _given(optim: OptimConfig, peft: PeftConfig) -> tuple[str, float]:
         return "optim.full_lr", optim.full_lr
     if peft.lr is None:
         reason = f"peft.method={peft.method} has no learning rate of its own: its preset gives one"
-        raise ConfigError("peft.lr", None, reason, f"peft={peft.method}, which is that preset, or optim.lr=2e-4")
+        preset = PRESET_OF.get(peft.method, peft.method)
+        raise ConfigError("peft.lr", None, reason, f"peft={preset}, which is that preset, or optim.lr=2e-4")
     if optim.name is OptimizerName.sgd:
         raise ConfigError("optim.lr", None, f"peft.lr = {peft.lr:g} is a rate for adamw, and optim.name is sgd", "optim.lr=1e-2")
     return "peft.lr", peft.lr

@@ -35,6 +35,8 @@ def _uncompiled(config: RunConfig) -> tuple[str, str, str] | None:
         return "peft.method", "dora", "asks in each layer where the class of a weight comes from, and each time a graph ends"
     if config.peft.method is PeftMethod.prefix:
         return "peft.method", "prefix", "gives each block keys of its own, and each block would be compiled alone"
+    if config.peft.method is PeftMethod.bottleneck:
+        return "peft.method", "bottleneck", "looks in each layer for the adapters that are active, which is not compiled here"
     if config.peft.quantise is Quantisation.nf4:
         return "peft.quantise", "nf4", "unpacks a matrix in dozens of pieces, of which a graph would have thousands"
     return None

@@ -70,4 +70,5 @@ def _of_adapter(folder: Path) -> str:
     except (ValueError, KeyError, TypeError, OSError):
         base, method = "", ""
     named = f"model.id={base}" if base else "model.id with its base"
-    return f"{named} peft={method if method in (*PeftMethod,) else 'METHOD'} peft.adapter={folder} to train it further"
+    presets = {*PeftMethod} - {PeftMethod.bottleneck}  # of which there are three
+    return f"{named} peft={method if method in presets else 'METHOD'} peft.adapter={folder} to train it further"

@@ -12,6 +12,7 @@ from trainers.config.schema import PeftConfig, RunConfig
 
 LORA = ("lr", "rank", "alpha", "dropout", "targets", "bias", "modules_to_save", "rank_stabilised", "adapter", "lr_ratio")
 ADALORA = ("target_rank", "tinit", "tfinal", "delta_t", "beta1", "beta2", "orth_reg_weight")
+BOTTLENECK = ("bottleneck", "activation", "scale", "parallel")
 PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.none: (),
     PeftMethod.freeze: ("freeze", "last_blocks"),
@@ -22,6 +23,7 @@ PEFT_FIELDS: dict[PeftMethod, tuple[str, ...]] = {
     PeftMethod.prefix: ("lr", "virtual_tokens", "encoder_size", "adapter"),
     PeftMethod.ptuning: ("lr", "virtual_tokens", "encoder_size"),
     PeftMethod.adalora: ("lr", "rank", "alpha", "dropout", "targets", "modules_to_save", *ADALORA),
+    PeftMethod.bottleneck: ("lr", "targets", "modules_to_save", "adapter", *BOTTLENECK),
 }
 VIRTUAL = (PeftMethod.prompt, PeftMethod.prefix, PeftMethod.ptuning)
 INITS = {

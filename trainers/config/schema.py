@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from trainers.config.choices import (
     KL,
     Activations,
+    AdapterActivation,
     AdapterBias,
     AdapterInit,
     Advantage,
@@ -450,11 +451,11 @@ class PeftConfig:
     dropout: float = 0.0
     """lora, dora, adalora: share of an adapter's inputs set to zero while training. In [0, 1)."""
     targets: list[str] = field(default_factory=list)
-    """lora, dora, adalora, ia3: [q_proj,v_proj], or [all-linear] without the head; lora: also [experts]; empty is peft's choice."""
+    """[q_proj,v_proj], or [all-linear] without the head; lora: also [experts]; bottleneck: also [mlp]; empty is peft's choice."""
     bias: AdapterBias = AdapterBias.none
     """lora, dora: biases of the base that are trained, and saved with the adapter."""
     modules_to_save: list[str] = field(default_factory=list)
-    """lora, dora, adalora, ia3: names of modules that are trained whole and saved with the adapter, as [lm_head]."""
+    """lora, dora, adalora, ia3, bottleneck: names of modules that are trained whole and saved with the adapter, as [lm_head]."""
     rank_stabilised: bool = False
     """lora, dora: scale by alpha / sqrt(rank) instead, so that large ranks learn as fast (arXiv 2312.03732)."""
     init: AdapterInit = AdapterInit.default
@@ -462,7 +463,7 @@ class PeftConfig:
     quantise: Quantisation = Quantisation.none
     """lora: `nf4` stores the frozen linear layers, but for the head, in 0.52 bytes a parameter (QLoRA, arXiv 2305.14314)."""
     adapter: str | None = None
-    """lora, dora, ia3, prompt, prefix: a PEFT adapter directory to begin with, such as another run's export, instead of `init`."""
+    """lora, dora, ia3, prompt, prefix, bottleneck: a PEFT adapter directory to begin with, as another run's export, instead of `init`."""
     lr_ratio: float = 1.0
     """lora, dora: learning rate of the B matrices over that of the rest (LoRA+, arXiv 2402.12354)."""
     virtual_tokens: int = 20
@@ -487,6 +488,14 @@ class PeftConfig:
     """adalora: decay rate of the running mean of how far that strays. Above 0, below 1."""
     orth_reg_weight: float = 0.5
     """adalora: weight of the regulariser that keeps A's rows and B's columns orthonormal; it is trained on, and not part of `loss`."""
+    bottleneck: int = 64
+    """bottleneck: features between its two matrices."""
+    activation: AdapterActivation = AdapterActivation.relu
+    """bottleneck: what is between its two matrices."""
+    scale: float = 1.0
+    """bottleneck: what it adds is multiplied by this."""
+    parallel: bool = False
+    """bottleneck: read the input of each target instead of its output."""
 
 
 @dataclass(kw_only=True)

@@ -12,6 +12,7 @@ from trainers.config.choices import (
     DocumentOf,
     Float8,
     ObjectiveName,
+    PeftMethod,
     Precision,
     Quantisation,
     Reasoning,
@@ -93,6 +94,8 @@ def _refused(config: RunConfig) -> Iterator[tuple[str, object, str, str]]:
         yield "train.balance_loss", train.balance_loss, f"{SAID} has no experts here", "train.balance_loss=null"
     if peft.method in VIRTUAL:
         yield "peft.method", peft.method, f"{SAID} gets adapters in its layers, and no virtual tokens", "peft=lora"
+    if peft.method is PeftMethod.bottleneck:
+        yield "peft.method", peft.method, f"the layers of {SAID} get no bottleneck adapters here", "peft=lora"
     if peft.last_blocks is not None:
         reason = f"the first list of blocks of {SAID} is the encoder's, and all that follows would be trained"
         yield "peft.last_blocks", peft.last_blocks, reason, "peft.freeze=[encoder.*] peft.last_blocks=null"

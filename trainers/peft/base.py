@@ -174,6 +174,15 @@ def plain_list(names: Any) -> Any:
     return sorted(names) if isinstance(names, (set, list)) else names
 
 
+def library() -> Any:
+    """Return the peft library with the method that we add to it, so that directories of all methods can be opened."""
+    import peft
+
+    from trainers.peft import bottleneck_adapter  # noqa: F401  # it registers itself
+
+    return peft
+
+
 @contextmanager
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Draw random numbers that are a function of (seed, name) alone."""

@@ -53,6 +53,10 @@ def inject(model: PreTrainedModel, origin: Origin, config: RunConfig, unreached:
     library_config.base_model_name_or_path = base_name(config)
     library_config.revision = config.model.revision
     layers = _adapted(model, library_config, settings, parts)
+    if settings.method is PeftMethod.bottleneck:
+        from trainers.peft.bottleneck import require_suitable
+
+        require_suitable(model, settings)
     for name in unreached:
         before[name].requires_grad_(False)  # `bias: all` has let it be trained
     _require_rank(settings, layers)
@@ -109,6 +113,8 @@ def _single_layers(model: PreTrainedModel, library_config: Any) -> dict[str, Any
     _put_in(library_config, model)
     layers = _tuner_layers(model)
     for path, layer in layers.items():
+        if hasattr(library_config, "bottleneck_size"):  # which a module of several layers may have
+            break
         if not isinstance(layer.get_base_layer(), ADAPTABLE) and not any(name.endswith(f".{stack_of(layer)}") for name in aimed):
             raise _no_stacks([path])
     if aimed:
@@ -137,6 +143,10 @@ def _library_config(settings: PeftConfig, model: PreTrainedModel, parts: Sequenc
     same |= {"exclude_modules": exclusion(parts)}
     if settings.method is PeftMethod.ia3:
         return peft.IA3Config(**same, feedforward_modules=_feedforward(settings, model))
+    if settings.method is PeftMethod.bottleneck:
+        from trainers.peft.bottleneck import library_config
+
+        return library_config(settings, model, **same)
     alpha = int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha
     if settings.method is PeftMethod.adalora:
         return adalora.library_config(settings, alpha, **same)
@@ -199,7 +209,7 @@ def _keys(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, str]
 
 def _require_rank(settings: PeftConfig, layers: Mapping[str, Any]) -> None:
     """Raise ConfigError where a matrix has fewer rows or columns than LoRA's rank."""
-    for path, layer in layers.items() if settings.method is not PeftMethod.ia3 else ():
+    for path, layer in layers.items() if settings.method not in (PeftMethod.ia3, PeftMethod.bottleneck) else ():
         smaller = min(layer.in_features, layer.out_features)
         if settings.rank > smaller:
             reason = f"{path} is {layer.out_features} x {layer.in_features}, so that no larger rank can be told from {smaller}"
@@ -249,7 +259,8 @@ class Adapters:
     def begin_names(self, tied: Collection[str]) -> None:
         """Put names into the base's order, an adapter's after the weight of its layer; names that are others' aliases are left out."""
         place = {name: number for number, name in enumerate(self.origin.names())}
-        of_layer = {path: place[self._source(path, self.stacks.get(path, "weight"))] for path in self.bases}
+        first = {path: next(name for name, _ in base.named_parameters()) for path, base in self.bases.items()}
+        of_layer = {path: place[self._source(path, self.stacks.get(path, first[path]))] for path in self.bases}
         places = {name: of_layer[self.made[name]] if name in self.made else place.get(self.sources[name]) for name in self.shapes}
         kept = [(number, name) for name, number in places.items() if number is not None and name not in tied]
         self.order = [name for _, name in sorted(kept, key=lambda item: item[0])]
@@ -288,10 +299,11 @@ class Adapters:
     def _make(self, path: str) -> dict[str, Tensor]:
         """Let peft adapt this one layer alone, and return what it made by the model's names."""
         base = copy.deepcopy(self.bases[path])
-        for name, parameter in base.named_parameters():
+        for name, parameter in list(base.named_parameters()):
             whole = name == "weight" and (self.looks_at_base or self.settings.method is PeftMethod.dora)
             value = self._whole(self._source(path, name), parameter.shape).float() if whole else torch.zeros(()).expand(parameter.shape)
-            setattr(base, name, nn.Parameter(value, requires_grad=False))
+            owner, _, leaf = name.rpartition(".")
+            setattr(base.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
         alone = nn.Module()
         alone.add_module("layer", base)
         with seeded(self.seed, path):

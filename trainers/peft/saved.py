@@ -19,21 +19,21 @@ from trainers.model.export import Sums, rehearse, require_same, write_folder
 from trainers.model.safetensors_files import Weights, listed
 from trainers.model.saved_form import finite
 from trainers.model.weights import is_finite
-from trainers.peft.base import FILE, Adaptation, Adapter, VirtualTokens
+from trainers.peft.base import FILE, Adaptation, Adapter, VirtualTokens, library
 
 
 def require_same_adapter(adapter: str, ours: Any) -> None:
     """Raise ConfigError where an adapter to begin with is of another method, base or size than the run's."""
-    import peft
-
-    theirs = peft.PeftConfig.from_pretrained(adapter)
+    theirs = library().PeftConfig.from_pretrained(adapter)
     if theirs.peft_type != ours.peft_type:
-        raise ConfigError("peft.adapter", adapter, f"is {theirs.peft_type.value}, the run {ours.peft_type.value}", "the same peft.method")
+        wanted, found = (getattr(config.peft_type, "value", config.peft_type) for config in (ours, theirs))
+        raise ConfigError("peft.adapter", adapter, f"is {found}, the run {wanted}", "the same peft.method")
     if theirs.base_model_name_or_path != ours.base_model_name_or_path:
         reason = f"belongs to {theirs.base_model_name_or_path}, the run to {ours.base_model_name_or_path}"
         remedy = f"model.id={theirs.base_model_name_or_path}, or correct its adapter_config.json where it is the same base elsewhere"
         raise ConfigError("peft.adapter", adapter, reason, remedy)
-    for name in ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens"):
+    sizes = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "num_virtual_tokens")
+    for name in (*sizes, "bottleneck_size", "activation", "scale", "parallel"):
         wanted, found = (getattr(config, name, None) for config in (ours, theirs))
         if wanted != found:
             raise ConfigError("peft.adapter", adapter, f"was made with {name}={found}, the run asks for {wanted}", "give it the same")
@@ -111,10 +111,9 @@ def _configure(adaptation: Adaptation, tokenizer: PreTrainedTokenizerBase, confi
 
 def rehearse_adapter(adaptation: Adaptation, blueprint: Blueprint, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Rehearse the export of an adapter; raises ConfigError."""
-    import peft
 
     def reopened(place: Path) -> None:
-        peft.PeftConfig.from_pretrained(str(place))
+        library().PeftConfig.from_pretrained(str(place))
         if blueprint.folder is not None:
             with suppress(OSError):  # there is none, and transformers makes one
                 GenerationConfig.from_pretrained(blueprint.folder)  # of the base, which is opened at the end
@@ -126,11 +125,9 @@ def rehearse_adapter(adaptation: Adaptation, blueprint: Blueprint, tokenizer: Pr
 
 def reopen_adapter(folder: Path, base: PreTrainedModel) -> PreTrainedModel:
     """Load the adapter onto its base as a user would, with plain peft; raises RuntimeError where a key is missing or left over."""
-    import peft
-
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        opened: Any = peft.PeftModel.from_pretrained(base, str(folder))
+        opened: Any = library().PeftModel.from_pretrained(base, str(folder))
     lost = [str(word.message) for word in said if "missing" in str(word.message) or "unexpected" in str(word.message)]
     if lost:
         raise RuntimeError(f"the export in {folder} is wrong: {lost[0]}")

@@ -40,9 +40,8 @@ def require_modules(model: PreTrainedModel, settings: PeftConfig, parts: Sequenc
     modules = {path: module for path, module in model.named_modules() if path}
     adaptable = [path for path, module in modules.items() if isinstance(module, ADAPTABLE)]
     weighty = [path for path, module in modules.items() if next(module.parameters(), None) is not None]
-    wanted = [
-        ("targets", name, adaptable, "layer") for name in settings.targets if name not in (ALL_LINEAR, *names_stacks(settings.targets))
-    ]
+    aimed = weighty if settings.parallel else adaptable
+    wanted = [("targets", name, aimed, "layer") for name in settings.targets if name not in (ALL_LINEAR, *names_stacks(settings.targets))]
     wanted += [("modules_to_save", name, weighty, "module with weights") for name in settings.modules_to_save]
     for where, name, paths, what in wanted:
         found = [path for path in paths if ends(path, name)]
