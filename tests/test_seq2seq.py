@@ -378,8 +378,10 @@ def test_a_run_is_planned_exported_and_answers(whole: Path, made: Path, cache: P
     launch(cache, command(made, "untied", tmp_path / "planned", "mode=plan"))
     plan = json.loads((tmp_path / "planned" / "plan.json").read_text())
     assert (plan["parameters"], plan["trainable"]) == (summary["parameters"], summary["trainable_parameters"])
-    assert {key: 2 * size for key, size in plan["state"].items()} == summary["state_bytes"]
     model: Any = AutoModelForSeq2SeqLM.from_pretrained(whole / "export")
+    odd = sum(p[0].numel() for p in model.parameters() if len(p) % 2)  # rows that rank 0, whose the plan is, has more than rank 1
+    more = {"frozen": 0, "trainable": 4 * odd, "gradients": 4 * odd, "optimizer": 8 * odd}
+    assert {key: 2 * size - more.get(key, 0) for key, size in plan["state"].items()} == summary["state_bytes"]
     assert not torch.equal(model.lm_head.weight, model.shared.weight)
     assert says_tied(whole / "export") is False
     launch(cache, [sys.executable, "-m", "tools.export", str(whole), str(tmp_path / "again")])
