@@ -18,6 +18,7 @@ from tools.sample import main
 from trainers.generate.endpoint import once
 from trainers.generate.request import Answer, Request, Sampling
 from trainers.generate.vllm import RENEW, Vllm
+from trainers.rl.generators import TEMPERED
 from trainers.rundir.rows import read_rows, steps
 
 PYTHON = os.environ.get("FULLTUNE_VLLM", "")
@@ -95,26 +96,53 @@ def test_a_command_lets_it_answer(tmp_path: Path) -> None:
     assert model.config.vocab_size > max(max(row["ids"]) for row in rows)
 
 
-def run_of(cache: Path, folder: Path, expect: int, *more: str, path: Path | None = None) -> tuple[str, Path]:
-    """Train a small model on its own answers, as vLLM writes them; return what is said and the run directory."""
+def run_of(cache: Path, folder: Path, expect: int, *more: str, tied: bool = True, path: Path | None = None, key: str = "") -> str:
+    """Train a small model, in `folder`/base, on its own answers, as vLLM writes them, in `folder`/run; return what is said."""
     prompts = folder / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": f"What is {number}?"}) + "\n" for number in range(16)))
-    save(folder / "base", True, 0)
+    prompts.write_text("".join(json.dumps({"question": f"What is {number}?", "answer": f"{number}"}) + "\n" for number in range(16)))
+    if not (folder / "base").exists():
+        save(folder / "base", tied, 0)
     asked = ["objective=grpo", "reward.short.kind=length", "reward.short.max=4", "reward.short.soft=20", "rl.group_size=4"]
-    asked += ["rl.max_new_tokens=16", "data.packing=false", f"rl.vllm={PYTHON}", "train.global_batch=16", "data.eval_fraction=0"]
-    line = arguments(folder / "base", prompts, folder / "run", *asked, "train.eval_every=null", "train.steps=3", *more)
-    variables = environment(cache)
+    asked += ["rl.max_new_tokens=16", "data.packing=false", "train.global_batch=16", "data.eval_fraction=0", "train.eval_every=null"]
+    line = arguments(folder / "base", prompts, folder / "run", *asked, "train.steps=3", *more)
+    variables = environment(cache) | ({"FULLTUNE_ENDPOINT_KEY": key, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} if key else {})
     if path is not None:
         variables["PYTHONPATH"] += os.pathsep + str(path)
     done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == expect, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr, folder / "run"
+    return done.stdout + done.stderr
 
 
-def test_a_run_learns_from_its_answers(cache: Path, tmp_path: Path) -> None:
-    rows = steps(read_rows(run_of(cache, tmp_path, 0)[1]))
-    assert len(rows) == 3
-    assert all(row["mismatch"] < BOUND and row["mismatch_largest"] < BOUND for row in rows)
+def require_policy(run_dir: Path) -> list[dict[str, Any]]:
+    """Require that answers were the policy's at each of three steps, and that it has learned; return the rows of metrics."""
+    rows = steps(read_rows(run_dir))
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["mismatch"] < BOUND and row["mismatch_largest"] < BOUND and row["grad_norm"] > 0 for row in rows)
+    return rows
+
+
+@pytest.mark.parametrize(("tied", "more"), [(True, ()), (False, ("rl.temperature=0.7",))], ids=["tied", "untied at a temperature"])
+def test_a_run_learns_from_its_answers(tied: bool, more: tuple[str, ...], cache: Path, tmp_path: Path) -> None:
+    run_of(cache, tmp_path, 0, f"rl.vllm={PYTHON}", *more, tied=tied)
+    require_policy(tmp_path / "run")
+
+
+def test_a_run_learns_from_conversations(cache: Path, tmp_path: Path) -> None:
+    """Two turns each: what the environment says between them is in the prompt of the second."""
+    more = ("rl.environment=trainers.rl.environments:TryAgain", "rl.max_turns=2", "data.seq_len=192", f"rl.vllm={PYTHON}")
+    run_of(cache, tmp_path, 0, *more)
+    assert all(row["turns"] > 1 for row in require_policy(tmp_path / "run"))
+
+
+def test_a_server_that_runs_already_writes_the_answers_and_stays(cache: Path, tmp_path: Path) -> None:
+    """It begins with other weights than the run's, has a key, and divides logits by the temperature."""
+    save(tmp_path / "other", True, 1)
+    save(tmp_path / "base", True, 0)
+    with Vllm(tmp_path / "other", python=PYTHON, device="cpu", words=TEMPERED) as server:
+        run_of(cache, tmp_path, 0, f"rl.servers=[{server.root.url}]", "rl.temperature=1.3", key=server.root.own_key)
+        require_policy(tmp_path / "run")
+        assert all(answer.ids for _, answer in asked(server))
+        assert "HTTP 401" in run_of(cache, tmp_path, 1, f"rl.servers=[{server.root.url}]", f"run_dir={tmp_path / 'locked'}", key="another")
 
 
 def test_a_run_stops_without_the_tied_head(cache: Path, tmp_path: Path) -> None:
@@ -124,5 +152,4 @@ def test_a_run_stops_without_the_tied_head(cache: Path, tmp_path: Path) -> None:
         "import sys\nif 'trainers' in sys.orig_argv:\n    import trainers.generate.tied as tied\n    tied.add_head = lambda folder: None\n"
     )
     (hidden / "sitecustomize.py").write_text(patch)
-    said, _ = run_of(cache, tmp_path, 1, path=hidden)
-    assert "it has other weights than are trained" in said
+    assert "it has other weights than are trained" in run_of(cache, tmp_path, 1, f"rl.vllm={PYTHON}", path=hidden)
