@@ -145,11 +145,13 @@ def test_a_job_that_is_queued_again_continues(
 def test_a_generator_that_hangs_is_named_and_replaced(
     cluster: Cluster, base: Path, cache: Path, tmp_path: Path, undisturbed: list[tuple[Any, ...]]
 ) -> None:
-    """Its node answers, and SLURM notices nothing."""
+    """Its node answers, and SLURM notices nothing. It takes no SIGTERM, and is gone long before its job is."""
     run_dir = tmp_path / "run"
-    with running(cluster, base, cache, run_dir, *ONE, *LONG, "rl.timeout_s=8", "limits.load_s=90"):
+    with running(cluster, base, cache, run_dir, *ONE, *LONG, "rl.timeout_s=8", "limits.load_s=90") as job:
         [hung] = workers(cluster, 2)
         cluster.on(2, "kill", "-STOP", hung)
+        wait_for(lambda: hung not in workers(cluster, 2), run_dir)
+        assert cluster.job(job)["JobState"] == "RUNNING"
     assert "the generator on node2 is replaced: the model has given no answer for" in said(run_dir)
     assert (status(run_dir)["attempt"], told(run_dir)) == (1, undisturbed)
 
