@@ -103,7 +103,12 @@ def test_a_stopped_rank_that_shares_rows_is_named(base: Path, chats: Path, cache
 
 @pytest.mark.slurm
 @pytest.mark.parametrize(
-    "mesh", [pytest.param("engine.context=2", marks=pytest.mark.soak), pytest.param("engine.expert=2", marks=pytest.mark.slow)]
+    "mesh",
+    [
+        pytest.param("engine.context=2", marks=pytest.mark.soak),
+        pytest.param("engine.tensor=2", marks=pytest.mark.soak),
+        pytest.param("engine.expert=2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_mesh_over_two_nodes_survives_one(mesh: str, cluster: Cluster, base: Path, chats: Path, cache: Path, tmp_path: Path) -> None:
     """Four ranks on two nodes, in groups of two; the second node crashes. The trace is that of a run on this machine."""

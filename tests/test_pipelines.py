@@ -390,6 +390,7 @@ def test_a_killed_pipeline_continues_exactly_and_keeps_what_is_done(base: Path, 
     assert "stage 1 of 3, sft: is done already" in again
     assert "stage 2 of 3, rejection: is done already" in again
     assert "stage 3 of 3, last: continues" in again
+    assert "3 of 3 stages done" in again
     for name in ("sft", "rejection", "last"):
         assert trace(killed / name) == trace(whole / name)
     assert json.loads((killed / "pipeline.json").read_text())["state"]["last"]["after"] == ["compare {dir} --csv {dir}/stages.csv"]
@@ -429,5 +430,6 @@ def test_the_quickstart_ends_with_a_page_that_tells_the_story(cache: Path, tmp_p
     assert all(f"{number}. {name}" in page for number, name in enumerate(("cpt", "sft", "rejection", "dpo", "alignment"), 1))
     assert "<script" not in page
     assert "http" not in page.replace("http://www.w3.org", "").replace("http-equiv", "")
+    assert "5 of 5 stages done" in page
     gate = json.loads((folder / "alignment" / "evaluation" / "gate.json").read_text())
     assert gate["passed"]

@@ -24,6 +24,7 @@ from tools.evaluate.say import NOTHING, Form, interval, marked, plus_minus
 from tools.markdown import cell_of
 from tools.runs import is_run
 from trainers.config.errors import ConfigError, plural
+from trainers.rundir.ending import State
 from trainers.rundir.files import try_json
 from trainers.units import in_time
 
@@ -91,7 +92,9 @@ def tell(folder: Path) -> Story:
             continue
         known = state.get(stage.name, {})
         words = [command_words(text, names_of(stages, stage, folder), "") for text in known.get("before", [])]
-        part = Part(name=stage.name, run=load(run_dir, stage.name), seconds=known.get("seconds", 0.0), ended="ended" in known, commands=[])
+        run = load(run_dir, stage.name)
+        ended = _has_ended(run, stage.after, known)
+        part = Part(name=stage.name, run=run, seconds=known.get("seconds", 0.0), ended=ended, commands=[])
         part.commands += [line for command in words if (line := _made(command))]
         part.gates += [(str(check["rule"]), bool(check["passed"])) for check in try_json(run_dir / FOLDER / "gate.json").get("checks", [])]
         parts.append(part)
@@ -100,6 +103,12 @@ def tell(folder: Path) -> Story:
     metrics = [task_metric(part.run.ours) for part in parts if part.run.ours is not None]
     metric = next((metric for metric in metrics if metric is not None), None)
     return Story(name=record["pipeline"], folder=folder, parts=parts, planned=sum(bool(stage.run) for stage in stages), metric=metric)
+
+
+def _has_ended(run: Run, after: list[str], known: dict[str, Any]) -> bool:
+    """Tell whether a stage is done, but for a `compare` of its own, which tells of it and changes nothing."""
+    left = after[len(known.get("after", [])) :]
+    return "ended" in known or (run.state == State.done and all(command.startswith("compare ") for command in left))
 
 
 def _made(words: list[str]) -> str:

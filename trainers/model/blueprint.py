@@ -97,6 +97,10 @@ class Blueprint:
         choose(model, self.experts)
         model.tie_weights()
         begin_anew(model, model.config)
+        if (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
+            from trainers.model.rotary import by_document
+
+            by_document(model)
         return model
 
 

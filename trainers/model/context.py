@@ -31,6 +31,7 @@ from trainers.model.experts import Routing
 from trainers.model.filled import cut, filled_up
 from trainers.model.forward import Head, forward, is_told_documents
 from trainers.model.recurrent import recurrent_layers
+from trainers.model.rotary import require_short
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,12 +107,13 @@ class _Sum(torch.autograd.Function):
         return grads[0], None
 
 
-def require_no_state(model: nn.Module, context: int) -> None:
-    """Raise ConfigError for a model with layers whose state runs along a row: a slice would need that of the one before."""
+def require_no_state(model: Any, context: int, seq_len: int) -> None:
+    """Raise ConfigError for a model with layers whose state runs along a row, or positions that depend on a document's length."""
     layer = next(recurrent_layers(model), None)
     if layer is not None:
         reason = f"{type(model).__name__} has recurrent layers ({type(layer).__name__}), whose state runs along a row"
         raise ConfigError("engine.context", context, reason, "engine.context=1")
+    require_short(model.config, seq_len, context)
 
 
 def slices_of(mesh: Mesh, rank: int, device: str) -> Slices:

@@ -201,7 +201,7 @@ class FSDPEngine:
         from trainers.model.context import require_no_state, slices_of
 
         require_shareable(self.blueprint.config, model_class(self.blueprint.config), self.config.engine, self.world.size)
-        require_no_state(self.model, self.mesh.context)
+        require_no_state(self.model, self.mesh.context, self.config.data.seq_len)
         return slices_of(self.mesh, self.world.rank, self.world.device.type)
 
     def _split(self) -> Split | Dealt:

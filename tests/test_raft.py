@@ -1,0 +1,129 @@
+"""A model that is trained among distractors finds the document that answers, where one that is trained without them does not.
+
+The rows are those of `tools.synthesise raft`, trained on by the launcher and measured by `tools.evaluate`, as docs/synthesis.md and
+docs/evaluation.md have it. Facts are drawn anew for each corpus, so that what a model knows of one does not answer another.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import ROOT, environment, launch
+from conftest import save_tiny
+from local_server import LocalServer
+from synthesising import Scripted, synthesise, write_rows
+
+FIRST, SECOND = ("Ba", "Do", "Fi", "Ga", "Ke", "Lu"), ("na", "ro", "si", "mu", "le", "ti", "va", "po")
+NAMES = tuple(first + second for first in FIRST for second in SECOND)
+COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
+CORPORA, HELD_OUT, DISTRACTORS, STEPS = 30, 2, 3, 1000
+FACT = re.compile(r"Lamp of (\w+) (\w+)\.")
+
+
+class Facts(Scripted):
+    """A teacher that knows only the passage that it is shown."""
+
+    def said(self, text: str, seed: int) -> str:
+        passage = text.split("Passage:\n")[1].split("\n\n")[0]
+        found = FACT.fullmatch(passage)
+        assert found is not None, passage
+        name, colour = found.groups()
+        if "Reasoning: what follows" in text:
+            return f'Quote: "{passage}"\nReasoning: It is there.\nAnswer: {colour}'
+        return f"Question: What is the lamp of {name}?\nQuote: {passage}\nAnswer: {colour}"
+
+
+class FactsServer(LocalServer):
+    requests = Facts
+    request_queue_size = 64
+
+
+def corpus(folder: Path, number: int) -> Path:
+    """Facts in an order of their own: of passages that are as near to a question BM25 takes the first."""
+    draw = random.Random(number)
+    names = draw.sample(NAMES, len(NAMES))
+    return write_rows(folder / f"corpus-{number}.jsonl", [{"text": f"Lamp of {name} {draw.choice(COLOURS)}."} for name in names])
+
+
+def save_words(folder: Path) -> Path:
+    """A Llama of random weights, each of whose tokens is a word, a digit or a mark."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    texts = [(ROOT / "tools" / "synthesise" / "prompts" / "en" / f"{name}.txt").read_text() for name in ("raft", "raft_answer")]
+    texts += [*NAMES, *COLOURS, "Document 1 2 3 4 : What is the lamp of ? Lamp . It there"]
+    pattern = r"\w+|[^\w\s]|\n"
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
+    words = dict.fromkeys([*special, *(word for text in texts for word in re.findall(pattern, text))])
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    save_tiny(folder, tied=True, vocab_size=len(fast), max_position_embeddings=256, initializer_range=0.05, **sizes)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def require_raft(rows: list[dict[str, Any]], count: int) -> None:
+    """Each row shows its golden document among others that have another name; the answer quotes it by its number."""
+    for row in rows:
+        prompt, answer = (turn["content"] for turn in row["messages"])
+        shown = FACT.findall(prompt)
+        name = re.search(r"What is the lamp of (\w+)\?", prompt)
+        assert name is not None
+        assert [other for other, _ in shown].count(name[1]) == 1
+        assert len(dict(shown)) == len(shown) == count + 1
+        at = [other for other, _ in shown].index(name[1])
+        assert answer.startswith(f'Document {at + 1} says: "Lamp of {name[1]} {shown[at][1]}."')
+        assert answer.endswith(f"Answer: {shown[at][1]}")
+
+
+@pytest.mark.soak
+def test_a_model_trained_among_distractors_finds_the_document(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    data: dict[str, list[dict[str, Any]]] = {"among": [], "alone": [], "levels": []}
+    server = FactsServer()
+    with server.serving():
+        teacher = [f"model.path={server.url}/v1", "model.name=m", "raft.questions=1", "raft.without=0", "filters.similar=1"]
+        for number in range(CORPORA + HELD_OUT):
+            words = [*teacher, f"source={corpus(tmp_path, number)}"]
+            kinds = {"among": [f"raft.distractors={DISTRACTORS}"], "alone": ["raft.distractors=0"]}
+            if number >= CORPORA:
+                kinds = {"levels": [f"raft.distractors={DISTRACTORS}", "raft.levels=true"]}
+            for kind, more in kinds.items():
+                data[kind] += synthesise("raft", tmp_path / f"{kind}-{number}.jsonl", *words, *more)
+    require_raft(data["among"], DISTRACTORS)
+    require_raft(data["alone"], 0)
+    for level in range(DISTRACTORS + 1):
+        require_raft(data["levels"][level :: DISTRACTORS + 1], level)
+    assert len(data["among"]) == len(data["alone"]) == CORPORA * len(NAMES)
+    files = {kind: write_rows(tmp_path / f"{kind}.jsonl", rows) for kind, rows in data.items()}
+
+    base, found = save_words(tmp_path / "base"), {}
+    for kind in ("among", "alone"):
+        line = [sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={files[kind]}"]
+        line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=160", "data.packing=false", "data.eval_fraction=0.02"]
+        line += [f"train.steps={STEPS}", "train.global_batch=32", "train.microbatch=32", "train.precision=fp32", "optim.lr=2e-3"]
+        line += ["optim.warmup_steps=50", f"train.eval_every={STEPS}", "log.wandb=disabled", "launch.processes=1"]
+        launch(cache, line, timeout_s=1800)
+        asked = [sys.executable, "-m", "tools.evaluate", str(tmp_path / kind), "--path", str(files["levels"])]
+        asked += ["--rows", str(len(data["levels"])), "--metrics", "exact_match", "--max-new-tokens", "48"]
+        asked += ["--extract", r"Answer ?: ?(\w+)", "--count-in-prompt", r"Document ?[0-9] ?:"]
+        done = subprocess.run(asked, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        figures = json.loads((tmp_path / kind / "evaluation" / "run.json").read_text())["figures"]
+        found[kind] = {row["count"]: row for row in figures["exact_match_by_count"]}
+        assert found[kind].keys() == {*range(1, DISTRACTORS + 2)}
+    print(json.dumps(found, indent=1))
+    assert found["alone"][1]["value"] > 0.9  # it has learned to answer by one document
+    for count in range(2, DISTRACTORS + 2):
+        assert found["among"][count]["low"] > found["alone"][count]["high"], count
