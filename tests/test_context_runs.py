@@ -46,14 +46,15 @@ def exported(folder: Path) -> bytes:
 def test_a_run_continues_on_its_own_mesh_bit_for_bit_and_on_others_as_one_curve(
     base: Path, chats: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """Two ranks that share rows, stopped; then the same two, four of which two share rows, and one that has all of them."""
+    """Two ranks that share rows, stopped; then the same two, four of which two share rows, three beyond the heads, and one alone."""
     whole = arguments(base, chats, tmp_path / "whole", *SHARED)
     said = launch(cache, whole)
     assert "1 microbatch of 1 on 2 ranks together" in said or "2 microbatches of 1 on 2 ranks together" in said
     assert "2 ranks share each row" in said
     parts = arguments(base, chats, tmp_path / "parts", *SHARED, "checkpoint.every=2")
     stop_at_step(cache, parts, tmp_path / "parts", 3)
-    others = {"four": ["launch.processes=4", "engine.replicate=2"], "one": ["launch.processes=1", "engine.context=1"]}
+    others = {"four": ["launch.processes=4", "engine.replicate=2"], "three": ["launch.processes=3", "engine.context=3"]}
+    others |= {"one": ["launch.processes=1", "engine.context=1"]}
     for name in others:
         shutil.copytree(tmp_path / "parts", tmp_path / name)
     assert "continuing from" in launch(cache, parts)

@@ -365,7 +365,6 @@ CASES: dict[str, list[str] | Callable[[Path], list[str]]] = {
     "a shard of another size": ["engine.shard=3"],
     "ranks that are no groups": ["engine.context=3"],
     "groups that are no copies": ["engine.context=2", "engine.replicate=2"],
-    "heads that do not divide over ranks": ["engine.context=2", "model.architecture={model_type: llama, num_attention_heads: 3}"],
     "shared rows of the other engine": ["engine=zero3", "engine.context=2"],
     "shared rows in compiled blocks": ["engine.context=2", "train.compile=true"],
     "shared rows in float8": ["engine.context=2", "train.float8=rowwise"],

@@ -170,7 +170,7 @@ def test_what_a_plan_does_not_name_between_split_layers_is_summed_or_refused() -
 def test_the_nearest_size_that_works_is_named() -> None:
     known = {"num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_size": 8192, "vocab_size": 128256}
     require_counts(known, EngineConfig(tensor=8), 64)
-    for tensor, ranks_of_copy, context, near in ((16, 64, 1, 8), (6, 24, 1, 4), (8, 64, 2, 4), (3, 6, 1, 2)):
+    for tensor, ranks_of_copy, context, near in ((16, 64, 1, 8), (6, 24, 1, 4), (16, 64, 2, 8), (3, 6, 1, 2)):
         with pytest.raises(ConfigError, match=rf"engine\.tensor={near}$"):
             require_counts(known, EngineConfig(tensor=tensor, context=context), ranks_of_copy)
     with pytest.raises(ConfigError, match=r"nodes of 6 ranks do not divide into groups of 4.*\n.*engine\.tensor=2$"):
@@ -182,9 +182,8 @@ def test_the_nearest_size_that_works_is_named() -> None:
 @pytest.mark.parametrize(
     ("engine", "world_size", "node", "remedy"),
     [
-        ({"tensor": 2, "context": 16}, 32, 8, "engine.context=4"),
-        ({"tensor": 2, "context": 16, "shard": 1}, 32, 8, "engine.context=4 engine.shard=4"),
-        ({"tensor": 16, "context": 16}, 256, 8, "engine.context=8 engine.tensor=1"),
+        ({"tensor": 3, "context": 16, "shard": 1}, 48, 12, "engine.tensor=1 engine.shard=3"),
+        ({"tensor": 16, "context": 16}, 256, 8, "engine.tensor=8"),
         ({"tensor": 3, "context": 2}, 48, 12, "engine.tensor=2"),
         ({"tensor": 16}, 16, 8, "engine.tensor=8"),
         ({"tensor": 4, "replicate": 2}, 24, 6, "engine.tensor=2"),

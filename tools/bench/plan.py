@@ -56,6 +56,7 @@ def _llama(hidden: int, intermediate: int, blocks: int, heads: int, vocab: int) 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": _llama(64, 176, 5, 4, 33),
     "even": _llama(64, 176, 5, 4, 36),
+    "pair": _llama(64, 176, 5, 2, 33),
     "9M": _llama(256, 704, 8, 8, 8192),
     "60M": _llama(512, 1536, 14, 8, 16384),
     "300M": _llama(1024, 2816, 22, 16, 16384),
@@ -66,7 +67,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "mixture": _llama(64, 176, 5, 4, 33)
     | {"model_type": "qwen3_moe", "head_dim": 16, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 4},
 }
-"""Those from 1B on are Llama 3's, with heads of their own. The mixture sends each token to all experts: a plan counts them as even."""
+"""Those from 1B on are Llama 3's, with heads of their own. The pair has two heads.
+
+The mixture sends each token to all experts: a plan counts them as even."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,8 @@ CASES = [
     Case(2, "tiny", precision=FP32, seq_len=1024, context=2),
     Case(4, "tiny", precision=FP32, seq_len=1024, context=4, activations=BLOCK),
     Case(4, "tiny", replicate=2, context=2),
+    Case(4, "pair", precision=FP32, seq_len=1024, context=4, activations=BLOCK),
+    Case(4, "pair", seq_len=1024, context=4),
     Case(2, "even", tensor=2),
     Case(2, "even", precision=FP32, activations=BLOCK, logits_chunk=50, microbatches=2, tensor=2),
     Case(2, "9M", method=LORA, activations=SELECTIVE, tensor=2),

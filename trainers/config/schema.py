@@ -521,7 +521,7 @@ class EngineConfig:
     shard: int | None = None
     """fsdp: groups of `context` ranks that share one copy; empty is all ranks / `replicate` / `context` / `tensor`."""
     context: int = 1
-    """fsdp: ranks that share each row, a slice of its tokens each, and attend with some of the heads each (Ulysses); for long rows."""
+    """fsdp: ranks that share each row, a slice of its tokens each; they exchange heads (Ulysses), beyond these also keys; for long rows."""
     tensor: int = 1
     """fsdp: ranks of a node that split each layer, by transformers' own plan; for models and batches too large for sharding alone."""
     expert: int = 1

@@ -12,7 +12,7 @@ from trainers.config.deepspeed_keys import check_overrides
 from trainers.config.derived import HEADED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.foreign import refuse_foreign
-from trainers.config.mesh import mesh_of, shard_of
+from trainers.config.mesh import mesh_of
 from trainers.config.methods import VIRTUAL
 from trainers.config.schema import EngineConfig, ModelConfig, RunConfig
 
@@ -92,21 +92,6 @@ def validate_context(config: RunConfig) -> None:
             raise ConfigError(path, value, f"engine.context={config.engine.context} {reason}", remedy)
 
 
-def require_heads(heads: Any, engine: EngineConfig, world_size: int) -> None:
-    """Raise ConfigError unless attention heads divide over the ranks that share a row; None is not known yet.
-
-    The remedy is the nearest number that goes with `engine.tensor`; where that does not divide the heads either, layers are not split.
-    """
-    if isinstance(heads, int) and heads % engine.context:
-        tensor = 1 if heads % engine.tensor else engine.tensor
-        ranks = world_size // engine.replicate // tensor
-        fit = [number for number in range(1, heads + 1) if heads % (number * tensor) == 0 and ranks % number == 0]
-        near = min(fit, key=lambda number: abs(number - engine.context))
-        reason = f"the model has {plural(heads, 'attention head')}, which do not divide over {engine.context} ranks"
-        remedy = f"engine.context={near}" + (" engine.tensor=1" if tensor != engine.tensor else "")
-        raise ConfigError("engine.context", engine.context, reason, remedy + shard_of(engine, ranks // near))
-
-
 def known_config(model: ModelConfig) -> dict[str, Any]:
     """Return what is known here of a text model's config, without a look at the hub; empty where nothing is."""
     known = model.architecture or (_config_json(Path(model.id)) if model.id is not None else {})
@@ -129,7 +114,7 @@ def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None =
     With `ranks_per_node` also where ranks that split layers, or have all experts together, would be on several nodes.
     """
     train, mesh = config.train, mesh_of(config.engine, world_size)
-    if mesh.context * mesh.tensor * mesh.expert > 1:
+    if mesh.tensor * mesh.expert > 1:
         _require_counts(known_config(config.model), config.engine, world_size, ranks_per_node)
     share = mesh.data_size * train.microbatch
     if train.global_batch % share:
@@ -143,9 +128,7 @@ def check_world(config: RunConfig, world_size: int, ranks_per_node: int | None =
 
 
 def _require_counts(known: dict[str, Any], engine: EngineConfig, world_size: int, ranks_per_node: int | None) -> None:
-    """Raise ConfigError unless what is known of a model divides over the ranks that split its layers, share rows or have its experts."""
-    if engine.context > 1:
-        require_heads(known.get("num_attention_heads"), engine, world_size)
+    """Raise ConfigError unless what is known of a model divides over the ranks that split its layers or have its experts."""
     if engine.tensor > 1:
         from trainers.config.tensor import require_counts
 

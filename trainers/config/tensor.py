@@ -51,19 +51,17 @@ def require_counts(known: Mapping[str, Any], engine: EngineConfig, ranks: int, r
     """Raise ConfigError unless what a model's config counts divides over the ranks that split its layers, and these are on one node.
 
     What the config does not say is not known yet. The remedy is the nearest number by which `ranks`, those of a node and all of these
-    divide; with shared rows each rank's heads divide over those, too. The ranks of a group wait for each other four times a block.
+    divide. The ranks of a group wait for each other four times a block.
     """
-    tensor, context, node = engine.tensor, engine.context, ranks_per_node or ranks
+    tensor, node = engine.tensor, ranks_per_node or ranks
     counts: dict[str, int] = {name: known[name] for name in COUNTS if isinstance(known.get(name), int) and known[name] > 0}
 
     def divides(size: int, name: str) -> bool:
-        return counts[name] % (size * context if name == "num_attention_heads" else size) == 0
+        return counts[name] % size == 0
 
     wrong = next((name for name in counts if not divides(tensor, name)), None)
     if wrong is not None:
-        shared = f", {context} of which share rows" if context > 1 and wrong == "num_attention_heads" else ""
-        over = f"{tensor * (context if shared else 1)} ranks{shared}"
-        reason = f"the model has {counts[wrong]:,} {COUNTS[wrong]}, which do not divide over {over}"
+        reason = f"the model has {counts[wrong]:,} {COUNTS[wrong]}, which do not divide over {tensor} ranks"
     elif node % tensor:
         reason = f"nodes of {node} ranks do not divide into groups of {tensor}, and a layer's parts must be on one node"
     else:

@@ -43,12 +43,21 @@ class Sharing(Protocol):
         """Return how many they are."""
         ...
 
+    @property
+    def groups(self) -> int:
+        """Return how many groups of them exchange heads."""
+        ...
+
+    def queries(self, length: int) -> tuple[tuple[int, int], ...]:
+        """Return which tokens of rows of `length` this rank has in attention: (first, one after the last) of each run of them."""
+        ...
+
     def heads_for_tokens(self, values: Tensor) -> Tensor:
-        """Return whole rows of this rank's heads, (B, H, S / size, D) -> (B, H / size, S, D)."""
+        """Return its group's tokens of this rank's heads, of n ranks (B, H, S / size, D) -> (B, H / n, n S / size, D)."""
         ...
 
     def tokens_for_heads(self, values: Tensor) -> Tensor:
-        """Return all heads of this rank's tokens, (B, S, H / size, D) -> (B, S / size, H, D)."""
+        """Return all heads of this rank's tokens, of n ranks (B, n S / size, H / n, D) -> (B, S / size, H, D)."""
         ...
 
 
@@ -131,7 +140,7 @@ def with_documents(plain: Callable[..., Any], *, mask_function: Callable[..., An
     """
     packed, rows = _now.packed, (more["batch_size"], more["q_length"])
     if packed is not None and packed.slices is not None:
-        return _of_whole_rows(plain, packed, **more)
+        return _of_whole_rows(plain, packed, packed.slices, **more)
     causal = more.get("attention_mask") is None and more.get("allow_is_causal_skip", False)
     if (
         packed is not None
@@ -145,14 +154,25 @@ def with_documents(plain: Callable[..., Any], *, mask_function: Callable[..., An
     return plain(mask_function=mask_function, **more)
 
 
-def _of_whole_rows(plain: Callable[..., Any], packed: Packed, local_size: int | None = None, **more: Any) -> Any:
-    """Return the mask of the whole rows of which a model has a slice; what it knows of documents is of the slice alone."""
+def _of_whole_rows(plain: Callable[..., Any], packed: Packed, slices: Sharing, local_size: int | None = None, **more: Any) -> Any:
+    """Return the mask of the whole rows of which a model has a slice, or of the tokens of them that this rank has in attention.
+
+    What the model knows of documents is of the slice alone.
+    """
     (num, length), together = packed.documents.shape, continues(packed.segments, packed.documents.shape[1])
     mask = causal_mask_function if local_size is None else sliding_window_causal_mask_function(local_size)
     if together:
         mask = and_masks(mask, packed_sequence_mask_function(packed.documents))
     sizes = {"batch_size": num, "q_length": length, "kv_length": length, "local_size": local_size}
+    if slices.groups > 1:
+        runs = [torch.arange(*run, device=packed.documents.device) for run in slices.queries(length)]
+        mask, together, sizes["q_length"] = _of_queries(mask, own := torch.cat(runs)), True, len(own)
     return plain(mask_function=mask, **more | sizes | {"allow_is_causal_skip": not together})
+
+
+def _of_queries(mask: Callable[..., Any], places: Tensor) -> Callable[..., Any]:
+    """Return the function of a mask whose queries are those at some places of a row."""
+    return lambda batch, head, query, key: mask(batch, head, places[query], key)
 
 
 def continues(segments: tuple[int, ...], length: int) -> bool:

@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from trainers.config.choices import Attention
 from trainers.config.errors import ConfigError
 from trainers.config.schema import EngineConfig
-from trainers.config.sharding import SHARED, require_heads
+from trainers.config.sharding import SHARED
 from trainers.model.attention import VARLEN, kernel_options
 
 ON_GPU = (
@@ -109,9 +109,8 @@ def obstacle(backend: Attention, config: PreTrainedConfig, known: type[PreTraine
     return _RULES[backend](config, known, where)
 
 
-def require_shareable(config: PreTrainedConfig, known: type[PreTrainedModel] | None, engine: EngineConfig, world_size: int) -> None:
+def require_shareable(config: PreTrainedConfig, known: type[PreTrainedModel] | None, engine: EngineConfig) -> None:
     """Raise ConfigError unless a model computes a slice of a row's tokens as it computes them in whole rows, but for its attention."""
-    require_heads(getattr(config.get_text_config(), "num_attention_heads", None), engine, world_size)
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if known is None:
         reason: str | None = "the model brings its own code"

@@ -1,7 +1,8 @@
 """Rows that several ranks share: each computes a slice of every row's tokens, and attends with some of the heads.
 
 Ulysses (Jacobs et al. 2023, arXiv 2309.14509): before attention an all-to-all gives each rank whole rows of its heads, and after it
-one gives back its tokens of all heads. Masks, documents and windows are therefore those of whole rows. What a slice makes of its
+one gives back its tokens of all heads. Masks, documents and windows are therefore those of whole rows. Where the ranks are more than
+heads, groups of them exchange heads, and the groups gather keys and values (trainers/model/queries.py). What a slice makes of its
 tokens is gathered, so that objectives see whole rows on each rank of the group. Each of these ranks has the same loss, and
 backward gives it the gradient of its own slice's part: their sum is the gradient.
 """
@@ -30,17 +31,43 @@ from trainers.model.exchange import exchange
 from trainers.model.experts import Routing
 from trainers.model.filled import cut, filled_up
 from trainers.model.forward import Head, forward, is_told_documents
+from trainers.model.queries import Spans, attend_to_gathered, in_order, spans_of
 from trainers.model.recurrent import recurrent_layers
 from trainers.model.rotary import require_short
 
 
 @dataclass(frozen=True, eq=False)
 class Slices:
-    """The ranks that share rows, and which slice is this one's."""
+    """The ranks that share rows, and which slice is this one's.
+
+    Consecutive ranks exchange heads. Where these are not all, the row is dealt out to `size / heads_size` groups of them in a zigzag.
+    """
 
     group: dist.ProcessGroup
     size: int
     rank: int
+    heads: dist.ProcessGroup
+    """Those that exchange heads."""
+    heads_size: int
+    rows: dist.ProcessGroup | None = None
+    """Those that have the other groups' tokens of this one's heads; None where there is one group."""
+
+    @property
+    def groups(self) -> int:
+        """Return how many groups of ranks exchange heads."""
+        return self.size // self.heads_size
+
+    @property
+    def multiple(self) -> int:
+        """Return what the tokens of a row must be a multiple of."""
+        return self.size if self.rows is None else math.lcm(self.size, 2 * self.groups)
+
+    def queries(self, length: int) -> Spans:
+        """Return which tokens of rows of `length` this rank has in attention: those of its group."""
+        if self.rows is None:
+            return ((0, length),)
+        each, group = length // self.groups, self.rank // self.heads_size
+        return spans_of(length, self.groups, group * each, (group + 1) * each)
 
     def part(self, batch: Batch) -> Batch:
         """Return this rank's slice of rows, (B, S) -> (B, S / size); documents keep their numbers.
@@ -49,10 +76,16 @@ class Slices:
         """
         shape = batch.labels.shape
         length = shape[1] // self.size
-        mine = slice(self.rank * length, (self.rank + 1) * length)
-        sliced = batch.map(lambda tensor: tensor[:, mine] if tensor.shape[:2] == shape else tensor)  # keeps all that is not (B, S)
+        ends = self.rank * length, (self.rank + 1) * length
+        spans = (ends,) if self.rows is None else spans_of(shape[1], self.groups, *ends)
+
+        def own(tensor: Tensor) -> Tensor:
+            parts = [tensor[:, begin:end] for begin, end in spans]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+        sliced = batch.map(lambda tensor: own(tensor) if tensor.shape[:2] == shape else tensor)  # keeps all that is not (B, S)
         every = torch.arange(shape[0] * length, device=batch.labels.device)
-        if len(batch.columns) > shape[1] - self.size:  # all but padding: nothing to look for, which a plan could not
+        if len(batch.columns) > shape[1] - self.multiple:  # all but padding: nothing to look for, which a plan could not
             columns = every[:length]
         else:
             found = (sliced.labels != IGNORE).any(0).nonzero().flatten()
@@ -62,7 +95,7 @@ class Slices:
     def gather(self, values: Tensor) -> Tensor:
         """Return what all ranks have of their tokens, (B, S / size, ...) -> (B, S, ...); backward takes this rank's part."""
         gathered: Tensor = _Gather.apply(values, self)  # type: ignore[no-untyped-call]
-        return gathered
+        return gathered if self.rows is None else in_order(gathered, self.groups)
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over the ranks; backward hands the gradient on as it is, as each rank has the same loss."""
@@ -70,14 +103,14 @@ class Slices:
         return summed
 
     def heads_for_tokens(self, values: Tensor) -> Tensor:
-        """Return whole rows of this rank's heads, (B, H, S / size, D) -> (B, H / size, S, D)."""
-        parts = values.unflatten(1, (self.size, -1)).movedim(1, 0)
-        return exchange(parts, self.group).movedim(0, 2).flatten(2, 3)
+        """Return its group's tokens of this rank's heads, of n ranks (B, H, S / size, D) -> (B, H / n, n S / size, D)."""
+        parts = values.unflatten(1, (self.heads_size, -1)).movedim(1, 0)
+        return exchange(parts, self.heads).movedim(0, 2).flatten(2, 3)
 
     def tokens_for_heads(self, values: Tensor) -> Tensor:
-        """Return all heads of this rank's tokens, (B, S, H / size, D) -> (B, S / size, H, D)."""
-        parts = values.unflatten(1, (self.size, -1)).movedim(1, 0)
-        return exchange(parts, self.group).movedim(0, 2).flatten(2, 3)
+        """Return all heads of this rank's tokens, of n ranks (B, n S / size, H / n, D) -> (B, S / size, H, D)."""
+        parts = values.unflatten(1, (self.heads_size, -1)).movedim(1, 0)
+        return exchange(parts, self.heads).movedim(0, 2).flatten(2, 3)
 
 
 class _Gather(torch.autograd.Function):
@@ -116,14 +149,23 @@ def require_no_state(model: Any, context: int, seq_len: int) -> None:
     require_short(model.config, seq_len, context)
 
 
-def slices_of(mesh: Mesh, rank: int, device: str) -> Slices:
-    """Return the ranks of a mesh that share this one's rows, and let attention exchange heads among them; collective."""
+def slices_of(mesh: Mesh, rank: int, device: str, heads: int | None) -> Slices:
+    """Return the ranks of a mesh that share this one's rows, and let attention exchange heads among them; collective.
+
+    As many of them exchange heads as divide `heads`, those of the model; all where nobody knows.
+    """
     groups = init_device_mesh(device, (mesh.data_size, mesh.context, mesh.tensor), mesh_dim_names=("data", "context", "tensor"))
+    group, size = groups.get_group("context"), math.gcd(mesh.context, (heads or 0) // mesh.tensor)
+    slices = Slices(group=group, size=mesh.context, rank=mesh.slice_rank(rank), heads=group, heads_size=size)
+    if size < mesh.context:
+        shape = (mesh.data_size, mesh.context // size, size, mesh.tensor)
+        groups = init_device_mesh(device, shape, mesh_dim_names=("data", "rows", "heads", "tensor"))
+        slices = replace(slices, heads=groups.get_group("heads"), rows=groups.get_group("rows"))
     for backend in SHARED[1:]:
         plain = AttentionInterface().get(str(backend))
         if not isinstance(plain, partial):
             AttentionInterface.register(str(backend), partial(_attend, plain))
-    return Slices(group=groups.get_group("context"), size=mesh.context, rank=mesh.slice_rank(rank))
+    return slices
 
 
 def forward_in_slices(
@@ -131,12 +173,12 @@ def forward_in_slices(
 ) -> Output:
     """Return what `forward` returns of whole rows, which each rank of the group gives, from this rank's slice and those of the others.
 
-    Rows get padding up to a multiple of the ranks. Collective over the group.
+    Rows get padding up to a multiple of the ranks, or of `Slices.multiple`. Collective over the group.
     """
     in_one_row = is_told_documents(model, model.config)
     rows = batch.in_one_row() if in_one_row else batch
     size = rows.labels.shape[1]
-    wide = filled_up(rows, math.ceil(size / slices.size) * slices.size)
+    wide = filled_up(rows, math.ceil(size / slices.multiple) * slices.multiple)
     part = slices.part(wide)
     run = partial(forward, model, part, needs, head=head)
     with documents_of(wide, slices):
@@ -155,17 +197,25 @@ def _attend(
     *args: Any,
     **more: Any,
 ) -> tuple[Tensor, Any]:
-    """Attend to whole rows with this rank's heads where the batch is shared, (B, H, T, D) each -> (B, T, H, D); else as ever."""
+    """Attend to whole rows with this rank's heads where the batch is shared, (B, H, T, D) each -> (B, T, H, D); else as ever.
+
+    Where heads are exchanged in several groups, of the tokens of this rank's group.
+    """
     plain = plain or sys.modules[type(module).__module__].eager_attention_forward
     packed = documents_now(query.shape[0] * query.shape[2])
     slices = None if packed is None else packed.slices
     if slices is None:
         return plain(module, query, key, value, attention_mask, *args, **more)  # type: ignore[no-any-return]
-    times = slices.size // math.gcd(slices.size, key.shape[1])
+    times = slices.heads_size // math.gcd(slices.heads_size, key.shape[1])
     if times > 1:
         key, value = (tensor.repeat_interleave(times, 1) for tensor in (key, value))
     query, key, value = map(slices.heads_for_tokens, (query, key, value))
-    output, _ = plain(_Grouped(module, query.shape[1] // key.shape[1]), query, key, value, attention_mask, *args, **more)
+    grouped = _Grouped(module, query.shape[1] // key.shape[1])
+    if slices.rows is not None:
+        return slices.tokens_for_heads(
+            attend_to_gathered(plain, grouped, query, key, value, attention_mask, slices.rows, *args, **more)
+        ), None
+    output, _ = plain(grouped, query, key, value, attention_mask, *args, **more)
     return slices.tokens_for_heads(output), None
 
 

@@ -244,7 +244,7 @@ def _take(config: RunConfig, blueprint: Blueprint, world: World, seq_len: int, g
         engine = outline(config, world, blueprint)
     objective = objective_of(config, blueprint)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    trace = Trace(blueprint.config.get_text_config().vocab_size // config.engine.tensor, fake)
+    trace = Trace(blueprint.config.get_text_config().vocab_size // config.engine.tensor, fake, config.engine.context > 1)
     count = min(MICROBATCHES, microbatches(config.train, mesh_of(config.engine, world.size).data_size))
     vocab_size = blueprint.config.get_text_config().vocab_size
     batches = [most_of(config, config.train.microbatch, seq_len, vocab_size, objective) for _ in range(count)]

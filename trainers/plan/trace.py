@@ -71,9 +71,13 @@ class Moment:
 class Trace(TorchDispatchMode):
     """A record of allocations, FLOPs and collectives while it is entered."""
 
-    def __init__(self, vocab_size: int, fake: FakeTensorMode | None = None) -> None:
-        """`vocab_size` tells logits from activations; `fake` is the mode whose tensors count, None where those with values do."""
+    def __init__(self, vocab_size: int, fake: FakeTensorMode | None = None, is_shared: bool = False) -> None:
+        """`vocab_size` tells logits from activations; `fake` is the mode whose tensors count, None where those with values do.
+
+        `is_shared` says that ranks share rows: what they attend to of other ranks' tokens is then a part of causal attention.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
+        self.is_shared = is_shared
         self.vocab_size, self.fake, self.is_paused, self.times = vocab_size, fake, False, 1.0
         self.live: dict[int, int] = {}
         """Storages that are there, by address, with their number."""
@@ -204,9 +208,9 @@ class Trace(TorchDispatchMode):
         packet = func._overloadpacket
         flops = moved = 0.0
         if packet is FORWARD:
-            flops += _sdpa(*(tensor.shape for tensor in args[:3]))
+            flops += self._shown(args[4:], kwargs) * _sdpa(*(tensor.shape for tensor in args[:3]))
         elif packet is BACKWARD:
-            flops += _sdpa_backward(*(tensor.shape for tensor in args[:4]))
+            flops += self._shown(args[7:], kwargs) * _sdpa_backward(*(tensor.shape for tensor in args[:4]))
         elif packet is aten._grouped_mm:  # rows by expert, which torch's counter leaves out, too
             flops += 2.0 * args[0].numel() * args[1].shape[-1]
         elif packet in flop_registry:
@@ -217,6 +221,10 @@ class Trace(TorchDispatchMode):
         self.float8[-1] += self.times * flops if packet is aten._scaled_mm else 0.0
         before, read, sent = self.work[-1]
         self.work[-1] = (before + self.times * flops, read + self.times * moved, sent)
+
+    def _shown(self, is_causal: Sequence[bool], kwargs: Any) -> int:
+        """Return how often attention counts: that to earlier tokens twice, since causal attention counts as if each token saw all."""
+        return 2 if self.is_shared and not any(is_causal) and kwargs.get("attn_mask") is None else 1
 
     def _sent(self, name: str, args: Any, given: list[Tensor]) -> None:
         """Count what a collective sends, by its ring: a rank's share of the whole goes round to all but one."""

@@ -200,9 +200,10 @@ class FSDPEngine:
         from trainers.model.backends import require_shareable
         from trainers.model.context import require_no_state, slices_of
 
-        require_shareable(self.blueprint.config, model_class(self.blueprint.config), self.config.engine, self.world.size)
+        require_shareable(self.blueprint.config, model_class(self.blueprint.config), self.config.engine)
         require_no_state(self.model, self.mesh.context, self.config.data.seq_len)
-        return slices_of(self.mesh, self.world.rank, self.world.device.type)
+        heads = getattr(self.blueprint.config.get_text_config(), "num_attention_heads", None)
+        return slices_of(self.mesh, self.world.rank, self.world.device.type, heads if isinstance(heads, int) else None)
 
     def _split(self) -> Split | Dealt:
         if self.mesh.expert > 1:
