@@ -18,6 +18,7 @@ from tools.bench.gpu.results import Results
 from tools.bench.gpu.rows import SECTIONS, Row, Size, all_rows
 
 H100, H200 = Size(memory=79 << 30), Size(memory=140 << 30)
+EIGHT = Size(memory=79 << 30, gpus=8)
 
 
 class Pretended(Session):
@@ -43,10 +44,20 @@ def of(*names: str, seconds: int = 1) -> list[Row]:
 
 
 def test_each_row_has_a_table_and_a_name_of_its_own() -> None:
-    rows = all_rows(H100)
+    rows = all_rows(EIGHT)
     assert len({row.id for row in rows}) == len(rows)
     assert {row.section for row in rows} == set(SECTIONS)
     assert [row.section for row in rows[:4]] == ["runs"] * 4
+
+
+def test_meshes_are_measured_where_there_are_several_gpus() -> None:
+    """Next to sharding alone, with the same work: as many rows a step, over all GPUs."""
+    assert not [row for row in all_rows(H100) if row.section in ("meshes", "dealt")]
+    rows = [row for row in all_rows(EIGHT) if row.section in ("meshes", "dealt")]
+    meshes = ["engine.context=2", "engine.tensor=2", "engine.context=8", "engine.tensor=8", "engine.replicate=2"]
+    assert [row.name for row in rows if row.section == "meshes"] == ["engine.shard alone", *meshes]
+    assert [row.name for row in rows if row.section == "dealt"] == ["engine.shard alone", "engine.expert=2", "engine.expert=8"]
+    assert all({"launch.processes=8", "train.global_batch=16"} <= set(row.overrides) for row in rows)
 
 
 def test_the_largest_model_that_is_trained_whole_fits() -> None:
@@ -93,15 +104,25 @@ def test_a_rehearsal_measures_each_kind_of_row(tmp_path: Path) -> None:
         "bare transformers and peft",
         "isolation: sdpa",
         "files: export",
+        "long: data.seq_len=128",
+        "meshes:",
+        "dealt:",
     ]
     line = [sys.executable, "-m", "tools.bench", "gpu", "--rehearse", "--out", str(tmp_path / "gpu.md"), "--only", *chosen]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    records = {row["name"]: row for row in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
+    by_id = {row["id"]: row for row in map(json.loads, (tmp_path / "gpu.jsonl").read_text().splitlines())}
+    records = {row["name"]: row for row in by_id.values()}
     assert not {name: row["failed"] for name, row in records.items() if "failed" in row and "compile" not in name}
     assert "exported" in records["LoRA, fsdp"]["words"]
     assert records["the first"]["plan_bytes"] > 0
     assert records["the first"]["losses"] == pytest.approx(records["bare transformers and peft, LoRA"]["losses"], rel=0.2)
+    on_meshes = [record for record in by_id.values() if record["section"] in ("meshes", "dealt")]
+    assert len(on_meshes) == 5
+    for record in on_meshes:
+        assert record["plan_bytes"] > 0
+        first = by_id[f"{record['section']}: engine.shard alone"]
+        assert record["losses"] == pytest.approx(first["losses"], rel=1e-5)
     assert records["sdpa"]["words"] == "Llama apart (sdpa)"
     assert "nats a token from the trainer" in records["export, reopen, load, 1B"]["words"]
     assert (tmp_path / "gpu.md").read_text() in done.stdout

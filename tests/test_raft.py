@@ -88,6 +88,7 @@ def require_raft(rows: list[dict[str, Any]], count: int) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_a_model_trained_among_distractors_finds_the_document(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     data: dict[str, list[dict[str, Any]]] = {"among": [], "alone": [], "levels": []}

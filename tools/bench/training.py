@@ -100,10 +100,14 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"-": 0}, unk_token="-")), pad_token="-", eos_token="-")
 
 
-def random_rows(rows: int, seq_len: int, vocabulary: int) -> TokenTable:
-    """Return at least `rows` packed rows of random documents, an eighth of a row to a whole one long, frequent tokens among them."""
+def random_rows(rows: int, seq_len: int, vocabulary: int, whole: bool = False) -> TokenTable:
+    """Return at least `rows` packed rows of random documents, an eighth of a row to a whole one long, frequent tokens among them.
+
+    With `whole` each row is one document.
+    """
     random = np.random.default_rng(0)
-    lengths = random.integers(max(2, seq_len // 8), seq_len + 1, 2 * rows, dtype=np.int64)
+    shortest = seq_len if whole else max(2, seq_len // 8)
+    lengths = random.integers(shortest, seq_len + 1, rows if whole else 2 * rows, dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     tokens = (vocabulary * random.random(offsets[-1]) ** 3).astype(np.int32)
     supervised = np.ones(len(tokens), np.uint8)

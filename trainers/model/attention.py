@@ -44,6 +44,16 @@ class Sharing(Protocol):
         ...
 
     @property
+    def heads_size(self) -> int:
+        """Return how many of them exchange heads."""
+        ...
+
+    @property
+    def rows(self) -> Any:
+        """Return those that have the other groups' tokens of this one's heads; None where all exchange heads."""
+        ...
+
+    @property
     def groups(self) -> int:
         """Return how many groups of them exchange heads."""
         ...

@@ -86,7 +86,8 @@ class Bench:
         tokenizer = plain_tokenizer()
         blueprint = make_blueprint(config.model, config.seed, tokenizer)
         count = config.train.global_batch * (config.train.steps or 1)
-        table = random_rows(count, config.data.seq_len, blueprint.config.get_text_config().vocab_size)
+        vocab_size = blueprint.config.get_text_config().vocab_size
+        table = random_rows(count, config.data.seq_len, vocab_size, order.get("whole_rows", False))
         share = mesh_of(config.engine, world.size).share_of(world.rank)
         loader = Loader(table, config.train, seed=config.seed, pad_id=0, **share)
         return Bench(config, world, blueprint, table, loader, order["warmup"])

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="name the rows in their order, and measure nothing")
     parser.add_argument("--rehearse", action="store_true", help="the same on a CPU with tiny models: do all rows run?")
     parser.add_argument("--memory", type=at_least(1), help="bytes of the device (default: the GPU's)")
+    parser.add_argument("--gpus", type=at_least(1), help="how many GPUs rows of meshes take (default: all of the machine)")
     parser.add_argument(
         "--scratch", type=Path, help="folder for runs, checkpoints and exports, 40 GB, removed at the end (default: temporary)"
     )
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure and write; returns 0 even where rows failed, which are rows with the reason; 130 on Ctrl-C."""
     raise_on_signals()
-    device, memory = _device(options)
-    size = Size(memory=options.memory or memory, tiny=options.rehearse)
+    device, memory, gpus = _device(options)
+    size = Size(memory=options.memory or memory, tiny=options.rehearse, gpus=options.gpus or gpus)
     rows = [row for row in all_rows(size) if not options.only or any(words in row.id for words in options.only)]
     if options.list:
         print("\n".join(f"{row.seconds:4d} s  {row.id}" for row in rows))
@@ -83,18 +84,18 @@ def run_rank(options: argparse.Namespace) -> None:
     worker.run_rank(options)
 
 
-def _device(options: argparse.Namespace) -> tuple[str, int]:
-    """Return the device's name and bytes, asked of a process of its own: this one never takes memory of the GPU."""
+def _device(options: argparse.Namespace) -> tuple[str, int, int]:
+    """Return the device's name and bytes, and how many there are, asked of a process of its own: this one takes no memory of a GPU."""
     if options.rehearse:
-        return "a CPU, tiny models", host.memory_limit().bytes
-    code = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_memory, p.name)"
+        return "a CPU, tiny models", host.memory_limit().bytes, 2
+    code = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_memory, torch.cuda.device_count(), p.name)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
     if done.returncode:
         if options.list:
-            return "none", 80 << 30
+            return "none", 80 << 30, 1
         options.error("this machine has no GPU that torch can use; --rehearse tries the command on a CPU")
-    total, _, name = done.stdout.splitlines()[-1].partition(" ")
-    return name, int(total)
+    total, count, name = done.stdout.splitlines()[-1].split(" ", 2)
+    return name, int(total), int(count)
 
 
 def _about(options: argparse.Namespace, device: str, memory: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -37,7 +38,11 @@ def launch(row: Row, overrides: tuple[str, ...], scratch: Path, limit_s: float) 
                 raise
             except NotDone:
                 raise NotDone(_why(run_dir, log)) from None
-        return _of_run(run_dir, before, words)
+        record = _of_run(run_dir, before, words)
+        if row.more.get("plan"):
+            record |= _speed(run_dir, row.more["warmup"])
+            record |= _planned(line, run_dir, until, record["words"])
+        return record
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -55,6 +60,25 @@ def _of_run(run_dir: Path, before: dict[int, float], words: list[str]) -> Record
     words.append(f"{summary.get('wall_seconds', 0.0):.0f} s from start to end of the last attempt")
     losses = list(after.values())
     return {"losses": losses, "peak_bytes": summary.get("device_bytes_peak"), "words": "; ".join(words)}
+
+
+def _speed(run_dir: Path, warmup: int) -> Record:
+    """Return the medians of the steps that count, of all GPUs together."""
+    found = steps(read_rows(run_dir))[warmup:]
+    names = {"input_tokens_per_second": "tokens_per_second", "step_seconds": "step_seconds", "mfu": "mfu"}
+    known = {ours: [row[theirs] for row in found if row[theirs] is not None] for theirs, ours in names.items()}
+    return {name: statistics.median(values) for name, values in known.items() if values}
+
+
+def _planned(line: list[str], run_dir: Path, until: float, words: str) -> Record:
+    """Return the bytes of a GPU that a plan predicts for the same command."""
+    planned, log = run_dir.with_name("planned"), run_dir.with_name("plan-log")
+    with ended(start([*line, "mode=plan", "plan.changes=false", f"run_dir={planned}"], log, run_dir.parent)) as process:
+        try:
+            wait(process, until - time.monotonic(), log)
+        except NotDone as error:
+            return {"words": f"{words}; no plan: {error}"}
+    return {"plan_bytes": sum(try_json(planned / "plan.json")["peak"].values())}
 
 
 def _losses(run_dir: Path) -> dict[int, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SECTIONS = {
@@ -16,6 +16,9 @@ SECTIONS = {
     "isolation": "Packed documents apart, in bf16",
     "optimizers": "Optimizers, 1B, all parameters",
     "experts": "Qwen3 30B-A3B with fewer layers",
+    "long": "Llama 8B, LoRA, one long row",
+    "meshes": "Llama 8B, all parameters, on meshes of all GPUs of this machine",
+    "dealt": "Qwen3 30B-A3B with fewer layers, on meshes of all GPUs of this machine",
     "files": "Checkpoints, exports, loading, offloading",
     "tests": "Tests",
 }
@@ -59,6 +62,8 @@ class Size:
     memory: int
     """Bytes of the device."""
     tiny: bool = False
+    gpus: int = 1
+    """Of this machine: rows of meshes need two or more."""
 
     @property
     def seq_len(self) -> int:
@@ -78,7 +83,7 @@ class Size:
     def model(self, **sizes: Any) -> tuple[str, ...]:
         """Return the overrides of an architecture, made tiny for a rehearsal; its tokenizer is needed by a run through the launcher."""
         if self.tiny:
-            small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+            small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
             small |= {"vocab_size": 512, "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
             sizes = {key: small.get(key, value) for key, value in sizes.items()}
         fields = (f"++model.architecture.{key}={json.dumps(value)}" for key, value in sizes.items())
@@ -127,7 +132,8 @@ def all_rows(size: Size) -> list[Row]:
     """Return every row in the order of measuring: what is worth most first."""
     lora, full = _lora(size), _full(size)
     first = [*_runs(size), *_engines(size), *lora[:5], *full[:3], *_peers(size), *_isolation(size)]
-    return [*first, *lora[5:], *_qlora(size), *full[3:], *_experts(size), *_optimizers(size), *_files(size), _tests()]
+    rest = [*lora[5:], *_qlora(size), *_long(size), *full[3:], *_experts(size), *_optimizers(size), *_files(size), _tests()]
+    return [*first, *(_meshes(size) if size.gpus > 1 else []), *rest]
 
 
 def _runs(size: Size) -> list[Row]:
@@ -266,11 +272,53 @@ def _isolation(size: Size) -> list[Row]:
     ]
 
 
-def _experts(size: Size) -> list[Row]:
-    shape = {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 4, "vocab_size": 151936}
+def _long(size: Size) -> list[Row]:
+    """Return rows of one document each, 16k to 128k tokens: what a rank has with `engine.context=1`, next to the plan."""
+    lengths = [64, 128] if size.tiny else [1 << 14, 1 << 15, 1 << 16, 1 << 17]
+    base = (*size.llama(max_position_embeddings=lengths[-1]), "peft=lora", "peft.targets=[all-linear]", "model.attention=varlen")
+    rows = [(str(length), (*size.step(1, length), "train.activations=block")) for length in lengths]
+    rows.append((f"{lengths[-1]} train.activations=offload", (*size.step(1, lengths[-1]), "train.activations=offload")))
+    more = {"plan": True, "whole_rows": True}
+    return [Row(section="long", name=f"data.seq_len={name}", overrides=(*base, *words), seconds=90, more=more) for name, words in rows]
+
+
+def _meshes(size: Size) -> list[Row]:
+    """Return runs of the launcher on all GPUs, each on another mesh, whose losses must be those of sharding alone."""
+    ranks = size.gpus
+    words = (f"train.steps={size.steps}", f"train.global_batch={2 * ranks}", f"launch.processes={ranks}", "train.sample_tokens=0")
+    layers = 2 if size.tiny else replace(size, memory=ranks * size.memory).largest_llama()
+    base = (*size.llama(num_hidden_layers=layers), *size.step(1), "train.activations=block", *words)
+    mixture = (*_mixture(size, 16), *size.step(1), "train.activations=block", *words)
+    several = {2, ranks} if ranks % 2 == 0 else {ranks}
+    dense = [f"engine.{name}={number}" for number in sorted(several) for name in ("context", "tensor")]
+    dealt = [f"engine.expert={number}" for number in sorted(several)]
+    if ranks > 2 and ranks % 2 == 0:
+        dense.append("engine.replicate=2")
+    kinds = [("meshes", base, dense), ("dealt", mixture, dealt)]
+    return [
+        Row(
+            section=section,
+            name=name,
+            kind="launch",
+            overrides=(*of, *more),
+            seconds=120,
+            more={"kill": False, "plan": True, "warmup": size.warmup},
+        )
+        for section, of, meshes in kinds
+        for name, more in [("engine.shard alone", ()), *((mesh, (mesh,)) for mesh in meshes)]
+    ]
+
+
+def _mixture(size: Size, layers: int) -> tuple[str, ...]:
+    """Return Qwen3 30B-A3B's shape with so many of its 48 layers."""
+    shape = {"model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": layers, "vocab_size": 151936}
     heads = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
     experts = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
-    base = (*size.model(**shape, **heads, **experts), *size.step(2))
+    return size.model(**shape, **heads, **experts)
+
+
+def _experts(size: Size) -> list[Row]:
+    base = (*_mixture(size, 4), *size.step(2))
     rows = {f"full, model.experts={name}": (*base, f"model.experts={name}") for name in ("grouped_mm", "batched_mm", "eager")}
     rows["LoRA, model.experts=grouped_mm"] = (*base, "model.experts=grouped_mm", "peft=lora", "peft.targets=[all-linear]")
     return [Row(section="experts", name=name, overrides=words, seconds=50, more={"plan": True}) for name, words in rows.items()]
