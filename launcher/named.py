@@ -25,6 +25,10 @@ def require_named(config: RunConfig) -> None:
     if config.rl.environment is not None:
         named["rl.environment"] = config.rl.environment
     importlib.invalidate_caches()
+    if config.data.tasks and _found("reasoning_gym", None) is not None:  # else rank 0 says that it is not there
+        from trainers.data.tasks import open_tasks
+
+        open_tasks(config.data.tasks, config.data.task_rows, config.data.task_seed)
     for field, path in named.items():
         module, _, name = path.replace(":", ".").rpartition(".")
         form = f"module:{'Class' if field == 'rl.environment' else 'function'}, in this folder or in PYTHONPATH"

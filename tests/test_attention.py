@@ -15,13 +15,13 @@ import pytest
 import torch
 from conftest import Ranks
 from small_models import small
+from small_rows import ROWS, rows_of, run_config, spread
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from trainers.batch import IGNORE, NO_DOCUMENT, Batch
-from trainers.config.choices import Activations, Attention, EngineName, OptimizerName, Precision
+from trainers.config.choices import Activations, Attention
 from trainers.config.errors import ConfigError
-from trainers.config.schema import EngineConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.engines.activations import keep_for_backward
 from trainers.engines.build import attending, attention_of, build_engine
 from trainers.model import attention
@@ -33,30 +33,6 @@ from trainers.step import take_step
 from trainers.world import World
 
 KINDS = ["llama", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "qwen3_5_text", "nemotron_h"]
-ROWS = {
-    "packed": [[7, 20, 13], [40], [1, 30, -9], [5, 35]],
-    "padded": [[40], [17, -23], [33, -7], [-40]],
-}
-"""Lengths of documents in each row of 40 tokens, below 0 of padding."""
-
-
-def rows_of(name: str, seed: int = 0, vocabulary: int = 33) -> Batch:
-    """Return rows of documents and padding of these lengths, as the loader makes them: each token predicts the next of its document."""
-    shape = (len(ROWS[name]), 40)
-    ids = torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
-    labels, positions, documents = torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.int64), torch.full(shape, NO_DOCUMENT)
-    number = 0
-    for row, lengths in enumerate(ROWS[name]):
-        at = 0
-        for length in lengths:
-            end = at + abs(length)
-            positions[row, at:end] = torch.arange(abs(length))
-            if length > 0:
-                labels[row, at : end - 1], documents[row, at:end] = ids[row, at + 1 : end], number
-                number += 1
-            at = end
-    counts = {"num_rows": shape[0], "num_tokens": int((documents >= 0).sum()), "num_documents": number}
-    return Batch(input_ids=ids, labels=labels, position_ids=positions, documents=documents, **counts)
 
 
 def test_each_thread_has_documents_of_its_own_and_autograd_those_of_the_last_forward() -> None:
@@ -77,25 +53,10 @@ def test_each_thread_has_documents_of_its_own_and_autograd_those_of_the_last_for
     assert found == [None, here]
 
 
-def run_config(backend: str = "auto", engine: str = "fsdp") -> RunConfig:
-    sizes = TrainConfig(precision=Precision.fp32, microbatch=1, global_batch=4)
-    config = RunConfig(optim=OptimConfig(name=OptimizerName.sgd, lr=1e-1), train=sizes)
-    config.model.attention, config.engine = Attention(backend), EngineConfig(name=EngineName(engine))
-    return config
-
-
 def chosen(kind: str, backend: str = "auto") -> Blueprint:
     """Return a small model with the backend that a run would take."""
     blueprint = small(kind)
     return attending(blueprint, attention_of(run_config(backend), blueprint, "cpu"))
-
-
-def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Make weights large enough for tokens to see each other."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0 if parameter.ndim > 1 else 1.0)
-    return model
 
 
 def alone(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -76,6 +76,7 @@ def test_every_preset_composes(file: Path, model: Path) -> None:
     packs_not = ["data.packing=false"]
     slurm = ["launch.gpus_per_node=8", "train.global_batch=8"]
     more = {"files": ["data.path=org/rows"], "slurm": slurm, "prompt": packs_not, "prefix": packs_not, "ptuning": packs_not}
+    more["reasoning_gym"] = ["+data.tasks.chain_sum={}"]
     more |= {name: ["data.packing=false", "reward.right=exact"] for name in ("grpo", "dapo", "gspo", "ppo")}
     job = compose(["data=python_docs", *scratch, f"{file.parent.name}={file.stem}", *more.get(file.stem, [])])
     assert job.seed == 0

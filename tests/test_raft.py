@@ -23,7 +23,7 @@ from synthesising import Scripted, synthesise, write_rows
 FIRST, SECOND = ("Ba", "Do", "Fi", "Ga", "Ke", "Lu"), ("na", "ro", "si", "mu", "le", "ti", "va", "po")
 NAMES = tuple(first + second for first in FIRST for second in SECOND)
 COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
-CORPORA, HELD_OUT, DISTRACTORS, STEPS = 30, 2, 3, 1000
+CORPORA, HELD_OUT, DISTRACTORS, STEPS = 60, 2, 3, 2500
 FACT = re.compile(r"Lamp of (\w+) (\w+)\.")
 
 

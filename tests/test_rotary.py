@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import TEXT
-from test_attention import rows_of, run_config, spread
+from small_rows import rows_of, run_config, spread
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 

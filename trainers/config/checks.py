@@ -264,6 +264,10 @@ def _validate_model(model: ModelConfig) -> None:
 
 def _validate_data(config: RunConfig) -> None:
     data = config.data
+    if data.source is DataSource.reasoning_gym or (data.tasks, data.task_rows, data.task_seed) != ({}, 1000, 0):
+        from trainers.config.tasks import validate_tasks
+
+        validate_tasks(config)
     if data.mix or any(getattr(data, name) != getattr(DataConfig(), name) for name in OF_MIXTURES):
         from trainers.config.mix import named, sources_of_mix, validate_mix
 

@@ -81,11 +81,12 @@ class TooLong(StrEnum):
 
 
 class DataSource(StrEnum):
-    """Where rows come from: files or a hub data set, the documentation of the running Python, or the larger of two digits."""
+    """Where rows come from: files or a hub data set, the running Python's documentation, the larger of two digits, or reasoning-gym."""
 
     files = "files"
     python_docs = "python_docs"
     digits = "digits"
+    reasoning_gym = "reasoning_gym"
 
 
 class ObjectiveName(StrEnum):
@@ -357,6 +358,7 @@ class RewardKind(StrEnum):
 
     exact = "exact"
     math = "math"
+    task = "task"
     json = "json"
     length = "length"
     format = "format"  # type: ignore[assignment]  # str has a method of this name

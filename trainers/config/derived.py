@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import NamedTuple
 
@@ -60,19 +61,23 @@ class Source(NamedTuple):
     revision: str | None = None
 
 
-DIGITS = "the larger of two digits"
-"""The path of rows that are made."""
+DIGITS, TASKS = "the larger of two digits", "tasks of reasoning-gym: "
+"""The paths of rows that are made; settings follow that of tasks."""
 
 
 def sources_of(data: DataConfig) -> list[Source | None]:
     """Return where the training rows are, None for Python's documentation, and where the held-out rows of `eval_path` are."""
     named = (data.config, tuple(data.data_files), data.revision)
-    path = DIGITS if data.source is DataSource.digits else str(data.path)
+    path = DIGITS if data.source is DataSource.digits else _tasks(data) if data.source is DataSource.reasoning_gym else str(data.path)
     first = None if data.source is DataSource.python_docs else Source(path, data.split, *named)
     if data.eval_path is None:
         return [first]
     of_eval = (data.config, (), data.revision) if data.eval_path == data.path else (None, (), None)
     return [first, Source(data.eval_path, data.eval_split or data.split, *of_eval)]
+
+
+def _tasks(data: DataConfig) -> str:
+    return TASKS + json.dumps({"tasks": data.tasks, "rows": data.task_rows, "seed": data.task_seed})
 
 
 PREFERENCES = (ObjectiveName.dpo, ObjectiveName.simpo, ObjectiveName.cpo, ObjectiveName.orpo)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import pairwise
 
-from trainers.config.choices import Exhausted, Layout, MixChange
+from trainers.config.choices import DataSource, Exhausted, Layout, MixChange
 from trainers.config.derived import OF_MIXTURES, OF_STYLES, SCORED
 from trainers.config.errors import ConfigError, plural
 from trainers.config.schema import DataConfig, RunConfig, SourceConfig
@@ -90,6 +90,9 @@ def validate_mix(config: RunConfig) -> None:
     if config.objective.name in SCORED:
         reason = f"names sources, and the classes and ends of documents that objective={config.objective.name} needs are those of one"
         raise ConfigError("data.mix", list(data.mix), reason, "objective=sft, or one data set with the rows of all")
+    for name in (name for name, source in data.mix.items() if source.source is DataSource.reasoning_gym):
+        reason = "a mixture takes no tasks: data.tasks names several, and as many rows are made of each"
+        raise ConfigError(f"data.mix.{name}.source", "reasoning_gym", reason, "data=reasoning_gym without data.mix")
     for name in (name for name in OWN if getattr(data, name) != getattr(plain, name)):
         value, unset, first = getattr(data, name), getattr(plain, name), next(iter(data.mix))
         reason = f"is of one data set, and data.mix names {', '.join(data.mix)}"

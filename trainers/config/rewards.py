@@ -17,6 +17,7 @@ from trainers.config.schema import RewardConfig, RunConfig
 FIELDS: dict[RewardKind, tuple[str, ...]] = {
     RewardKind.exact: ("extract",),
     RewardKind.math: ("timeout_s",),
+    RewardKind.task: ("timeout_s",),
     RewardKind.json: ("schema",),
     RewardKind.length: ("min", "max", "soft", "unit"),
     RewardKind.format: ("pattern",),
@@ -33,7 +34,7 @@ NEEDED = {
     RewardKind.judge: {"url": "http://host:8000/v1", "model": "NAME"},
 }
 """Those without which there is no reward, each with what it may be."""
-TIMEOUTS_S = {RewardKind.math: 15.0, RewardKind.code: 10.0, RewardKind.function: 10.0, RewardKind.judge: 60.0}
+TIMEOUTS_S = {RewardKind.math: 15.0, RewardKind.task: 15.0, RewardKind.code: 10.0, RewardKind.function: 10.0, RewardKind.judge: 60.0}
 MOST = 1e6
 """Of any number that is a limit or a weight."""
 NAME = re.compile(r"[A-Za-z0-9_-]+")

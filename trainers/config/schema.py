@@ -141,7 +141,13 @@ class DataConfig:
     """Rows, their layout, template, supervision, length and packing."""
 
     source: DataSource = DataSource.files
-    """Files or a hub id named by `path`, the documentation of the running Python, or the larger of two digits."""
+    """Files or a hub id named by `path`, the documentation of the running Python, the larger of two digits, or `tasks`."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """reasoning_gym: tasks by name, each with the settings that it has there, such as {chain_sum: {max_terms: 3}}."""
+    task_rows: int = 1000
+    """reasoning_gym: rows that are made, of each task as many."""
+    task_seed: int = 0
+    """reasoning_gym: what the rows are drawn with; `seed` of the run does not change them."""
     path: str | None = None
     """A jsonl, json, csv, tsv, parquet, arrow or text file, also with .gz, .bz2, .xz or .zst; a directory or URL of these; or a hub id."""
     split: str = "train"
@@ -264,7 +270,7 @@ class RewardConfig:
     """One part of what an answer is worth; each kind has settings of its own. An answer of which a part fails has no reward."""
 
     kind: RewardKind = RewardKind.exact
-    """What is rewarded: agreeing with the reference, in words or as mathematics, a form, code that passes, or what somebody says."""
+    """What is rewarded: agreeing with the reference, in words or as mathematics, a task, a form, code that passes, what somebody says."""
     weight: float = 1.0
     """What it is multiplied by in the sum of all."""
     extract: str = "auto"

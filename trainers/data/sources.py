@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainers.config.choices import ObjectiveName
-from trainers.config.derived import DIGITS, Source, compares, rows_as
+from trainers.config.derived import DIGITS, TASKS, Source, compares, rows_as
 from trainers.config.errors import ConfigError
 from trainers.config.local import COMPRESSED, FILE_TYPES, file_type, is_remote
 from trainers.data.formats import BadRow, strict_json
@@ -63,7 +63,7 @@ def rows(source: Source | None, objective: ObjectiveName, done: frozenset[str] =
 
     Raises ConfigError where there are no rows of a known type.
     """
-    if source is None or source.path == DIGITS:
+    if source is None or source.path.startswith((DIGITS, TASKS)):
         yield from _own(source, objective)
     elif _has_files(source):
         for file in files(source):
@@ -83,7 +83,11 @@ def fingerprint(source: Source | None, objective: ObjectiveName, quick: bool = F
     With `quick`, files of this machine are told by their name in the data set, size and second of change: reading terabytes takes
     hours, and a copy of them on another node or a directory that was moved is the same.
     """
-    if source is None or source.path == DIGITS:
+    if source is None or source.path.startswith((DIGITS, TASKS)):
+        if source is not None and source.path.startswith(TASKS):
+            from trainers.data.tasks import marks
+
+            return marks(source.path)
         return [DIGITS] if source else ["python_docs", sys.version, str(rows_as(objective))]
     if _has_files(source):
         found = files(source)
@@ -95,8 +99,8 @@ def fingerprint(source: Source | None, objective: ObjectiveName, quick: bool = F
 
 def names(source: Source | None) -> list[str]:
     """Return what the rows of a source are called by, in their order: `Row.file`."""
-    if source is None or source.path == DIGITS:
-        return [DIGITS if source else "python_docs"]
+    if source is None or source.path.startswith((DIGITS, TASKS)):
+        return [source.path.partition(":")[0] if source else "python_docs"]
     if _has_files(source):
         return [str(file) for file in files(source)]
     from trainers.data import hub
@@ -188,8 +192,11 @@ def _own(source: Source | None, objective: ObjectiveName) -> Iterator[Row]:
     from trainers.data import python_docs
 
     if source is not None:
-        for number, pair in enumerate(digits(), 1):
-            yield Row(pair, DIGITS, number)
+        if source.path.startswith(TASKS):
+            from trainers.data.tasks import rows_of
+        made = digits() if source.path == DIGITS else rows_of(source.path)
+        for number, row in enumerate(made, 1):
+            yield Row(row, source.path.partition(":")[0], number)
         return
 
     if compares(objective):

@@ -40,6 +40,8 @@ from trainers.processes import raise_exhausted
 log = logging.getLogger("fulltune")
 QUANTISED = ("quantization_config", "compression_config")
 """Fields of a config that say how its weights are quantised."""
+BY_LENGTH = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies depend on a document's length."""
 
 
 @dataclass(kw_only=True)
@@ -97,11 +99,14 @@ class Blueprint:
         choose(model, self.experts)
         model.tie_weights()
         begin_anew(model, model.config)
-        if (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("rope_type") in ("dynamic", "longrope"):
-            from trainers.model.rotary import by_document
+        return _by_document(model) if any(getattr(module, "rope_type", "") in BY_LENGTH for module in model.modules()) else model
 
-            by_document(model)
-        return model
+
+def _by_document(model: PreTrainedModel) -> PreTrainedModel:
+    from trainers.model.rotary import by_document
+
+    by_document(model)
+    return model
 
 
 def make_blueprint(model: ModelConfig, seed: int, tokenizer: PreTrainedTokenizerBase) -> Blueprint:

@@ -20,7 +20,6 @@ from trainers.config.errors import ConfigError
 from trainers.model.attention import documents_now
 
 DYNAMIC, LONGROPE = "dynamic", "longrope"
-"""The kinds of rope_parameters, as blueprint.py looks for them."""
 
 
 def by_document(model: nn.Module) -> None:

@@ -202,7 +202,7 @@ def _read_data(config: RunConfig, plan: PlanConfig, in_row: int) -> Data:
     if config.train.steps is not None:
         words = f"train.steps={config.train.steps} of {batch} full rows: the data are not prepared on this machine"
         return Data(source=words, seq_len=seq_len, rows=None, tokens=None, in_row=in_row)
-    how = "python -m tools.show_batch prepares them" if config.data.source is DataSource.python_docs or _is_here(config) else ""
+    how = "python -m tools.show_batch prepares them" if config.data.source is not DataSource.files or _is_here(config) else ""
     words = f"unknown: the data are not prepared on this machine{'; ' if how else ''}{how}; plan.tokens=N says how many tokens one pass has"
     return Data(source=words, seq_len=seq_len, rows=None, tokens=None, in_row=in_row)
 

@@ -107,6 +107,11 @@ def _opened(name: str, reward: RewardConfig, kept: Path, needs_all: bool, stack:
     if reward.kind is RewardKind.math:
         one = mathematics = Mathematics(timeout_of(reward))
         stack.callback(mathematics.close)
+    elif reward.kind is RewardKind.task:
+        from trainers.rewards.tasks import Tasks
+
+        one = tasks = Tasks(timeout_of(reward))
+        stack.callback(tasks.close)
     elif reward.kind is RewardKind.function:
         one = _timed(imported(f"reward.{name}.path", str(reward.path)), timeout_of(reward))
     else:
