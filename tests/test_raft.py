@@ -22,9 +22,11 @@ from synthesising import Scripted, synthesise, write_rows
 
 FIRST, SECOND = ("Ba", "Do", "Fi", "Ga", "Ke", "Lu"), ("na", "ro", "si", "mu", "le", "ti", "va", "po")
 NAMES = tuple(first + second for first in FIRST for second in SECOND)
-COLOURS = ("red", "green", "blue", "white", "black", "brown", "grey", "pink")
-CORPORA, HELD_OUT, DISTRACTORS, STEPS = 60, 2, 3, 2500
-FACT = re.compile(r"Lamp of (\w+) (\w+)\.")
+CODES = tuple(first + middle + last for first in "bdfgklmn" for middle in "aeiou" for last in "xz")
+LENGTH = 5
+"""Words of a code. A model learns to find a passage from each of them that it copies."""
+CORPORA, HELD_OUT, DISTRACTORS, STEPS = 40, 2, 3, 1200
+FACT = re.compile(r"Code of (\w+) ((?:\w+ ?)+)\.")
 
 
 class Facts(Scripted):
@@ -34,10 +36,11 @@ class Facts(Scripted):
         passage = text.split("Passage:\n")[1].split("\n\n")[0]
         found = FACT.fullmatch(passage)
         assert found is not None, passage
-        name, colour = found.groups()
+        name, code = found.groups()
+        answer = code.split()[0]
         if "Reasoning: what follows" in text:
-            return f'Quote: "{passage}"\nReasoning: It is there.\nAnswer: {colour}'
-        return f"Question: What is the lamp of {name}?\nQuote: {passage}\nAnswer: {colour}"
+            return f'Quote: "{passage}"\nReasoning: It is there.\nAnswer: {answer}'
+        return f"Question: What is the code of {name}?\nQuote: {passage}\nAnswer: {answer}"
 
 
 class FactsServer(LocalServer):
@@ -49,7 +52,8 @@ def corpus(folder: Path, number: int) -> Path:
     """Facts in an order of their own: of passages that are as near to a question BM25 takes the first."""
     draw = random.Random(number)
     names = draw.sample(NAMES, len(NAMES))
-    return write_rows(folder / f"corpus-{number}.jsonl", [{"text": f"Lamp of {name} {draw.choice(COLOURS)}."} for name in names])
+    rows = [{"text": f"Code of {name} {' '.join(draw.sample(CODES, LENGTH))}."} for name in names]
+    return write_rows(folder / f"corpus-{number}.jsonl", rows)
 
 
 def save_words(folder: Path) -> Path:
@@ -58,7 +62,7 @@ def save_words(folder: Path) -> Path:
     from transformers import PreTrainedTokenizerFast
 
     texts = [(ROOT / "tools" / "synthesise" / "prompts" / "en" / f"{name}.txt").read_text() for name in ("raft", "raft_answer")]
-    texts += [*NAMES, *COLOURS, "Document 1 2 3 4 : What is the lamp of ? Lamp . It there"]
+    texts += [*NAMES, *CODES, "Document 1 2 3 4 : What is the code of ? Code . It there"]
     pattern = r"\w+|[^\w\s]|\n"
     special = ["<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>", "user", "assistant", "system", "\n"]
     words = dict.fromkeys([*special, *(word for text in texts for word in re.findall(pattern, text))])
@@ -78,13 +82,13 @@ def require_raft(rows: list[dict[str, Any]], count: int) -> None:
     for row in rows:
         prompt, answer = (turn["content"] for turn in row["messages"])
         shown = FACT.findall(prompt)
-        name = re.search(r"What is the lamp of (\w+)\?", prompt)
+        name = re.search(r"What is the code of (\w+)\?", prompt)
         assert name is not None
         assert [other for other, _ in shown].count(name[1]) == 1
         assert len(dict(shown)) == len(shown) == count + 1
         at = [other for other, _ in shown].index(name[1])
-        assert answer.startswith(f'Document {at + 1} says: "Lamp of {name[1]} {shown[at][1]}."')
-        assert answer.endswith(f"Answer: {shown[at][1]}")
+        assert answer.startswith(f'Document {at + 1} says: "Code of {name[1]} {shown[at][1]}."')
+        assert answer.endswith(f"Answer: {shown[at][1].split()[0]}")
 
 
 @pytest.mark.soak
@@ -112,7 +116,7 @@ def test_a_model_trained_among_distractors_finds_the_document(cache: Path, tmp_p
     base, found = save_words(tmp_path / "base"), {}
     for kind in ("among", "alone"):
         line = [sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={files[kind]}"]
-        line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=160", "data.packing=false", "data.eval_fraction=0.02"]
+        line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=192", "data.packing=false", "data.eval_fraction=0.02"]
         line += [f"train.steps={STEPS}", "train.global_batch=32", "train.microbatch=32", "train.precision=fp32", "optim.lr=2e-3"]
         line += ["optim.warmup_steps=50", f"train.eval_every={STEPS}", "log.wandb=disabled", "launch.processes=1"]
         launch(cache, line, timeout_s=1800)
