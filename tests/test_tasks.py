@@ -43,7 +43,7 @@ def refused(data: DataConfig) -> tuple[str, str]:
 def test_tasks_are_refused_by_name_before_anything_is_made() -> None:
     mixed = {"one": SourceConfig(source=GYM), "other": SourceConfig(path="rows.jsonl")}
     for data, path, reason in [
-        (data_of(tasks={}), "data.tasks", "+data.tasks.chain_sum.max_terms=3"),
+        (data_of(tasks={}), "data.tasks", "such as {chain_sum: {max_terms: 3}}"),
         (data_of(path="rows.jsonl"), "data.path", "makes its rows"),
         (data_of(task_rows=1), "data.task_rows", "less than one row for each of 2 tasks"),
         (DataConfig(path="rows.jsonl", task_seed=3), "data.task_seed", "data=reasoning_gym"),

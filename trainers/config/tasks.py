@@ -18,7 +18,9 @@ def validate_tasks(config: RunConfig) -> None:
         refuse_foreign("data", data, f"data.source={data.source}", dict.fromkeys(OWN, "data=reasoning_gym"))
         return
     if not data.tasks:
-        raise ConfigError("data.tasks", None, "names no task of reasoning-gym", "+data.tasks.chain_sum.max_terms=3")
+        raise ConfigError(
+            "data.tasks", None, "names no task of reasoning-gym", "tasks with their settings, such as {chain_sum: {max_terms: 3}}"
+        )
     if data.path is not None:
         raise ConfigError("data.path", data.path, "data=reasoning_gym makes its rows", "data=files, or no data.path")
     if data.task_rows < len(data.tasks):
