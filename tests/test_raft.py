@@ -25,7 +25,7 @@ NAMES = tuple(first + second for first in FIRST for second in SECOND)
 CODES = tuple(first + middle + last for first in "bdfgklmn" for middle in "aeiou" for last in "xz")
 LENGTH = 5
 """Words of a code. A model learns to find a passage from each of them that it copies."""
-CORPORA, HELD_OUT, DISTRACTORS, STEPS = 40, 2, 3, 1200
+CORPORA, HELD_OUT, DISTRACTORS, STEPS = 40, 2, 3, 2500
 FACT = re.compile(r"Code of (\w+) ((?:\w+ ?)+)\.")
 
 
@@ -71,7 +71,7 @@ def save_words(folder: Path) -> Path:
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_key_value_heads": 4}
     save_tiny(folder, tied=True, vocab_size=len(fast), max_position_embeddings=256, initializer_range=0.05, **sizes)
     fast.save_pretrained(folder)
     return folder
@@ -101,24 +101,24 @@ def test_a_model_trained_among_distractors_finds_the_document(cache: Path, tmp_p
         teacher = [f"model.path={server.url}/v1", "model.name=m", "raft.questions=1", "raft.without=0", "filters.similar=1"]
         for number in range(CORPORA + HELD_OUT):
             words = [*teacher, f"source={corpus(tmp_path, number)}"]
-            kinds = {"among": [f"raft.distractors={DISTRACTORS}"], "alone": ["raft.distractors=0"]}
+            kinds = {"among": [f"raft.distractors={DISTRACTORS}", "raft.levels=true"], "alone": ["raft.distractors=0"]}
             if number >= CORPORA:
                 kinds = {"levels": [f"raft.distractors={DISTRACTORS}", "raft.levels=true"]}
             for kind, more in kinds.items():
                 data[kind] += synthesise("raft", tmp_path / f"{kind}-{number}.jsonl", *words, *more)
-    require_raft(data["among"], DISTRACTORS)
     require_raft(data["alone"], 0)
     for level in range(DISTRACTORS + 1):
-        require_raft(data["levels"][level :: DISTRACTORS + 1], level)
-    assert len(data["among"]) == len(data["alone"]) == CORPORA * len(NAMES)
+        for kind in ("among", "levels"):
+            require_raft(data[kind][level :: DISTRACTORS + 1], level)
+    assert len(data["among"]) == (DISTRACTORS + 1) * len(data["alone"]) == (DISTRACTORS + 1) * CORPORA * len(NAMES)
     files = {kind: write_rows(tmp_path / f"{kind}.jsonl", rows) for kind, rows in data.items()}
 
     base, found = save_words(tmp_path / "base"), {}
     for kind in ("among", "alone"):
         line = [sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={files[kind]}"]
         line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=192", "data.packing=false", "data.eval_fraction=0.02"]
-        line += [f"train.steps={STEPS}", "train.global_batch=32", "train.microbatch=32", "train.precision=fp32", "optim.lr=2e-3"]
-        line += ["optim.warmup_steps=50", f"train.eval_every={STEPS}", "log.wandb=disabled", "launch.processes=1"]
+        line += [f"train.steps={STEPS}", "train.global_batch=32", "train.microbatch=32", "train.precision=fp32", "optim.lr=1.5e-3"]
+        line += ["optim.schedule=constant", "optim.warmup_steps=50", f"train.eval_every={STEPS}", "log.wandb=disabled", "launch.processes=1"]
         launch(cache, line, timeout_s=1800)
         asked = [sys.executable, "-m", "tools.evaluate", str(tmp_path / kind), "--path", str(files["levels"])]
         asked += ["--rows", str(len(data["levels"])), "--metrics", "exact_match", "--max-new-tokens", "48"]
