@@ -118,7 +118,8 @@ def test_a_model_trained_among_distractors_finds_the_document(cache: Path, tmp_p
         line = [sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={files[kind]}"]
         line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=192", "data.packing=false", "data.eval_fraction=0.02"]
         line += [f"train.steps={STEPS}", "train.global_batch=32", "train.microbatch=32", "train.precision=fp32", "optim.lr=1.5e-3"]
-        line += ["optim.schedule=constant", "optim.warmup_steps=50", f"train.eval_every={STEPS}", "log.wandb=disabled", "launch.processes=1"]
+        line += ["optim.schedule=constant", "optim.warmup_steps=50", f"train.eval_every={STEPS}"]
+        line += ["log.wandb=disabled", "launch.processes=1"]
         launch(cache, line, timeout_s=1800)
         asked = [sys.executable, "-m", "tools.evaluate", str(tmp_path / kind), "--path", str(files["levels"])]
         asked += ["--rows", str(len(data["levels"])), "--metrics", "exact_match", "--max-new-tokens", "48"]
