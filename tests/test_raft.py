@@ -25,7 +25,7 @@ NAMES = tuple(first + second for first in FIRST for second in SECOND)
 CODES = tuple(first + middle + last for first in "bdfgklmn" for middle in "aeiou" for last in "xz")
 LENGTH = 5
 """Words of a code. A model learns to find a passage from each of them that it copies."""
-CORPORA, HELD_OUT, DISTRACTORS, STEPS = 40, 2, 3, 2500
+CORPORA, HELD_OUT, DISTRACTORS, STEPS = 40, 4, 2, 4000
 FACT = re.compile(r"Code of (\w+) ((?:\w+ ?)+)\.")
 
 
@@ -116,7 +116,7 @@ def test_a_model_trained_among_distractors_finds_the_document(cache: Path, tmp_p
     base, found = save_words(tmp_path / "base"), {}
     for kind in ("among", "alone"):
         line = [sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={files[kind]}"]
-        line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=192", "data.packing=false", "data.eval_fraction=0.02"]
+        line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=144", "data.packing=false", "data.eval_fraction=0.02"]
         line += [f"train.steps={STEPS}", "train.global_batch=32", "train.microbatch=32", "train.precision=fp32", "optim.lr=1.5e-3"]
         line += ["optim.schedule=constant", "optim.warmup_steps=50", f"train.eval_every={STEPS}"]
         line += ["log.wandb=disabled", "launch.processes=1"]

@@ -18,7 +18,7 @@ from trainers.engines.activations import keep_for_backward
 from trainers.engines.build import attending, attention_of
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.forward import forward
-from trainers.model.rotary import require_short
+from trainers.model.rotary import by_document, require_short
 
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.5, 3.0, 5.0, 9.0]}
 LENGTHS: dict[str, dict[str, Any]] = {
@@ -72,6 +72,19 @@ def test_a_microbatch_does_not_matter(kind: str) -> None:
         gradients.append([parameter.grad for parameter in model.parameters()])
     for whole, parts in zip(*gradients, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_is_opened_for_evaluation_has_it_too() -> None:
+    """Once, whoever opens it: what generates with it has no documents, and is left to transformers."""
+    model, batch = blueprint_of("phi3", "eager").build("cpu").eval(), rows_of("padded")
+    fresh = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager").eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        before = fresh(input_ids=batch.input_ids[:1], use_cache=False).logits
+        for _ in range(2):
+            by_document(fresh)
+        assert torch.equal(forward(fresh, batch).logps, forward(model, batch).logps)
+        assert torch.equal(fresh(input_ids=batch.input_ids[:1], use_cache=False).logits, before)
 
 
 def one_row(batch: Batch, row: int) -> Batch:

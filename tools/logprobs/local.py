@@ -18,7 +18,9 @@ from trainers.data.loader import make_batch
 from trainers.data.table import TokenTable
 from trainers.generate.identity import digest_of
 from trainers.model import hub
+from trainers.model.attention import documents_of
 from trainers.model.blueprint import open_config
+from trainers.model.rotary import by_document
 
 LOGITS_BYTES = 1 << 30
 """Of logits at once, unless one document alone has more."""
@@ -59,7 +61,8 @@ class Local:
     def _ask(self, rows: TokenTable, documents: Ints) -> dict[int, Found]:
         assert self.model is not None
         batch = make_batch(rows, documents, len(documents), self.padding).to(self.model.device)
-        logits = self.model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=batch.columns).logits
+        with documents_of(batch):
+            logits = self.model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=batch.columns).logits
         kept = batch.labels[:, batch.columns] != IGNORE
         ids, logps = likeliest(logits[kept], self.options.top_k, self.num_ids)
         counts = kept.sum(1).tolist()
@@ -73,6 +76,7 @@ class Local:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             self.folder, config=config, dtype=dtype, device_map=where, trust_remote_code=trust
         )
+        by_document(model)
         model.eval()
         return model
 

@@ -19,6 +19,7 @@ from trainers.config.schema import RunConfig
 from trainers.data.tokenizer import load_tokenizer
 from trainers.generate.identity import digest_of
 from trainers.model.blueprint import Blueprint, make_blueprint, open_config
+from trainers.model.rotary import by_document
 from trainers.model.seq2seq import opener_of
 from trainers.model.weights import origin_of
 from trainers.peft.adapt import adapt
@@ -105,6 +106,7 @@ class Subject:
         if self.is_adapter:
             assert self.folder is not None
             model = reopen_adapter(self.folder, self._as_trained(model))
+        by_document(model)
         model.eval()
         return model
 
@@ -119,6 +121,7 @@ class Subject:
         model.requires_grad_(False)
         if self.is_adapter:
             model = reopen_adapter(self.folder, self._as_trained(model))
+        by_document(model)
         model.eval()
         return model
 

@@ -25,9 +25,10 @@ DYNAMIC, LONGROPE = "dynamic", "longrope"
 def by_document(model: nn.Module) -> None:
     """Let each rotary embedding of a model take the length of each document of a batch that `documents_of` names."""
     for module in model.modules():
-        if getattr(module, "rope_type", None) in (DYNAMIC, LONGROPE):
+        if getattr(module, "rope_type", None) in (DYNAMIC, LONGROPE) and not getattr(module, "is_by_document", False):
             bare = inspect.unwrap(type(module).forward)  # without transformers' own choice
             module.forward = partial(_each_document, module, module.forward, bare)  # type: ignore[method-assign]
+            module.is_by_document = True  # type: ignore[assignment]
 
 
 def limit_of(config: PreTrainedConfig) -> int | None:
