@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from conftest import Ranks
 from tables import packed_table
 
+from trainers.batch import Batch
 from trainers.config.choices import Attention, OptimizerName, Precision
 from trainers.config.schema import DataConfig, EngineConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from trainers.data.loader import Loader, eval_batches
@@ -110,3 +112,22 @@ def compare_continued(
             assert first["losses"][:-1] + second["losses"] == pytest.approx(whole["losses"], rel=1e-5)
             exports.append(second["loaded"])
         assert all(exported == exports[0] for exported in exports)
+
+
+EARLY, LATE = 3, 27
+"""Tokens of the needle's first document."""
+
+
+def needle_of(world: World, run_dir: Path, blueprint: Blueprint, engine: dict[str, Any], backend: Attention) -> np.ndarray[Any, Any]:
+    """Return the gradient of a late token's log-probability with respect to this rank's embedded tokens, (T, H): documents of 30 and 18."""
+    built = build_engine(config_for(run_dir, engine=EngineConfig(**engine), attention=backend), world, blueprint)
+    ids = torch.randint(3, 33, (1, 48), generator=torch.Generator().manual_seed(4))
+    positions = torch.cat([torch.arange(30), torch.arange(18)])[None]
+    embedded: list[torch.Tensor] = []
+    layer = built.model.get_input_embeddings()
+    assert layer is not None
+    hook = layer.register_forward_hook(lambda _, __, out: embedded.append(out) or out.retain_grad())  # type: ignore[func-returns-value]
+    built.backward(built.forward(Batch.of(ids, ids.roll(-1, 1), positions)).logps[0, LATE] / world.size, last=True)
+    hook.remove()
+    assert embedded[0].grad is not None
+    return embedded[0].grad[0].numpy()

@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from conftest import Ranks
-from meshed import compare, config_for, train
+from meshed import EARLY, LATE, compare, config_for, needle_of, train
 from small_models import small
 
-from trainers.batch import Batch
 from trainers.config.checks import validate
 from trainers.config.choices import Activations, Attention, ObjectiveName, OptimizerName, PeftMethod, Quantisation
 from trainers.config.errors import ConfigError
@@ -77,21 +75,7 @@ def test_a_checkpoint_continues_on_another_mesh(ranks: Callable[[int], Ranks], t
 
 
 def needle(world: World, run_dir: Path, kind: str, engine: dict[str, Any], backend: Attention) -> np.ndarray[Any, Any]:
-    """Return the gradient of a late token's log-probability with respect to this rank's slice of embedded tokens, (T, H)."""
-    built = build_engine(config_for(run_dir, engine=EngineConfig(**engine), attention=backend), world, small(kind))
-    ids = torch.randint(3, 33, (1, 48), generator=torch.Generator().manual_seed(4))
-    positions = torch.cat([torch.arange(30), torch.arange(18)])[None]
-    embedded: list[torch.Tensor] = []
-    layer = built.model.get_input_embeddings()
-    assert layer is not None
-    hook = layer.register_forward_hook(lambda _, __, out: embedded.append(out) or out.retain_grad())  # type: ignore[func-returns-value]
-    built.backward(built.forward(Batch.of(ids, ids.roll(-1, 1), positions)).logps[0, LATE] / world.size, last=True)
-    hook.remove()
-    assert embedded[0].grad is not None
-    return embedded[0].grad[0].numpy()
-
-
-EARLY, LATE = 3, 27
+    return needle_of(world, run_dir, small(kind), engine, backend)
 
 
 @pytest.mark.slow

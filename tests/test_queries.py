@@ -11,17 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ranks
-from meshed import compare, compare_continued, config_for, train
+from meshed import EARLY, LATE, compare, compare_continued, needle_of, train
 from small_models import small
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tools.bench.plan import CASES as CASES_OF_PLAN
 from tools.bench.plan import measure, predict
-from trainers.batch import Batch
 from trainers.config.choices import Activations, Attention, ObjectiveName, OptimizerName
-from trainers.config.schema import EngineConfig, ObjectiveConfig
-from trainers.engines.build import build_engine
+from trainers.config.schema import ObjectiveConfig
 from trainers.model import attention, queries
 from trainers.model.blueprint import Blueprint
 from trainers.model.queries import after, pieces_of, spans_of, zigzag
@@ -164,24 +162,12 @@ def test_a_checkpoint_continues_beyond_the_heads(ranks: Callable[[int], Ranks], 
 
 
 def needle(world: World, run_dir: Path, engine: dict[str, Any], backend: Attention) -> np.ndarray[Any, Any]:
-    """Return the gradient of a late token's log-probability with respect to the embedded tokens, (S, H): of documents of 30 and 18."""
-    built = build_engine(config_for(run_dir, engine=EngineConfig(**engine), attention=backend), world, of_heads("qwen3", 2, 1))
-    ids = torch.randint(3, 33, (1, 48), generator=torch.Generator().manual_seed(4))
-    positions = torch.cat([torch.arange(30), torch.arange(18)])[None]
-    embedded: list[Tensor] = []
-    layer = built.model.get_input_embeddings()
-    assert layer is not None
-    hook = layer.register_forward_hook(lambda _, __, out: embedded.append(out) or out.retain_grad())  # type: ignore[func-returns-value]
-    built.backward(built.forward(Batch.of(ids, ids.roll(-1, 1), positions)).logps[0, LATE] / world.size, last=True)
-    hook.remove()
-    assert embedded[0].grad is not None
-    whole = np.zeros((48, embedded[0].shape[-1]), np.float32)
+    """Return the needle's gradient in the places of this rank's tokens in the whole row, (S, H)."""
+    own = needle_of(world, run_dir, of_heads("qwen3", 2, 1), engine, backend)
+    whole = np.zeros((48, own.shape[-1]), np.float32)
     spans = spans_of(48, 2, world.rank * 12, world.rank * 12 + 12) if engine else ((0, 48),)
-    whole[[token for span in spans for token in range(*span)]] = embedded[0].grad[0].numpy()
+    whole[[token for span in spans for token in range(*span)]] = own
     return whole
-
-
-EARLY, LATE = 3, 27
 
 
 @pytest.mark.slow

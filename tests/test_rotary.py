@@ -16,6 +16,7 @@ from trainers.config.choices import Activations
 from trainers.config.errors import ConfigError
 from trainers.engines.activations import keep_for_backward
 from trainers.engines.build import attending, attention_of
+from trainers.model.attention import documents_of
 from trainers.model.blueprint import Blueprint, find_blocks
 from trainers.model.forward import forward
 from trainers.model.rotary import by_document, require_short
@@ -85,6 +86,20 @@ def test_a_model_that_is_opened_for_evaluation_has_it_too() -> None:
             by_document(fresh)
         assert torch.equal(forward(fresh, batch).logps, forward(model, batch).logps)
         assert torch.equal(fresh(input_ids=batch.input_ids[:1], use_cache=False).logits, before)
+
+
+def test_rows_whose_positions_transformers_counts_are_as_alone() -> None:
+    """As `tools.logprobs` asks a teacher: a document at the begin of each row, padding after it, and no positions."""
+    model = spread(blueprint_of("phi3", "eager").build("cpu").eval())
+    rows = rows_of("padded")
+    with torch.no_grad():
+        with documents_of(rows):
+            logits = model(input_ids=rows.input_ids, use_cache=False).logits
+        for row, length in enumerate((40, 17, 33)):
+            alone = AutoModelForCausalLM.from_config(model.config, attn_implementation="eager").eval()
+            alone.load_state_dict(model.state_dict())
+            wanted = alone(input_ids=rows.input_ids[row : row + 1, :length], use_cache=False).logits[0]
+            torch.testing.assert_close(logits[row, :length], wanted, rtol=1e-4, atol=1e-5)
 
 
 def one_row(batch: Batch, row: int) -> Batch:

@@ -75,18 +75,18 @@ def _each_document(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     packed, size = documents_now(rows.shape[0] * rows.shape[1]), rows.shape[:2]
     if packed is None or not continues(packed.segments, size[1]):
         return plain(*args, **kwargs)
-    cut = partial(_cut, packed=packed, size=size)
+    cut = partial(parts_of, packed=packed, size=size)
     given, named = [cut(value) for value in args], {name: cut(value) for name, value in kwargs.items()}
     outputs = [
         plain(*(parts[number] for parts in given), **{name: parts[number] for name, parts in named.items()})
         for number in range(len(packed.segments))
     ]
     if isinstance(outputs[0], tuple):
-        return tuple(_joined(parts, size) for parts in zip(*outputs, strict=True))
-    return _joined(outputs, size)
+        return tuple(joined(parts, size) for parts in zip(*outputs, strict=True))
+    return joined(outputs, size)
 
 
-def _cut(value: Any, packed: Packed, size: torch.Size) -> list[Any]:
+def parts_of(value: Any, packed: Packed, size: torch.Size) -> list[Any]:
     """Return a value for each document: a part of what has the rows' sizes, else the value itself."""
     lengths = [abs(length) for length in packed.segments]
     if not isinstance(value, Tensor) or value.shape[:2] != size:
@@ -94,5 +94,6 @@ def _cut(value: Any, packed: Packed, size: torch.Size) -> list[Any]:
     return [part[None] for part in value.flatten(0, 1).split(lengths)]
 
 
-def _joined(parts: Any, size: torch.Size) -> Any:
+def joined(parts: Any, size: torch.Size) -> Any:
+    """Return the parts (1, S, ...) of documents in rows of `size`, (B, S, ...); or the first part, where parts are something else."""
     return torch.cat(list(parts), 1).unflatten(1, size).squeeze(0) if isinstance(parts[0], Tensor) else parts[0]

@@ -18,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trainers.config.errors import ConfigError
 from trainers.model.attention import documents_now
+from trainers.model.recurrent import joined, parts_of
 
 DYNAMIC, LONGROPE = "dynamic", "longrope"
 
@@ -49,19 +50,22 @@ def require_short(config: PreTrainedConfig, seq_len: int, context: int) -> None:
 
 
 def _each_document(module: Any, plain: Callable[..., Any], bare: Callable[..., Any], x: Tensor, position_ids: Tensor) -> Any:
-    """Return what a rotary embedding does, for each document as if it were alone; positions (B, S) in, two tensors (B, S, D) out."""
-    packed = documents_now(position_ids.numel())
+    """Return what a rotary embedding does, for each document as if it were alone: two tensors (B, S, D), for x (B, ...).
+
+    Positions are (B, S), or (1, S) for all rows, which transformers makes where a model is given none.
+    """
+    size = torch.Size((x.shape[0], position_ids.shape[-1]))
+    packed = documents_now(size.numel())
     if packed is None or packed.slices is not None:
         return plain(x, position_ids)
-    lengths = [abs(length) for length in packed.segments]
     with torch.no_grad():
-        parts = [_rotated(module, bare, x, part[None], len(part)) for part in position_ids.flatten().split(lengths)]
-        return tuple(torch.cat(values, 1).unflatten(1, position_ids.shape).squeeze(0) for values in zip(*parts, strict=True))
+        parts = [_rotated(module, bare, x, part) for part in parts_of(position_ids.expand(size), packed, size)]
+        return tuple(joined(values, size) for values in zip(*parts, strict=True))
 
 
-def _rotated(module: Any, bare: Callable[..., Any], x: Tensor, position_ids: Tensor, length: int) -> Any:
+def _rotated(module: Any, bare: Callable[..., Any], x: Tensor, position_ids: Tensor) -> Any:
     """Return what the bare forward makes of the positions (1, S) of one document, with the frequencies of its length."""
-    kept, limit = module.inv_freq, limit_of(module.config)
+    kept, limit, length = module.inv_freq, limit_of(module.config), position_ids.shape[1]
     module.inv_freq = module.original_inv_freq
     if limit is not None and length > limit:
         module.inv_freq, _ = ROPE_INIT_FUNCTIONS[module.rope_type](module.config, position_ids.device, seq_len=length)

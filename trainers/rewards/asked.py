@@ -8,14 +8,30 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from trainers.config.errors import ConfigError
 from trainers.processes import prepare_child
-from trainers.rewards.shapes import NoReward
+from trainers.rewards.shapes import NoReward, Row
 
 START_S = 60.0
 """To import what the process needs."""
+
+
+def serve(reward_of: Callable[[dict[str, Any]], float], failure_of: Callable[[dict[str, Any], Exception], str]) -> None:
+    """Be that process: reward what each line asks until stdin ends. What raises is a failure, in the words of `failure_of` or NoReward."""
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        said: dict[str, Any]
+        try:
+            said = {"reward": reward_of(asked)}
+        except NoReward as error:
+            said = {"failure": str(error)}
+        except Exception as error:  # of a package, for whatever an answer holds
+            said = {"failure": failure_of(asked, error)}
+        print(json.dumps(said), flush=True)
 
 
 class Asked:
@@ -31,6 +47,10 @@ class Asked:
         self.timeout_s = timeout_s
         self.process: subprocess.Popen[str] | None = None
         self.said: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def __call__(self, row: Row) -> float:
+        """Return an answer's reward; raises NoReward."""
+        raise NotImplementedError
 
     def ask(self, about: dict[str, Any]) -> float:
         """Return the reward that the process says; raises NoReward."""

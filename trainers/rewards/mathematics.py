@@ -6,14 +6,13 @@ this process ends it. It reads {"reference", "answer"} a line from stdin, and sa
 
 from __future__ import annotations
 
-import json
-import sys
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 from trainers.config.errors import ConfigError
 from trainers.data.reasoning import answer_of
-from trainers.rewards.asked import Asked
+from trainers.rewards.asked import Asked, serve
 from trainers.rewards.shapes import NoReward, Row
 
 
@@ -22,16 +21,13 @@ def main() -> None:
     from math_verify import parse, verify
 
     read = partial(parse, parsing_timeout=None)
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        try:
-            wanted = read(asked["reference"])
-            same = bool(wanted) and verify(wanted, read(asked["answer"]), timeout_seconds=None)
-            said = {"reward": float(same)} if wanted else {"failure": "the reference is not mathematics"}
-        except Exception as error:  # of sympy, for whatever an answer holds
-            said = {"failure": f"math-verify raises {type(error).__name__}"}
-        print(json.dumps(said), flush=True)
+
+    def reward_of(asked: dict[str, Any]) -> float:
+        if not (wanted := read(asked["reference"])):
+            raise NoReward("the reference is not mathematics")
+        return float(verify(wanted, read(asked["answer"]), timeout_seconds=None))
+
+    serve(reward_of, lambda _, error: f"math-verify raises {type(error).__name__}")
 
 
 class Mathematics(Asked):

@@ -29,11 +29,15 @@ from trainers.data.reasoning import answer_of
 from trainers.generate.endpoint import LOOK_S, check
 from trainers.health.activity import watch
 from trainers.host import cores
+from trainers.rewards.asked import Asked
 from trainers.rewards.judged import Judge, known_scores, mean_scores
 from trainers.rewards.mathematics import Mathematics
 from trainers.rewards.sandbox import Limits, passes, require_isolation
 from trainers.rewards.shapes import NoReward, Reward, Row, code_of, exact, length, pattern, read_schema, schema
+from trainers.rewards.tasks import Tasks
 
+ASKED: dict[RewardKind, type[Asked]] = {RewardKind.math: Mathematics, RewardKind.task: Tasks}
+"""Kinds that a process of its own is asked about."""
 Part = tuple[NDArray[np.float64], list[str]]
 """A number for each answer, NaN where there is none; and why there is none, or what has ended it at 0, else an empty text."""
 Look = Callable[[], None]
@@ -104,14 +108,9 @@ def _opened(name: str, reward: RewardConfig, kept: Path, needs_all: bool, stack:
     if reward.kind is RewardKind.code:
         return _tested(reward)
     one: Reward
-    if reward.kind is RewardKind.math:
-        one = mathematics = Mathematics(timeout_of(reward))
-        stack.callback(mathematics.close)
-    elif reward.kind is RewardKind.task:
-        from trainers.rewards.tasks import Tasks
-
-        one = tasks = Tasks(timeout_of(reward))
-        stack.callback(tasks.close)
+    if reward.kind in ASKED:
+        one = process = ASKED[reward.kind](timeout_of(reward))
+        stack.callback(process.close)
     elif reward.kind is RewardKind.function:
         one = _timed(imported(f"reward.{name}.path", str(reward.path)), timeout_of(reward))
     else:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from trainers.config.errors import ConfigError
 from trainers.data.reasoning import answer_of
 from trainers.data.tasks import TASK, make_task
-from trainers.rewards.asked import Asked
+from trainers.rewards.asked import Asked, serve
 from trainers.rewards.shapes import NoReward, Row
 
 TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -32,21 +31,15 @@ def main() -> None:
     def opened(name: str, settings: str, rows: int, seed: int) -> Any:
         return make_task(name, json.loads(settings), rows, seed)
 
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        asked = json.loads(line)
+    def reward_of(asked: dict[str, Any]) -> float:
         task = asked["task"]
-        try:
-            made = opened(task["name"], json.dumps(task["settings"]), task["rows"], task["seed"])
-            entry = made[task["index"]]
-            said: dict[str, Any]
-            if entry["question"] == asked["question"]:
-                said = {"reward": float(made.score_answer(asked["answer"], entry))}
-            else:
-                said = {"failure": "this version of reasoning-gym makes another question of the row's task"}
-        except Exception as error:  # of any of a hundred tasks, for whatever an answer holds
-            said = {"failure": f"{task.get('name')} raises {type(error).__name__}: {str(error)[:80]}"}
-        print(json.dumps(said), flush=True)
+        made = opened(task["name"], json.dumps(task["settings"]), task["rows"], task["seed"])
+        entry = made[task["index"]]
+        if entry["question"] != asked["question"]:
+            raise NoReward("this version of reasoning-gym makes another question of the row's task")
+        return float(made.score_answer(asked["answer"], entry))
+
+    serve(reward_of, lambda asked, error: f"{asked['task'].get('name')} raises {type(error).__name__}: {str(error)[:80]}")
 
 
 class Tasks(Asked):
