@@ -243,8 +243,11 @@ def test_a_newer_attempt_takes_away_what_older_ones_have_staged(tmp_path: Path) 
     of_version.mkdir(parents=True)
     of_version.with_name(f"{of_version.name}.attempt-1.tmp").mkdir()
     of_version.with_name(f".{of_version.name}.json.node.7.tmp").touch()
+    older = tmp_path / "logs" / "attempt-1"
+    older.mkdir(parents=True)
+    (older / ".preflight-0.tmp").touch()
     Attempt(tmp_path).claim()
-    left = ["attempt", "attempt-1", "checkpoints", "rollouts", "step-000002", "weights"]
+    left = ["attempt", "attempt-1", "attempt-2", "checkpoints", "rollouts", "step-000002", "weights"]
     assert sorted(path.name for path in tmp_path.rglob("*") if path.name != "logs") == left
 
 

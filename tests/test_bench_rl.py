@@ -1,4 +1,4 @@
-"""What `tools.bench generate`, `staleness` and `learning` measure: the same answers, the parts of a step, and what was learnt."""
+"""What `tools.bench generate`, `staleness`, `learning` and `rlhf` measure: the same answers, parts of a step, and what was learnt."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tools.bench import generate, learning, staleness
+from tools.bench import generate, learning, rlhf, staleness
 from tools.bench.__main__ import main
 from tools.bench.learning import Learnt
+from tools.bench.rlhf import Scored
 
 ORDER = {"prompts": 9, "shortest": 3, "longest": 24, "parameters": 200_000, "batch": 4}
 
@@ -70,6 +71,21 @@ def test_who_learns_is_told_and_a_lot_says_nothing_of_an_answer() -> None:
     assert "| 0 | drawn by lot | 0.10 | 0.10 |" in text
 
 
+def test_scores_rise_by_more_than_those_of_a_control() -> None:
+    asked = {"prompt": [{"role": "user", "content": "3,8?"}], "reference": "8"}
+    pairs = list(rlhf.pairs_of([asked | {"answer": text} for text in ("8", "3", " ", "3\0", "88")]))
+    assert [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [("8", "3"), ("8", "88")]
+    risen, still = (Scored(score=(-5.0, end), right=(0.1, 0.5), seconds=60.0) for end in (3.0, -4.5))
+    assert rlhf.failures_of({(0, False): risen, (0, True): still}) == []
+    for run, control, words in ((still, still, "from -5.00 to -4.50"), (risen, risen, "the control's from -5.00 to 3.00")):
+        (said,) = rlhf.failures_of({(0, False): run, (0, True): control})
+        assert words in said
+    options = argparse.Namespace(line="python -m tools.bench rlhf", steps=200)
+    text = rlhf.section(options, 0.975, {(0, False): risen, (0, True): still})
+    assert "right in 97.5%" in text
+    assert "| 0 | reward model | -5.00 | 3.00 | 0.10 (0.04 to 0.23) | 0.50 (0.35 to 0.65) |" in text
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_each_way_writes_the_same_answers(tmp_path: Path) -> None:
@@ -97,3 +113,13 @@ def test_learning_is_asked_of_the_experiment_itself(tmp_path: Path, capsys: pyte
     assert main(["learning", "--seeds", "0", "--steps", "20", "--out", str(out)]) == 1
     assert "asked is from below 0.2 to above 0.8" in capsys.readouterr().err
     assert "| 0 | drawn by lot |" in out.read_text()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_scores_are_measured_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Few steps, which need not suffice: the exit code is what is said."""
+    out = tmp_path / "found.md"
+    code = main(["rlhf", "--seeds", "0", "--steps", "10", "--out", str(out)])
+    assert code == int("asked are a rise of 1" in capsys.readouterr().err)
+    assert [line.split(" | ")[1] for line in out.read_text().splitlines() if line.startswith("| 0 ")] == ["reward model", "drawn by lot"]

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 from contextlib import suppress
@@ -314,10 +315,13 @@ def test_adapters_and_several_steps_a_rollout_and_a_wrong_generator(base: Path, 
 
 @pytest.mark.slow
 def test_what_is_measured_of_a_rollout_is_kept(base: Path, cache: Path, tmp_path: Path) -> None:
-    """The reference, which the policy leaves, and the trainer before the first of two steps; a launcher that is killed changes nothing."""
+    """The reference, which the policy leaves, and the trainer before the first of two steps.
+
+    A launcher that is killed changes nothing, also where it continues in the middle of a rollout, of which a row has told already.
+    """
     prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
     asked = ("objective.kl_weight=0.1", "objective.importance_cap=2", "rl.steps_per_rollout=2", "train.steps=6", "data.eval_fraction=0")
-    more = (*asked, "train.eval_every=null", "rl.curriculum=0.3")
+    more = (*asked, "train.eval_every=null", "rl.curriculum=0.3", "checkpoint.every=3", "checkpoint.asynchronous=false")
     launch(cache, line(base, prompts, tmp_path / "whole", *more))
     found = steps(rows_of(tmp_path / "whole"))
     assert found[0]["kl"] == pytest.approx(0.0, abs=1e-9)
@@ -327,12 +331,16 @@ def test_what_is_measured_of_a_rollout_is_kept(base: Path, cache: Path, tmp_path
     assert ["measuring_seconds" in row for row in found] == [True, False] * 3
     cut = tmp_path / "cut"
     with started(line(base, prompts, cut, *more), environment(cache)) as process:
-        wait_for_step(cut, 3, process)
+        wait_for_step(cut, 4, process)
         process.kill()
         process.wait(20)
         wait_until_gone(cut)
         wait_until_none(process.pid)
-    launch(cache, line(base, prompts, cut, *more))
+    for folder in (cut / "checkpoints").glob("step-*"):
+        if folder.name > "step-000003":
+            shutil.rmtree(folder)
+    said = launch(cache, line(base, prompts, cut, *more))
+    assert "step 4/6" in said
     assert [*told(cut), *kept(cut)] == [*told(tmp_path / "whole"), *kept(tmp_path / "whole")]
 
 
@@ -375,18 +383,20 @@ def test_rollouts_that_are_ahead_are_neither_lost_nor_used_twice(base: Path, cac
     assert told(cut) == told(whole)
 
 
-SMALL = ("train.steps=12", "train.global_batch=4", "rl.group_size=2", "rl.max_new_tokens=4")
+SMALL = ("train.global_batch=4", "rl.group_size=2", "rl.max_new_tokens=4")
 SMALL += ("data.eval_fraction=0", "train.eval_every=null", "rl.timeout_s=20", "rl.restarts=9")
 OF_PPO = ("objective.critic_lr=1e-2", "rl.group_size=1", "rl.steps_per_rollout=2")
 AHEAD = ("objective.importance_cap=2", "checkpoint.every=3")
 CASES = {"now": [], "one ahead": [*AHEAD, "rl.staleness=1"], "two ahead": [*AHEAD, "rl.staleness=2"], "ppo": ["objective=ppo", *OF_PPO]}
+NUM_STEPS = dict.fromkeys(CASES, 12) | {"ppo": 24}
+"""Twelve rollouts, so that no run ends before ten moments."""
 FOLDERS = {"a rollout": ("rollouts", "step-*"), "weights": ("rollouts", "weights*/*"), "a checkpoint": ("checkpoints", "*")}
 """Whose entries, finished or staged, come and go at a moment; a fourth one is that of a new row of metrics.jsonl."""
 KILLS = ["launcher", "launcher", "asked", "asked", "rank 0", "rank 1", "generator", "generator", "generator", "stopped"]
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("case", CASES)
 def test_ten_kills_at_random_moments(case: str, base: Path, cache: Path, tmp_path: Path) -> None:
     """Of a rank, a generator or the launcher; a generator that is stopped is replaced, and a launcher that is asked to stop saves.
@@ -394,13 +404,13 @@ def test_ten_kills_at_random_moments(case: str, base: Path, cache: Path, tmp_pat
     The moments are of what the run has written last, and drawn by lot. The same command continues, to the bit.
     """
     prompts, rng, whole, cut = write_prompts(tmp_path / "prompts.jsonl", 3), random.Random(case), tmp_path / "whole", tmp_path / "cut"
-    more = (*SMALL, *CASES[case])
+    more = (*SMALL, f"train.steps={NUM_STEPS[case]}", *CASES[case])
 
     def words(run_dir: Path) -> list[str]:
         found = line(base, prompts, run_dir, *more)
         return [word for word in found if word != "objective=grpo" or case != "ppo"]
 
-    launch(cache, words(whole), timeout_s=300)
+    launch(cache, words(whole), timeout_s=600)
     kills, hits = rng.sample(KILLS, len(KILLS)), list[str]()
     code: int | None = None
     while code != 0:
@@ -421,17 +431,17 @@ def test_ten_kills_at_random_moments(case: str, base: Path, cache: Path, tmp_pat
     assert not kills, "the run was shorter"
     assert told(cut) == told(whole)
     for run_dir in (whole, cut):
-        require_each_once(run_dir)
+        require_each_once(run_dir, NUM_STEPS[case])
 
 
-def require_each_once(run_dir: Path) -> None:
+def require_each_once(run_dir: Path, count: int) -> None:
     """Require that each prompt of the stream is in one rollout, which is trained on once, and that nothing is left half-written."""
     about = [json.loads((folder / "about.json").read_text()) for folder in rollouts(run_dir)]
     assert [each["begin"] for each in about] == [0, *(each["position"] for each in about[:-1])]
     for folder, each in zip(rollouts(run_dir), about, strict=True):
         found = {json.loads(row)["position"] for row in (folder / "answers.jsonl").read_text().splitlines()}
         assert found <= set(range(each["begin"], each["position"]))
-    assert [row["step"] for row in steps(rows_of(run_dir))] == list(range(1, 13))
+    assert [row["step"] for row in steps(rows_of(run_dir))] == list(range(1, count + 1))
     assert {path.name.partition("-")[0] for path in (run_dir / "rollouts").iterdir()} <= {"step", "judged"}
     assert not list(run_dir.rglob("*.tmp"))
 

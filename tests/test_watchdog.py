@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -368,6 +369,18 @@ def test_two_threads_may_write_a_beat_at_once(tmp_path: Path) -> None:
         for written in [threads.submit(watchdog._write) for _ in range(400)]:
             written.result(20)
     assert read_beats(tmp_path).keys() == {0}
+
+
+def test_a_rank_that_ends_removes_what_one_before_it_was_killed_at_writing(tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    for name in (".rank-1.json.node7.41.tmp", ".rank-10.json.node7.42.tmp", "rank-10.json"):
+        (tmp_path / "ranks" / name).touch()
+    watchdog = Watchdog(activity(Clock()))
+    watchdog.run_dir, watchdog.rank, watchdog.thread = tmp_path, 1, threading.Thread(target=int)
+    watchdog.thread.start()
+    watchdog._write()
+    watchdog.stop()
+    assert {path.name for path in (tmp_path / "ranks").iterdir()} == {".rank-10.json.node7.42.tmp", "rank-10.json"}
 
 
 def beat(rank: int, collectives: int = 5, phase: str = "step", idle_s: float = 100.0, **more: Any) -> Beat:

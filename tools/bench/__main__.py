@@ -18,6 +18,7 @@ python -m tools.bench generate --vllm .venv-vllm/bin/python --out FILE.md
 python -m tools.bench seeds --out FILE.md
 python -m tools.bench staleness --out FILE.md
 python -m tools.bench learning --out FILE.md
+python -m tools.bench rlhf --out FILE.md
 python -m tools.bench gpu --out benchmarks/gpu.md
 """
 
@@ -43,6 +44,7 @@ from tools.bench import (
     methods,
     plan,
     preferences,
+    rlhf,
     seeds,
     staleness,
     stream,
@@ -73,6 +75,7 @@ COMMANDS: dict[str, tuple[ModuleType, str]] = {
     "seeds": (seeds, "memory of 7B and 70B, full, LoRA and QLoRA, by mode=plan, next to rules of thumb; minutes"),
     "staleness": (staleness, "steps an hour of a run that samples ahead of training, and the time of a step by part; minutes"),
     "learning": (learning, "what quickstart_grpo learns over seeds, next to runs whose rewards are drawn by lot; 20 minutes"),
+    "rlhf": (rlhf, "what PPO makes of a reward model's score on held-out questions, next to rewards drawn by lot; 20 minutes"),
     "gpu": (gpu, "all that matters on one GPU, the most valuable first, in 25 minutes; --rehearse on a CPU"),
 }
 """By name: the module that measures, and what it measures."""

@@ -23,7 +23,7 @@ from trainers.health.blockage import Blockage, find_blockage
 from trainers.health.stacks import append_stacks, main_stack
 from trainers.processes import HALTED, exit_after, send, state_of
 from trainers.rundir.attempt import Attempt
-from trainers.rundir.beats import Beat, Phase, beat_file, read_beats, write_beat
+from trainers.rundir.beats import Beat, Phase, beat_file, read_beats, remove_beat, write_beat
 from trainers.rundir.ending import Exit, State
 from trainers.rundir.paths import log_file
 
@@ -82,7 +82,7 @@ class Watchdog:
         self.activity.changed.set()
         if self.thread is not None:
             self.thread.join(TICK_S)
-            beat_file(self.run_dir, self.rank).unlink(missing_ok=True)
+            remove_beat(self.run_dir, self.rank)
 
     def _watch(self) -> None:
         while not self.ended.is_set():

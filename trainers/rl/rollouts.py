@@ -79,10 +79,13 @@ class Rollouts:
         spent = written | self._measure(step, folder)
         about = self.world.from_first(self._about(folder) if self.world.rank == 0 else {})
         self.opened = first, open_rollout(folder, self.signals), about["position"]
+        if step != first:  # continued after the row that told of it
+            self.made = Made(more=spent, seconds=time.perf_counter() - began)
+            return True
         figures = about["figures"] | ({"staleness": step - about["version"]} if self.rl.staleness else {})
-        if step == first and about["version"] != step:
+        if about["version"] != step:
             figures |= about["compared"]
-        elif step == first:
+        else:
             found = compare(self.sampler.engine, self.table(step), self.world, self.config.train.microbatch, self.pad_id)
             require_near(found, self.bound, step + 1)
             figures |= {"mismatch": found.mean, "mismatch_largest": found.largest}

@@ -18,7 +18,7 @@ from trainers.rundir.paths import LOGS, STATUS, attempt_folder
 
 LOOK_EVERY_S = 1.0
 LOCK_WAIT_S = 3.0
-STAGED = ("*.tmp", "checkpoints/.*.tmp", "rollouts/*.tmp", "rollouts/weights/*.tmp")
+STAGED = ("*.tmp", "logs/*/*.tmp", "checkpoints/.*.tmp", "rollouts/*.tmp", "rollouts/weights/*.tmp")
 """Where attempts stage what they leave, hidden names included."""
 ENDED = (State.preempted, State.failed, State.done)
 

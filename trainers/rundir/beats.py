@@ -90,3 +90,10 @@ def write_beat(run_dir: Path, beat: Beat) -> float:
     file = beat_file(run_dir, beat.rank)
     write_json(file, fields)
     return file.stat().st_mtime
+
+
+def remove_beat(run_dir: Path, rank: int) -> None:
+    """Remove what a rank has written about itself, and what one of its number was killed at writing."""
+    file = beat_file(run_dir, rank)
+    for path in (file, *file.parent.glob(f".{file.name}.*.tmp")):
+        path.unlink(missing_ok=True)
