@@ -23,9 +23,9 @@ from trainers.health.blockage import Blockage, find_blockage
 from trainers.health.stacks import append_stacks, main_stack
 from trainers.processes import HALTED, exit_after, send, state_of
 from trainers.rundir.attempt import Attempt
-from trainers.rundir.beats import Beat, Phase, beat_file, read_beats, remove_beat, write_beat
+from trainers.rundir.beats import Beat, Phase, beat_file, read_beats, write_beat
 from trainers.rundir.ending import Exit, State
-from trainers.rundir.paths import log_file
+from trainers.rundir.paths import RANKS, log_file
 
 log = logging.getLogger("fulltune")
 TICK_S = 1.0
@@ -82,7 +82,8 @@ class Watchdog:
         self.activity.changed.set()
         if self.thread is not None:
             self.thread.join(TICK_S)
-            remove_beat(self.run_dir, self.rank)
+            for path in self.run_dir.glob(f"{RANKS}/*rank-{self.rank}.json*"):  # also what one of its number was killed at writing
+                path.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         while not self.ended.is_set():

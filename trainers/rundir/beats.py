@@ -85,15 +85,7 @@ def beat_file(run_dir: Path, rank: int) -> Path:
 
 def write_beat(run_dir: Path, beat: Beat) -> float:
     """Write what a rank says about itself; returns the file's modification time, by the file system's clock."""
-    fields = dataclasses.asdict(beat)
+    file, fields = beat_file(run_dir, beat.rank), dataclasses.asdict(beat)
     del fields["written"]
-    file = beat_file(run_dir, beat.rank)
     write_json(file, fields)
     return file.stat().st_mtime
-
-
-def remove_beat(run_dir: Path, rank: int) -> None:
-    """Remove what a rank has written about itself, and what one of its number was killed at writing."""
-    file = beat_file(run_dir, rank)
-    for path in (file, *file.parent.glob(f".{file.name}.*.tmp")):
-        path.unlink(missing_ok=True)
