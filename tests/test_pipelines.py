@@ -422,6 +422,7 @@ def test_a_tree_of_a_pipeline_shows_its_stages_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_the_quickstart_ends_with_a_page_that_tells_the_story(cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "quick"
     line = [sys.executable, "-m", "launcher", "+pipeline=quickstart_pipeline", f"run_dir={folder}"]

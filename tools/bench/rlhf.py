@@ -36,9 +36,24 @@ ANSWERS, TOKENS = 64, 4
 SAMPLE_LIMIT_S = 900.0
 ON_A_CPU = ("launch.processes=1", "launch.gpus_per_node=0", "log.wandb=disabled")
 COMMON = ("model=hf", "data.seq_len=32", "data.packing=false", "train.precision=fp32", *ON_A_CPU)
-JUDGE = ("objective=reward", "data=files", "data.eval_fraction=0.1", "train.steps=500", "train.global_batch=60", "optim.full_lr=2e-3")
+JUDGE = (
+    "objective=reward",
+    "data=files",
+    "data.eval_fraction=0.1",
+    "train.steps=500",
+    "train.global_batch=60",
+    "train.microbatch=60",
+    "optim.full_lr=2e-3",
+)
 POLICY = ("objective=ppo", "data=digits", "objective.kl_weight=0.02", "objective.critic_lr=2e-3", "optim.full_lr=1e-3")
-BATCHES = ("train.global_batch=128", "rl.group_size=1", "rl.batch=256", f"rl.max_new_tokens={TOKENS}", f"train.sample_tokens={TOKENS}")
+BATCHES = (
+    "train.global_batch=128",
+    "train.microbatch=128",
+    "rl.group_size=1",
+    "rl.batch=256",
+    f"rl.max_new_tokens={TOKENS}",
+    f"train.sample_tokens={TOKENS}",
+)
 RATES = ("optim.schedule=constant", "optim.warmup_steps=10", "train.eval_every=50", f"data.eval_fraction={HELD_OUT}")
 LOT = ("reward.score.weight=0", "reward.lot.kind=function", "reward.lot.path=tools.bench.learning:by_lot")
 """Settings of a control: the score is counted, and trained on is what is drawn."""
@@ -146,7 +161,7 @@ def section(options: argparse.Namespace, accuracy: float, found: Mapping[tuple[i
         f"{time.strftime('%Y-%m-%d')}, {host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU; "
         f"{versions('torch', 'transformers')}. The model of `+exp=quickstart_digits` answers each of the hundred questions {ANSWERS} "
         f"times. A reward model (`{' '.join(JUDGE)}`) learns from pairs of the right answer and each wrong one; of pairs held out it is "
-        f"right in {accuracy:.1%}. PPO (`{asked}`) learns from its score alone, with `{' '.join(LOT)}` for the controls. {QUESTIONS} "
+        f"right in {accuracy:.1%}.\n\nPPO (`{asked}`) learns from its score alone, with `{' '.join(LOT)}` for the controls. {QUESTIONS} "
         f"questions are not among the prompts, and each of these is answered {SAMPLES} times."
     )
     names = ("seed", "rewards", "held-out score at first", "at the end", "right answers at first", "at the end", "time")
