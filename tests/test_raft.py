@@ -20,6 +20,8 @@ from conftest import save_tiny
 from local_server import LocalServer
 from synthesising import Scripted, synthesise, write_rows
 
+from trainers.rundir.rows import read_rows, steps
+
 FIRST = ("Ba", "Do", "Fi", "Ga", "Ke", "Lu", "Ma", "Ni", "Po", "Ra", "Se", "Tu")
 SECOND = ("na", "ro", "si", "mu", "le", "ti", "va", "po", "da", "ge", "ki", "lo", "ne", "ra", "su", "to")
 NAMES = tuple(first + second for first in FIRST for second in SECOND)
@@ -116,21 +118,47 @@ def test_a_model_trained_among_distractors_beats_one_trained_without(cache: Path
 
     base, found = save_words(tmp_path / "base"), {}
     for kind in ("among", "alone"):
-        line = [sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={files[kind]}"]
-        line += ["data.template=chatml", f"run_dir={tmp_path / kind}", "data.seq_len=144", "data.packing=false", "data.eval_fraction=0.02"]
-        line += [f"train.steps={STEPS}", "train.global_batch=32", "train.microbatch=32", "train.precision=fp32", "optim.lr=1.5e-3"]
-        line += ["optim.schedule=constant", "optim.warmup_steps=50", f"train.eval_every={STEPS}"]
-        line += ["log.wandb=disabled", "launch.processes=1"]
-        launch(cache, line, timeout_s=2400)
-        asked = [sys.executable, "-m", "tools.evaluate", str(tmp_path / kind), "--path", str(files["levels"])]
-        asked += ["--rows", str(len(data["levels"])), "--no-base", "--metrics", "exact_match", "--max-new-tokens", "48"]
-        asked += ["--extract", r"Answer ?: ?(\w+)", "--count-in-prompt", r"Document ?[0-9] ?:"]
-        done = subprocess.run(asked, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        figures = json.loads((tmp_path / kind / "evaluation" / "run.json").read_text())["figures"]
-        found[kind] = {row["count"]: row for row in figures["exact_match_by_count"]}
+        train(cache, tmp_path / kind, base, files[kind], f"train.steps={STEPS}", f"train.eval_every={STEPS}", "optim.lr=1.5e-3")
+        figures = evaluate(cache, tmp_path / kind, files["levels"], len(data["levels"]))
+        found[kind] = {row["count"]: row for row in figures}
         assert found[kind].keys() == {*range(1, DISTRACTORS + 2)}
     print(json.dumps(found, indent=1))
     assert found["alone"][1]["value"] > 0.9  # it has learned to answer by one document
     for count in range(2, DISTRACTORS + 2):
         assert found["among"][count]["low"] > found["alone"][count]["high"], count
+
+
+def train(cache: Path, run_dir: Path, base: Path, rows: Path, *more: str) -> None:
+    line = [sys.executable, "-m", "launcher", "model=hf", f"model.id={base}", "data=files", f"data.path={rows}", f"run_dir={run_dir}"]
+    line += ["data.template=chatml", "data.seq_len=144", "data.packing=false", "data.eval_fraction=0.02", "train.global_batch=32"]
+    line += ["train.microbatch=32", "train.precision=fp32", "optim.schedule=constant", "optim.warmup_steps=50", "log.wandb=disabled"]
+    launch(cache, [*line, "launch.processes=1", *more], timeout_s=2400)
+
+
+def evaluate(cache: Path, run_dir: Path, rows: Path, count: int) -> list[dict[str, Any]]:
+    """Return the accuracy of a run's answers by how many documents a prompt has."""
+    asked = [sys.executable, "-m", "tools.evaluate", str(run_dir), "--path", str(rows), "--rows", str(count), "--no-base"]
+    asked += ["--metrics", "exact_match", "--max-new-tokens", "48", "--extract", r"Answer ?: ?(\w+)"]
+    asked += ["--count-in-prompt", r"Document ?[0-9] ?:"]
+    done = subprocess.run(asked, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures: dict[str, Any] = json.loads((run_dir / "evaluation" / "run.json").read_text())["figures"]
+    by_count: list[dict[str, Any]] = figures["exact_match_by_count"]
+    return by_count
+
+
+@pytest.mark.soak
+def test_an_adapter_trains_on_rows_with_distractors(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = FactsServer()
+    with server.serving():
+        words = [f"model.path={server.url}/v1", "model.name=m", "raft.questions=1", "raft.without=0", "filters.similar=1", "rows=192"]
+        asked = [f"source={corpus(tmp_path, 0)}", f"raft.distractors={DISTRACTORS}", "raft.levels=true"]
+        rows = synthesise("raft", tmp_path / "rows.jsonl", *words, *asked)
+    adapter = ("peft=lora", "peft.rank=8", "train.steps=60", "optim.lr=2e-2")
+    train(cache, tmp_path / "run", save_words(tmp_path / "base"), tmp_path / "rows.jsonl", *adapter)
+    losses = [row["loss"] for row in steps(read_rows(tmp_path / "run"))]
+    assert losses[-1] < losses[0] / 2
+    assert (tmp_path / "run" / "export" / "adapter_config.json").is_file()
+    found = evaluate(cache, tmp_path / "run", tmp_path / "rows.jsonl", len(rows))
+    assert {row["count"]: row["documents"] for row in found} == dict.fromkeys(range(1, DISTRACTORS + 2), len(rows) // (DISTRACTORS + 1))
