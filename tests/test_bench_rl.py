@@ -82,7 +82,7 @@ def test_scores_rise_by_more_than_those_of_a_control() -> None:
         assert words in said
     options = argparse.Namespace(line="python -m tools.bench rlhf", steps=200)
     text = rlhf.section(options, 0.975, {(0, False): risen, (0, True): still})
-    assert "right in 97.5%" in text
+    assert "it is right in 97.5%" in text
     assert "| 0 | reward model | -5.00 | 3.00 | 0.10 (0.04 to 0.23) | 0.50 (0.35 to 0.65) |" in text
 
 

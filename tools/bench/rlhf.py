@@ -160,8 +160,9 @@ def section(options: argparse.Namespace, accuracy: float, found: Mapping[tuple[i
     about = (
         f"{time.strftime('%Y-%m-%d')}, {host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU; "
         f"{versions('torch', 'transformers')}. The model of `+exp=quickstart_digits` answers each of the hundred questions {ANSWERS} "
-        f"times. A reward model (`{' '.join(JUDGE)}`) learns from pairs of the right answer and each wrong one; of pairs held out it is "
-        f"right in {accuracy:.1%}.\n\nPPO (`{asked}`) learns from its score alone, with `{' '.join(LOT)}` for the controls. {QUESTIONS} "
+        f"times. A reward model (`{' '.join(JUDGE)}`) learns from pairs of the right answer and each wrong one. Of pairs held out, which "
+        f"answers given twice may repeat, it is right in {accuracy:.1%}.\n\n"
+        f"PPO (`{asked}`) learns from its score alone, with `{' '.join(LOT)}` for the controls. {QUESTIONS} "
         f"questions are not among the prompts, and each of these is answered {SAMPLES} times."
     )
     names = ("seed", "rewards", "held-out score at first", "at the end", "right answers at first", "at the end", "time")
