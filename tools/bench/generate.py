@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tools.bench.arguments import at_least
 from tools.bench.curate import Memory
-from tools.bench.machine import versions
+from tools.bench.machine import cpu_words
 from tools.bench.orders import llama_sizes
 from tools.markdown import put_section
 from trainers import host
@@ -276,8 +276,7 @@ def section(options: argparse.Namespace, made: dict[str, float], found: dict[str
         raise RuntimeError(f"plain generate has {found['plain'][0]['greedy known']:.0f} of {options.prompts} answers right")
     middle = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for name, runs in found.items()}
     about = (
-        f"{time.strftime('%Y-%m-%d')}, {host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU; "
-        f"{versions('torch', 'transformers')}. A Llama of {made['parameters']:,.0f} parameters in fp32, {options.prompts} prompts of "
+        f"{cpu_words('torch', 'transformers')}. A Llama of {made['parameters']:,.0f} parameters in fp32, {options.prompts} prompts of "
         f"{PROMPT[0]} to {PROMPT[1]} tokens, answers of {options.shortest} to {options.longest} tokens, {options.batch} at once. "
         f"Median of {options.runs} runs each, in turn, without opening the model. Memory is the peak of all processes."
     )

@@ -9,23 +9,24 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.status import Status
 
 from tools.bench.arguments import at_least
 from tools.bench.launched import launch
-from tools.bench.machine import versions
+from tools.bench.machine import cpu_words
 from tools.markdown import put_section
-from trainers import host
 from trainers.data.sources import digits
 from trainers.rl.held_out import wilson
 from trainers.rundir import paths
 from trainers.rundir.rows import Row, evaluations, read_rows, steps
-from trainers.units import in_bytes, in_time
+from trainers.units import in_time
 
 HELD_OUT, SAMPLES = 0.4, 8
 """Share of the questions that are not trained on, and answers to each of them at an evaluation."""
@@ -34,9 +35,11 @@ LAST = 10
 """Steps whose mean is the reward at the end of a run."""
 LEAST, MOST = 0.2, 0.8
 """A run that learns begins below the one and ends above the other."""
-LOT = ("reward.right.weight=0", "reward.lot.kind=function", "reward.lot.path=tools.bench.learning:by_lot")
+BY_LOT = ("reward.lot.kind=function", "reward.lot.path=tools.bench.learning:by_lot")
+LOT = ("reward.right.weight=0", *BY_LOT)
 """Settings of a control: right answers are counted, and trained on is what is drawn."""
 CALLS = itertools.count()
+Found = TypeVar("Found")
 
 
 def by_lot(row: Mapping[str, Any]) -> float:
@@ -58,24 +61,41 @@ class Learnt:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m tools.bench learning`."""
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="of the runs and their controls (default 0 1 2)")
+    add_seeds(parser)
     parser.add_argument("--steps", type=at_least(20), help="of a run (default: the experiment's)")
+
+
+def add_seeds(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a command that runs each seed and its control."""
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="of the runs and their controls (default 0 1 2)")
     parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print, and write to --out, what each run has learnt; returns 1 where a run has not learnt, or a control has."""
-    console, found = Console(stderr=True), dict[tuple[int, bool], Learnt]()
-    with tempfile.TemporaryDirectory(prefix="fulltune-learning-") as temporary, console.status("training the base") as status:
+    with tempfile.TemporaryDirectory(prefix="fulltune-learning-") as temporary, Console(stderr=True).status("training the base") as status:
         folder = Path(temporary)
         launch(folder, ["+exp=quickstart_digits", f"run_dir={folder / 'base'}"])
-        for seed, is_control in itertools.product(options.seeds, (False, True)):
-            name = f"{'control' if is_control else 'run'}-{seed}"
-            status.update(f"{name} of {len(options.seeds)} seeds")
-            began = time.monotonic()
-            launch(folder, settings(folder, name, seed, is_control, options.steps))
-            found[seed, is_control] = learnt(read_rows(folder / name), time.monotonic() - began)
-    text, failures = section(options, found), failures_of(found)
+        found = run_each(options.seeds, folder, status, partial(settings, num_steps=options.steps), learnt)
+    return told(options, section(options, found), failures_of(found))
+
+
+def run_each(
+    seeds: Sequence[int], folder: Path, status: Status, words: Callable[..., list[str]], found: Callable[[list[Row], float], Found]
+) -> dict[tuple[int, bool], Found]:
+    """Run each seed and its control by `words(folder, name, seed, is_control)`; returns what `found` makes of its rows and seconds."""
+    results = dict[tuple[int, bool], Found]()
+    for seed, is_control in itertools.product(seeds, (False, True)):
+        name = f"{'control' if is_control else 'run'}-{seed}"
+        status.update(f"{name} of {len(seeds)} seeds")
+        began = time.monotonic()
+        launch(folder, words(folder, name, seed, is_control))
+        results[seed, is_control] = found(read_rows(folder / name), time.monotonic() - began)
+    return results
+
+
+def told(options: argparse.Namespace, text: str, failures: list[str]) -> int:
+    """Print a section, write it to --out, and say what has failed; returns the exit code."""
     print(text, end="")
     if options.out is not None:
         put_section(options.out, text)
@@ -115,14 +135,13 @@ def failures_of(found: Mapping[tuple[int, bool], Learnt]) -> list[str]:
 def section(options: argparse.Namespace, found: Mapping[tuple[int, bool], Learnt]) -> str:
     """Return the Markdown: command, machine and table."""
     about = (
-        f"{time.strftime('%Y-%m-%d')}, {host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU; "
-        f"{versions('torch', 'transformers')}. `+exp=quickstart_grpo` after `+exp=quickstart_digits`, with `{' '.join(LOT)}` for the "
+        f"{cpu_words('torch', 'transformers')}. `+exp=quickstart_grpo` after `+exp=quickstart_digits`, with `{' '.join(LOT)}` for the "
         f"controls. {QUESTIONS} of the hundred questions are held out, and each of these is answered {SAMPLES} times."
     )
     lines = ["| seed | rewards | right answers at first | at the end | held out at first | at the end | time |", "|---|---|" + "---:|" * 5]
     for (seed, is_control), one in found.items():
         cells = [str(seed), "drawn by lot" if is_control else "`exact`", *(f"{share:.2f}" for share in one.reward)]
-        cells += [_with_interval(share) for share in one.held_out]
+        cells += [with_interval(share) for share in one.held_out]
         lines.append(f"| {' | '.join([*cells, in_time(one.seconds)])} |")
     words = (
         f"Right answers are those of the first rollout, and the mean of the last {LAST} steps. Held out is pass@1, with Wilson's interval "
@@ -131,6 +150,7 @@ def section(options: argparse.Namespace, found: Mapping[tuple[int, bool], Learnt
     return "\n\n".join([f"## `{options.line}`", about, "\n".join(lines), words]) + "\n"
 
 
-def _with_interval(share: float) -> str:
+def with_interval(share: float) -> str:
+    """Say a share of right answers to the held-out questions, and Wilson's interval."""
     low, high = wilson(share, QUESTIONS)
     return f"{share:.2f} ({low:.2f} to {high:.2f})"

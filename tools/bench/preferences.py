@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tools.bench.arguments import at_least
-from tools.bench.machine import versions
+from tools.bench.machine import cpu_words
 from tools.bench.peers.command import INSTALL_S, ROOT, OurSteps, command_words, env_of
 from tools.bench.peers.drivers import boot
 from tools.bench.peers.inputs import SHAPES, make_pairs
@@ -302,8 +302,7 @@ def section(options: argparse.Namespace, made: Found, found: dict[str, Found], p
         if abs(found[name]["loss"] - found["dpo"]["loss"]) > 1e-3 * abs(found["dpo"]["loss"]):
             raise RuntimeError(f"{VARIANTS[name]} does not train the same: last losses {found['dpo']['loss']} and {found[name]['loss']}")
     about = (
-        f"{time.strftime('%Y-%m-%d')}, {host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU; "
-        f"{versions('torch', 'transformers')}. A Llama of {made['parameters']:,.0f} parameters in fp32. Each step is a pass over "
+        f"{cpu_words('torch', 'transformers')}. A Llama of {made['parameters']:,.0f} parameters in fp32. Each step is a pass over "
         f"{made['pairs']:,.0f} pairs, {made['tokens']:,.0f} tokens in {made['rows']:,.0f} rows of {options.seq_len}. {options.steps} "
         f"steps a run, median of {options.runs} runs each, in turn. Memory is the peak above what the process had before the model."
     )

@@ -6,14 +6,13 @@ The reward model learns from pairs of the base's own answers: the right one and 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,12 @@ from rich.console import Console
 
 from tools.bench.arguments import at_least
 from tools.bench.launched import launch
-from tools.bench.learning import HELD_OUT, QUESTIONS, SAMPLES
-from tools.bench.machine import versions
-from tools.markdown import put_section
-from trainers import host
+from tools.bench.learning import BY_LOT, HELD_OUT, QUESTIONS, SAMPLES, add_seeds, run_each, told, with_interval
+from tools.bench.machine import cpu_words
 from trainers.data.sources import digits
-from trainers.rl.held_out import wilson
 from trainers.rundir import paths
 from trainers.rundir.rows import Row, evaluations, read_rows
-from trainers.units import in_bytes, in_time
+from trainers.units import in_time
 
 ANSWERS, TOKENS = 64, 4
 """Of the base to each question, and the longest answer."""
@@ -55,7 +51,7 @@ BATCHES = (
     f"train.sample_tokens={TOKENS}",
 )
 RATES = ("optim.schedule=constant", "optim.warmup_steps=10", "train.eval_every=50", f"data.eval_fraction={HELD_OUT}")
-LOT = ("reward.score.weight=0", "reward.lot.kind=function", "reward.lot.path=tools.bench.learning:by_lot")
+LOT = ("reward.score.weight=0", *BY_LOT)
 """Settings of a control: the score is counted, and trained on is what is drawn."""
 
 
@@ -72,32 +68,19 @@ class Scored:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m tools.bench rlhf`."""
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1, 2], help="of the runs and their controls (default 0 1 2)")
+    add_seeds(parser)
     parser.add_argument("--steps", type=at_least(10), default=200, help="of a run of PPO (default 200)")
-    parser.add_argument("--out", type=Path, help="Markdown file: this command's section in it is replaced, or appended")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print, and write to --out, how scores have changed; returns 1 where one has not risen, or a control's has as much."""
-    console, found = Console(stderr=True), dict[tuple[int, bool], Scored]()
-    with tempfile.TemporaryDirectory(prefix="fulltune-rlhf-") as temporary, console.status("training the base") as status:
+    with tempfile.TemporaryDirectory(prefix="fulltune-rlhf-") as temporary, Console(stderr=True).status("training the base") as status:
         folder = Path(temporary)
         launch(folder, ["+exp=quickstart_digits", f"run_dir={folder / 'base'}"])
         status.update("training the reward model")
         accuracy = train_judge(folder)
-        for seed, is_control in itertools.product(options.seeds, (False, True)):
-            name = f"{'control' if is_control else 'run'}-{seed}"
-            status.update(f"{name} of {len(options.seeds)} seeds")
-            began = time.monotonic()
-            launch(folder, settings(folder, name, seed, is_control, options.steps))
-            found[seed, is_control] = scored(read_rows(folder / name), time.monotonic() - began)
-    text, failures = section(options, accuracy, found), failures_of(found)
-    print(text, end="")
-    if options.out is not None:
-        put_section(options.out, text)
-    for line in failures:
-        print(line, file=sys.stderr)
-    return 1 if failures else 0
+        found = run_each(options.seeds, folder, status, partial(settings, num_steps=options.steps), scored)
+    return told(options, section(options, accuracy, found), failures_of(found))
 
 
 def train_judge(folder: Path) -> float:
@@ -158,8 +141,7 @@ def section(options: argparse.Namespace, accuracy: float, found: Mapping[tuple[i
     """Return the Markdown: command, machine and table."""
     asked = " ".join((*POLICY, *BATCHES, *RATES, f"train.steps={options.steps}"))
     about = (
-        f"{time.strftime('%Y-%m-%d')}, {host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU; "
-        f"{versions('torch', 'transformers')}. The model of `+exp=quickstart_digits` answers each of the hundred questions {ANSWERS} "
+        f"{cpu_words('torch', 'transformers')}. The model of `+exp=quickstart_digits` answers each of the hundred questions {ANSWERS} "
         f"times. A reward model (`{' '.join(JUDGE)}`) learns from pairs of the right answer and each wrong one. Of pairs held out, which "
         f"answers given twice may repeat, it is right in {accuracy:.1%}.\n\n"
         f"PPO (`{asked}`) learns from its score alone, with `{' '.join(LOT)}` for the controls. {QUESTIONS} "
@@ -169,9 +151,7 @@ def section(options: argparse.Namespace, accuracy: float, found: Mapping[tuple[i
     lines = [f"| {' | '.join(names)} |", "|---|---|" + "---:|" * 5]
     for (seed, is_control), one in found.items():
         cells = [str(seed), "drawn by lot" if is_control else "reward model", *(f"{score:.2f}" for score in one.score)]
-        for share in one.right:
-            low, high = wilson(share, QUESTIONS)
-            cells.append(f"{share:.2f} ({low:.2f} to {high:.2f})")
+        cells += [with_interval(share) for share in one.right]
         lines.append(f"| {' | '.join([*cells, in_time(one.seconds)])} |")
     words = (
         "Right answers are those to held-out questions, which no reward counts, with Wilson's interval at 95 % over the questions, as if "

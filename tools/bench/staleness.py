@@ -7,7 +7,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,12 +14,11 @@ from rich.console import Console
 
 from tools.bench.arguments import at_least
 from tools.bench.launched import launch
-from tools.bench.machine import versions
+from tools.bench.machine import cpu_words
 from tools.markdown import put_section
 from trainers import host
 from trainers.config.errors import plural
 from trainers.rundir.rows import Row, read_rows, steps
-from trainers.units import in_bytes
 
 WORDS, PROMPTS = 200, 256
 FIRST = 3
@@ -107,8 +105,7 @@ def _median(runs: list[Mean]) -> Mean:
 def section(options: argparse.Namespace, found: Mapping[int, Mean]) -> str:
     """Return the Markdown: command, machine, steps an hour and the time of a step by part."""
     about = (
-        f"{time.strftime('%Y-%m-%d')}, {host.cores()} cores, {in_bytes(host.memory_limit().bytes)} of memory, no GPU; "
-        f"{versions('torch', 'transformers')}. One rank and one generator, {options.answers} answers a step of up to {options.tokens} "
+        f"{cpu_words('torch', 'transformers')}. One rank and one generator, {options.answers} answers a step of up to {options.tokens} "
         f"tokens. {options.steps} steps a run, of which the first {FIRST} are not timed; median of {options.runs} runs each, in turn."
     )
     names = ("step_seconds", *PARTS, "training_seconds")
