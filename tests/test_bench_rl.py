@@ -120,6 +120,6 @@ def test_learning_is_asked_of_the_experiment_itself(tmp_path: Path, capsys: pyte
 def test_scores_are_measured_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Few steps, which need not suffice: the exit code is what is said."""
     out = tmp_path / "found.md"
-    code = main(["rlhf", "--seeds", "0", "--steps", "10", "--out", str(out)])
+    code = main(["rlhf", "--seeds", "0", "--steps", "20", "--out", str(out)])
     assert code == int("asked are a rise of 1" in capsys.readouterr().err)
     assert [line.split(" | ")[1] for line in out.read_text().splitlines() if line.startswith("| 0 ")] == ["reward model", "drawn by lot"]

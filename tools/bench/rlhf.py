@@ -69,7 +69,7 @@ class Scored:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `python -m tools.bench rlhf`."""
     add_seeds(parser)
-    parser.add_argument("--steps", type=at_least(10), default=200, help="of a run of PPO (default 200)")
+    parser.add_argument("--steps", type=at_least(20), default=200, help="of a run of PPO (default 200)")
 
 
 def run(options: argparse.Namespace) -> int:
